@@ -1,0 +1,33 @@
+"""bmx: offline batch inference with the KV cache compressed while prompts are read (Batch-Max)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bmx.config import EngineConfig, PromptConfig
+    from bmx.engine.engine import Engine
+    from bmx.errors import BmxError, RowError
+    from bmx.request import Request, Result, SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["BmxError", "Engine", "EngineConfig", "PromptConfig", "Request", "Result", "RowError", "SamplingParams"]
+
+_HOMES = {
+    "BmxError": "bmx.errors",
+    "Engine": "bmx.engine.engine",
+    "EngineConfig": "bmx.config",
+    "PromptConfig": "bmx.config",
+    "Request": "bmx.request",
+    "Result": "bmx.request",
+    "RowError": "bmx.errors",
+    "SamplingParams": "bmx.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are first used, so that ``bmx --help`` loads no torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'bmx' has no attribute {name!r}")

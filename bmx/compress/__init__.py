@@ -1,0 +1,1 @@
+"""Which KV pairs stay: scorers rank them, the policy protects and chooses."""

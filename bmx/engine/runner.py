@@ -1,0 +1,134 @@
+"""Everything that touches the device for a step: packing tokens, running the model, sampling.
+
+Knows the model and the pool; the scheduler's decisions come in as a Step, token ids go out as numbers.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+
+from bmx.compress.policy import CompressionPolicy
+from bmx.engine.attention import Decodes, PackedStep, PromptChunk, SlotAttention
+from bmx.engine.sampler import Row, sample
+from bmx.engine.scheduler import Chunk, Step
+from bmx.kernels import Kernels
+from bmx.kv.pool import KVPool
+from bmx.model.loader import LoadedModel
+from bmx.model.rope import Segment
+from bmx.model.spec import register_attention, unregister_attention
+from bmx.planner import Plan
+
+
+class ModelRunner:
+    """Runs steps of one plan on one model. A context manager: the model gets its attention back at the end.
+
+    Args:
+        loaded: the model.
+        policy: who stays in the cache.
+        plan: slots and sizes.
+        kernels: how attention is computed.
+    """
+
+    def __init__(self, loaded: LoadedModel, policy: CompressionPolicy, plan: Plan, kernels: Kernels) -> None:
+        self._model = loaded.model
+        self._rope = loaded.rope
+        layouts = tuple(policy.layout(loaded.spec, group.capacity) for group in plan.groups)
+        slots = tuple(group.slots for group in plan.groups)
+        self.pool = KVPool(layouts, slots, self._model.dtype, self._model.device)
+        self._capacities = tuple(group.capacity for group in plan.groups)
+        self._attention = SlotAttention(self.pool, policy, kernels)
+        self._name = register_attention(self._model, self._attention)
+
+    def __enter__(self) -> ModelRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._model.set_attn_implementation("sdpa" if self._model._supports_sdpa else "eager")
+        unregister_attention(self._name)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[int | None]:
+        """Compute a step.
+
+        Returns:
+            The next token of each sampling chunk, in order; None where the logits were no numbers.
+        """
+        for chunk in step.chunks:
+            if chunk.start == 0:
+                self.pool.reset(*_home(chunk))
+        packed = self._pack(step)
+        if self._rope is not None:
+            self._rope.segments = [Segment(chunk.length, chunk.sequence.total) for chunk in step.chunks]
+        self._attention.step = packed
+        output = self._model(
+            input_ids=packed.input_ids,
+            position_ids=packed.positions,
+            past_key_values=None,
+            use_cache=False,
+            logits_to_keep=packed.logits_at,
+        )
+        self._attention.step = None
+        rows = [_row(chunk) for chunk in step.chunks if chunk.samples]
+        return sample(output.logits[0], rows) if rows else []
+
+    def _pack(self, step: Step) -> PackedStep:
+        """The step as tensors: decoding tokens by group and slot, then prompt chunks."""
+        ids: list[int] = []
+        positions: list[int] = []
+        logits_at: list[int] = []
+        prompts = []
+        for chunk in step.chunks:
+            rows = slice(len(ids), len(ids) + chunk.length)
+            ids += chunk.sequence.token_ids(chunk.start, chunk.length)
+            positions += range(chunk.start, chunk.start + chunk.length)
+            if chunk.samples:
+                logits_at.append(rows.stop - 1)
+            if not chunk.sequence.decoding:
+                prompts.append(PromptChunk(rows, *_home(chunk), chunk.start, self._scored(chunk)))
+        return PackedStep(
+            input_ids=self._tensor(ids).unsqueeze(0),
+            positions=self._tensor(positions).unsqueeze(0),
+            logits_at=self._tensor(logits_at),
+            decodes=self._decodes(step),
+            prompts=tuple(prompts),
+        )
+
+    def _decodes(self, step: Step) -> tuple[Decodes, ...]:
+        decoding = [chunk for chunk in step.chunks if chunk.sequence.decoding]
+        found, row = [], 0
+        for group, members in groupby(decoding, key=lambda chunk: _home(chunk)[0]):
+            chunks = list(members)
+            starts = [chunk.start for chunk in chunks]
+            found.append(
+                Decodes(
+                    rows=slice(row, row + len(chunks)),
+                    group=group,
+                    slots=self._tensor([_home(chunk)[1] for chunk in chunks]),
+                    positions=self._tensor(starts),
+                    first=min(starts),
+                    last=max(starts),
+                    scored=any(self._scored(chunk) for chunk in chunks),
+                )
+            )
+            row += len(chunks)
+        return tuple(found)
+
+    def _scored(self, chunk: Chunk) -> bool:
+        """Whether this sequence will ever evict, so that its attention must be added up."""
+        return chunk.sequence.total > self._capacities[_home(chunk)[0]]
+
+    def _tensor(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._model.device)
+
+
+def _home(chunk: Chunk) -> tuple[int, int]:
+    """(group, slot) of a chunk's sequence."""
+    return chunk.sequence.slot or (0, 0)
+
+
+def _row(chunk: Chunk) -> Row:
+    sequence = chunk.sequence
+    seen = [*sequence.prompt, *sequence.answer] if sequence.params.repetition_penalty != 1 else ()
+    return Row(sequence.params, sequence.draw(), seen)

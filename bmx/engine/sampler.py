@@ -1,0 +1,84 @@
+"""From logits to the next token of each row, in the order of operations that transformers uses.
+
+Knows logits and sampling parameters; a row's randomness is one number that the caller draws, so that a row's
+answer does not depend on its neighbours.
+
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bmx.planner import SAMPLER_ROWS
+from bmx.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one row of logits becomes a token.
+
+    Attributes:
+        params: its sampling parameters.
+        draw: a uniform random number in [0, 1).
+        seen: ids of its prompt and answer, where a repetition penalty needs them.
+    """
+
+    params: SamplingParams
+    draw: float = 0.0
+    seen: Sequence[int] = ()
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | None]:
+    """The next token of each row; None where its logits are not numbers.
+
+    Greedy rows are decided on the model's own logits; only the others, at most 64 at a time, are copied to float32.
+
+    Args:
+        logits: [N, V], changed in place where a repetition penalty applies.
+        rows: one per row of logits.
+    """
+    for i, row in enumerate(rows):
+        if row.params.repetition_penalty != 1:
+            _penalise(logits[i], row)
+    best, ids = logits.max(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    for start in range(0, len(drawn), SAMPLER_ROWS):
+        block = drawn[start : start + SAMPLER_ROWS]
+        at = torch.tensor(block, device=logits.device)
+        ids[at] = _draw(logits[at].float(), [rows[i] for i in block])
+    numbers = torch.isfinite(best).tolist()
+    return [token if ok else None for token, ok in zip(ids.tolist(), numbers, strict=True)]
+
+
+def _penalise(logits: Tensor, row: Row) -> None:
+    """Divide positive and multiply negative logits [V] of seen tokens by the penalty (CTRL, arXiv 1909.05858, 4.1)."""
+    seen = torch.tensor(sorted(set(row.seen)), device=logits.device)
+    old, penalty = logits[seen], row.params.repetition_penalty
+    logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
+
+
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """One token per row of float32 logits [N, V], by inverting its cumulative distribution: [N] ids."""
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+
+    vocab = logits.shape[-1]
+    logits = logits / column([row.params.temperature for row in rows])
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocab, device=logits.device)
+    ordered = ordered.masked_fill(rank >= column([row.params.top_k or vocab for row in rows]), float("-inf"))
+    probs = torch.softmax(ordered, dim=-1)
+    before = probs.cumsum(-1) - probs  # probability of all likelier tokens
+    probs = probs.masked_fill(before >= column([row.params.top_p for row in rows]), 0.0)
+    least = column([row.params.min_p for row in rows]) * probs[:, :1]
+    probs = probs.masked_fill(probs < least, 0.0)
+    cumulative = probs.double().cumsum(-1)
+    target = column([row.draw for row in rows]).double() * cumulative[:, -1:]
+    chosen = (cumulative <= target).sum(-1, keepdim=True).clamp(max=vocab - 1)
+    return ids.gather(1, chosen).squeeze(1)

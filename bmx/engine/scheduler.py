@@ -1,0 +1,127 @@
+"""Which chunks run together next. Pure Python: no tensor, no clock, no model; fuzzed without torch.
+
+There is no prefill phase and no decode phase: each sequence has tokens known and tokens computed, and a step lets
+it catch up, by one token or by a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from bmx.engine.sequence import Sequence
+from bmx.planner import SlotGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start .. start + length of a sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step must give this sequence its next token."""
+        return self.start + self.length == self.sequence.known
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The chunks that run together: decoding sequences first, by slot; then prompts, in order of admission."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens."""
+        return sum(chunk.length for chunk in self.chunks)
+
+
+class Scheduler:
+    """Gives sequences their slots and cuts steps.
+
+    Args:
+        groups: slots by capacity.
+        chunk_size: most prompt tokens of one sequence in a step.
+        max_num_batched_tokens: most tokens in a step; a step with nothing else takes one chunk all the same.
+    """
+
+    def __init__(self, groups: Seq[SlotGroup], chunk_size: int, max_num_batched_tokens: int) -> None:
+        self._groups = tuple(groups)
+        self._chunk_size = chunk_size
+        self._max_tokens = max_num_batched_tokens
+        self._free = [list(range(group.slots))[::-1] for group in self._groups]
+        self._running: list[Sequence] = []
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._running)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens computed so far by the sequences that have a slot."""
+        return sum(sequence.computed for sequence in self._running)
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest slot."""
+        return max(group.capacity for group in self._groups)
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give the sequence the smallest free slot that is large enough; False if there is none now."""
+        fitting = [
+            (group.capacity, i)
+            for i, group in enumerate(self._groups)
+            if group.capacity >= sequence.rows_needed and self._free[i]
+        ]
+        if not fitting:
+            return False
+        _, group = min(fitting)
+        sequence.slot = (group, self._free[group].pop())
+        self._running.append(sequence)
+        return True
+
+    def schedule(self) -> Step | None:
+        """The next step: every decoding sequence, then whole prompt chunks while they fit. None: nothing to do."""
+        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.slot or (0, 0))
+        chunks = [Chunk(s, s.computed, 1) for s in decodes]
+        tokens = len(chunks)
+        prompts = 0
+        for sequence in self._running:
+            if sequence.decoding:
+                continue
+            length = sequence.chunk_length(self._chunk_size)
+            if prompts and tokens + length > self._max_tokens:
+                break
+            chunks.append(Chunk(sequence, sequence.computed, length))
+            tokens, prompts = tokens + length, prompts + 1
+        return Step(tuple(chunks)) if chunks else None
+
+    def update(self, step: Step, tokens: Seq[int | None]) -> list[Sequence]:
+        """Write down what a step computed and free the slots of those that are done.
+
+        Args:
+            tokens: the next token of each sampling chunk, in order; None where the logits were no numbers.
+
+        Returns:
+            The sequences that are finished, still knowing the slot they had.
+        """
+        following = iter(tokens)
+        for chunk in step.chunks:
+            samples = chunk.samples
+            chunk.sequence.computed = chunk.start + chunk.length
+            if samples:
+                chunk.sequence.accept(next(following))
+        finished = [s for s in self._running if s.finish_reason]
+        self._running = [s for s in self._running if not s.finish_reason]
+        for sequence in finished:
+            group, slot = sequence.slot or (0, 0)
+            self._free[group].append(slot)
+        return finished
+
+    def capacity(self, sequence: Sequence) -> int:
+        """Rows of the slot that a sequence has or had."""
+        return self._groups[(sequence.slot or (0, 0))[0]].capacity

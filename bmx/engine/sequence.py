@@ -1,0 +1,143 @@
+"""A request in flight: its tokens, how many are computed, where it lives, and when it is done.
+
+Knows one sequence; knows nothing of the others, of steps or of tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from bmx.model.text import Detokenizer, decode
+from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request in flight.
+
+    Attributes:
+        request: what was asked.
+        prompt: its token ids.
+        max_tokens: longest answer, after the model's own limit.
+        rows_needed: rows of a slot that it needs.
+        end_token_ids: ids that end the answer.
+        tokenizer: turns the answer into text.
+        computed: tokens whose keys and values have been computed.
+        slot: (group, slot) while it has one.
+    """
+
+    request: Request
+    prompt: list[int]
+    max_tokens: int
+    rows_needed: int
+    end_token_ids: frozenset[int]
+    tokenizer: Any
+    computed: int = 0
+    slot: tuple[int, int] | None = None
+    answer: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    _text: str | None = None
+    _detokenizer: Detokenizer | None = None
+    _random: random.Random | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.stop:
+            self._detokenizer = Detokenizer(self.tokenizer)
+        if self.params.temperature > 0:
+            request = self.request
+            self._random = random.Random(self.params.seed if request.seeded else f"{self.params.seed}/{request.id}")
+
+    @property
+    def params(self) -> SamplingParams:
+        """How to sample it."""
+        return self.request.params
+
+    @property
+    def known(self) -> int:
+        """Tokens known so far, prompt and answer."""
+        return len(self.prompt) + len(self.answer)
+
+    @property
+    def total(self) -> int:
+        """Tokens, prompt and answer, when the answer is as long as it may get."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only the newest token is still to be computed."""
+        return self.computed >= len(self.prompt)
+
+    def token_ids(self, start: int, length: int) -> list[int]:
+        """Known tokens start .. start + length."""
+        if start >= len(self.prompt):
+            start -= len(self.prompt)
+            return self.answer[start : start + length]
+        return self.prompt[start : start + length]
+
+    def chunk_length(self, chunk_size: int) -> int:
+        """Tokens of the next chunk: one while decoding, else the prompt in chunks as even as can be.
+
+        It depends on this sequence alone, since what is evicted depends on where chunks end.
+        """
+        if self.decoding:
+            return 1
+        length = len(self.prompt)
+        chunks = -(-length // chunk_size)
+        index = next(i for i in range(chunks) if i * length // chunks >= self.computed)
+        return (index + 1) * length // chunks - self.computed
+
+    def draw(self) -> float:
+        """The next random number of this sequence, in [0, 1); its own, whatever else is in the batch."""
+        return self._random.random() if self._random else 0.0
+
+    def accept(self, token_id: int | None) -> None:
+        """Take the next token of the answer and see whether it ends it; None means the model gave no number."""
+        if token_id is None:
+            self.finish_reason, self.error = "error", "nan_logits"
+            return
+        ends = token_id in self.params.stop_token_ids or (
+            token_id in self.end_token_ids and not self.params.ignore_eos
+        )
+        self.answer.append(token_id)
+        if ends:
+            self.finish_reason = "stop"
+        elif self._meets_stop_string(token_id):
+            self.finish_reason = "stop"
+        elif len(self.answer) >= self.max_tokens:
+            self.finish_reason = "length"
+
+    def _meets_stop_string(self, token_id: int) -> bool:
+        if self._detokenizer is None:
+            return False
+        added = self._detokenizer.add(token_id)
+        text = self._detokenizer.text
+        longest = max(map(len, self.params.stop))
+        start = max(0, len(text) - len(added) - longest + 1)
+        found = [at for at in (text.find(stop, start) for stop in self.params.stop) if at >= 0]
+        if found:
+            self._text = text[: min(found)]
+        return bool(found)
+
+    def result(self, capacity: int) -> Result:
+        """The answer, once finished.
+
+        Args:
+            capacity: rows of the slot it lived in.
+        """
+        ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self._ends()
+        ids = self.answer[:-1] if ended else self.answer
+        kept = min(self.computed, capacity)
+        return Result(
+            id=self.request.id,
+            text=decode(self.tokenizer, ids) if self._text is None else self._text,
+            token_ids=tuple(self.answer),
+            finish_reason=self.finish_reason,
+            usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.answer)),
+            kv=KVUsage(budget=capacity, kept=kept, evicted=self.computed - kept),
+        )
+
+    def _ends(self) -> set[int]:
+        return {*self.end_token_ids, *self.params.stop_token_ids}

@@ -1,0 +1,62 @@
+"""What can go wrong, as a small tree. Knows messages, hints and exit codes; knows nothing of terminals.
+
+BmxError                  a job that cannot start or go on (exit 1)
+├── UsageError            a flag, environment or config value (exit 2)
+├── MemoryLimitError      it does not fit (exit 4)
+├── InputFileError        the input file cannot be used (exit 5)
+├── OutputError           the output cannot be written (exit 1)
+└── ModelError            no such model, or one that bmx cannot run rightly (exit 1)
+
+RowError                  one input line cannot be answered: it becomes a Result, never an exit
+"""
+
+
+class BmxError(Exception):
+    """A job that cannot start or go on.
+
+    Args:
+        message: one line that says what is wrong.
+        hint: one line that says what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(BmxError):
+    """A flag, an environment variable or a config value is wrong."""
+
+    exit_code = 2
+
+
+class MemoryLimitError(BmxError):
+    """Not even one sequence fits in the memory that may be used."""
+
+    exit_code = 4
+
+
+class InputFileError(BmxError):
+    """The input file is missing, unreadable or unusable as a whole."""
+
+    exit_code = 5
+
+
+class OutputError(BmxError):
+    """The output file cannot be created or written."""
+
+
+class ModelError(BmxError):
+    """The model cannot be found, loaded, or run rightly by bmx."""
+
+
+class RowError(Exception):
+    """One row cannot be answered; ``code`` is one of the error codes of an output line."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message

@@ -1,0 +1,108 @@
+"""The truth: attention over a slot and a chunk, in plain torch, one whole matrix at a time.
+
+Knows tensors only, and is written to be read; every faster kernel has these signatures and is tested against it.
+
+Shapes: T chunk tokens, B decoding slots, S slots, H query heads, K kv heads, G = H / K, C rows of a slot,
+P rows in use, D key dim, E value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    hidden: Tensor | None = None,
+    want_mass: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """A prompt chunk attends to its slot (all of it) and to itself (causally).
+
+    Args:
+        query: [T, H, D]; key [T, K, D]; value [T, K, E]: the chunk's own.
+        past_key: [K, P, D]; past_value [K, P, E]: rows of the slot in use, in any order.
+        scale: factor of the dot products.
+        softcap: ``softcap * tanh(s / softcap)`` replaces each score s (Gemma 2).
+        sinks: [H] extra logits that take part in the softmax and have no value (gpt-oss).
+        hidden: [K, T, P + T] bool, True where a sliding window hides a key from a query.
+        want_mass: whether to add up the attention that each key receives.
+
+    Returns:
+        output [T, H, E], and the attention mass [K, P + T] in float32: the sum over queries of the mean over
+        the group's heads of the attention probabilities, slot rows first (or None).
+    """
+    tokens, heads, _ = query.shape
+    kv_heads, past, _ = past_key.shape
+    keys = torch.cat([past_key, key.transpose(0, 1)], dim=1)  # [K, P+T, D]
+    values = torch.cat([past_value, value.transpose(0, 1)], dim=1)
+    grouped = query.reshape(tokens, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)  # [K, G, T, D]
+    scores = torch.matmul(grouped, keys.unsqueeze(1).transpose(-1, -2)).float() * scale  # [K, G, T, P+T]
+    scores = cap(scores, softcap)
+    future = torch.ones(tokens, past + tokens, dtype=torch.bool, device=query.device).triu(past + 1)
+    scores.masked_fill_(future, float("-inf"))
+    if hidden is not None:
+        scores.masked_fill_(hidden.unsqueeze(1), float("-inf"))
+    sink_logits = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
+    weights = softmax_with_sinks(scores, sink_logits)
+    output = torch.matmul(weights.to(value.dtype), values.unsqueeze(1))  # [K, G, T, E]
+    mass = weights.mean(1).sum(1) if want_mass else None
+    return output.permute(2, 0, 1, 3).reshape(tokens, heads, -1), mass
+
+
+def attend_slots(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    hidden: Tensor | None = None,
+    want_mass: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """One decoding token per slot attends to its slot, in which its own key already is.
+
+    Args:
+        query: [B, H, D]; keys [B, K, C, D]; values [B, K, C, E].
+        hidden: broadcastable to [B, K, C] bool, True for rows not in use or out of the window.
+        scale, softcap, sinks, want_mass: as in ``attend_chunk``.
+
+    Returns:
+        output [B, H, E], and the attention mass [B, K, C] in float32 (or None).
+    """
+    batch, kv_heads, _, _ = keys.shape
+    grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])  # [B, K, G, D]
+    scores = torch.matmul(grouped, keys.transpose(-1, -2)).float() * scale  # [B, K, G, C]
+    scores = cap(scores, softcap)
+    if hidden is not None:
+        scores.masked_fill_(hidden.unsqueeze(-2), float("-inf"))
+    weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(kv_heads, -1, 1))
+    output = torch.matmul(weights.to(values.dtype), values)  # [B, K, G, E]
+    return output.reshape(batch, query.shape[1], -1), weights.mean(2) if want_mass else None
+
+
+def cap(scores: Tensor, softcap: float | None) -> Tensor:
+    """Soft-capped scores; unchanged without a cap."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension; ``sinks`` (broadcastable) joins the denominator only."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+
+
+def workspace_bytes(*, heads: int, chunk: int, rows: int, head_dim: int, itemsize: int) -> int:
+    """Bytes that one chunk's attention holds beside its inputs: scores in both precisions, keys and values."""
+    return heads * chunk * rows * (itemsize + 3 * 4) + 2 * heads * rows * head_dim * itemsize

@@ -1,0 +1,1 @@
+"""The KV cache: what a slot looks like (layout) and the tensors of all slots (pool)."""

@@ -1,0 +1,1 @@
+"""The model: loading it, what it looks like from outside, its texts and its rotary embedding."""

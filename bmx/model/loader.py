@@ -1,0 +1,235 @@
+"""From a name to a model ready for packed tokens: hub ids, local folders, GGUF files and the demo model.
+
+Knows transformers' loading and the cache of dequantised GGUF files; knows nothing of caches, plans or requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bmx import hardware
+from bmx.config import EngineConfig
+from bmx.errors import ModelError
+from bmx.model.demo import demo_model_path
+from bmx.model.rope import SequenceRope, pin_rope
+from bmx.model.spec import ModelSpec, check_config, read_spec
+
+log = logging.getLogger("bmx")
+CACHE_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model, its sizes, its end tokens, and its rotary embedding where that depends on a sequence's length."""
+
+    model: Any
+    spec: ModelSpec
+    end_token_ids: frozenset[int]
+    rope: SequenceRope | None
+    runtime_bytes: int
+
+
+def find_source(config: EngineConfig) -> str:
+    """The folder or hub id to load from; a GGUF file is dequantised into a cached folder first.
+
+    Raises:
+        ModelError: the demo model is not installed, or there is no such file.
+    """
+    name = str(demo_model_path()) if config.model == "demo" else config.model
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such model file: {name}")
+        return str(_dequantised(path))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{name} is not a model folder: it has no config.json")
+    if not path.exists() and name.startswith(("/", "./", "../", "~")):
+        raise ModelError(f"no such model folder: {name}")
+    return str(path) if path.exists() else name
+
+
+def load_tokenizer(source: str, config: EngineConfig) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: not to be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    _quiet()
+    with _Failures(config.model):
+        return AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+
+
+def load_model(source: str, config: EngineConfig) -> LoadedModel:
+    """The model on its device, probed and ready.
+
+    Raises:
+        ModelError: not to be found, read, or run rightly by bmx.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _quiet()
+    device = choose_device(config)
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _Failures(config.model):
+        model_config = AutoConfig.from_pretrained(source, **where)
+    check_config(model_config)
+    runtime = hardware.resident_bytes() if device.type == "cpu" else 0
+    with _Failures(config.model):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=model_config,
+            dtype=choose_dtype(config, device),
+            device_map=None if device.type == "cpu" else device,
+            use_safetensors=True,
+            **where,
+        ).eval()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        runtime = max(0, total - free - torch.cuda.memory_allocated())
+    return prepare(model, runtime)
+
+
+def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
+    """A transformers model, ready for packed tokens.
+
+    Args:
+        model: in eval mode, on its device.
+        runtime_bytes: what the process held before the model was loaded.
+
+    Raises:
+        ModelError: bmx cannot run it rightly.
+    """
+    check_config(model.config)
+    model.requires_grad_(False)
+    rope = pin_rope(model)
+    return LoadedModel(
+        model=model,
+        spec=read_spec(model),
+        end_token_ids=_end_tokens(model),
+        rope=rope,
+        runtime_bytes=runtime_bytes,
+    )
+
+
+def choose_device(config: EngineConfig) -> Any:
+    """The torch device that the configuration means.
+
+    Raises:
+        ModelError: a GPU was asked for and there is none.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ModelError("no CUDA GPU is available here", hint="leave out --device to run on the CPU")
+    return torch.device("cuda", 0) if available and config.device != "cpu" else torch.device("cpu")
+
+
+def choose_dtype(config: EngineConfig, device: Any) -> Any:
+    """The type to compute in: as asked, else bfloat16 where the device has it in hardware."""
+    import torch
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if hardware.fast_bfloat16_cpu() else torch.float32
+
+
+def _end_tokens(model: Any) -> frozenset[int]:
+    """Ids that end an answer: the generation config's, else the model config's; one, several or none."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = model.config.get_text_config(decoder=True).eos_token_id if ids is None else ids
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+def _dequantised(file: Path) -> Path:
+    """A folder with the GGUF file's model in bfloat16 and its tokenizer, made once per content of the file."""
+    from platformdirs import user_cache_path
+
+    folder = user_cache_path("bmx") / "gguf" / f"{_digest(file)}-{CACHE_VERSION}"
+    if (folder / "config.json").is_file():
+        return folder
+    log.info("unpacking %s once; the result is kept in %s", file.name, folder.parent)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the model cache {folder.parent}: {error.strerror}", hint="set XDG_CACHE_HOME to another folder"
+        ) from None
+    try:
+        _unpack(file, work)
+        work.chmod(0o755)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # another run was not faster: the rename itself failed
+                raise
+    except OSError as error:
+        raise ModelError(f"cannot write the model cache {folder.parent}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    _quiet()
+    extra = {}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
+        extra["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
+    with _Failures(str(file)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, **extra
+        )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+
+
+class _Failures:
+    """Turns what loading may raise into one ModelError with the cause in a line."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, KeyError)):
+            return
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelError(
+            f"cannot load model {self.name}: {lines[0]}",
+            hint="--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file",
+        ) from error
+
+
+def _quiet() -> None:
+    """Keep transformers' bars and advice off the terminal: bmx shows its own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

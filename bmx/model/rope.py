@@ -1,0 +1,96 @@
+"""Rotary embeddings that depend on a sequence's length, fixed for each sequence when it is admitted.
+
+LongRoPE (Phi-3 and later) and dynamic NTK choose their frequencies from the longest position of a whole forward.
+In a packed step that would mix sequences, and a prompt read in chunks would get two kinds of keys. Here each
+sequence keeps the frequencies of its own final length. Knows rotary modules; knows nothing of steps or slots.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from bmx.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring packed tokens of sequences with the same final length."""
+
+    tokens: int
+    length: int
+
+
+class SequenceRope(nn.Module):
+    """Stands where the model's rotary module stood, and computes each segment with its own frequencies."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.original = original
+        self.segments: Sequence[Segment] = ()
+        self._frequencies: dict[int, tuple[Tensor, float]] = {}
+        self._compute: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(type(original).forward)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, T, D'] for positions [1, T], in the order of ``segments``."""
+        import torch
+
+        if not self.segments:
+            return self._rotate(x, position_ids, 0)
+        parts, start = [], 0
+        for segment in self.segments:
+            parts.append(self._rotate(x, position_ids[:, start : start + segment.tokens], segment.length))
+            start += segment.tokens
+        cos, sin = zip(*parts, strict=True)
+        return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
+
+    def _rotate(self, x: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        self.original.inv_freq, self.original.attention_scaling = self._of_length(length, x.device)
+        return self._compute(self.original, x, position_ids)
+
+    def _of_length(self, length: int, device: Any) -> tuple[Tensor, float]:
+        """Frequencies and scaling for sequences of this final length."""
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        config = self.original.config
+        limit = _trained_length(config)
+        key = max(length, limit) if "dynamic" in self.original.rope_type else limit + (length > limit)
+        if key not in self._frequencies:
+            self._frequencies[key] = ROPE_INIT_FUNCTIONS[self.original.rope_type](config, device, seq_len=key)
+        return self._frequencies[key]
+
+
+def pin_rope(model: Any) -> SequenceRope | None:
+    """Replace the rotary module of a LongRoPE or dynamic-NTK model; None where there is no need.
+
+    Raises:
+        ModelError: the module has a form that cannot be pinned.
+    """
+    found = [(name, m) for name, m in model.named_modules() if _depends_on_length(getattr(m, "rope_type", ""))]
+    if not found:
+        return None
+    name, module = found[0]
+    if len(found) > 1 or not isinstance(module.rope_type, str):
+        raise ModelError(f"bmx cannot run {type(model).__name__}: it scales its rotary embedding by layer and length")
+    rope = SequenceRope(module)
+    model.set_submodule(name, rope)
+    return rope
+
+
+def _depends_on_length(rope_type: Any) -> bool:
+    kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
+
+
+def _trained_length(config: Any) -> int:
+    parameters = config.rope_parameters
+    if parameters["rope_type"] == "longrope":
+        return int(parameters["original_max_position_embeddings"])
+    return int(config.max_position_embeddings)

@@ -1,0 +1,154 @@
+"""Text in, token ids out, and back: chat templates, control tokens in documents, decoding piece by piece.
+
+Knows a tokenizer; knows nothing of models, slots or files.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from bmx.config import PromptConfig
+from bmx.errors import RowError
+from bmx.request import Request
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class PromptEncoder:
+    """Turns a request into the token ids that the model reads.
+
+    Text that comes from the row never becomes a control token unless ``parse_special_tokens`` says so: where a
+    document spells one (``<|im_end|>``), that spelling is tokenised in two pieces, and the rest as always.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        config: how rows become text.
+    """
+
+    def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._control = () if config.parse_special_tokens else _control_tokens(tokenizer)
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+
+    def encode(self, request: Request) -> list[int]:
+        """Token ids of a request's prompt.
+
+        Raises:
+            RowError: ``invalid_request``, if there is no text, or the chat template cannot take the messages.
+        """
+        messages = self._messages(request)
+        if messages is None:
+            text, marks = self._hide(request.prompt or "")
+            ids = self._tokens(text, marks, add_special_tokens=True)
+        else:
+            text, marks = self._render(messages)
+            ids = self._tokens(text, marks, add_special_tokens=False)
+        if not ids:
+            raise RowError("invalid_request", "the prompt is empty")
+        return ids
+
+    def _messages(self, request: Request) -> list[dict[str, Any]] | None:
+        """The conversation to render, or None for a prompt that is read as it stands."""
+        if request.messages is None:
+            if request.raw or not (self._config.chat_template and self._has_template):
+                return None
+            messages: list[dict[str, Any]] = [{"role": "user", "content": request.prompt}]
+        elif not self._has_template:
+            raise RowError("invalid_request", "this model has no chat template: give 'prompt' instead of 'messages'")
+        else:
+            messages = [dict(message) for message in request.messages]
+        if self._config.system_prompt is not None and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": self._config.system_prompt})
+        return messages
+
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
+        """The chat template's text, with marks where a document spells a control token."""
+        marks: dict[str, str] = {}
+        for message in messages:
+            message["content"], found = self._hide(message["content"])
+            marks.update(found)
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            raise RowError("invalid_request", f"the chat template refuses these messages: {error}") from error
+        return str(text), marks
+
+    def _hide(self, text: str) -> tuple[str, dict[str, str]]:
+        """``text`` with each spelled-out control token behind a mark that occurs nowhere else."""
+        marks: dict[str, str] = {}
+        for token in self._control:
+            if token in text:
+                mark = f"bmx{secrets.token_hex(8)}"
+                marks[mark] = token
+                text = text.replace(token, mark)
+        return text, marks
+
+    def _tokens(self, text: str, marks: dict[str, str], *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, each marked spelling as two pieces of plain text."""
+        pieces = [(text, True)]
+        for mark, token in marks.items():
+            pieces = [part for piece, plain in pieces for part in _cut(piece, plain, mark, token)]
+        ids: list[int] = []
+        for i, (piece, _) in enumerate(pieces):
+            special = add_special_tokens and i == 0
+            ids += self._tokenizer(piece, add_special_tokens=special)["input_ids"] if piece or special else []
+        return ids
+
+
+class Detokenizer:
+    """Text of a growing answer that never ends inside a character.
+
+    Decodes the newest tokens together with a few before them, since what a token adds may depend on its neighbour.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0  # tokens from here on are decoded for context
+        self._done = 0  # tokens up to here are in the text
+        self.text = ""
+
+    def add(self, token_id: int) -> str:
+        """Take the next token; returns the text it completes, which may be none or several characters."""
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._context : self._done])
+        after = self._decode(self._ids[self._context :])
+        if after.endswith(REPLACEMENT) or len(after) <= len(before):
+            return ""
+        self._context, self._done = self._done, len(self._ids)
+        self.text += after[len(before) :]
+        return after[len(before) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of a whole answer, without special tokens and without half a character at its end."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rstrip(REPLACEMENT)
+
+
+def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Spellings that act as control tokens: special ones, and those that the chat template speaks. Longest first."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    spoken = {t.content for t in added if len(t.content.strip()) > 1 and (t.special or t.content in template)}
+    return tuple(sorted(spoken, key=len, reverse=True))
+
+
+def _cut(piece: str, plain: bool, mark: str, token: str) -> list[tuple[str, bool]]:
+    """``piece`` cut at ``mark``, with the token's spelling, broken after its first character, in between."""
+    if not plain or mark not in piece:
+        return [(piece, plain)]
+    head, *tails = piece.split(mark)
+    cut = [(head, True)]
+    for tail in tails:
+        cut += [(token[0], False), (token[1:], False), (tail, True)]
+    return cut

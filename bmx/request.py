@@ -1,0 +1,91 @@
+"""One input line, one output line, and how to sample. Values only: nothing here knows files or tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from bmx.errors import RowError
+
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one answer are chosen. The notes are the help texts of the command line.
+
+    Raises:
+        ValueError: a value out of range; the message names it.
+    """
+
+    max_tokens: Annotated[int, "longest answer, in tokens"] = 256
+    temperature: Annotated[float, "0 is greedy: always the likeliest token"] = 0.0
+    top_p: Annotated[float, "sample among the likeliest tokens that hold this probability"] = 1.0
+    top_k: Annotated[int, "sample among this many likeliest tokens; 0 is all"] = 0
+    min_p: Annotated[float, "drop tokens less likely than this share of the likeliest one"] = 0.0
+    repetition_penalty: Annotated[float, "above 1 makes tokens of the prompt and the answer less likely"] = 1.0
+    stop: Annotated[tuple[str, ...], "end the answer before this text; may be given several times"] = ()
+    stop_token_ids: Annotated[tuple[int, ...], "end the answer at this token id; may be given several times"] = ()
+    seed: Annotated[int, "two runs with the same seed give the same answers"] = 0
+    ignore_eos: Annotated[bool, "go on to max_tokens past the model's own end token"] = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": 0 <= self.temperature <= 100,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": 0 < self.repetition_penalty <= 100,
+            "stop": len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
+            "seed": abs(self.seed) < 2**63,
+        }
+        for name, ok in checks.items():
+            if not ok:
+                raise ValueError(f"{name} is out of range: {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how to answer it: either ``prompt`` or ``messages``.
+
+    ``raw`` marks a prompt that is continued as it stands, without the model's chat template.
+    ``seeded`` marks a seed of the row's own; otherwise the row's id is mixed into the job's seed.
+    """
+
+    id: str
+    prompt: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    params: SamplingParams = SamplingParams()
+    raw: bool = False
+    seeded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVUsage:
+    """KV pairs per layer and head of one answer: the slot's size, how many stayed, how many went."""
+
+    budget: int
+    kept: int
+    evicted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The answer to one request, or the reason why there is none (then ``error`` is set)."""
+
+    id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    kv: KVUsage | None = None
+    error: RowError | None = None

@@ -1,0 +1,82 @@
+"""What the tests share: a tiny tokenizer, tiny models in an engine, and transformers' own generate as the judge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from families import VOCAB, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
+from bmx.model.loader import prepare
+
+torch.set_num_threads(2)
+
+
+def word_tokenizer(vocab: int = VOCAB, **special: str) -> PreTrainedTokenizerFast:
+    """Token i is the word ``w<i>``; words are split at blanks and joined by them."""
+    words = models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def words(ids: Sequence[int]) -> str:
+    """The text whose token ids these are."""
+    return " ".join(f"w{i}" for i in ids)
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths, of random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def as_requests(prompts: Sequence[Sequence[int]], **params: Any) -> list[Request]:
+    """One request per prompt, ids in order."""
+    return [
+        Request(id=str(i), prompt=words(prompt), params=SamplingParams(**params)) for i, prompt in enumerate(prompts)
+    ]
+
+
+def tiny_engine(model: Any, **config: Any) -> Engine:
+    """An engine around a tiny model, given as such or by the name of its family."""
+    model = tiny_model(model) if isinstance(model, str) else model
+    return Engine(EngineConfig(**config), PromptConfig(), word_tokenizer(), prepare(model))
+
+
+def answers(engine: Engine, requests: Sequence[Request]) -> dict[str, tuple[int, ...]]:
+    """Token ids by request id; fails on any error."""
+    results = list(engine.generate(requests))
+    assert [r.error for r in results if r.error] == []
+    assert sorted(r.id for r in results) == sorted(r.id for r in requests)
+    return {r.id: r.token_ids for r in results}
+
+
+def reference_answers(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, tuple[int, ...]]:
+    """What transformers' own ``generate`` answers, greedily, one prompt at a time with its full cache."""
+    found = {}
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, use_cache=True
+        )
+        found[str(i)] = tuple(output[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.fixture
+def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Choose the attention kernels by name."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setenv("BMX_KERNELS", name)
+
+    return choose

@@ -1,0 +1,205 @@
+"""Tiny random-weight models of the causal-LM families that the tests run.
+
+What it knows: for each family the smallest configuration in which all its kinds of layers occur (sliding and
+full, dense and sparse, KV owner and KV sharer), and how to fill a model with weights whose greedy output
+depends on attention: at the library's own initial scale every score is near zero and the mask hardly matters.
+
+Every window is `WINDOW` tokens, shorter than a usual test prompt. No configuration has an end-of-sequence
+token, so `generate` runs to the length asked for. The reference is eager attention, the one implementation
+that all families have (soft-capping and attention sinks included).
+
+A model type that the installed transformers lacks raises when its row is built, not on import.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+VOCAB = 128
+WINDOW = 8
+
+S, F = "sliding_attention", "full_attention"
+
+_TEXT: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,  # a tied head makes greedy output echo its last token
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+_GQA = _TEXT | dict(num_key_value_heads=2)
+_MLA = _TEXT | dict(
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=16,
+)
+_SLIDING: dict[str, Any] = dict(sliding_window=WINDOW, layer_types=[S, F])
+_GEMMA = _GQA | _SLIDING | dict(head_dim=16, query_pre_attn_scalar=16)
+_PER_LAYER = dict(vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8)
+_SHARED_KV = dict(num_hidden_layers=6, layer_types=[S, F, S, F, S, F], num_kv_shared_layers=3)
+_ROUTED = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+_DENSE_THEN_ROUTED = _ROUTED | dict(first_k_dense_replace=1)
+_GEMMA4 = dict(global_head_dim=32, hidden_size_per_layer_input=0)
+_EXPERTS = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+_LOCAL_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+_VISION: dict[str, Any] = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
+)
+_TOP = {name: _TEXT[name] for name in ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")}
+
+
+def _config(model_type: str, base: dict[str, Any], **changes: Any) -> PreTrainedConfig:
+    config = AutoConfig.for_model(model_type, **base | changes)
+    config.eos_token_id = None  # again: glm4's constructor replaces None with its own tokens
+    return config
+
+
+def _gqa(model_type: str, **changes: Any) -> Callable[[], PreTrainedConfig]:
+    return partial(_config, model_type, _GQA, **changes)
+
+
+def _mha(model_type: str, **changes: Any) -> Callable[[], PreTrainedConfig]:
+    """For the families whose configuration has no number of key-value heads."""
+    return partial(_config, model_type, _TEXT, **changes)
+
+
+def _mla(model_type: str, **changes: Any) -> Callable[[], PreTrainedConfig]:
+    return partial(_config, model_type, _MLA, **changes)
+
+
+def _gemma(model_type: str, **changes: Any) -> Callable[[], PreTrainedConfig]:
+    return partial(_config, model_type, _GEMMA, **changes)
+
+
+def _gemma3_vlm() -> PreTrainedConfig:
+    text = _GEMMA | dict(model_type="gemma3_text")
+    tokens = dict(image_token_index=VOCAB - 1, boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3)
+    vision = _VISION | dict(model_type="siglip_vision_model")
+    return _config("gemma3", _TOP, text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+
+
+def _mistral3_vlm() -> PreTrainedConfig:
+    text = _GQA | dict(model_type="mistral", head_dim=16, sliding_window=None)
+    vision = _VISION | dict(model_type="pixtral", head_dim=8)
+    return _config("mistral3", _TOP, text_config=text, vision_config=vision, image_token_index=VOCAB - 1)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": _gqa("llama"),
+    "mistral": _gqa("mistral", sliding_window=WINDOW),
+    "ministral": _gqa("ministral", head_dim=8, **_SLIDING),
+    "ministral3": _gqa("ministral3", head_dim=8, rope_parameters=_YARN | dict(llama_4_scaling_beta=0.1)),
+    "mixtral": _gqa("mixtral", **_LOCAL_EXPERTS),
+    "qwen2": _gqa("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen2_moe": _gqa("qwen2_moe", shared_expert_intermediate_size=16, **_EXPERTS),
+    "qwen3": _gqa("qwen3", head_dim=16),
+    "qwen3_moe": _gqa("qwen3_moe", head_dim=16, **_EXPERTS),
+    "phi": _gqa("phi"),
+    "phi3": _gqa("phi3", sliding_window=None),
+    "phi3_sliding": _gqa("phi3", sliding_window=WINDOW),
+    "phimoe": _gqa("phimoe", sliding_window=None, **_LOCAL_EXPERTS),
+    "gemma": _gqa("gemma", head_dim=16),
+    "gemma2": _gemma("gemma2", attn_logit_softcapping=5.0, final_logit_softcapping=30.0),
+    "gemma3_text": _gemma("gemma3_text"),
+    "vaultgemma": _gemma("vaultgemma", attn_logit_softcapping=5.0),
+    "gemma3n_text": _gemma("gemma3n_text", laurel_rank=8, **_PER_LAYER, **_SHARED_KV),
+    "gemma4_text": _gemma("gemma4_text", global_head_dim=32, **_PER_LAYER, **_SHARED_KV),
+    "gemma4_k_eq_v": _gemma("gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1, **_GEMMA4),
+    "gemma4_moe": _gemma(
+        "gemma4_text",
+        enable_moe_block=True,
+        moe_intermediate_size=16,
+        num_experts=4,
+        top_k_experts=2,
+        **_GEMMA4,
+    ),
+    "gpt_oss": _gqa("gpt_oss", head_dim=16, rope_parameters=_YARN, **_SLIDING, **_LOCAL_EXPERTS),
+    # Sinks in sliding layers only, values narrower than keys, twice the key-value heads in sliding layers.
+    "mimo_v2_flash": _gqa("mimo_v2_flash", head_dim=16, v_head_dim=8, **_SLIDING, **_ROUTED),
+    "olmo": _gqa("olmo"),
+    "olmo2": _gqa("olmo2", num_hidden_layers=3),
+    "olmo3": _gqa("olmo3", num_hidden_layers=4, sliding_window=WINDOW, layer_types=[S, S, S, F]),
+    "olmoe": _gqa("olmoe", num_experts=4, num_experts_per_tok=2),
+    "flex_olmo": _gqa("flex_olmo", num_experts=4, num_experts_per_tok=2),
+    "cohere": _gqa("cohere", logit_scale=1.0),
+    "cohere2": _gqa("cohere2", logit_scale=1.0, **_SLIDING),
+    "granite": _gqa("granite", attention_multiplier=0.25, residual_multiplier=0.5, logits_scaling=2.0),
+    "granitemoe": _gqa("granitemoe", attention_multiplier=0.25, **_LOCAL_EXPERTS),
+    "smollm3": _gqa("smollm3", no_rope_layers=[1, 0]),
+    "afmoe": _gqa("afmoe", head_dim=8, num_dense_layers=1, num_shared_experts=1, **_SLIDING, **_EXPERTS),
+    "gpt2": _mha("gpt2"),
+    "gpt_bigcode": _mha("gpt_bigcode"),  # one key-value head
+    "gpt_neox": _mha("gpt_neox"),
+    "opt": _mha("opt", ffn_dim=64, word_embed_proj_dim=32),
+    "biogpt": _mha("biogpt"),
+    "starcoder2": _gqa("starcoder2", sliding_window=WINDOW),
+    "stablelm": _gqa("stablelm"),
+    "persimmon": _mha("persimmon"),
+    "helium": _gqa("helium", head_dim=8),
+    "arcee": _gqa("arcee"),
+    "deepseek_v2": _mla("deepseek_v2", **_DENSE_THEN_ROUTED),
+    "deepseek_v3": _mla("deepseek_v3", **_DENSE_THEN_ROUTED),
+    "youtu": _mla("youtu"),
+    "glm4_moe_lite": _mla("glm4_moe_lite", **_DENSE_THEN_ROUTED),
+    "minicpm3": _mla("minicpm3"),
+    "exaone4": _gqa("exaone4", **_SLIDING),
+    "exaone_moe": _gqa("exaone_moe", **_SLIDING, **_EXPERTS),
+    "glm": _gqa("glm", head_dim=8),
+    "glm4": _gqa("glm4", head_dim=8),
+    "glm4_moe": _gqa("glm4_moe", head_dim=8, use_qk_norm=True, **_DENSE_THEN_ROUTED),
+    "dots1": _gqa("dots1", n_shared_experts=1, **_DENSE_THEN_ROUTED),
+    "solar_open": _gqa("solar_open", head_dim=8, n_shared_experts=1, **_DENSE_THEN_ROUTED),
+    "bitnet": _gqa("bitnet"),
+    "nanochat": _gqa("nanochat"),
+    "jais2": _gqa("jais2"),
+    "nemotron": _gqa("nemotron"),
+    "ernie4_5": _gqa("ernie4_5", head_dim=8),
+    "ernie4_5_moe": _gqa(
+        "ernie4_5_moe", moe_intermediate_size=16, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1
+    ),
+    "hunyuan_v1_dense": _gqa("hunyuan_v1_dense", head_dim=8),
+    "hunyuan_v1_moe": _gqa("hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=2),
+    "seed_oss": _gqa("seed_oss", head_dim=8),
+    "gemma3_vlm": _gemma3_vlm,
+    "mistral3_vlm": _mistral3_vlm,
+}
+_WRAPPERS = {"gemma3_vlm", "mistral3_vlm"}
+# Weight scales where the usual one makes greedy output tie or repeat itself.
+_STD = {"dots1": 0.2, "glm4_moe": 0.2, "phimoe": 0.25}
+
+
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """The family's tiny model on the CPU, float32, in eval mode, its weights drawn from `seed`."""
+    auto = AutoModelForImageTextToText if name in _WRAPPERS else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = auto.from_config(FAMILIES[name](), dtype=torch.float32, attn_implementation="eager")
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, _STD.get(name, 0.35))
+            else:  # norms, biases, sinks: stay near where their own initialisation put them
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
