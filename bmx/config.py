@@ -59,9 +59,10 @@ class EngineConfig:
     )
     revision: Annotated[str | None, "branch, tag or commit of a hub model"] = None
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], "auto: bfloat16 where the device computes it fast"
+        Literal["auto", "bfloat16", "float16", "float32"],
+        "bfloat16, float16, float32, or auto: bfloat16 where the device computes it fast",
     ] = "auto"
-    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: the GPU if there is one"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "cpu, cuda, or auto: the GPU if there is one"] = "auto"
     trust_remote_code: Annotated[bool, "run Python code that comes with the model"] = False
     kv_policy: Annotated[
         Literal["average-attention", "none"], "what to keep: average-attention (Batch-Max), or none (full cache)"
@@ -86,7 +87,7 @@ class EngineConfig:
             raise UsageError("kv_sink must be at least 0 and kv_recent at least 1")
         if self.kv_policy != "none" and self.kv_budget <= self.kv_sink + self.kv_recent:
             raise UsageError(
-                f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink and {self.kv_recent} recent tokens",
+                f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink, {self.kv_recent} recent tokens",
                 hint="raise --kv-budget; a quarter of the prompt is a good start",
             )
         if self.max_num_batched_tokens and self.max_num_batched_tokens < self.chunk_size:
@@ -115,7 +116,8 @@ class JobConfig:
     limit: Annotated[int | None, "only the first N rows", parse_count] = None
     dry_run: Annotated[bool, "show the plan and stop"] = False
     progress: Annotated[
-        Literal["auto", "rich", "plain", "none"], "auto: live on a terminal, a line now and then elsewhere"
+        Literal["auto", "rich", "plain", "none"],
+        "rich, plain, none, or auto: live on a terminal, a line now and then elsewhere",
     ] = "auto"
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 CGROUP = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
@@ -87,7 +88,7 @@ def gpus() -> list[Gpu]:
 
 
 @contextmanager
-def _nvml() -> Iterator[object]:
+def _nvml() -> Iterator[Any]:
     """The NVML module while it is initialised, or None where there is no driver."""
     import pynvml
 

@@ -174,7 +174,7 @@ def plan(
 
     most = min(limits.slots or MAX_SLOTS, len(rows_needed))
     demand = Counter(capacities(rows_needed))
-    groups = _largest(demand, most, lambda capacity: layout(capacity).nbytes, fits)
+    groups = _largest(demand, most, fits)
     if not groups:
         raise _does_not_fit(memory((SlotGroup(max(rows_needed), 1),)), limits)
     return Plan(
@@ -206,7 +206,7 @@ def _least_waste(candidates: list[int], counts: list[int]) -> list[int]:
     """The at most four candidates (the last among them) that hold everything with the fewest unused rows."""
     best: list[tuple[int, list[int]]] = [(0, [])]  # of the first i candidates: rows in all, capacities chosen
     rounds: list[list[tuple[int, list[int]]]] = []
-    infinite = (2**62, [])
+    infinite: tuple[int, list[int]] = (2**62, [])
     previous = best + [infinite] * len(candidates)
     for _ in range(min(MAX_GROUPS, len(candidates))):
         current = [infinite] * (len(candidates) + 1)
@@ -224,7 +224,6 @@ def _least_waste(candidates: list[int], counts: list[int]) -> list[int]:
 def _largest(
     demand: Counter[int],
     most: int,
-    slot_bytes: Callable[[int], int],
     fits: Callable[[tuple[SlotGroup, ...]], bool],
 ) -> tuple[SlotGroup, ...]:
     """As many slots as fit, each group's share as its share of the sequences; fewer groups if need be."""

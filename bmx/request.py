@@ -53,7 +53,7 @@ class Request:
     ``seeded`` marks a seed of the row's own; otherwise the row's id is mixed into the job's seed.
     """
 
-    id: str
+    id: str | int
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     params: SamplingParams = SamplingParams()
@@ -82,7 +82,7 @@ class KVUsage:
 class Result:
     """The answer to one request, or the reason why there is none (then ``error`` is set)."""
 
-    id: str
+    id: str | int
     text: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None

@@ -20,7 +20,9 @@ class Stats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     decode_tokens: int = 0
-    prompt_tokens_total: int = 0
+    work_total: int = 0
+    work_saved: int = 0
+    memory_bytes: int = 0
     active_slots: int = 0
     slots: int = 0
     steps: int = 0
@@ -36,6 +38,18 @@ class Stats:
     def elapsed(self) -> float:
         """Seconds since the run began."""
         return time.monotonic() - self.started
+
+    @property
+    def work_done(self) -> int:
+        """Tokens of ``work_total`` that are computed, or that an early end made needless."""
+        return self.prompt_tokens + self.generated_tokens + self.work_saved
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left at the pace so far; None while there is no pace."""
+        if not self.work_done or not self.work_total:
+            return None
+        return self.elapsed * max(0, self.work_total - self.work_done) / self.work_done
 
     @property
     def prefill_rate(self) -> float:

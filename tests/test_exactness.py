@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
+import torch
+from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, words
 from families import FAMILIES, tiny_model
 
+from bmx import Request, SamplingParams
+
 LENGTHS = (5, 30, 17, 23, 9)
+CROWDED = {"chunk_size": 7, "max_num_seqs": 3, "max_num_batched_tokens": 20}
+KINDS = ("llama", "mistral", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "mimo_v2_flash", "opt")
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "reference"])
@@ -16,6 +21,112 @@ def test_same_greedy_tokens_as_generate(family, kernels, cpu_kernels):
     cpu_kernels(kernels)
     prompts = random_prompts(LENGTHS)
     expected = reference_answers(tiny_model(family), prompts, 8)
-    engine = tiny_engine(family, kv_policy="none", chunk_size=7, max_num_seqs=3, max_num_batched_tokens=20)
+    engine = tiny_engine(family, kv_policy="none", **CROWDED)
     assert answers(engine, as_requests(prompts, max_tokens=8)) == expected
     assert engine.stats.peak_active_slots == 3
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_budget_that_holds_everything_changes_nothing(family):
+    prompts = random_prompts(LENGTHS)
+    engine = tiny_engine(family, kv_budget=30 + 8, kv_recent=4, **CROWDED)
+    results = list(engine.generate(as_requests(prompts, max_tokens=8)))
+    assert {r.id: r.token_ids for r in results} == reference_answers(tiny_model(family), prompts, 8)
+    assert all(r.kv.evicted == 0 for r in results)
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("policy", ["none", "average-attention"])
+def test_a_row_alone_answers_as_it_does_in_any_company(family, policy):
+    """Order, slot count, step size and neighbours change nothing; nor does chunking while nothing is evicted."""
+    prompts = random_prompts((40, 11, 64, 25, 33, 8))
+    requests = as_requests(prompts, max_tokens=12)
+    engine = tiny_engine(family, kv_policy=policy, kv_budget=24, kv_recent=6, chunk_size=10, max_num_seqs=6)
+    alone = {}
+    for request in requests:
+        alone |= answers(engine, [request])
+    assert answers(engine, requests) == alone
+    for slots, tokens in ((1, 10), (2, 64), (4, 23)):
+        crowd = tiny_engine(
+            family,
+            kv_policy=policy,
+            kv_budget=24,
+            kv_recent=6,
+            chunk_size=10,
+            max_num_seqs=slots,
+            max_num_batched_tokens=tokens,
+        )
+        assert answers(crowd, requests[::-1]) == alone
+    if policy == "none":
+        assert answers(tiny_engine(family, kv_policy="none", chunk_size=64), requests) == alone
+
+
+@pytest.mark.parametrize("window_over_budget", [False, True])
+def test_a_sliding_window_larger_than_the_budget_is_compressed_too(window_over_budget):
+    """A window that fits its slot loses nothing; a larger one keeps to the budget."""
+    prompts = random_prompts((60, 45))
+    model = tiny_model("mistral")
+    model.config.sliding_window = 30 if window_over_budget else 8
+    engine = tiny_engine(model, kv_budget=20, kv_recent=6, chunk_size=16)
+    layer = engine.policy.layout(engine.loaded.spec, 20).layers[0]
+    assert (layer.capacity, layer.by_age) == ((20, False) if window_over_budget else (8, True))
+    found = answers(engine, as_requests(prompts, max_tokens=8))
+    assert (found == reference_answers(model, prompts, 8)) is not window_over_budget
+
+
+LONGROPE = {
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 32,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0, 5.0, 8.0, 12.0],
+        "original_max_position_embeddings": 32,
+        "factor": 4.0,
+    },
+}
+DYNAMIC = {
+    "max_position_embeddings": 32,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize(("family", "scaling"), [("phi3", LONGROPE), ("llama", DYNAMIC)])
+def test_frequencies_that_depend_on_length_are_each_sequences_own(family, scaling, monkeypatch):
+    """Short and long sequences share steps, and long prompts are read in chunks; each keeps to its own table.
+
+    The judge is one uncached forward over the prompt and one token more, the length that bmx fixes the table for.
+    """
+    config = FAMILIES[family]()
+    config.update(scaling)
+    monkeypatch.setitem(FAMILIES, family, lambda: config)
+    model = tiny_model(family)
+    prompts = random_prompts((10, 90, 20, 50, 31, 110))
+    expected = {}
+    for i, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, 0]]), use_cache=False).logits[0, -2]
+        expected[str(i)] = (int(logits.argmax()),)
+    engine = tiny_engine(model, kv_policy="none", chunk_size=16, max_num_batched_tokens=40)
+    assert answers(engine, as_requests(prompts, max_tokens=1)) == expected
+
+
+def test_models_with_several_end_tokens_stop_at_any_of_them():
+    model = tiny_model("llama")
+    prompt = random_prompts((20,))[0]
+    free = reference_answers(model, [prompt], 12)["0"]
+    model.generation_config.eos_token_id = [free[3], free[6]]
+    engine = tiny_engine(model, kv_policy="none")
+    result = next(engine.generate([Request(id="a", prompt=words(prompt), params=SamplingParams(max_tokens=12))]))
+    assert result.token_ids == free[: 1 + min(free.index(free[3]), free.index(free[6]))]
+    assert result.finish_reason == "stop"
+
+
+def test_a_prompt_longer_than_the_model_is_an_error_and_a_long_answer_is_cut():
+    engine = tiny_engine("llama", kv_policy="none")
+    too_long, almost = random_prompts((256, 250))
+    results = {r.id: r for r in engine.generate(as_requests([too_long, almost], max_tokens=50))}
+    assert results["0"].error.code == "context_length_exceeded"
+    assert results["1"].usage.completion_tokens == 6
+    assert results["1"].finish_reason == "length"

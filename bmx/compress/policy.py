@@ -49,9 +49,9 @@ class CompressionPolicy:
 
     def layout(self, spec: ModelSpec, capacity: int) -> KVLayout:
         """A slot of ``capacity`` rows; sliding-window layers hold no more than their window."""
-        return KVLayout(tuple(self._layer(spec, i, layer, capacity) for i, layer in enumerate(spec.layers)))
+        return KVLayout(tuple(self._layer(spec, layer, capacity) for layer in spec.layers))
 
-    def _layer(self, spec: ModelSpec, index: int, layer: LayerSpec, capacity: int) -> LayerLayout:
+    def _layer(self, spec: ModelSpec, layer: LayerSpec, capacity: int) -> LayerLayout:
         by_age = layer.window is not None and layer.window <= capacity
         return LayerLayout(
             capacity=min(capacity, layer.window or capacity),

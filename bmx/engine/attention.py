@@ -116,11 +116,11 @@ class SlotAttention:
 
     def __call__(
         self,
-        module: Any,
+        _module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 - always None: no mask function is registered
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
@@ -174,9 +174,7 @@ class SlotAttention:
             self._policy.compress(part, chunk.slot, chunk.start, shared.key, shared.value, shared.mass)
         return output  # type: ignore[no-any-return]
 
-    def _decode(
-        self, step: PackedStep, decodes: Decodes, q: Tensor, k: Tensor, v: Tensor, details: Details
-    ) -> Tensor:
+    def _decode(self, step: PackedStep, decodes: Decodes, q: Tensor, k: Tensor, v: Tensor, details: Details) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
         part = self._pool.layer(decodes.group, step.layer)
         if part.layout.owner == step.layer:

@@ -33,6 +33,7 @@ class Length:
     """What the plan needs to know of one request."""
 
     prompt_tokens: int
+    max_tokens: int
     rows_needed: int
 
 
@@ -77,7 +78,7 @@ class Engine:
                 sequence = self._sequence(request)
             except RowError:
                 continue
-            lengths.append(Length(len(sequence.prompt), sequence.rows_needed))
+            lengths.append(Length(len(sequence.prompt), sequence.max_tokens, sequence.rows_needed))
         return lengths
 
     def plan(self, lengths: Iterable[Length]) -> Plan:
@@ -169,6 +170,8 @@ class Engine:
             active=active,
             held_tokens=scheduler.held_tokens + sum(sequence.computed for sequence in finished),
         )
+        self.stats.memory_bytes = runner.memory_bytes()
+        self.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in finished)
         for sequence in finished:
             yield self._result(sequence, scheduler.capacity(sequence))
 

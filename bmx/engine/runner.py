@@ -9,6 +9,7 @@ from itertools import groupby
 
 import torch
 
+from bmx import hardware
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import Decodes, PackedStep, PromptChunk, SlotAttention
 from bmx.engine.sampler import Row, sample
@@ -72,6 +73,12 @@ class ModelRunner:
         self._attention.step = None
         rows = [_row(chunk) for chunk in step.chunks if chunk.samples]
         return sample(output.logits[0], rows) if rows else []
+
+    def memory_bytes(self) -> int:
+        """Bytes held now: of the GPU by torch, or of the host by this process."""
+        if self._model.device.type == "cuda":
+            return torch.cuda.memory_reserved()
+        return hardware.resident_bytes()
 
     def _pack(self, step: Step) -> PackedStep:
         """The step as tensors: decoding tokens by group and slot, then prompt chunks."""

@@ -98,13 +98,9 @@ class Sequence:
         if token_id is None:
             self.finish_reason, self.error = "error", "nan_logits"
             return
-        ends = token_id in self.params.stop_token_ids or (
-            token_id in self.end_token_ids and not self.params.ignore_eos
-        )
+        ends = token_id in self.params.stop_token_ids or (token_id in self.end_token_ids and not self.params.ignore_eos)
         self.answer.append(token_id)
-        if ends:
-            self.finish_reason = "stop"
-        elif self._meets_stop_string(token_id):
+        if ends or self._meets_stop_string(token_id):
             self.finish_reason = "stop"
         elif len(self.answer) >= self.max_tokens:
             self.finish_reason = "length"

@@ -18,7 +18,9 @@ def demo_model_path() -> Path:
         ModelError: the package is not installed; the hint is the line that installs it.
     """
     spec = find_spec(PACKAGE)  # found, not imported: the package itself would want llama.cpp
-    files = [f for folder in (spec.submodule_search_locations or []) for f in Path(folder).glob("*.gguf")] if spec else []
+    files = (
+        [f for folder in (spec.submodule_search_locations or []) for f in Path(folder).glob("*.gguf")] if spec else []
+    )
     if not files:
         raise ModelError("the demo model is not installed", hint=f"{INSTALL}   (or choose another with --model)")
     return files[0]

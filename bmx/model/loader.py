@@ -167,7 +167,8 @@ def _dequantised(file: Path) -> Path:
         work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
     except OSError as error:
         raise ModelError(
-            f"cannot write the model cache {folder.parent}: {error.strerror}", hint="set XDG_CACHE_HOME to another folder"
+            f"cannot write the model cache {folder.parent}: {error.strerror}",
+            hint="set XDG_CACHE_HOME to another folder",
         ) from None
     try:
         _unpack(file, work)

@@ -131,7 +131,7 @@ class _Watch:
         self.keys: list[Tensor] = []
 
     def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        self, _module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         if attention_mask is not None or kwargs.get("position_bias") is not None:
             raise ModelError("it gives its attention a mask or bias of its own")
@@ -199,10 +199,17 @@ def _spec(model: Any, layers: tuple[LayerSpec, ...]) -> ModelSpec:
         hidden=hidden,
         intermediate=max(widest, int(experts) * int(active)),
         vocab=model.get_output_embeddings().weight.shape[0],
-        max_length=int(getattr(text, "max_position_embeddings", None) or 2**31),
+        max_length=_max_length(text),
         weight_bytes=sum(sizes.values()),
         itemsize=model.dtype.itemsize,
     )
+
+
+def _max_length(text: Any) -> int:
+    """Positions that the model can tell apart; dynamic NTK stretches those it was trained on."""
+    trained = int(getattr(text, "max_position_embeddings", None) or 2**31)
+    rope = getattr(text, "rope_parameters", None) or {}
+    return int(trained * rope["factor"]) if rope.get("rope_type") == "dynamic" else trained
 
 
 def _refusal(name: str, reason: str) -> ModelError:

@@ -1,0 +1,5 @@
+"""``python -m bmx``."""
+
+from bmx.cli import main
+
+main()

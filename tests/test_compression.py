@@ -1,0 +1,230 @@
+"""What stays in the cache is what the definition of the policy says, judged by a plain float64 reference.
+
+The reference materialises everything: whole attention matrices, one sequence, Python sets of kept positions.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import as_requests, random_prompts, tiny_engine
+from families import WINDOW, tiny_model
+
+from bmx.engine.attention import SlotAttention
+from bmx.model.spec import register_attention
+
+SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 9
+SETTINGS = {"kv_sink": SINK, "kv_recent": RECENT, "kv_budget": BUDGET, "chunk_size": CHUNK}
+FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "gpt_oss", "deepseek_v3", "mistral", "granite")
+
+
+class PlainReference:
+    """Batch-Max by its definition on one sequence, in float64: an attention function that remembers every key.
+
+    ``kept[layer][head]`` is the set of positions in the cache; ``mass[layer][head][position]`` the attention that
+    each has received (mean over the group), however the cache changed in between.
+    """
+
+    def __init__(self, budget):
+        self.budget = budget
+        self.keys, self.values, self.kept, self.mass = {}, {}, {}, {}
+        self.layer = self.seen = 0
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+        window = kwargs.get("sliding_window")
+        layer, n = self.layer, query.shape[2]
+        self.layer += 1
+        heads, group = key.shape[1], query.shape[1] // key.shape[1]
+        self.keys.setdefault(layer, []).extend(key[0].unbind(1))
+        self.values.setdefault(layer, []).extend(value[0].unbind(1))
+        kept = self.kept.setdefault(layer, [set() for _ in range(heads)])
+        mass = self.mass.setdefault(layer, [{} for _ in range(heads)])
+        output = torch.zeros(1, n, query.shape[1], value.shape[-1], dtype=torch.float64)
+        new = range(self.seen, self.seen + n)
+        if n == 1:
+            self.evict(layer, new.start, window, room_for=1)
+        for head in range(heads):
+            received = dict.fromkeys([*kept[head], *new], 0.0)
+            for i, position in enumerate(new):
+                visible = sorted(p for p in [*kept[head], *new] if p <= position and (not window or p > position - window))
+                for g in range(group):
+                    q = query[0, head * group + g, i]
+                    scores = torch.stack([q @ self.keys[layer][p][head] for p in visible]) * scaling
+                    if softcap:
+                        scores = torch.tanh(scores / softcap) * softcap
+                    if s_aux is not None:
+                        scores = torch.cat([scores, s_aux[head * group + g : head * group + g + 1].double()])
+                    weights = torch.softmax(scores, 0)[: len(visible)]
+                    for p, weight in zip(visible, weights.tolist(), strict=True):
+                        received[p] += weight / group
+                        output[0, i, head * group + g] += weight * self.values[layer][p][head]
+            for p, weight in received.items():
+                mass[head][p] = mass[head].get(p, 0.0) + weight
+            kept[head].update(new)
+        if n > 1:
+            self.evict(layer, new.stop, window, room_for=0)
+        return output, None
+
+    def evict(self, layer, now, window, room_for):
+        """Keep the best ``capacity - room_for``: sinks and recent tokens first, then by attention per lifetime."""
+        capacity = min(self.budget, window or self.budget) - room_for
+        for kept, mass in zip(self.kept[layer], self.mass[layer], strict=True):
+
+            def rank(position, mass=mass):
+                lifetime = min(now - position, window or now)
+                average = position if window and window <= self.budget else mass[position] / lifetime
+                protected = position < SINK or position >= now - RECENT
+                gone = bool(window) and position <= now - window
+                return (not gone, protected, average)
+
+            best = sorted(kept, key=rank, reverse=True)[:capacity]
+            kept.intersection_update(best)
+
+
+def run_reference(model, prompt, chunk_ends, answer, budget=BUDGET):
+    """Feed the prompt in chunks, then the answer token by token; returns the reference and its greedy answer."""
+    model = model.double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped one knows no float64
+    reference = PlainReference(budget)
+    register_attention(model, reference)
+    tokens, greedy = [*prompt, *answer], []
+    ends = [*chunk_ends, *range(chunk_ends[-1] + 1, len(tokens) + 1)]
+    for start, stop in pairwise([0, *ends]):
+        reference.layer, reference.seen = 0, start
+        with torch.inference_mode():
+            logits = model(
+                input_ids=torch.tensor([tokens[start:stop]]),
+                position_ids=torch.arange(start, stop).unsqueeze(0),
+                use_cache=False,
+            ).logits
+        if stop >= len(prompt):
+            greedy.append(int(logits[0, -1].argmax()))
+    return reference, greedy
+
+
+class Spy:
+    """Looks at the pool of a running engine through the attention function it registers."""
+
+    def __init__(self, monkeypatch):
+        self.pool = None
+        original = SlotAttention.__init__
+
+        def watched(attention, pool, *args):
+            self.pool = pool
+            original(attention, pool, *args)
+
+        monkeypatch.setattr(SlotAttention, "__init__", watched)
+
+    def rows(self, layer, slot=0, group=0):
+        """Per head: {position: attention mass} of the rows in use."""
+        part = self.pool.layer(group, layer)
+        return [
+            {int(p): float(m) for p, m in zip(positions, mass, strict=True) if p >= 0}
+            for positions, mass in zip(part.positions[slot], part.mass[slot], strict=True)
+        ]
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    return Spy(monkeypatch)
+
+
+def even_chunks(length, size):
+    count = -(-length // size)
+    return [(i + 1) * length // count for i in range(count)]
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_tokens_scores_and_answers_equal_the_plain_reference(family, kernels, spy, cpu_kernels):
+    cpu_kernels(kernels)
+    prompt = random_prompts((50,), seed=3)[0]
+    engine = tiny_engine(tiny_model(family), **SETTINGS)
+    result = next(engine.generate(as_requests([prompt], max_tokens=NEW)))
+    answer = result.token_ids[:-1]  # the last token was never fed back
+    reference, greedy = run_reference(tiny_model(family), prompt, even_chunks(50, CHUNK), answer)
+    assert list(result.token_ids) == greedy
+    for layer, kept in reference.kept.items():
+        rows = spy.rows(layer)
+        assert [set(row) for row in rows] == kept
+        if not spy.pool.layer(0, layer).layout.by_age:
+            for row, mass in zip(rows, reference.mass[layer], strict=True):
+                assert row == pytest.approx({p: mass[p] for p in row}, rel=1e-4, abs=1e-5)
+    assert result.kv.kept == BUDGET
+    assert result.kv.evicted == 50 + NEW - 1 - BUDGET
+
+
+def test_scores_equal_a_float64_full_matrix_while_nothing_is_evicted(spy):
+    """Column sums over all queries, mean over the group, of attention computed in one piece."""
+    prompt = random_prompts((40,), seed=1)[0]
+    engine = tiny_engine("llama", kv_budget=45, kv_recent=RECENT, chunk_size=CHUNK)
+    answer = next(engine.generate(as_requests([prompt], max_tokens=10))).token_ids
+    early = as_requests([prompt], max_tokens=10, stop_token_ids=(answer[4],))  # might evict, but stops before
+    result = next(engine.generate(early))
+    assert result.kv.evicted == 0
+    tokens = [*prompt, *result.token_ids[:-1]]
+    reference, _ = run_reference(tiny_model("llama"), tokens, [len(tokens)], [], budget=45)
+    for layer, expected in reference.mass.items():
+        for row, mass in zip(spy.rows(layer), expected, strict=True):
+            assert row == pytest.approx(mass, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3n_text", "phi3"])
+def test_sinks_and_recent_tokens_stay_and_slots_never_exceed_the_budget(family, spy, monkeypatch):
+    """Looked at after every step of a crowded run, in every layer, head and slot."""
+    from bmx.engine.runner import ModelRunner
+
+    engine = tiny_engine(family, **SETTINGS, max_num_seqs=3)
+    original, looked = ModelRunner.run, []
+
+    def run(runner, step):
+        tokens = original(runner, step)
+        for chunk in step.chunks:
+            group, slot = chunk.sequence.slot
+            now = chunk.start + chunk.length
+            for layer in range(len(engine.loaded.spec.layers)):
+                layout = runner.pool.layer(group, layer).layout
+                for row in spy.rows(layer, slot, group):
+                    looked.append(now)
+                    assert len(row) == min(now, layout.capacity) <= BUDGET
+                    if layout.window is None:
+                        wanted = {*range(min(SINK, now)), *range(max(0, now - RECENT), now)}
+                        assert wanted <= set(row)
+        return tokens
+
+    monkeypatch.setattr(ModelRunner, "run", run)
+    list(engine.generate(as_requests(random_prompts((50, 7, 33, 26, 61)), max_tokens=NEW)))
+    assert max(looked) == 61 + NEW - 1
+
+
+def test_a_window_keeps_exactly_what_a_later_query_can_see(spy):
+    prompt = random_prompts((40,))[0]
+    engine = tiny_engine("mistral", **SETTINGS)
+    next(engine.generate(as_requests([prompt], max_tokens=4)))
+    now = 40 + 4 - 1
+    for row in spy.rows(0):
+        assert set(row) == set(range(now - WINDOW, now))
+
+
+def test_unscored_work_is_not_done(monkeypatch):
+    """No attention is added up for the full cache, nor for sequences that fit their slot."""
+    from bmx.kernels import cpu
+
+    asked = []
+    original = cpu.attend_chunk
+
+    def watched(*args, want_mass, **kwargs):
+        asked.append(want_mass)
+        return original(*args, want_mass=want_mass, **kwargs)
+
+    monkeypatch.setattr(cpu, "attend_chunk", watched)
+    prompts = random_prompts((10, 50))
+    list(tiny_engine("llama", kv_policy="none").generate(as_requests(prompts, max_tokens=2)))
+    list(tiny_engine("llama", kv_budget=40).generate(as_requests(prompts[:1], max_tokens=2)))
+    assert asked
+    assert not any(asked)
+    list(tiny_engine("llama", kv_budget=40).generate(as_requests(prompts[1:], max_tokens=2)))
+    assert asked[-1]
