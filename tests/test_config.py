@@ -1,0 +1,373 @@
+"""Settings: where they come from, what they may be, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from bmx.cli import app
+from bmx.config import RunConfig, all_settings
+from bmx.errors import UsageError
+
+SETTINGS = [setting for _, setting in all_settings()]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_developer(monkeypatch):
+    for name in os.environ:
+        if name.startswith("BMX_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a config file and returns its path."""
+
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "bmx.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def printed(*args: str, env: dict[str, str] | None = None) -> str:
+    """What ``bmx run --print-config`` says."""
+    result = CliRunner().invoke(app, ["run", "in.jsonl", "--print-config", *args], env=env, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def shown(*args: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """The settings in force."""
+    return yaml.safe_load(printed(*args, env=env))
+
+
+def gather(**given: Any) -> dict[str, Any]:
+    """The settings in force when these are given."""
+    return RunConfig.gather(("in.jsonl",), given).flat()
+
+
+def flag(name: str) -> str:
+    """A setting's flag."""
+    return f"--{name.replace('_', '-')}"
+
+
+# Order
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "in_file", "in_environment", "as_flag"),
+    [
+        ("max_tokens", 256, 1, 2, 3),
+        ("temperature", 0.0, 0.1, 0.2, 0.3),
+        ("kv_policy", "average-attention", "none", "average-attention", "none"),
+        ("model", "demo", "./one", "./two", "./three"),
+        ("system_prompt", None, "one", "two", "three"),
+        ("stop", [], ["one"], ["two"], ["three"]),
+        ("stop_token_ids", [], [1], [2], [3]),
+        ("max_num_seqs", None, 1, 2, 3),
+    ],
+)
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
+    config_file, name, default, in_file, in_environment, as_flag
+):
+    def text(value: Any) -> str:
+        return str(value[0] if isinstance(value, list) else value)
+
+    file = ["--config", config_file(yaml.safe_dump({name: in_file}))]
+    env = {f"BMX_{name.upper()}": text(in_environment)}
+    assert shown()[name] == default
+    assert shown(*file)[name] == in_file
+    assert shown(*file, env=env)[name] == in_environment
+    assert shown(*file, flag(name), text(as_flag), env=env)[name] == as_flag
+
+
+def test_switches_can_be_turned_off_again(config_file):
+    file = ["--config", config_file("chat_template: true\noverwrite: true")]
+    assert shown(*file)["chat_template"] is True
+    assert shown(*file, "--no-chat-template")["chat_template"] is False
+    assert shown("--chat-template", env={"BMX_CHAT_TEMPLATE": "false"})["chat_template"] is True
+    assert shown(*file, env={"BMX_OVERWRITE": "false"})["overwrite"] is False
+    assert shown("--overwrite", env={"BMX_OVERWRITE": "0"})["overwrite"] is True
+
+
+def test_a_flag_that_may_be_repeated_keeps_all_its_values():
+    assert shown("--stop", "a b", "--stop", "\n", "--stop", "ü")["stop"] == ["a b", "\n", "ü"]
+
+
+def test_the_config_file_itself_may_come_from_the_environment(config_file):
+    assert shown(env={"BMX_CONFIG": config_file("seed: 5")})["seed"] == 5
+
+
+def sample(setting: Any) -> Any:
+    """A value that a setting takes and that is not its default."""
+    if get_origin(setting.type) is Literal:
+        return next(word for word in get_args(setting.type) if word != setting.default)
+    samples = {bool: not setting.default, int: 600, float: 0.5, str: "text", tuple: ["7"]}
+    kind = get_origin(setting.type) if get_origin(setting.type) is tuple else setting.type
+    kind = next((t for t in get_args(setting.type) if t is not type(None)), kind) if kind is not tuple else kind
+    return samples[kind]
+
+
+def typed(name: str, value: Any, word: str) -> list[str]:
+    """A setting as it is typed on the command line."""
+    if isinstance(value, bool):
+        return [flag(name) if value else f"--no{flag(name)[1:]}"]
+    return [flag(name), word]
+
+
+def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file):
+    values = {setting.name: sample(setting) for setting in SETTINGS}
+    words = {name: value[0] if isinstance(value, list) else str(value) for name, value in values.items()}
+    as_flags = shown(*(word for name in values for word in typed(name, values[name], words[name])))
+    as_variables = shown(env={f"BMX_{name.upper()}": word for name, word in words.items()})
+    as_keys = shown("--config", config_file(yaml.safe_dump(values)))
+    assert as_flags == as_variables == as_keys
+    defaults = shown()
+    assert [name for name in defaults if as_flags[name] == defaults[name]] == []
+    assert list(defaults) == list(values)
+
+
+# Help
+
+
+def test_every_setting_has_a_help_text():
+    text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "250", "TERMINAL_WIDTH": "250"}).stdout
+    words = " ".join(text.split())
+    for setting in SETTINGS:
+        assert flag(setting.name) in words
+        assert setting.note[1:] in words
+
+
+# --print-config
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("--stop", "\n\n", "--stop", "😀 'x': {y}", "--prompt-template", "A:\\n{a}\n{{}}", "--system-prompt", " # no"),
+        ("--memory-limit", "8GiB", "--max-model-len", "32k", "--kv-policy", "none", "--no-chat-template"),
+        ("--model", "yes", "--system-prompt", "null", "--revision", "007", "--temperature", "1e-3", "-o", "-"),
+    ],
+)
+def test_the_printed_config_is_a_config_file_that_says_the_same(config_file, args):
+    text = printed(*args)
+    assert printed("--config", config_file(text)) == text
+
+
+# Wrong names
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("max_token", "max_tokens"), ("kv_buget", "kv_budget"), ("chunksize", "chunk_size")]
+)
+def test_an_unknown_setting_is_refused_with_the_one_that_was_probably_meant(config_file, name, meant):
+    with pytest.raises(UsageError, match=name) as error:
+        RunConfig.gather((), {}, config_file(f"{name}: 5"))
+    assert error.value.hint == f"did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize("text", ["zzzzzz: 1", "inputs: [a.jsonl]", "1: 2", "engine: {model: demo}"])
+def test_an_unknown_setting_is_refused(config_file, text):
+    with pytest.raises(UsageError, match="unknown setting"):
+        RunConfig.gather((), {}, config_file(text))
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2", "seed: 1\nseed: 1", "kv_budget: 100\nkv-budget: 200"])
+def test_a_setting_given_twice_is_refused(config_file, text):
+    with pytest.raises(UsageError, match="twice"):
+        RunConfig.gather((), {}, config_file(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- seed",
+        "seed",
+        "5",
+        "false",
+        "seed: [",
+        "seed: 1\n---\nseed: 2",
+        "seed: !!python/object/apply:os.getcwd []",
+        b"seed: \xff",
+        b"\x00",
+        "? [a]\n: 1",
+        "#" * 1_000_001,
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_a_file_that_is_no_flat_yaml_is_refused(config_file, text):
+    with pytest.raises(UsageError, match="config file"):
+        RunConfig.gather((), {}, config_file(text))
+
+
+def test_a_config_file_that_is_missing_or_a_folder_is_refused(tmp_path):
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(UsageError, match="cannot read config file"):
+            RunConfig.gather((), {}, str(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "kv-budget: 500\n", "\ufeffkv_budget: 500\r\n", "{kv_budget: 500}"]
+)
+def test_unusual_but_valid_files_are_read(config_file, text):
+    expected = 500 if "500" in text else 1024
+    assert RunConfig.gather((), {}, config_file(text)).engine.kv_budget == expected
+
+
+# Wrong types
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", "many"),
+        ("max_tokens", 1.5),
+        ("max_tokens", None),
+        ("max_tokens", [5]),
+        ("max_tokens", True),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("temperature", [0.5]),
+        ("temperature", 10**400),
+        ("overwrite", "yes"),
+        ("overwrite", 1),
+        ("overwrite", None),
+        ("model", True),
+        ("model", None),
+        ("revision", 7),
+        ("model", ["a"]),
+        ("system_prompt", {"a": "b"}),
+        ("progress", "loud"),
+        ("progress", None),
+        ("dtype", 16),
+        ("stop", None),
+        ("stop", 5),
+        ("stop", {"a": "b"}),
+        ("stop", [None]),
+        ("stop", [["a"]]),
+        ("stop_token_ids", "x"),
+        ("stop_token_ids", [1.5]),
+        ("stop_token_ids", [True]),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_value_of_the_wrong_type_is_refused_and_named(config_file, name, value):
+    with pytest.raises(UsageError, match=name):
+        RunConfig.gather((), {}, config_file(yaml.safe_dump({name: value})))
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "model", "stop", "kv_budget"])
+def test_a_bomb_of_yaml_anchors_is_refused_in_a_short_line(config_file, name):
+    levels = "".join(f"&a{i} [{f'*a{i - 1}, ' * 10}], " for i in range(1, 5))
+    with pytest.raises(UsageError, match=name) as error:
+        RunConfig.gather((), {}, config_file(f"{name}: [&a0 [boom], {levels}]"))
+    assert len(error.value.message) < 500
+
+
+# Sizes and counts
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("300M", 300_000_000),
+        ("8G", 8_000_000_000),
+        ("8GB", 8_000_000_000),
+        ("8GiB", 8 * 2**30),
+        ("8gi", 8 * 2**30),
+        ("8 GiB", 8 * 2**30),
+        ("1.5g", 1_500_000_000),
+        (".5k", 500),
+        ("2TiB", 2 * 2**40),
+        ("4096", 4096),
+        (4096, 4096),
+    ],
+)
+def test_sizes_are_powers_of_ten_or_with_an_i_of_two(text, size):
+    assert gather(memory_limit=text)["memory_limit"] == size
+    assert gather(kv_cache_memory=text)["kv_cache_memory"] == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", 0, "0G", -1, "-1G", "8X", "G", "8GG", "8 G B", "1e9", "nan", "inf", "0x10", "0.5", True, "9" * 400],
+)
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match="memory_limit"):
+        gather(memory_limit=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4096", 4096), (4096, 4096), ("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), (" 7 ", 7)]
+)
+def test_counts_know_k_and_large_k(text, count):
+    assert gather(max_model_len=text)["max_model_len"] == count
+    assert gather(limit=text)["limit"] == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", 0, -1, "1.5", 0.5, "k", "32m", "1e3", "nan", "inf", True, "1_000", "9" * 400, "9" * 400 + "k"]
+)
+def test_a_count_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match="limit"):
+        gather(limit=text)
+
+
+# Ranges
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gpu_memory_utilization", 0),
+        ("gpu_memory_utilization", 1.01),
+        ("gpu_memory_utilization", float("nan")),
+        ("kv_sink", -1),
+        ("kv_recent", 0),
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("stop", ""),
+        ("stop", ["a"] * 1000),
+        ("seed", 2**63),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_value_out_of_range_is_refused_and_named(name, value):
+    with pytest.raises(UsageError, match=name):
+        gather(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gpu_memory_utilization", 1), ("temperature", 0), ("top_p", 1), ("top_k", 0), ("min_p", 1), ("kv_sink", 0)],
+)
+def test_the_ends_of_ranges_are_allowed(name, value):
+    assert gather(**{name: value})[name] == value
+
+
+def test_a_budget_without_room_beside_sinks_and_recent_tokens_is_refused():
+    with pytest.raises(UsageError, match="kv_budget 36 leaves no room"):
+        gather(kv_budget=36)
+    assert gather(kv_budget=37)["kv_budget"] == 37
+    assert gather(kv_budget=36, kv_policy="none")["kv_budget"] == 36
+
+
+def test_a_step_smaller_than_a_chunk_is_refused():
+    with pytest.raises(UsageError, match="chunk_size 512"):
+        gather(max_num_batched_tokens=511)
+    assert gather(max_num_batched_tokens=511, chunk_size=511)["chunk_size"] == 511

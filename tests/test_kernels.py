@@ -1,0 +1,318 @@
+"""Every attention kernel gives what a dense float64 attention, written out as loops, gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bmx import kernels
+from bmx.kernels import cpu, reference
+
+KERNELS = pytest.mark.parametrize("kernel", [reference, cpu], ids=["reference", "cpu"])
+TIGHT = dict(atol=2e-5, rtol=2e-5)
+# Eight (bfloat16) and eleven (float16) bits of a number: single probabilities and outputs are rounded to those.
+LOOSE = {torch.bfloat16: dict(atol=3e-2, rtol=3e-2), torch.float16: dict(atol=4e-3, rtol=4e-3)}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def operands(tokens, past, *, kv_heads=2, group=3, dim=8, value_dim=8, dtype=torch.float32):
+    """query, key, value, past_key, past_value of a chunk."""
+    shapes = (
+        (tokens, kv_heads * group, dim),
+        (tokens, kv_heads, dim),
+        (tokens, kv_heads, value_dim),
+        (kv_heads, past, dim),
+        (kv_heads, past, value_dim),
+    )
+    return [normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def dense_head(query, keys, values, unseen, *, scale, softcap=None, sink=None):
+    """Queries [T, D] over keys [N, D], those that are `unseen` [T, N] left out: output [T, E] and probabilities [T, N]."""
+    scores = keys.double() @ query.double().T * scale  # one column per query
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.exp(scores - scores.max()).T * ~unseen
+    extra = 0.0 if sink is None else torch.exp(sink.double() - scores.max())
+    probabilities = weights / (weights.sum(1, keepdim=True) + extra)
+    return probabilities @ values.double(), probabilities
+
+
+def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=None, **details):
+    """A chunk's output [T, H, E] and mass [K, P + T], query head by query head."""
+    tokens, heads, _ = query.shape
+    kv_heads, past, _ = past_key.shape
+    group = heads // kv_heads
+    output = torch.zeros(tokens, heads, value.shape[-1], dtype=torch.float64)
+    mass = torch.zeros(kv_heads, past + tokens, dtype=torch.float64)
+    later = torch.arange(past + tokens)[None, :] > past + torch.arange(tokens)[:, None]
+    for head in range(heads):
+        owner = head // group
+        unseen = later if hidden is None else later | hidden[owner]
+        keys, values = torch.cat([past_key[owner], key[:, owner]]), torch.cat([past_value[owner], value[:, owner]])
+        sink = None if sinks is None else sinks[head]
+        output[:, head], weights = dense_head(query[:, head], keys, values, unseen, sink=sink, **details)
+        mass[owner] += weights.sum(0) / group
+    return output, mass
+
+
+def dense_slots(query, keys, values, *, sinks=None, hidden=None, **details):
+    """Output [B, H, E] and mass [B, K, C] of one token per slot, query head by query head."""
+    batch, heads, _ = query.shape
+    kv_heads, rows = keys.shape[1:3]
+    hidden = torch.zeros(1, 1, 1, dtype=torch.bool) if hidden is None else hidden
+    hidden = hidden.expand(batch, kv_heads, rows)
+    output = torch.zeros(batch, heads, values.shape[-1], dtype=torch.float64)
+    mass = torch.zeros(batch, kv_heads, rows, dtype=torch.float64)
+    for slot in range(batch):
+        for head in range(heads):
+            owner = head // (heads // kv_heads)
+            sink = None if sinks is None else sinks[head]
+            one = query[slot, [head]], keys[slot, owner], values[slot, owner], hidden[slot, [owner]]
+            output[slot, [head]], weights = dense_head(*one, sink=sink, **details)
+            mass[slot, owner] += weights[0] * kv_heads / heads
+    return output, mass
+
+
+def window_mask(tokens, past, kv_heads, window):
+    """[K, T, P + T]: what a window hides when a slot's rows are in another order for each head."""
+    order = [torch.randperm(past, generator=torch.Generator().manual_seed(head)) for head in range(kv_heads)]
+    own = torch.arange(past, past + tokens)
+    positions = torch.stack([torch.cat([rows, own]) for rows in order])
+    return positions[:, None, :] <= own[None, :, None] - window
+
+
+def assert_same(found, expected, **tolerance):
+    output, mass = found
+    torch.testing.assert_close(output.double(), expected[0], **tolerance)
+    torch.testing.assert_close(mass.double(), expected[1], **tolerance)
+    assert mass.dtype == torch.float32
+
+
+@KERNELS
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("past", [0, 19])
+@pytest.mark.parametrize("tokens", [1, 5, 130])
+def test_a_chunk_attends_to_its_slot_and_causally_to_itself(kernel, tokens, past, group):
+    chunk = operands(tokens, past, group=group, kv_heads=2)
+    assert_same(kernel.attend_chunk(*chunk, scale=0.4), dense_chunk(*chunk, scale=0.4), **TIGHT)
+
+
+@KERNELS
+def test_a_chunk_of_several_uneven_tiles_is_one_attention(kernel):
+    chunk = operands(300, 45, group=2)
+    details = dict(scale=0.3, softcap=4.0, sinks=normal(4), hidden=window_mask(300, 45, 2, window=70))
+    assert_same(kernel.attend_chunk(*chunk, **details), dense_chunk(*chunk, **details), **TIGHT)
+
+
+DETAILS = {
+    "values narrower than keys": dict(value_dim=4),
+    "values wider than keys": dict(value_dim=12),
+    "softcap": dict(softcap=2.0),
+    "sinks": dict(sinks=normal(6)),
+    "strong sinks": dict(sinks=normal(6) + 50),
+    "window": dict(hidden=window_mask(33, 20, 2, window=7)),
+    "one visible key": dict(hidden=window_mask(33, 20, 2, window=1)),
+    "all together": dict(value_dim=4, softcap=2.0, sinks=normal(6), hidden=window_mask(33, 20, 2, window=25)),
+}
+
+
+@KERNELS
+@pytest.mark.parametrize("details", DETAILS.values(), ids=DETAILS)
+def test_a_chunk_with_what_models_ask_for(kernel, details):
+    details = dict(details)
+    chunk = operands(33, 20, value_dim=details.pop("value_dim", 8))
+    assert_same(kernel.attend_chunk(*chunk, scale=0.5, **details), dense_chunk(*chunk, scale=0.5, **details), **TIGHT)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", LOOSE, ids=str)
+def test_a_chunk_in_half_precision_is_as_near_as_its_numbers(kernel, dtype):
+    chunk = operands(150, 40, dtype=dtype)
+    output, mass = kernel.attend_chunk(*chunk, scale=0.35, sinks=normal(6, dtype=dtype))
+    expected, columns = dense_chunk(*chunk, scale=0.35, sinks=normal(6, dtype=dtype))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, **LOOSE[dtype])
+    torch.testing.assert_close(mass.double(), columns, atol=LOOSE[dtype]["atol"], rtol=LOOSE[dtype]["rtol"])
+
+
+@KERNELS
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_a_chunk_may_be_strided(kernel, tokens):
+    """The engine passes views: heads before tokens, and some rows of a slot of a larger pool."""
+    chunk = operands(tokens, 19)
+    views = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in chunk[:3]]
+    for rows in chunk[3:]:
+        pool = torch.full((3, 2, 40, rows.shape[-1]), math.nan)
+        pool[1, :, :19] = rows
+        views.append(pool[1, :, :19])
+    assert not any(view.is_contiguous() for view in views if view.shape[0] > 1)
+    assert_same(kernel.attend_chunk(*views, scale=0.4), dense_chunk(*chunk, scale=0.4), **TIGHT)
+
+
+@KERNELS
+def test_the_operands_are_not_changed(kernel):
+    details = dict(sinks=normal(6), hidden=window_mask(33, 20, 2, window=7))
+    chunk = operands(33, 20)
+    before = [t.clone() for t in (*chunk, *details.values())]
+    kernel.attend_chunk(*chunk, scale=0.5, softcap=2.0, **details)
+    assert all(torch.equal(old, new) for old, new in zip(before, (*chunk, *details.values()), strict=True))
+
+
+@KERNELS
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_each_query_hands_out_one_unit_of_mass(kernel, tokens):
+    """Summed over the keys, a kv head's mass is the number of queries: a head's probabilities add up to one."""
+    _, mass = kernel.attend_chunk(*operands(tokens, 19), scale=0.4)
+    torch.testing.assert_close(mass.sum(-1), torch.full((2,), float(tokens)), rtol=1e-5, atol=0)
+
+
+@KERNELS
+def test_what_sinks_take_is_missing_from_the_mass(kernel):
+    """A sink as strong as all keys together takes half of every query's unit."""
+    query, key, value, past_key, past_value = operands(7, 9)
+    level = torch.zeros_like(query)  # every score is 0: each query sees its n keys evenly
+    first = kernel.attend_chunk(level[:1], key[:1], value[:1], past_key, past_value, scale=1.0, sinks=torch.zeros(6))
+    torch.testing.assert_close(first[1].sum(-1), torch.full((2,), 10 / 11))
+    every = kernel.attend_chunk(level, key, value, past_key, past_value, scale=1.0, sinks=torch.zeros(6))
+    torch.testing.assert_close(every[1].sum(-1), torch.full((2,), sum(n / (n + 1) for n in range(10, 17))))
+
+
+@KERNELS
+def test_hidden_and_later_keys_receive_no_mass(kernel):
+    mask = window_mask(33, 20, 2, window=7)
+    _, mass = kernel.attend_chunk(*operands(33, 20), scale=0.4, hidden=mask)
+    never = mask.all(1)
+    assert never.any()
+    assert (mass[never] == 0).all()
+    assert (mass[~never] > 0).all()
+
+
+@KERNELS
+def test_mass_nobody_asked_for_is_not_there(kernel):
+    chunk = operands(33, 20)
+    output, none = kernel.attend_chunk(*chunk, scale=0.4, want_mass=False)
+    assert none is None
+    assert torch.equal(output, kernel.attend_chunk(*chunk, scale=0.4)[0])
+    query, keys, values = normal(3, 6, 8), normal(3, 2, 10, 8), normal(3, 2, 10, 8)
+    output, none = kernel.attend_slots(query, keys, values, scale=0.4, want_mass=False)
+    assert none is None
+    assert torch.equal(output, kernel.attend_slots(query, keys, values, scale=0.4)[0])
+
+
+SLOTS = {
+    "one head per kv head": dict(group=1),
+    "three heads per kv head": dict(group=3),
+    "four heads per kv head": dict(group=4),
+    "narrow values": dict(value_dim=4),
+    "softcap": dict(softcap=2.0),
+    "sinks": dict(sinks=normal(6)),
+    "empty rows": dict(hidden=torch.arange(20) > torch.tensor([0, 7, 19]).view(-1, 1, 1)),
+    "rows hidden by head": dict(hidden=normal(3, 2, 20) > 0.5),
+    "all together": dict(value_dim=4, softcap=2.0, sinks=normal(6), hidden=normal(3, 2, 20) > 0.5),
+}
+
+
+def slot_operands(group=3, value_dim=8, dtype=torch.float32):
+    return (
+        normal(3, 2 * group, 8, seed=1, dtype=dtype),
+        normal(3, 2, 20, 8, seed=2, dtype=dtype),
+        normal(3, 2, 20, value_dim, seed=3, dtype=dtype),
+    )
+
+
+@KERNELS
+@pytest.mark.parametrize("details", SLOTS.values(), ids=SLOTS)
+def test_decoding_tokens_attend_to_their_slots(kernel, details):
+    details = dict(details)
+    slots = slot_operands(details.pop("group", 3), details.pop("value_dim", 8))
+    assert_same(kernel.attend_slots(*slots, scale=0.5, **details), dense_slots(*slots, scale=0.5, **details), **TIGHT)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", LOOSE, ids=str)
+def test_decoding_in_half_precision_is_as_near_as_its_numbers(kernel, dtype):
+    slots = slot_operands(dtype=dtype)
+    output, mass = kernel.attend_slots(*slots, scale=0.35)
+    expected, columns = dense_slots(*slots, scale=0.35)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, **LOOSE[dtype])
+    torch.testing.assert_close(mass.double(), columns, **LOOSE[dtype])
+
+
+@KERNELS
+def test_decoding_slots_may_be_strided(kernel):
+    query, keys, values = slot_operands()
+    views = (
+        query.transpose(0, 1).contiguous().transpose(0, 1),
+        keys.transpose(1, 2).contiguous().transpose(1, 2),
+        values.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    expected = dense_slots(query, keys, values, scale=0.4)
+    assert_same(kernel.attend_slots(*views, scale=0.4), expected, **TIGHT)
+
+
+@KERNELS
+def test_each_decoding_token_hands_out_one_unit_of_mass(kernel):
+    _, mass = kernel.attend_slots(*slot_operands(), scale=0.4)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(3, 2))
+
+
+@KERNELS
+@pytest.mark.parametrize("attend", ["attend_chunk", "attend_slots"])
+def test_dot_products_too_large_for_float16_are_scaled_before_they_are_rounded(kernel, attend):
+    """q . k is 160,000 here, above float16's 65,504; scaled it is 10,000. Trained keys with biases do get there."""
+    large = torch.full((1, 2, 256), 25.0, dtype=torch.float16)
+    value = torch.full((1, 2, 4), 2.0, dtype=torch.float16)
+    if attend == "attend_chunk":
+        empty = torch.empty(2, 0, 256, dtype=torch.float16), torch.empty(2, 0, 4, dtype=torch.float16)
+        output, _ = kernel.attend_chunk(large, large, value, *empty, scale=1 / 16)
+    else:
+        output, _ = kernel.attend_slots(large, large[:, :, None], value[:, :, None], scale=1 / 16)
+    assert torch.equal(output, value)
+
+
+@KERNELS
+def test_the_attention_of_a_chunk_depends_on_where_it_is_not_on_the_others(kernel):
+    """The first tokens of a chunk do not see the later ones, whatever those are."""
+    query, key, value, past_key, past_value = operands(130, 19)
+    short, _ = kernel.attend_chunk(query[:40], key[:40], value[:40], past_key, past_value, scale=0.4)
+    long, _ = kernel.attend_chunk(query, key, value, past_key, past_value, scale=0.4)
+    torch.testing.assert_close(short, long[:40], **TIGHT)
+
+
+@KERNELS
+def test_workspace_grows_with_the_keys_a_chunk_sees(kernel):
+    sizes = [
+        kernel.workspace_bytes(heads=8, chunk=256, rows=rows, head_dim=64, itemsize=2) for rows in (512, 1024, 4096)
+    ]
+    assert 0 < sizes[0] < sizes[1] < sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "name", "why"),
+    [
+        ("cpu", "", "cpu", "CPU"),
+        ("cpu", "reference", "reference", "BMX_KERNELS=reference"),
+        ("cuda", "reference", "reference", "BMX_KERNELS=reference"),
+    ],
+)
+def test_the_kernels_chosen_say_why(monkeypatch, device, variable, name, why):
+    monkeypatch.setenv("BMX_KERNELS", variable)
+    chosen = kernels.choose(device)
+    assert chosen.name == name
+    assert why in chosen.why
+    assert callable(chosen.module.attend_chunk)
+    assert callable(chosen.module.attend_slots)
+
+
+def test_a_device_without_kernels_of_its_own_gets_plain_ones_and_is_named(monkeypatch):
+    monkeypatch.delenv("BMX_KERNELS", raising=False)
+    chosen = kernels.choose("xpu")
+    assert chosen.name == "reference"
+    assert "xpu" in chosen.why

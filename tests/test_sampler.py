@@ -1,0 +1,307 @@
+"""Sampling: the distributions are those of transformers' own processors, and a row's token is its own affair."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import answers, as_requests, random_prompts, tiny_engine, words
+from families import tiny_model
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from bmx import Request, SamplingParams
+from bmx.engine.sampler import Row, sample
+
+VOCAB = 24
+SEEN = (3, 3, 7, 11, 20)
+GRID = 4000  # draws, evenly spread over [0, 1)
+
+
+def normal(*shape, seed=0, scale=3.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def reference(logits: torch.Tensor, params: SamplingParams, seen=SEEN) -> torch.Tensor:
+    """Probabilities [V] that `generate` samples from, by its own processors in its own order."""
+    chain = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.temperature not in (0, 1):
+        chain.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        chain.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        chain.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        chain.append(MinPLogitsWarper(params.min_p))
+    return torch.softmax(chain(torch.tensor([seen]), logits.float()[None])[0], dim=-1)
+
+
+def frequencies(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Share [V] of an even grid of draws that each token gets."""
+    rows = [Row(params, (i + 0.5) / GRID, SEEN) for i in range(GRID)]
+    ids = sample(logits.repeat(GRID, 1), rows)
+    return torch.bincount(torch.tensor(ids), minlength=len(logits)) / GRID
+
+
+def assert_distribution(logits: torch.Tensor, **params) -> None:
+    params = SamplingParams(**params)
+    expected = reference(logits, params)
+    found = frequencies(logits, params)
+    assert set(found.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.5 / GRID)
+
+
+SETTINGS = {
+    "plain": dict(temperature=1.0),
+    "hot": dict(temperature=2.5),
+    "cold": dict(temperature=0.2),
+    "top_k": dict(temperature=1.0, top_k=5),
+    "top_k of one": dict(temperature=1.5, top_k=1),
+    "top_k beyond the vocabulary": dict(temperature=1.0, top_k=1000),
+    "top_p": dict(temperature=1.0, top_p=0.7),
+    "top_p of almost nothing": dict(temperature=1.0, top_p=1e-6),
+    "min_p": dict(temperature=1.0, min_p=0.1),
+    "min_p of one": dict(temperature=1.0, min_p=1.0),
+    "penalty": dict(temperature=1.0, repetition_penalty=1.3),
+    "reward": dict(temperature=1.0, repetition_penalty=0.6),
+    "top_k, then top_p of what is left": dict(temperature=1.3, top_k=6, top_p=0.8),
+    "top_p, then min_p of what is left": dict(temperature=2.0, top_p=0.9, min_p=0.15),
+    "everything": dict(temperature=1.7, top_k=9, top_p=0.85, min_p=0.05, repetition_penalty=1.2),
+}
+
+
+@pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_draws_are_distributed_as_transformers_says(seed, params):
+    assert_distribution(normal(VOCAB, seed=seed), **params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_logits_are_sampled_in_float32(dtype):
+    assert_distribution(normal(VOCAB, seed=5).to(dtype), temperature=1.4, top_p=0.9, min_p=0.02)
+
+
+def test_forbidden_tokens_are_never_drawn():
+    logits = normal(VOCAB)
+    logits[[0, 5, 6]] = -math.inf
+    assert_distribution(logits, temperature=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("penalty", [1.1, 0.8, 1.7])
+def test_a_penalised_greedy_token_is_that_of_transformers(dtype, penalty):
+    """transformers penalises in float32; rounding a penalised bfloat16 logit would tie it with its neighbours."""
+    logits = normal(400, VOCAB, seed=1, scale=1.5).to(dtype)
+    params = SamplingParams(repetition_penalty=penalty)
+    expected = [reference(row, params).argmax().item() for row in logits]
+    assert sample(logits.clone(), [Row(params, seen=SEEN)] * 400) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_greedy_is_the_largest_of_the_models_own_logits(dtype):
+    logits = normal(100, 5000).to(dtype)
+    found = sample(logits.clone(), [Row(SamplingParams())] * 100)
+    assert found == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24, 1 - 2**-53], ids=["0", "half", "near one", "nearest to one"])
+@pytest.mark.parametrize("params", [dict(top_k=2), dict(top_p=0.6), dict(min_p=0.4)], ids=str)
+def test_no_draw_picks_what_was_filtered_out(params, draw):
+    """Two tokens stay; the others are nearly as likely. random() does return the largest number below one."""
+    logits = torch.full((VOCAB,), -1.0)
+    logits[4], logits[9] = 3.0, 3.5
+    assert sample(logits[None], [Row(SamplingParams(temperature=1.0, **params), draw)])[0] in {4, 9}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-50])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    logits = normal(50, VOCAB, scale=2.0)
+    logits[:, 0] = 0.0
+    found = sample(logits.clone(), [Row(SamplingParams(temperature=temperature), 0.3)] * 50)
+    assert found == logits.argmax(-1).tolist()
+
+
+BAD = {"nan": math.nan, "infinity": math.inf, "nothing allowed": -math.inf}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("params", [dict(), dict(temperature=1.0), dict(temperature=1.0, top_k=3, top_p=0.9)], ids=str)
+def test_logits_that_are_no_numbers_give_no_token_and_leave_the_others_alone(kind, params):
+    logits = normal(5, VOCAB)
+    rows = [Row(SamplingParams(**params), 0.1 + 0.2 * i) for i in range(5)]
+    expected = sample(logits.clone(), rows)
+    if kind == "nothing allowed":
+        logits[2] = BAD[kind]
+    else:
+        logits[2, 13] = BAD[kind]
+    expected[2] = None
+    assert sample(logits, rows) == expected
+
+
+def mixed_rows(number: int) -> list[Row]:
+    """Rows of all kinds, each with a draw of its own."""
+    kinds = [SamplingParams(), *(SamplingParams(**params) for params in SETTINGS.values())]
+    draws = torch.rand(number, generator=torch.Generator().manual_seed(9)).tolist()
+    return [Row(kinds[i % len(kinds)], draws[i], SEEN) for i in range(number)]
+
+
+def test_a_rows_token_depends_on_that_row_alone():
+    """Two hundred rows: more than are sampled at a time. Alone, permuted or in part, each gives the same token."""
+    logits, rows = normal(200, VOCAB), mixed_rows(200)
+    together = sample(logits.clone(), rows)
+    assert together == [sample(logits[[i]], [rows[i]])[0] for i in range(200)]
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(4)).tolist()
+    assert sample(logits[order], [rows[i] for i in order]) == [together[i] for i in order]
+    some = list(range(30, 130))
+    assert sample(logits[some], [rows[i] for i in some]) == together[30:130]
+
+
+def test_no_rows_are_no_tokens():
+    assert sample(torch.empty(0, VOCAB), []) == []
+
+
+# ---- through an engine ----
+
+PROMPTS = random_prompts((5, 12, 9, 20, 3, 14, 7, 30), seed=3)
+HOT = dict(temperature=1.0, max_tokens=10)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+def ask(model, requests, **config):
+    return answers(tiny_engine(model, **config), requests)
+
+
+@pytest.mark.parametrize("config", [dict(max_num_seqs=3), dict(chunk_size=4), dict(max_num_seqs=1)], ids=str)
+def test_the_same_seed_gives_the_same_answers_in_any_company_and_order(llama, config):
+    requests = as_requests(PROMPTS, **HOT)
+    together = ask(llama, requests)
+    if "chunk_size" not in config:
+        alone = {}
+        for request in requests:
+            alone |= ask(llama, [request])
+        assert alone == together
+    assert ask(llama, requests[::-1], **config) == together
+
+
+def test_another_seed_gives_other_answers(llama):
+    first = ask(llama, as_requests(PROMPTS, seed=1, **HOT))
+    second = ask(llama, as_requests(PROMPTS, seed=2, **HOT))
+    assert all(first[name] != second[name] for name in first)
+
+
+def test_the_jobs_seed_differs_by_row(llama):
+    """The same prompt twice is two answers: the row's id goes into the seed."""
+    found = ask(llama, as_requests([PROMPTS[0]] * 4, seed=5, **HOT))
+    assert len(set(found.values())) == 4
+
+
+def seeded(names, seed):
+    params = SamplingParams(seed=seed, **HOT)
+    return [Request(id=name, prompt=words(PROMPTS[0]), params=params, seeded=True) for name in names]
+
+
+def test_a_rows_own_seed_makes_its_answer_whatever_its_id(llama):
+    found = ask(llama, seeded("abc", 5))
+    assert len(set(found.values())) == 1
+    assert ask(llama, seeded("a", 6))["a"] != found["a"]
+
+
+def test_a_negative_seed_is_a_seed_of_its_own(llama):
+    assert ask(llama, seeded("a", -5)) != ask(llama, seeded("a", 5))
+
+
+def test_a_greedy_answer_has_no_seed(llama):
+    assert ask(llama, as_requests(PROMPTS, seed=1, max_tokens=8)) == ask(
+        llama, as_requests(PROMPTS, seed=2, max_tokens=8)
+    )
+
+
+def result(model, **params):
+    (found,) = tiny_engine(model).generate(as_requests(PROMPTS[:1], **params))
+    assert found.error is None
+    return found
+
+
+def test_an_answer_ends_after_max_tokens(llama):
+    found = result(llama, max_tokens=6)
+    assert len(found.token_ids) == 6
+    assert found.finish_reason == "length"
+    assert found.text == words(found.token_ids)
+    assert found.usage.prompt_tokens == len(PROMPTS[0])
+    assert found.usage.completion_tokens == 6
+
+
+def test_an_answer_ends_at_a_stop_token_which_is_not_in_its_text(llama):
+    free = result(llama, max_tokens=12).token_ids
+    stop = free[4]
+    found = result(llama, max_tokens=12, stop_token_ids=(stop,))
+    assert found.token_ids == free[: free.index(stop) + 1]
+    assert found.finish_reason == "stop"
+    assert found.text == words(found.token_ids[:-1])
+
+
+def test_a_stop_token_at_the_last_place_is_still_a_stop(llama):
+    free = result(llama, max_tokens=5).token_ids
+    assert free.index(free[4]) == 4
+    found = result(llama, max_tokens=5, stop_token_ids=(free[4],))
+    assert (found.token_ids, found.finish_reason) == (free, "stop")
+
+
+@pytest.fixture
+def ending(llama):
+    """The model with an end token of its own: the fifth token of its greedy answer."""
+    end = result(llama, max_tokens=12).token_ids[4]
+    llama.generation_config.eos_token_id = [end, 0]
+    yield llama, end
+    llama.generation_config.eos_token_id = None
+
+
+def test_the_models_own_end_token_ends_an_answer(ending):
+    model, end = ending
+    found = result(model, max_tokens=12)
+    assert found.token_ids[-1] == end
+    assert found.finish_reason == "stop"
+    assert end not in found.token_ids[:-1]
+    assert found.text == words(found.token_ids[:-1])
+
+
+def test_ignore_eos_goes_on_past_the_end_token_but_not_past_a_stop_token(ending):
+    model, end = ending
+    found = result(model, max_tokens=12, ignore_eos=True)
+    assert len(found.token_ids) == 12
+    assert end in found.token_ids
+    assert found.finish_reason == "length"
+    stopped = result(model, max_tokens=12, ignore_eos=True, stop_token_ids=(end,))
+    assert stopped.token_ids == found.token_ids[: found.token_ids.index(end) + 1]
+    assert stopped.finish_reason == "stop"
+
+
+def test_an_answer_ends_before_a_stop_string(llama):
+    free = result(llama, max_tokens=12).token_ids
+    found = result(llama, max_tokens=12, stop=(words(free[3:5]),))
+    assert found.text.strip() == words(free[:3])
+    assert found.finish_reason == "stop"
+
+
+def test_a_row_whose_logits_are_no_numbers_is_an_error_and_the_others_are_answered(llama):
+    """Token 7 poisons whoever reads it; the neighbours' answers are those that they give without it."""
+    model = tiny_model("llama")
+    model.get_input_embeddings().weight.data[7] = math.nan
+    healthy = [[i for i in prompt if i != 7] for prompt in PROMPTS[:3]]
+    engine = tiny_engine(model)
+    found = {r.id: r for r in engine.generate(as_requests([*healthy, [5, 7, 9]], max_tokens=4))}
+    assert found["3"].error.code == "nan_logits"
+    assert {name: found[name].token_ids for name in "012"} == ask(llama, as_requests(healthy, max_tokens=4))
