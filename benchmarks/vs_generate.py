@@ -152,8 +152,8 @@ def main() -> None:
     bound = total * rate / flops
     print(f"matmul {rate / 1e9:.0f} GFLOP/s allows {bound:,.0f} prompt tok/s")
     mine = 60 * len(prompts) / ours.seconds
-    print(f"bmx       {ours.seconds:6.1f} s  {mine:5.2f} prompts/min  {plan.slots} slots, KV {stats.kv_bytes / 1e6:.0f} MB  "
-          f"(other processes {ours.others:.1f} CPU s)")  # fmt: skip
+    print(f"bmx       {ours.seconds:6.1f} s  {mine:5.2f} prompts/min  {plan.slots} slots, "
+          f"KV {stats.kv_bytes / 1e6:.0f} MB  (other processes {ours.others:.1f} CPU s)")  # fmt: skip
     print(f"  prefill {stats.prefill_rate:,.0f} tok/s = {stats.prefill_rate / bound:.0%} of the bound, "
           f"decode {stats.decode_rate:,.0f} tok/s")  # fmt: skip
     if args.skip_generate:

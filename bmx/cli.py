@@ -6,6 +6,7 @@ Flags are made from the config's own fields, so that each setting is described o
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from typing import Annotated, Any, get_args, get_origin
 
@@ -35,7 +36,8 @@ def main() -> None:
     except BmxError as error:
         Display().error(error.message, error.hint)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output has gone, as in `bmx run ... -o - | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
@@ -66,7 +68,7 @@ def run(inputs: list[str], config: str | None, print_config: bool, **flags: Any)
     try:
         stats = run_job(settings, display)
     except KeyboardInterrupt:
-        display.error("interrupted", "answers that were finished are in the output file")
+        display.error("interrupted", "answers that were finished are kept")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if stats.rows_failed:
         raise typer.Exit(EXIT_SOME_FAILED)

@@ -28,9 +28,12 @@ def parse_bytes(text: str | int) -> int:
         ValueError: not a size, or not positive.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?", str(text).strip().lower())
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"not a size: {text!r} (try 300M, 8G or 8GiB)")
-    return int(float(match[1]) * _UNITS[match[2]])
+    if not match:
+        raise ValueError(f"not a size: {text!r}")
+    size = float(match[1]) * _UNITS[match[2]]
+    if not 1 <= size < 2**63:
+        raise ValueError(f"not a size: {text!r}")
+    return int(size)
 
 
 def parse_count(text: str | int) -> int:
@@ -41,8 +44,8 @@ def parse_count(text: str | int) -> int:
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)([kK]?)", str(text).strip())
     number = float(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]] if match else 0
-    if number < 1 or number != int(number):
-        raise ValueError(f"not a count: {text!r} (try 4096 or 32k)")
+    if not 1 <= number < 2**63 or number != int(number):
+        raise ValueError(f"not a count: {text!r}")
     return int(number)
 
 
@@ -185,6 +188,19 @@ class Setting:
         """The allowed words, or nothing."""
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
+    @property
+    def wanted(self) -> str:
+        """What it takes, for people."""
+        if self.parse:
+            return "a size like 300M, 8G or 8GiB" if self.parse is parse_bytes else "a count like 4096 or 32k"
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        return " or ".join(self.choices) or words.get(self.item_type, str(self.item_type))
+
+    @property
+    def item_type(self) -> Any:
+        """The plain type: without None, and of one item of a list."""
+        return next((t for t in get_args(self.type) if t not in (type(None), ...)), self.type)
+
     def coerce(self, value: Any) -> Any:
         """``value`` as this setting's type.
 
@@ -193,26 +209,35 @@ class Setting:
         """
         try:
             return self._coerced(value)
-        except (ValueError, TypeError):
-            wanted = " or ".join(self.choices) or getattr(self.type, "__name__", str(self.type))
-            raise UsageError(f"{self.name} cannot be {value!r}", hint=f"it takes {wanted}") from None
+        except (ValueError, TypeError, OverflowError):
+            shown = repr(value)[:80] if value is None or isinstance(value, str | int | float) else "a list or mapping"
+            raise UsageError(f"{self.name} cannot be {shown}", hint=f"it takes {self.wanted}") from None
 
     def _coerced(self, value: Any) -> Any:
         if value is None and type(None) in get_args(self.type):
             return None
         if self.parse:
-            return self.parse(value)
+            return self.parse(_exactly(int if isinstance(value, int) else str, value))
         if self.choices:
             if value not in self.choices:
                 raise ValueError
             return value
         if get_origin(self.type) is tuple:
             items = value if isinstance(value, (list, tuple)) else (value,)
-            return tuple(get_args(self.type)[0](item) for item in items)
-        base = next(t for t in (get_args(self.type) or (self.type,)) if t is not type(None))
-        if isinstance(value, bool) != (base is bool) or (base is int and isinstance(value, float)):
-            raise TypeError
-        return base(value)
+            return tuple(_exactly(self.item_type, item) for item in items)
+        return _exactly(self.item_type, value)
+
+
+def _exactly(kind: Any, value: Any) -> Any:
+    """``value`` as ``kind`` where that changes nothing but a whole number's type, or reads a number's text.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it would.
+    """
+    allowed = {str: (str,), bool: (bool,), int: (int, str), float: (int, float, str)}[kind]
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        raise TypeError
+    return kind(value)
 
 
 @cache
@@ -261,8 +286,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         if len(raw) > MAX_CONFIG_BYTES:
             raise UsageError(f"config file {path} is larger than {MAX_CONFIG_BYTES} bytes")
         node = yaml.compose(raw, Loader=yaml.SafeLoader)
-        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        values = yaml.safe_load(raw) or {}
+        keys = [_key(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        values = {} if node is None else yaml.safe_load(raw)
     except OSError as error:
         raise UsageError(f"cannot read config file {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -272,4 +297,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UsageError(f"config file {path} sets {', '.join(sorted(twice))} twice")
     if not isinstance(values, dict):
         raise UsageError(f"config file {path} must hold 'name: value' lines")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    return {_key(key): value for key, value in values.items()}
+
+
+def _key(key: Any) -> str:
+    return str(key).replace("-", "_")

@@ -52,7 +52,14 @@ class Display:
     def note(self, text: str) -> None:
         """One line for people; nothing if they asked for quiet."""
         if self._mode != "none":
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        """A full log disk or a closed terminal must not stop the results: from then on, silence."""
+        try:
             self._console.print(text)
+        except OSError:
+            self._mode = "none"
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -139,9 +146,7 @@ class Display:
 
     def error(self, message: str, hint: str | None = None) -> None:
         """What went wrong, and what to do: shown whatever was asked for."""
-        self._console.print(f"error: {message}")
-        if hint:
-            self._console.print(f"\nhint: {hint}")
+        self._print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""))
 
 
 def status_line(stats: Stats) -> str:

@@ -43,7 +43,9 @@ def run(config: RunConfig, display: Display) -> Stats:
         )
         rows = _check_rows(reader)
         if not rows:
-            display.note("no rows to do")
+            with Writer(output, overwrite=config.job.overwrite):
+                display.note("the input has no rows")
+            return Stats()
         return _generate(config, display, reader, rows, output)
 
 

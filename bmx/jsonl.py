@@ -22,6 +22,7 @@ from bmx.request import Request, Result, SamplingParams
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
 OPENAI_URLS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 OPENAI_PLAIN = {"model", "messages", "prompt", "n", "stream", "user", "metadata"}
+OPENAI_ONLY = {"stream": False, "n": 1}  # the one value that is answered
 WRITE_BUFFER = 1 << 20
 
 
@@ -81,7 +82,7 @@ class Reader:
         return request
 
     def _plain(self, row: dict[str, Any], name: str | int) -> Request:
-        own = {key: row[key] for key in SAMPLING_FIELDS & row.keys()}
+        own = _own_sampling(row)
         prompt, messages = row.get("prompt"), row.get("messages")
         if self.template is not None and messages is None:
             prompt = _fill(self.template, row)
@@ -91,17 +92,17 @@ class Reader:
 
     def _openai(self, row: dict[str, Any], name: str | int) -> Request:
         body, url = row.get("body"), row.get("url")
-        if row.get("method", "POST") != "POST" or url not in OPENAI_URLS:
-            raise RowError("invalid_request", f"only POST to {' or '.join(OPENAI_URLS)} is answered, not to {url!r}")
+        if row.get("method", "POST") != "POST" or not isinstance(url, str) or url not in OPENAI_URLS:
+            raise RowError("invalid_request", f"only POST to {' or '.join(OPENAI_URLS)} is answered")
         if not isinstance(body, dict):
             raise RowError("invalid_request", "'body' must be an object")
-        own = {key: value for key, value in body.items() if key in SAMPLING_FIELDS and value is not None}
+        own = _own_sampling(body)
         if body.get("max_completion_tokens") is not None:
             own["max_tokens"] = body["max_completion_tokens"]
-        unknown = sorted(body.keys() - SAMPLING_FIELDS - OPENAI_PLAIN - {"max_completion_tokens"})
-        if unknown or body.get("stream") or body.get("n", 1) != 1:
-            names = unknown or [key for key in ("stream", "n") if body.get(key)]
-            raise RowError("invalid_request", f"unsupported in 'body': {', '.join(names)}")
+        unknown = body.keys() - SAMPLING_FIELDS - OPENAI_PLAIN - {"max_completion_tokens"}
+        unknown |= {key for key, plain in OPENAI_ONLY.items() if body.get(key) not in (None, plain)}
+        if unknown:
+            raise RowError("invalid_request", f"unsupported in 'body': {', '.join(sorted(unknown))}")
         raw = OPENAI_URLS[url] == "prompt"
         wanted = body.get("prompt") if raw else body.get("messages")
         return self._request(name, wanted if raw else None, None if raw else wanted, own, raw=raw)
@@ -183,6 +184,11 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _own_sampling(values: dict[str, Any]) -> dict[str, Any]:
+    """The sampling fields that a row sets; null leaves the default."""
+    return {key: values[key] for key in SAMPLING_FIELDS & values.keys() if values[key] is not None}
+
+
 def _is_openai(row: dict[str, Any]) -> bool:
     return "custom_id" in row and ("body" in row or "url" in row)
 
@@ -202,14 +208,15 @@ def _messages(messages: Any) -> tuple[dict[str, Any], ...]:
 
 def _role(message: dict[str, Any]) -> str:
     role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise RowError("invalid_request", "each message needs a 'role'")
+    if not isinstance(role, str) or not role.isidentifier():
+        raise RowError("invalid_request", "each message needs a 'role' that is a word")
     return role
 
 
 def _content(content: Any) -> str:
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str) or not content.strip():
         raise RowError("invalid_request", "each message needs a 'content' that is text, and not empty")
     return content
@@ -236,7 +243,10 @@ def _template_fields(template: str) -> list[tuple[str, str | None]]:
         UsageError: unbalanced braces, or a place that is no plain name.
     """
     try:
-        pieces = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+        pieces = [
+            (text, f"{name}!{conversion}:{form}" if form or conversion else name)
+            for text, name, form, conversion in string.Formatter().parse(template)
+        ]
     except ValueError as error:
         raise UsageError(
             f"prompt_template: {error}", hint="write {{ and }} for braces that are meant as such"
@@ -252,9 +262,10 @@ def _fill(template: str, row: dict[str, Any]) -> str:
     for text, name in _template_fields(template):
         parts.append(text)
         if name is not None:
-            if name not in row:
+            value = row.get(name)
+            if value is None:
                 raise RowError("invalid_request", f"the row has no field {name!r} for the prompt template")
-            parts.append(str(row[name]))
+            parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return "".join(parts)
 
 
@@ -299,6 +310,8 @@ class Writer:
         """
         try:
             self._lines.write(as_record(result))
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise self._failure(error) from None
 

@@ -31,10 +31,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = {
-            "max_tokens": self.max_tokens >= 1,
+            "max_tokens": 1 <= self.max_tokens < 2**31,
             "temperature": 0 <= self.temperature <= 100,
             "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
+            "top_k": 0 <= self.top_k < 2**31,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": 0 < self.repetition_penalty <= 100,
             "stop": len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
@@ -42,7 +42,7 @@ class SamplingParams:
         }
         for name, ok in checks.items():
             if not ok:
-                raise ValueError(f"{name} is out of range: {getattr(self, name)!r}")
+                raise ValueError(f"{name} is out of range: {getattr(self, name)!r:.80}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

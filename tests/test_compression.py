@@ -13,7 +13,7 @@ from conftest import as_requests, random_prompts, tiny_engine
 from families import WINDOW, tiny_model
 
 from bmx.engine.attention import SlotAttention
-from bmx.model.spec import register_attention
+from bmx.model.spec import attention_of
 
 SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 9
 SETTINGS = {"kv_sink": SINK, "kv_recent": RECENT, "kv_budget": BUDGET, "chunk_size": CHUNK}
@@ -89,12 +89,11 @@ def run_reference(model, prompt, chunk_ends, answer, budget=BUDGET):
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped one knows no float64
     reference = PlainReference(budget)
-    register_attention(model, reference)
     tokens, greedy = [*prompt, *answer], []
     ends = [*chunk_ends, *range(chunk_ends[-1] + 1, len(tokens) + 1)]
     for start, stop in pairwise([0, *ends]):
         reference.layer, reference.seen = 0, start
-        with torch.inference_mode():
+        with torch.inference_mode(), attention_of(model, reference):
             logits = model(
                 input_ids=torch.tensor([tokens[start:stop]]),
                 position_ids=torch.arange(start, stop).unsqueeze(0),

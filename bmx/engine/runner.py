@@ -18,12 +18,12 @@ from bmx.kernels import Kernels
 from bmx.kv.pool import KVPool
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
-from bmx.model.spec import register_attention, unregister_attention
+from bmx.model.spec import attention_of
 from bmx.planner import Plan
 
 
 class ModelRunner:
-    """Runs steps of one plan on one model. A context manager: the model gets its attention back at the end.
+    """Runs steps of one plan on one model. A context manager, since the model gets its own attention back at the end.
 
     Args:
         loaded: the model.
@@ -40,14 +40,14 @@ class ModelRunner:
         self.pool = KVPool(layouts, slots, self._model.dtype, self._model.device)
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
-        self._name = register_attention(self._model, self._attention)
+        self._attached = attention_of(self._model, self._attention)
 
     def __enter__(self) -> ModelRunner:
+        self._attached.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._model.set_attn_implementation("sdpa" if self._model._supports_sdpa else "eager")
-        unregister_attention(self._name)
+        self._attached.__exit__(None, None, None)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[int | None]:

@@ -22,6 +22,7 @@ from bmx.model.spec import ModelSpec, check_config, read_spec
 
 log = logging.getLogger("bmx")
 CACHE_VERSION = "1"
+SOURCES = "--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +46,12 @@ def find_source(config: EngineConfig) -> str:
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelError(f"no such model file: {name}")
+            raise ModelError(f"no such model file: {name}", hint=SOURCES)
         return str(_dequantised(path))
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{name} is not a model folder: it has no config.json")
+        raise ModelError(f"{name} is not a model folder: it has no config.json", hint=SOURCES)
     if not path.exists() and name.startswith(("/", "./", "../", "~")):
-        raise ModelError(f"no such model folder: {name}")
+        raise ModelError(f"no such model folder: {name}", hint=SOURCES)
     return str(path) if path.exists() else name
 
 
@@ -219,12 +220,12 @@ class _Failures:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, KeyError)):
-            return
+        if not isinstance(error, Exception) or isinstance(error, ModelError):
+            return  # whatever a file's reader raises is the file's fault; Ctrl-C is not
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
             f"cannot load model {self.name}: {lines[0]}",
-            hint="--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file",
+            hint=SOURCES,
         ) from error
 
 

@@ -77,24 +77,22 @@ def check_config(config: Any) -> None:
     raise _refusal(name, reason)
 
 
-def register_attention(model: Any, function: Callable[..., Any]) -> str:
-    """Make ``function`` the attention of this model and return the name it has in transformers.
+@contextmanager
+def attention_of(model: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Make ``function`` the attention of this one model, for as long as the body runs.
 
     No mask function goes with it, so transformers builds no mask.
     """
     from transformers import AttentionInterface
 
-    name = f"bmx_{next(_names)}"
+    name, before = f"bmx_{next(_names)}", model.config._attn_implementation
     AttentionInterface.register(name, function)
     model.set_attn_implementation(name)
-    return name
-
-
-def unregister_attention(name: str) -> None:
-    """Forget a function that ``register_attention`` named."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    type(ALL_ATTENTION_FUNCTIONS)._global_mapping.pop(name, None)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        AttentionInterface._global_mapping.pop(name, None)
 
 
 def read_spec(model: Any) -> ModelSpec:
@@ -107,7 +105,8 @@ def read_spec(model: Any) -> ModelSpec:
     Raises:
         ModelError: the attention function is never called, or the model mixes packed tokens by other ways.
     """
-    with _watched(model) as watch:
+    watch = _Watch()
+    with attention_of(model, watch):
         try:
             first = _logits(model, watch, tokens=(1, 2, 3), positions=(3, 7, 1))
             other = _logits(model, watch, tokens=(5, 2, 4), positions=(4, 7, 9))
@@ -149,16 +148,6 @@ class _Watch:
         )
         group = query.shape[1] // value.shape[1]
         return value.repeat_interleave(group, dim=1).transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def _watched(model: Any) -> Iterator[_Watch]:
-    watch = _Watch()
-    name = register_attention(model, watch)
-    try:
-        yield watch
-    finally:
-        unregister_attention(name)
 
 
 def _logits(model: Any, watch: _Watch, tokens: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:

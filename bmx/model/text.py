@@ -67,14 +67,22 @@ class PromptEncoder:
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
         """The chat template's text, with marks where a document spells a control token."""
         marks: dict[str, str] = {}
-        for message in messages:
-            message["content"], found = self._hide(message["content"])
-            marks.update(found)
+        hidden = [self._hide_all(message, marks) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise RowError("invalid_request", f"the chat template refuses these messages: {error}") from error
         return str(text), marks
+
+    def _hide_all(self, value: Any, marks: dict[str, str]) -> Any:
+        """``value`` with every text in it hidden: a template may print any field of a message."""
+        if isinstance(value, str):
+            text, found = self._hide(value)
+            marks.update(found)
+            return text
+        if isinstance(value, dict):
+            return {self._hide_all(key, marks): self._hide_all(part, marks) for key, part in value.items()}
+        return [self._hide_all(part, marks) for part in value] if isinstance(value, list) else value
 
     def _hide(self, text: str) -> tuple[str, dict[str, str]]:
         """``text`` with each spelled-out control token behind a mark that occurs nowhere else."""
@@ -93,8 +101,10 @@ class PromptEncoder:
             pieces = [part for piece, plain in pieces for part in _cut(piece, plain, mark, token)]
         ids: list[int] = []
         for i, (piece, _) in enumerate(pieces):
-            special = add_special_tokens and i == 0
-            ids += self._tokenizer(piece, add_special_tokens=special)["input_ids"] if piece or special else []
+            if i == 0:
+                ids += self._tokenizer(piece, add_special_tokens=add_special_tokens)["input_ids"]
+            elif piece:  # behind a control token, so that no blank is put before it as at the start of a text
+                ids += self._tokenizer(self._control[0] + piece, add_special_tokens=False)["input_ids"][1:]
         return ids
 
 

@@ -1,0 +1,176 @@
+"""The house rules that a reader relies on: who may import whom, what is loaded when, and how long things are."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import bmx
+
+ROOT = Path(bmx.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=NAMES)
+
+# From the ground up; a file imports from its own floor and from those below it.
+FLOORS = (
+    {"errors"},
+    {"request"},
+    {"config", "stats", "hardware"},
+    {"kernels"},
+    {"kv"},
+    {"model"},
+    {"compress"},
+    {"planner"},
+    {"engine"},
+    {"jsonl", "display"},
+    {"job"},
+    {"cli"},
+)
+FRONT = {"__init__", "__main__"}  # the package's face names everything, lazily
+HEAVY = {"torch", "transformers", "triton", "ray"}
+MAY_BE_HEAVY = ("kernels/", "kv/", "compress/", "engine/", "model/rope.py")
+MAX_LINES = 450
+MAX_FUNCTION_LINES, SHARE_WITHIN = 30, 0.9
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def name_of(path: Path) -> str:
+    """`engine/sampler.py` is engine.sampler, `kv/__init__.py` is kv."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of bmx that a file imports anywhere, for types alone too."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "bmx":
+                inner = ".".join(parts[1:])
+                known = (inner, inner.rpartition(".")[0], "__init__")
+                found.add(next(module for module in known if module in MODULES))
+    return found - {name_of(path)}
+
+
+def floor_of(module: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if module.split(".")[0] in floor)
+
+
+def runtime_imports(body: list[ast.stmt]) -> Iterator[str]:
+    """Top packages imported when a file is loaded: not within functions, not for types alone."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from runtime_imports(node.orelse)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for field in ("body", "orelse", "finalbody"):
+                yield from runtime_imports(getattr(node, field, []))
+
+
+def test_every_file_has_its_floor():
+    assert {module.split(".")[0] for module in MODULES} - FRONT == set().union(*FLOORS)
+
+
+@EVERY_FILE
+def test_a_file_imports_from_its_own_floor_and_below(path):
+    module = name_of(path)
+    if module in FRONT:
+        return
+    above = {other for other in own_imports(path) - FRONT if floor_of(other) > floor_of(module)}
+    assert above == set()
+
+
+def test_no_imports_go_in_circles():
+    waiting = {name: own_imports(path) - FRONT for name, path in MODULES.items() if name not in FRONT}
+    while waiting:
+        free = {name for name, needs in waiting.items() if not needs & waiting.keys()}
+        assert free, f"a circle among {sorted(waiting)}"
+        waiting = {name: needs for name, needs in waiting.items() if name not in free}
+
+
+@EVERY_FILE
+def test_heavy_packages_are_loaded_where_tensors_live(path):
+    if not str(path.relative_to(ROOT)).startswith(MAY_BE_HEAVY):
+        assert HEAVY.isdisjoint(runtime_imports(tree(path).body))
+
+
+@pytest.mark.parametrize(
+    "modules", ["bmx", "bmx.cli", "bmx.config, bmx.jsonl, bmx.job, bmx.display, bmx.planner, bmx.hardware, bmx.model.loader"]
+)
+def test_what_help_and_plans_need_loads_no_torch(modules):
+    code = f"import sys, {modules}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@EVERY_FILE
+def test_mistakes_raise_and_only_the_display_prints(path):
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
+        printing = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        assert not printing, f"print in line {node.lineno}"
+
+
+def public(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Public classes, functions and methods of a file or class."""
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not child.name.startswith("_"):
+            yield prefix + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child, f"{child.name}.")
+
+
+@EVERY_FILE
+def test_every_file_and_every_public_name_says_what_it_is(path):
+    if path.name == "__main__.py":
+        return
+    assert ast.get_docstring(tree(path))
+    assert [name for name, node in public(tree(path)) if not ast.get_docstring(node)] == []
+
+
+@EVERY_FILE
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from its `def` on, its docstring left out."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function):
+        lines -= function.body[0].end_lineno - function.body[0].lineno + 1
+    return lines
+
+
+def test_most_functions_are_short():
+    functions = {
+        f"{name_of(path)}.{node.name}": lines_of(node)
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    long = {name: lines for name, lines in functions.items() if lines > MAX_FUNCTION_LINES}
+    assert len(long) <= (1 - SHARE_WITHIN) * len(functions), long
