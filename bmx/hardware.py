@@ -43,19 +43,33 @@ def free_host_memory() -> FreeMemory:
 
     Reclaimable page cache counts as free: Linux's MemAvailable, and a group's limit less what it cannot drop.
     """
-    system = _meminfo()
-    best = FreeMemory(system.get("MemAvailable", 0), system.get("MemTotal", 0), "MemAvailable")
-    for limit_file, used_file, cache_key in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    best = _system_memory()
+    for prefix, limit_file, used_file, cache_key in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, used = _number(CGROUP / limit_file), _number(CGROUP / used_file)
-        if limit is None or used is None or limit >= NO_LIMIT:
-            continue
-        free = limit - used + _stat((CGROUP / limit_file).parent / "memory.stat", cache_key)
-        if free < best.free:
-            best = FreeMemory(max(0, free), limit, f"cgroup {limit_file}")
+        for group in _own_groups(prefix.rstrip("/")):
+            limit, used = _number(group / limit_file), _number(group / used_file)
+            if limit is None or used is None or limit >= NO_LIMIT:
+                continue
+            free = limit - used + _stat(group / "memory.stat", cache_key)
+            if free < best.free:
+                best = FreeMemory(max(0, free), limit, f"cgroup {prefix}{limit_file}")
     return best
+
+
+def _own_groups(controller: str) -> list[Path]:
+    """The folders of this process's control group and of all above it.
+
+    Args:
+        controller: its name under version 1, empty under version 2.
+    """
+    root, own = CGROUP / controller, ""
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            own = path.strip("/")
+    return [root / own, *(parent for parent in (root / own).parents if parent.is_relative_to(root))]
 
 
 def free_gpu_memory() -> FreeMemory:
@@ -75,8 +89,12 @@ def gpus() -> list[Gpu]:
     with _nvml() as nvml:
         if nvml is None:
             return []
-        found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
+        found: list[Gpu] = []
+        try:
+            count = nvml.nvmlDeviceGetCount()
+        except nvml.NVMLError:
+            return found
+        for index in range(count):
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
                 memory = nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -120,10 +138,22 @@ def peak_resident_bytes() -> int:
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, its control group's quota, one per physical core."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = _read(CGROUP / "cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit():
-        allowed = min(allowed, max(1, int(quota[0]) // int(quota[1])))
+    for quota, period in _cpu_quotas():
+        if quota.isdigit() and period.isdigit():
+            allowed = min(allowed, int(quota) // int(period))
+    threads = os.environ.get("OMP_THREAD_LIMIT", "")  # torch computes wrong numbers with more than OpenMP grants
+    if threads.isdigit():
+        allowed = min(allowed, int(threads))
     return max(1, min(allowed, _physical_cores() or allowed))
+
+
+def _cpu_quotas() -> Iterator[tuple[str, str]]:
+    """(microseconds of CPU, of how many) of each control group that this process is in; not always numbers."""
+    for group in _own_groups(""):
+        quota, _, period = _read(group / "cpu.max").strip().partition(" ")
+        yield quota, period
+    for group in _own_groups("cpu"):
+        yield _read(group / "cpu.cfs_quota_us").strip(), _read(group / "cpu.cfs_period_us").strip()
 
 
 def fast_bfloat16_cpu() -> bool:
@@ -160,13 +190,17 @@ def _physical_cores() -> int:
     return len(pairs)
 
 
-def _meminfo() -> dict[str, int]:
+def _system_memory() -> FreeMemory:
+    """What the whole system says, whoever is asked to say it."""
     lines = (line.split() for line in _read(Path("/proc/meminfo")).splitlines())
     known = {parts[0].rstrip(":"): int(parts[1]) * 1024 for parts in lines if len(parts) == 3}
-    if not known and hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return {"MemAvailable": total // 2, "MemTotal": total}
-    return known
+    total = known.get("MemTotal", 0)
+    if "MemAvailable" in known:
+        return FreeMemory(known["MemAvailable"], total, "MemAvailable")
+    if "MemFree" in known:
+        return FreeMemory(known["MemFree"] + known.get("Cached", 0), total, "MemFree and Cached")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return FreeMemory(total // 2, total, "half of the physical memory")
 
 
 def _stat(path: Path, key: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from math import ceil
 
 from bmx.errors import MemoryLimitError
 from bmx.kv.layout import KVLayout
@@ -17,7 +18,8 @@ MAX_GROUPS = 4
 MAX_SLOTS = 4096  # beyond this many rows a step gains nothing
 ROW_ALIGNMENT = 16
 MAX_CANDIDATES = 128
-SAMPLER_ROWS = 64  # rows whose logits are sampled together in float32
+SAMPLER_ROWS = 16  # rows whose logits are sampled together
+SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, with their ids and sums
 ALLOCATOR_SLACK = 0.02
 
 
@@ -37,7 +39,7 @@ class Memory:
         runtime: what the process held before the model was loaded.
         weights: parameters and buffers.
         activations: the widest moment of the largest step, attention's workspace included.
-        logits: logits of a step and the sampler's float32 copy.
+        logits: logits of a step, and what sampling takes beside them.
         kv: keys and values of all slots.
         scores: accumulated attention and positions of all slots.
         slack: what allocators lose to rounding.
@@ -125,7 +127,7 @@ def memory_needed(
     kv = sum(layout(group.capacity).kv_bytes * group.slots for group in groups)
     scores = sum(layout(group.capacity).score_bytes * group.slots for group in groups)
     activations = step + workspace(chunk_size, keys)
-    logits = spec.itemsize * slots * spec.vocab + 12 * min(slots, SAMPLER_ROWS) * spec.vocab
+    logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(
         runtime=runtime,
         weights=spec.weight_bytes,
@@ -257,6 +259,6 @@ def _does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
     what = "in all" if limit == limits.total else "for the KV cache"
     return MemoryLimitError(
         f"one sequence needs {size / 1e6:,.0f} MB {what}, {limit / 1e6:,.0f} MB may be used ({limits.source}): "
-        f"{(size - limit) / 1e6:,.0f} MB are missing",
+        f"{ceil((size - limit) / 1e6):,} MB are missing",
         hint="lower --kv-budget or --chunk-size, raise --memory-limit, or choose a smaller model",
     )

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.model.loader import prepare
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models are slower with more, and much slower on a busy machine
 
 
 def word_tokenizer(vocab: int = VOCAB, **special: str) -> PreTrainedTokenizerFast:

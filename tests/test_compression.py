@@ -48,7 +48,9 @@ class PlainReference:
         for head in range(heads):
             received = dict.fromkeys([*kept[head], *new], 0.0)
             for i, position in enumerate(new):
-                visible = sorted(p for p in [*kept[head], *new] if p <= position and (not window or p > position - window))
+                visible = sorted(
+                    p for p in [*kept[head], *new] if p <= position and (not window or p > position - window)
+                )
                 for g in range(group):
                     q = query[0, head * group + g, i]
                     scores = torch.stack([q @ self.keys[layer][p][head] for p in visible]) * scaling

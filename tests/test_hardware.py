@@ -1,4 +1,4 @@
-"""What the machine says about itself, right or broken, becomes figures and the name of who said them; nothing raises."""
+"""What the machine says about itself, right or broken, becomes figures with the name of who said them; no error."""
 
 from __future__ import annotations
 
@@ -95,7 +95,12 @@ GROUPS = {
     "v2": ("0::/jobs/step_7\n", v2, CGROUP, f"{CGROUP}/jobs/step_7"),
     "v2, limit of the parent": ("0::/jobs/step_7/task_0\n", v2, CGROUP, f"{CGROUP}/jobs/step_7"),
     "v1": ("4:memory:/jobs/step_7\n1:cpu:/\n", v1, f"{CGROUP}/memory", f"{CGROUP}/memory/jobs/step_7"),
-    "v1, limit of the parent": ("4:memory:/jobs/step_7/task_0\n", v1, f"{CGROUP}/memory", f"{CGROUP}/memory/jobs/step_7"),
+    "v1, limit of the parent": (
+        "4:memory:/jobs/step_7/task_0\n",
+        v1,
+        f"{CGROUP}/memory",
+        f"{CGROUP}/memory/jobs/step_7",
+    ),
 }
 
 
@@ -179,6 +184,15 @@ def test_usable_cores_are_the_least_that_anyone_allows(machine, monkeypatch, fil
     assert hardware.usable_cores() == expected
 
 
+@pytest.mark.parametrize(("limit", "expected"), [("2", 2), ("64", 16), ("", 16), ("many", 16)])
+def test_openmps_own_limit_of_threads_counts(machine, monkeypatch, limit, expected):
+    """With more threads asked of torch than OpenMP grants, its bfloat16 products are wrong numbers."""
+    machine(SIXTEEN)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", limit)
+    assert hardware.usable_cores() == expected
+
+
 def test_a_system_without_affinity_counts_its_cores(machine, monkeypatch):
     machine({})
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
@@ -225,6 +239,10 @@ class LibraryNotFound(NVMLError):
     pass
 
 
+class Hidden(NVMLError):
+    """Raised when the device's handle is asked for."""
+
+
 def gpu(name="H100", free=70 * GB, total=80 * GB, uuid="GPU-aaaa"):
     return SimpleNamespace(name=name, free=free, total=total, uuid=uuid)
 
@@ -253,7 +271,9 @@ def nvml(monkeypatch):
         fake.nvmlInit = initialise
         fake.nvmlShutdown = shutdown
         fake.nvmlDeviceGetCount = lambda: raise_or(count, len(devices))
-        fake.nvmlDeviceGetHandleByIndex = lambda i: devices[i]
+        fake.nvmlDeviceGetHandleByIndex = lambda i: raise_or(
+            devices[i] if isinstance(devices[i], Hidden) else None, devices[i]
+        )
         fake.nvmlDeviceGetMemoryInfo = lambda handle: raise_or(handle, handle)
         fake.nvmlDeviceGetName = lambda handle: handle.name
         fake.nvmlDeviceGetUUID = lambda handle: handle.uuid
@@ -278,7 +298,7 @@ def test_without_a_driver_there_are_no_gpus(nvml, error):
     assert hardware.gpus() == []
 
 
-@pytest.mark.parametrize("error", [NoPermission("memory"), NotSupported("MIG")], ids=repr)
+@pytest.mark.parametrize("error", [NoPermission("memory"), NotSupported("MIG"), Hidden("container")], ids=repr)
 def test_a_device_that_will_not_tell_is_left_out(nvml, error):
     fake = nvml(error, gpu(uuid="GPU-bbbb"))
     assert [found.uuid for found in hardware.gpus()] == ["GPU-bbbb"]
@@ -324,7 +344,7 @@ def test_free_gpu_memory_is_the_less_of_what_cuda_and_nvml_say(nvml, cuda, devic
     assert (found.free, found.total, found.source) == expected
 
 
-@pytest.mark.parametrize("broken", [dict(init=LibraryNotFound()), dict(count=NVMLError("unknown error"))], ids=str)
+@pytest.mark.parametrize("broken", [{"init": LibraryNotFound()}, {"count": NVMLError("unknown error")}], ids=str)
 def test_cuda_alone_is_believed_where_nvml_is_broken(nvml, cuda, broken):
     nvml(gpu(free=GB, uuid="GPU-bbbb"), **broken)
     found = hardware.free_gpu_memory()

@@ -11,9 +11,9 @@ from bmx import kernels
 from bmx.kernels import cpu, reference
 
 KERNELS = pytest.mark.parametrize("kernel", [reference, cpu], ids=["reference", "cpu"])
-TIGHT = dict(atol=2e-5, rtol=2e-5)
+TIGHT = {"atol": 2e-5, "rtol": 2e-5}
 # Eight (bfloat16) and eleven (float16) bits of a number: single probabilities and outputs are rounded to those.
-LOOSE = {torch.bfloat16: dict(atol=3e-2, rtol=3e-2), torch.float16: dict(atol=4e-3, rtol=4e-3)}
+LOOSE = {torch.bfloat16: {"atol": 3e-2, "rtol": 3e-2}, torch.float16: {"atol": 4e-3, "rtol": 4e-3}}
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -33,7 +33,7 @@ def operands(tokens, past, *, kv_heads=2, group=3, dim=8, value_dim=8, dtype=tor
 
 
 def dense_head(query, keys, values, unseen, *, scale, softcap=None, sink=None):
-    """Queries [T, D] over keys [N, D], those that are `unseen` [T, N] left out: output [T, E] and probabilities [T, N]."""
+    """Queries [T, D] over keys [N, D] but the `unseen` [T, N]: output [T, E] and probabilities [T, N]."""
     scores = keys.double() @ query.double().T * scale  # one column per query
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -106,19 +106,19 @@ def test_a_chunk_attends_to_its_slot_and_causally_to_itself(kernel, tokens, past
 @KERNELS
 def test_a_chunk_of_several_uneven_tiles_is_one_attention(kernel):
     chunk = operands(300, 45, group=2)
-    details = dict(scale=0.3, softcap=4.0, sinks=normal(4), hidden=window_mask(300, 45, 2, window=70))
+    details = {"scale": 0.3, "softcap": 4.0, "sinks": normal(4), "hidden": window_mask(300, 45, 2, window=70)}
     assert_same(kernel.attend_chunk(*chunk, **details), dense_chunk(*chunk, **details), **TIGHT)
 
 
 DETAILS = {
-    "values narrower than keys": dict(value_dim=4),
-    "values wider than keys": dict(value_dim=12),
-    "softcap": dict(softcap=2.0),
-    "sinks": dict(sinks=normal(6)),
-    "strong sinks": dict(sinks=normal(6) + 50),
-    "window": dict(hidden=window_mask(33, 20, 2, window=7)),
-    "one visible key": dict(hidden=window_mask(33, 20, 2, window=1)),
-    "all together": dict(value_dim=4, softcap=2.0, sinks=normal(6), hidden=window_mask(33, 20, 2, window=25)),
+    "values narrower than keys": {"value_dim": 4},
+    "values wider than keys": {"value_dim": 12},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": normal(6)},
+    "strong sinks": {"sinks": normal(6) + 50},
+    "window": {"hidden": window_mask(33, 20, 2, window=7)},
+    "one visible key": {"hidden": window_mask(33, 20, 2, window=1)},
+    "all together": {"value_dim": 4, "softcap": 2.0, "sinks": normal(6), "hidden": window_mask(33, 20, 2, window=25)},
 }
 
 
@@ -157,7 +157,7 @@ def test_a_chunk_may_be_strided(kernel, tokens):
 
 @KERNELS
 def test_the_operands_are_not_changed(kernel):
-    details = dict(sinks=normal(6), hidden=window_mask(33, 20, 2, window=7))
+    details = {"sinks": normal(6), "hidden": window_mask(33, 20, 2, window=7)}
     chunk = operands(33, 20)
     before = [t.clone() for t in (*chunk, *details.values())]
     kernel.attend_chunk(*chunk, scale=0.5, softcap=2.0, **details)
@@ -206,15 +206,15 @@ def test_mass_nobody_asked_for_is_not_there(kernel):
 
 
 SLOTS = {
-    "one head per kv head": dict(group=1),
-    "three heads per kv head": dict(group=3),
-    "four heads per kv head": dict(group=4),
-    "narrow values": dict(value_dim=4),
-    "softcap": dict(softcap=2.0),
-    "sinks": dict(sinks=normal(6)),
-    "empty rows": dict(hidden=torch.arange(20) > torch.tensor([0, 7, 19]).view(-1, 1, 1)),
-    "rows hidden by head": dict(hidden=normal(3, 2, 20) > 0.5),
-    "all together": dict(value_dim=4, softcap=2.0, sinks=normal(6), hidden=normal(3, 2, 20) > 0.5),
+    "one head per kv head": {"group": 1},
+    "three heads per kv head": {"group": 3},
+    "four heads per kv head": {"group": 4},
+    "narrow values": {"value_dim": 4},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": normal(6)},
+    "empty rows": {"hidden": torch.arange(20) > torch.tensor([0, 7, 19]).view(-1, 1, 1)},
+    "rows hidden by head": {"hidden": normal(3, 2, 20) > 0.5},
+    "all together": {"value_dim": 4, "softcap": 2.0, "sinks": normal(6), "hidden": normal(3, 2, 20) > 0.5},
 }
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import random
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -20,7 +23,7 @@ from bmx.errors import MemoryLimitError
 from bmx.kv.pool import KVPool
 from bmx.model.loader import prepare
 from bmx.model.spec import LayerSpec, ModelSpec
-from bmx.planner import Limits, SlotGroup, capacities, memory_needed, plan
+from bmx.planner import MAX_SLOTS, Limits, SlotGroup, capacities, memory_needed, plan
 
 MB = 10**6
 LAYER = LayerSpec(query_heads=8, kv_heads=2, key_dim=64, value_dim=64, window=None, owner=0)
@@ -37,7 +40,7 @@ SPEC = ModelSpec(
     itemsize=2,
 )
 POLICY = CompressionPolicy.from_config(EngineConfig(kv_budget=1024))
-SIZES = dict(chunk_size=256, max_num_batched_tokens=1024, runtime=200 * MB)
+SIZES = {"chunk_size": 256, "max_num_batched_tokens": 1024, "runtime": 200 * MB}
 
 
 def workspace(chunk, rows):
@@ -107,6 +110,10 @@ def test_there_are_never_more_slots_than_sequences():
     assert planned(Limits(total=10**12), [100, 1024, 300]).slots == 3
 
 
+def test_there_are_never_more_slots_than_a_step_can_use():
+    assert planned(Limits(total=10**13), [16] * 6000).slots == MAX_SLOTS
+
+
 def test_the_total_is_the_sum_of_its_items():
     memory = needed((SlotGroup(1024, 4), SlotGroup(128, 10)))
     assert memory.runtime == 200 * MB
@@ -124,7 +131,9 @@ def test_keys_and_values_are_counted_by_hand():
     assert memory.scores == rows * 6 * 2 * 8  # a float32 score and an int32 position
 
 
-@pytest.mark.parametrize("more", [dict(chunk_size=512), dict(max_num_batched_tokens=4096), dict(runtime=300 * MB)], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"chunk_size": 512}, {"max_num_batched_tokens": 4096}, {"runtime": 300 * MB}], ids=str
+)
 def test_what_makes_a_step_larger_needs_more_memory(more):
     assert needed((SlotGroup(1024, 4),), **more).total > needed((SlotGroup(1024, 4),)).total
 
@@ -133,6 +142,27 @@ def test_a_step_of_more_slots_than_batched_tokens_is_counted_in_full():
     """Every decoding sequence is in every step, whatever the token budget says."""
     few, many = (needed((SlotGroup(64, slots),), max_num_batched_tokens=300) for slots in (20, 2000))
     assert many.activations > 3 * few.activations
+
+
+SAMPLE = """
+import resource, torch
+from bmx.engine.sampler import Row, sample
+from bmx.request import SamplingParams
+torch.set_num_threads(1)
+row = Row(SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05), 0.5)
+sample(torch.randn(2, 150_000), [row] * 2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sample(torch.randn(64, 150_000), [row] * 64)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in Linux's unit")
+def test_sampling_takes_no_more_memory_than_was_planned():
+    grown = int(subprocess.run([sys.executable, "-c", SAMPLE], capture_output=True, text=True, check=True).stdout)
+    spec = replace(SPEC, vocab=150_000, itemsize=4)
+    promised = memory_needed(spec, layout, (SlotGroup(16, 64),), workspace=workspace, **SIZES).logits
+    assert grown <= 1.1 * promised
 
 
 # ---- a limit too small ----
@@ -147,7 +177,7 @@ def test_a_limit_too_small_for_one_sequence_names_the_missing_megabytes(limits, 
     missing = one.pool - limits.pool if limits.pool else one.total - limits.total
     with pytest.raises(MemoryLimitError) as caught:
         planned(limits, [1024, 100])
-    assert f"{missing / MB:,.0f} MB are missing" in caught.value.message
+    assert f"{math.ceil(missing / MB):,} MB are missing" in caught.value.message
     assert what in caught.value.message
     assert limits.source in caught.value.message
     assert "--kv-budget" in caught.value.hint
@@ -168,7 +198,7 @@ def test_a_tiny_shortage_is_not_called_none():
     assert " 0 MB are missing" not in caught.value.message
 
 
-@pytest.mark.parametrize("config", [dict(kv_cache_memory=1000), dict(memory_limit=1000)], ids=str)
+@pytest.mark.parametrize("config", [{"kv_cache_memory": 1000}, {"memory_limit": 1000}], ids=str)
 def test_an_engine_refuses_before_it_answers_a_row(config):
     engine = tiny_engine("llama", **config)
     with pytest.raises(MemoryLimitError, match="MB are missing"):
@@ -191,12 +221,21 @@ def waste(found, rows):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_mixed_file_wastes_less_than_fifteen_percent_of_its_rows(seed):
-    """Prompts of 200 to 6,000 tokens, log-uniform, full cache: 12 to 13 % by this cut, 68 % with one capacity."""
+def test_four_groups_waste_well_under_half_of_what_one_does(seed):
+    """Prompts of 200 to 6,000 tokens, log-uniform, full cache: 28 % of the rows with four groups, 71 % with one.
+
+    Less is not to be had with four (see the next test); eight would waste 15 %, twelve 10 %.
+    """
     rows = log_uniform(200, 6000, 2000, seed)
-    share = waste(capacities(rows), rows)
-    assert share < 0.15
-    assert share < waste([max(rows)] * len(rows), rows) / 4
+    assert waste(capacities(rows), rows) < 0.30
+    assert waste([max(rows)] * len(rows), rows) > 0.70
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_a_budget_a_mixed_file_wastes_less_than_fifteen_percent(seed):
+    """The same prompts under the default budget of 1,024: most of them fill their slots."""
+    rows = [POLICY.rows_needed(tokens) for tokens in log_uniform(200, 6000, 2000, seed)]
+    assert waste(capacities(rows), rows) < 0.15
 
 
 def test_the_cut_is_the_best_there_is():

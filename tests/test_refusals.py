@@ -20,12 +20,12 @@ from bmx.model.loader import prepare
 from bmx.model.spec import check_config
 
 S, F = "sliding_attention", "full_attention"
-IDS = dict(vocab_size=128, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-SIZES = IDS | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-TEXT = SIZES | dict(intermediate_size=64, num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
-MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8)
-EXPERTS = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
-LOCAL_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+IDS = {"vocab_size": 128, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+SIZES = IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def build(model_type, auto=AutoModelForCausalLM, **config):
@@ -55,7 +55,12 @@ NO_HOOK = {
     "GPTJForCausalLM": dict(model_type="gptj", **IDS, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
     "BloomForCausalLM": dict(model_type="bloom", **IDS, hidden_size=32, n_layer=2, n_head=4),
     "GPTNeoForCausalLM": dict(
-        model_type="gpt_neo", **IDS, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        model_type="gpt_neo",
+        **IDS,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
     ),
     "MptForCausalLM": dict(model_type="mpt", **IDS, d_model=32, n_heads=4, n_layers=2),
     "CodeGenForCausalLM": dict(model_type="codegen", **IDS, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
@@ -102,7 +107,7 @@ def test_a_model_that_masks_its_attention_itself():
 
 BIDIRECTIONAL = {
     "BertLMHeadModel": dict(model_type="bert", **SIZES),
-    "RobertaForCausalLM": dict(model_type="roberta", **SIZES | dict(pad_token_id=1)),
+    "RobertaForCausalLM": dict(model_type="roberta", **SIZES | {"pad_token_id": 1}),
     "ElectraForCausalLM": dict(model_type="electra", **SIZES),
     "Gemma3ForCausalLM": dict(
         model_type="gemma3_text", **TEXT, layer_types=[S, F], sliding_window=8, use_bidirectional_attention=True
@@ -150,6 +155,15 @@ def test_a_peculiar_model_is_refused_or_answers_as_generate_does(config):
     assert answers(engine, as_requests(prompts, max_tokens=8)) == expected
 
 
+def test_a_hybrid_family_is_served_where_all_its_layers_are_attention():
+    """Granite 4.0 Micro and 1B are such: their config has room for Mamba layers, and they have none."""
+    sizes = TEXT | MAMBA | {"num_local_experts": 0, "shared_intermediate_size": 16}
+    model = build("granitemoehybrid", **sizes, layer_types=["attention", "attention"], position_embedding_type="rope")
+    prompts = random_prompts((5, 30, 17))
+    engine = tiny_engine(model, kv_policy="none", chunk_size=7)
+    assert answers(engine, as_requests(prompts, max_tokens=8)) == reference_answers(model, prompts, 8)
+
+
 # ---- models of nobody's ----
 
 
@@ -167,8 +181,6 @@ class Mixing(nn.Module):
 
 class OwnLlama(LlamaForCausalLM):
     """A Llama to change: the tiny one's weights under another name."""
-
-    __module__ = LlamaForCausalLM.__module__  # where transformers looks for how a class attends
 
     @classmethod
     def tiny(cls):
@@ -201,7 +213,7 @@ def test_nothing_mixed_in_is_a_model_like_any_other():
     assert len(prepare(OwnLlama.mixing(torch.zeros_like, 1.0)).spec.layers) == 2
 
 
-class PrivateAttention(nn.Module):
+class CausalMean(nn.Module):
     """A layer's attention that asks nobody: a plain causal mean of the values."""
 
     def __init__(self, values):
@@ -216,14 +228,12 @@ class PrivateAttention(nn.Module):
 def test_a_model_with_one_layer_of_its_own_attention():
     model = OwnLlama.tiny()
     layer = model.model.layers[1]
-    layer.self_attn = PrivateAttention(layer.self_attn.v_proj)
+    layer.self_attn = CausalMean(layer.self_attn.v_proj)
     assert_refused(model, "OwnLlama", "mix outside its attention")
 
 
 class CountingLlama(OwnLlama):
     """A Llama that numbers its tokens itself, whatever positions it is given."""
-
-    __module__ = LlamaForCausalLM.__module__
 
     def forward(self, input_ids, position_ids=None, **kwargs):
         return super().forward(input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
@@ -243,14 +253,15 @@ def test_a_model_whose_learned_positions_are_counted():
 class FailingLlama(OwnLlama):
     """A Llama that fails when it is run."""
 
-    __module__ = LlamaForCausalLM.__module__
     error: Exception
 
     def forward(self, *_, **__):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no\nluck"), TypeError("x"), KeyError("x"), AssertionError("x")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no\nluck"), TypeError("x"), KeyError("x"), AssertionError("x")], ids=repr
+)
 def test_a_model_that_fails_on_packed_tokens(error):
     model = FailingLlama.tiny()
     model.error = error
@@ -307,9 +318,9 @@ def test_a_good_folder_is_opened(folder):
 
 
 FROM_CONFIG = {
-    "T5ForConditionalGeneration": dict(model_type="t5", is_encoder_decoder=True),
-    "Qwen3NextForCausalLM": dict(model_type="qwen3_next", layer_types=["linear_attention", F]),
-    "Llama4ForCausalLM": dict(model_type="llama4_text"),
+    "T5ForConditionalGeneration": {"model_type": "t5", "is_encoder_decoder": True},
+    "Qwen3NextForCausalLM": {"model_type": "qwen3_next", "layer_types": ["linear_attention", F]},
+    "Llama4ForCausalLM": {"model_type": "llama4_text"},
 }
 
 
@@ -326,17 +337,17 @@ def test_a_config_object_is_enough_to_refuse():
 
 
 CONFIGS = {
-    "no model type": dict(model_type=None),
-    "unknown model type": dict(model_type="nobodys"),
-    "code of its own": dict(model_type="mine", auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}),
-    "a number that is a word": dict(hidden_size="big"),
-    "heads that do not divide": dict(num_attention_heads=3),
-    "no heads": dict(num_attention_heads=0),
-    "layer types that are no list": dict(layer_types=5),
-    "unknown dtype": dict(dtype="float7"),
-    "unknown activation": dict(hidden_act="none such"),
-    "another width than the weights": dict(hidden_size=64),
-    "packed weights without their library": dict(quantization_config={"quant_method": "gptq", "bits": 4}),
+    "no model type": {"model_type": None},
+    "unknown model type": {"model_type": "nobodys"},
+    "code of its own": {"model_type": "mine", "auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}},
+    "a number that is a word": {"hidden_size": "big"},
+    "heads that do not divide": {"num_attention_heads": 3},
+    "no heads": {"num_attention_heads": 0},
+    "layer types that are no list": {"layer_types": 5},
+    "unknown dtype": {"dtype": "float7"},
+    "unknown activation": {"hidden_act": "none such"},
+    "another width than the weights": {"hidden_size": 64},
+    "packed weights without their library": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
 }
 
 

@@ -61,21 +61,21 @@ def assert_distribution(logits: torch.Tensor, **params) -> None:
 
 
 SETTINGS = {
-    "plain": dict(temperature=1.0),
-    "hot": dict(temperature=2.5),
-    "cold": dict(temperature=0.2),
-    "top_k": dict(temperature=1.0, top_k=5),
-    "top_k of one": dict(temperature=1.5, top_k=1),
-    "top_k beyond the vocabulary": dict(temperature=1.0, top_k=1000),
-    "top_p": dict(temperature=1.0, top_p=0.7),
-    "top_p of almost nothing": dict(temperature=1.0, top_p=1e-6),
-    "min_p": dict(temperature=1.0, min_p=0.1),
-    "min_p of one": dict(temperature=1.0, min_p=1.0),
-    "penalty": dict(temperature=1.0, repetition_penalty=1.3),
-    "reward": dict(temperature=1.0, repetition_penalty=0.6),
-    "top_k, then top_p of what is left": dict(temperature=1.3, top_k=6, top_p=0.8),
-    "top_p, then min_p of what is left": dict(temperature=2.0, top_p=0.9, min_p=0.15),
-    "everything": dict(temperature=1.7, top_k=9, top_p=0.85, min_p=0.05, repetition_penalty=1.2),
+    "plain": {"temperature": 1.0},
+    "hot": {"temperature": 2.5},
+    "cold": {"temperature": 0.2},
+    "top_k": {"temperature": 1.0, "top_k": 5},
+    "top_k of one": {"temperature": 1.5, "top_k": 1},
+    "top_k beyond the vocabulary": {"temperature": 1.0, "top_k": 1000},
+    "top_p": {"temperature": 1.0, "top_p": 0.7},
+    "top_p of almost nothing": {"temperature": 1.0, "top_p": 1e-6},
+    "min_p": {"temperature": 1.0, "min_p": 0.1},
+    "min_p of one": {"temperature": 1.0, "min_p": 1.0},
+    "penalty": {"temperature": 1.0, "repetition_penalty": 1.3},
+    "reward": {"temperature": 1.0, "repetition_penalty": 0.6},
+    "top_k, then top_p of what is left": {"temperature": 1.3, "top_k": 6, "top_p": 0.8},
+    "top_p, then min_p of what is left": {"temperature": 2.0, "top_p": 0.9, "min_p": 0.15},
+    "everything": {"temperature": 1.7, "top_k": 9, "top_p": 0.85, "min_p": 0.05, "repetition_penalty": 1.2},
 }
 
 
@@ -114,7 +114,7 @@ def test_greedy_is_the_largest_of_the_models_own_logits(dtype):
 
 
 @pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24, 1 - 2**-53], ids=["0", "half", "near one", "nearest to one"])
-@pytest.mark.parametrize("params", [dict(top_k=2), dict(top_p=0.6), dict(min_p=0.4)], ids=str)
+@pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.4}], ids=str)
 def test_no_draw_picks_what_was_filtered_out(params, draw):
     """Two tokens stay; the others are nearly as likely. random() does return the largest number below one."""
     logits = torch.full((VOCAB,), -1.0)
@@ -134,7 +134,7 @@ BAD = {"nan": math.nan, "infinity": math.inf, "nothing allowed": -math.inf}
 
 
 @pytest.mark.parametrize("kind", BAD)
-@pytest.mark.parametrize("params", [dict(), dict(temperature=1.0), dict(temperature=1.0, top_k=3, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}], ids=str)
 def test_logits_that_are_no_numbers_give_no_token_and_leave_the_others_alone(kind, params):
     logits = normal(5, VOCAB)
     rows = [Row(SamplingParams(**params), 0.1 + 0.2 * i) for i in range(5)]
@@ -172,7 +172,7 @@ def test_no_rows_are_no_tokens():
 # ---- through an engine ----
 
 PROMPTS = random_prompts((5, 12, 9, 20, 3, 14, 7, 30), seed=3)
-HOT = dict(temperature=1.0, max_tokens=10)
+HOT = {"temperature": 1.0, "max_tokens": 10}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def ask(model, requests, **config):
     return answers(tiny_engine(model, **config), requests)
 
 
-@pytest.mark.parametrize("config", [dict(max_num_seqs=3), dict(chunk_size=4), dict(max_num_seqs=1)], ids=str)
+@pytest.mark.parametrize("config", [{"max_num_seqs": 3}, {"chunk_size": 4}, {"max_num_seqs": 1}], ids=str)
 def test_the_same_seed_gives_the_same_answers_in_any_company_and_order(llama, config):
     requests = as_requests(PROMPTS, **HOT)
     together = ask(llama, requests)

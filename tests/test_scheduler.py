@@ -1,4 +1,4 @@
-"""The scheduler under random loads: every token once and in order, no slot shared, always progress. No tensor needed."""
+"""The scheduler under random loads: every token once and in order, no slot shared, always progress; without tensors."""
 
 from __future__ import annotations
 

@@ -179,21 +179,30 @@ class SlotAttention:
         part = self._pool.layer(decodes.group, step.layer)
         if part.layout.owner == step.layer:
             self._insert(part, decodes, k[decodes.rows], v[decodes.rows])
-        slots = decodes.slots
-        everyone = len(slots) == len(part.keys)  # sorted by slot: the pool itself, no copy
-        keys, values = (part.keys, part.values) if everyone else (part.keys[slots], part.values[slots])
-        scored = decodes.scored and self._policy.needs_mass(part.layout)
-        output, mass = self._kernels.attend_slots(
-            q[decodes.rows],
-            keys,
-            values,
-            hidden=_hidden_from_decodes(part, decodes),
-            want_mass=scored,
-            **details.options,
-        )
+        output, mass = self._attend(part, decodes, q[decodes.rows], details)
         if mass is not None:
-            part.mass.index_add_(0, slots, mass)
-        return output  # type: ignore[no-any-return]
+            part.mass.index_add_(0, decodes.slots, mass)
+        return output
+
+    def _attend(
+        self, part: LayerSlots, decodes: Decodes, query: Tensor, details: Details
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of one token per slot: output [B, H, E] and mass [B, K, C].
+
+        Copying the keys of some slots costs more than attending to all: from half of them on, those that do not
+        decode take part with a query of zeros.
+        """
+        slots, options = decodes.slots, details.options
+        options["want_mass"] = decodes.scored and self._policy.needs_mass(part.layout)
+        hidden = _hidden_from_decodes(part, decodes)
+        if 2 * len(slots) < len(part.keys):
+            return self._kernels.attend_slots(query, part.keys[slots], part.values[slots], hidden=hidden, **options)  # type: ignore[no-any-return]
+        everyone = query.new_zeros(len(part.keys), *query.shape[1:]).index_copy_(0, slots, query)
+        if hidden is not None:
+            shown = hidden.new_zeros(len(part.keys), *hidden.shape[1:])
+            hidden = shown.index_copy_(0, slots, hidden.expand(len(slots), *hidden.shape[1:]))
+        output, mass = self._kernels.attend_slots(everyone, part.keys, part.values, hidden=hidden, **options)
+        return output[slots], None if mass is None else mass[slots]
 
     def _insert(self, part: LayerSlots, decodes: Decodes, k: Tensor, v: Tensor) -> None:
         """Write the tokens' own keys: into the next empty row, or over the lowest-ranked unprotected one."""

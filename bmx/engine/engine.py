@@ -24,7 +24,7 @@ from bmx.planner import Limits, Plan, plan
 from bmx.request import Request, Result
 from bmx.stats import Stats
 
-BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
 LOOKAHEAD = 64  # requests tokenised beyond those that have a slot
 
 
@@ -96,7 +96,8 @@ class Engine:
             MemoryLimitError: not even one slot fits.
         """
         spec, config = self.loaded.spec, self.config
-        first = spec.layers[0]
+        heads = max(layer.query_heads for layer in spec.layers)
+        head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
         return plan(
             spec,
             lambda capacity: self.policy.layout(spec, capacity),
@@ -106,7 +107,7 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens or BATCHED_TOKENS[self.loaded.model.device.type],
             runtime=self.loaded.runtime_bytes,
             workspace=lambda chunk, rows: self.kernels.module.workspace_bytes(
-                heads=first.query_heads, chunk=chunk, rows=rows, head_dim=first.key_dim, itemsize=spec.itemsize
+                heads=heads, chunk=chunk, rows=rows, head_dim=head_dim, itemsize=spec.itemsize
             ),
         )
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from bmx.planner import SAMPLER_ROWS
 from bmx.request import SamplingParams
 
+COLDEST = 1e-6  # a temperature below this is greedy in all but name, and must not overflow
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -36,21 +38,18 @@ class Row:
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | None]:
     """The next token of each row; None where its logits are not numbers.
 
-    Greedy rows are decided on the model's own logits; only the others, at most 64 at a time, are copied to float32.
+    Plain greedy rows are decided on the model's own logits; only the others, a few at a time, are copied to float32.
 
     Args:
-        logits: [N, V], changed in place where a repetition penalty applies.
+        logits: [N, V].
         rows: one per row of logits.
     """
-    for i, row in enumerate(rows):
-        if row.params.repetition_penalty != 1:
-            _penalise(logits[i], row)
     best, ids = logits.max(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    for start in range(0, len(drawn), SAMPLER_ROWS):
-        block = drawn[start : start + SAMPLER_ROWS]
+    changed = [i for i, row in enumerate(rows) if row.params.temperature > 0 or row.params.repetition_penalty != 1]
+    for start in range(0, len(changed), SAMPLER_ROWS):
+        block = changed[start : start + SAMPLER_ROWS]
         at = torch.tensor(block, device=logits.device)
-        ids[at] = _draw(logits[at].float(), [rows[i] for i in block])
+        ids[at] = _choose(logits[at].float(), [rows[i] for i in block])
     numbers = torch.isfinite(best).tolist()
     return [token if ok else None for token, ok in zip(ids.tolist(), numbers, strict=True)]
 
@@ -62,23 +61,38 @@ def _penalise(logits: Tensor, row: Row) -> None:
     logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
 
 
+def _choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """One token per row of float32 logits [N, V], which are changed in place: [N] ids."""
+    for values, row in zip(logits, rows, strict=True):
+        if row.params.repetition_penalty != 1:
+            _penalise(values, row)
+    ids = logits.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    if drawn:
+        at = torch.tensor(drawn, device=logits.device)
+        ids[at] = _draw(logits[at], [rows[i] for i in drawn])
+    return ids
+
+
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """One token per row of float32 logits [N, V], by inverting its cumulative distribution: [N] ids."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
 
     vocab = logits.shape[-1]
-    logits = logits / column([row.params.temperature for row in rows])
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    probs = (ordered - ordered[:, :1]) / column([max(row.params.temperature, COLDEST) for row in rows])
+    del ordered
     rank = torch.arange(vocab, device=logits.device)
-    ordered = ordered.masked_fill(rank >= column([row.params.top_k or vocab for row in rows]), float("-inf"))
-    probs = torch.softmax(ordered, dim=-1)
-    before = probs.cumsum(-1) - probs  # probability of all likelier tokens
-    probs = probs.masked_fill(before >= column([row.params.top_p for row in rows]), 0.0)
-    least = column([row.params.min_p for row in rows]) * probs[:, :1]
-    probs = probs.masked_fill(probs < least, 0.0)
-    cumulative = probs.double().cumsum(-1)
-    target = column([row.draw for row in rows]).double() * cumulative[:, -1:]
-    chosen = (cumulative <= target).sum(-1, keepdim=True).clamp(max=vocab - 1)
+    probs.masked_fill_(rank >= column([row.params.top_k or vocab for row in rows]), float("-inf"))
+    probs = torch.softmax(probs, dim=-1)
+    likelier = probs.cumsum(-1).sub_(probs)  # the probability of all likelier tokens
+    probs.masked_fill_(likelier >= column([row.params.top_p for row in rows]), 0.0)
+    del likelier
+    probs.masked_fill_(probs < column([row.params.min_p for row in rows]) * probs[:, :1], 0.0)
+    allowed = (probs > 0).sum(-1, keepdim=True).clamp(min=1)  # likeliest first, so the allowed ones are the first ones
+    cumulative = probs.cumsum(-1)
+    target = column([row.draw for row in rows]) * cumulative[:, -1:]
+    chosen = torch.minimum((cumulative <= target).sum(-1, keepdim=True), allowed - 1)
     return ids.gather(1, chosen).squeeze(1)

@@ -48,7 +48,9 @@ class Sequence:
             self._detokenizer = Detokenizer(self.tokenizer)
         if self.params.temperature > 0:
             request = self.request
-            self._random = random.Random(self.params.seed if request.seeded else f"{self.params.seed}/{request.id}")
+            self._random = random.Random(
+                f"{self.params.seed}" if request.seeded else f"{self.params.seed}/{request.id}"
+            )
 
     @property
     def params(self) -> SamplingParams:

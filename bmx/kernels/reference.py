@@ -45,8 +45,8 @@ def attend_chunk(
     keys = torch.cat([past_key, key.transpose(0, 1)], dim=1)  # [K, P+T, D]
     values = torch.cat([past_value, value.transpose(0, 1)], dim=1)
     grouped = query.reshape(tokens, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)  # [K, G, T, D]
-    scores = torch.matmul(grouped, keys.unsqueeze(1).transpose(-1, -2)).float() * scale  # [K, G, T, P+T]
-    scores = cap(scores, softcap)
+    scores = scaled_scores(grouped.flatten(1, 2), keys, scale).view(*grouped.shape[:3], -1)  # [K, G, T, P+T]
+    scores = cap(scores.float(), softcap)
     future = torch.ones(tokens, past + tokens, dtype=torch.bool, device=query.device).triu(past + 1)
     scores.masked_fill_(future, float("-inf"))
     if hidden is not None:
@@ -79,15 +79,20 @@ def attend_slots(
     Returns:
         output [B, H, E], and the attention mass [B, K, C] in float32 (or None).
     """
-    batch, kv_heads, _, _ = keys.shape
-    grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])  # [B, K, G, D]
-    scores = torch.matmul(grouped, keys.transpose(-1, -2)).float() * scale  # [B, K, G, C]
-    scores = cap(scores, softcap)
+    batch, kv_heads, capacity, dim = keys.shape
+    grouped = query.reshape(batch * kv_heads, -1, dim)  # [B*K, G, D]
+    scores = scaled_scores(grouped, keys.flatten(0, 1), scale).view(batch, kv_heads, -1, capacity)  # [B, K, G, C]
+    scores = cap(scores.float(), softcap)
     if hidden is not None:
         scores.masked_fill_(hidden.unsqueeze(-2), float("-inf"))
     weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(kv_heads, -1, 1))
     output = torch.matmul(weights.to(values.dtype), values)  # [B, K, G, E]
     return output.reshape(batch, query.shape[1], -1), weights.mean(2) if want_mass else None
+
+
+def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Query [N, M, D] x key [N, C, D] -> scores [N, M, C], scaled before anything is rounded or overflows."""
+    return torch.baddbmm(query.new_empty(()), query, key.transpose(-1, -2), beta=0, alpha=scale)
 
 
 def cap(scores: Tensor, softcap: float | None) -> Tensor:

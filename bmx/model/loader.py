@@ -87,14 +87,17 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     check_config(model_config)
     runtime = hardware.resident_bytes() if device.type == "cpu" else 0
     with _Failures(config.model):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=model_config,
             dtype=choose_dtype(config, device),
             device_map=None if device.type == "cpu" else device,
             use_safetensors=True,
+            output_loading_info=True,
             **where,
-        ).eval()
+        )
+    _check_complete(config.model, loading)
+    model.eval()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         runtime = max(0, total - free - torch.cuda.memory_allocated())
@@ -196,9 +199,10 @@ def _unpack(file: Path, folder: Path) -> None:
         extra["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
     with _Failures(str(file)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.bfloat16, **extra
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **extra
         )
+    _check_complete(str(file), loading)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
@@ -208,6 +212,18 @@ def _unpack(file: Path, folder: Path) -> None:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+
+
+def _check_complete(name: str, loading: dict[str, Any]) -> None:
+    """Refuse weights with holes, which transformers would fill with random numbers.
+
+    Raises:
+        ModelError: names the first tensors that are missing.
+    """
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(f"model {name} is incomplete: {len(missing)} tensors are missing ({shown})", hint=SOURCES)
 
 
 class _Failures:
