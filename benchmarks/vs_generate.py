@@ -61,7 +61,8 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
 
 def sample_prompts(tokenizer, count: int, tokens: int) -> list[str]:
     """``count`` summarisation prompts of about ``tokens`` tokens, each from another place in the sample documents."""
-    text = "\n\n".join(json.loads(line)["prompt"].split("\n\n", 1)[1] for line in SAMPLES.open(encoding="utf-8"))
+    lines = SAMPLES.read_text(encoding="utf-8").strip().split("\n")
+    text = "\n\n".join(json.loads(line)["prompt"].split("\n\n", 1)[1] for line in lines)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     spread = [tokens - 100 + (i * 37) % 200 for i in range(count)]
     starts = [i * (len(ids) - tokens - 200) // max(1, count - 1) for i in range(count)]
