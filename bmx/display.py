@@ -65,6 +65,7 @@ class Display:
     def waiting(self, what: str) -> Iterator[None]:
         """Something that takes a while and has no measure."""
         if self._mode != "rich":
+            self.note(f"{what} ...")
             yield
             return
         with self._console.status(what):

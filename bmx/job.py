@@ -52,9 +52,11 @@ def run(config: RunConfig, display: Display) -> Stats:
 def _generate(config: RunConfig, display: Display, reader: Reader, rows: int, output: Path | None) -> Stats:
     from bmx.engine.engine import Engine
 
-    with display.waiting(f"loading {config.engine.model}"):
+    unpacked = config.engine.model == "demo" or config.engine.model.lower().endswith(".gguf")
+    once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
+    with display.waiting(f"loading model {config.engine.model}{once}"):
         engine = Engine.open(config.engine, config.prompt)
-    with display.waiting("measuring the prompts"):
+    with display.waiting("measuring the prompts, making the plan"):
         lengths = engine.measure(reader.requests())
         plan = engine.plan(lengths)
     stats = engine.stats

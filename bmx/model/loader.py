@@ -5,8 +5,9 @@ Knows transformers' loading and the cache of dequantised GGUF files; knows nothi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
+import io
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from bmx.model.demo import demo_model_path
 from bmx.model.rope import SequenceRope, pin_rope
 from bmx.model.spec import ModelSpec, check_config, read_spec
 
-log = logging.getLogger("bmx")
 CACHE_VERSION = "1"
 SOURCES = "--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file"
 
@@ -165,7 +165,6 @@ def _dequantised(file: Path) -> Path:
     folder = user_cache_path("bmx") / "gguf" / f"{_digest(file)}-{CACHE_VERSION}"
     if (folder / "config.json").is_file():
         return folder
-    log.info("unpacking %s once; the result is kept in %s", file.name, folder.parent)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
@@ -197,7 +196,7 @@ def _unpack(file: Path, folder: Path) -> None:
     extra = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         extra["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
-    with _Failures(str(file)):
+    with _Failures(str(file)), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **extra
