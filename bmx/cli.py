@@ -36,9 +36,6 @@ def main() -> None:
     except BmxError as error:
         Display().error(error.message, error.hint)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output has gone, as in `bmx run ... -o - | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 @app.callback(invoke_without_command=True)
@@ -67,6 +64,9 @@ def run(inputs: list[str], config: str | None, print_config: bool, **flags: Any)
     display = Display(settings.job.progress)
     try:
         stats = run_job(settings, display)
+    except BrokenPipeError:  # the reader of our output has gone, as in `bmx run ... -o - | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
     except KeyboardInterrupt:
         display.error("interrupted", "answers that were finished are kept")
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -80,7 +80,9 @@ class EngineConfig:
     kv_cache_memory: Annotated[int | None, "most memory for the KV cache alone (300M)", parse_bytes] = None
     gpu_memory_utilization: Annotated[float, "share of the free memory (GPU or CPU) that bmx may use"] = 0.92
     max_num_seqs: Annotated[int | None, "most sequences at once", parse_count] = None
-    max_num_batched_tokens: Annotated[int | None, "most tokens in a step", parse_count] = None
+    max_num_batched_tokens: Annotated[
+        int | None, "most tokens in a step (one chunk of a prompt is taken all the same)", parse_count
+    ] = None
     max_model_len: Annotated[int | None, "longest prompt and answer together (32k)", parse_count] = None
 
     def __post_init__(self) -> None:
@@ -104,8 +106,10 @@ class EngineConfig:
 class PromptConfig:
     """How a row becomes the text that the model reads."""
 
-    system_prompt: Annotated[str | None, "system message before every prompt"] = None
-    prompt_template: Annotated[str | None, "text with {field} places, filled from the row's fields"] = None
+    system_prompt: Annotated[str | None, "system message before every conversation that has none"] = None
+    prompt_template: Annotated[
+        str | None, "prompt of plain rows: text with {field} places, filled from the row's fields"
+    ] = None
     chat_template: Annotated[bool, "wrap plain prompts in the model's chat template, if it has one"] = True
     parse_special_tokens: Annotated[bool, "let control tokens written in a document act as such"] = False
 
@@ -260,13 +264,18 @@ def all_settings() -> Iterator[tuple[str, Setting]]:
             yield title, setting
 
 
+@cache
+def _settings_by_name() -> dict[str, Setting]:
+    return {setting.name: setting for _, setting in all_settings()}
+
+
 def setting_named(name: str) -> Setting:
     """The setting of that name.
 
     Raises:
         UsageError: there is none; says which was probably meant.
     """
-    known = {setting.name: setting for _, setting in all_settings()}
+    known = _settings_by_name()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise UsageError(f"unknown setting {name!r}", hint=f"did you mean {near[0]!r}?" if near else None)

@@ -77,6 +77,8 @@ class Display:
         groups = " + ".join(f"{group.slots} x {group.capacity:,}" for group in plan.groups)
         self.note(f"{spec.name}, {len(lengths):,} prompts of {tokens:,} tokens in all, attention: {kernels.name}")
         self.note(f"slots: {plan.slots} at once ({groups} KV pairs), chunks of {plan.chunk_size}")
+        if plan.too_large:
+            self.note(f"{plan.too_large:,} rows need more memory than may be used and will be errors")
         items = (
             ("runtime", memory.runtime),
             ("weights", memory.weights),
@@ -135,7 +137,7 @@ class Display:
         self.note(f"done: {done:,} of {stats.rows_done:,} rows answered{failed} in {duration(stats.elapsed)}")
         self.note(
             f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens), "
-            f"decode {stats.decode_rate:,.0f} tok/s ({stats.generated_tokens:,} tokens)"
+            f"decode {stats.decode_rate:,.0f} tok/s ({stats.generated_tokens:,} generated)"
         )
         full = stats.full_cache_peak_bytes
         share = (

@@ -42,6 +42,9 @@ def run(config: RunConfig, display: Display) -> Stats:
             limit=config.job.limit,
         )
         rows = _check_rows(reader)
+        if not rows and config.job.dry_run:
+            display.note("the input has no rows")
+            return Stats()
         if not rows:
             with Writer(output, overwrite=config.job.overwrite):
                 display.note("the input has no rows")

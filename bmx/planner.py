@@ -5,6 +5,7 @@ Knows sizes and counts; touches no tensor, no device and no file.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -83,13 +84,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What was decided: nothing of it changes during the run."""
+    """What was decided: nothing of it changes during the run.
+
+    ``too_large`` sequences would not fit even alone; they will be errors, the others are answered.
+    """
 
     groups: tuple[SlotGroup, ...]
     chunk_size: int
     max_num_batched_tokens: int
     memory: Memory
     limits: Limits
+    too_large: int = 0
 
     @property
     def slots(self) -> int:
@@ -97,8 +102,8 @@ class Plan:
         return sum(group.slots for group in self.groups)
 
 
-Workspace = Callable[[int, int], int]
-"""Bytes of one chunk's attention, from its tokens and the keys it sees."""
+Workspace = Callable[[int, int, int], int]
+"""Bytes of one layer's attention, from a chunk's tokens, the keys that a query sees, and the slots."""
 
 
 def memory_needed(
@@ -116,7 +121,7 @@ def memory_needed(
     Args:
         layout: a slot's layout from its capacity.
         runtime: bytes held before the model was loaded.
-        workspace: bytes of one chunk's attention.
+        workspace: bytes of one layer's attention.
     """
     groups = tuple(groups)
     slots = sum(group.slots for group in groups)
@@ -126,7 +131,7 @@ def memory_needed(
     step = spec.itemsize * tokens * (3 * spec.intermediate + 4 * spec.hidden + 2 * rotary)
     kv = sum(layout(group.capacity).kv_bytes * group.slots for group in groups)
     scores = sum(layout(group.capacity).score_bytes * group.slots for group in groups)
-    activations = step + workspace(chunk_size, keys)
+    activations = step + workspace(chunk_size, keys, slots)
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(
         runtime=runtime,
@@ -174,12 +179,14 @@ def plan(
         needed = memory(groups)
         return needed.total <= limits.total and (limits.pool is None or needed.pool <= limits.pool)
 
-    most = min(limits.slots or MAX_SLOTS, len(rows_needed))
-    demand = Counter(capacities(rows_needed))
-    groups = _largest(demand, most, fits)
-    if not groups:
-        raise _does_not_fit(memory((SlotGroup(max(rows_needed), 1),)), limits)
+    sizes = sorted(set(rows_needed))
+    fitting = sizes[: bisect_left(sizes, True, key=lambda rows: not fits((SlotGroup(rows, 1),)))]
+    if not fitting:
+        raise _does_not_fit(memory((SlotGroup(sizes[0], 1),)), limits)
+    served = [rows for rows in rows_needed if rows <= fitting[-1]]
+    groups = _largest(Counter(capacities(served)), min(limits.slots or MAX_SLOTS, len(served)), fits)
     return Plan(
+        too_large=len(rows_needed) - len(served),
         groups=groups,
         chunk_size=chunk_size,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -199,9 +206,9 @@ def capacities(rows_needed: Sequence[int]) -> list[int]:
     distinct = sorted(set(rounded))
     step = -(-len(distinct) // MAX_CANDIDATES)
     candidates = sorted({*distinct[step - 1 :: step], largest})
-    count = Counter(next(c for c in candidates if c >= rows) for rows in rounded)
+    count = Counter(candidates[bisect_left(candidates, rows)] for rows in rounded)
     chosen = _least_waste(candidates, [count[c] for c in candidates])
-    return [next(c for c in chosen if c >= rows) for rows in rounded]
+    return [chosen[bisect_left(chosen, rows)] for rows in rounded]
 
 
 def _least_waste(candidates: list[int], counts: list[int]) -> list[int]:
@@ -228,19 +235,21 @@ def _largest(
     most: int,
     fits: Callable[[tuple[SlotGroup, ...]], bool],
 ) -> tuple[SlotGroup, ...]:
-    """As many slots as fit, each group's share as its share of the sequences; fewer groups if need be."""
+    """As many slots as fit, each group's share as its share of the sequences; fewer groups if need be.
+
+    One slot of the largest capacity must fit.
+    """
     names = sorted(demand)
-    while names:
+    while True:
         shares = {name: demand[name] for name in names}
         low, high = 0, min(most, sum(shares.values()))
         while low < high:  # the largest number of slots that fits
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(_split(shares, middle)) else (low, middle - 1)
-        if low >= len(names) or (low and len(names) == 1):
+        if low >= len(names):
             return _split(shares, low)
-        demand[names[1] if len(names) > 1 else names[0]] += demand[names[0]]  # the smallest joins the next
+        demand[names[1]] += demand[names[0]]  # the smallest joins the next
         names = names[1:]
-    return ()
 
 
 def _split(shares: dict[int, int], slots: int) -> tuple[SlotGroup, ...]:

@@ -8,6 +8,7 @@ from conftest import answers, as_requests, random_prompts, reference_answers, ti
 from families import FAMILIES, tiny_model
 
 from bmx import Request, SamplingParams
+from bmx.errors import UsageError
 
 LENGTHS = (5, 30, 17, 23, 9)
 CROWDED = {"chunk_size": 7, "max_num_seqs": 3, "max_num_batched_tokens": 20}
@@ -130,3 +131,39 @@ def test_a_prompt_longer_than_the_model_is_an_error_and_a_long_answer_is_cut():
     assert results["0"].error.code == "context_length_exceeded"
     assert results["1"].usage.completion_tokens == 6
     assert results["1"].finish_reason == "length"
+
+
+def test_a_row_of_broken_numbers_leaves_nothing_behind_in_its_slot():
+    """An overflow in one row must not reach the next row that lives in the same slot."""
+    poisoned, healthy = random_prompts((20, 8))
+    model = tiny_model("llama")
+    expected = reference_answers(model, [healthy], 6)["0"]
+    poison = next(token for token in poisoned if token > 5 and token not in {*healthy, *expected})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = float("nan")
+    engine = tiny_engine(model, kv_policy="none", max_num_seqs=1)
+    results = {r.id: r for r in engine.generate(as_requests([poisoned, healthy], max_tokens=6))}
+    assert results["0"].error.code == "nan_logits"
+    assert results["1"].token_ids == expected
+
+
+def test_an_engine_answers_one_run_at_a_time_and_many_after_each_other():
+    prompts = random_prompts((9, 14))
+    engine = tiny_engine("llama", kv_policy="none")
+    first = engine.generate(as_requests(prompts, max_tokens=4))
+    one = next(first)
+    with pytest.raises(UsageError):
+        next(engine.generate(as_requests(prompts, max_tokens=4)))
+    first.close()
+    again = answers(engine, as_requests(prompts, max_tokens=4))
+    assert again[one.id] == one.token_ids
+
+
+def test_a_row_that_would_not_fit_even_alone_is_an_error_and_the_others_are_answered():
+    prompts = random_prompts((200, 12, 15))
+    engine = tiny_engine("llama", kv_policy="none", kv_cache_memory=30_000)
+    results = {r.id: r for r in engine.generate(as_requests(prompts, max_tokens=4))}
+    assert results["0"].error.code == "out_of_memory"
+    assert (results["1"].token_ids, results["2"].token_ids) == tuple(
+        reference_answers(tiny_model("llama"), prompts[1:], 4).values()
+    )

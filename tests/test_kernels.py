@@ -289,7 +289,8 @@ def test_the_attention_of_a_chunk_depends_on_where_it_is_not_on_the_others(kerne
 @KERNELS
 def test_workspace_grows_with_the_keys_a_chunk_sees(kernel):
     sizes = [
-        kernel.workspace_bytes(heads=8, chunk=256, rows=rows, head_dim=64, itemsize=2) for rows in (512, 1024, 4096)
+        kernel.workspace_bytes(heads=8, chunk=256, rows=rows, slots=4, head_dim=64, itemsize=2)
+        for rows in (512, 1024, 4096)
     ]
     assert 0 < sizes[0] < sizes[1] < sizes[2]
 

@@ -43,7 +43,7 @@ POLICY = CompressionPolicy.from_config(EngineConfig(kv_budget=1024))
 SIZES = {"chunk_size": 256, "max_num_batched_tokens": 1024, "runtime": 200 * MB}
 
 
-def workspace(chunk, rows):
+def workspace(chunk, rows, slots=1):
     return 8 * chunk * rows * 4
 
 
@@ -176,7 +176,7 @@ def test_a_limit_too_small_for_one_sequence_names_the_missing_megabytes(limits, 
     one = needed((SlotGroup(1024, 1),))
     missing = one.pool - limits.pool if limits.pool else one.total - limits.total
     with pytest.raises(MemoryLimitError) as caught:
-        planned(limits, [1024, 100])
+        planned(limits, [1024])
     assert f"{math.ceil(missing / MB):,} MB are missing" in caught.value.message
     assert what in caught.value.message
     assert limits.source in caught.value.message
@@ -279,7 +279,7 @@ def test_a_lone_long_sequence_has_a_slot_among_many_short_ones():
 )
 def test_whatever_the_needs_and_limits_a_plan_keeps_to_them(rows, total, pool, slots):
     limits = Limits(total=total * MB, pool=pool and pool * MB, slots=slots)
-    least = needed((SlotGroup(max(rows), 1),))
+    least = needed((SlotGroup(min(rows), 1),))
     try:
         found = planned(limits, rows)
     except MemoryLimitError:
@@ -291,7 +291,12 @@ def test_whatever_the_needs_and_limits_a_plan_keeps_to_them(rows, total, pool, s
     assert 1 <= found.slots <= min(len(rows), slots or math.inf)
     assert all(group.slots >= 1 for group in found.groups)
     assert 1 <= len(found.groups) <= 4
-    assert max(group.capacity for group in found.groups) == max(rows)
+    largest = max(group.capacity for group in found.groups)
+    assert largest in rows
+    assert found.too_large == sum(need > largest for need in rows)
+    for need in set(rows) - set(range(largest + 1)):  # not one of those left out would fit, even alone
+        alone = needed((SlotGroup(need, 1),))
+        assert alone.total > limits.total or alone.pool > (limits.pool or math.inf)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

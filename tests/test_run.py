@@ -35,8 +35,8 @@ class Ended:
 
     @property
     def complaint(self) -> list[str]:
-        """The lines of what was said, which must be an error and a hint."""
-        lines = [line for line in self.err.splitlines() if line]
+        """The lines of what was said after what was done, which must be an error and a hint."""
+        lines = [line for line in self.err.splitlines() if line and not line.endswith(" ...")]
         assert [line.split(":")[0] for line in lines] == ["error", "hint"], self.err
         return lines
 

@@ -279,10 +279,10 @@ def test_held_tokens_are_those_computed_by_the_sequences_that_run():
     scheduler = Scheduler([SlotGroup(16, 2)], chunk_size=4, max_num_batched_tokens=8)
     for name, length in (("a", 4), ("b", 8)):
         assert scheduler.admit(Job(length, 3).sequence(name))
-    assert scheduler.held_tokens == 0
+    assert scheduler.held_tokens == [0, 0]
     step = scheduler.schedule()
     assert scheduler.update(step, [WORD]) == []
-    assert scheduler.held_tokens == 8
+    assert scheduler.held_tokens == [4, 4]
 
 
 def test_an_idle_scheduler_has_no_step():

@@ -17,7 +17,7 @@ from bmx.config import EngineConfig, PromptConfig
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
-from bmx.errors import RowError
+from bmx.errors import MemoryLimitError, RowError, UsageError
 from bmx.model.loader import LoadedModel, find_source, load_model, load_tokenizer
 from bmx.model.text import PromptEncoder
 from bmx.planner import Limits, Plan, plan
@@ -25,7 +25,7 @@ from bmx.request import Request, Result
 from bmx.stats import Stats
 
 BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
-LOOKAHEAD = 64  # requests tokenised beyond those that have a slot
+LOOKAHEAD = 64  # fewest requests that wait tokenised, so that a free slot of any size finds one
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,12 @@ class Engine:
         self.kernels = kernels.choose(loaded.model.device.type)
         self.stats = Stats()
         self._encoder = PromptEncoder(tokenizer, prompt)
-        self._max_length = min(config.max_model_len or loaded.spec.max_length, loaded.spec.max_length)
+        self._max_length = config.max_model_len or loaded.spec.max_length
+        self._running = False
+        if self._max_length > loaded.spec.max_length:
+            raise UsageError(
+                f"max_model_len {self._max_length} is more than the {loaded.spec.max_length} of {loaded.spec.name}"
+            )
 
     @classmethod
     def open(cls, config: EngineConfig | None = None, prompt: PromptConfig | None = None) -> Engine:
@@ -62,6 +67,7 @@ class Engine:
 
         Raises:
             ModelError: it cannot be found, loaded, or run rightly.
+            UsageError: settings that this model cannot follow.
         """
         config, prompt = config or EngineConfig(), prompt or PromptConfig()
         source = find_source(config)
@@ -106,8 +112,8 @@ class Engine:
             chunk_size=config.chunk_size,
             max_num_batched_tokens=config.max_num_batched_tokens or BATCHED_TOKENS[self.loaded.model.device.type],
             runtime=self.loaded.runtime_bytes,
-            workspace=lambda chunk, rows: self.kernels.module.workspace_bytes(
-                heads=heads, chunk=chunk, rows=rows, head_dim=head_dim, itemsize=spec.itemsize
+            workspace=lambda chunk, rows, slots: self.kernels.module.workspace_bytes(
+                heads=heads, chunk=chunk, rows=rows, slots=slots, head_dim=head_dim, itemsize=spec.itemsize
             ),
         )
 
@@ -118,33 +124,39 @@ class Engine:
             requests: read lazily when a plan is given; otherwise all are read first, to make one.
             plan: from ``plan``; it must have been made from the lengths of these requests.
         """
-        if plan is None:
-            requests = list(requests)
-            plan = self.plan(self.measure(requests))
+        if self._running:
+            raise UsageError("this engine is answering other requests", hint="finish or close that generator first")
+        self._running = True
+        try:
+            if plan is None:
+                requests = list(requests)
+                plan = self.plan(self.measure(requests))
+            with ModelRunner(self.loaded, self.policy, plan, self.kernels) as runner:
+                self._begin(plan, runner)
+                yield from self._loop(iter(requests), plan, runner)
+        finally:
+            self._running = False
+
+    def _loop(self, source: Iterator[Request], plan: Plan, runner: ModelRunner) -> Iterator[Result]:
         scheduler = Scheduler(plan.groups, plan.chunk_size, plan.max_num_batched_tokens)
-        with ModelRunner(self.loaded, self.policy, plan, self.kernels) as runner:
-            self._begin(plan, runner)
-            source = iter(requests)
-            waiting: deque[Sequence] = deque()
-            while True:
-                yield from self._read_ahead(source, waiting)
-                yield from self._admit(scheduler, waiting)
-                step = scheduler.schedule()
-                if step is None:
-                    return
-                yield from self._advance(scheduler, runner, step)
+        waiting: deque[Sequence] = deque()
+        while True:
+            yield from self._read_ahead(source, waiting, max(LOOKAHEAD, 2 * plan.slots))
+            yield from self._admit(scheduler, waiting)
+            step = scheduler.schedule()
+            if step is None:
+                return
+            yield from self._advance(scheduler, runner, step)
 
     def _begin(self, plan: Plan, runner: ModelRunner) -> None:
-        full = self.policy.layout(self.loaded.spec, 1)
         stats = self.stats
         stats.slots = plan.slots
         stats.kv_bytes = runner.pool.nbytes
-        stats.full_cache_bytes_per_token = full.kv_bytes
         stats.started = time.monotonic()
 
-    def _read_ahead(self, source: Iterator[Request], waiting: deque[Sequence]) -> Iterator[Result]:
+    def _read_ahead(self, source: Iterator[Request], waiting: deque[Sequence], enough: int) -> Iterator[Result]:
         """Tokenise requests until enough wait; those that cannot be answered are results at once."""
-        while len(waiting) < LOOKAHEAD:
+        while len(waiting) < enough:
             request = next(source, None)
             if request is None:
                 return
@@ -168,27 +180,36 @@ class Engine:
         active = scheduler.running
         decodes = sum(chunk.sequence.decoding for chunk in step.chunks)
         before = time.monotonic()
-        tokens = runner.run(step)
+        try:
+            tokens = runner.run(step)
+        except torch.OutOfMemoryError as error:
+            hint = "lower --memory-limit or --max-num-seqs; answers that were finished are kept"
+            raise MemoryLimitError("the device ran out of memory in a step", hint=hint) from error
         seconds = time.monotonic() - before
         finished = scheduler.update(step, tokens)
+        held = scheduler.held_tokens + [sequence.computed for sequence in finished]
         self.stats.count_step(
             prompt_tokens=step.tokens - decodes,
             decode_tokens=decodes,
             sampled=len(tokens),
             seconds=seconds,
             active=active,
-            held_tokens=scheduler.held_tokens + sum(sequence.computed for sequence in finished),
+            full_cache_bytes=sum(map(self._full_cache_bytes, held)),
         )
         self.stats.memory_bytes = runner.memory_bytes()
         self.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in finished)
         for sequence in finished:
             yield self._result(sequence, scheduler.capacity(sequence))
 
+    def _full_cache_bytes(self, tokens: int) -> int:
+        """What a full cache of so many tokens holds; windowed layers hold their window."""
+        return self.policy.layout(self.loaded.spec, max(1, tokens)).kv_bytes
+
     def _result(self, sequence: Sequence, capacity: int) -> Result:
         if sequence.error:
             error = RowError(sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
             return Result(id=sequence.request.id, error=error)
-        return sequence.result(capacity)
+        return sequence.result(capacity, capacity if self.policy.scorer is None else self.policy.budget)
 
     def _sequence(self, request: Request) -> Sequence:
         """A request as a sequence.
@@ -215,6 +236,8 @@ class Engine:
         """What this run may use: the user's limit, or a share of what is free and what bmx holds already."""
         config, held = self.config, self.loaded.runtime_bytes + self.loaded.spec.weight_bytes
         on_gpu = self.loaded.model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()  # what an earlier run left behind is free
         memory = hardware.free_gpu_memory() if on_gpu else hardware.free_host_memory()
         total = int((memory.free + held) * config.gpu_memory_utilization)
         source = f"{config.gpu_memory_utilization:.0%} of what is free, {memory.source}"

@@ -58,7 +58,7 @@ class ModelRunner:
         """
         for chunk in step.chunks:
             if chunk.start == 0:
-                self.pool.reset(*_home(chunk))
+                self.pool.reset(*chunk.sequence.home)
         packed = self._pack(step)
         if self._rope is not None:
             self._rope.segments = [Segment(chunk.length, chunk.sequence.total) for chunk in step.chunks]
@@ -71,6 +71,8 @@ class ModelRunner:
             logits_to_keep=packed.logits_at,
         )
         self._attention.step = None
+        if self._rope is not None:
+            self._rope.segments = ()
         rows = [_row(chunk) for chunk in step.chunks if chunk.samples]
         return sample(output.logits[0], rows) if rows else []
 
@@ -93,7 +95,7 @@ class ModelRunner:
             if chunk.samples:
                 logits_at.append(rows.stop - 1)
             if not chunk.sequence.decoding:
-                prompts.append(PromptChunk(rows, *_home(chunk), chunk.start, self._scored(chunk)))
+                prompts.append(PromptChunk(rows, *chunk.sequence.home, chunk.start, self._scored(chunk)))
         return PackedStep(
             input_ids=self._tensor(ids).unsqueeze(0),
             positions=self._tensor(positions).unsqueeze(0),
@@ -105,14 +107,14 @@ class ModelRunner:
     def _decodes(self, step: Step) -> tuple[Decodes, ...]:
         decoding = [chunk for chunk in step.chunks if chunk.sequence.decoding]
         found, row = [], 0
-        for group, members in groupby(decoding, key=lambda chunk: _home(chunk)[0]):
+        for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.home[0]):
             chunks = list(members)
             starts = [chunk.start for chunk in chunks]
             found.append(
                 Decodes(
                     rows=slice(row, row + len(chunks)),
                     group=group,
-                    slots=self._tensor([_home(chunk)[1] for chunk in chunks]),
+                    slots=self._tensor([chunk.sequence.home[1] for chunk in chunks]),
                     positions=self._tensor(starts),
                     first=min(starts),
                     last=max(starts),
@@ -124,15 +126,10 @@ class ModelRunner:
 
     def _scored(self, chunk: Chunk) -> bool:
         """Whether this sequence will ever evict, so that its attention must be added up."""
-        return chunk.sequence.total > self._capacities[_home(chunk)[0]]
+        return chunk.sequence.total > self._capacities[chunk.sequence.home[0]]
 
     def _tensor(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._model.device)
-
-
-def _home(chunk: Chunk) -> tuple[int, int]:
-    """(group, slot) of a chunk's sequence."""
-    return chunk.sequence.slot or (0, 0)
 
 
 def _row(chunk: Chunk) -> Row:

@@ -45,7 +45,7 @@ class Scheduler:
     Args:
         groups: slots by capacity.
         chunk_size: most prompt tokens of one sequence in a step.
-        max_num_batched_tokens: most tokens in a step; a step with nothing else takes one chunk all the same.
+        max_num_batched_tokens: most tokens in a step; one prompt chunk is taken all the same, so that prompts go on.
     """
 
     def __init__(self, groups: Seq[SlotGroup], chunk_size: int, max_num_batched_tokens: int) -> None:
@@ -61,9 +61,9 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def held_tokens(self) -> int:
-        """Tokens computed so far by the sequences that have a slot."""
-        return sum(sequence.computed for sequence in self._running)
+    def held_tokens(self) -> list[int]:
+        """Tokens computed so far by each of the sequences that have a slot."""
+        return [sequence.computed for sequence in self._running]
 
     @property
     def largest(self) -> int:
@@ -86,7 +86,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step: every decoding sequence, then whole prompt chunks while they fit. None: nothing to do."""
-        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.slot or (0, 0))
+        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.home)
         chunks = [Chunk(s, s.computed, 1) for s in decodes]
         tokens = len(chunks)
         prompts = 0
@@ -118,10 +118,10 @@ class Scheduler:
         finished = [s for s in self._running if s.finish_reason]
         self._running = [s for s in self._running if not s.finish_reason]
         for sequence in finished:
-            group, slot = sequence.slot or (0, 0)
+            group, slot = sequence.home
             self._free[group].append(slot)
         return finished
 
     def capacity(self, sequence: Sequence) -> int:
         """Rows of the slot that a sequence has or had."""
-        return self._groups[(sequence.slot or (0, 0))[0]].capacity
+        return self._groups[sequence.home[0]].capacity

@@ -58,6 +58,13 @@ class Sequence:
         return self.request.params
 
     @property
+    def home(self) -> tuple[int, int]:
+        """(group, slot) of a sequence that has or had one."""
+        if self.slot is None:
+            raise RuntimeError(f"sequence {self.request.id!r} was never given a slot")
+        return self.slot
+
+    @property
     def known(self) -> int:
         """Tokens known so far, prompt and answer."""
         return len(self.prompt) + len(self.answer)
@@ -119,11 +126,12 @@ class Sequence:
             self._text = text[: min(found)]
         return bool(found)
 
-    def result(self, capacity: int) -> Result:
+    def result(self, capacity: int, budget: int) -> Result:
         """The answer, once finished.
 
         Args:
             capacity: rows of the slot it lived in.
+            budget: KV pairs that it was allowed.
         """
         ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self._ends()
         ids = self.answer[:-1] if ended else self.answer
@@ -134,7 +142,7 @@ class Sequence:
             token_ids=tuple(self.answer),
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.answer)),
-            kv=KVUsage(budget=capacity, kept=kept, evicted=self.computed - kept),
+            kv=KVUsage(budget=budget, kept=kept, evicted=self.computed - kept),
         )
 
     def _ends(self) -> set[int]:

@@ -76,6 +76,9 @@ def _future(tile: int, group: int, dtype: torch.dtype) -> Tensor:
     return later.repeat_interleave(group, 0)
 
 
-def workspace_bytes(*, heads: int, chunk: int, rows: int, head_dim: int, itemsize: int) -> int:
-    """Bytes that one chunk's attention holds beside its inputs: a tile's scores and weights, keys and values."""
-    return 4 * heads * min(chunk, TILE) * rows * itemsize + (2 * heads * rows + 2 * heads * chunk) * head_dim * itemsize
+def workspace_bytes(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
+    """See ``reference.workspace_bytes``; a chunk holds a tile's scores and weights, keys and values."""
+    tile = 4 * heads * min(chunk, TILE) * rows * itemsize
+    prompt = tile + (2 * heads * rows + 2 * heads * chunk) * head_dim * itemsize
+    decode = reference.slots_workspace_bytes(heads=heads, rows=rows, slots=slots, head_dim=head_dim, itemsize=itemsize)
+    return max(prompt, decode)

@@ -121,8 +121,9 @@ class KVPool:
         return self.groups[group][layer]
 
     def reset(self, group: int, slot: int) -> None:
-        """Empty one slot for its next sequence."""
+        """Empty one slot for its next sequence. Values go too: a NaN among them would outlive any weight of zero."""
         for part in set(self.groups[group]):
+            part.values[slot] = 0.0
             part.positions[slot] = EMPTY
             part.mass[slot] = 0.0
 

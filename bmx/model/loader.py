@@ -16,7 +16,7 @@ from typing import Any
 
 from bmx import hardware
 from bmx.config import EngineConfig
-from bmx.errors import ModelError
+from bmx.errors import MemoryLimitError, ModelError
 from bmx.model.demo import demo_model_path
 from bmx.model.rope import SequenceRope, pin_rope
 from bmx.model.spec import ModelSpec, check_config, read_spec
@@ -237,6 +237,12 @@ class _Failures:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, ModelError):
             return  # whatever a file's reader raises is the file's fault; Ctrl-C is not
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            raise MemoryLimitError(
+                f"model {self.name} does not fit on the device", hint="choose a smaller one"
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ModelError(
             f"cannot load model {self.name}: {lines[0]}",

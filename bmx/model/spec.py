@@ -109,7 +109,7 @@ def read_spec(model: Any) -> ModelSpec:
     Raises:
         ModelError: the attention function is never called, sees the future, or is not all that mixes tokens.
     """
-    watch = _Watch()
+    watch = _Watch(model.device)
     with attention_of(model, watch, watch.note):
         try:
             first = _numbers(model, watch, tokens=(1, 2, 3), positions=(3, 7, 1))
@@ -138,7 +138,8 @@ class _Watch:
     transformers would have masked it; with anything else, that the model makes masks of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: Any) -> None:
+        self._device = device
         self.layers: list[LayerSpec] = []
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
         self._notes: list[tuple[Tensor, int | None]] = []
@@ -151,7 +152,7 @@ class _Watch:
         """In place of a mask; ``local_size`` is the sliding window that the mask would have had."""
         import torch
 
-        note = torch.empty(1, 1, 1, 1)
+        note = torch.empty(1, 1, 1, 1, device=self._device)
         self._notes.append((note, local_size))
         return note
 
@@ -162,7 +163,12 @@ class _Watch:
             raise ModelError("it gives its attention a bias of its own")
         if getattr(module, "is_causal", True) is False:
             raise ModelError("its attention is not causal: a token sees what comes after it")
+        if not query.dtype == key.dtype == value.dtype:
+            raise ModelError(f"its queries, keys and values differ in type ({query.dtype}, {key.dtype}, {value.dtype})")
         owner = next((i for i, (_, k, v) in enumerate(self.calls) if k is key and v is value), len(self.calls))
+        window = self._window(attention_mask, kwargs.get("sliding_window"))
+        if owner < len(self.layers) and self.layers[owner].window != window:
+            raise ModelError("layers that share keys see different windows of them")
         self.calls.append((query, key, value))
         self.layers.append(
             LayerSpec(
@@ -170,7 +176,7 @@ class _Watch:
                 kv_heads=key.shape[1],
                 key_dim=key.shape[-1],
                 value_dim=value.shape[-1],
-                window=self._window(attention_mask, kwargs.get("sliding_window")),
+                window=window,
                 owner=owner,
             )
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bmx.config import PromptConfig
-from bmx.errors import RowError
+from bmx.errors import RowError, UsageError
 from bmx.request import Request
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -25,6 +25,9 @@ class PromptEncoder:
     Args:
         tokenizer: a transformers tokenizer.
         config: how rows become text.
+
+    Raises:
+        UsageError: a system prompt without a chat template to carry it.
     """
 
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
@@ -32,6 +35,8 @@ class PromptEncoder:
         self._config = config
         self._control = () if config.parse_special_tokens else _control_tokens(tokenizer)
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        if config.system_prompt is not None and not (self._has_template and config.chat_template):
+            raise UsageError("a system prompt needs the model's chat template, which is missing or turned off")
 
     def encode(self, request: Request) -> list[int]:
         """Token ids of a request's prompt.
@@ -52,7 +57,9 @@ class PromptEncoder:
 
     def _messages(self, request: Request) -> list[dict[str, Any]] | None:
         """The conversation to render, or None for a prompt that is read as it stands."""
-        if request.messages is None:
+        if not request.messages and not request.prompt:
+            raise RowError("invalid_request", "the prompt is empty")
+        if not request.messages:
             if request.raw or not (self._config.chat_template and self._has_template):
                 return None
             messages: list[dict[str, Any]] = [{"role": "user", "content": request.prompt}]
