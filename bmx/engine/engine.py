@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +56,10 @@ class Engine:
         self._encoder = PromptEncoder(tokenizer, prompt)
         self._max_length = config.max_model_len or loaded.spec.max_length
         self._running = False
+        self._pair_bytes: Counter[int | None] = Counter()  # of one KV pair of all layers, by their windows
+        for index, layer in enumerate(self.policy.layout(loaded.spec, 1).layers):
+            if layer.owner == index:
+                self._pair_bytes[layer.window] += layer.kv_bytes
         if self._max_length > loaded.spec.max_length:
             raise UsageError(
                 f"max_model_len {self._max_length} is more than the {loaded.spec.max_length} of {loaded.spec.name}"
@@ -203,7 +207,7 @@ class Engine:
 
     def _full_cache_bytes(self, tokens: int) -> int:
         """What a full cache of so many tokens holds; windowed layers hold their window."""
-        return self.policy.layout(self.loaded.spec, max(1, tokens)).kv_bytes
+        return sum(size * min(tokens, window or tokens) for window, size in self._pair_bytes.items())
 
     def _result(self, sequence: Sequence, capacity: int) -> Result:
         if sequence.error:
