@@ -8,15 +8,18 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from bmx.config import RunConfig, Setting, all_settings
+from bmx.config import RunConfig, Setting, all_settings, parse_bytes, parse_count, parse_list, parse_setting
 from bmx.errors import BmxError
 
 EXIT_SOME_FAILED = 3
+EXIT_DOES_NOT_FIT = 4
 EXIT_INTERRUPTED = 130
+NOT_PLANNED = {"output_file", "overwrite", "dry_run", "progress"}
 SHORT = {"output_file": "-o", "model": "-m"}
 
 app = typer.Typer(
@@ -73,6 +76,34 @@ def run(inputs: list[str], config: str | None, print_config: bool, **flags: Any)
     if stats.rows_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
     return None
+
+
+def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> None:
+    """Say what fits, item by item, and how fast it would be; loads no weights.
+
+    Prompts come from INPUT, or are imagined with --max-input and --max-tokens. The machine is this one, a card by name
+    (--gpu), or any GPU by its memory (--gpu-memory).
+    """
+    from bmx.display import Display
+    from bmx.plan_batch import Asked
+    from bmx.plan_batch import plan_batch as run_plan_batch
+
+    names = {name: flags.pop(name) for name in ("max_input", "gpu", "gpu_memory", "check", "measure", "json")}
+    budgets = parse_setting("kv_budget", flags.get("kv_budget"), parse_list) or ()
+    flags["kv_budget"] = budgets[0] if budgets else None
+    settings = RunConfig.gather(tuple(inputs or ()), flags, config)
+    asked = Asked(
+        budgets=budgets or (settings.engine.kv_budget,),
+        max_input=parse_setting("max_input", names["max_input"], parse_count),
+        gpu=names["gpu"],
+        gpu_memory=parse_setting("gpu_memory", names["gpu_memory"], parse_bytes),
+        check=bool(names["check"]),
+        measure=bool(names["measure"]),
+        as_json=bool(names["json"]),
+    )
+    fits = run_plan_batch(settings, asked, Display("none" if asked.as_json else "auto"))
+    if asked.check and not fits:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
 @app.command()
@@ -143,4 +174,51 @@ def _with_flags(command: Any) -> Any:
     return command
 
 
+def _plan_flags(command: Any) -> Any:
+    """``plan_batch`` with the settings that matter to a plan, and its own."""
+    inputs = Annotated[
+        list[str] | None, typer.Argument(metavar="[INPUT]...", help="JSONL files of prompts; none with --max-input.")
+    ]
+    config = Annotated[
+        str | None,
+        typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings."),
+    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = (
+        ("max_input", str | None, "Prompt tokens of imagined requests, instead of an INPUT (4k)."),
+        ("gpu", str | None, "Plan for this card instead of this machine (H100, RTX-4090, ...)."),
+        ("gpu_memory", str | None, "Plan for a GPU with so much memory (24G)."),
+        ("check", bool, "Exit 4 when not every row fits, and say what would make it fit."),
+        ("measure", bool, "Load the model, run the largest step, and show predicted against measured memory."),
+        ("json", bool, "Print JSON."),
+    )
+    parameters = [
+        inspect.Parameter("inputs", keyword, default=None, annotation=inputs),
+        inspect.Parameter("config", keyword, default=None, annotation=config),
+        *(
+            inspect.Parameter(
+                name,
+                keyword,
+                default=False if kind is bool else None,
+                annotation=Annotated[
+                    kind, typer.Option(f"--{name.replace('_', '-')}", help=note, rich_help_panel="Question")
+                ],
+            )
+            for name, kind, note in own
+        ),
+        *(_plan_flag(title, setting) for title, setting in all_settings() if setting.name not in NOT_PLANNED),
+    ]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _plan_flag(title: str, setting: Setting) -> inspect.Parameter:
+    """As for a run; but several budgets can be compared."""
+    if setting.name == "kv_budget":
+        setting = replace(setting, note=setting.note + "; several to compare: 512,1024,2048")
+    return _flag(title, setting)
+
+
 app.command("run")(_with_flags(run))
+app.command("plan-batch")(_plan_flags(plan_batch))

@@ -19,6 +19,7 @@ from bmx.request import SamplingParams
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 MAX_CONFIG_BYTES = 1_000_000
+CHUNK_SIZE = 512  # where nobody says otherwise; part of what an answer depends on
 
 
 def parse_bytes(text: str | int) -> int:
@@ -49,6 +50,27 @@ def parse_count(text: str | int) -> int:
     return int(number)
 
 
+def parse_list(text: str | int) -> tuple[int, ...]:
+    """Counts from ``512,1024,2k``.
+
+    Raises:
+        ValueError: one is no count.
+    """
+    return tuple(parse_count(part) for part in str(text).split(","))
+
+
+def parse_setting(name: str, text: str | None, parse: Callable[[str], Any]) -> Any:
+    """A command's own option, read like a setting; None if it was not given.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """The model, the KV cache and the memory.
@@ -73,7 +95,11 @@ class EngineConfig:
     kv_budget: Annotated[int, "KV pairs that each layer and head keeps for a sequence", parse_count] = 1024
     kv_sink: Annotated[int, "first tokens that are never evicted"] = 4
     kv_recent: Annotated[int, "newest tokens that are never evicted"] = 32
-    chunk_size: Annotated[int, "most prompt tokens of one sequence in a step", parse_count] = 512
+    chunk_size: Annotated[
+        int | None,
+        "most prompt tokens of one sequence in a step (default 512; for the full cache: planned)",
+        parse_count,
+    ] = None
     memory_limit: Annotated[
         int | None, "most memory bmx may use in all: weights, activations and KV (8G, 8GiB)", parse_bytes
     ] = None
@@ -95,9 +121,10 @@ class EngineConfig:
                 f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink, {self.kv_recent} recent tokens",
                 hint="raise --kv-budget; a quarter of the prompt is a good start",
             )
-        if self.max_num_batched_tokens and self.max_num_batched_tokens < self.chunk_size:
+        if self.max_num_batched_tokens and self.max_num_batched_tokens < (self.chunk_size or CHUNK_SIZE):
             raise UsageError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} is below chunk_size {self.chunk_size}",
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below chunk_size "
+                f"{self.chunk_size or CHUNK_SIZE}",
                 hint="lower --chunk-size too (it changes what is evicted when)",
             )
 

@@ -5,7 +5,8 @@ BmxError                  a job that cannot start or go on (exit 1)
 ├── MemoryLimitError      it does not fit (exit 4)
 ├── InputFileError        the input file cannot be used (exit 5)
 ├── OutputError           the output cannot be written (exit 1)
-└── ModelError            no such model, or one that bmx cannot run rightly (exit 1)
+├── ModelError            no such model, or one that bmx cannot run rightly (exit 1)
+└── DeviceError           the GPU fails for good (exit 1)
 
 RowError                  one input line cannot be answered: it becomes a Result, never an exit
 """
@@ -51,6 +52,10 @@ class OutputError(BmxError):
 
 class ModelError(BmxError):
     """The model cannot be found, loaded, or run rightly by bmx."""
+
+
+class DeviceError(BmxError):
+    """The GPU has failed in a way that only a new process gets over."""
 
 
 class RowError(Exception):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,33 +18,61 @@ from typing import Any
 
 CGROUP = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
+NAMED_HOLDERS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """Bytes that could be taken now, and who says so."""
+    """Bytes that could be taken now, who says so, and who holds the rest where that is known."""
 
     free: int
     total: int
     source: str
+    holders: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProcess:
+    """A process that holds memory of a GPU: how many bytes, or None where NVML does not say."""
+
+    pid: int
+    used: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A GPU as NVML sees it."""
+    """A GPU as NVML sees it; what NVML does not tell is None or empty.
+
+    Attributes:
+        free: bytes that nobody holds, None where NVML may not or cannot say.
+        total: bytes in all, None likewise.
+        uuid: as `nvidia-smi -L` shows it, with its GPU- prefix.
+        pci: where it is plugged in, as 0000:3b:00.0.
+        processes: whoever holds some of its memory, this process included.
+        mig: whether it is cut into slices, whose memory NVML's figures are not.
+        unified: whether it has no memory of its own and uses the host's.
+    """
 
     name: str
-    free: int
-    total: int
+    free: int | None
+    total: int | None
     uuid: str
+    pci: str
+    processes: tuple[GpuProcess, ...] = ()
+    mig: bool = False
+    unified: bool = False
 
 
 def free_host_memory() -> FreeMemory:
-    """The least of what the system and this process's control group leave.
+    """The least of what the system, this process's control group and its own limits leave.
 
     Reclaimable page cache counts as free: Linux's MemAvailable, and a group's limit less what it cannot drop.
     """
-    best = _system_memory()
+    return min((_system_memory(), *_group_limits(), *_own_limits()), key=lambda memory: memory.free)
+
+
+def _group_limits() -> Iterator[FreeMemory]:
+    """What each control group leaves that this process is in and that has a limit."""
     for prefix, limit_file, used_file, cache_key in (
         ("", "memory.max", "memory.current", "inactive_file"),
         ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -53,9 +82,15 @@ def free_host_memory() -> FreeMemory:
             if limit is None or used is None or limit >= NO_LIMIT:
                 continue
             free = limit - used + _stat(group / "memory.stat", cache_key)
-            if free < best.free:
-                best = FreeMemory(max(0, free), limit, f"cgroup {prefix}{limit_file}")
-    return best
+            yield FreeMemory(max(0, free), limit, f"cgroup {prefix}{limit_file}")
+
+
+def _own_limits() -> Iterator[FreeMemory]:
+    """What this process's own limits (ulimit -v, ulimit -d) leave."""
+    for name, key in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
+        limit, _ = resource.getrlimit(getattr(resource, name))
+        if limit != resource.RLIM_INFINITY:
+            yield FreeMemory(max(0, limit - (_own_status(key) or 0)), limit, name)
 
 
 def _own_groups(controller: str) -> list[Path]:
@@ -73,36 +108,149 @@ def _own_groups(controller: str) -> list[Path]:
 
 
 def free_gpu_memory() -> FreeMemory:
-    """Free bytes of the current CUDA device: what CUDA reports, or NVML where that is less."""
+    """Free bytes of the current CUDA device: what CUDA reports, or NVML where that is less.
+
+    Where the GPU uses the host's memory, CUDA leaves out what the page cache could give back: the host is asked.
+    """
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    for gpu in gpus():
-        if gpu.uuid.removeprefix("GPU-") == uuid and gpu.free < free:
-            return FreeMemory(gpu.free, total, "NVML")
-    return FreeMemory(free, total, "cudaMemGetInfo")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = _same_gpu(properties, gpus())
+    integrated = getattr(properties, "is_integrated", None)
+    if integrated or (integrated is None and gpu and gpu.unified and not gpu.mig):
+        host = free_host_memory()
+        return FreeMemory(min(total, host.free), total, f"{host.source} (unified memory)")
+    if gpu is None:
+        return FreeMemory(free, total, "cudaMemGetInfo; NVML does not list this GPU")
+    if gpu.mig:
+        return FreeMemory(free, total, "cudaMemGetInfo; NVML shows no memory of a MIG slice")
+    if gpu.free is None:
+        return FreeMemory(free, total, "cudaMemGetInfo; NVML does not tell")
+    source = "NVML" if gpu.free < free else "cudaMemGetInfo"
+    return FreeMemory(min(gpu.free, free), total, source, holders(gpu))
+
+
+def _same_gpu(properties: Any, found: list[Gpu]) -> Gpu | None:
+    """The GPU with these CUDA properties: by UUID, else by PCI id; an index counts differently in CUDA and NVML."""
+    uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-").lower()
+    for gpu in found:
+        if uuid and gpu.uuid.removeprefix("GPU-").lower() == uuid:
+            return gpu
+    place: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in place:
+        return None
+    pci = "{:04x}:{:02x}:{:02x}.0".format(*place)
+    return next((gpu for gpu in found if gpu.pci == pci), None)
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that CUDA would show to this process, in its order, as CUDA_VISIBLE_DEVICES has it.
+
+    An invalid entry ends the list and a GPU named twice empties it, as in CUDA; slices (MIG-...) are left out,
+    for NVML's figures are not theirs. Indices count in PCI order, which is CUDA's where the GPUs are alike or
+    CUDA_DEVICE_ORDER is PCI_BUS_ID; otherwise CUDA may put the fastest first. What a running process really uses
+    is therefore found by UUID: see `free_gpu_memory`.
+    """
+    found, wanted = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return found
+    entries = [entry.strip() for entry in wanted.split(",")]
+    place_of = _place_by_uuid if entries[0].startswith(("GPU-", "MIG-")) else _place_by_index
+    chosen: list[int | str] = []
+    for entry in entries:
+        place = place_of(entry, found)
+        if place is None:
+            break
+        if place in chosen:
+            return []
+        chosen.append(place)
+    return [found[place] for place in chosen if isinstance(place, int)]
+
+
+def _place_by_index(entry: str, found: list[Gpu]) -> int | None:
+    """The index that an entry begins with, as CUDA reads it, or None where no GPU has it."""
+    digits = re.match("[0-9]+", entry)
+    return int(digits[0]) if digits and int(digits[0]) < len(found) else None
+
+
+def _place_by_uuid(entry: str, found: list[Gpu]) -> int | str | None:
+    """Which GPU's UUID begins so; a slice stands for itself; None where none or several do."""
+    if entry.startswith("MIG-"):
+        return entry
+    places = [place for place, gpu in enumerate(found) if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
+    return places[0] if len(places) == 1 else None
+
+
+def other_gpu_processes(gpu: Gpu) -> list[GpuProcess]:
+    """Who else holds memory of a GPU: the largest first, those of unknown size last."""
+    others = (process for process in gpu.processes if process.pid != os.getpid())
+    return sorted(others, key=lambda process: (process.used is None, -(process.used or 0), process.pid))
+
+
+def holders(gpu: Gpu) -> str:
+    """Who else holds memory of a GPU, for people; empty where nobody is seen."""
+    others = other_gpu_processes(gpu)
+    parts = [
+        f"pid {process.pid} holds " + ("an unknown amount" if process.used is None else f"{process.used / 1e6:,.0f} MB")
+        for process in others[:NAMED_HOLDERS]
+    ]
+    more = f" and {len(others) - NAMED_HOLDERS} more" if len(others) > NAMED_HOLDERS else ""
+    return ", ".join(parts) + more
 
 
 def gpus() -> list[Gpu]:
-    """All GPUs that NVML shows; none where there is no driver."""
+    """All GPUs that NVML shows, in its order, which is that of the PCI bus; none where there is no driver."""
     with _nvml() as nvml:
-        if nvml is None:
-            return []
-        found: list[Gpu] = []
-        try:
-            count = nvml.nvmlDeviceGetCount()
-        except nvml.NVMLError:
-            return found
-        for index in range(count):
-            try:
-                handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-                name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
-            except nvml.NVMLError:
-                continue  # MIG slices and containers may hide a device: CUDA's own figure is used then
-            found.append(Gpu(name, memory.free, memory.total, uuid))
-        return found
+        count = _ask(nvml, "nvmlDeviceGetCount") if nvml else 0
+        handles = [_ask(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(count or 0)]
+        return [_gpu(nvml, handle) for handle in handles if handle is not None]
+
+
+def _gpu(nvml: Any, handle: Any) -> Gpu:
+    """All that NVML tells of one GPU."""
+    memory, unified = None, False
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError as error:
+        unified = isinstance(error, nvml.NVMLError_NotSupported)
+    bus = _ask(nvml, "nvmlDeviceGetPciInfo", handle)
+    domain, _, place = _text(bus.busId if bus else "").lower().partition(":")
+    return Gpu(
+        name=_text(_ask(nvml, "nvmlDeviceGetName", handle) or "unknown GPU"),
+        free=memory.free if memory else None,
+        total=memory.total if memory else None,
+        uuid=_text(_ask(nvml, "nvmlDeviceGetUUID", handle) or ""),
+        pci=f"{domain.lstrip('0').zfill(4)}:{place}" if place else "",
+        processes=_processes(nvml, handle),
+        mig=(_ask(nvml, "nvmlDeviceGetMigMode", handle) or [0])[0] == 1,
+        unified=unified,
+    )
+
+
+def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
+    """Whoever computes or draws on a GPU; one that does both, or in two slices, is listed once, with its most."""
+    used: dict[int, int | None] = {}
+    for kind in ("Compute", "Graphics"):
+        for process in _ask(nvml, f"nvmlDeviceGet{kind}RunningProcesses", handle) or ():
+            size = process.usedGpuMemory
+            known = used.get(process.pid)
+            if size is None or size >= NO_LIMIT:  # NVML's word for "not available" is the largest number it has
+                size = known
+            used[process.pid] = size if known is None else max(size, known)
+    return tuple(GpuProcess(pid=pid, used=size) for pid, size in used.items())
+
+
+def _ask(nvml: Any, question: str, *about: Any) -> Any:
+    """What NVML answers, or None where it may not or cannot."""
+    try:
+        return getattr(nvml, question)(*about)
+    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):  # the latter, for an older driver, is no NVMLError
+        return None
+
+
+def _text(answer: str | bytes) -> str:
+    return answer.decode(errors="replace") if isinstance(answer, bytes) else answer
 
 
 @contextmanager
@@ -118,7 +266,8 @@ def _nvml() -> Iterator[Any]:
     try:
         yield pynvml
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def resident_bytes() -> int:
@@ -130,9 +279,21 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most that was ever in memory."""
+    """The most that was in memory since the start or, where it succeeded, since `reset_peak`."""
+    peak = _own_status("VmHWM")  # getrusage's figure does not follow a reset
+    if peak is not None:
+        return peak
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def reset_peak() -> bool:
+    """Let `peak_resident_bytes` count from now; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def usable_cores() -> int:
@@ -201,6 +362,12 @@ def _system_memory() -> FreeMemory:
         return FreeMemory(known["MemFree"] + known.get("Cached", 0), total, "MemFree and Cached")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return FreeMemory(total // 2, total, "half of the physical memory")
+
+
+def _own_status(key: str) -> int | None:
+    """Bytes that a line of this process's own status gives."""
+    found = re.search(rf"^{key}:\s*([0-9]+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _stat(path: Path, key: str) -> int:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from bmx.config import RunConfig
 from bmx.display import Display
+from bmx.engine.lengths import sampling_step
 from bmx.errors import InputFileError, OutputError, UsageError
 from bmx.jsonl import Reader, Writer, duplicate_ids, open_input
+from bmx.manifest import manifest_path, run_record, write_manifest
 from bmx.request import Result
 from bmx.stats import Stats
 
@@ -35,13 +37,8 @@ def run(config: RunConfig, display: Display) -> Stats:
     output = output_path(config)
     check_output(output, config)
     with input_paths(config.inputs) as paths:
-        reader = Reader(
-            paths=paths,
-            defaults=config.sampling,
-            template=_unescape(config.prompt.prompt_template),
-            limit=config.job.limit,
-        )
-        rows = _check_rows(reader)
+        reader = input_reader(config, paths)
+        rows = check_rows(reader)
         if not rows and config.job.dry_run:
             display.note("the input has no rows")
             return Stats()
@@ -59,13 +56,14 @@ def _generate(config: RunConfig, display: Display, reader: Reader, rows: int, ou
     once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
     with display.waiting(f"loading model {config.engine.model}{once}"):
         engine = Engine.open(config.engine, config.prompt)
+    every = sampling_step(rows)
     with display.waiting("measuring the prompts, making the plan"):
-        lengths = engine.measure(reader.requests())
+        lengths = engine.measure(reader.requests(), every)
         plan = engine.plan(lengths)
     stats = engine.stats
     stats.rows_total = rows
-    stats.work_total = sum(length.prompt_tokens + length.max_tokens for length in lengths)
-    display.plan(engine.loaded.spec, engine.kernels, plan, lengths)
+    stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
+    display.plan(engine.loaded.spec, engine.kernels, plan, lengths, rows, every)
     if config.job.dry_run:
         return stats
     with Writer(output, overwrite=config.job.overwrite) as writer, display.live(stats):
@@ -77,7 +75,9 @@ def _generate(config: RunConfig, display: Display, reader: Reader, rows: int, ou
 
         for result in engine.generate(reader.requests(bad=write), plan):
             write(result)
-    display.summary(stats, str(output) if output else None)
+    display.summary(stats, plan, str(output) if output else None)
+    if output:
+        write_manifest(manifest_path(output), run_record(config, engine.describe(), plan, stats))
     return stats
 
 
@@ -148,7 +148,7 @@ def _spooled(name: str, to: Path) -> Path:
     return to
 
 
-def _check_rows(reader: Reader) -> int:
+def check_rows(reader: Reader) -> int:
     """How many rows there are.
 
     Raises:
@@ -168,6 +168,16 @@ def _check_rows(reader: Reader) -> int:
         more = f" and {len(twice) - SHOWN_DUPLICATES} more" if len(twice) > SHOWN_DUPLICATES else ""
         raise InputFileError(f"{len(twice)} ids occur more than once: {shown}{more}", hint="ids must be unique")
     return count
+
+
+def input_reader(config: RunConfig, paths: tuple[Path, ...]) -> Reader:
+    """What reads the rows of these files, with the defaults and the template of the job."""
+    return Reader(
+        paths=paths,
+        defaults=config.sampling,
+        template=_unescape(config.prompt.prompt_template),
+        limit=config.job.limit,
+    )
 
 
 def _unescape(template: str | None) -> str | None:

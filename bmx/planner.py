@@ -8,20 +8,26 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 
+from bmx import kernels
+from bmx.config import CHUNK_SIZE, EngineConfig
 from bmx.errors import MemoryLimitError
+from bmx.hardware import FreeMemory
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
 
-MAX_GROUPS = 4
+MAX_GROUPS = 16
+ENOUGH = 0.08  # share of the rows that may stay unused: no further group is made for less
 MAX_SLOTS = 4096  # beyond this many rows a step gains nothing
 ROW_ALIGNMENT = 16
 MAX_CANDIDATES = 128
+FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
+BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
+SLACK = {"cpu": (70 * 10**6, 0.25), "cuda": (64 * 10**6, 0.02)}  # bytes, and share of activations: see benchmarks
 SAMPLER_ROWS = 16  # rows whose logits are sampled together
 SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, with their ids and sums
-ALLOCATOR_SLACK = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +38,27 @@ class SlotGroup:
     slots: int
 
 
+@dataclass(frozen=True, slots=True)
+class Length:
+    """What a plan needs to know of one request: its tokens, the most it may answer, the rows of a slot it needs."""
+
+    prompt_tokens: int
+    max_tokens: int
+    rows_needed: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Bytes of a run, item by item.
 
     Attributes:
-        runtime: what the process held before the model was loaded.
+        runtime: what the process holds beside the model: libraries, the tokenizer, a GPU's context.
         weights: parameters and buffers.
         activations: the widest moment of the largest step, attention's workspace included.
         logits: logits of a step, and what sampling takes beside them.
         kv: keys and values of all slots.
         scores: accumulated attention and positions of all slots.
-        slack: what allocators lose to rounding.
+        slack: what allocators lose to rounding, and compiled kernels.
     """
 
     runtime: int = 0
@@ -81,20 +96,72 @@ class Limits:
     slots: int | None = None
     source: str = ""
 
+    def missing(self, needed: Memory) -> int:
+        """Bytes by which a run is too large; 0 if it fits."""
+        over = 0 if self.pool is None else needed.pool - self.pool
+        return max(0, over, needed.total - self.total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSize:
+    """How large steps may get: prompt tokens of one sequence, and tokens in all."""
+
+    chunk_size: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What the closed form must know of the place a run happens in.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        runtime: bytes that the process holds beside the model.
+        workspace: bytes of one layer's attention, from a chunk's tokens, the keys a query sees, and the slots.
+        slack: bytes lost in any case; ``share``: of activations and logits, lost besides.
+    """
+
+    kind: str
+    runtime: int
+    workspace: Callable[[int, int, int], int]
+    slack: int = 0
+    share: float = 0.02
+
+    @classmethod
+    def of(cls, kind: str, spec: ModelSpec, runtime: int) -> Device:
+        """A device of this kind with the kernels that would be chosen there."""
+        bytes_of = kernels.choose(kind).workspace_bytes
+        heads = max(layer.query_heads for layer in spec.layers)
+        head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
+
+        def workspace(chunk: int, rows: int, slots: int) -> int:
+            return bytes_of(heads=heads, chunk=chunk, rows=rows, slots=slots, head_dim=head_dim, itemsize=spec.itemsize)
+
+        slack, share = SLACK[kind]
+        if kind == "cpu":
+            slack += spec.merged_bytes  # the pages of the file that they were copied from stay mapped
+        return cls(kind=kind, runtime=runtime, workspace=workspace, slack=slack, share=share)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What was decided: nothing of it changes during the run.
 
-    ``too_large`` sequences would not fit even alone; they will be errors, the others are answered.
+    Attributes:
+        groups: slots by capacity; ``layouts`` what a slot of each holds.
+        step: how large steps may get.
+        memory: what it takes, within ``limits``.
+        too_large: sequences that would not fit even alone; they will be errors, the others are answered.
+        fill: share of the slots' rows that these sequences use.
     """
 
     groups: tuple[SlotGroup, ...]
-    chunk_size: int
-    max_num_batched_tokens: int
+    layouts: tuple[KVLayout, ...]
+    step: StepSize
     memory: Memory
     limits: Limits
     too_large: int = 0
+    fill: float = 1.0
 
     @property
     def slots(self) -> int:
@@ -102,45 +169,65 @@ class Plan:
         return sum(group.slots for group in self.groups)
 
 
-Workspace = Callable[[int, int, int], int]
-"""Bytes of one layer's attention, from a chunk's tokens, the keys that a query sees, and the slots."""
+def step_sizes(config: EngineConfig, kind: str, lengths: Sequence[Length]) -> list[StepSize]:
+    """The sizes of steps to choose from, the fastest first where memory does not matter; none larger than the work.
+
+    Chunks have the size that was asked for: where they end decides what is evicted, and so the answers, which must
+    not depend on the machine. Without eviction they do not, and the chunk is free.
+    """
+    free = config.kv_policy == "none" and config.chunk_size is None
+    longest, together = (f(length.prompt_tokens for length in lengths) for f in (max, sum))
+    most = config.max_num_batched_tokens or BATCHED_TOKENS[kind]
+    totals = [most] if config.max_num_batched_tokens else [most >> i for i in range(6)]
+    found = []
+    for chunk in FULL_CACHE_CHUNKS if free else (config.chunk_size or CHUNK_SIZE,):
+        chunk_size = min(chunk, longest)
+        wanted = dict.fromkeys(max(chunk_size, min(tokens, together)) for tokens in totals)
+        found += [StepSize(chunk_size=chunk_size, max_num_batched_tokens=tokens) for tokens in wanted]
+    return list(dict.fromkeys(found))
+
+
+def limits(config: EngineConfig, memory: FreeMemory, held: int) -> Limits:
+    """What a run may use: the user's limit, or a share of what is free and what bmx holds already.
+
+    Args:
+        held: bytes of ``memory`` that are bmx's own.
+    """
+    total = int((memory.free + held) * config.gpu_memory_utilization)
+    held_by_others = f"; {memory.holders}" if memory.holders else ""
+    source = f"{config.gpu_memory_utilization:.0%} of what is free, {memory.source}{held_by_others}"
+    if config.memory_limit is not None and config.memory_limit < total:
+        total, source = config.memory_limit, "memory_limit"
+    return Limits(total=total, pool=config.kv_cache_memory, slots=config.max_num_seqs, source=source)
 
 
 def memory_needed(
     spec: ModelSpec,
     layout: Callable[[int], KVLayout],
     groups: Iterable[SlotGroup],
-    *,
-    chunk_size: int,
-    max_num_batched_tokens: int,
-    runtime: int,
-    workspace: Workspace,
+    step: StepSize,
+    device: Device,
 ) -> Memory:
-    """The memory of a run with these slots (closed form; activations after measurements on Llama-like blocks).
+    """The memory of a run with these slots, in closed form.
 
     Args:
         layout: a slot's layout from its capacity.
-        runtime: bytes held before the model was loaded.
-        workspace: bytes of one layer's attention.
     """
     groups = tuple(groups)
     slots = sum(group.slots for group in groups)
-    tokens = max(max_num_batched_tokens, slots + chunk_size)
-    rotary = max(layer.key_dim for layer in spec.layers)
-    keys = max((group.capacity for group in groups), default=0) + chunk_size
-    step = spec.itemsize * tokens * (3 * spec.intermediate + 4 * spec.hidden + 2 * rotary)
-    kv = sum(layout(group.capacity).kv_bytes * group.slots for group in groups)
-    scores = sum(layout(group.capacity).score_bytes * group.slots for group in groups)
-    activations = step + workspace(chunk_size, keys, slots)
+    tokens = max(step.max_num_batched_tokens, slots + step.chunk_size)
+    keys = max((group.capacity for group in groups), default=0) + step.chunk_size
+    layouts = [(layout(group.capacity), group.slots) for group in groups]
+    activations = spec.costs.activation_bytes * tokens + device.workspace(step.chunk_size, keys, slots)
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(
-        runtime=runtime,
+        runtime=device.runtime,
         weights=spec.weight_bytes,
         activations=activations,
         logits=logits,
-        kv=kv,
-        scores=scores,
-        slack=int(ALLOCATOR_SLACK * (activations + logits)),
+        kv=sum(one.kv_bytes * count for one, count in layouts),
+        scores=sum(one.score_bytes * count for one, count in layouts),
+        slack=device.slack + int(device.share * (activations + logits)),
     )
 
 
@@ -148,58 +235,73 @@ def plan(
     spec: ModelSpec,
     layout: Callable[[int], KVLayout],
     limits: Limits,
-    rows_needed: Sequence[int],
-    *,
-    chunk_size: int,
-    max_num_batched_tokens: int,
-    runtime: int,
-    workspace: Workspace,
+    lengths: Sequence[Length],
+    step: StepSize,
+    device: Device,
 ) -> Plan:
     """The slots that fit the limits, in a few groups that suit these sequences.
-
-    Args:
-        rows_needed: for every sequence of the run, the rows of a slot that it needs.
 
     Raises:
         MemoryLimitError: not one slot fits; says how much is missing.
     """
 
     def memory(groups: tuple[SlotGroup, ...]) -> Memory:
-        return memory_needed(
-            spec,
-            layout,
-            groups,
-            chunk_size=chunk_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            runtime=runtime,
-            workspace=workspace,
-        )
+        return memory_needed(spec, layout, groups, step, device)
 
     def fits(groups: tuple[SlotGroup, ...]) -> bool:
-        needed = memory(groups)
-        return needed.total <= limits.total and (limits.pool is None or needed.pool <= limits.pool)
+        return not limits.missing(memory(groups))
 
-    sizes = sorted(set(rows_needed))
+    sizes = sorted({length.rows_needed for length in lengths})
     fitting = sizes[: bisect_left(sizes, True, key=lambda rows: not fits((SlotGroup(rows, 1),)))]
     if not fitting:
-        raise _does_not_fit(memory((SlotGroup(sizes[0], 1),)), limits)
-    served = [rows for rows in rows_needed if rows <= fitting[-1]]
-    groups = _largest(Counter(capacities(served)), min(limits.slots or MAX_SLOTS, len(served)), fits)
+        raise does_not_fit(memory((SlotGroup(sizes[0], 1),)), limits)
+    served = [length for length in lengths if length.rows_needed <= fitting[-1]]
+    capacity = capacities([length.rows_needed for length in served])
+    demand = _demand(served, capacity, step.chunk_size)
+    groups = _largest(demand, min(limits.slots or MAX_SLOTS, len(served)), fits)
     return Plan(
-        too_large=len(rows_needed) - len(served),
         groups=groups,
-        chunk_size=chunk_size,
-        max_num_batched_tokens=max_num_batched_tokens,
+        layouts=tuple(layout(group.capacity) for group in groups),
+        step=step,
         memory=memory(groups),
         limits=limits,
+        too_large=len(lengths) - len(served),
+        fill=_fill(served, groups),
     )
 
 
-def capacities(rows_needed: Sequence[int]) -> list[int]:
-    """The capacity of the group that each sequence belongs to: at most four, so chosen that least is wasted.
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a group of slots is asked for: sequences, and the steps that they will stay in all."""
 
-    The least total of unused rows over all ways to cut the sorted needs into groups (dynamic programming over at
-    most 128 candidate capacities).
+    sequences: int
+    steps: int
+
+    def __add__(self, other: Demand) -> Demand:
+        return Demand(self.sequences + other.sequences, self.steps + other.steps)
+
+
+def _demand(lengths: Sequence[Length], capacity: Sequence[int], chunk_size: int) -> dict[int, Demand]:
+    """Demand by capacity: a sequence stays for its chunks and for each token of its answer."""
+    demand: dict[int, Demand] = {}
+    for length, rows in zip(lengths, capacity, strict=True):
+        steps = length.max_tokens + ceil(length.prompt_tokens / chunk_size)
+        demand[rows] = demand.get(rows, Demand(0, 0)) + Demand(1, steps)
+    return demand
+
+
+def _fill(lengths: Sequence[Length], groups: Sequence[SlotGroup]) -> float:
+    """Share of the rows in use when each sequence has the smallest slot that holds it."""
+    chosen = sorted(group.capacity for group in groups)
+    rows = [length.rows_needed for length in lengths]
+    return sum(rows) / sum(chosen[bisect_left(chosen, need)] for need in rows)
+
+
+def capacities(rows_needed: Sequence[int]) -> list[int]:
+    """The capacity of the group that each sequence belongs to: so many groups that little is wasted, at most 16.
+
+    For each number of groups, the least total of unused rows over all ways to cut the sorted needs (dynamic
+    programming over at most 128 candidate capacities); the first number that leaves 8 % or less unused is taken.
     """
     largest = max(rows_needed)
     rounded = [min(-(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, largest) for rows in rows_needed]
@@ -207,67 +309,92 @@ def capacities(rows_needed: Sequence[int]) -> list[int]:
     step = -(-len(distinct) // MAX_CANDIDATES)
     candidates = sorted({*distinct[step - 1 :: step], largest})
     count = Counter(candidates[bisect_left(candidates, rows)] for rows in rounded)
-    chosen = _least_waste(candidates, [count[c] for c in candidates])
+    chosen = _least_waste(candidates, [count[c] for c in candidates], enough=sum(rows_needed) / (1 - ENOUGH))
     return [chosen[bisect_left(chosen, rows)] for rows in rounded]
 
 
-def _least_waste(candidates: list[int], counts: list[int]) -> list[int]:
-    """The at most four candidates (the last among them) that hold everything with the fewest unused rows."""
-    best: list[tuple[int, list[int]]] = [(0, [])]  # of the first i candidates: rows in all, capacities chosen
-    rounds: list[list[tuple[int, list[int]]]] = []
+def _least_waste(candidates: list[int], counts: list[int], enough: float) -> list[int]:
+    """As few of the candidates (the last among them) as hold everything in ``enough`` rows, or nearly, if 16 do not."""
     infinite: tuple[int, list[int]] = (2**62, [])
-    previous = best + [infinite] * len(candidates)
+    previous: list[tuple[int, list[int]]] = [(0, []), *[infinite] * len(candidates)]
+    best = infinite
     for _ in range(min(MAX_GROUPS, len(candidates))):
-        current = [infinite] * (len(candidates) + 1)
+        current = [infinite] * (len(candidates) + 1)  # of the first i candidates: rows in all, capacities chosen
         for stop, capacity in enumerate(candidates, 1):
             members = 0
             for start in range(stop - 1, -1, -1):
                 members += counts[start]
                 rows, chosen = previous[start]
-                current[stop] = min(current[stop], (rows + members * capacity, [*chosen, capacity]))
-        rounds.append(current)
+                if rows + members * capacity < current[stop][0]:
+                    current[stop] = (rows + members * capacity, [*chosen, capacity])
+        best = min(best, current[-1], key=lambda found: found[0])
+        if best[0] <= enough:
+            break
         previous = current
-    return min((r[-1] for r in rounds), key=lambda r: (r[0], len(r[1])))[1]
+    return best[1]
 
 
 def _largest(
-    demand: Counter[int],
+    demand: dict[int, Demand],
     most: int,
     fits: Callable[[tuple[SlotGroup, ...]], bool],
 ) -> tuple[SlotGroup, ...]:
-    """As many slots as fit, each group's share as its share of the sequences; fewer groups if need be.
+    """As many slots as fit, each group's share as its share of the steps; fewer groups if need be.
 
     One slot of the largest capacity must fit.
     """
     names = sorted(demand)
     while True:
-        shares = {name: demand[name] for name in names}
-        low, high = 0, min(most, sum(shares.values()))
+        low, high = 0, min(most, sum(demand[name].sequences for name in names))
         while low < high:  # the largest number of slots that fits
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(_split(shares, middle)) else (low, middle - 1)
+            low, high = (middle, high) if fits(_split(demand, names, middle)) else (low, middle - 1)
         if low >= len(names):
-            return _split(shares, low)
-        demand[names[1]] += demand[names[0]]  # the smallest joins the next
+            return _split(demand, names, low)
+        demand = demand | {names[1]: demand[names[0]] + demand[names[1]]}  # the smallest joins the next
         names = names[1:]
 
 
-def _split(shares: dict[int, int], slots: int) -> tuple[SlotGroup, ...]:
-    """``slots`` slots over the groups in proportion to their sequences, at least one each while there are enough."""
-    counts = {name: min(1, max(0, slots - i)) for i, name in enumerate(sorted(shares, reverse=True))}
+def _split(demand: dict[int, Demand], names: Sequence[int], slots: int) -> tuple[SlotGroup, ...]:
+    """``slots`` slots over the groups in proportion to their steps, at least one each while there are enough."""
+    counts = {name: min(1, max(0, slots - i)) for i, name in enumerate(sorted(names, reverse=True))}
     for _ in range(slots - sum(counts.values())):
-        open_groups = [name for name in shares if counts[name] < shares[name]]
+        open_groups = [name for name in names if counts[name] < demand[name].sequences]
         if not open_groups:
             break
-        counts[max(open_groups, key=lambda name: shares[name] / counts[name])] += 1
+        counts[max(open_groups, key=lambda name: demand[name].steps / counts[name])] += 1
     return tuple(SlotGroup(name, counts[name]) for name in sorted(counts) if counts[name])
 
 
-def _does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
-    limit, size = (limits.total, needed.total) if needed.total > limits.total else (limits.pool or 0, needed.pool)
-    what = "in all" if limit == limits.total else "for the KV cache"
+def shrunk(made: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], device: Device) -> Plan | None:
+    """A plan with three quarters of the slots and steps of half the size; None for one slot and steps of one chunk."""
+    step = made.step
+    tokens = max(step.chunk_size, step.max_num_batched_tokens // 2)
+    if made.slots == 1 and tokens == step.max_num_batched_tokens:
+        return None
+    slots = max(1, made.slots * 3 // 4)
+    demand = {group.capacity: Demand(group.slots, group.slots) for group in made.groups}
+    groups = _split(demand, sorted(demand), slots)
+    step = replace(step, max_num_batched_tokens=tokens)
+    return replace(
+        made,
+        groups=groups,
+        layouts=tuple(layout(group.capacity) for group in groups),
+        step=step,
+        memory=memory_needed(spec, layout, groups, step, device),
+    )
+
+
+def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
+    """The error that says how much is missing for one sequence, and what would be enough."""
+    size, limit, what, flag = needed.total, limits.total, "in all", "--memory-limit"
+    if size <= limit:
+        size, limit, what, flag = needed.pool, limits.pool or 0, "for the KV cache", "--kv-cache-memory"
+    enough = ceil(size / 1e6)
+    weights = f", {needed.weights / 1e6:,.0f} MB of it weights" if what == "in all" else ""
     return MemoryLimitError(
-        f"one sequence needs {size / 1e6:,.0f} MB {what}, {limit / 1e6:,.0f} MB may be used ({limits.source}): "
+        f"one sequence needs {enough:,} MB {what}{weights}; {limit / 1e6:,.0f} MB may be used ({limits.source}): "
         f"{ceil((size - limit) / 1e6):,} MB are missing",
-        hint="lower --kv-budget or --chunk-size, raise --memory-limit, or choose a smaller model",
+        hint=f"{flag} {enough}M would be enough if there is as much; else lower --kv-budget or --chunk-size, or choose "
+        "a smaller model; `bmx plan-batch --check` computes what would fit",
     )

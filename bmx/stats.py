@@ -23,6 +23,7 @@ class Stats:
     work_total: int = 0
     work_saved: int = 0
     memory_bytes: int = 0
+    peak_memory_bytes: int = 0
     active_slots: int = 0
     slots: int = 0
     steps: int = 0
@@ -31,6 +32,8 @@ class Stats:
     kv_bytes: int = 0
     full_cache_peak_bytes: int = 0
     peak_active_slots: int = 0
+    rehearsed: tuple[int, int] | None = None  # bytes of the largest step without slots: planned, measured
+    shrunk_to: list[tuple[int, int]] = field(default_factory=list)  # after running out of memory: slots, step tokens
     started: float = field(default_factory=time.monotonic)
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,10 +23,15 @@ V1_NO_LIMIT = "9223372036854771712\n"
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine whose /proc and /sys hold these texts and nothing else; an exception instead of a text is raised."""
+    """A machine whose /proc and /sys hold these texts and nothing else; an exception instead of a text is raised.
 
-    def script(files: dict[str, str | Exception]) -> None:
+    The process has only these limits of its own, by what `resource` calls them.
+    """
+
+    def script(files: dict[str, str | Exception], limits: dict[str, int] | None = None) -> None:
         hardware.cpu_flags.cache_clear()
+        soft = {getattr(resource, name): limit for name, limit in (limits or {}).items()}
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (soft.get(which, resource.RLIM_INFINITY), 10**15))
 
         def read_text(path: Path, *_, **__) -> str:
             content = files.get(str(path), FileNotFoundError(str(path)))
@@ -112,6 +119,35 @@ def test_the_limits_of_the_process_own_group_and_of_its_parents_count(machine, m
     assert hardware.free_host_memory().free == 5 * GB
 
 
+STATUS = "Name:\tbmx\nVmPeak:\t 9000000 kB\nVmSize:\t 3000000 kB\nVmHWM:\t 2500000 kB\nVmData:\t 1000000 kB\n"
+SIZE, DATA = 3_000_000 * 1024, 1_000_000 * 1024
+OWN_LIMITS = {
+    "none": ({}, STATUS, MEMINFO_WINS),
+    "address space": ({"RLIMIT_AS": 8 * GB}, STATUS, (8 * GB - SIZE, 8 * GB, "RLIMIT_AS")),
+    "data": ({"RLIMIT_DATA": 8 * GB}, STATUS, (8 * GB - DATA, 8 * GB, "RLIMIT_DATA")),
+    "both, the least wins": (
+        {"RLIMIT_DATA": 4 * GB, "RLIMIT_AS": 9 * GB},
+        STATUS,
+        (4 * GB - DATA, 4 * GB, "RLIMIT_DATA"),
+    ),
+    "above what the system has": ({"RLIMIT_AS": 900 * GB, "RLIMIT_DATA": 900 * GB}, STATUS, MEMINFO_WINS),
+    "all used up": ({"RLIMIT_AS": GB}, STATUS, (0, GB, "RLIMIT_AS")),
+    "use not in the file": ({"RLIMIT_AS": 8 * GB}, "Name:\tbmx\nVmSize: many\n", (8 * GB, 8 * GB, "RLIMIT_AS")),
+    "no file": ({"RLIMIT_DATA": 8 * GB}, PermissionError(), (8 * GB, 8 * GB, "RLIMIT_DATA")),
+}
+
+
+@pytest.mark.parametrize(("limits", "status", "expected"), OWN_LIMITS.values(), ids=OWN_LIMITS)
+def test_the_process_own_limits_count(machine, limits, status, expected):
+    machine({"/proc/meminfo": MEMINFO, "/proc/self/status": status}, limits)
+    assert hardware.free_host_memory() == hardware.FreeMemory(*expected)
+
+
+def test_a_group_with_less_than_the_process_own_limit_wins(machine):
+    machine({"/proc/meminfo": MEMINFO, "/proc/self/status": STATUS} | v2(f"{4 * GB}", 3 * GB), {"RLIMIT_AS": 8 * GB})
+    assert hardware.free_host_memory().source == "cgroup memory.max"
+
+
 def test_a_kernel_without_memavailable_still_has_free_memory(machine):
     machine({"/proc/meminfo": "MemTotal: 8000 kB\nMemFree: 3000 kB\nCached: 1000 kB\n"})
     found = hardware.free_host_memory()
@@ -136,6 +172,47 @@ def test_this_very_process_has_memory():
 def test_without_proc_the_resident_memory_is_the_peak(machine):
     machine({})
     assert hardware.resident_bytes() == hardware.peak_resident_bytes()
+
+
+def test_the_peak_is_the_kernels_own_count(machine):
+    machine({"/proc/self/status": STATUS})
+    assert hardware.peak_resident_bytes() == 2_500_000 * 1024
+
+
+@pytest.mark.parametrize("status", [FileNotFoundError(), "Name:\tbmx\n"], ids=repr)
+def test_without_the_kernels_count_there_is_a_peak(machine, status):
+    machine({"/proc/self/status": status})
+    assert hardware.peak_resident_bytes() > 10**7
+
+
+def test_a_reset_peak_counts_from_now():
+    block = b"x" * (64 * 10**6)
+    del block
+    before = hardware.peak_resident_bytes()
+    if not hardware.reset_peak():
+        pytest.skip("this system cannot reset the peak")
+    after = hardware.peak_resident_bytes()
+    assert after < before - 32 * 10**6
+    block = b"x" * (64 * 10**6)
+    assert hardware.peak_resident_bytes() > after + 32 * 10**6
+    del block
+
+
+RESETS = {None: True, FileNotFoundError(): False, PermissionError(): False, OSError(errno.EINVAL, "old kernel"): False}
+
+
+@pytest.mark.parametrize(("error", "done"), RESETS.items(), ids=repr)
+def test_a_reset_says_whether_it_was_possible(monkeypatch, error, done):
+    written = []
+
+    def write_text(path: Path, text: str) -> None:
+        written.append((str(path), text))
+        if error:
+            raise error
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert hardware.reset_peak() is done
+    assert written == [("/proc/self/clear_refs", "5")]
 
 
 # ---- cores ----
@@ -239,44 +316,63 @@ class LibraryNotFound(NVMLError):
     pass
 
 
+class Mismatch(Exception):
+    """What pynvml raises, and it is no NVMLError, where the driver is older than the question."""
+
+
 class Hidden(NVMLError):
-    """Raised when the device's handle is asked for."""
+    """In a device's place: raised when its handle is asked for."""
 
 
-def gpu(name="H100", free=70 * GB, total=80 * GB, uuid="GPU-aaaa"):
-    return SimpleNamespace(name=name, free=free, total=total, uuid=uuid)
+def gpu(
+    name="H100", free=70 * GB, total=80 * GB, uuid="GPU-aaaa", bus="00000000:3B:00.0", compute=(), graphics=(), mig=0
+):
+    """A device; an exception in place of an answer is raised when that is asked."""
+    memory = free if isinstance(free, Exception) else SimpleNamespace(free=free, total=total)
+    pci = bus if isinstance(bus, Exception) else SimpleNamespace(busId=bus)
+    mode = mig if isinstance(mig, Exception) else [mig, 0]
+    return SimpleNamespace(name=name, memory=memory, uuid=uuid, pci=pci, compute=compute, graphics=graphics, mode=mode)
+
+
+def process(pid: int, used: int | None = None):
+    return SimpleNamespace(pid=pid, usedGpuMemory=used)
+
+
+QUESTIONS = {
+    "MemoryInfo": "memory",
+    "Name": "name",
+    "UUID": "uuid",
+    "PciInfo": "pci",
+    "MigMode": "mode",
+    "ComputeRunningProcesses": "compute",
+    "GraphicsRunningProcesses": "graphics",
+}
 
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """A pynvml with these devices (or, in a device's place, the error that asking for its memory gives)."""
+    """A pynvml with these devices."""
 
-    def script(*devices, init: Exception | None = None, count: Exception | None = None) -> ModuleType:
+    def script(*devices, init=None, count=None, shutdown=None) -> ModuleType:
         fake = ModuleType("pynvml")
         fake.open = 0
 
-        def raise_or(error, value):
-            if isinstance(error, Exception):
-                raise error
+        def answer(value):
+            if isinstance(value, Exception):
+                raise value
             return value
 
-        def initialise():
-            raise_or(init, None)
-            fake.open += 1
+        def opened(change: int, error: Exception | None) -> None:
+            answer(error)
+            fake.open += change
 
-        def shutdown():
-            fake.open -= 1
-
-        fake.NVMLError = NVMLError
-        fake.nvmlInit = initialise
-        fake.nvmlShutdown = shutdown
-        fake.nvmlDeviceGetCount = lambda: raise_or(count, len(devices))
-        fake.nvmlDeviceGetHandleByIndex = lambda i: raise_or(
-            devices[i] if isinstance(devices[i], Hidden) else None, devices[i]
-        )
-        fake.nvmlDeviceGetMemoryInfo = lambda handle: raise_or(handle, handle)
-        fake.nvmlDeviceGetName = lambda handle: handle.name
-        fake.nvmlDeviceGetUUID = lambda handle: handle.uuid
+        fake.NVMLError, fake.NVMLError_NotSupported, fake.NVMLLibraryMismatchError = NVMLError, NotSupported, Mismatch
+        fake.nvmlInit = lambda: opened(1, init)
+        fake.nvmlShutdown = lambda: opened(-1, shutdown)
+        fake.nvmlDeviceGetCount = lambda: answer(count or len(devices))
+        fake.nvmlDeviceGetHandleByIndex = lambda index: answer(devices[index])
+        for question, field in QUESTIONS.items():
+            setattr(fake, f"nvmlDeviceGet{question}", lambda handle, field=field: answer(getattr(handle, field)))
         monkeypatch.setitem(sys.modules, "pynvml", fake)
         return fake
 
@@ -284,12 +380,21 @@ def nvml(monkeypatch):
 
 
 def test_gpus_are_listed_as_nvml_names_them(nvml):
-    fake = nvml(gpu(), gpu("A100", 1 * GB, 40 * GB, "GPU-bbbb"))
+    fake = nvml(gpu(), gpu("A100", 1 * GB, 40 * GB, "GPU-bbbb", "0001A2B3:C1:00.0", compute=[process(7, GB)], mig=1))
+    users = (hardware.GpuProcess(pid=7, used=GB),)
     assert hardware.gpus() == [
-        hardware.Gpu("H100", 70 * GB, 80 * GB, "GPU-aaaa"),
-        hardware.Gpu("A100", 1 * GB, 40 * GB, "GPU-bbbb"),
+        hardware.Gpu(name="H100", free=70 * GB, total=80 * GB, uuid="GPU-aaaa", pci="0000:3b:00.0"),
+        hardware.Gpu(
+            name="A100", free=GB, total=40 * GB, uuid="GPU-bbbb", pci="1a2b3:c1:00.0", processes=users, mig=True
+        ),
     ]
     assert fake.open == 0
+
+
+def test_an_older_pynvml_answers_in_bytes(nvml):
+    nvml(gpu(b"H100", uuid=b"GPU-aaaa", bus=b"0000:3B:00.0"))
+    (found,) = hardware.gpus()
+    assert (found.name, found.uuid, found.pci) == ("H100", "GPU-aaaa", "0000:3b:00.0")
 
 
 @pytest.mark.parametrize("error", [LibraryNotFound("no driver"), NoPermission("init")], ids=repr)
@@ -298,11 +403,40 @@ def test_without_a_driver_there_are_no_gpus(nvml, error):
     assert hardware.gpus() == []
 
 
-@pytest.mark.parametrize("error", [NoPermission("memory"), NotSupported("MIG"), Hidden("container")], ids=repr)
-def test_a_device_that_will_not_tell_is_left_out(nvml, error):
-    fake = nvml(error, gpu(uuid="GPU-bbbb"))
-    assert [found.uuid for found in hardware.gpus()] == ["GPU-bbbb"]
+def test_a_hidden_device_hides_no_other(nvml):
+    fake = nvml(gpu(), Hidden("container"), gpu(uuid="GPU-bbbb"))
+    assert [found.uuid for found in hardware.gpus()] == ["GPU-aaaa", "GPU-bbbb"]
     assert fake.open == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "unified"), [(NoPermission("memory"), False), (NotSupported("GB10"), True), (NVMLError("?"), False)]
+)
+def test_a_gpu_whose_memory_is_not_told_is_listed(nvml, error, unified):
+    nvml(gpu(free=error), gpu(uuid="GPU-bbbb"))
+    first, second = hardware.gpus()
+    assert (first.free, first.total, first.uuid, first.unified) == (None, None, "GPU-aaaa", unified)
+    assert (second.free, second.total, second.unified) == (70 * GB, 80 * GB, False)
+
+
+UNTOLD = {
+    "name": ("name", "unknown GPU"),
+    "uuid": ("uuid", ""),
+    "bus": ("pci", ""),
+    "compute": ("processes", ()),
+    "graphics": ("processes", ()),
+    "mig": ("mig", False),
+}
+
+
+@pytest.mark.parametrize("error", [NoPermission(), NotSupported(), Mismatch()], ids=repr)
+@pytest.mark.parametrize("question", UNTOLD)
+def test_a_question_without_an_answer_costs_only_that_answer(nvml, question, error):
+    nvml(gpu(**{question: error}), gpu(uuid="GPU-bbbb"))
+    first, second = hardware.gpus()
+    field, instead = UNTOLD[question]
+    assert getattr(first, field) == instead
+    assert (first.free, second.uuid) == (70 * GB, "GPU-bbbb")
 
 
 def test_a_driver_that_will_not_count_its_devices_shows_none(nvml):
@@ -311,41 +445,213 @@ def test_a_driver_that_will_not_count_its_devices_shows_none(nvml):
     assert fake.open == 0
 
 
-@pytest.fixture
-def cuda(monkeypatch):
-    """A current CUDA device with 60 of 80 GB free by its own account."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (60 * GB, 80 * GB))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(uuid="bbbb"))
+def test_a_driver_that_fails_at_the_end_has_told_all_the_same(nvml):
+    nvml(gpu(), shutdown=NVMLError("uninitialised"))
+    assert len(hardware.gpus()) == 1
 
 
-CUDA_SAYS = (60 * GB, 80 * GB, "cudaMemGetInfo")
-DEVICES = {
-    "no gpu in NVML": ([], CUDA_SAYS),
-    "NVML sees less: another process just took some": (
-        [gpu(free=50 * GB, uuid="GPU-bbbb")],
-        (50 * GB, 80 * GB, "NVML"),
-    ),
-    "NVML sees more": ([gpu(free=70 * GB, uuid="GPU-bbbb")], CUDA_SAYS),
-    "reordered devices are matched by UUID, not by index": (
-        [gpu(free=GB, uuid="GPU-aaaa"), gpu(free=55 * GB, uuid="GPU-bbbb")],
-        (55 * GB, 80 * GB, "NVML"),
-    ),
-    "a MIG slice has a UUID that NVML's list lacks": ([gpu(free=GB, uuid="GPU-cccc")], CUDA_SAYS),
-    "no permission": ([NoPermission("memory")], CUDA_SAYS),
-    "not supported": ([NotSupported("memory")], CUDA_SAYS),
+# ---- who holds the memory ----
+
+NOT_AVAILABLE = 2**64 - 1
+USERS = {
+    "none": ([], [], {}),
+    "computing and drawing": ([process(1, GB)], [process(2, 2 * GB)], {1: GB, 2: 2 * GB}),
+    "one that does both": ([process(1, 3 * GB)], [process(1, 2 * GB)], {1: 3 * GB}),
+    "one that does both, once untold": ([process(1)], [process(1, 2 * GB)], {1: 2 * GB}),
+    "one that does both, then untold": ([process(1, GB)], [process(1)], {1: GB}),
+    "untold": ([process(1)], [], {1: None}),
+    "untold, by the largest number": ([process(1, NOT_AVAILABLE)], [], {1: None}),
+    "may not list the one kind": (NoPermission(), [process(2, GB)], {2: GB}),
+    "may not list the other kind": ([process(1, GB)], NotSupported(), {1: GB}),
 }
 
 
-@pytest.mark.parametrize(("devices", "expected"), DEVICES.values(), ids=DEVICES)
-def test_free_gpu_memory_is_the_less_of_what_cuda_and_nvml_say(nvml, cuda, devices, expected):
+@pytest.mark.parametrize(("compute", "graphics", "expected"), USERS.values(), ids=USERS)
+def test_the_processes_of_both_kinds_are_listed_once(nvml, compute, graphics, expected):
+    nvml(gpu(compute=compute, graphics=graphics))
+    (found,) = hardware.gpus()
+    assert {user.pid: user.used for user in found.processes} == expected
+    assert len(found.processes) == len(expected)
+
+
+HOLDERS = {
+    "nobody": ({}, [], ""),
+    "this process alone": ({os.getpid(): GB}, [], ""),
+    "one": ({4242: 61_234_000_000, os.getpid(): GB}, [4242], "pid 4242 holds 61,234 MB"),
+    "an unknown amount is last": (
+        {77: None, 4242: 61_234_000_000, 78: 0},
+        [4242, 78, 77],
+        "pid 4242 holds 61,234 MB, pid 78 holds 0 MB, pid 77 holds an unknown amount",
+    ),
+    "the largest three are named": (
+        {1: GB, 2: None, 3: 3 * GB, 4: 2 * GB, 5: 5 * GB},
+        [5, 3, 4, 1, 2],
+        "pid 5 holds 5,000 MB, pid 3 holds 3,000 MB, pid 4 holds 2,000 MB and 2 more",
+    ),
+}
+
+
+@pytest.mark.parametrize(("users", "order", "text"), HOLDERS.values(), ids=HOLDERS)
+def test_people_are_told_who_else_holds_the_memory(nvml, users, order, text):
+    nvml(gpu(compute=[process(pid, used) for pid, used in users.items()]))
+    (found,) = hardware.gpus()
+    assert [other.pid for other in hardware.other_gpu_processes(found)] == order
+    assert hardware.holders(found) == text
+
+
+# ---- which GPUs CUDA shows ----
+
+VISIBLE = {
+    None: "abcd",
+    "": "",
+    " ": "",
+    "0": "a",
+    "2,0": "ca",
+    " 2, 0 ": "ca",
+    "-1": "",
+    "0,2,-1,1": "ac",
+    "1,4,0": "b",
+    "1,,0": "b",
+    "1,x,0": "b",
+    "1gpu,2": "bc",  # read as strtoul does
+    "NoDevFiles": "",
+    "0,0": "",
+    "0,1,0": "",
+    "0,-1,0": "a",  # what follows the end is not read
+    "GPU-b1": "b",
+    "GPU-dc,GPU-a1ff": "ca",
+    "GPU-a1ff, GPU-b1": "ab",
+    "GPU-d": "",  # both c and d begin so
+    "GPU-b1,GPU-e,GPU-a1": "b",
+    "GPU-b,GPU-b1": "",
+    "b1": "",
+    "GPU-b1,0": "b",
+    "0,GPU-b1": "a",
+    "MIG-s": "",
+    "MIG-s,MIG-t": "",
+    "MIG-s,GPU-b1": "b",
+    "GPU-b1,MIG-s,GPU-a1": "ba",
+    "MIG-s,GPU-b1,MIG-s": "",
+    "0,MIG-s,1": "a",
+}
+UUIDS = {"a": "GPU-a1ff-00", "b": "GPU-b1ff-00", "c": "GPU-dc1f-00", "d": "GPU-d1ff-00"}
+
+
+@pytest.mark.parametrize(("variable", "expected"), VISIBLE.items(), ids=repr)
+def test_visible_gpus_are_those_of_cuda_visible_devices_in_its_order(nvml, monkeypatch, variable, expected):
+    nvml(*(gpu(name, uuid=uuid) for name, uuid in UUIDS.items()))
+    if variable is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert "".join(found.name for found in hardware.visible_gpus()) == expected
+
+
+@pytest.mark.parametrize("variable", ["GPU-a1,", "GPU-a1,G"])
+def test_what_is_no_uuid_is_not_taken_for_the_only_gpu(nvml, monkeypatch, variable):
+    nvml(gpu(uuid=UUIDS["a"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert len(hardware.visible_gpus()) == 1
+
+
+def test_two_gpus_of_which_nvml_tells_nothing_are_not_the_same_one(nvml, monkeypatch):
+    nvml(*[gpu(uuid=NoPermission(), bus=NoPermission())] * 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert len(hardware.visible_gpus()) == 2
+
+
+@pytest.mark.parametrize("variable", ["0", "GPU-a1"])
+def test_without_a_driver_no_gpu_is_visible(nvml, monkeypatch, variable):
+    nvml(init=LibraryNotFound())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert hardware.visible_gpus() == []
+
+
+# ---- how much of the current one is free ----
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A current CUDA device with these properties, and 60 of 80 GB free by its own account."""
+
+    def script(**properties) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (60 * GB, 80 * GB))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(**properties))
+
+    return script
+
+
+def cuda_says(why: str = ""):
+    return (60 * GB, 80 * GB, "cudaMemGetInfo" + why)
+
+
+UNLISTED = cuda_says("; NVML does not list this GPU")
+UNTELLING = cuda_says("; NVML does not tell")
+SLICED = cuda_says("; NVML shows no memory of a MIG slice")
+NVML_SAYS = (50 * GB, 80 * GB, "NVML")
+OURS, OTHER = {"uuid": "bbbb"}, gpu(free=GB, uuid="GPU-aaaa", bus="00000000:01:00.0")
+SOCKET = {"pci_domain_id": 0, "pci_bus_id": 0x3B, "pci_device_id": 0}
+DEVICES = {
+    "no gpu in NVML": (OURS, [], UNLISTED),
+    "NVML sees less: another process just took some": (OURS, [gpu(free=50 * GB, uuid="GPU-bbbb")], NVML_SAYS),
+    "NVML sees more": (OURS, [gpu(free=70 * GB, uuid="GPU-bbbb")], cuda_says()),
+    "matched by UUID, not by index": (OURS, [OTHER, gpu(free=50 * GB, uuid="GPU-bbbb")], NVML_SAYS),
+    "a prefix and capitals in the UUID": ({"uuid": "GPU-BBBB"}, [OTHER, gpu(free=50 * GB, uuid="GPU-bbbb")], NVML_SAYS),
+    "by UUID rather than by PCI id": (
+        OURS | SOCKET,
+        [gpu(free=GB), gpu(free=50 * GB, uuid="GPU-bbbb", bus="00000000:4C:00.0")],
+        NVML_SAYS,
+    ),
+    "no UUID in CUDA, by PCI id": (SOCKET, [OTHER, gpu(free=50 * GB)], NVML_SAYS),
+    "no such UUID in NVML, by PCI id": (OURS | SOCKET, [OTHER, gpu(free=50 * GB)], NVML_SAYS),
+    "no UUID from NVML, by PCI id": (OURS | SOCKET, [OTHER, gpu(free=50 * GB, uuid=NoPermission())], NVML_SAYS),
+    "another domain": (SOCKET, [gpu(free=GB, bus="00000001:3B:00.0")], UNLISTED),
+    "nothing to match by": ({}, [gpu(free=GB, uuid=NoPermission(), bus=NoPermission())], UNLISTED),
+    "another GPU": (OURS, [OTHER], UNLISTED),
+    "a slice, which has a UUID of its own": (OURS | SOCKET, [gpu(free=GB, mig=1)], SLICED),
+    "a slice, and the whole is not told": (OURS | SOCKET, [gpu(free=NoPermission(), mig=1)], SLICED),
+    "a slice, and the whole has no figure": (OURS | SOCKET, [gpu(free=NotSupported(), mig=1)], SLICED),
+    "no permission": (OURS, [gpu(free=NoPermission(), uuid="GPU-bbbb")], UNTELLING),
+}
+
+
+@pytest.mark.parametrize(("properties", "devices", "expected"), DEVICES.values(), ids=DEVICES)
+def test_free_gpu_memory_is_the_less_of_what_cuda_and_nvml_say(nvml, cuda, properties, devices, expected):
     nvml(*devices)
-    found = hardware.free_gpu_memory()
-    assert (found.free, found.total, found.source) == expected
+    cuda(is_integrated=0, **properties)
+    assert hardware.free_gpu_memory() == hardware.FreeMemory(*expected)
 
 
 @pytest.mark.parametrize("broken", [{"init": LibraryNotFound()}, {"count": NVMLError("unknown error")}], ids=str)
 def test_cuda_alone_is_believed_where_nvml_is_broken(nvml, cuda, broken):
     nvml(gpu(free=GB, uuid="GPU-bbbb"), **broken)
-    found = hardware.free_gpu_memory()
-    assert (found.free, found.total, found.source) == CUDA_SAYS
+    cuda(uuid="bbbb")
+    assert hardware.free_gpu_memory() == hardware.FreeMemory(*UNLISTED)
+
+
+LOW = "MemTotal: 90000000 kB\nMemAvailable: 70000000 kB\n"  # 72 of 92 GB
+HIGH = "MemTotal: 120000000 kB\nMemAvailable: 110000000 kB\n"
+SHARED = {
+    "NVML tells no memory": ({}, NotSupported(), LOW, {}, (70_000_000 * 1024, "MemAvailable (unified memory)")),
+    "CUDA says so": ({"is_integrated": 1}, 50 * GB, LOW, {}, (70_000_000 * 1024, "MemAvailable (unified memory)")),
+    "no more than CUDA's total": ({"is_integrated": 1}, GB, HIGH, {}, (80 * GB, "MemAvailable (unified memory)")),
+    "the group leaves less": (
+        {"is_integrated": 1},
+        GB,
+        LOW,
+        v2(f"{9 * GB}", GB),
+        (8 * GB, "cgroup memory.max (unified memory)"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("properties", "memory", "meminfo", "group", "expected"), SHARED.values(), ids=SHARED)
+def test_a_gpu_without_memory_of_its_own_has_the_hosts(
+    nvml, cuda, machine, properties, memory, meminfo, group, expected
+):
+    nvml(gpu(free=memory, uuid="GPU-bbbb"))
+    cuda(uuid="bbbb", **properties)
+    machine({"/proc/meminfo": meminfo} | group)
+    free, source = expected
+    assert hardware.free_gpu_memory() == hardware.FreeMemory(free, 80 * GB, source)

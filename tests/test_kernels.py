@@ -286,13 +286,15 @@ def test_the_attention_of_a_chunk_depends_on_where_it_is_not_on_the_others(kerne
     torch.testing.assert_close(short, long[:40], **TIGHT)
 
 
-@KERNELS
-def test_workspace_grows_with_the_keys_a_chunk_sees(kernel):
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_workspace_grows_with_the_keys_a_chunk_sees_and_with_slots(name, cpu_kernels):
+    cpu_kernels(name)
+    workspace = kernels.choose("cpu").workspace_bytes
     sizes = [
-        kernel.workspace_bytes(heads=8, chunk=256, rows=rows, slots=4, head_dim=64, itemsize=2)
-        for rows in (512, 1024, 4096)
+        workspace(heads=8, chunk=256, rows=rows, slots=slots, head_dim=64, itemsize=2)
+        for rows, slots in ((512, 4), (1024, 4), (4096, 4), (4096, 4000))
     ]
-    assert 0 < sizes[0] < sizes[1] < sizes[2]
+    assert 0 < sizes[0] < sizes[1] < sizes[2] < sizes[3]
 
 
 @pytest.mark.parametrize(

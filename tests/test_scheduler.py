@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
-from bmx.planner import SlotGroup
+from bmx.planner import SlotGroup, StepSize
 from bmx.request import Request, SamplingParams
 
 END, WORD = 0, 1
 
 
 class Letters:
-    """A tokenizer that nothing here depends on."""
+    """A tokenizer of 26 tokens, a letter each."""
 
     def decode(self, ids, **_):
-        return "x" * len(ids)
+        return "".join(chr(ord("a") + i % 26) for i in ids)
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,25 @@ class Load:
     budget: int
     chunk_size: int
     max_tokens: int
+    draining: bool = False
+
+    @property
+    def size(self) -> StepSize:
+        return StepSize(chunk_size=self.chunk_size, max_num_batched_tokens=self.max_tokens)
+
+    def urgency(self, sequence: Sequence) -> tuple[int, int]:
+        """Who comes before whom: in the order of the file, or, when no more will come, the longest first."""
+        chunks = -(-len(sequence.prompt) // self.chunk_size)
+        return (-(chunks + sequence.max_tokens) if self.draining else 0, int(sequence.request.id))
 
 
 @dataclass
 class Trace:
-    """What a scheduler did: its steps, who was running before each, and the sequences by name."""
+    """What a scheduler did: its steps, who was running and waiting before each, and the sequences by name."""
 
     steps: list[Step] = field(default_factory=list)
     running: list[list[Sequence]] = field(default_factory=list)
+    waiting: list[list[Sequence]] = field(default_factory=list)
     sequences: dict[str, Sequence] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
 
@@ -89,26 +100,33 @@ class Trace:
         }
 
 
+def scheduler_of(groups, chunk_size=8, max_tokens=8) -> Scheduler:
+    return Scheduler(groups, StepSize(chunk_size=chunk_size, max_num_batched_tokens=max_tokens))
+
+
 def drive(load: Load) -> Trace:
-    """Run a load to its end as the engine does: admit in order whoever finds a slot, schedule, update."""
-    scheduler = Scheduler(load.groups, load.chunk_size, load.max_tokens)
+    """Run a load to its end as the engine does: admit whoever finds a slot, schedule, update."""
+    scheduler = Scheduler(load.groups, load.size)
     jobs = {str(i): job for i, job in enumerate(load.jobs)}
     trace = Trace(sequences={name: job.sequence(name, load.budget) for name, job in jobs.items()})
-    waiting, running = list(trace.sequences.values()), []
-    most_steps = sum(sequence.total for sequence in waiting)
+    scheduler.waiting, scheduler.draining = list(trace.sequences.values()), load.draining
+    most_steps = sum(sequence.total for sequence in scheduler.waiting)
+    running: list[Sequence] = []
     for steps in count():
-        admitted = [sequence for sequence in waiting if scheduler.admit(sequence)]
-        waiting = [sequence for sequence in waiting if sequence not in admitted]
-        running += admitted
+        before = list(scheduler.waiting)
+        scheduler.admit_waiting()
+        running += sorted((s for s in before if s not in scheduler.waiting), key=load.urgency)
         assert scheduler.running == len(running)
+        assert set(scheduler.unfinished) == {*running, *scheduler.waiting}
         step = scheduler.schedule()
         if step is None:
             assert not running
-            assert not waiting
+            assert not scheduler.waiting
             return trace
         assert steps < most_steps
         trace.steps.append(step)
         trace.running.append(list(running))
+        trace.waiting.append(list(scheduler.waiting))
         sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
         finished = scheduler.update(step, [jobs[s.request.id].next_token(len(s.answer)) for s in sampling])
         trace.finished += [sequence.request.id for sequence in finished]
@@ -124,7 +142,7 @@ def loads(draw):
     largest = max(job.sequence("").rows_needed for job in jobs)
     capacities = {*draw(st.lists(st.integers(1, 72), max_size=3)), min(largest, budget)}
     groups = tuple(SlotGroup(capacity, draw(st.integers(1, 4))) for capacity in sorted(capacities))
-    return Load(jobs, groups, budget, draw(st.integers(1, 20)), draw(st.integers(1, 48)))
+    return Load(jobs, groups, budget, draw(st.integers(1, 20)), draw(st.integers(1, 48)), draw(st.booleans()))
 
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
@@ -251,14 +269,14 @@ def test_a_prompt_chunk_larger_than_the_budget_goes_alone():
 
 @pytest.mark.parametrize(("needs", "capacity"), [(1, 16), (16, 16), (17, 64), (64, 64)])
 def test_a_sequence_gets_the_smallest_slot_that_is_large_enough(needs, capacity):
-    scheduler = Scheduler([SlotGroup(64, 1), SlotGroup(16, 1)], chunk_size=8, max_num_batched_tokens=8)
+    scheduler = scheduler_of([SlotGroup(64, 1), SlotGroup(16, 1)])
     sequence = Job(needs, 1).sequence("a", budget=needs)
     assert scheduler.admit(sequence)
     assert scheduler.capacity(sequence) == capacity
 
 
 def test_a_sequence_waits_while_no_slot_is_large_enough():
-    scheduler = Scheduler([SlotGroup(16, 2), SlotGroup(64, 1)], chunk_size=8, max_num_batched_tokens=8)
+    scheduler = scheduler_of([SlotGroup(16, 2), SlotGroup(64, 1)])
     assert scheduler.largest == 64
     assert scheduler.admit(Job(40, 2).sequence("a"))
     assert not scheduler.admit(Job(40, 2).sequence("b"))
@@ -276,7 +294,7 @@ def test_a_freed_slot_serves_the_next_sequence():
 
 
 def test_held_tokens_are_those_computed_by_the_sequences_that_run():
-    scheduler = Scheduler([SlotGroup(16, 2)], chunk_size=4, max_num_batched_tokens=8)
+    scheduler = scheduler_of([SlotGroup(16, 2)], chunk_size=4)
     for name, length in (("a", 4), ("b", 8)):
         assert scheduler.admit(Job(length, 3).sequence(name))
     assert scheduler.held_tokens == [0, 0]
@@ -286,7 +304,194 @@ def test_held_tokens_are_those_computed_by_the_sequences_that_run():
 
 
 def test_an_idle_scheduler_has_no_step():
-    assert Scheduler([SlotGroup(16, 2)], chunk_size=4, max_num_batched_tokens=8).schedule() is None
+    assert scheduler_of([SlotGroup(16, 2)]).schedule() is None
+
+
+# ---- who comes first ----
+
+
+@FUZZ
+@given(loads())
+def test_no_slot_is_idle_that_someone_waiting_could_have(load):
+    trace = drive(load)
+    for running, waiting in zip(trace.running, trace.waiting, strict=True):
+        taken = [sequence.slot for sequence in running]
+        idle = [
+            group.capacity
+            for i, group in enumerate(load.groups)
+            for slot in range(group.slots)
+            if (i, slot) not in taken
+        ]
+        assert all(capacity < sequence.rows_needed for capacity in idle for sequence in waiting)
+
+
+@FUZZ
+@given(loads())
+def test_whoever_passes_another_takes_a_slot_that_is_too_small_for_it(load):
+    """Without draining the order is the file's; when no more will come it is the longest first."""
+    trace = drive(load)
+    before: list[Sequence] = []
+    for running, waiting in zip(trace.running, trace.waiting, strict=True):
+        for sequence in running:
+            if sequence not in before:
+                passed = [other for other in waiting if load.urgency(other) < load.urgency(sequence)]
+                capacity = load.groups[sequence.slot[0]].capacity
+                assert all(other.rows_needed > capacity for other in passed)
+        before = running
+
+
+ASCENDING = tuple(Job(4, answer) for answer in range(2, 42))  # the worst order there is: the longest come last
+ONE_IS_LONG = (*[Job(4, 6)] * 40, Job(4, 60))
+LONG_PROMPT_LAST = (*[Job(4, 6)] * 40, Job(240, 1))
+
+
+def orders(jobs, slots=4):
+    """What happens in the file's order, and with the longest first."""
+    groups = (SlotGroup(max(job.prompt + job.max_tokens for job in jobs), slots),)
+    return [drive(Load(jobs, groups, 10**9, 4, 10**6, draining)) for draining in (False, True)]
+
+
+def tail(trace, slots=4):
+    """Steps in which some slot is empty."""
+    return sum(len(running) < slots for running in trace.running)
+
+
+@pytest.mark.parametrize("jobs", [ASCENDING, ONE_IS_LONG, LONG_PROMPT_LAST], ids=["ascending", "answer", "prompt"])
+def test_a_drained_job_takes_fewer_steps_and_leaves_no_long_row_to_run_alone(jobs):
+    in_order, drained = orders(jobs)
+    lengths = [len(chunks) for chunks in drained.chunks().values()]
+    assert len(drained.steps) < len(in_order.steps)
+    assert len(drained.steps) <= max(*lengths, -(-sum(lengths) // 4) + min(lengths))
+    assert tail(drained) <= min(lengths) < tail(in_order)
+
+
+@pytest.mark.parametrize("jobs", [ASCENDING, ASCENDING[::-1], ONE_IS_LONG], ids=["ascending", "descending", "answer"])
+def test_without_draining_the_order_of_the_file_is_kept(jobs):
+    in_order, _ = orders(jobs)
+    admitted = list(dict.fromkeys(s.request.id for running in in_order.running for s in running))
+    assert admitted == [str(i) for i in range(len(jobs))]
+
+
+def test_rows_of_one_length_are_drained_in_the_order_of_the_file():
+    _, drained = orders((Job(6, 3),) * 9, slots=2)
+    assert drained.finished == [str(i) for i in range(9)]
+
+
+@FUZZ
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 60))
+def test_a_sequence_stays_for_its_chunks_and_its_answer(prompt, answer, chunk_size):
+    """As the order of draining and the shares of slots have it; the last token of an answer is never read."""
+    trace = drive(Load((Job(prompt, answer),), (SlotGroup(prompt + answer, 1),), 10**9, chunk_size, 10**6))
+    assert len(trace.steps) == -(-prompt // chunk_size) + answer - 1
+    assert 0 <= trace.sequences["0"].steps(chunk_size) - len(trace.steps) <= 1
+
+
+def test_what_no_slot_can_ever_hold_waits_no_longer():
+    scheduler = scheduler_of([SlotGroup(16, 1), SlotGroup(64, 1)])
+    sizes = {"a": 65, "b": 64, "c": 500, "d": 10, "e": 17}
+    scheduler.waiting = [Job(rows - 2, 2).sequence(name) for name, rows in sizes.items()]
+    assert [sequence.request.id for sequence in scheduler.reject_too_large()] == ["a", "c"]
+    assert [sequence.request.id for sequence in scheduler.waiting] == ["b", "d", "e"]
+    assert scheduler.reject_too_large() == []
+    scheduler.admit_waiting()
+    assert scheduler.running == 2
+    assert scheduler.reject_too_large() == []  # "e" finds no slot now, and will later
+    assert [sequence.request.id for sequence in scheduler.waiting] == ["e"]
+
+
+# ---- beginning again ----
+
+
+class Speaker:
+    """Stands for a model whose next token is drawn, each from the sequence's own random numbers."""
+
+    def __init__(self, **params):
+        self.params = SamplingParams(**{"max_tokens": 12, "temperature": 1.0} | params)
+
+    def sequence(self, name: str = "row", *, prompt: int = 9, seeded: bool = False) -> Sequence:
+        return Sequence(
+            request=Request(id=name, prompt="", params=self.params, seeded=seeded),
+            prompt=[WORD] * prompt,
+            max_tokens=self.params.max_tokens,
+            rows_needed=prompt + self.params.max_tokens,
+            end_token_ids=frozenset(),
+            tokenizer=Letters(),
+        )
+
+    def run(self, sequences, groups, most_steps=10**9, chunk_size=4):
+        """Up to so many steps; who is not finished is returned."""
+        scheduler = scheduler_of(groups, chunk_size, 100)
+        scheduler.waiting = list(sequences)
+        for _ in range(most_steps):
+            scheduler.admit_waiting()
+            step = scheduler.schedule()
+            if step is None:
+                break
+            sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+            scheduler.update(step, [int(26 * sequence.draw()) for sequence in sampling])
+        return scheduler.unfinished
+
+
+ROOM = (SlotGroup(40, 5),)
+SPEAKERS = {
+    "greedy": Speaker(temperature=0.0),
+    "sampling": Speaker(),
+    "sampling with a seed": Speaker(seed=7),
+    "stop strings": Speaker(stop=("e", "ab", "fgh"), max_tokens=20),
+    "stop tokens": Speaker(stop_token_ids=(3, 4)),
+}
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["job's seed", "own seed"])
+@pytest.mark.parametrize("speaker", SPEAKERS.values(), ids=SPEAKERS)
+@pytest.mark.parametrize("steps", [1, 3, 4, 7])
+def test_a_sequence_that_begins_again_answers_as_if_it_had_not(speaker, steps, seeded):
+    """Begun among five, broken off after some steps, begun again alone; and once more."""
+    undisturbed = [speaker.sequence(str(i), seeded=seeded) for i in range(5)]
+    assert speaker.run(undisturbed, ROOM) == []
+    disturbed = [speaker.sequence(str(i), seeded=seeded) for i in range(5)]
+    for groups in (ROOM, (SlotGroup(25, 2), SlotGroup(40, 1))):
+        unfinished = speaker.run([s for s in disturbed if not s.finish_reason], groups, most_steps=steps)
+        assert unfinished
+        for sequence in unfinished:
+            sequence.restart()
+            assert (sequence.computed, sequence.known, sequence.slot) == (0, len(sequence.prompt), None)
+    assert speaker.run([s for s in disturbed if not s.finish_reason], (SlotGroup(40, 1),)) == []
+    for first, again in zip(undisturbed, disturbed, strict=True):
+        assert again.result(40, 40) == first.result(40, 40)
+    if speaker.params.temperature and not seeded:
+        assert len({sequence.result(40, 40).text for sequence in undisturbed}) > 1
+
+
+def test_random_numbers_begin_again_with_the_sequence():
+    sequence = Speaker().sequence()
+    first = [sequence.draw() for _ in range(20)]
+    assert len(set(first)) == 20
+    sequence.restart()
+    assert [sequence.draw() for _ in range(20)] == first
+
+
+def test_half_a_stop_string_is_forgotten():
+    """`a` before it began again and `b` after are not the `ab` that ends an answer."""
+    sequence = Speaker(stop=("ab",), max_tokens=4).sequence()
+    sequence.accept(0)
+    sequence.restart()
+    for token in (1, 0, 2, 3):
+        assert sequence.finish_reason is None
+        sequence.accept(token)
+    assert sequence.finish_reason == "length"
+    assert sequence.result(40, 40).text == "bacd"
+
+
+def test_a_stop_string_met_before_it_began_again_is_met_again():
+    sequence = Speaker(stop=("ab",), max_tokens=9).sequence()
+    for token in (2, 0):
+        sequence.accept(token)
+    sequence.restart()
+    for token in (2, 0, 1):
+        sequence.accept(token)
+    assert sequence.finish_reason == "stop"
+    assert sequence.result(40, 40).text == "c"
 
 
 def test_the_scheduler_loads_neither_torch_nor_transformers():

@@ -22,20 +22,22 @@ EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=NAMES)
 FLOORS = (
     {"errors"},
     {"request"},
-    {"config", "stats", "hardware"},
+    {"config", "stats", "hardware", "rates"},
     {"kernels"},
     {"kv"},
     {"model"},
     {"compress"},
     {"planner"},
     {"engine"},
-    {"jsonl", "display"},
+    {"options"},
+    {"jsonl", "display", "manifest"},
     {"job"},
+    {"plan_batch"},
     {"cli"},
 )
 FRONT = {"__init__", "__main__"}  # the package's face names everything, lazily
 HEAVY = {"torch", "transformers", "triton", "ray"}
-MAY_BE_HEAVY = ("kernels/", "kv/", "compress/", "engine/", "model/rope.py")
+MAY_BE_HEAVY = ("kernels/", "kv/", "engine/", "model/rope.py", "model/trace.py")
 MAX_LINES = 450
 MAX_FUNCTION_LINES, SHARE_WITHIN = 30, 0.9
 

@@ -8,15 +8,17 @@ Shapes: K kv heads, C rows of a slot, P rows in use, T chunk tokens, B decoding 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from bmx.compress.scorers import AverageAttention, Needs, Newest, Scorer, Seen
 from bmx.config import EngineConfig
 from bmx.kv.layout import KVLayout, LayerLayout
-from bmx.kv.pool import LayerSlots
 from bmx.model.spec import LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bmx.kv.pool import LayerSlots
 
 SCORERS: dict[str, Scorer | None] = {"average-attention": AverageAttention(), "none": None}
 
@@ -115,6 +117,8 @@ class CompressionPolicy:
             key: [T, K, D]; value [T, K, E]: the chunk's own.
             mass: [K, P + T] attention received from the chunk's queries, slot rows first, or None if unscored.
         """
+        import torch  # here, since plans are made with policies and without torch
+
         capacity, tokens = part.layout.capacity, key.shape[0]
         used, now = min(start, capacity), start + tokens
         positions = torch.arange(start, now, device=key.device)

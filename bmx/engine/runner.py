@@ -9,7 +9,6 @@ from itertools import groupby
 
 import torch
 
-from bmx import hardware
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import Decodes, PackedStep, PromptChunk, SlotAttention
 from bmx.engine.sampler import Row, sample
@@ -19,7 +18,8 @@ from bmx.kv.pool import KVPool
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import attention_of
-from bmx.planner import Plan
+from bmx.planner import SAMPLER_ROWS, Plan, StepSize
+from bmx.request import SamplingParams
 
 
 class ModelRunner:
@@ -34,10 +34,11 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, policy: CompressionPolicy, plan: Plan, kernels: Kernels) -> None:
         self._model = loaded.model
+        self._vocab = loaded.spec.vocab
         self._rope = loaded.rope
-        layouts = tuple(policy.layout(loaded.spec, group.capacity) for group in plan.groups)
+        self._max_length = loaded.spec.max_length
         slots = tuple(group.slots for group in plan.groups)
-        self.pool = KVPool(layouts, slots, self._model.dtype, self._model.device)
+        self.pool = KVPool(plan.layouts, slots, self._model.dtype, self._model.device)
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
         self._attached = attention_of(self._model, self._attention)
@@ -59,28 +60,56 @@ class ModelRunner:
         for chunk in step.chunks:
             if chunk.start == 0:
                 self.pool.reset(*chunk.sequence.home)
-        packed = self._pack(step)
-        if self._rope is not None:
-            self._rope.segments = [Segment(chunk.length, chunk.sequence.total) for chunk in step.chunks]
-        self._attention.step = packed
-        output = self._model(
-            input_ids=packed.input_ids,
-            position_ids=packed.positions,
-            past_key_values=None,
-            use_cache=False,
-            logits_to_keep=packed.logits_at,
-        )
-        self._attention.step = None
-        if self._rope is not None:
-            self._rope.segments = ()
+        segments = [Segment(chunk.length, chunk.sequence.total) for chunk in step.chunks]
         rows = [_row(chunk) for chunk in step.chunks if chunk.samples]
-        return sample(output.logits[0], rows) if rows else []
+        logits = self._logits(self._pack(step), segments)
+        return sample(logits, rows) if rows else []
 
-    def memory_bytes(self) -> int:
-        """Bytes held now: of the GPU by torch, or of the host by this process."""
-        if self._model.device.type == "cuda":
-            return torch.cuda.memory_reserved()
-        return hardware.resident_bytes()
+    @torch.inference_mode()
+    def rehearse(self, size: StepSize, sampled: int) -> None:
+        """Compute the largest step that a plan allows, on made-up tokens, to see what memory it takes.
+
+        Chunks read slot 0 of the last group as if it were full.
+
+        Args:
+            sampled: rows of logits, of which as many are drawn from as a step ever draws together.
+        """
+        device, chunk, tokens = self._model.device, size.chunk_size, size.max_num_batched_tokens
+        group, start = len(self._capacities) - 1, min(self._capacities[-1], max(0, self._max_length - chunk))
+        self.pool.reset(group, 0)
+        prompts = tuple(
+            PromptChunk(slice(at, min(at + chunk, tokens)), group, 0, start, True) for at in range(0, tokens, chunk)
+        )
+        every = torch.arange(tokens, device=device)
+        packed = PackedStep(
+            input_ids=(every % self._vocab).unsqueeze(0),
+            positions=(start + every % chunk).unsqueeze(0),
+            logits_at=torch.arange(sampled, device=device) % tokens,
+            decodes=(),
+            prompts=prompts,
+        )
+        drawn = Row(SamplingParams(temperature=1.0), 0.5)
+        logits = self._logits(packed, [Segment(tokens, start + chunk)])
+        sample(logits, [drawn] * min(sampled, SAMPLER_ROWS) + [Row(SamplingParams())] * max(0, sampled - SAMPLER_ROWS))
+
+    def _logits(self, packed: PackedStep, segments: list[Segment]) -> torch.Tensor:
+        """Logits [N, V] of the wanted rows of a packed step."""
+        if self._rope is not None:
+            self._rope.segments = segments
+        self._attention.step = packed
+        try:
+            output = self._model(
+                input_ids=packed.input_ids,
+                position_ids=packed.positions,
+                past_key_values=None,
+                use_cache=False,
+                logits_to_keep=packed.logits_at,
+            )
+        finally:
+            self._attention.step = None
+            if self._rope is not None:
+                self._rope.segments = ()
+        return output.logits[0]  # type: ignore[no-any-return]
 
     def _pack(self, step: Step) -> PackedStep:
         """The step as tensors: decoding tokens by group and slot, then prompt chunks."""

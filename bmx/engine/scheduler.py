@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from bmx.engine.sequence import Sequence
-from bmx.planner import SlotGroup
+from bmx.planner import SlotGroup, StepSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,21 @@ class Scheduler:
 
     Args:
         groups: slots by capacity.
-        chunk_size: most prompt tokens of one sequence in a step.
-        max_num_batched_tokens: most tokens in a step; one prompt chunk is taken all the same, so that prompts go on.
+        size: how large steps may get; one prompt chunk is taken all the same, so that prompts go on.
+
+    Attributes:
+        waiting: sequences without a slot, in the order in which they came.
+        draining: no more will come, so the longest of the waiting go first, and no long one is left to run alone.
     """
 
-    def __init__(self, groups: Seq[SlotGroup], chunk_size: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, groups: Seq[SlotGroup], size: StepSize) -> None:
         self._groups = tuple(groups)
-        self._chunk_size = chunk_size
-        self._max_tokens = max_num_batched_tokens
+        self._chunk_size = size.chunk_size
+        self._max_tokens = size.max_num_batched_tokens
         self._free = [list(range(group.slots))[::-1] for group in self._groups]
         self._running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.draining = False
 
     @property
     def running(self) -> int:
@@ -69,6 +74,31 @@ class Scheduler:
     def largest(self) -> int:
         """Rows of the largest slot."""
         return max(group.capacity for group in self._groups)
+
+    @property
+    def slots(self) -> int:
+        """Slots in all."""
+        return sum(group.slots for group in self._groups)
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        """All that have a slot or wait for one."""
+        return [*self._running, *self.waiting]
+
+    def reject_too_large(self) -> list[Sequence]:
+        """Those that wait and that no slot can ever hold; they wait no longer."""
+        rejected = [sequence for sequence in self.waiting if sequence.rows_needed > self.largest]
+        if rejected:
+            self.waiting = [sequence for sequence in self.waiting if sequence.rows_needed <= self.largest]
+        return rejected
+
+    def admit_waiting(self) -> None:
+        """Give slots to those who wait, as long as any fits; one that finds none lets others pass."""
+        if not any(self._free):
+            return
+        if self.draining:
+            self.waiting.sort(key=lambda sequence: -sequence.steps(self._chunk_size))
+        self.waiting = [sequence for sequence in self.waiting if not self.admit(sequence)]
 
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence the smallest free slot that is large enough; False if there is none now."""

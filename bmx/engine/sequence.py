@@ -44,8 +44,12 @@ class Sequence:
     _random: random.Random | None = None
 
     def __post_init__(self) -> None:
-        if self.params.stop:
-            self._detokenizer = Detokenizer(self.tokenizer)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again as if nothing had been computed: a row's answer does not depend on how often it was begun."""
+        self.computed, self.slot, self.answer, self._text = 0, None, [], None
+        self._detokenizer = Detokenizer(self.tokenizer) if self.params.stop else None
         if self.params.temperature > 0:
             request = self.request
             self._random = random.Random(
@@ -97,6 +101,10 @@ class Sequence:
         chunks = -(-length // chunk_size)
         index = next(i for i in range(chunks) if i * length // chunks >= self.computed)
         return (index + 1) * length // chunks - self.computed
+
+    def steps(self, chunk_size: int) -> int:
+        """Steps that it takes from its first chunk to its last token, if its answer is as long as it may get."""
+        return -(-len(self.prompt) // chunk_size) + self.max_tokens
 
     def draw(self) -> float:
         """The next random number of this sequence, in [0, 1); its own, whatever else is in the batch."""

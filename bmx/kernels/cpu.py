@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bmx.kernels import reference
+from bmx.kernels.sizes import TILE
 
 attend_slots = reference.attend_slots
-TILE = 192
 
 
 def attend_chunk(
@@ -74,11 +74,3 @@ def _future(tile: int, group: int, dtype: torch.dtype) -> Tensor:
     """[tile * G, tile]: -inf where a query of the tile would see a later token of it."""
     later = torch.full((tile, tile), float("-inf"), dtype=dtype).triu(1)
     return later.repeat_interleave(group, 0)
-
-
-def workspace_bytes(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
-    """See ``reference.workspace_bytes``; a chunk holds a tile's scores and weights, keys and values."""
-    tile = 4 * heads * min(chunk, TILE) * rows * itemsize
-    prompt = tile + (2 * heads * rows + 2 * heads * chunk) * head_dim * itemsize
-    decode = reference.slots_workspace_bytes(heads=heads, rows=rows, slots=slots, head_dim=head_dim, itemsize=itemsize)
-    return max(prompt, decode)

@@ -106,17 +106,3 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
         return torch.softmax(scores, dim=-1)
     column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
     return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
-
-
-def workspace_bytes(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
-    """Bytes that one layer's attention holds beside its inputs, for a chunk or for all slots, whichever is more.
-
-    Scores in both precisions, and copies of keys and values. ``rows`` are the keys that a query sees.
-    """
-    prompt = heads * chunk * rows * (itemsize + 3 * 4) + 2 * heads * rows * head_dim * itemsize
-    return max(prompt, slots_workspace_bytes(heads=heads, rows=rows, slots=slots, head_dim=head_dim, itemsize=itemsize))
-
-
-def slots_workspace_bytes(*, heads: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
-    """The same for decoding: scores, ranks of the rows, and a copy of the keys and values of half the slots."""
-    return slots * heads * rows * (itemsize + 5 * 4) + slots // 2 * 2 * heads * rows * head_dim * itemsize

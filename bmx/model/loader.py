@@ -12,16 +12,20 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
 from bmx.model.demo import demo_model_path
-from bmx.model.rope import SequenceRope, pin_rope
 from bmx.model.spec import ModelSpec, check_config, read_spec
 
+if TYPE_CHECKING:
+    from bmx.model.rope import SequenceRope
+
 CACHE_VERSION = "1"
+PAGE = 4096
+RUNTIME_BYTES = {"cpu": 300 * 10**6, "cuda": 750 * 10**6}  # libraries; a CUDA context: where it cannot be measured
 SOURCES = "--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file"
 
 
@@ -55,18 +59,24 @@ def find_source(config: EngineConfig) -> str:
     return str(path) if path.exists() else name
 
 
-def load_tokenizer(source: str, config: EngineConfig) -> Any:
+def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -> Any:
     """The tokenizer of a model.
+
+    Args:
+        gguf: the name of the GGUF file in the folder ``source`` that holds it, if one does.
 
     Raises:
         ModelError: not to be found or read.
     """
     from transformers import AutoTokenizer
 
-    _quiet()
-    with _Failures(config.model):
+    quiet()
+    with Failures(config.model):
         return AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            source,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **({"gguf_file": gguf} if gguf else {}),
         )
 
 
@@ -76,17 +86,18 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     Raises:
         ModelError: not to be found, read, or run rightly by bmx.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    _quiet()
+    quiet()
     device = choose_device(config)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with _Failures(config.model):
+    with Failures(config.model):
         model_config = AutoConfig.from_pretrained(source, **where)
     check_config(model_config)
-    runtime = hardware.resident_bytes() if device.type == "cpu" else 0
-    with _Failures(config.model):
+    with contextlib.suppress(KeyError):  # code that comes with the model is not in the table
+        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, which is no part of its weights
+    runtime = hardware.resident_bytes() if device.type == "cpu" else _context_bytes(device)
+    with Failures(config.model):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=model_config,
@@ -97,11 +108,29 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
             **where,
         )
     _check_complete(config.model, loading)
-    model.eval()
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        runtime = max(0, total - free - torch.cuda.memory_allocated())
-    return prepare(model, runtime)
+    if device.type == "cpu":
+        _touch(model)
+    return prepare(model.eval(), runtime)
+
+
+def _touch(model: Any) -> None:
+    """Read a byte of every page of the weights, so that what is mapped from a file is in memory and is measured."""
+    for parameter in model.parameters():
+        parameter.detach().flatten()[:: PAGE // parameter.element_size()].sum()
+
+
+def _context_bytes(device: Any) -> int:
+    """What CUDA itself takes of the GPU for this process: what is gone once it has begun, others' memory left out."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return RUNTIME_BYTES["cuda"]
+    seen = hardware.visible_gpus()
+    torch.zeros(1, device=device)
+    free, _ = torch.cuda.mem_get_info(device)
+    if not seen or seen[0].mig or seen[0].free is None:
+        return RUNTIME_BYTES["cuda"]
+    return max(0, seen[0].free - free - torch.cuda.memory_reserved(device))
 
 
 def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
@@ -109,17 +138,20 @@ def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
 
     Args:
         model: in eval mode, on its device.
-        runtime_bytes: what the process held before the model was loaded.
+        runtime_bytes: what the process held before the model was loaded, or a GPU's context.
 
     Raises:
         ModelError: bmx cannot run it rightly.
     """
+    from bmx.model.rope import pin_rope
+    from bmx.model.trace import costs_of
+
     check_config(model.config)
     model.requires_grad_(False)
     rope = pin_rope(model)
     return LoadedModel(
         model=model,
-        spec=read_spec(model),
+        spec=read_spec(model, costs_of),
         end_token_ids=_end_tokens(model),
         rope=rope,
         runtime_bytes=runtime_bytes,
@@ -144,11 +176,16 @@ def choose_dtype(config: EngineConfig, device: Any) -> Any:
     """The type to compute in: as asked, else bfloat16 where the device has it in hardware."""
     import torch
 
+    if config.dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return getattr(torch, dtype_name(config, device.type))
+
+
+def dtype_name(config: EngineConfig, device: str) -> str:
+    """The type to compute in on this kind of device (of GPUs, one of Ampere or later), by its name in torch."""
     if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if hardware.fast_bfloat16_cpu() else torch.float32
+        return config.dtype
+    return "bfloat16" if device == "cuda" or hardware.fast_bfloat16_cpu() else "float32"
 
 
 def _end_tokens(model: Any) -> frozenset[int]:
@@ -160,9 +197,7 @@ def _end_tokens(model: Any) -> frozenset[int]:
 
 def _dequantised(file: Path) -> Path:
     """A folder with the GGUF file's model in bfloat16 and its tokenizer, made once per content of the file."""
-    from platformdirs import user_cache_path
-
-    folder = user_cache_path("bmx") / "gguf" / f"{_digest(file)}-{CACHE_VERSION}"
+    folder = gguf_folder(file)
     if (folder / "config.json").is_file():
         return folder
     try:
@@ -188,15 +223,22 @@ def _dequantised(file: Path) -> Path:
     return folder
 
 
+def gguf_folder(file: Path) -> Path:
+    """Where a GGUF file's model is kept once it has been unpacked."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("bmx") / "gguf" / f"{_digest(file)}-{CACHE_VERSION}"
+
+
 def _unpack(file: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    _quiet()
+    quiet()
     extra = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         extra["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
-    with _Failures(str(file)), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
+    with Failures(str(file)), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **extra
@@ -225,7 +267,7 @@ def _check_complete(name: str, loading: dict[str, Any]) -> None:
         raise ModelError(f"model {name} is incomplete: {len(missing)} tensors are missing ({shown})", hint=SOURCES)
 
 
-class _Failures:
+class Failures:
     """Turns what loading may raise into one ModelError with the cause in a line."""
 
     def __init__(self, name: str) -> None:
@@ -250,7 +292,7 @@ class _Failures:
         ) from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep transformers' bars and advice off the terminal: bmx shows its own."""
     from transformers.utils import logging as transformers_logging
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bmx.errors import ModelError
@@ -37,20 +37,45 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What one packed token costs a model beside attention and the output head.
+
+    Attributes:
+        activation_bytes: live between operations, at the widest moment of a step.
+        traffic_bytes: read and written by operations other than products.
+        flops: of products.
+        operators: started in a step, however many tokens it has.
+    """
+
+    activation_bytes: int
+    traffic_bytes: int
+    flops: int
+    operators: int
+
+    def scaled(self, factor: float) -> Costs:
+        """The same in a type whose numbers are ``factor`` times as large."""
+        activations, traffic = round(factor * self.activation_bytes), round(factor * self.traffic_bytes)
+        return replace(self, activation_bytes=activations, traffic_bytes=traffic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Sizes of a model: what memory and the planner need to know.
 
-    ``weight_bytes`` counts tied tensors once; ``itemsize`` is the bytes of an activation.
+    ``weight_bytes`` counts tied tensors once; ``itemsize`` is the bytes of an activation; ``head_bytes`` those of
+    the output head, which is read for sampled tokens only; ``merged_bytes`` those of experts, which loading copies
+    together.
     """
 
     name: str
     layers: tuple[LayerSpec, ...]
-    hidden: int
-    intermediate: int
+    costs: Costs
     vocab: int
     max_length: int
     weight_bytes: int
+    head_bytes: int
     itemsize: int
+    merged_bytes: int = 0
 
     def last_reader(self, owner: int) -> int:
         """The last layer that reads this owner's keys."""
@@ -99,15 +124,19 @@ def attention_of(model: Any, function: Callable[..., Any], mask: Callable[..., A
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def read_spec(model: Any) -> ModelSpec:
+def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
     """Look at a loaded model's attention through forwards of three tokens, and check that it can be served.
 
     What a model computes for a token may depend only on the token, its position and what the attention function
     returns. The same token among others, and at another place of the pack, must give the same numbers; so a model
     that mixes tokens elsewhere (a convolution, a recurrent state) or counts positions itself is refused.
 
+    Args:
+        costs: finds what a token costs a model that is not refused.
+
     Raises:
-        ModelError: the attention function is never called, sees the future, or is not all that mixes tokens.
+        ModelError: the attention function is never called, sees the future, or is not all that mixes tokens. Of a
+            model on the meta device, the last cannot be seen.
     """
     watch = _Watch(model.device)
     with attention_of(model, watch, watch.note):
@@ -122,13 +151,19 @@ def read_spec(model: Any) -> ModelSpec:
             raise _refusal(type(model).__name__, f"it fails on packed tokens: {reason}") from error
     if not watch.layers:
         raise _refusal(type(model).__name__, "its layers do not call transformers' attention function")
+    if model.device.type != "meta":
+        _check_numbers(model, first, other, swapped)
+    return _spec(model, tuple(watch.layers), costs(model))
+
+
+def _check_numbers(model: Any, first: Tensor, other: Tensor, swapped: Tensor) -> None:
+    """Refuse a model that computes no numbers, or others for the same token elsewhere."""
     if not first.isfinite().all():
         raise _refusal(type(model).__name__, "what it computes is not a number: its weights are broken")
     tolerance = 1e-3 if model.dtype.itemsize >= 4 else 2e-2
     if not (_close(first[1], other[1], tolerance) and _close(first[1], swapped[0], tolerance)):
         reason = "tokens would mix outside its attention, or it gives them positions of its own"
         raise _refusal(type(model).__name__, reason)
-    return _spec(model, tuple(watch.layers))
 
 
 class _Watch:
@@ -198,8 +233,11 @@ def _numbers(model: Any, watch: _Watch, tokens: tuple[int, ...], positions: tupl
     import torch
 
     watch.forget()
+    # Told that all tokens count, transformers does not look for the borders of sequences in the positions' values.
+    told = {"attention_mask": torch.ones(1, len(tokens), device="meta")} if model.device.type == "meta" else {}
     with torch.inference_mode():
         output = model(
+            **told,
             input_ids=torch.tensor([tokens], device=model.device),
             position_ids=torch.tensor([positions], device=model.device),
             past_key_values=None,
@@ -216,23 +254,19 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a - b).norm() <= tolerance * a.norm() + 1e-6)
 
 
-def _spec(model: Any, layers: tuple[LayerSpec, ...]) -> ModelSpec:
-    text = model.config.get_text_config(decoder=True)
-    sizes = {t.data_ptr(): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}
-    hidden = text.hidden_size
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    experts = getattr(text, "moe_intermediate_size", None) or 0
-    active = getattr(text, "num_experts_per_tok", None) or 0
-    widest = inner if isinstance(inner, int) else max(inner)
+def _spec(model: Any, layers: tuple[LayerSpec, ...], costs: Costs) -> ModelSpec:
+    sizes = {id(t): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}
+    head = model.get_output_embeddings().weight
     return ModelSpec(
         name=type(model).__name__,
         layers=layers,
-        hidden=hidden,
-        intermediate=max(widest, int(experts) * int(active)),
-        vocab=model.get_output_embeddings().weight.shape[0],
-        max_length=_max_length(text),
+        costs=costs,
+        vocab=head.shape[0],
+        max_length=_max_length(model.config.get_text_config(decoder=True)),
         weight_bytes=sum(sizes.values()),
+        head_bytes=head.nbytes,
         itemsize=model.dtype.itemsize,
+        merged_bytes=sum(p.nbytes for p in model.parameters() if p.dim() == 3),
     )
 
 

@@ -1,0 +1,124 @@
+"""What memory a run really holds, and what it means when there is none left. Knows the device; plans nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bmx import hardware
+from bmx.errors import DeviceError
+
+KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+KEPT_KERNELS = "64"  # compiled products for as many shapes; torch's own 1,024 grow to 300 MB, and are no faster
+TRIM_AT = 0.96  # of what was planned
+NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate",
+    "bad_alloc",
+    "status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
+    "cublas_status_not_initialized",  # a handle that finds no memory says so
+    "could not create a memory",
+)
+
+
+def bound_kernel_caches() -> None:
+    """Keep torch's caches of compiled CPU kernels small, unless the environment says how large they may be."""
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, KEPT_KERNELS)
+
+
+class MemoryMeter:
+    """The most memory held since the meter was reset.
+
+    Args:
+        device: where the model is.
+        context_bytes: what the GPU's context holds beside torch's own allocations; of no use on the CPU.
+
+    Attributes:
+        exact: whether the last reset worked; otherwise the peak is that of the whole process.
+    """
+
+    def __init__(self, device: torch.device, context_bytes: int) -> None:
+        self._cuda = device.type == "cuda"
+        self._context = context_bytes if self._cuda else 0
+        self.exact = False
+
+    def reset(self) -> None:
+        """Count from now."""
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.exact = self._cuda or hardware.reset_peak()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes held: of the GPU, or of the host by this process."""
+        return torch.cuda.max_memory_reserved() + self._context if self._cuda else hardware.peak_resident_bytes()
+
+    def keep_to(self, planned: int) -> None:
+        """On the CPU, let go of what lies free in the heap as soon as a run holds nearly what was planned."""
+        if not self._cuda and self.now > TRIM_AT * planned:
+            trim()
+
+    @property
+    def now(self) -> int:
+        """Bytes held."""
+        return torch.cuda.memory_reserved() + self._context if self._cuda else hardware.resident_bytes()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, typed or not."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY)
+
+
+def release() -> None:
+    """Give back what an attempt that ran out of memory left behind."""
+    gc.collect()
+    trim()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def trim() -> None:
+    """Hand free pages in the middle of the heap back to the system, which the C library alone does not."""
+    if _libc is not None:
+        _libc.malloc_trim(0)
+
+
+def _find_libc() -> ctypes.CDLL | None:
+    """The C library, if it is one that can trim."""
+    try:
+        found = ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
+    return found if hasattr(found, "malloc_trim") else None
+
+
+_libc = _find_libc()
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Turn an error after which CUDA answers nothing any more into a DeviceError.
+
+    Raises:
+        DeviceError: an assertion on the device, an illegal access, a GPU that is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error) or "cuda error" not in str(error).lower():
+            raise
+        cause = str(error).strip().splitlines()[0]
+        hint = "answers that were finished are kept; run again, and see the system's log if it comes back"
+        raise DeviceError(f"the GPU stopped: {cause}", hint=hint) from error

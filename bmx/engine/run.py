@@ -1,0 +1,193 @@
+"""One run: requests become sequences, sequences share slots, steps follow each other, results come out as they finish.
+
+Knows the loop and what to do when memory runs out; how a step is computed is the runner's business, what fits the
+planner's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from bmx.compress.policy import CompressionPolicy
+from bmx.engine.meter import MemoryMeter, device_errors, is_out_of_memory, release
+from bmx.engine.runner import ModelRunner
+from bmx.engine.scheduler import Scheduler, Step
+from bmx.engine.sequence import Sequence
+from bmx.errors import RowError
+from bmx.kernels import Kernels
+from bmx.model.loader import LoadedModel
+from bmx.planner import Plan, SlotGroup
+from bmx.request import Request, Result
+from bmx.stats import Stats
+
+LOOKAHEAD = 64  # fewest requests that wait tokenised, so that a free slot of any size finds one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What runs work with.
+
+    Attributes:
+        loaded, policy, kernels: what computes.
+        meter, stats: what counts.
+        read: a request as a sequence, or a RowError.
+        shrunk: a smaller plan for when memory ran out under one; None if there is none.
+    """
+
+    loaded: LoadedModel
+    policy: CompressionPolicy
+    kernels: Kernels
+    meter: MemoryMeter
+    stats: Stats
+    read: Callable[[Request], Sequence]
+    shrunk: Callable[[Plan], Plan | None]
+
+    def runner(self, plan: Plan) -> ModelRunner:
+        """What computes the steps of a plan."""
+        return ModelRunner(self.loaded, self.policy, plan, self.kernels)
+
+
+class Run:
+    """Answers requests under a plan, and under smaller ones when memory runs out.
+
+    Args:
+        setup: the model, its policy and its counters.
+        requests: read as slots become free.
+    """
+
+    def __init__(self, setup: Setup, requests: Iterable[Request]) -> None:
+        self._setup = setup
+        self._pair_bytes: Counter[int | None] = Counter()  # of one KV pair of all layers, by their windows
+        for index, layer in enumerate(setup.policy.layout(setup.loaded.spec, 1).layers):
+            if layer.owner == index:
+                self._pair_bytes[layer.window] += layer.kv_bytes
+        self._source = iter(requests)
+        self._exhausted = False
+        self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
+        self._finished: deque[Sequence] = deque()  # and not handed out yet
+
+    def results(self, plan: Plan) -> Iterator[Result]:
+        """All results. Each attempt leaves over what it could not finish for the next, smaller one."""
+        stats = self._setup.stats
+        stats.started = time.monotonic()
+        self._setup.meter.reset()
+        while not (yield from self._attempt(plan)):
+            smaller = self._setup.shrunk(plan)
+            if smaller is None:
+                yield from self._one_by_one(plan)
+                return
+            plan = smaller
+            stats.shrunk_to.append((plan.slots, plan.step.max_num_batched_tokens))
+
+    def _attempt(self, plan: Plan, alone: bool = False) -> Generator[Result, None, bool]:
+        """Answer what is left, or until memory runs out; returns whether all was answered.
+
+        Args:
+            alone: only what is left over, without reading on.
+        """
+        setup, scheduler = self._setup, Scheduler(plan.groups, plan.step)
+        scheduler.waiting, self._unfinished = self._unfinished, []
+        try:
+            with device_errors(), setup.runner(plan) as runner:
+                setup.stats.slots, setup.stats.kv_bytes = plan.slots, runner.pool.nbytes
+                yield from self._loop(scheduler, runner, alone, plan.memory.total)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        yield from self._hand_out(scheduler)
+        self._unfinished = scheduler.unfinished
+        for sequence in self._unfinished:
+            sequence.restart()
+        return False
+
+    def _one_by_one(self, plan: Plan) -> Iterator[Result]:
+        """The last resort: every row in the only slot, of its own size; one that fails even so is an error."""
+        setup, waiting = self._setup, self._unfinished
+        while True:
+            yield from self._read_ahead(waiting, 1)
+            if not waiting:
+                return
+            row = waiting.pop(0)
+            self._unfinished = [row]
+            layout = setup.policy.layout(setup.loaded.spec, row.rows_needed)
+            own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,))
+            if not (yield from self._attempt(own, alone=True)):
+                release()
+                yield self._failed(row, "memory runs out even with nothing else in it")
+
+    def _loop(self, scheduler: Scheduler, runner: ModelRunner, alone: bool, planned: int) -> Iterator[Result]:
+        while True:
+            if not alone:
+                yield from self._read_ahead(scheduler.waiting, max(LOOKAHEAD, 2 * scheduler.slots))
+                scheduler.draining = self._exhausted
+            for sequence in scheduler.reject_too_large():
+                needs = f"it needs a slot of {sequence.rows_needed} rows; the plan's largest has {scheduler.largest}"
+                yield self._failed(sequence, needs)
+            scheduler.admit_waiting()
+            step = scheduler.schedule()
+            if step is None:
+                return
+            self._advance(scheduler, runner, step)
+            self._setup.meter.keep_to(planned)
+            yield from self._hand_out(scheduler)
+
+    def _read_ahead(self, waiting: list[Sequence], enough: int) -> Iterator[Result]:
+        """Tokenise requests until enough wait; those that cannot be answered are results at once."""
+        while len(waiting) < enough and not self._exhausted:
+            request = next(self._source, None)
+            if request is None:
+                self._exhausted = True
+                return
+            try:
+                waiting.append(self._setup.read(request))
+            except RowError as error:
+                yield Result(id=request.id, error=error)
+
+    def _advance(self, scheduler: Scheduler, runner: ModelRunner, step: Step) -> None:
+        """Run one step and count it."""
+        setup, active = self._setup, scheduler.running
+        decodes = sum(chunk.sequence.decoding for chunk in step.chunks)
+        before = time.monotonic()
+        tokens = runner.run(step)
+        seconds = time.monotonic() - before
+        finished = scheduler.update(step, tokens)
+        self._finished += finished
+        held = scheduler.held_tokens + [sequence.computed for sequence in finished]
+        setup.stats.count_step(
+            prompt_tokens=step.tokens - decodes,
+            decode_tokens=decodes,
+            sampled=len(tokens),
+            seconds=seconds,
+            active=active,
+            full_cache_bytes=sum(map(self._full_cache_bytes, held)),
+        )
+        setup.stats.memory_bytes = setup.meter.now
+        setup.stats.peak_memory_bytes = setup.meter.peak
+        setup.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in finished)
+
+    def _full_cache_bytes(self, tokens: int) -> int:
+        """What a full cache of so many tokens holds; windowed layers hold their window."""
+        return sum(size * min(tokens, window or tokens) for window, size in self._pair_bytes.items())
+
+    def _hand_out(self, scheduler: Scheduler) -> Iterator[Result]:
+        """The results of what has finished."""
+        while self._finished:
+            sequence = self._finished[0]
+            result = self._result(sequence, scheduler.capacity(sequence))
+            self._finished.popleft()
+            yield result
+
+    def _result(self, sequence: Sequence, capacity: int) -> Result:
+        if sequence.error:
+            error = RowError(sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
+            return Result(id=sequence.request.id, error=error)
+        policy = self._setup.policy
+        return sequence.result(capacity, capacity if policy.scorer is None else policy.budget)
+
+    @staticmethod
+    def _failed(sequence: Sequence, why: str) -> Result:
+        return Result(id=sequence.request.id, error=RowError("out_of_memory", why))

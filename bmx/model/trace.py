@@ -1,0 +1,128 @@
+"""What a packed token costs a model, found by running it on tensors that have shapes but no contents.
+
+Knows torch's operators and how long tensors live; knows nothing of particular architectures. The closed forms in
+``outline`` say the same for the common ones, without torch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from bmx.model.rope import pin_rope
+from bmx.model.spec import Costs, attention_of
+
+FEW, MANY = 64, 128  # tokens of the two dry runs: what does not grow with the step cancels out
+
+
+def trace(model: Any) -> Costs:
+    """The costs of a packed token.
+
+    Args:
+        model: a transformers model on the meta device; attention itself is left out.
+    """
+    _Meter(model).run(1)  # what is computed once and kept (tables of frequencies) is no cost of a step
+    few, many = _Meter(model), _Meter(model)
+    few.run(FEW)
+    many.run(MANY)
+    tokens = MANY - FEW
+    return Costs(
+        activation_bytes=round((many.peak - few.peak) / tokens),
+        traffic_bytes=round((many.traffic - few.traffic) / tokens),
+        flops=round((many.flops - few.flops) / tokens),
+        operators=many.operators,
+    )
+
+
+def costs_of(model: Any) -> Costs:
+    """What a token costs a model, whose weights may be anywhere."""
+    try:
+        return trace(twin(model, model.dtype))
+    except RuntimeError:  # experts' grouped products are defined for bfloat16 alone where tensors have no contents
+        return trace(twin(model, torch.bfloat16)).scaled(model.dtype.itemsize / 2)
+
+
+def twin(model: Any, dtype: Any) -> Any:
+    """A model of the same class and sizes whose tensors hold nothing."""
+    with torch.device("meta"):
+        copy = type(model)._from_config(model.config, dtype=dtype).eval()
+    pin_rope(copy)
+    return copy
+
+
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts, while active, live bytes that operators made, the bytes they touched, and the FLOPs of products."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model = model
+        self._holders: Counter[int] = Counter()  # tensors by the storage they share
+        self._live = self.peak = self.traffic = self.flops = self.operators = 0
+
+    def run(self, tokens: int) -> None:
+        """Measure a step of so many tokens."""
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        with attention_of(self._model, _no_attention), torch.no_grad(), self:
+            self._model(
+                input_ids=ids,
+                position_ids=ids,
+                past_key_values=None,
+                use_cache=False,
+                logits_to_keep=torch.zeros(0, dtype=torch.long, device="meta"),
+            )
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator and write down what it made and touched."""
+        output = operator(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        for tensor in made:
+            if not operator.is_view or self._holders[tensor.untyped_storage()._cdata]:  # a weight's view is no work
+                self._hold(tensor)
+        flops = _flops(operator, args, kwargs or {}, output)
+        self.operators += not operator.is_view
+        if flops:
+            self.flops += flops
+        elif not operator.is_view:
+            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self.traffic += sum(_bytes(t) for t in (*read, *made))
+        return output
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Count a tensor's storage as live until the last tensor that shares it is gone."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if not self._holders[key]:
+            self._live += storage.nbytes()
+            self.peak = max(self.peak, self._live)
+        self._holders[key] += 1
+        weakref.finalize(tensor, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            self._live -= size
+
+
+def _flops(operator: Any, args: Any, kwargs: Any, output: Any) -> int:
+    """FLOPs of a product; 0 for any other operator."""
+    if "grouped_mm" in operator.__name__:  # tokens sorted by expert [M, K] x weights of all experts [X, K, N]
+        return 2 * int(output.numel()) * int(args[0].shape[-1])
+    counter = flop_registry.get(operator._overloadpacket)
+    return int(counter(*args, **kwargs, out_val=output)) if counter else 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes that an operator touches of a tensor: a broadcast one only as often as it is stored."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+def _no_attention(_module: Any, query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """An output of the right shape [1, N, H, E]."""
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), None

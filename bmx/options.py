@@ -1,0 +1,244 @@
+"""What would fit: a model, a machine and the lengths of requests become options, each with its plan and forecast.
+
+Knows sizes and rates; loads no model and reads no file of prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+
+from bmx import hardware, kernels
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import CHUNK_SIZE, EngineConfig
+from bmx.engine.forecast import Forecast, fastest, forecast
+from bmx.errors import MemoryLimitError, UsageError
+from bmx.hardware import FreeMemory
+from bmx.model.foresee import tokenizer_bytes
+from bmx.model.loader import RUNTIME_BYTES, dtype_name
+from bmx.model.spec import ModelSpec
+from bmx.planner import Device, Length, Memory, Plan, SlotGroup, does_not_fit, limits, memory_needed, plan, step_sizes
+from bmx.rates import Rates, card_named, card_rates, machine_rates
+
+FALLBACK_RATES = Rates(flops=1e14, bandwidth=1e12, operator_seconds=8e-6, source="a middling GPU, to compare steps by")
+BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # that are tried where the one asked for does not fit
+CHUNKS = (256, 128, 64, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where the run would be.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        name: for people.
+        memory: what is free there; ``held``: of that which is not, bytes that are bmx's own already.
+        rates: how fast it is; None where nobody knows.
+        holders: who else holds memory there.
+    """
+
+    kind: str
+    name: str
+    memory: FreeMemory
+    rates: Callable[[], Rates] | None
+    held: int = 0
+    holders: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to run the job, and what comes of it.
+
+    ``plan`` is None where not one row fits; ``problem`` says then, or of rows that do not fit, how much is missing.
+    """
+
+    name: str
+    budget: int | None
+    plan: Plan | None
+    forecast: Forecast | None
+    problem: MemoryLimitError | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every row fits."""
+        return self.plan is not None and not self.plan.too_large
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A job of which nothing is known but sizes.
+
+    Attributes:
+        lengths: of its requests, or of every ``every``-th of them.
+        rows: requests in all.
+    """
+
+    config: EngineConfig
+    spec: ModelSpec
+    machine: Machine
+    lengths: tuple[Length, ...]
+    rows: int
+    every: int = 1
+
+    def options(self, budgets: Sequence[int]) -> Iterator[Option]:
+        """Batch-Max with each budget, decode-only compression with the first, and the full cache."""
+        for budget in budgets:
+            yield self._option("batch-max", replace(self.config, kv_policy="average-attention", kv_budget=budget))
+        policy = CompressionPolicy.from_config(
+            replace(self.config, kv_policy="average-attention", kv_budget=budgets[0])
+        )
+        yield self._option("decode-only", replace(self.config, kv_policy="none"), policy)
+        yield self._option("full cache", replace(self.config, kv_policy="none"))
+
+    def _option(self, name: str, config: EngineConfig, after: CompressionPolicy | None = None) -> Option:
+        """One plan and its forecast.
+
+        Args:
+            after: a policy that compresses at once and for free when a whole prompt has been read: the best that
+                compression in decoding alone could do.
+        """
+        policy = CompressionPolicy.from_config(config)
+        lengths = [
+            replace(length, rows_needed=_rows(policy, after, length.prompt_tokens, length.max_tokens))
+            for length in self.lengths
+        ]
+        budget = policy.budget if policy.scorer else after.budget if after else None
+        try:
+            made = self.plan(config, lengths)
+        except MemoryLimitError as error:
+            return Option(name=name, budget=budget, plan=None, forecast=None, problem=error)
+        expected = None
+        if self.machine.rates:
+            kept = [policy.layout(self.spec, min(g.capacity, after.budget)) for g in made.groups] if after else None
+            name_of = kernels.choose(self.machine.kind).name
+            expected = forecast(self.spec, made, lengths, self.machine.rates(), name_of, kept)
+            expected = replace(expected, seconds=expected.seconds * self.rows / max(1, len(lengths)))
+        problem = does_not_fit(self._alone(config, lengths), made.limits) if made.too_large else None
+        return Option(name=name, budget=budget, plan=made, forecast=expected, problem=problem)
+
+    def plan(self, config: EngineConfig, lengths: Sequence[Length]) -> Plan:
+        """What fits.
+
+        Raises:
+            MemoryLimitError: not one row.
+        """
+        machine, spec = self.machine, self.spec
+        policy, device = CompressionPolicy.from_config(config), self.device
+        allowed = limits(config, machine.memory, machine.held)
+        sizes = step_sizes(config, machine.kind, lengths)
+        layout = partial(policy.layout, spec)
+        rates = machine.rates or (lambda: FALLBACK_RATES)
+        plans = [partial(plan, spec, layout, allowed, lengths, size, device) for size in sizes]
+        return fastest(plans, spec, lengths, kernels.choose(machine.kind).name, rates)
+
+    @property
+    def device(self) -> Device:
+        """The machine, as the closed form sees it."""
+        runtime = RUNTIME_BYTES[self.machine.kind]
+        if self.machine.kind == "cpu":
+            runtime += tokenizer_bytes(self.config)
+        return Device.of(self.machine.kind, self.spec, runtime)
+
+    def _alone(self, config: EngineConfig, lengths: Sequence[Length]) -> Memory:
+        """The memory of the largest row alone, in the smallest steps."""
+        policy, sizes = CompressionPolicy.from_config(config), step_sizes(config, self.machine.kind, lengths)
+        group = SlotGroup(max(length.rows_needed for length in lengths), 1)
+        return memory_needed(self.spec, partial(policy.layout, self.spec), [group], sizes[-1], self.device)
+
+    def remedies(self) -> list[str]:
+        """Changes of which each alone makes every row fit, the mildest first; at most three."""
+        config = self.config
+        needed = self._alone(config, self._lengths(config))
+        allowed = limits(config, self.machine.memory, self.machine.held)
+        found = [*self._smaller_settings(config)]
+        if needed.total > allowed.total:
+            found.append(f"{needed.total / 1e6:,.0f} MB that may be used instead of {allowed.total / 1e6:,.0f} MB")
+            spare = allowed.total - (needed.total - needed.weights)
+            if spare > 0:
+                most, has = spare / 1e6, needed.weights / 1e6
+                found.append(f"a model with at most {most:,.0f} MB of weights (this one has {has:,.0f} MB)")
+        if allowed.pool is not None and needed.pool > allowed.pool:
+            found.append(f"--kv-cache-memory {ceil(needed.pool / 1e6)}M")
+        return found[:3]
+
+    def _smaller_settings(self, config: EngineConfig) -> Iterator[str]:
+        """Settings that make every row fit."""
+        evicting = replace(config, kv_policy="average-attention")
+        least = config.kv_sink + config.kv_recent + 1
+        budgets = [b for b in BUDGETS if least <= b < (config.kv_budget if config.kv_policy != "none" else 1 << 40)]
+        for budget in budgets:
+            if self._fits(replace(evicting, kv_budget=budget)):
+                yield f"--kv-budget {budget}" + (
+                    " with --kv-policy average-attention" if config.kv_policy == "none" else ""
+                )
+                break
+        for chunk in CHUNKS:
+            if chunk < (config.chunk_size or CHUNK_SIZE) and self._fits(replace(config, chunk_size=chunk)):
+                yield f"--chunk-size {chunk}"
+                break
+        both = [(b, c) for b in budgets for c in CHUNKS if c < (config.chunk_size or CHUNK_SIZE)]
+        for budget, chunk in both:
+            if self._fits(replace(evicting, kv_budget=budget, chunk_size=chunk)):
+                yield f"--kv-budget {budget} --chunk-size {chunk}"
+                break
+
+    def _lengths(self, config: EngineConfig) -> list[Length]:
+        policy = CompressionPolicy.from_config(config)
+        return [
+            replace(one, rows_needed=policy.rows_needed(one.prompt_tokens + one.max_tokens)) for one in self.lengths
+        ]
+
+    def _fits(self, config: EngineConfig) -> bool:
+        allowed = limits(config, self.machine.memory, self.machine.held)
+        return not allowed.missing(self._alone(config, self._lengths(config)))
+
+
+def _rows(policy: CompressionPolicy, after: CompressionPolicy | None, prompt: int, answer: int) -> int:
+    """Rows of a slot: where compression waits for the end of the prompt, all of the prompt's."""
+    return max(prompt, after.rows_needed(prompt + answer)) if after else policy.rows_needed(prompt + answer)
+
+
+def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Machine:
+    """The machine that is meant: a GPU by name or size, or the best device here.
+
+    Raises:
+        UsageError: no such card, or a GPU asked for where there is none.
+    """
+    if gpu:
+        card = card_named(gpu)
+        memory = FreeMemory(
+            gpu_memory or card.memory, gpu_memory or card.memory, "--gpu-memory" if gpu_memory else card.name
+        )
+        return Machine(kind="cuda", name=card.name, memory=memory, rates=lambda: card_rates(card))
+    if gpu_memory:
+        memory = FreeMemory(gpu_memory, gpu_memory, "--gpu-memory")
+        return Machine(kind="cuda", name="a GPU", memory=memory, rates=None)
+    seen = hardware.visible_gpus() if config.device != "cpu" else []
+    if seen:
+        return _this_gpu(seen[0], config)
+    if config.device == "cuda":
+        raise UsageError("no GPU is visible here", hint="name one with --gpu H100, or its size with --gpu-memory 24G")
+    return Machine(
+        kind="cpu",
+        name=hardware.cpu_name(),
+        memory=hardware.free_host_memory(),
+        held=hardware.resident_bytes(),
+        rates=lambda: machine_rates("cpu", dtype_name(config, "cpu")),
+    )
+
+
+def _this_gpu(gpu: hardware.Gpu, config: EngineConfig) -> Machine:
+    """A GPU of this machine, by NVML alone where that says what is free, else by CUDA."""
+    if gpu.free is None or gpu.total is None or gpu.mig or gpu.unified:
+        memory = hardware.free_gpu_memory()
+    else:
+        memory = FreeMemory(gpu.free, gpu.total, "NVML")
+    return Machine(
+        kind="cuda",
+        name=gpu.name,
+        memory=memory,
+        rates=lambda: machine_rates("cuda", dtype_name(config, "cuda")),
+        holders=hardware.holders(gpu),
+    )

@@ -1,0 +1,168 @@
+"""``bmx plan-batch``: the question, from an input or imagined, and its answer; no weights are loaded.
+
+Knows the order of things; what fits is worked out in ``options``, and shown by the display.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import RunConfig
+from bmx.display import Display
+from bmx.engine.lengths import Ruler, max_length, sampling_step
+from bmx.errors import MemoryLimitError, UsageError
+from bmx.job import check_rows, input_paths, input_reader
+from bmx.jsonl import Reader
+from bmx.manifest import plan_record
+from bmx.model.foresee import foresee, peek
+from bmx.model.loader import load_tokenizer
+from bmx.model.text import PromptEncoder
+from bmx.options import Machine, Option, Question, machine
+from bmx.planner import Length
+
+IMAGINED_ROWS = 1000  # of one length, where there is no input to read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the command was asked beside its settings.
+
+    Attributes:
+        budgets: to compare.
+        max_input: prompt tokens of imagined rows, instead of an input.
+        gpu, gpu_memory: a card that is not here.
+        check: whether not to fit is a failure; ``measure``: whether to load the model and run the largest step.
+        as_json: whether a program reads the answer.
+    """
+
+    budgets: tuple[int, ...]
+    max_input: int | None = None
+    gpu: str | None = None
+    gpu_memory: int | None = None
+    check: bool = False
+    measure: bool = False
+    as_json: bool = False
+
+
+def plan_batch(config: RunConfig, asked: Asked, display: Display) -> bool:
+    """Answer on standard output.
+
+    Returns:
+        Whether every row fits with the first budget (or the full cache, if that is the policy).
+
+    Raises:
+        BmxError: there is no answer.
+    """
+    if bool(config.inputs) == (asked.max_input is not None):
+        raise UsageError(
+            "plan-batch takes an INPUT or --max-input", hint="bmx plan-batch prompts.jsonl, or --max-input 4k"
+        )
+    where = machine(config.engine, asked.gpu, asked.gpu_memory)
+    with input_paths(config.inputs) as paths:
+        reader = input_reader(config, paths) if paths else None
+        rows = check_rows(reader) if reader else IMAGINED_ROWS
+        if not rows:
+            raise UsageError("the input has no rows: there is nothing to plan")
+        question = ask(config, where, asked.max_input, reader, rows)
+        options = list(question.options(asked.budgets))
+        chosen = next(o for o in options if (o.name == "full cache") == (config.engine.kv_policy == "none"))
+        measured = _measure(config, reader, question) if asked.measure else None
+    remedies = question.remedies() if not chosen.fits else []
+    if asked.as_json:
+        answer = record(question, options) | {"fits": chosen.fits, "remedies": remedies}
+        display.data(json.dumps(answer | ({"measured": measured} if measured else {}), indent=2))
+        return chosen.fits
+    display.options(question, options)
+    if measured:
+        display.rehearsal(measured)
+    if chosen.problem:
+        display.error(chosen.problem.message)
+    for remedy in remedies:
+        display.data(f"would make it fit: {remedy}")
+    return chosen.fits
+
+
+def _measure(config: RunConfig, reader: Reader | None, question: Question) -> dict[str, int]:
+    """Load the model, plan for real, run the largest step: bytes without the slots, as predicted and as measured.
+
+    Raises:
+        UsageError: the question is about another machine.
+    """
+    from bmx.engine.engine import Engine
+
+    if question.machine.rates is None or question.machine.memory.source in ("--gpu-memory", question.machine.name):
+        raise UsageError("--measure runs on this machine: it cannot be combined with --gpu or --gpu-memory")
+    engine = Engine.open(config.engine, config.prompt)
+    engine.plan(engine.measure(reader.requests(), question.every) if reader else question.lengths)
+    if engine.stats.rehearsed is None:
+        raise MemoryLimitError("this system does not tell what a step takes", hint="Linux and CUDA do")
+    predicted, measured = engine.stats.rehearsed
+    foreseen = next(o for o in question.options([config.engine.kv_budget]) if o.plan).plan
+    return {
+        "before_loading_bytes": foreseen.memory.total - foreseen.memory.pool if foreseen else 0,
+        "predicted_bytes": predicted,
+        "measured_bytes": measured,
+    }
+
+
+def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader | None, rows: int) -> Question:
+    """What is asked: the lengths of an input's rows, or of imagined ones.
+
+    Args:
+        max_input: prompt tokens of imagined rows.
+        reader: the input, if there is one, of so many ``rows``.
+    """
+    spec = foresee(config.engine, where.kind)
+    policy = CompressionPolicy.from_config(config.engine)
+    longest = max_length(config.engine, spec)
+    if reader is None:
+        prompt = max_input or 1
+        answer = min(config.sampling.max_tokens, longest - prompt)
+        if answer < 1:
+            raise UsageError(f"--max-input {prompt} leaves no room for an answer: {spec.name} takes {longest} tokens")
+        lengths = [Length(prompt, answer, policy.rows_needed(prompt + answer))]
+        return Question(
+            config=config.engine, spec=spec, machine=where, lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS
+        )
+    source, gguf = peek(config.engine)
+    encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
+    every = sampling_step(rows)
+    lengths = Ruler(encoder, policy, longest).measure(reader.requests(), every)
+    return Question(config=config.engine, spec=spec, machine=where, lengths=tuple(lengths), rows=rows, every=every)
+
+
+def record(asked: Question, options: Sequence[Option]) -> dict[str, Any]:
+    """The answers as JSON."""
+    machine = asked.machine
+    rates = machine.rates() if machine.rates else None
+    return {
+        "model": asked.config.model,
+        "architecture": asked.spec.name,
+        "machine": {
+            "kind": machine.kind,
+            "name": machine.name,
+            "free_bytes": machine.memory.free,
+            "total_bytes": machine.memory.total,
+            "source": machine.memory.source,
+            "rates": asdict(rates) if rates else None,
+        },
+        "rows": asked.rows,
+        "measured_rows": len(asked.lengths),
+        "prompt_tokens": sum(length.prompt_tokens for length in asked.lengths) * asked.every,
+        "options": [_option_record(option) for option in options],
+    }
+
+
+def _option_record(option: Option) -> dict[str, Any]:
+    found: dict[str, Any] = {"cache": option.name, "kv_budget": option.budget, "fits": option.fits}
+    if option.problem:
+        found["problem"] = option.problem.message
+    if option.plan:
+        found |= plan_record(option.plan)
+    if option.forecast:
+        found["forecast"] = asdict(option.forecast)
+    return found

@@ -1,0 +1,163 @@
+"""How fast a machine is, in the few numbers that predict a run: measured here once, or known of a card.
+
+Knows products, bandwidth and the cost of starting an operator; knows nothing of models. torch is loaded to measure.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bmx import hardware
+from bmx.errors import UsageError
+
+CACHE_VERSION = 1
+REPEATS = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """The speed of a machine.
+
+    Attributes:
+        flops: a second, of large products in the type that models run in.
+        bandwidth: bytes a second that operators without products read and write.
+        operator_seconds: to start an operator.
+        source: where the numbers come from, for people.
+    """
+
+    flops: float
+    bandwidth: float
+    operator_seconds: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU by its data sheet: dense bfloat16 (float16 before Ampere) FLOP/s, bytes/s and bytes of memory."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: int
+
+
+CARDS = (
+    Card("T4", 65e12, 320e9, 16 * 2**30),
+    Card("V100", 125e12, 900e9, 32 * 2**30),
+    Card("A10", 125e12, 600e9, 24 * 2**30),
+    Card("A100-40G", 312e12, 1555e9, 40 * 2**30),
+    Card("A100-80G", 312e12, 2039e9, 80 * 2**30),
+    Card("L4", 121e12, 300e9, 24 * 2**30),
+    Card("L40S", 362e12, 864e9, 48 * 2**30),
+    Card("H100", 989e12, 3350e9, 80 * 2**30),
+    Card("H200", 989e12, 4800e9, 141 * 10**9),
+    Card("B200", 2250e12, 8000e9, 180 * 10**9),
+    Card("RTX-3060", 51e12, 360e9, 12 * 2**30),
+    Card("RTX-3090", 71e12, 936e9, 24 * 2**30),
+    Card("RTX-4060-Ti", 88e12, 288e9, 16 * 2**30),
+    Card("RTX-4090", 165e12, 1008e9, 24 * 2**30),
+    Card("RTX-5090", 210e12, 1792e9, 32 * 2**30),
+    Card("RTX-A6000", 155e12, 768e9, 48 * 2**30),
+)
+REACHED_FLOPS, REACHED_BANDWIDTH = 0.65, 0.85  # of a data sheet's figures, by large products and copies
+LAUNCH_SECONDS = 8e-6  # an operator of a model run step by step from Python
+
+
+def card_named(name: str) -> Card:
+    """The card of that name, however it is spelt.
+
+    Raises:
+        UsageError: none of the table; lists those that there are.
+    """
+    wanted = _plain(name)
+    found = [card for card in CARDS if _plain(card.name) == wanted] or [
+        card for card in CARDS if _plain(card.name).startswith(wanted)
+    ]
+    if len(found) != 1:
+        raise UsageError(
+            f"{'several cards are' if found else 'no card is'} called {name!r}",
+            hint="known are " + ", ".join(card.name for card in CARDS) + "; others by --gpu-memory 24G",
+        )
+    return found[0]
+
+
+def _plain(name: str) -> str:
+    return name.lower().removeprefix("nvidia").replace("geforce", "").replace("-", "").replace(" ", "")
+
+
+def card_rates(card: Card) -> Rates:
+    """What a card reaches of its data sheet."""
+    return Rates(
+        flops=REACHED_FLOPS * card.flops,
+        bandwidth=REACHED_BANDWIDTH * card.bandwidth,
+        operator_seconds=LAUNCH_SECONDS,
+        source=f"{REACHED_FLOPS:.0%} of the matrix rate and {REACHED_BANDWIDTH:.0%} of the bandwidth of {card.name}",
+    )
+
+
+def machine_rates(device: str, dtype: str) -> Rates:
+    """The rates of this machine, measured in a second or two, and kept for next time.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        dtype: a torch type's name.
+    """
+    file = _cache_file(device, dtype)
+    with suppress(OSError, ValueError, TypeError):
+        return Rates(**json.loads(file.read_text()))
+    rates = measure(device, dtype)
+    with suppress(OSError):  # a cache that cannot be written costs two seconds the next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(rates)))
+    return rates
+
+
+def _cache_file(device: str, dtype: str) -> Path:
+    from platformdirs import user_cache_path
+
+    name = f"{device}-{dtype}-{hardware.usable_cores()}-{hardware.cpu_name()}-v{CACHE_VERSION}"
+    return user_cache_path("bmx") / "rates" / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
+
+
+def measure(device: str, dtype: str) -> Rates:
+    """Time products, passes over memory and small operators on this machine."""
+    import torch
+
+    kind, place = getattr(torch, dtype), torch.device(device)
+    size = 1024 if device == "cpu" else 4096
+    a, b = (torch.randn(size, size, device=place).to(kind) for _ in range(2))
+    block = torch.ones((16 if device == "cpu" else 256) * 2**20, dtype=kind, device=place)
+    small = torch.ones(8, dtype=kind, device=place)
+
+    def many() -> None:
+        for _ in range(200):
+            small.mul(2)
+
+    product = _median(lambda: torch.mm(a, b), device)
+    passing = _median(lambda: block.mul_(1), device)
+    return Rates(
+        flops=2 * size**3 / product,
+        bandwidth=2 * block.nbytes / passing,
+        operator_seconds=_median(many, device) / 200,
+        source="measured on this machine",
+    )
+
+
+def _median(work: Callable[[], Any], device: str) -> float:
+    """Seconds of the median of some repetitions, after a first one."""
+    import torch
+
+    taken = []
+    for _ in range(REPEATS + 1):
+        before = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - before)
+    return sorted(taken[1:])[REPEATS // 2]

@@ -1,0 +1,167 @@
+"""What a dry run on tensors without contents says a token costs is what the sizes of the model say by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bmx.model.loader import prepare
+from bmx.model.trace import trace
+
+S, F = "sliding_attention", "full_attention"
+H, WIDE, HEADS, KV_HEADS, VOCAB = 2048, 8192, 32, 8, 32_000
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=H,
+    intermediate_size=WIDE,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+# Of each dense family: what it asks for, the width of a head, intermediate tensors at once, and rotary tables.
+DENSE = {
+    "llama": (dict(), 64, 3, 1),
+    "qwen2": (dict(), 64, 3, 1),
+    "qwen3": (dict(head_dim=128), 128, 3, 1),
+    "phi3": (dict(), 64, 4, 1),
+    "gemma3_text": (dict(head_dim=128, layer_types=[S, F]), 128, 3, 2),
+}
+MOE = {  # what it asks for, and the width of an expert
+    "qwen3_moe": (dict(head_dim=64, moe_intermediate_size=768, num_experts=16, num_experts_per_tok=4), 768),
+    "mixtral": (dict(num_local_experts=8, num_experts_per_tok=2), WIDE),
+    "olmoe": (dict(num_experts=16, num_experts_per_tok=4), WIDE),
+}
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+def hollow(family, dtype=torch.bfloat16, layers=2, **config):
+    """A model of realistic width on the meta device."""
+    if "layer_types" in config:
+        config["layer_types"] = (config["layer_types"] * layers)[:layers]
+    made = AutoConfig.for_model(family, **SIZES | config, num_hidden_layers=layers)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
+
+
+def linear_parameters(model):
+    """Of all products but the output head's, biases left out."""
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("family", DENSE)
+def test_a_token_holds_the_mlp_the_residuals_and_the_rotary_tables(family, dtype):
+    config, head_dim, mlp, tables = DENSE[family]
+    found = trace(hollow(family, dtype, **config)).activation_bytes
+    assert found == dtype.itemsize * (mlp * WIDE + 4 * H + 2 * head_dim * tables)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_where_the_mlp_is_narrow_attention_decides(family):
+    """Then the closed form is too little: what the dry run finds is more than it, and less than twice as much."""
+    config, head_dim, _, tables = DENSE[family]
+    found = trace(hollow(family, **config | {"intermediate_size": 256})).activation_bytes
+    assert 2 * (4 * 256 + 4 * H + 2 * head_dim * tables) < found < 2 * (20 * H)
+
+
+@pytest.mark.parametrize("family", [*DENSE, *MOE])
+def test_more_layers_hold_no_more_at_once(family):
+    config = (DENSE | MOE)[family][0]
+    few, many = (trace(hollow(family, layers=layers, **config)) for layers in (2, 6))
+    assert few.activation_bytes == many.activation_bytes
+
+
+@DTYPES
+@pytest.mark.parametrize("family", DENSE)
+def test_flops_are_two_for_each_parameter_of_a_product(family, dtype):
+    """Gemma's embedding and norms, the output head and attention itself are none."""
+    for layers in (2, 3):
+        model = hollow(family, dtype, layers, **DENSE[family][0])
+        assert trace(model).flops == 2 * linear_parameters(model)
+
+
+def test_biases_are_no_products():
+    assert trace(hollow("llama", attention_bias=True, mlp_bias=True)).flops == trace(hollow("llama")).flops
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("family", MOE)
+def test_of_experts_those_that_are_active_count_and_the_router(family, layers):
+    config, width = MOE[family]
+    number = config.get("num_experts") or config["num_local_experts"]
+    model = hollow(family, layers=layers, **config)
+    experts = config["num_experts_per_tok"] * 3 * H * width
+    assert trace(model).flops == 2 * (linear_parameters(model) + layers * (experts + number * H))
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_more_experts_cost_no_more_but_the_router(family):
+    config, _ = MOE[family]
+    name = "num_experts" if "num_experts" in config else "num_local_experts"
+    few, many = (trace(hollow(family, **config | {name: number})) for number in (16, 64))
+    assert many.flops - few.flops == 2 * 2 * 48 * H  # of both layers
+    assert abs(many.activation_bytes - few.activation_bytes) < 48 * 100  # the router's scores
+
+
+@pytest.mark.parametrize("family", [*DENSE, *MOE])
+def test_every_layer_adds_the_same_operators_and_the_same_traffic(family):
+    config = (DENSE | MOE)[family][0]
+    one, two, three = (trace(hollow(family, layers=layers, **config)) for layers in (2, 4, 6))
+    assert three.operators - two.operators == two.operators - one.operators > 0
+    assert three.traffic_bytes - two.traffic_bytes == two.traffic_bytes - one.traffic_bytes > 0
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_wider_numbers_hold_twice_the_bytes_and_cost_the_same_flops(family):
+    config = DENSE[family][0]
+    half, whole = (trace(hollow(family, dtype, **config)) for dtype in (torch.bfloat16, torch.float32))
+    assert half.flops == whole.flops
+    assert 1.5 * half.activation_bytes < whole.activation_bytes <= 2 * half.activation_bytes
+    assert half.traffic_bytes < whole.traffic_bytes < 2 * half.traffic_bytes
+    assert half.operators >= whole.operators  # norms are computed in float32
+
+
+def test_a_wider_model_moves_more():
+    narrow, wide = (trace(hollow("llama", hidden_size=width, intermediate_size=4 * width)) for width in (1024, 2048))
+    assert wide.traffic_bytes > 1.8 * narrow.traffic_bytes
+    assert wide.operators == narrow.operators
+
+
+def test_a_vocabulary_costs_a_step_nothing():
+    """No logits are computed for tokens that are not sampled."""
+    assert trace(hollow("llama", vocab_size=1000)) == trace(hollow("llama", vocab_size=100_000))
+
+
+def test_a_model_is_left_as_it_was():
+    model = hollow("llama")
+    before = model.config._attn_implementation
+    assert trace(model) == trace(model)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text", "gemma3n_text", "deepseek_v3", "gpt2", "phi3"])
+def test_a_loaded_model_costs_what_its_config_alone_says(family):
+    """One whose weights are there is traced by a twin without contents."""
+    costs = prepare(tiny_model(family).bfloat16()).spec.costs
+    with torch.device("meta"):
+        hollow_one = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.bfloat16).eval()
+    assert prepare(hollow_one).spec.costs == costs
+    assert min(costs.activation_bytes, costs.traffic_bytes, costs.flops, costs.operators) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_loaded_model_with_experts_has_its_costs_in_any_type(family, dtype):
+    """Without contents, products of experts are defined for bfloat16 alone; their number is the same in all."""
+    half, found = (prepare(tiny_model(family).to(kind)).spec.costs for kind in (torch.bfloat16, dtype))
+    assert found.flops == half.flops
+    wider = dtype.itemsize / 2
+    assert wider * half.activation_bytes * 0.7 < found.activation_bytes < wider * half.activation_bytes * 1.3
