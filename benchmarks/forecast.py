@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bmx import rates
+from bmx import hardware, rates
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
 JOBS = {
@@ -38,7 +38,7 @@ def bmx(*arguments: str) -> str:
 def compare(name: str, settings: tuple[str, ...]) -> float:
     """Print one job's lines; returns predicted seconds over real ones."""
     common = (str(SAMPLES), "--ignore-eos", "--device", "cpu", "--dtype", "bfloat16", *settings)
-    rates._cache_file("cpu", "bfloat16").unlink(missing_ok=True)
+    rates.forget("cpu", "bfloat16", hardware.cpu_name())
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.jsonl"
         options = json.loads(bmx("plan-batch", *common, "--json"))["options"]
@@ -47,9 +47,10 @@ def compare(name: str, settings: tuple[str, ...]) -> float:
         bmx("run", *common, "-o", str(output))
         real = json.loads((output.parent / (output.name + ".run.json")).read_text())["throughput"]
     ratio = guess["seconds"] / real["seconds"]
+    prefill, decode = real["prefill_tokens_per_second"], real["decode_tokens_per_second"]
     print(f"{name:14} predicted {guess['seconds']:6.1f} s  real {real['seconds']:6.1f} s  ratio {ratio:.2f}   "
-          f"prefill {guess['prefill_rate']:6,.0f} / {real['prefill_tokens_per_second']:6,.0f} tok/s   "
-          f"decode {guess['decode_rate']:6,.0f} / {real['decode_tokens_per_second']:6,.0f} tok/s", flush=True)  # fmt: skip
+          f"prefill {guess['prefill_rate']:6,.0f} / {prefill:6,.0f} tok/s   "
+          f"decode {guess['decode_rate']:6,.0f} / {decode:6,.0f} tok/s", flush=True)  # fmt: skip
     return ratio
 
 

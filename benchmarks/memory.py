@@ -19,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
-SMALL: dict[str, Any] = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-                         "max_position_embeddings": 8192}
+SMALL: dict[str, Any] = {
+    "vocab_size": 49152,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "max_position_embeddings": 8192,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "demo": ("", {}),
     "gqa": ("Qwen3", dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,

@@ -172,8 +172,8 @@ class Display:
         memory, limit = machine.memory, made[0].limits if made else None
         allowed = f"{megabytes(limit.total)} may be used ({limit.source})" if limit else f"free by {memory.source}"
         self.data(f"on {machine.name}, {megabytes(memory.free)} free: {allowed}")
-        if machine.rates:
-            rates = machine.rates()
+        rates = machine.rates()
+        if rates:
             self.data(f"at {rates.flops / 1e12:,.2f} TFLOP/s and {rates.bandwidth / 1e9:,.0f} GB/s ({rates.source})")
         self.data("")
         for line in aligned([OPTION_COLUMNS, *map(_option_row, options)]):

@@ -35,16 +35,14 @@ class Machine:
         kind: ``cpu`` or ``cuda``.
         name: for people.
         memory: what is free there; ``held``: of that which is not, bytes that are bmx's own already.
-        rates: how fast it is; None where nobody knows.
-        holders: who else holds memory there.
+        rates: tells how fast it is, or None where nobody knows.
     """
 
     kind: str
     name: str
     memory: FreeMemory
-    rates: Callable[[], Rates] | None
+    rates: Callable[[], Rates | None]
     held: int = 0
-    holders: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +108,11 @@ class Question:
         except MemoryLimitError as error:
             return Option(name=name, budget=budget, plan=None, forecast=None, problem=error)
         expected = None
-        if self.machine.rates:
+        rates = self.machine.rates()
+        if rates:
             kept = [policy.layout(self.spec, min(g.capacity, after.budget)) for g in made.groups] if after else None
             name_of = kernels.choose(self.machine.kind).name
-            expected = forecast(self.spec, made, lengths, self.machine.rates(), name_of, kept)
+            expected = forecast(self.spec, made, lengths, rates, name_of, kept)
             expected = replace(expected, seconds=expected.seconds * self.rows / max(1, len(lengths)))
         problem = does_not_fit(self._alone(config, lengths), made.limits) if made.too_large else None
         return Option(name=name, budget=budget, plan=made, forecast=expected, problem=problem)
@@ -129,9 +128,9 @@ class Question:
         allowed = limits(config, machine.memory, machine.held)
         sizes = step_sizes(config, machine.kind, lengths)
         layout = partial(policy.layout, spec)
-        rates = machine.rates or (lambda: FALLBACK_RATES)
         plans = [partial(plan, spec, layout, allowed, lengths, size, device) for size in sizes]
-        return fastest(plans, spec, lengths, kernels.choose(machine.kind).name, rates)
+        name_of = kernels.choose(machine.kind).name
+        return fastest(plans, spec, lengths, name_of, lambda: machine.rates() or FALLBACK_RATES)
 
     @property
     def device(self) -> Device:
@@ -214,7 +213,7 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
         return Machine(kind="cuda", name=card.name, memory=memory, rates=lambda: card_rates(card))
     if gpu_memory:
         memory = FreeMemory(gpu_memory, gpu_memory, "--gpu-memory")
-        return Machine(kind="cuda", name="a GPU", memory=memory, rates=None)
+        return Machine(kind="cuda", name="a GPU", memory=memory, rates=lambda: None)
     seen = hardware.visible_gpus() if config.device != "cpu" else []
     if seen:
         return _this_gpu(seen[0], config)
@@ -225,7 +224,7 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
         name=hardware.cpu_name(),
         memory=hardware.free_host_memory(),
         held=hardware.resident_bytes(),
-        rates=lambda: machine_rates("cpu", dtype_name(config, "cpu")),
+        rates=lambda: machine_rates("cpu", dtype_name(config, "cpu"), hardware.cpu_name()),
     )
 
 
@@ -234,11 +233,22 @@ def _this_gpu(gpu: hardware.Gpu, config: EngineConfig) -> Machine:
     if gpu.free is None or gpu.total is None or gpu.mig or gpu.unified:
         memory = hardware.free_gpu_memory()
     else:
-        memory = FreeMemory(gpu.free, gpu.total, "NVML")
+        memory = FreeMemory(gpu.free, gpu.total, "NVML", hardware.holders(gpu))
     return Machine(
         kind="cuda",
         name=gpu.name,
         memory=memory,
-        rates=lambda: machine_rates("cuda", dtype_name(config, "cuda")),
-        holders=hardware.holders(gpu),
+        rates=lambda: _gpu_rates(gpu.name, dtype_name(config, "cuda")),
     )
+
+
+def _gpu_rates(name: str, dtype: str) -> Rates | None:
+    """Of a GPU of this machine: measured where torch can use it, else those of its data sheet, if it is known."""
+    import torch
+
+    if torch.cuda.is_available():
+        return machine_rates("cuda", dtype, name)
+    try:
+        return card_rates(card_named(name))
+    except UsageError:
+        return None

@@ -70,7 +70,7 @@ def plan_batch(config: RunConfig, asked: Asked, display: Display) -> bool:
         question = ask(config, where, asked.max_input, reader, rows)
         options = list(question.options(asked.budgets))
         chosen = next(o for o in options if (o.name == "full cache") == (config.engine.kv_policy == "none"))
-        measured = _measure(config, reader, question) if asked.measure else None
+        measured = _measure(config, asked, reader, question) if asked.measure else None
     remedies = question.remedies() if not chosen.fits else []
     if asked.as_json:
         answer = record(question, options) | {"fits": chosen.fits, "remedies": remedies}
@@ -86,7 +86,7 @@ def plan_batch(config: RunConfig, asked: Asked, display: Display) -> bool:
     return chosen.fits
 
 
-def _measure(config: RunConfig, reader: Reader | None, question: Question) -> dict[str, int]:
+def _measure(config: RunConfig, asked: Asked, reader: Reader | None, question: Question) -> dict[str, int]:
     """Load the model, plan for real, run the largest step: bytes without the slots, as predicted and as measured.
 
     Raises:
@@ -94,7 +94,7 @@ def _measure(config: RunConfig, reader: Reader | None, question: Question) -> di
     """
     from bmx.engine.engine import Engine
 
-    if question.machine.rates is None or question.machine.memory.source in ("--gpu-memory", question.machine.name):
+    if asked.gpu or asked.gpu_memory:
         raise UsageError("--measure runs on this machine: it cannot be combined with --gpu or --gpu-memory")
     engine = Engine.open(config.engine, config.prompt)
     engine.plan(engine.measure(reader.requests(), question.every) if reader else question.lengths)
@@ -138,7 +138,7 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
 def record(asked: Question, options: Sequence[Option]) -> dict[str, Any]:
     """The answers as JSON."""
     machine = asked.machine
-    rates = machine.rates() if machine.rates else None
+    rates = machine.rates()
     return {
         "model": asked.config.model,
         "architecture": asked.spec.name,

@@ -101,14 +101,15 @@ def card_rates(card: Card) -> Rates:
     )
 
 
-def machine_rates(device: str, dtype: str) -> Rates:
+def machine_rates(device: str, dtype: str, name: str) -> Rates:
     """The rates of this machine, measured in a second or two, and kept for next time.
 
     Args:
         device: ``cpu`` or ``cuda``.
         dtype: a torch type's name.
+        name: of the processor or GPU.
     """
-    file = _cache_file(device, dtype)
+    file = _cache_file(device, dtype, name)
     with suppress(OSError, ValueError, TypeError):
         return Rates(**json.loads(file.read_text()))
     rates = measure(device, dtype)
@@ -118,11 +119,16 @@ def machine_rates(device: str, dtype: str) -> Rates:
     return rates
 
 
-def _cache_file(device: str, dtype: str) -> Path:
+def forget(device: str, dtype: str, name: str) -> None:
+    """Measure anew the next time."""
+    _cache_file(device, dtype, name).unlink(missing_ok=True)
+
+
+def _cache_file(device: str, dtype: str, name: str) -> Path:
     from platformdirs import user_cache_path
 
-    name = f"{device}-{dtype}-{hardware.usable_cores()}-{hardware.cpu_name()}-v{CACHE_VERSION}"
-    return user_cache_path("bmx") / "rates" / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
+    key = f"{device}-{dtype}-{hardware.usable_cores()}-{name}-v{CACHE_VERSION}"
+    return user_cache_path("bmx") / "rates" / ("".join(c if c.isalnum() else "-" for c in key) + ".json")
 
 
 def measure(device: str, dtype: str) -> Rates:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
+from bmx.cli import main
 from bmx.model.loader import prepare
 
 torch.set_num_threads(1)  # tiny models are slower with more, and much slower on a busy machine
@@ -80,3 +84,48 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setenv("BMX_KERNELS", name)
 
     return choose
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> list[str]:
+        """The lines of what was said after what was done, which must be an error and a hint."""
+        lines = [line for line in self.err.splitlines() if line and not line.endswith(" ...")]
+        assert [line.split(":")[0] for line in lines] == ["error", "hint"], self.err
+        return lines
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A folder with a tiny Llama and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def bmx(tmp_path, monkeypatch, capfd):
+    """The command, run in this process and in an empty folder."""
+    for name in os.environ:
+        if name.startswith("BMX_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that the command leaves torch's threads alone
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: Any, stdin: bytes = b"") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["bmx", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Ended(ended.value.code, *capfd.readouterr())
+
+    return call

@@ -230,6 +230,13 @@ def test_a_device_asks_the_kernels_that_would_run_there(kernels, cpu_kernels):
     assert 0 < device.share < 1
 
 
+def test_experts_that_loading_copies_together_are_slack_on_a_cpu():
+    """The pages of the file that they come from stay mapped beside them; a GPU does not see those."""
+    merged = replace(SPEC, merged_bytes=30 * MB)
+    grown = {kind: Device.of(kind, merged, 0).slack - Device.of(kind, SPEC, 0).slack for kind in ("cpu", "cuda")}
+    assert grown == {"cpu": 30 * MB, "cuda": 0}
+
+
 def test_a_device_counts_with_the_widest_layer():
     narrow, wide = (replace(SPEC.layers[0], query_heads=heads, key_dim=dim) for heads, dim in ((2, 64), (16, 256)))
     of = [

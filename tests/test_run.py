@@ -4,70 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import answers, as_requests, random_prompts, tiny_engine, word_tokenizer, words
-from families import tiny_model
-
-from bmx.cli import main
+from conftest import Ended, answers, as_requests, random_prompts, tiny_engine, words
 
 FEW = random_prompts((5, 30, 17, 23, 9))
 PLAIN = ("--progress", "plain")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How the command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> list[str]:
-        """The lines of what was said after what was done, which must be an error and a hint."""
-        lines = [line for line in self.err.splitlines() if line and not line.endswith(" ...")]
-        assert [line.split(":")[0] for line in lines] == ["error", "hint"], self.err
-        return lines
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    """A folder with a tiny Llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_model("llama").save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def bmx(tmp_path, monkeypatch, capfd):
-    """The command, run in this process and in an empty folder."""
-    for name in os.environ:
-        if name.startswith("BMX_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that the command leaves torch's threads alone
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args: Any, stdin: bytes = b"") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["bmx", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Ended(ended.value.code, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture

@@ -140,8 +140,21 @@ def test_a_vocabulary_costs_a_step_nothing():
     assert trace(hollow("llama", vocab_size=1000)) == trace(hollow("llama", vocab_size=100_000))
 
 
-def test_a_model_is_left_as_it_was():
-    model = hollow("llama")
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "short_factor": [1.0] * 32,
+    "long_factor": [2.0] * 32,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LONGROPE, "max_position_embeddings": 16_384}], ids=len)
+def test_a_model_is_left_as_it_was_and_costs_the_same_again(family, rope):
+    """What a model computes once and keeps is no cost of a step."""
+    model = hollow(family, **(DENSE | MOE)[family][0], **rope)
     before = model.config._attn_implementation
     assert trace(model) == trace(model)
     assert model.config._attn_implementation == before

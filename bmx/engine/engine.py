@@ -117,7 +117,7 @@ class Engine:
             spec,
             lengths,
             self.kernels.name,
-            lambda: machine_rates(device.kind, dtype),
+            lambda: machine_rates(device.kind, dtype, self.describe()["device"]),
         )
 
     def _layout(self, capacity: int) -> KVLayout:

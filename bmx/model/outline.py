@@ -32,7 +32,8 @@ SIZES = (
 )
 # Keys that change no number here, whatever they say. A key that is neither here nor read takes the slow way.
 HARMLESS = """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_bias attention_dropout auto_map
+    _attn_implementation_autoset _commit_hash _model_name_or_path _name_or_path architectures attention_bias
+    attention_dropout auto_map unk_token_id sep_token_id cls_token_id mask_token_id
     bos_token_id dtype embd_pdrop eos_token_id head_dim id2label initializer_range is_llama_config label2id mlp_bias
     max_window_layers model_type name_or_path original_max_position_embeddings partial_rotary_factor pretraining_tp
     quantization_config resid_pdrop return_dict rms_norm_eps rope_interleaved rope_parameters rope_scaling rope_theta
