@@ -20,9 +20,8 @@ from bmx.model.foresee import tokenizer_bytes
 from bmx.model.loader import RUNTIME_BYTES, dtype_name
 from bmx.model.spec import ModelSpec
 from bmx.planner import Device, Length, Memory, Plan, SlotGroup, does_not_fit, limits, memory_needed, plan, step_sizes
-from bmx.rates import Rates, card_named, card_rates, machine_rates
+from bmx.rates import TYPICAL, Rates, card_named, card_rates, machine_rates
 
-FALLBACK_RATES = Rates(flops=1e14, bandwidth=1e12, operator_seconds=8e-6, source="a middling GPU, to compare steps by")
 BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # that are tried where the one asked for does not fit
 CHUNKS = (256, 128, 64, 32)
 
@@ -130,7 +129,7 @@ class Question:
         layout = partial(policy.layout, spec)
         plans = [partial(plan, spec, layout, allowed, lengths, size, device) for size in sizes]
         name_of = kernels.choose(machine.kind).name
-        return fastest(plans, spec, lengths, name_of, lambda: machine.rates() or FALLBACK_RATES)
+        return fastest(plans, spec, lengths, name_of, lambda: machine.rates() or TYPICAL)
 
     @property
     def device(self) -> Device:

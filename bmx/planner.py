@@ -152,7 +152,7 @@ class Plan:
         step: how large steps may get.
         memory: what it takes, within ``limits``.
         too_large: sequences that would not fit even alone; they will be errors, the others are answered.
-        fill: share of the slots' rows that these sequences use.
+        needs: of the others, (rows of a slot, how many sequences need so many).
     """
 
     groups: tuple[SlotGroup, ...]
@@ -161,12 +161,19 @@ class Plan:
     memory: Memory
     limits: Limits
     too_large: int = 0
-    fill: float = 1.0
+    needs: tuple[tuple[int, int], ...] = ()
 
     @property
     def slots(self) -> int:
         """Sequences at once."""
         return sum(group.slots for group in self.groups)
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots' rows in use when each sequence has the smallest slot that holds it."""
+        chosen = sorted(group.capacity for group in self.groups)
+        held = sum(chosen[bisect_left(chosen, rows)] * count for rows, count in self.needs)
+        return sum(rows * count for rows, count in self.needs) / held if held else 1.0
 
 
 def step_sizes(config: EngineConfig, kind: str, lengths: Sequence[Length]) -> list[StepSize]:
@@ -181,7 +188,7 @@ def step_sizes(config: EngineConfig, kind: str, lengths: Sequence[Length]) -> li
     totals = [most] if config.max_num_batched_tokens else [most >> i for i in range(6)]
     found = []
     for chunk in FULL_CACHE_CHUNKS if free else (config.chunk_size or CHUNK_SIZE,):
-        chunk_size = min(chunk, longest)
+        chunk_size = min(chunk, longest, most if free else chunk)
         wanted = dict.fromkeys(max(chunk_size, min(tokens, together)) for tokens in totals)
         found += [StepSize(chunk_size=chunk_size, max_num_batched_tokens=tokens) for tokens in wanted]
     return list(dict.fromkeys(found))
@@ -266,7 +273,7 @@ def plan(
         memory=memory(groups),
         limits=limits,
         too_large=len(lengths) - len(served),
-        fill=_fill(served, groups),
+        needs=tuple(sorted(Counter(length.rows_needed for length in served).items())),
     )
 
 
@@ -288,13 +295,6 @@ def _demand(lengths: Sequence[Length], capacity: Sequence[int], chunk_size: int)
         steps = length.max_tokens + ceil(length.prompt_tokens / chunk_size)
         demand[rows] = demand.get(rows, Demand(0, 0)) + Demand(1, steps)
     return demand
-
-
-def _fill(lengths: Sequence[Length], groups: Sequence[SlotGroup]) -> float:
-    """Share of the rows in use when each sequence has the smallest slot that holds it."""
-    chosen = sorted(group.capacity for group in groups)
-    rows = [length.rows_needed for length in lengths]
-    return sum(rows) / sum(chosen[bisect_left(chosen, need)] for need in rows)
 
 
 def capacities(rows_needed: Sequence[int]) -> list[int]:

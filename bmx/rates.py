@@ -6,6 +6,7 @@ Knows products, bandwidth and the cost of starting an operator; knows nothing of
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,6 +38,9 @@ class Rates:
     source: str
 
 
+TYPICAL = Rates(flops=1e14, bandwidth=1e12, operator_seconds=8e-6, source="a middling GPU, to compare plans by")
+
+
 @dataclass(frozen=True, slots=True)
 class Card:
     """A GPU by its data sheet: dense bfloat16 (float16 before Ampere) FLOP/s, bytes/s and bytes of memory."""
@@ -58,37 +62,42 @@ CARDS = (
     Card("H100", 989e12, 3350e9, 80 * 2**30),
     Card("H200", 989e12, 4800e9, 141 * 10**9),
     Card("B200", 2250e12, 8000e9, 180 * 10**9),
-    Card("RTX-3060", 51e12, 360e9, 12 * 2**30),
+    Card("RTX-3060", 25e12, 360e9, 12 * 2**30),
     Card("RTX-3090", 71e12, 936e9, 24 * 2**30),
-    Card("RTX-4060-Ti", 88e12, 288e9, 16 * 2**30),
+    Card("RTX-4060-Ti", 44e12, 288e9, 16 * 2**30),
     Card("RTX-4090", 165e12, 1008e9, 24 * 2**30),
     Card("RTX-5090", 210e12, 1792e9, 32 * 2**30),
     Card("RTX-A6000", 155e12, 768e9, 48 * 2**30),
 )
+COMMON_WORDS = {"nvidia", "tesla", "geforce", "pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e"}
+COMMON_WORDS |= {"sxm2", "sxm3", "sxm4", "sxm5"}
 REACHED_FLOPS, REACHED_BANDWIDTH = 0.65, 0.85  # of a data sheet's figures, by large products and copies
 LAUNCH_SECONDS = 8e-6  # an operator of a model run step by step from Python
 
 
 def card_named(name: str) -> Card:
-    """The card of that name, however it is spelt.
+    """The card of that name, as people, shops or ``nvidia-smi`` spell it.
 
     Raises:
         UsageError: none of the table; lists those that there are.
     """
-    wanted = _plain(name)
-    found = [card for card in CARDS if _plain(card.name) == wanted] or [
-        card for card in CARDS if _plain(card.name).startswith(wanted)
-    ]
-    if len(found) != 1:
-        raise UsageError(
-            f"{'several cards are' if found else 'no card is'} called {name!r}",
-            hint="known are " + ", ".join(card.name for card in CARDS) + "; others by --gpu-memory 24G",
-        )
-    return found[0]
+    words = _words(name)
+    chip = [word for word in words if not re.fullmatch("[0-9]+g", word)]
+    for wanted in ("".join(words), "".join(chip)):  # with the memory, where a chip comes with more than one
+        for card in CARDS:
+            if "".join(_words(card.name)) == wanted:
+                return card
+    several = sum("".join(_words(card.name)).startswith("".join(chip)) for card in CARDS) > 1
+    raise UsageError(
+        f"{'several cards are' if several else 'no card of the table is'} called {name!r}",
+        hint="known are " + ", ".join(card.name for card in CARDS) + "; others by --gpu-memory 24G",
+    )
 
 
-def _plain(name: str) -> str:
-    return name.lower().removeprefix("nvidia").replace("geforce", "").replace("-", "").replace(" ", "")
+def _words(name: str) -> list[str]:
+    """What tells cards apart: no maker, no socket, memory as 80g."""
+    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
+    return [re.sub(r"(?<=[0-9])gi?b$", "g", word) for word in words if word not in COMMON_WORDS]
 
 
 def card_rates(card: Card) -> Rates:
@@ -111,7 +120,9 @@ def machine_rates(device: str, dtype: str, name: str) -> Rates:
     """
     file = _cache_file(device, dtype, name)
     with suppress(OSError, ValueError, TypeError):
-        return Rates(**json.loads(file.read_text()))
+        kept = Rates(**json.loads(file.read_text()))
+        if min(kept.flops, kept.bandwidth, kept.operator_seconds) > 0:
+            return kept
     rates = measure(device, dtype)
     with suppress(OSError):  # a cache that cannot be written costs two seconds the next time
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.planner import Device, Length, Limits, SlotGroup, StepSize, plan
-from bmx.rates import CARDS, Rates, card_named, card_rates, machine_rates
+from bmx.rates import CARDS, Rates, card_named, card_rates, forget, machine_rates
 from bmx.request import Request, SamplingParams
 
 MB = 10**6
@@ -425,8 +425,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the cache 
 
 @linux
 def test_a_machine_is_measured_once_and_its_rates_are_kept(measured, tmp_path):
-    first = machine_rates("cpu", "bfloat16")
-    assert machine_rates("cpu", "bfloat16") == first
+    first = machine_rates("cpu", "bfloat16", "a chip")
+    assert machine_rates("cpu", "bfloat16", "a chip") == first
     assert measured == [("cpu", "bfloat16")]
     (file,) = cached(tmp_path)
     assert json.loads(file.read_text()) == asdict(first)
@@ -434,20 +434,44 @@ def test_a_machine_is_measured_once_and_its_rates_are_kept(measured, tmp_path):
 
 @linux
 def test_every_device_and_type_is_measured_for_itself(measured, tmp_path):
-    asked = [("cpu", "bfloat16"), ("cpu", "float32"), ("cuda", "bfloat16")]
+    asked = [
+        ("cpu", "bfloat16", "a chip"),
+        ("cpu", "float32", "a chip"),
+        ("cuda", "bfloat16", "a card"),
+        ("cuda", "bfloat16", "another card"),
+        ("cuda", "bfloat16", "a chip"),
+    ]
     found = [machine_rates(*what) for what in asked]
-    assert measured == asked
+    assert measured == [what[:2] for what in asked]
     assert [machine_rates(*what) for what in asked] == found
-    assert len(cached(tmp_path)) == 3
+    assert len(cached(tmp_path)) == 5
 
 
 @linux
-def test_another_machine_with_the_same_home_is_measured_for_itself(measured, monkeypatch):
-    machine_rates("cpu", "float32")
-    monkeypatch.setattr("bmx.hardware.cpu_name", lambda: "another processor")
-    machine_rates("cpu", "float32")
+def test_with_other_cores_the_same_chip_is_measured_anew(measured, monkeypatch):
+    machine_rates("cpu", "float32", "a chip")
     monkeypatch.setattr("bmx.hardware.usable_cores", lambda: 10_000)
-    machine_rates("cpu", "float32")
+    machine_rates("cpu", "float32", "a chip")
+    assert len(measured) == 2
+
+
+@linux
+@pytest.mark.parametrize("name", ["", "Intel(R) Xeon(R) @ 2.1GHz / ../..", "\N{GREEK SMALL LETTER MU}chip"])
+def test_a_machine_may_have_any_name(measured, tmp_path, name):
+    first = machine_rates("cpu", "float32", name)
+    assert machine_rates("cpu", "float32", name) == first
+    assert [path.parent for path in cached(tmp_path)] == [tmp_path / "cache/bmx/rates"]
+
+
+@linux
+def test_what_is_forgotten_is_measured_anew(measured):
+    forget("cpu", "float32", "a chip")  # nothing yet
+    for device in ("cpu", "cuda"):
+        machine_rates(device, "float32", "a chip")
+    forget("cpu", "float32", "a chip")
+    machine_rates("cuda", "float32", "a chip")
+    assert len(measured) == 2
+    machine_rates("cpu", "float32", "a chip")
     assert len(measured) == 3
 
 
@@ -467,11 +491,11 @@ BROKEN = {
 @linux
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_broken_cache_is_measured_anew_and_mended(measured, tmp_path, content):
-    machine_rates("cpu", "float32")
+    machine_rates("cpu", "float32", "a chip")
     cached(tmp_path)[0].write_bytes(content)
-    again = machine_rates("cpu", "float32")
+    again = machine_rates("cpu", "float32", "a chip")
     assert again.flops == 2e12
-    assert machine_rates("cpu", "float32") == again
+    assert machine_rates("cpu", "float32", "a chip") == again
     assert len(measured) == 2
 
 
@@ -481,17 +505,17 @@ def test_where_nothing_can_be_kept_rates_are_measured_each_time(measured, tmp_pa
     """A file lies where a folder should be."""
     (tmp_path / obstacle).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / obstacle).write_text("")
-    assert machine_rates("cpu", "float32").flops == 1e12
-    assert machine_rates("cpu", "float32").flops == 2e12
+    assert machine_rates("cpu", "float32", "a chip").flops == 1e12
+    assert machine_rates("cpu", "float32", "a chip").flops == 2e12
 
 
 @linux
 def test_a_folder_in_place_of_the_file_is_survived(measured, tmp_path):
-    machine_rates("cpu", "float32")
+    machine_rates("cpu", "float32", "a chip")
     (file,) = cached(tmp_path)
     file.unlink()
     file.mkdir()
-    assert machine_rates("cpu", "float32").flops == 2e12
+    assert machine_rates("cpu", "float32", "a chip").flops == 2e12
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

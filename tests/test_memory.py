@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from bmx import Engine, PromptConfig, Request, SamplingParams
-from bmx.errors import DeviceError
+from bmx.errors import DeviceError, MemoryLimitError
 from bmx.planner import Plan
 from bmx.request import Result
 from bmx.stats import Stats
@@ -527,7 +527,7 @@ def test_host_memory_that_runs_out_in_reading_rows_is_not_their_end():
         yield requests[0]
         raise MemoryError
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryLimitError):
         list(engine.generate(rows(), plan))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from families import FAMILIES, tiny_model
@@ -47,6 +49,11 @@ def hollow(family, dtype=torch.bfloat16, layers=2, **config):
         return AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
 
 
+@cache
+def traced(family, dtype=torch.bfloat16, layers=2):
+    return trace(hollow(family, dtype, layers, **(DENSE | MOE)[family][0]))
+
+
 def linear_parameters(model):
     """Of all products but the output head's, biases left out."""
     return sum(
@@ -59,8 +66,8 @@ def linear_parameters(model):
 @DTYPES
 @pytest.mark.parametrize("family", DENSE)
 def test_a_token_holds_the_mlp_the_residuals_and_the_rotary_tables(family, dtype):
-    config, head_dim, mlp, tables = DENSE[family]
-    found = trace(hollow(family, dtype, **config)).activation_bytes
+    _, head_dim, mlp, tables = DENSE[family]
+    found = traced(family, dtype).activation_bytes
     assert found == dtype.itemsize * (mlp * WIDE + 4 * H + 2 * head_dim * tables)
 
 
@@ -74,8 +81,7 @@ def test_where_the_mlp_is_narrow_attention_decides(family):
 
 @pytest.mark.parametrize("family", [*DENSE, *MOE])
 def test_more_layers_hold_no_more_at_once(family):
-    config = (DENSE | MOE)[family][0]
-    few, many = (trace(hollow(family, layers=layers, **config)) for layers in (2, 6))
+    few, many = (traced(family, layers=layers) for layers in (2, 6))
     assert few.activation_bytes == many.activation_bytes
 
 
@@ -113,16 +119,14 @@ def test_more_experts_cost_no_more_but_the_router(family):
 
 @pytest.mark.parametrize("family", [*DENSE, *MOE])
 def test_every_layer_adds_the_same_operators_and_the_same_traffic(family):
-    config = (DENSE | MOE)[family][0]
-    one, two, three = (trace(hollow(family, layers=layers, **config)) for layers in (2, 4, 6))
+    one, two, three = (traced(family, layers=layers) for layers in (2, 4, 6))
     assert three.operators - two.operators == two.operators - one.operators > 0
     assert three.traffic_bytes - two.traffic_bytes == two.traffic_bytes - one.traffic_bytes > 0
 
 
 @pytest.mark.parametrize("family", DENSE)
 def test_wider_numbers_hold_twice_the_bytes_and_cost_the_same_flops(family):
-    config = DENSE[family][0]
-    half, whole = (trace(hollow(family, dtype, **config)) for dtype in (torch.bfloat16, torch.float32))
+    half, whole = (traced(family, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert half.flops == whole.flops
     assert 1.5 * half.activation_bytes < whole.activation_bytes <= 2 * half.activation_bytes
     assert half.traffic_bytes < whole.traffic_bytes < 2 * half.traffic_bytes

@@ -19,13 +19,13 @@ from bmx.engine.lengths import Ruler, max_length
 from bmx.engine.meter import MemoryMeter, bound_kernel_caches, device_errors, is_out_of_memory, release
 from bmx.engine.run import Run, Setup
 from bmx.engine.sequence import Sequence
-from bmx.errors import UsageError
+from bmx.errors import MemoryLimitError, UsageError
 from bmx.kv.layout import KVLayout
 from bmx.model.foresee import foresee
 from bmx.model.loader import RUNTIME_BYTES, LoadedModel, choose_device, find_source, load_model, load_tokenizer
 from bmx.model.text import PromptEncoder
 from bmx.planner import Device, Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
-from bmx.rates import machine_rates
+from bmx.rates import TYPICAL, Rates, machine_rates
 from bmx.request import Request, Result
 from bmx.stats import Stats
 
@@ -94,11 +94,13 @@ class Engine:
         sizes = step_sizes(self.config, kind, lengths)
         made = self._planned(lengths, self._limits(), device, sizes)
         measured = self._rehearse(made)
+        allowed = made.limits
         while measured is None:
             smaller = self._shrunk(made)
             if smaller is None:
                 return made  # its rows will fail one by one, or find that memory is back
             made, measured = smaller, self._rehearse(smaller)
+            allowed = replace(allowed, slots=made.slots)
         predicted = made.memory.total - made.memory.pool
         if not self.meter.exact:
             return made
@@ -106,8 +108,9 @@ class Engine:
         if measured <= predicted:
             return made
         device = replace(device, slack=device.slack + measured - predicted)
-        sizes = [size for size in sizes if size.max_num_batched_tokens <= made.step.max_num_batched_tokens]
-        return self._planned(lengths, made.limits, device, sizes)
+        tokens = made.step.max_num_batched_tokens
+        smaller_steps = [size for size in sizes if size.max_num_batched_tokens < tokens]
+        return self._planned(lengths, allowed, device, [made.step, *smaller_steps])
 
     def _planned(self, lengths: list[Length], limits: Limits, device: Device, sizes: Seq[StepSize]) -> Plan:
         """The plan that is expected to be the fastest among those with these sizes of steps."""
@@ -117,8 +120,18 @@ class Engine:
             spec,
             lengths,
             self.kernels.name,
-            lambda: machine_rates(device.kind, dtype, self.describe()["device"]),
+            lambda: self._rates(device.kind, dtype),
         )
+
+    def _rates(self, kind: str, dtype: str) -> Rates:
+        """The machine's rates; typical ones where there is no memory to measure them."""
+        try:
+            return machine_rates(kind, dtype, self.describe()["device"])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release()
+        return TYPICAL
 
     def _layout(self, capacity: int) -> KVLayout:
         return self.policy.layout(self.loaded.spec, capacity)
@@ -163,6 +176,11 @@ class Engine:
                 requests = list(requests)
                 plan = self.plan(self.measure(requests))
             yield from Run(self._setup(), requests).results(plan)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            hint = "answers that were finished are kept; close other programs, or lower --memory-limit"
+            raise MemoryLimitError("memory ran out, and not only for a step", hint=hint) from error
         finally:
             self._running = False
 

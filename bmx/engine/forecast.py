@@ -59,7 +59,8 @@ def forecast(
     largest = max(group.capacity for group in plan.groups)
     served = [length for length in lengths if length.rows_needed <= largest]
     stride = max(1, len(served) // max(PLAYED_ROWS, 3 * plan.slots))
-    played = served[::stride]
+    ordered = sorted(served, key=lambda one: (one.prompt_tokens, one.max_tokens)) if stride > 1 else served
+    played = ordered[stride // 2 :: stride]
     clock = _Clock(spec, plan, rates, kernels, decode_layouts or plan.layouts)
     prompt_seconds = decode_seconds = 0.0
     decoded = 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
@@ -52,10 +52,15 @@ class Ruler:
         """The lengths of those requests that can be answered at all.
 
         Args:
-            every: look only at every so many-th request.
+            every: look only at one of so many, at random, the same ones each time.
         """
+        chance = random.Random(0)
         lengths = []
-        for request in islice(requests, 0, None, every):
+        for at, request in enumerate(requests):
+            if at % every == 0:
+                wanted = at + chance.randrange(every)
+            if at != wanted:
+                continue
             try:
                 lengths.append(self.read(request)[1])
             except RowError:

@@ -16,6 +16,7 @@ from bmx.errors import DeviceError
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KEPT_KERNELS = "64"  # compiled products for as many shapes; torch's own 1,024 grow to 300 MB, and are no faster
 TRIM_AT = 0.96  # of what was planned
+NO_GPU = ("cuda error", "cuda driver error", "error [cuda]")
 NO_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -25,6 +26,7 @@ NO_MEMORY = (
     "bad_alloc",
     "status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
     "cublas_status_not_initialized",  # a handle that finds no memory says so
+    "cudnn_status_not_initialized",
     "could not create a memory",
 )
 
@@ -117,7 +119,7 @@ def device_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error) or "cuda error" not in str(error).lower():
+        if is_out_of_memory(error) or not any(text in str(error).lower() for text in NO_GPU):
             raise
         cause = str(error).strip().splitlines()[0]
         hint = "answers that were finished are kept; run again, and see the system's log if it comes back"

@@ -67,7 +67,9 @@ class Run:
         self._source = iter(requests)
         self._exhausted = False
         self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
-        self._finished: deque[Sequence] = deque()  # and not handed out yet
+        self._finished: deque[tuple[Sequence, int]] = deque()  # and not handed out yet, with the rows of their slots
+        self._request: Request | None = None  # taken from the source and not read yet
+        self._broken = False  # the source has failed, and would seem to be at its end if it were asked again
 
     def results(self, plan: Plan) -> Iterator[Result]:
         """All results. Each attempt leaves over what it could not finish for the next, smaller one."""
@@ -96,9 +98,8 @@ class Run:
                 yield from self._loop(scheduler, runner, alone, plan.memory.total)
             return True
         except Exception as error:
-            if not is_out_of_memory(error):
+            if self._broken or not is_out_of_memory(error):
                 raise
-        yield from self._hand_out(scheduler)
         self._unfinished = scheduler.unfinished
         for sequence in self._unfinished:
             sequence.restart()
@@ -107,11 +108,16 @@ class Run:
     def _one_by_one(self, plan: Plan) -> Iterator[Result]:
         """The last resort: every row in the only slot, of its own size; one that fails even so is an error."""
         setup, waiting = self._setup, self._unfinished
+        largest = max(group.capacity for group in plan.groups)
         while True:
+            yield from self._hand_out()
             yield from self._read_ahead(waiting, 1)
             if not waiting:
                 return
             row = waiting.pop(0)
+            if row.rows_needed > largest:
+                yield self._failed(row, _too_large(row, largest))
+                continue
             self._unfinished = [row]
             layout = setup.policy.layout(setup.loaded.spec, row.rows_needed)
             own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,))
@@ -121,31 +127,39 @@ class Run:
 
     def _loop(self, scheduler: Scheduler, runner: ModelRunner, alone: bool, planned: int) -> Iterator[Result]:
         while True:
+            yield from self._hand_out()
             if not alone:
                 yield from self._read_ahead(scheduler.waiting, max(LOOKAHEAD, 2 * scheduler.slots))
                 scheduler.draining = self._exhausted
             for sequence in scheduler.reject_too_large():
-                needs = f"it needs a slot of {sequence.rows_needed} rows; the plan's largest has {scheduler.largest}"
-                yield self._failed(sequence, needs)
+                yield self._failed(sequence, _too_large(sequence, scheduler.largest))
             scheduler.admit_waiting()
             step = scheduler.schedule()
             if step is None:
                 return
             self._advance(scheduler, runner, step)
             self._setup.meter.keep_to(planned)
-            yield from self._hand_out(scheduler)
 
     def _read_ahead(self, waiting: list[Sequence], enough: int) -> Iterator[Result]:
         """Tokenise requests until enough wait; those that cannot be answered are results at once."""
         while len(waiting) < enough and not self._exhausted:
-            request = next(self._source, None)
+            request = self._request = self._request or self._next_request()
             if request is None:
                 self._exhausted = True
                 return
             try:
                 waiting.append(self._setup.read(request))
+                self._request = None
             except RowError as error:
+                self._request = None
                 yield Result(id=request.id, error=error)
+
+    def _next_request(self) -> Request | None:
+        try:
+            return next(self._source, None)
+        except BaseException:
+            self._broken = True
+            raise
 
     def _advance(self, scheduler: Scheduler, runner: ModelRunner, step: Step) -> None:
         """Run one step and count it."""
@@ -155,7 +169,7 @@ class Run:
         tokens = runner.run(step)
         seconds = time.monotonic() - before
         finished = scheduler.update(step, tokens)
-        self._finished += finished
+        self._finished += [(sequence, scheduler.capacity(sequence)) for sequence in finished]
         held = scheduler.held_tokens + [sequence.computed for sequence in finished]
         setup.stats.count_step(
             prompt_tokens=step.tokens - decodes,
@@ -173,11 +187,10 @@ class Run:
         """What a full cache of so many tokens holds; windowed layers hold their window."""
         return sum(size * min(tokens, window or tokens) for window, size in self._pair_bytes.items())
 
-    def _hand_out(self, scheduler: Scheduler) -> Iterator[Result]:
+    def _hand_out(self) -> Iterator[Result]:
         """The results of what has finished."""
         while self._finished:
-            sequence = self._finished[0]
-            result = self._result(sequence, scheduler.capacity(sequence))
+            result = self._result(*self._finished[0])
             self._finished.popleft()
             yield result
 
@@ -191,3 +204,7 @@ class Run:
     @staticmethod
     def _failed(sequence: Sequence, why: str) -> Result:
         return Result(id=sequence.request.id, error=RowError("out_of_memory", why))
+
+
+def _too_large(sequence: Sequence, largest: int) -> str:
+    return f"it needs a slot of {sequence.rows_needed} rows; the plan's largest has {largest}"

@@ -35,6 +35,7 @@ class ModelRunner:
     def __init__(self, loaded: LoadedModel, policy: CompressionPolicy, plan: Plan, kernels: Kernels) -> None:
         self._model = loaded.model
         self._vocab = loaded.spec.vocab
+        self._policy = policy
         self._rope = loaded.rope
         self._max_length = loaded.spec.max_length
         slots = tuple(group.slots for group in plan.groups)
@@ -69,16 +70,18 @@ class ModelRunner:
     def rehearse(self, size: StepSize, sampled: int) -> None:
         """Compute the largest step that a plan allows, on made-up tokens, to see what memory it takes.
 
-        Chunks read slot 0 of the last group as if it were full.
+        Chunks read slot 0 of the last group as if it were full, or would be with them where nothing is evicted.
 
         Args:
             sampled: rows of logits, of which as many are drawn from as a step ever draws together.
         """
         device, chunk, tokens = self._model.device, size.chunk_size, size.max_num_batched_tokens
-        group, start = len(self._capacities) - 1, min(self._capacities[-1], max(0, self._max_length - chunk))
+        group, capacity = len(self._capacities) - 1, self._capacities[-1]
+        evicts = self._policy.scorer is not None and capacity >= self._policy.budget
+        start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
         self.pool.reset(group, 0)
         prompts = tuple(
-            PromptChunk(slice(at, min(at + chunk, tokens)), group, 0, start, True) for at in range(0, tokens, chunk)
+            PromptChunk(slice(at, min(at + chunk, tokens)), group, 0, start, evicts) for at in range(0, tokens, chunk)
         )
         every = torch.arange(tokens, device=device)
         packed = PackedStep(

@@ -49,6 +49,7 @@ class Sequence:
     def restart(self) -> None:
         """Begin again as if nothing had been computed: a row's answer does not depend on how often it was begun."""
         self.computed, self.slot, self.answer, self._text = 0, None, [], None
+        self.finish_reason, self.error = None, None
         self._detokenizer = Detokenizer(self.tokenizer) if self.params.stop else None
         if self.params.temperature > 0:
             request = self.request
