@@ -5,6 +5,7 @@ Knows the operating system and NVML; knows nothing of models. Imports torch only
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -294,6 +295,12 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def trim_heap() -> None:
+    """Hand free pages in the middle of the heap back to the system, which the C library alone does not do."""
+    with suppress(OSError, TypeError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores() -> int:

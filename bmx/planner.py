@@ -25,7 +25,7 @@ ROW_ALIGNMENT = 16
 MAX_CANDIDATES = 128
 FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
 BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
-SLACK = {"cpu": (70 * 10**6, 0.25), "cuda": (64 * 10**6, 0.02)}  # bytes, and share of activations: see benchmarks
+SLACK = {"cpu": (40 * 10**6, 0.5), "cuda": (64 * 10**6, 0.02)}  # bytes, and share of activations: see benchmarks
 SAMPLER_ROWS = 16  # rows whose logits are sampled together
 SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, with their ids and sums
 

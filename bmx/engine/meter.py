@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from bmx.errors import DeviceError
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KEPT_KERNELS = "64"  # compiled products for as many shapes; torch's own 1,024 grow to 300 MB, and are no faster
-TRIM_AT = 0.96  # of what was planned
+TRIM_AT = 0.92  # of what was planned
+TRIM_STEP = 16 * 10**6  # bytes that must have come on top since the last time
 NO_GPU = ("cuda error", "cuda driver error", "error [cuda]")
 NO_MEMORY = (
     "out of memory",
@@ -52,9 +52,11 @@ class MemoryMeter:
         self._cuda = device.type == "cuda"
         self._context = context_bytes if self._cuda else 0
         self.exact = False
+        self._trimmed_to = 0
 
     def reset(self) -> None:
         """Count from now."""
+        self._trimmed_to = 0
         if self._cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -66,9 +68,10 @@ class MemoryMeter:
         return torch.cuda.max_memory_reserved() + self._context if self._cuda else hardware.peak_resident_bytes()
 
     def keep_to(self, planned: int) -> None:
-        """On the CPU, let go of what lies free in the heap as soon as a run holds nearly what was planned."""
-        if not self._cuda and self.now > TRIM_AT * planned:
-            trim()
+        """On the CPU, let go of what lies free in the heap when a run holds nearly what was planned, and more again."""
+        if not self._cuda and self.now > max(TRIM_AT * planned, self._trimmed_to + TRIM_STEP):
+            hardware.trim_heap()
+            self._trimmed_to = self.now
 
     @property
     def now(self) -> int:
@@ -86,27 +89,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release() -> None:
     """Give back what an attempt that ran out of memory left behind."""
     gc.collect()
-    trim()
+    hardware.trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def trim() -> None:
-    """Hand free pages in the middle of the heap back to the system, which the C library alone does not."""
-    if _libc is not None:
-        _libc.malloc_trim(0)
-
-
-def _find_libc() -> ctypes.CDLL | None:
-    """The C library, if it is one that can trim."""
-    try:
-        found = ctypes.CDLL(None)
-    except (OSError, TypeError):
-        return None
-    return found if hasattr(found, "malloc_trim") else None
-
-
-_libc = _find_libc()
 
 
 @contextmanager

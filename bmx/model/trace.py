@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from bmx.errors import ModelError
 from bmx.model.rope import pin_rope
 from bmx.model.spec import Costs, attention_of
 
@@ -26,7 +28,7 @@ def trace(model: Any) -> Costs:
     """The costs of a packed token.
 
     Args:
-        model: a transformers model on the meta device; attention itself is left out.
+        model: a transformers model, best on the meta device; attention itself is left out.
     """
     _Meter(model).run(1)  # what is computed once and kept (tables of frequencies) is no cost of a step
     few, many = _Meter(model), _Meter(model)
@@ -42,11 +44,20 @@ def trace(model: Any) -> Costs:
 
 
 def costs_of(model: Any) -> Costs:
-    """What a token costs a model, whose weights may be anywhere."""
-    try:
-        return trace(twin(model, model.dtype))
-    except RuntimeError:  # experts' grouped products are defined for bfloat16 alone where tensors have no contents
-        return trace(twin(model, torch.bfloat16)).scaled(model.dtype.itemsize / 2)
+    """What a token costs a model, whose weights may be anywhere.
+
+    Raises:
+        ModelError: it looks into its numbers, and has none.
+    """
+    for dtype in dict.fromkeys((model.dtype, torch.bfloat16)):  # experts take no other than the latter without contents
+        with suppress(RuntimeError, NotImplementedError):
+            return trace(twin(model, dtype)).scaled(model.dtype.itemsize / dtype.itemsize)
+    if model.device.type == "meta":
+        raise ModelError(
+            f"the memory of {type(model).__name__} cannot be foretold: it looks into its numbers",
+            hint="bmx run --dry-run loads it and makes the plan",
+        )
+    return trace(model)
 
 
 def twin(model: Any, dtype: Any) -> Any:
@@ -68,14 +79,17 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, tokens: int) -> None:
         """Measure a step of so many tokens."""
-        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        with attention_of(self._model, _no_attention), torch.no_grad(), self:
+        device = self._model.device
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        all_count = torch.ones_like(ids)  # so that nobody looks for padding in what has no contents
+        with attention_of(self._model, _no_attention, _no_mask), torch.no_grad(), self:
             self._model(
                 input_ids=ids,
                 position_ids=ids,
+                attention_mask=all_count,
                 past_key_values=None,
                 use_cache=False,
-                logits_to_keep=torch.zeros(0, dtype=torch.long, device="meta"),
+                logits_to_keep=torch.zeros(0, dtype=torch.long, device=device),
             )
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -121,6 +135,10 @@ def _flops(operator: Any, args: Any, kwargs: Any, output: Any) -> int:
 def _bytes(tensor: Tensor) -> int:
     """Bytes that an operator touches of a tensor: a broadcast one only as often as it is stored."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """None, as where transformers makes no mask."""
 
 
 def _no_attention(_module: Any, query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
