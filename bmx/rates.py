@@ -17,8 +17,11 @@ from typing import Any
 from bmx import hardware
 from bmx.errors import UsageError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 REPEATS = 7
+SHAPES = {"cpu": (1024, 576, 1536, 64), "cuda": (4096, 4096, 8192, 8)}  # rows, inner and outer size, how many weights
+THIN_ROWS = 16
+AROUND = 2.0  # times what an operator takes, with the Python of a model's modules around it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,17 +31,21 @@ class Rates:
     Attributes:
         flops: a second, of large products in the type that models run in.
         bandwidth: bytes a second that operators without products read and write.
-        operator_seconds: to start an operator.
+        thin_bandwidth: bytes of weights a second, in products of a few rows.
+        operator_seconds: to start an operator, the Python around it included.
         source: where the numbers come from, for people.
     """
 
     flops: float
     bandwidth: float
+    thin_bandwidth: float
     operator_seconds: float
     source: str
 
 
-TYPICAL = Rates(flops=1e14, bandwidth=1e12, operator_seconds=8e-6, source="a middling GPU, to compare plans by")
+TYPICAL = Rates(
+    flops=1e14, bandwidth=1e12, thin_bandwidth=1e12, operator_seconds=8e-6, source="a middling GPU, to compare plans by"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,7 @@ def card_rates(card: Card) -> Rates:
     return Rates(
         flops=REACHED_FLOPS * card.flops,
         bandwidth=REACHED_BANDWIDTH * card.bandwidth,
+        thin_bandwidth=REACHED_BANDWIDTH * card.bandwidth,
         operator_seconds=LAUNCH_SECONDS,
         source=f"{REACHED_FLOPS:.0%} of the matrix rate and {REACHED_BANDWIDTH:.0%} of the bandwidth of {card.name}",
     )
@@ -121,7 +129,7 @@ def machine_rates(device: str, dtype: str, name: str) -> Rates:
     file = _cache_file(device, dtype, name)
     with suppress(OSError, ValueError, TypeError):
         kept = Rates(**json.loads(file.read_text()))
-        if min(kept.flops, kept.bandwidth, kept.operator_seconds) > 0:
+        if min(kept.flops, kept.bandwidth, kept.thin_bandwidth, kept.operator_seconds) > 0:
             return kept
     rates = measure(device, dtype)
     with suppress(OSError):  # a cache that cannot be written costs two seconds the next time
@@ -143,25 +151,36 @@ def _cache_file(device: str, dtype: str, name: str) -> Path:
 
 
 def measure(device: str, dtype: str) -> Rates:
-    """Time products, passes over memory and small operators on this machine."""
+    """Time products, passes over memory and small operators on this machine, in the sizes that models have."""
     import torch
 
     kind, place = getattr(torch, dtype), torch.device(device)
-    size = 1024 if device == "cpu" else 4096
-    a, b = (torch.randn(size, size, device=place).to(kind) for _ in range(2))
-    block = torch.ones((16 if device == "cpu" else 256) * 2**20, dtype=kind, device=place)
-    small = torch.ones(8, dtype=kind, device=place)
+    rows, inner, outer, count = SHAPES[device]
+    x = torch.randn(rows, inner, device=place).to(kind)
+    weights = [torch.randn(outer, inner, device=place).to(kind) for _ in range(count)]  # more than a cache holds
+    block = torch.ones(count * outer * inner, dtype=kind, device=place)
+    few, gain = x[:THIN_ROWS], torch.ones(inner, dtype=kind, device=place)
 
-    def many() -> None:
-        for _ in range(200):
-            small.mul(2)
+    def thin() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(few, weight)
 
-    product = _median(lambda: torch.mm(a, b), device)
-    passing = _median(lambda: block.mul_(1), device)
+    def operators() -> None:  # a normalisation as models write it: eight of them
+        for _ in range(count):
+            wide = few.float()
+            gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(kind)
+
+    seconds = {
+        "product": _median(lambda: torch.nn.functional.linear(x, weights[0]), device),
+        "passing": _median(lambda: block.mul_(1), device),
+        "thin": _median(thin, device),
+        "operators": _median(operators, device),
+    }
     return Rates(
-        flops=2 * size**3 / product,
-        bandwidth=2 * block.nbytes / passing,
-        operator_seconds=_median(many, device) / 200,
+        flops=2 * rows * inner * outer / seconds["product"],
+        bandwidth=2 * block.nbytes / seconds["passing"],
+        thin_bandwidth=count * weights[0].nbytes / seconds["thin"],
+        operator_seconds=AROUND * seconds["operators"] / (8 * count),
         source="measured on this machine",
     )
 

@@ -42,7 +42,7 @@ SPEC = ModelSpec(
     head_bytes=2 * 32_000 * H,
     itemsize=2,
 )
-RATES = Rates(flops=1e12, bandwidth=5e10, operator_seconds=2e-6, source="imagined")
+RATES = Rates(flops=1e12, bandwidth=5e10, thin_bandwidth=5e10, operator_seconds=2e-6, source="imagined")
 STEP = StepSize(chunk_size=512, max_num_batched_tokens=2048)
 FULL = CompressionPolicy.from_config(EngineConfig(kv_policy="none"))
 SMALL = CompressionPolicy.from_config(EngineConfig(kv_budget=256))
@@ -72,6 +72,7 @@ def faster(times):
     return Rates(
         flops=times * RATES.flops,
         bandwidth=times * RATES.bandwidth,
+        thin_bandwidth=times * RATES.thin_bandwidth,
         operator_seconds=RATES.operator_seconds / times,
         source="",
     )
@@ -89,7 +90,7 @@ def test_twice_the_rates_are_half_the_seconds(kernels):
     assert twice.decode_rate == pytest.approx(2 * once.decode_rate)
 
 
-@pytest.mark.parametrize("name", ["flops", "bandwidth", "operator_seconds"])
+@pytest.mark.parametrize("name", ["flops", "bandwidth", "thin_bandwidth", "operator_seconds"])
 def test_every_rate_counts_and_none_counts_alone(name):
     lengths = requests(100)
     better = getattr(RATES, name) * (0.5 if name == "operator_seconds" else 2)
@@ -111,28 +112,28 @@ def test_prompts_wait_for_products_and_answers_for_memory():
 
 def test_a_prompt_alone_takes_what_its_products_take_at_least():
     """By hand: all parameters times two for each token, nothing else on a machine where nothing else costs anything."""
-    free = Rates(flops=1e12, bandwidth=1e30, operator_seconds=0.0, source="")
+    free = Rates(flops=1e12, bandwidth=1e30, thin_bandwidth=1e30, operator_seconds=0.0, source="")
     seconds = foreseen([Length(10, 1, 11)], rates=free).seconds
     products = 10 * 2 * PARAMETERS + 2 * 32_000 * H  # the head for one token only
     assert products / 1e12 <= seconds <= 1.01 * products / 1e12
 
 
 def test_a_decoding_token_reads_all_weights_at_least():
-    free = Rates(flops=1e30, bandwidth=1e10, operator_seconds=0.0, source="")
+    free = Rates(flops=1e30, bandwidth=1e10, thin_bandwidth=1e10, operator_seconds=0.0, source="")
     seconds = foreseen([Length(1, 51, 52)], rates=free).seconds
     weights = 51 * SPEC.weight_bytes / 1e10
     assert weights <= seconds <= 1.05 * weights
 
 
 def test_what_is_no_product_takes_the_bandwidth():
-    memory = Rates(flops=1e30, bandwidth=1e10, operator_seconds=0.0, source="")
+    memory = Rates(flops=1e30, bandwidth=1e10, thin_bandwidth=1e10, operator_seconds=0.0, source="")
     seconds = foreseen([Length(100, 1, 101)], rates=memory).seconds
     moved = SPEC.weight_bytes + 100 * SPEC.costs.traffic_bytes
     assert moved / 1e10 <= seconds <= 1.05 * moved / 1e10
 
 
 def test_every_operator_takes_its_start():
-    starts = Rates(flops=1e30, bandwidth=1e30, operator_seconds=1.0, source="")
+    starts = Rates(flops=1e30, bandwidth=1e30, thin_bandwidth=1e30, operator_seconds=1.0, source="")
     seconds = foreseen([Length(100, 1, 101)], rates=starts).seconds
     assert 300 + LAYERS * 10 <= seconds <= 300 + LAYERS * 100
 
@@ -211,7 +212,7 @@ def test_a_forecast_takes_as_many_steps_as_the_scheduler_would(sizes, slots, chu
     lengths = [Length(prompt, answer, policy.rows_needed(prompt + answer)) for prompt, answer in sizes]
     made = planned(lengths, policy, slots, step)
     starting = replace(SPEC, costs=replace(SPEC.costs, operators=10**15))
-    only_starts = Rates(flops=1e30, bandwidth=1e30, operator_seconds=1e-15, source="")
+    only_starts = Rates(flops=1e30, bandwidth=1e30, thin_bandwidth=1e30, operator_seconds=1e-15, source="")
     seconds = forecast(starting, made, lengths, only_starts, "cpu").seconds
     assert seconds == pytest.approx(steps_of(Scheduler(made.groups, step), lengths), rel=1e-6)
 

@@ -23,9 +23,10 @@ from bmx.rates import Rates
 PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
 WORTH = 1.03  # times the slots that smaller steps must give to be looked at
 SCORE_PASSES = {"cpu": 5, "reference": 16}  # times that a score is written or read, in the activations' type
+BATCHED = 2.5  # times the bandwidth of single thin products that those of all slots together reach
 THIN_PRODUCT = 2.0  # attention's products are as thin as a head, and reach about half of the matrix rate
 CHUNK_OPERATORS = {"cpu": 60, "reference": 30}  # of a chunk in a layer: tiles, choosing and writing survivors
-DECODE_OPERATORS = 40  # of a group of slots in a layer
+DECODE_OPERATORS = 36  # of a group of slots in a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +228,7 @@ class _Clock:
         groups = sum(count > 0 for count in step.decodes)
         started = CHUNK_OPERATORS[self._kernels] * len(step.chunks) + DECODE_OPERATORS * groups
         return (
-            max(flops / rates.flops, read / rates.bandwidth)
+            max(flops / rates.flops, read / rates.thin_bandwidth)
             + touched / rates.bandwidth
             + sum(map(self._prompt, step.chunks))
             + sum(self._decode(group, active) for group, active in enumerate(step.decodes) if active)
@@ -249,4 +250,4 @@ class _Clock:
         """Attention of a group's decoding tokens: all slots take part, or copies of the few that decode."""
         slots = self._plan.groups[group].slots
         touched = slots if 2 * active >= slots else 3 * active
-        return touched * self._slot_bytes[group] / self._rates.bandwidth
+        return touched * self._slot_bytes[group] / self._rates.thin_bandwidth / BATCHED
