@@ -24,7 +24,7 @@ PLAYED_ROWS = 256  # at least so many requests are played through, or as many as
 WORTH = 1.03  # times the slots that smaller steps must give to be looked at
 SCORE_PASSES = {"cpu": 5, "reference": 16}  # times that a score is written or read, in the activations' type
 BATCHED = 2.5  # times the bandwidth of single thin products that those of all slots together reach
-THIN_PRODUCT = 2.0  # attention's products are as thin as a head, and reach about half of the matrix rate
+THIN_PRODUCT = 3.0  # attention's products are as thin as a head, and reach about a third of the matrix rate
 CHUNK_OPERATORS = {"cpu": 60, "reference": 30}  # of a chunk in a layer: tiles, choosing and writing survivors
 DECODE_OPERATORS = 36  # of a group of slots in a layer
 
