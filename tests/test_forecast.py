@@ -101,7 +101,7 @@ def test_every_rate_counts_and_none_counts_alone(name):
 def test_prompts_wait_for_products_and_answers_for_memory():
     """Products of a prompt's many tokens use every weight many times; a few decoding tokens must read them all."""
     reading, writing = [Length(2000, 1, 2001)] * 20, [Length(1, 200, 201)] * 20
-    products, memory = replace(RATES, flops=2e12), replace(RATES, bandwidth=1e11)
+    products, memory = replace(RATES, flops=2e12), replace(RATES, bandwidth=1e11, thin_bandwidth=1e11)
 
     def gain(lengths, rates):
         return foreseen(lengths, slots=4).seconds / foreseen(lengths, slots=4, rates=rates).seconds

@@ -464,7 +464,7 @@ def test_a_step_that_takes_more_than_predicted_gets_room_from_the_slots():
     assert engine.stats.rehearsed == (predicted, predicted + 2 * slot)
     assert 4 <= tight.slots < 6
     assert tight.memory.total <= limit
-    assert tight.memory.slack >= free.memory.slack + slot
+    assert tight.memory.slack > free.memory.slack
 
 
 def test_a_rehearsal_that_cannot_be_measured_changes_nothing():

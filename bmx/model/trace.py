@@ -81,7 +81,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Measure a step of so many tokens."""
         device = self._model.device
         ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        all_count = torch.ones_like(ids)  # so that nobody looks for padding in what has no contents
+        all_count = torch.ones_like(ids, dtype=torch.bool)  # so that nobody looks for padding in what has no contents
         with attention_of(self._model, _no_attention, _no_mask), torch.no_grad(), self:
             self._model(
                 input_ids=ids,
