@@ -33,4 +33,4 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo.out.jsonl
+	rm -rf $(VENV) demo.out.jsonl demo.out.jsonl.run.json
