@@ -119,7 +119,7 @@ class EngineConfig:
         if self.kv_policy != "none" and self.kv_budget <= self.kv_sink + self.kv_recent:
             raise UsageError(
                 f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink, {self.kv_recent} recent tokens",
-                hint="raise --kv-budget; a quarter of the prompt is a good start",
+                hint=f"{self.kv_sink + self.kv_recent + 1} is the least; a quarter of the prompt is a good start",
             )
         if self.max_num_batched_tokens and self.max_num_batched_tokens < (self.chunk_size or CHUNK_SIZE):
             raise UsageError(

@@ -395,6 +395,6 @@ def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
     return MemoryLimitError(
         f"one sequence needs {enough:,} MB {what}{weights}; {limit / 1e6:,.0f} MB may be used ({limits.source}): "
         f"{ceil((size - limit) / 1e6):,} MB are missing",
-        hint=f"{flag} {enough}M would be enough if there is as much; else lower --kv-budget or --chunk-size, or choose "
-        "a smaller model; `bmx plan-batch --check` computes what would fit",
+        hint=f"{flag} {enough}M is the least for it; or lower --kv-budget or --chunk-size, or choose a smaller model; "
+        "`bmx plan-batch --check` computes what would fit",
     )
