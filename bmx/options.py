@@ -68,6 +68,7 @@ class Question:
     """A job of which nothing is known but sizes.
 
     Attributes:
+        device: the machine, as the closed form sees it.
         lengths: of its requests, or of every ``every``-th of them.
         rows: requests in all.
     """
@@ -75,6 +76,7 @@ class Question:
     config: EngineConfig
     spec: ModelSpec
     machine: Machine
+    device: Device
     lengths: tuple[Length, ...]
     rows: int
     every: int = 1
@@ -97,10 +99,7 @@ class Question:
                 compression in decoding alone could do.
         """
         policy = CompressionPolicy.from_config(config)
-        lengths = [
-            replace(length, rows_needed=_rows(policy, after, length.prompt_tokens, length.max_tokens))
-            for length in self.lengths
-        ]
+        lengths = self._lengths(policy, after)
         budget = policy.budget if policy.scorer else after.budget if after else None
         try:
             made = self.plan(config, lengths)
@@ -123,21 +122,13 @@ class Question:
             MemoryLimitError: not one row.
         """
         machine, spec = self.machine, self.spec
-        policy, device = CompressionPolicy.from_config(config), self.device
+        policy = CompressionPolicy.from_config(config)
         allowed = limits(config, machine.memory, machine.held)
         sizes = step_sizes(config, machine.kind, lengths)
         layout = partial(policy.layout, spec)
-        plans = [partial(plan, spec, layout, allowed, lengths, size, device) for size in sizes]
+        plans = [partial(plan, spec, layout, allowed, lengths, size, self.device) for size in sizes]
         name_of = kernels.choose(machine.kind).name
         return fastest(plans, spec, lengths, name_of, lambda: machine.rates() or TYPICAL)
-
-    @property
-    def device(self) -> Device:
-        """The machine, as the closed form sees it."""
-        runtime = RUNTIME_BYTES[self.machine.kind]
-        if self.machine.kind == "cpu":
-            runtime += tokenizer_bytes(self.config)
-        return Device.of(self.machine.kind, self.spec, runtime)
 
     def _alone(self, config: EngineConfig, lengths: Sequence[Length]) -> Memory:
         """The memory of the largest row alone, in the smallest steps."""
@@ -148,7 +139,7 @@ class Question:
     def remedies(self) -> list[str]:
         """Changes of which each alone makes every row fit, the mildest first; at most three."""
         config = self.config
-        needed = self._alone(config, self._lengths(config))
+        needed = self._alone(config, self._lengths(CompressionPolicy.from_config(config)))
         allowed = limits(config, self.machine.memory, self.machine.held)
         found = [*self._smaller_settings(config)]
         if needed.total > allowed.total:
@@ -182,20 +173,24 @@ class Question:
                 yield f"--kv-budget {budget} --chunk-size {chunk}"
                 break
 
-    def _lengths(self, config: EngineConfig) -> list[Length]:
-        policy = CompressionPolicy.from_config(config)
-        return [
-            replace(one, rows_needed=policy.rows_needed(one.prompt_tokens + one.max_tokens)) for one in self.lengths
-        ]
+    def _lengths(self, policy: CompressionPolicy, after: CompressionPolicy | None = None) -> list[Length]:
+        """The lengths with the rows that they need; where compression waits for a prompt's end, all of the prompt's."""
+
+        def rows(one: Length) -> int:
+            total = one.prompt_tokens + one.max_tokens
+            return max(one.prompt_tokens, after.rows_needed(total)) if after else policy.rows_needed(total)
+
+        return [replace(one, rows_needed=rows(one)) for one in self.lengths]
 
     def _fits(self, config: EngineConfig) -> bool:
         allowed = limits(config, self.machine.memory, self.machine.held)
-        return not allowed.missing(self._alone(config, self._lengths(config)))
+        return not allowed.missing(self._alone(config, self._lengths(CompressionPolicy.from_config(config))))
 
 
-def _rows(policy: CompressionPolicy, after: CompressionPolicy | None, prompt: int, answer: int) -> int:
-    """Rows of a slot: where compression waits for the end of the prompt, all of the prompt's."""
-    return max(prompt, after.rows_needed(prompt + answer)) if after else policy.rows_needed(prompt + answer)
+def device_of(machine: Machine, spec: ModelSpec, config: EngineConfig) -> Device:
+    """A machine as the closed form sees it, with what a process there is expected to hold beside the model."""
+    tokenizer = tokenizer_bytes(config) if machine.kind == "cpu" else 0
+    return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + tokenizer)
 
 
 def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Machine:

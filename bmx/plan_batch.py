@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from bmx.compress.policy import CompressionPolicy
@@ -21,7 +22,7 @@ from bmx.manifest import plan_record
 from bmx.model.foresee import foresee, peek
 from bmx.model.loader import load_tokenizer
 from bmx.model.text import PromptEncoder
-from bmx.options import Machine, Option, Question, machine
+from bmx.options import Machine, Option, Question, device_of, machine
 from bmx.planner import Length
 
 IMAGINED_ROWS = 1000  # of one length, where there is no input to read
@@ -119,20 +120,21 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
     spec = foresee(config.engine, where.kind)
     policy = CompressionPolicy.from_config(config.engine)
     longest = max_length(config.engine, spec)
+    asked = partial(
+        Question, config=config.engine, spec=spec, machine=where, device=device_of(where, spec, config.engine)
+    )
     if reader is None:
         prompt = max_input or 1
         answer = min(config.sampling.max_tokens, longest - prompt)
         if answer < 1:
             raise UsageError(f"--max-input {prompt} leaves no room for an answer: {spec.name} takes {longest} tokens")
         lengths = [Length(prompt, answer, policy.rows_needed(prompt + answer))]
-        return Question(
-            config=config.engine, spec=spec, machine=where, lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS
-        )
+        return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS)
     source, gguf = peek(config.engine)
     encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
     every = sampling_step(rows)
     lengths = Ruler(encoder, policy, longest).measure(reader.requests(), every)
-    return Question(config=config.engine, spec=spec, machine=where, lengths=tuple(lengths), rows=rows, every=every)
+    return asked(lengths=tuple(lengths), rows=rows, every=every)
 
 
 def record(asked: Question, options: Sequence[Option]) -> dict[str, Any]:

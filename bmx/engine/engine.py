@@ -114,19 +114,20 @@ class Engine:
 
     def _planned(self, lengths: list[Length], limits: Limits, device: Device, sizes: Seq[StepSize]) -> Plan:
         """The plan that is expected to be the fastest among those with these sizes of steps."""
-        spec, dtype = self.loaded.spec, str(self.loaded.model.dtype).removeprefix("torch.")
+        spec = self.loaded.spec
         return fastest(
             [partial(plan, spec, self._layout, limits, lengths, size, device) for size in sizes],
             spec,
             lengths,
             self.kernels.name,
-            lambda: self._rates(device.kind, dtype),
+            lambda: self._rates(device.kind),
         )
 
-    def _rates(self, kind: str, dtype: str) -> Rates:
+    def _rates(self, kind: str) -> Rates:
         """The machine's rates; typical ones where there is no memory to measure them."""
         try:
-            return machine_rates(kind, dtype, self.describe()["device"])
+            described = self.describe()
+            return machine_rates(kind, described["dtype"], described["device"])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

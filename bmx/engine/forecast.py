@@ -113,7 +113,6 @@ def _steps(plan: Plan, lengths: Seq[Length]) -> Iterator[PlayedStep]:
     ends: list[tuple[int, int]] = []  # (step, group) in which an answer is finished
     now = 0
     while True:
-        waiting = _admit(plan, waiting, free, prompts)
         while ends and ends[0][0] <= now:
             group = heappop(ends)[1]
             decodes[group], free[group] = decodes[group] - 1, free[group] + 1

@@ -17,7 +17,7 @@ from bmx.model.loader import SOURCES, Failures, dtype_name, find_source, gguf_fo
 from bmx.model.outline import outline
 from bmx.model.spec import ModelSpec, check_config
 
-TOKENIZER_SIZE = 25  # times its file, measured on vocabularies of 49,000 to 200,000
+TOKENIZER_SIZE = 25  # times its file, measured on one vocabulary of 49,000
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
