@@ -18,9 +18,8 @@ from bmx.errors import BmxError
 
 EXIT_SOME_FAILED = 3
 EXIT_DOES_NOT_FIT = 4
-EXIT_INTERRUPTED = 130
-NOT_PLANNED = {"output_file", "overwrite", "dry_run", "progress"}
-SHORT = {"output_file": "-o", "model": "-m"}
+PLANNED_JOB = {"limit", "shard", "max_line_bytes", "served_model_name"}  # what a plan wants to know of the job
+SHORT = {"output_file": "-o", "model": "-m", "quiet": "-q", "verbose": "-v"}
 
 app = typer.Typer(
     add_completion=False,
@@ -63,16 +62,22 @@ def run(inputs: list[str], config: str | None, print_config: bool, **flags: Any)
     if print_config:
         return _print_config(settings)
     from bmx.job import run as run_job
+    from bmx.signals import Interrupted, Stop
 
-    display = Display(settings.job.progress)
+    job = settings.job
+    display, stop = Display(job.progress, quiet=job.quiet, log_format=job.log_format), Stop(job.shutdown_timeout)
     try:
-        stats = run_job(settings, display)
+        with stop.heard():
+            stats = run_job(settings, display, stop)
     except BrokenPipeError:  # the reader of our output has gone, as in `bmx run ... -o - | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None
-    except KeyboardInterrupt:
-        display.error("interrupted", "answers that were finished are kept")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BmxError as error:
+        display.error(error.message, error.hint)
+        raise typer.Exit(error.exit_code) from None
+    except Interrupted as interrupted:
+        display.error(str(interrupted), "answers that were finished are kept; the same command goes on")
+        raise typer.Exit(interrupted.exit_code) from None
     if stats.rows_failed:
         raise typer.Exit(EXIT_SOME_FAILED)
     return None
@@ -206,7 +211,11 @@ def _plan_flags(command: Any) -> Any:
             )
             for name, kind, note in own
         ),
-        *(_plan_flag(title, setting) for title, setting in all_settings() if setting.name not in NOT_PLANNED),
+        *(
+            _plan_flag(title, setting)
+            for title, setting in all_settings()
+            if title != "Job" or setting.name in PLANNED_JOB
+        ),
     ]
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -19,6 +19,7 @@ from bmx.request import SamplingParams
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 MAX_CONFIG_BYTES = 1_000_000
+MAX_LINE_BYTES = 16 * 10**6
 CHUNK_SIZE = 512  # where nobody says otherwise; part of what an answer depends on
 
 
@@ -57,6 +58,38 @@ def parse_list(text: str | int) -> tuple[int, ...]:
         ValueError: one is no count.
     """
     return tuple(parse_count(part) for part in str(text).split(","))
+
+
+def parse_seconds(text: str | float) -> float:
+    """Seconds from ``30``, ``0.5``, ``90s``, ``5m`` or ``2h``.
+
+    Raises:
+        ValueError: no time, or a negative one.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", str(text).strip().lower())
+    if not match:
+        raise ValueError(f"not a time: {text!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def parse_shard(text: str) -> str:
+    """A share like ``2/8``: the second of eight.
+
+    Raises:
+        ValueError: not one, or not 1 <= i <= n.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(text).strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"not a share: {text!r}")
+    return f"{int(match[1])}/{int(match[2])}"
+
+
+WANTED: Mapping[Callable[[Any], Any], str] = {
+    parse_bytes: "a size like 300M, 8G or 8GiB",
+    parse_count: "a count like 4096 or 32k",
+    parse_seconds: "seconds, or a time like 90s, 5m or 2h",
+    parse_shard: "a share like 2/8, the second of eight",
+}
 
 
 def parse_setting(name: str, text: str | None, parse: Callable[[str], Any]) -> Any:
@@ -139,20 +172,68 @@ class PromptConfig:
     ] = None
     chat_template: Annotated[bool, "wrap plain prompts in the model's chat template, if it has one"] = True
     parse_special_tokens: Annotated[bool, "let control tokens written in a document act as such"] = False
+    on_too_long: Annotated[
+        Literal["error", "skip", "truncate-left", "truncate-middle"],
+        "a prompt longer than the model can take: an error; skip: one that is no failure of the run; or cut its "
+        "longest text at the beginning or in the middle, so that the answer has room",
+    ] = "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
-    """Files and manners of the job."""
+    """Files and manners of the job.
+
+    Raises:
+        UsageError: values that contradict each other.
+    """
 
     output_file: Annotated[str | None, "where answers go; default <input>.out.jsonl, '-' is stdout"] = None
-    overwrite: Annotated[bool, "replace an output file that exists"] = False
+    error_file: Annotated[str | None, "where failed rows go; default <output>.errors.jsonl"] = None
+    resume: Annotated[bool, "go on where an earlier run of the same command ended"] = True
+    overwrite: Annotated[bool, "begin anew: replace an output that exists, and its errors"] = False
+    retry_failed: Annotated[bool, "answer the rows in the error file again"] = False
     limit: Annotated[int | None, "only the first N rows", parse_count] = None
+    shard: Annotated[
+        str | None, "only the I-th of N shares of the rows, as I/N, each to an output of its own", parse_shard
+    ] = None
+    order: Annotated[
+        Literal["completion", "input"], "completion: write each answer when it is there; input: in the input's order"
+    ] = "completion"
+    max_errors: Annotated[int | None, "give up when more rows than this have failed"] = None
+    row_timeout: Annotated[float | None, "a row that takes longer (30, 5m) is an error", parse_seconds] = None
+    shutdown_timeout: Annotated[
+        float, "when told to stop, finish what is in flight for so long, then drop it", parse_seconds
+    ] = 10.0
+    lock_wait: Annotated[float, "wait so long for another run on the same output", parse_seconds] = 0.0
+    max_line_bytes: Annotated[int, "a longer line of the input is an error", parse_bytes] = MAX_LINE_BYTES
+    served_model_name: Annotated[
+        tuple[str, ...], "name that OpenAI rows may ask for beside the model's own; may be given several times"
+    ] = ()
     dry_run: Annotated[bool, "show the plan and stop"] = False
     progress: Annotated[
         Literal["auto", "rich", "plain", "none"],
         "rich, plain, none, or auto: live on a terminal, a line now and then elsewhere",
     ] = "auto"
+    quiet: Annotated[bool, "say nothing unless something failed"] = False
+    verbose: Annotated[bool, "say when each row is finished: its id and lengths, never its text"] = False
+    log_format: Annotated[Literal["text", "json"], "text, or json: an object per line"] = "text"
+    stats_file: Annotated[str | None, "keep the counters in this JSON file while the run goes on"] = None
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.retry_failed:
+            raise UsageError("--overwrite answers all rows again, --retry-failed only some: choose one")
+        if self.quiet and self.verbose:
+            raise UsageError("--quiet and --verbose contradict each other")
+        if self.max_errors is not None and self.max_errors < 0:
+            raise UsageError("max_errors must be at least 0")
+        if self.row_timeout is not None and self.row_timeout <= 0:
+            raise UsageError("row_timeout must be above 0")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): the i-th of n shares of the rows."""
+        first, shares = map(int, (self.shard or "1/1").split("/"))
+        return first, shares
 
 
 SECTIONS: Mapping[str, type] = {
@@ -223,7 +304,7 @@ class Setting:
     def wanted(self) -> str:
         """What it takes, for people."""
         if self.parse:
-            return "a size like 300M, 8G or 8GiB" if self.parse is parse_bytes else "a count like 4096 or 32k"
+            return WANTED[self.parse]
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         return " or ".join(self.choices) or words.get(self.item_type, str(self.item_type))
 
@@ -248,7 +329,7 @@ class Setting:
         if value is None and type(None) in get_args(self.type):
             return None
         if self.parse:
-            return self.parse(_exactly(int if isinstance(value, int) else str, value))
+            return self.parse(_exactly(type(value) if type(value) in (int, float) else str, value))
         if self.choices:
             if value not in self.choices:
                 raise ValueError

@@ -5,6 +5,7 @@ On a terminal the progress is live; elsewhere it is a plain line now and then. T
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bmx import hardware
+from bmx.files import now
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
-    from bmx.kernels import Kernels
-    from bmx.model.spec import ModelSpec
     from bmx.options import Option, Question
+    from bmx.places import Places
     from bmx.planner import Length, Memory, Plan
+    from bmx.request import Result
     from bmx.stats import Stats
 
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS, SELDOM_SECONDS = 10.0, 60.0  # between lines off a terminal, at first and later
+OFTEN_UNTIL = 120.0
+QUIET_SECONDS = 30.0  # without a finished row, from which that is said
 REFRESH_PER_SECOND = 2.0
 
 
@@ -31,11 +35,16 @@ class Display:
 
     Args:
         progress: ``auto``, ``rich``, ``plain`` or ``none``.
+        quiet: say nothing unless something failed.
+        log_format: ``text``, or ``json``: each line an object with time, level and message.
     """
 
-    def __init__(self, progress: str = "auto") -> None:
+    def __init__(self, progress: str = "auto", *, quiet: bool = False, log_format: str = "text") -> None:
         live = progress == "rich" or (progress == "auto" and sys.stderr.isatty())
-        self._mode = "none" if progress == "none" else "rich" if live else "plain"
+        self._json = log_format == "json"
+        self._mode = "none" if progress == "none" or quiet else "rich" if live and not self._json else "plain"
+        self._live = live and not self._json
+        self._dead = False
         self._console_made: Console | None = None
 
     @property
@@ -49,17 +58,46 @@ class Display:
             )
         return self._console_made
 
-    def note(self, text: str) -> None:
-        """One line for people; nothing if they asked for quiet."""
+    def note(self, text: str, **numbers: Any) -> None:
+        """A line for people; nothing if they asked for quiet. ``numbers`` are for programs that read the log."""
         if self._mode != "none":
-            self._print(text)
+            self._print(text, "info", numbers)
 
-    def _print(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Something that a person should look at and that does not stop the run."""
+        self._print(f"warning: {text}", "warning")
+
+    def error(self, message: str, hint: str | None = None) -> None:
+        """What went wrong, and what to do: shown whatever was asked for."""
+        if self._json:
+            self._print(message, "error", {"hint": hint})
+            return
+        self._print(f"error: {message}", "error")
+        if hint:
+            self._print(f"hint: {hint}", "error")
+
+    def _print(self, text: str, level: str, numbers: Mapping[str, Any] | None = None) -> None:
         """A full log disk or a closed terminal must not stop the results: from then on, silence."""
+        if self._dead:
+            return
+        text = printable(text)
         try:
-            self._console.print(text)
-        except OSError:
-            self._mode = "none"
+            if self._live:
+                self._console.print(text)
+            elif self._json:
+                line = {"time": now(), "level": level, "message": text, **(numbers or {})}
+                self._line(json.dumps(line, allow_nan=False))
+            else:
+                self._line(f"{now()} {text}")
+        except (OSError, ValueError):
+            self._dead = True
+
+    def _line(self, text: str) -> None:
+        stream = sys.stderr
+        stream.write(
+            text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8") + "\n"
+        )
+        stream.flush()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -71,20 +109,19 @@ class Display:
         with self._console.status(what):
             yield
 
-    def plan(
-        self, spec: ModelSpec, kernels: Kernels, plan: Plan, lengths: Sequence[Length], rows: int, every: int
-    ) -> None:
+    def plan(self, model: Mapping[str, Any], plan: Plan, lengths: Sequence[Length], rows: int, every: int) -> None:
         """What was decided, with the sum that says why it fits.
 
         Args:
-            rows: of the input; every so many-th of them was measured.
+            model: what computes.
+            rows: that are to be answered; every so many-th of them was measured.
         """
         tokens = every * sum(length.prompt_tokens for length in lengths)
         groups = " + ".join(f"{group.slots} x {group.capacity:,}" for group in plan.groups)
         count = f"{len(lengths):,} prompts of {tokens:,} tokens in all"
         if every > 1:
             count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (every {every}th was measured)"
-        self.note(f"{spec.name}, {count}, attention: {kernels.name}")
+        self.note(f"{model['architecture']}, {count}, attention: {model['attention']}")
         self.note(
             f"slots: {plan.slots} at once ({groups} KV pairs, {plan.fill:.0%} of them used), "
             f"chunks of {plan.step.chunk_size}, up to {plan.step.max_num_batched_tokens:,} tokens a step"
@@ -124,8 +161,10 @@ class Display:
         done = threading.Event()
 
         def beat() -> None:
-            while not done.wait(PLAIN_SECONDS):
-                self.note(status_line(stats))
+            while not done.wait(PLAIN_SECONDS if stats.elapsed < OFTEN_UNTIL else SELDOM_SECONDS):
+                self.note(
+                    status_line(stats), rows_done=stats.rows_before + stats.rows_done, rows_total=stats.rows_total
+                )
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -135,11 +174,32 @@ class Display:
             done.set()
             thread.join()
 
-    def summary(self, stats: Stats, plan: Plan, output: str | None) -> None:
+    def row(self, result: Result) -> None:
+        """A finished row: who, how long, and how it ended; never what it says."""
+        name = repr(result.id)[:80]
+        if result.error:
+            self.note(f"row {name}: {result.error.code}")
+        elif result.usage:
+            tokens = f"{result.usage.prompt_tokens:,} prompt tokens, {result.usage.completion_tokens:,} generated"
+            self.note(f"row {name}: {tokens}, {result.finish_reason}")
+
+    def nothing_left(self, stats: Stats, places: Places) -> None:
+        """Why a run ends before it begins."""
+        if not stats.rows_total:
+            self.note("the input has no rows")
+            return
+        self.note(f"nothing to do: all {stats.rows_total:,} rows have their records already")
+        self._failures(stats, places)
+
+    def summary(self, stats: Stats, plan: Plan, places: Places) -> None:
         """What a finished run did."""
-        done = stats.rows_done - stats.rows_failed
+        before = f" ({stats.rows_before:,} had their records before)" if stats.rows_before else ""
+        skipped = f", {stats.rows_skipped:,} skipped" if stats.rows_skipped else ""
         failed = f", {stats.rows_failed:,} failed" if stats.rows_failed else ""
-        self.note(f"done: {done:,} of {stats.rows_done:,} rows answered{failed} in {duration(stats.elapsed)}")
+        self.note(
+            f"done: {stats.rows_answered:,} of {stats.rows_total:,} rows answered{skipped}{failed} "
+            f"in {duration(stats.elapsed)}{before}"
+        )
         self.note(
             f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens), "
             f"decode {stats.decode_rate:,.0f} tok/s ({stats.generated_tokens:,} generated)"
@@ -150,13 +210,22 @@ class Display:
         )
         self.note(f"KV cache {megabytes(stats.kv_bytes)} in {stats.slots} slots{share}")
         planned, seen = plan.memory.total, stats.peak_memory_bytes
-        self.note(f"memory planned {megabytes(planned)}, most seen {megabytes(seen)} ({seen / planned - 1:+.1%})")
+        if seen:
+            self.note(f"memory planned {megabytes(planned)}, most seen {megabytes(seen)} ({seen / planned - 1:+.1%})")
         if stats.shrunk_to:
             slots, tokens = stats.shrunk_to[-1]
             times = len(stats.shrunk_to)
             self.note(f"memory ran out {times} times: went on with {slots} slots, {tokens} tokens a step")
-        if output:
-            self.note(f"answers are in {output}")
+        self._failures(stats, places)
+        if places.output:
+            self.note(f"answers are in {places.output}")
+
+    def _failures(self, stats: Stats, places: Places) -> None:
+        """One line for all failed rows, however many: what went wrong is in the error file, row by row."""
+        if stats.rows_failed:
+            codes = ", ".join(f"{count:,} {code}" for code, count in stats.errors.most_common())
+            where = f"; see {places.errors}" if places.errors else ""
+            self._print(f"{stats.rows_failed:,} rows failed: {codes}{where}", "warning", {"errors": dict(stats.errors)})
 
     def data(self, text: str) -> None:
         """A line of the answer itself, on standard output."""
@@ -189,10 +258,6 @@ class Display:
         self.data(f"the largest step, slots left out: {megabytes(seen)} measured")
         self.data(f"  {megabytes(before)} predicted from the config alone: {before / seen - 1:+.1%}")
         self.data(f"  {megabytes(planned)} predicted once the weights were loaded: {planned / seen - 1:+.1%}")
-
-    def error(self, message: str, hint: str | None = None) -> None:
-        """What went wrong, and what to do: shown whatever was asked for."""
-        self._print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""))
 
 
 OPTION_COLUMNS = (
@@ -234,14 +299,15 @@ def memory_items(memory: Memory) -> tuple[tuple[str, int], ...]:
 
 def status_line(stats: Stats) -> str:
     """The counters in a line."""
-    left = stats.seconds_left
+    left, quiet = stats.seconds_left, stats.quiet_seconds
     return (
-        f"{stats.rows_done:,}/{stats.rows_total:,} rows"
+        f"{stats.rows_before + stats.rows_done:,}/{stats.rows_total:,} rows"
         + (f" ({stats.rows_failed:,} failed)" if stats.rows_failed else "")
         + f", prompt {stats.prefill_rate:,.0f} tok/s, generated {stats.decode_rate:,.0f} tok/s"
         + f", {stats.active_slots}/{stats.slots} slots, memory {megabytes(stats.memory_bytes)}"
         + f", {duration(stats.elapsed)} gone"
         + (f", about {duration(left)} left" if left is not None else "")
+        + (f", no row finished for {duration(quiet)}" if quiet >= QUIET_SECONDS else "")
     )
 
 
@@ -307,6 +373,11 @@ def _demo() -> str:
         return demo_model_path().name
     except ModelError as error:
         return f"not installed: {error.hint}"
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: control characters as escapes, line breaks too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def megabytes(size: float) -> str:

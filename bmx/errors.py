@@ -5,6 +5,7 @@ BmxError                  a job that cannot start or go on (exit 1)
 ├── MemoryLimitError      it does not fit (exit 4)
 ├── InputFileError        the input file cannot be used (exit 5)
 ├── OutputError           the output cannot be written (exit 1)
+├── LockedError           another run works on the same output (exit 75)
 ├── ModelError            no such model, or one that bmx cannot run rightly (exit 1)
 └── DeviceError           the GPU fails for good (exit 1)
 
@@ -48,6 +49,12 @@ class InputFileError(BmxError):
 
 class OutputError(BmxError):
     """The output file cannot be created or written."""
+
+
+class LockedError(BmxError):
+    """Another run is at work on the same output."""
+
+    exit_code = 75
 
 
 class ModelError(BmxError):

@@ -1,185 +1,253 @@
-"""The job: files in, a file out. Checks what can be checked before anything is loaded, then pipes rows through.
+"""The job: files in, files out. Checks what can be checked before anything is loaded, then pipes rows through.
 
-Knows paths and the order of things; how a row is answered is the engine's business, how it is shown the display's.
+Knows the order of things; how a row is answered is the engine's business, how it is shown the display's, what is
+done already the journal's.
 """
 
 from __future__ import annotations
 
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from bmx.config import RunConfig
 from bmx.display import Display
 from bmx.engine.lengths import sampling_step
-from bmx.errors import InputFileError, OutputError, UsageError
-from bmx.jsonl import Reader, Writer, duplicate_ids, open_input
-from bmx.manifest import manifest_path, run_record, write_manifest
-from bmx.request import Result
+from bmx.errors import BmxError, UsageError
+from bmx.files import locked
+from bmx.fingerprint import FAKE, differences, fingerprint, seed
+from bmx.journal import REMEDY, Found, Journal, Ledger, Todo
+from bmx.jsonl import Reader
+from bmx.manifest import State, begun, ended, kept_stats, manifest_path, plan_record, read_manifest, write_json
+from bmx.outbox import TOO_LONG, Outbox
+from bmx.places import Places, find_places, input_paths, input_reader, model_names
+from bmx.planner import Plan
+from bmx.request import Request
+from bmx.signals import Interrupted, Stop
 from bmx.stats import Stats
 
-STDIO = "-"
-SHOWN_DUPLICATES = 5
+if TYPE_CHECKING:
+    from bmx.engine.engine import Engine
 
 
-def run(config: RunConfig, display: Display) -> Stats:
-    """Answer every row of the inputs.
+def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
+    """Answer every row of the inputs that has no record yet.
+
+    Args:
+        stop: tells when to end early.
 
     Returns:
         The counters: ``rows_failed`` says whether all went well.
 
     Raises:
         BmxError: the job cannot start or go on.
+        Interrupted: it was told to stop; what is finished is kept.
     """
-    output = output_path(config)
-    check_output(output, config)
-    with input_paths(config.inputs) as paths:
-        reader = input_reader(config, paths)
-        rows = check_rows(reader)
-        if not rows and config.job.dry_run:
-            display.note("the input has no rows")
-            return Stats()
-        if not rows:
-            with Writer(output, overwrite=config.job.overwrite):
-                display.note("the input has no rows")
-            return Stats()
-        return _generate(config, display, reader, rows, output)
+    places = find_places(config)
+    with ExitStack() as stack:
+        if places.durable and not config.job.dry_run:
+            stack.enter_context(locked(places.beside(".lock"), config.job.lock_wait))
+        paths = stack.enter_context(input_paths(config.inputs))
+        mark = fingerprint(config)
+        reader = input_reader(config, paths, seed(mark))
+        found, todo = outstanding(config, places, mark, reader)
+        if todo.left:
+            return _answer(config, display, stop or Stop(), places, mark, reader, found, todo)
+        return _nothing_left(config, display, places, begun(config, mark), found, todo)
 
 
-def _generate(config: RunConfig, display: Display, reader: Reader, rows: int, output: Path | None) -> Stats:
-    from bmx.engine.engine import Engine
-
-    unpacked = config.engine.model == "demo" or config.engine.model.lower().endswith(".gguf")
-    once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
-    with display.waiting(f"loading model {config.engine.model}{once}"):
-        engine = Engine.open(config.engine, config.prompt)
-    every = sampling_step(rows)
-    with display.waiting("measuring the prompts, making the plan"):
-        lengths = engine.measure(reader.requests(), every)
-        plan = engine.plan(lengths)
-    stats = engine.stats
-    stats.rows_total = rows
-    stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
-    display.plan(engine.loaded.spec, engine.kernels, plan, lengths, rows, every)
-    if config.job.dry_run:
-        return stats
-    with Writer(output, overwrite=config.job.overwrite) as writer, display.live(stats):
-
-        def write(result: Result) -> None:
-            writer.write(result)
-            stats.rows_done += 1
-            stats.rows_failed += result.error is not None
-
-        for result in engine.generate(reader.requests(bad=write), plan):
-            write(result)
-    display.summary(stats, plan, str(output) if output else None)
-    if output:
-        write_manifest(manifest_path(output), run_record(config, engine.describe(), plan, stats))
+def _nothing_left(
+    config: RunConfig, display: Display, places: Places, record: dict[str, Any], found: Found, todo: Todo
+) -> Stats:
+    """All rows have their records, or there are none: no model is needed to say so."""
+    stats = _counters(Stats(), config, found, todo)
+    before = read_manifest(places.output) if places.output else None
+    if not config.job.dry_run:
+        with kept_stats(places.stats, stats, display.warn):
+            if before is None or before["state"] != "finished" or config.job.overwrite:
+                with recording(places, record, found, stats):
+                    pass
+    display.nothing_left(stats, places)
     return stats
 
 
-def output_path(config: RunConfig) -> Path | None:
-    """Where the answers go; None is standard output.
+def outstanding(config: RunConfig, places: Places, mark: dict[str, Any], reader: Reader) -> tuple[Found, Todo]:
+    """What earlier runs have left to do.
 
     Raises:
-        UsageError: the input has no name to derive one from.
+        InputFileError: the input cannot be read, or two rows have the same id.
+        UsageError: the output is that of another job.
     """
-    if config.job.output_file == STDIO:
-        return None
-    if config.job.output_file:
-        return Path(config.job.output_file)
-    if config.inputs[0] == STDIO:
-        raise UsageError("reading from standard input needs an output", hint="-o answers.jsonl, or -o - for stdout")
-    first = Path(config.inputs[0])
-    return first.with_name(first.name.removesuffix(".jsonl") + ".out.jsonl")
+    job = config.job
+    with closing(Ledger()) as ledger:
+        ledger.read(reader, job.limit)
+        found = Found()
+        if places.used and not job.overwrite:
+            _check_same_job(config, places, mark)
+            found = ledger.find(places.output, places.errors, retry_failed=job.retry_failed)
+        return found, ledger.todo(job.share)
 
 
-def check_output(output: Path | None, config: RunConfig) -> None:
-    """Refuse an output that would destroy something, or that cannot be written, before any work.
+def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> None:
+    """Refuse an output that another job, or another program, has written.
 
     Raises:
-        UsageError: it is an input, or it exists.
-        OutputError: its folder is missing or not a folder.
+        UsageError: says what differs.
     """
-    if output is None:
-        return
-    for name in config.inputs:
-        if name != STDIO and output.exists() and Path(name).exists() and output.samefile(name):
-            raise UsageError(f"the output {output} is also an input", hint="choose another with -o")
-    if output.is_dir():
-        raise UsageError(f"the output {output} is a folder", hint="-o takes a file")
-    if output.exists() and not config.job.overwrite and not config.job.dry_run:
-        raise UsageError(f"the output {output} exists", hint="choose another with -o, or replace it with --overwrite")
-    if not output.parent.is_dir():
-        raise OutputError(f"the folder {output.parent} does not exist", hint="create it, or choose another with -o")
+    if not config.job.resume:
+        raise UsageError(f"the output {places.output} exists", hint=REMEDY)
+    before = read_manifest(places.output) if places.output else None
+    if before is None:
+        path = manifest_path(places.output) if places.output else None
+        raise UsageError(f"the output {places.output} exists, and no {path} says how it was made", hint=REMEDY)
+    changed = differences(before["fingerprint"], mark)
+    if changed:
+        raise UsageError(f"the output {places.output} was made with other settings: {changed}", hint=REMEDY)
+
+
+def _check_same_model(places: Places, model: dict[str, Any]) -> None:
+    """Refuse to go on with a model that has changed at its source.
+
+    Raises:
+        UsageError: names both.
+    """
+    before = (read_manifest(places.output) or {}).get("model", model) if places.output else model
+    for name in ("commit", "dtype"):
+        if before.get(name) != model[name]:
+            raise UsageError(
+                f"the output {places.output} was made with {name} {before.get(name)} of the model, now {model[name]}",
+                hint=f"--{'revision' if name == 'commit' else name} {before.get(name)} goes on with it; {REMEDY}",
+            )
+
+
+def _counters(stats: Stats, config: RunConfig, found: Found, todo: Todo) -> Stats:
+    """The counters of a run that goes on where others ended."""
+    stats.rows_total, stats.rows_before = todo.rows, todo.rows - todo.left
+    stats.errors.update(found.failed)
+    if config.prompt.on_too_long == "skip":
+        stats.rows_skipped = stats.errors.pop(TOO_LONG, 0)
+    return stats
+
+
+def open_engine(config: RunConfig) -> Engine:
+    """The engine that the settings name.
+
+    Raises:
+        BmxError: it cannot be loaded.
+    """
+    if config.engine.model == FAKE:
+        from bmx.engine.fake import FakeEngine
+
+        return FakeEngine.open(config.engine, config.prompt)
+    from bmx.engine.engine import Engine
+
+    return Engine.open(config.engine, config.prompt)
+
+
+def _answer(
+    config: RunConfig,
+    display: Display,
+    stop: Stop,
+    places: Places,
+    mark: dict[str, Any],
+    reader: Reader,
+    found: Found,
+    todo: Todo,
+) -> Stats:
+    unpacked = config.engine.model == "demo" or config.engine.model.lower().endswith(".gguf")
+    once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
+    with display.waiting(f"loading model {config.engine.model}{once}"):
+        engine = open_engine(config)
+    model = engine.describe()
+    if found.output_bytes or found.error_bytes:
+        _check_same_model(places, model)
+    every = sampling_step(todo.left)
+    with display.waiting("measuring the prompts, making the plan"):
+        lengths = engine.measure(row.request for row in reader.rows(todo.skip, every) if row.request)
+        plan = engine.plan(lengths)
+    stats = _counters(engine.stats, config, found, todo)
+    stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
+    display.plan(model, plan, lengths, todo.left, every)
+    if config.job.dry_run:
+        return stats
+    record = begun(config, mark) | {"model": model, "plan": plan_record(plan)}
+    with (
+        kept_stats(places.stats, stats, display.warn),
+        recording(places, record, found, stats, plan) as journal,
+        display.live(stats),
+    ):
+        outbox = Outbox(
+            add=journal.add,
+            stats=stats,
+            model=model_names(config)[0],
+            in_order=config.job.order == "input",
+            skips=config.prompt.on_too_long == "skip",
+            max_errors=config.job.max_errors,
+            tell=display.row if config.job.verbose else None,
+        )
+        requests = _requests(reader, todo, outbox, stop)
+        _pump(engine, requests, plan, outbox, stop, config.job.row_timeout)
+        if stop.signal is not None:
+            raise Interrupted(stop.signal)
+        if stats.rows_done != todo.left:
+            what = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed meanwhile?"
+            raise BmxError(what, hint="the same command finds out, and goes on")
+    display.summary(stats, plan, places)
+    return stats
+
+
+def _pump(
+    engine: Engine,
+    requests: Iterator[Request | None],
+    plan: Plan,
+    outbox: Outbox,
+    stop: Stop,
+    row_timeout: float | None,
+) -> None:
+    """Move rows through the engine; the first signal lets it finish what it has begun."""
+    with closing(engine.generate(requests, plan, stop=stop, row_timeout=row_timeout)) as results, stop.gentle():
+        for result in results:
+            outbox.put(result)
+
+
+def _requests(reader: Reader, todo: Todo, outbox: Outbox, stop: Stop) -> Iterator[Request | None]:
+    """Requests as the engine wants them; None while rows before them must be written first."""
+    for row in reader.rows(todo.skip):
+        while outbox.full:
+            yield None
+        if stop.requested:
+            return
+        outbox.expect(row)
+        if row.request:
+            yield row.request
 
 
 @contextmanager
-def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
-    """The input files; standard input is copied to a temporary file first, since inputs are read more than once.
+def recording(
+    places: Places, record: dict[str, Any], found: Found, stats: Stats, plan: Plan | None = None
+) -> Iterator[Journal]:
+    """The journal, open while the body runs, and the manifest that says what becomes of the run.
 
     Raises:
-        InputFileError: one is missing or cannot be read.
+        OutputError: the disk is full, or fails. The manifest says "finished" only when all is on the disk.
     """
-    with tempfile.TemporaryDirectory(prefix="bmx-") as folder:
-        paths: list[Path] = []
-        for name in names:
-            path = Path(name)
-            if name == STDIO or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe
-                path = _spooled(name, Path(folder) / f"input-{len(paths)}.jsonl")
-            open_input(path).close()
-            paths.append(path)
-        yield tuple(paths)
 
+    def write(more: dict[str, Any]) -> None:
+        if places.durable:
+            write_json(places.beside(".run.json"), record | more)
 
-def _spooled(name: str, to: Path) -> Path:
+    journal = Journal(places.output, places.errors, found)
+    state: State = "failed"
     try:
-        with to.open("wb") as copy:
-            if name == STDIO:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
-            else:
-                with Path(name).open("rb") as pipe:
-                    shutil.copyfileobj(pipe, copy)
-    except OSError as error:
-        raise InputFileError(f"cannot copy {name} to a temporary file: {error.strerror}") from None
-    return to
-
-
-def check_rows(reader: Reader) -> int:
-    """How many rows there are.
-
-    Raises:
-        InputFileError: two rows have the same id.
-    """
-    count = 0
-
-    def counted() -> Iterator[object]:
-        nonlocal count
-        for item in reader:
-            count += 1
-            yield item
-
-    twice = duplicate_ids(counted())  # type: ignore[arg-type]
-    if twice:
-        shown = ", ".join(repr(name[:80]) for name in twice[:SHOWN_DUPLICATES])
-        more = f" and {len(twice) - SHOWN_DUPLICATES} more" if len(twice) > SHOWN_DUPLICATES else ""
-        raise InputFileError(f"{len(twice)} ids occur more than once: {shown}{more}", hint="ids must be unique")
-    return count
-
-
-def input_reader(config: RunConfig, paths: tuple[Path, ...]) -> Reader:
-    """What reads the rows of these files, with the defaults and the template of the job."""
-    return Reader(
-        paths=paths,
-        defaults=config.sampling,
-        template=_unescape(config.prompt.prompt_template),
-        limit=config.job.limit,
-    )
-
-
-def _unescape(template: str | None) -> str | None:
-    r"""A template from a shell: ``\n`` and ``\t`` typed as two characters mean what they say."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+        write({})
+        yield journal
+        journal.close()
+        state = "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    finally:
+        with suppress(BmxError) if state != "finished" else ExitStack():
+            if state != "finished":
+                journal.close()
+            write(ended(state, plan, stats))

@@ -1,176 +1,233 @@
-"""Lines in, lines out: the plain and the OpenAI-batch dialect, recognised line by line; strict JSON both ways.
+"""Lines in: the plain and the OpenAI-batch dialect, recognised line by line; strict JSON.
 
-Knows files and formats; knows nothing of models. A line that cannot become a request is a result at once.
+Knows the formats of requests; knows nothing of models. A line that cannot become a request is a row with an error.
 """
 
 from __future__ import annotations
 
-import io
+import difflib
 import json
 import string
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from random import Random
+from typing import Any, NoReturn
 
 import jsonlines
 
-from bmx.errors import BmxError, InputFileError, OutputError, RowError, UsageError
-from bmx.request import Request, Result, SamplingParams
+from bmx.config import MAX_LINE_BYTES, setting_named
+from bmx.errors import RowError, UsageError
+from bmx.lines import LineSet, read_lines
+from bmx.records import Dialect
+from bmx.request import Request, SamplingParams
 
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
-OPENAI_URLS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+OPENAI_URLS: dict[str, Dialect] = {
+    "/v1/chat/completions": "chat.completion",
+    "/v1/completions": "text_completion",
+}
 OPENAI_PLAIN = {"model", "messages", "prompt", "n", "stream", "user", "metadata"}
 OPENAI_ONLY = {"stream": False, "n": 1}  # the one value that is answered
-WRITE_BUFFER = 1 << 20
+NOT_SUPPORTED = {  # what other programs call sampling, and would be ignored here
+    *("best_of", "beam_width", "do_sample", "frequency_penalty", "guided_choice", "guided_grammar", "guided_json"),
+    *("guided_regex", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_length"),
+    *("max_new_tokens", "min_new_tokens", "min_tokens", "n", "no_repeat_ngram_size", "num_beams"),
+    *("num_return_sequences", "presence_penalty", "response_format", "stop_sequences", "stream", "tool_choice"),
+    *("tools", "top_logprobs", "typical_p", "use_beam_search"),
+}
+LIKE_A_FIELD = 0.85  # similarity from which an unknown name is taken for a misspelt one
+
+
+@dataclass(slots=True)
+class Row:
+    """An input line: who it is, how it wants to be answered, and what it asks or what is wrong with it.
+
+    Attributes:
+        line: its number, all inputs numbered through.
+        id: its own, or ``line-<n>``.
+        key: a hash of what it says and of what else decides its answer.
+        request, error: one of them.
+    """
+
+    line: int
+    id: str | int
+    key: str
+    dialect: Dialect = "plain"
+    request: Request | None = None
+    error: RowError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """Reads requests from files, as often as it is iterated, one line in memory at a time.
+    """Reads rows from files, as often as it is asked to, one line in memory at a time.
 
     Attributes:
         paths: the files, read one after the other; their lines are numbered through.
         defaults: sampling parameters that a row's own replace.
         template: text with {field} places that makes the prompt of plain rows, or None.
-        limit: only so many rows, or None.
+        models: names that a row may ask for; nothing for any.
+        seed: goes into every key.
+        longest: bytes of the longest line that is read.
+
+    Raises:
+        UsageError: the template has other than plain names in braces.
     """
 
     paths: tuple[Path, ...]
-    defaults: SamplingParams
+    defaults: SamplingParams = SamplingParams()
     template: str | None = None
-    limit: int | None = None
+    models: frozenset[str] = frozenset()
+    seed: bytes = b""
+    longest: int = MAX_LINE_BYTES
 
     def __post_init__(self) -> None:
         if self.template is not None:
             _template_fields(self.template)
 
-    def __iter__(self) -> Iterator[Request | Result]:
-        """Requests in the order of the file; a bad line is a Result with its error.
+    def rows(self, skip: LineSet | None = None, every: int = 1) -> Iterator[Row]:
+        """Rows in the order of the files; blank lines are none.
+
+        Args:
+            skip: numbers of lines that are not looked at.
+            every: look only at one of so many of the others, at random, the same ones each time.
 
         Raises:
             InputFileError: a file is missing or cannot be read.
         """
-        with ExitStack() as files:
-            lines = (line for path in self.paths for line in files.enter_context(open_input(path)))
-            reader = jsonlines.Reader(lines, loads=strict_loads)
-            for count, (number, row) in enumerate(_rows(reader), 1):
-                yield self._item(number, row)
-                if count == self.limit:
-                    return
+        for row, fields_ in self._parsed(skip, every):
+            if isinstance(fields_, dict):
+                try:
+                    self._fill(row, fields_)
+                except RowError as error:
+                    row.error = error
+            yield row
 
-    def requests(self, bad: Callable[[Result], None] | None = None) -> Iterator[Request]:
-        """Only the good lines; each bad one is handed to ``bad``."""
-        for item in self:
-            if isinstance(item, Request):
-                yield item
-            elif bad:
-                bad(item)
+    def identities(self) -> Iterator[Row]:
+        """All rows with their ids and keys alone."""
+        return (row for row, _ in self._parsed())
 
-    def _item(self, number: int, row: dict[str, Any] | RowError) -> Request | Result:
-        if isinstance(row, RowError):
-            return Result(id=f"line-{number}", error=row)
-        name = row.get("custom_id") if _is_openai(row) else row.get("id")
-        known = name if isinstance(name, (str, int)) and not isinstance(name, bool) else f"line-{number}"
-        try:
-            if name is not None and known is not name:
-                raise RowError("invalid_request", f"an id must be text or a whole number, not {type(name).__name__}")
-            request = self._openai(row, known) if _is_openai(row) else self._plain(row, known)
-        except RowError as error:
-            return Result(id=known, error=error)
-        return request
+    def _parsed(self, skip: LineSet | None = None, every: int = 1) -> Iterator[tuple[Row, dict[str, Any] | None]]:
+        """Rows that are identified and not yet understood; those that are no objects have their error already."""
+        source = _Source(self.paths, self.longest, skip, every)
+        reader = jsonlines.Reader(source, loads=strict_loads)
+        while True:
+            try:
+                value = reader.read(allow_none=True)
+                problem = None if isinstance(value, dict) else f"line {source.number} is not a JSON object"
+            except EOFError:
+                return
+            except jsonlines.InvalidLineError as error:
+                if not error.line.strip():
+                    continue
+                value, problem = None, f"line {source.number}: {error.__cause__ or error}{source.torn}"
+            key = blake2b(source.line.strip(), key=self.seed, digest_size=8)
+            row = Row(source.number, f"line-{source.number}", key.hexdigest())
+            if source.left_out:
+                problem = f"line {source.number} is longer than {self.longest:,} bytes (--max-line-bytes)"
+                row.error = RowError("invalid_request", problem)
+            elif problem:
+                row.error = RowError("invalid_json", problem)
+            else:
+                _identify(row, value)
+            yield row, None if row.error else value
 
-    def _plain(self, row: dict[str, Any], name: str | int) -> Request:
-        own = _own_sampling(row)
-        prompt, messages = row.get("prompt"), row.get("messages")
-        if self.template is not None and messages is None:
-            prompt = _fill(self.template, row)
+    def _fill(self, row: Row, values: dict[str, Any]) -> None:
+        """Turn what a row says into its request."""
+        if row.dialect != "plain" or _is_openai(values):
+            row.request = self._openai(row, values)
+        else:
+            row.request = self._plain(row, values)
+
+    def _plain(self, row: Row, values: dict[str, Any]) -> Request:
+        prompt, messages = values.get("prompt"), values.get("messages")
+        if self.template is None:
+            _check_names(values)
+        elif messages is None:
+            prompt = _filled(self.template, values)
         if prompt is not None and messages is not None:
             raise RowError("invalid_request", "give either 'prompt' or 'messages', not both")
-        return self._request(name, prompt, messages, own)
+        return self._request(row, prompt, messages, values)
 
-    def _openai(self, row: dict[str, Any], name: str | int) -> Request:
-        body, url = row.get("body"), row.get("url")
-        if row.get("method", "POST") != "POST" or not isinstance(url, str) or url not in OPENAI_URLS:
+    def _openai(self, row: Row, values: dict[str, Any]) -> Request:
+        body, url = values.get("body"), values.get("url")
+        if values.get("method", "POST") != "POST" or not isinstance(url, str) or url not in OPENAI_URLS:
             raise RowError("invalid_request", f"only POST to {' or '.join(OPENAI_URLS)} is answered")
         if not isinstance(body, dict):
             raise RowError("invalid_request", "'body' must be an object")
-        own = _own_sampling(body)
-        if body.get("max_completion_tokens") is not None:
-            own["max_tokens"] = body["max_completion_tokens"]
         unknown = body.keys() - SAMPLING_FIELDS - OPENAI_PLAIN - {"max_completion_tokens"}
         unknown |= {key for key, plain in OPENAI_ONLY.items() if body.get(key) not in (None, plain)}
         if unknown:
-            raise RowError("invalid_request", f"unsupported in 'body': {', '.join(sorted(unknown))}")
-        raw = OPENAI_URLS[url] == "prompt"
-        wanted = body.get("prompt") if raw else body.get("messages")
-        return self._request(name, wanted if raw else None, None if raw else wanted, own, raw=raw)
+            raise RowError("invalid_request", f"unsupported in 'body': {', '.join(sorted(unknown))[:500]}")
+        model = body.get("model")
+        if self.models and model is not None and model not in self.models:
+            message = f"this job answers as {' or '.join(sorted(self.models))} (more names: --served-model-name)"
+            raise RowError("model_not_found", message)
+        if body.get("max_completion_tokens") is not None:
+            body = body | {"max_tokens": body["max_completion_tokens"]}
+        if row.dialect == "text_completion":
+            return self._request(row, body.get("prompt"), None, body, raw=True)
+        return self._request(row, None, body.get("messages"), body)
 
-    def _request(
-        self, name: str | int, prompt: Any, messages: Any, own: dict[str, Any], *, raw: bool = False
-    ) -> Request:
+    def _request(self, row: Row, prompt: Any, messages: Any, values: dict[str, Any], *, raw: bool = False) -> Request:
         if messages is not None:
             messages = _messages(messages)
         elif not isinstance(prompt, str) or not prompt.strip():
-            raise RowError(
-                "invalid_request", "'prompt' must be text, and not empty" if prompt is not None else "no prompt"
-            )
-        params = _params(self.defaults, own)
-        return Request(id=name, prompt=prompt, messages=messages, params=params, raw=raw, seeded="seed" in own)
+            problem = "'prompt' must be text, and not empty" if prompt is not None else "no prompt"
+            raise RowError("invalid_request", problem)
+        own = {key: values[key] for key in SAMPLING_FIELDS & values.keys() if values[key] is not None}
+        params = _params(self.defaults, own) if own else self.defaults
+        return Request(id=row.id, prompt=prompt, messages=messages, params=params, raw=raw, seeded="seed" in own)
 
 
-def _rows(reader: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """(line number, object or error) of every line that is not blank."""
-    number = 0
-    while True:
-        number += 1
-        try:
-            row = reader.read(allow_none=True)
-        except EOFError:
-            return
-        except jsonlines.InvalidLineError as error:
-            if error.line.strip():
-                yield number, RowError("invalid_json", str(error))
-            continue
-        good = isinstance(row, dict)
-        yield number, row if good else RowError("invalid_json", f"line {number} is not a JSON object")
+class _Source:
+    """The lines of some files, for whoever reads them, and where that is: number, line, and what of it is left out."""
+
+    def __init__(self, paths: tuple[Path, ...], longest: int, skip: LineSet | None, every: int) -> None:
+        self._paths, self._longest, self._skip, self._every = paths, longest, skip, every
+        self.number = 0
+        self.line = b""
+        self.left_out = 0
+
+    @property
+    def torn(self) -> str:
+        """What may be wrong with a last line that cannot be read."""
+        return "" if self.line.endswith(b"\n") else " (the file ends in this line: is it still being written?)"
+
+    def __iter__(self) -> Iterator[bytes]:
+        chance, wanted, at, skip = Random(0), 0, -1, self._skip
+        lines = (line for path in self._paths for line in read_lines(path, self._longest))
+        for self.number, (self.line, self.left_out) in enumerate(lines, 1):
+            if skip is not None and self.number > skip.last:
+                return
+            if skip is not None and self.number in skip:
+                continue
+            if self._every > 1:
+                at += 1
+                if at % self._every == 0:
+                    wanted = at + chance.randrange(self._every)
+                if at != wanted:
+                    continue
+            yield b"" if self.left_out else self.line
 
 
-def open_input(path: Path) -> BinaryIO:
-    """A file of lines, as bytes.
-
-    Raises:
-        InputFileError: missing, a folder, or not readable.
-    """
-    try:
-        if path.is_dir():
-            raise InputFileError(f"{path} is a folder, not a file of prompts")
-        return path.open("rb")
-    except OSError as error:
-        raise InputFileError(f"cannot read {path}: {error.strerror}") from None
-
-
-def strict_loads(text: str) -> Any:
-    """JSON that any other reader understands in the same way.
-
-    Raises:
-        ValueError: not JSON, NaN or Infinity, a key twice, half a surrogate pair, or nested too deep.
-    """
-    try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair") from None
-    return value
+def _identify(row: Row, values: dict[str, Any]) -> None:
+    """Give a row its own id, if it has one, and its dialect."""
+    openai = _is_openai(values)
+    name = values.get("custom_id") if openai else values.get("id")
+    if isinstance(name, (str, int)) and not isinstance(name, bool):
+        row.id = name
+    elif name is not None:
+        row.error = RowError("invalid_request", f"an id must be text or a whole number, not {type(name).__name__}")
+    if openai:
+        url = values.get("url")
+        row.dialect = OPENAI_URLS.get(url if isinstance(url, str) else "", "chat.completion")
 
 
-def strict_dumps(value: Any) -> str:
-    """One line of JSON; numbers that are none are refused."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def _is_openai(values: dict[str, Any]) -> bool:
+    return "custom_id" in values and ("body" in values or "url" in values)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -184,13 +241,46 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _own_sampling(values: dict[str, Any]) -> dict[str, Any]:
-    """The sampling fields that a row sets; null leaves the default."""
-    return {key: values[key] for key in SAMPLING_FIELDS & values.keys() if values[key] is not None}
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_twins)
 
 
-def _is_openai(row: dict[str, Any]) -> bool:
-    return "custom_id" in row and ("body" in row or "url" in row)
+def strict_loads(text: str) -> Any:
+    """JSON that any other reader understands in the same way.
+
+    Raises:
+        ValueError: not JSON, NaN or Infinity, a key twice, half a surrogate pair, or nested too deep.
+    """
+    try:
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair") from None
+    return value
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    """Refuse a sampling field that would be ignored, since it is unsupported or misspelt; other fields are data.
+
+    Raises:
+        RowError: names it.
+    """
+    unsupported = NOT_SUPPORTED & values.keys()
+    if unsupported:
+        raise RowError("invalid_request", f"unsupported: {', '.join(sorted(unsupported))}")
+    for name in values.keys() - SAMPLING_FIELDS:
+        meant = _meant(name) if len(name) < 40 else None
+        if meant:
+            raise RowError("invalid_request", f"unknown field {name!r}: did you mean {meant!r}?")
+
+
+@lru_cache(maxsize=1024)
+def _meant(name: str) -> str | None:
+    """The sampling field that a name is a misspelling of."""
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), SAMPLING_FIELDS, n=1, cutoff=LIKE_A_FIELD)
+    return near[0] if near else None
 
 
 def _messages(messages: Any) -> tuple[dict[str, Any], ...]:
@@ -228,14 +318,24 @@ def _params(defaults: SamplingParams, own: dict[str, Any]) -> SamplingParams:
     Raises:
         RowError: a wrong type, or out of range.
     """
-    from bmx.config import setting_named
-
+    typed = tuple((key, type(value), value) for key, value in own.items())
     try:
-        return replace(defaults, **{key: setting_named(key).coerce(value) for key, value in own.items()})
+        return _replaced(defaults, typed) if _hashable(own) else _replaced.__wrapped__(defaults, typed)
     except (ValueError, UsageError) as error:
         raise RowError("invalid_request", str(error)) from None
 
 
+def _hashable(own: dict[str, Any]) -> bool:
+    return not any(isinstance(value, (list, dict)) for value in own.values())
+
+
+@lru_cache(maxsize=1024)
+def _replaced(defaults: SamplingParams, own: tuple[tuple[str, type, Any], ...]) -> SamplingParams:
+    """The defaults with some values replaced; few rows differ in them. Types keep 1, 1.0 and True apart."""
+    return replace(defaults, **{key: setting_named(key).coerce(value) for key, _, value in own})
+
+
+@cache
 def _template_fields(template: str) -> list[tuple[str, str | None]]:
     """(text, field name or None) pieces of a template; only plain names may stand in braces.
 
@@ -257,90 +357,13 @@ def _template_fields(template: str) -> list[tuple[str, str | None]]:
     return pieces
 
 
-def _fill(template: str, row: dict[str, Any]) -> str:
+def _filled(template: str, values: dict[str, Any]) -> str:
     parts = []
     for text, name in _template_fields(template):
         parts.append(text)
         if name is not None:
-            value = row.get(name)
+            value = values.get(name)
             if value is None:
                 raise RowError("invalid_request", f"the row has no field {name!r} for the prompt template")
             parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return "".join(parts)
-
-
-class Writer:
-    """Writes results, each as a whole line as soon as it is there.
-
-    Args:
-        path: a file that does not exist yet, or None for standard output.
-        overwrite: whether the file may exist.
-
-    Raises:
-        OutputError: it cannot be created or written; what was written before stays.
-    """
-
-    def __init__(self, path: Path | None, *, overwrite: bool = False) -> None:
-        import sys
-
-        self._name = str(path) if path else "standard output"
-        try:
-            stream = sys.stdout.buffer if path is None else path.open("wb" if overwrite else "xb", WRITE_BUFFER)
-        except OSError as error:
-            raise OutputError(f"cannot create {self._name}: {error.strerror}") from None
-        self._stream: Any = stream
-        self._lines = jsonlines.Writer(stream, dumps=strict_dumps, flush=True)
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if isinstance(self._stream, io.BufferedWriter) and self._name != "standard output":
-                self._stream.close()
-        except OSError as error:
-            if kind is None:
-                raise self._failure(error) from None
-
-    def write(self, result: Result) -> None:
-        """Append one line.
-
-        Raises:
-            OutputError: the disk is full, or the reader of a pipe has gone.
-        """
-        try:
-            self._lines.write(as_record(result))
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def _failure(self, error: OSError) -> BmxError:
-        return OutputError(f"cannot write {self._name}: {error.strerror}", hint="rows written before are intact")
-
-
-def as_record(result: Result) -> dict[str, Any]:
-    """A result in the plain dialect."""
-    if result.error:
-        return {"id": result.id, "error": {"code": result.error.code, "message": result.error.message}}
-    usage, kv = result.usage, result.kv
-    return {
-        "id": result.id,
-        "text": result.text,
-        "finish_reason": result.finish_reason,
-        "usage": {f.name: getattr(usage, f.name) for f in fields(usage)} if usage else None,
-        "kv": {f.name: getattr(kv, f.name) for f in fields(kv)} if kv else None,
-        "truncated": 0,
-    }
-
-
-def duplicate_ids(items: Iterable[Request | Result]) -> list[str]:
-    """Ids that occur more than once, in order, as text; only hashes of ids are kept while reading."""
-    seen: set[int] = set()
-    twice: dict[str, None] = {}
-    for item in items:
-        name = str(item.id)
-        if hash(name) in seen:
-            twice[name] = None
-        seen.add(hash(name))
-    return list(twice)

@@ -1,33 +1,83 @@
-"""The record of a run beside its output: what ran, on what, what was planned and what was measured.
+"""The records beside an output: the manifest (what ran, on what, what was planned and measured) and the counters.
 
-Holds no prompt, no answer and no secret. Written whole or not at all.
+Hold no prompt, no answer and no secret. Written whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from contextlib import suppress
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bmx.config import RunConfig
 from bmx.errors import OutputError
+from bmx.files import now, replace_file
+from bmx.fingerprint import PRIVATE
 from bmx.planner import Plan
 from bmx.stats import Stats
 
-FORMAT = 1
-PRIVATE = {"system_prompt", "prompt_template"}  # may quote what the prompts say
+FORMAT = 2
+STATS_FORMAT = 1
+STATS_SECONDS = 5.0
 PACKAGES = ("bmx", "torch", "transformers", "tokenizers", "nvidia-ml-py")
+State = Literal["running", "finished", "interrupted", "failed"]
 
 
 def manifest_path(output: Path) -> Path:
     """Where the manifest of an output is."""
     return output.with_name(output.name + ".run.json")
+
+
+def read_manifest(output: Path) -> dict[str, Any] | None:
+    """The manifest of an output, if it has one that this version can read."""
+    try:
+        record = json.loads(manifest_path(output).read_bytes())
+    except (OSError, ValueError):
+        return None
+    good = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("fingerprint"), dict)
+    return record if good else None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Put a record in place, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; what was there before still is.
+    """
+    replace_file(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def begun(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A run for JSON, before its first row."""
+    return {
+        "format": FORMAT,
+        "state": "running",
+        "started": now(),
+        "finished": None,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "fingerprint": fingerprint,
+        "settings": {name: value for name, value in config.flat().items() if name not in PRIVATE},
+        "inputs": list(config.inputs),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def planned(model: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """What computes the answers, and the plan.
+
+    Args:
+        model: architecture, commit, type, device and kernels.
+    """
+    return {"model": model, "plan": plan_record(plan)}
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -45,29 +95,33 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def run_record(config: RunConfig, model: dict[str, Any], plan: Plan, stats: Stats) -> dict[str, Any]:
-    """A run for JSON.
-
-    Args:
-        model: architecture, type, device and kernels.
-    """
-    planned, measured = plan.memory.total, stats.peak_memory_bytes
+def ended(state: State, plan: Plan | None, stats: Stats) -> dict[str, Any]:
+    """What became of a run: its memory, its rows, its speed."""
+    predicted, measured = plan.memory.total if plan else 0, stats.peak_memory_bytes
     return {
-        "format": FORMAT,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {name: value for name, value in config.flat().items() if name not in PRIVATE},
-        "inputs": list(config.inputs),
-        "model": model,
-        "versions": {name: _version(name) for name in PACKAGES},
-        "plan": plan_record(plan),
+        "state": state,
+        "finished": now(),
         "memory": {
-            "predicted_bytes": planned,
+            "predicted_bytes": predicted,
             "measured_bytes": measured,
-            "measured_over_predicted": round(measured / planned, 4) if planned else None,
+            "measured_over_predicted": round(measured / predicted, 4) if predicted else None,
             "largest_step_without_slots": _rehearsed(stats),
             "after_out_of_memory": [{"slots": s, "max_num_batched_tokens": t} for s, t in stats.shrunk_to],
         },
-        "rows": {"total": stats.rows_total, "done": stats.rows_done, "failed": stats.rows_failed},
+        **_progress(stats),
+    }
+
+
+def _progress(stats: Stats) -> dict[str, Any]:
+    return {
+        "rows": {
+            "total": stats.rows_total,
+            "answered": stats.rows_answered,
+            "failed": stats.rows_failed,
+            "skipped": stats.rows_skipped,
+            "before": stats.rows_before,
+        },
+        "errors": dict(sorted(stats.errors.items())),
         "throughput": {
             "seconds": round(stats.elapsed, 3),
             "prompt_tokens": stats.prompt_tokens,
@@ -76,6 +130,63 @@ def run_record(config: RunConfig, model: dict[str, Any], plan: Plan, stats: Stat
             "decode_tokens_per_second": round(stats.decode_rate, 1),
         },
     }
+
+
+def stats_record(state: State, stats: Stats) -> dict[str, Any]:
+    """The counters of a run for JSON, at this moment: the schema of ``--stats-file``.
+
+    Format 1. Fields may be added; those that are there keep their meaning.
+    """
+    left = stats.seconds_left
+    last = datetime.now(UTC) - timedelta(seconds=stats.quiet_seconds)
+    return {
+        "format": STATS_FORMAT,
+        "state": state,
+        "time": now(),
+        **_progress(stats),
+        "last_row": last.isoformat(timespec="seconds").replace("+00:00", "Z") if stats.last_row else None,
+        "seconds_left": None if left is None else round(left, 1),
+        "slots": {"all": stats.slots, "active": stats.active_slots},
+        "memory": {"bytes": stats.memory_bytes, "peak_bytes": stats.peak_memory_bytes, "kv_bytes": stats.kv_bytes},
+    }
+
+
+@contextmanager
+def kept_stats(path: Path | None, stats: Stats, warn: Callable[[str], None]) -> Iterator[None]:
+    """Keep the counters of a run in a file while the body runs. A disk that is full does not stop the run."""
+    if path is None:
+        yield
+        return
+    done, broken = threading.Event(), False
+
+    def write(state: State) -> None:
+        nonlocal broken
+        try:
+            write_json(path, stats_record(state, stats))
+            broken = False
+        except OutputError as error:
+            if not broken:
+                warn(error.message)
+            broken = True
+
+    def beat() -> None:
+        while not done.wait(STATS_SECONDS):
+            write("running")
+
+    write("running")
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    state: State = "failed"
+    try:
+        yield
+        state = "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    finally:
+        done.set()
+        thread.join()
+        write(state)
 
 
 def _rehearsed(stats: Stats) -> dict[str, int] | None:
@@ -87,41 +198,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def write_manifest(path: Path, record: dict[str, Any]) -> None:
-    """Put a manifest in place: a temporary file, synced, then renamed, then the folder synced.
-
-    Raises:
-        OutputError: it cannot be written; what was there before still is.
-    """
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if temporary:
-            with suppress(OSError):
-                Path(temporary).unlink()
-        raise OutputError(f"cannot write {path}: {error.strerror}", hint="the answers themselves are intact") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,7 +6,8 @@ Knows the order of things; what fits is worked out in ``options``, and shown by 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,14 +17,16 @@ from bmx.config import RunConfig
 from bmx.display import Display
 from bmx.engine.lengths import Ruler, max_length, sampling_step
 from bmx.errors import MemoryLimitError, UsageError
-from bmx.job import check_rows, input_paths, input_reader
+from bmx.journal import Ledger, Todo
 from bmx.jsonl import Reader
 from bmx.manifest import plan_record
 from bmx.model.foresee import foresee, peek
 from bmx.model.loader import load_tokenizer
 from bmx.model.text import PromptEncoder
 from bmx.options import Machine, Option, Question, device_of, machine
+from bmx.places import input_paths, input_reader
 from bmx.planner import Length
+from bmx.request import Request
 
 IMAGINED_ROWS = 1000  # of one length, where there is no input to read
 
@@ -65,13 +68,11 @@ def plan_batch(config: RunConfig, asked: Asked, display: Display) -> bool:
     where = machine(config.engine, asked.gpu, asked.gpu_memory)
     with input_paths(config.inputs) as paths:
         reader = input_reader(config, paths) if paths else None
-        rows = check_rows(reader) if reader else IMAGINED_ROWS
-        if not rows:
-            raise UsageError("the input has no rows: there is nothing to plan")
-        question = ask(config, where, asked.max_input, reader, rows)
+        todo = _rows(config, reader) if reader else None
+        question = ask(config, where, asked.max_input, reader, todo)
         options = list(question.options(asked.budgets))
         chosen = next(o for o in options if (o.name == "full cache") == (config.engine.kv_policy == "none"))
-        measured = _measure(config, asked, reader, question) if asked.measure else None
+        measured = _measure(config, asked, reader, todo, question) if asked.measure else None
     remedies = question.remedies() if not chosen.fits else []
     if asked.as_json:
         answer = record(question, options) | {"fits": chosen.fits, "remedies": remedies}
@@ -87,7 +88,29 @@ def plan_batch(config: RunConfig, asked: Asked, display: Display) -> bool:
     return chosen.fits
 
 
-def _measure(config: RunConfig, asked: Asked, reader: Reader | None, question: Question) -> dict[str, int]:
+def _rows(config: RunConfig, reader: Reader) -> Todo:
+    """The rows of an input.
+
+    Raises:
+        InputFileError: it cannot be read, or two rows have the same id.
+        UsageError: it has none.
+    """
+    with closing(Ledger()) as ledger:
+        ledger.read(reader, config.job.limit)
+        todo = ledger.todo(config.job.share)
+    if not todo.left:
+        raise UsageError("the input has no rows: there is nothing to plan")
+    return todo
+
+
+def _requests(reader: Reader, todo: Todo, every: int) -> Iterator[Request]:
+    """Every so many-th request of an input."""
+    return (row.request for row in reader.rows(todo.skip, every) if row.request)
+
+
+def _measure(
+    config: RunConfig, asked: Asked, reader: Reader | None, todo: Todo | None, question: Question
+) -> dict[str, int]:
     """Load the model, plan for real, run the largest step: bytes without the slots, as predicted and as measured.
 
     Raises:
@@ -98,7 +121,8 @@ def _measure(config: RunConfig, asked: Asked, reader: Reader | None, question: Q
     if asked.gpu or asked.gpu_memory:
         raise UsageError("--measure runs on this machine: it cannot be combined with --gpu or --gpu-memory")
     engine = Engine.open(config.engine, config.prompt)
-    engine.plan(engine.measure(reader.requests(), question.every) if reader else question.lengths)
+    lengths = engine.measure(_requests(reader, todo, question.every)) if reader and todo else question.lengths
+    engine.plan(lengths)
     if engine.stats.rehearsed is None:
         raise MemoryLimitError("this system does not tell what a step takes", hint="Linux and CUDA do")
     predicted, measured = engine.stats.rehearsed
@@ -110,12 +134,12 @@ def _measure(config: RunConfig, asked: Asked, reader: Reader | None, question: Q
     }
 
 
-def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader | None, rows: int) -> Question:
+def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader | None, todo: Todo | None) -> Question:
     """What is asked: the lengths of an input's rows, or of imagined ones.
 
     Args:
         max_input: prompt tokens of imagined rows.
-        reader: the input, if there is one, of so many ``rows``.
+        reader: the input, if there is one, and ``todo`` its rows.
     """
     spec = foresee(config.engine, where.kind)
     policy = CompressionPolicy.from_config(config.engine)
@@ -123,7 +147,7 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
     asked = partial(
         Question, config=config.engine, spec=spec, machine=where, device=device_of(where, spec, config.engine)
     )
-    if reader is None:
+    if reader is None or todo is None:
         prompt = max_input or 1
         answer = min(config.sampling.max_tokens, longest - prompt)
         if answer < 1:
@@ -132,9 +156,9 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
         return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS)
     source, gguf = peek(config.engine)
     encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
-    every = sampling_step(rows)
-    lengths = Ruler(encoder, policy, longest).measure(reader.requests(), every)
-    return asked(lengths=tuple(lengths), rows=rows, every=every)
+    every = sampling_step(todo.left)
+    lengths = Ruler(encoder, policy, longest).measure(_requests(reader, todo, every))
+    return asked(lengths=tuple(lengths), rows=todo.left, every=every)
 
 
 def record(asked: Question, options: Sequence[Option]) -> dict[str, Any]:

@@ -80,7 +80,11 @@ class KVUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The answer to one request, or the reason why there is none (then ``error`` is set)."""
+    """The answer to one request, or the reason why there is none (then ``error`` is set).
+
+    ``truncated`` counts the prompt tokens that were cut out to make it fit, and ``clamped_to`` the longest answer
+    that the model's own limit left room for, where that is less than was asked for.
+    """
 
     id: str | int
     text: str = ""
@@ -88,4 +92,6 @@ class Result:
     finish_reason: str | None = None
     usage: Usage | None = None
     kv: KVUsage | None = None
+    truncated: int = 0
+    clamped_to: int | None = None
     error: RowError | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -14,9 +15,13 @@ class Stats:
     packed token costs about the same there.
     """
 
-    rows_total: int = 0
-    rows_done: int = 0
-    rows_failed: int = 0
+    rows_total: int = 0  # of the input
+    rows_before: int = 0  # that had their records when the run began
+    rows_done: int = 0  # in this run, well or not
+    rows_skipped: int = 0  # left out on purpose, in this run or before
+    errors: Counter[str] = field(default_factory=Counter)  # failed rows by code, in this run or before
+    failed_now: int = 0  # in this run
+    last_row: float | None = None  # when a row was last finished
     prompt_tokens: int = 0
     generated_tokens: int = 0
     decode_tokens: int = 0
@@ -35,6 +40,36 @@ class Stats:
     rehearsed: tuple[int, int] | None = None  # bytes of the largest step without slots: planned, measured
     shrunk_to: list[tuple[int, int]] = field(default_factory=list)  # after running out of memory: slots, step tokens
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def rows_failed(self) -> int:
+        """Rows without an answer, in this run or before."""
+        return sum(self.errors.values())
+
+    @property
+    def rows_answered(self) -> int:
+        """Rows with an answer, in this run or before."""
+        return self.rows_before + self.rows_done - self.rows_failed - self.rows_skipped
+
+    @property
+    def quiet_seconds(self) -> float:
+        """How long ago the last row was finished, or the run began."""
+        return time.monotonic() - (self.last_row or self.started)
+
+    def count_row(self, code: str | None, *, skipped: bool = False) -> None:
+        """Add a finished row.
+
+        Args:
+            code: of its error, if it failed.
+            skipped: whether it was left out on purpose.
+        """
+        self.rows_done += 1
+        self.last_row = time.monotonic()
+        if skipped:
+            self.rows_skipped += 1
+        elif code is not None:
+            self.errors[code] += 1
+            self.failed_now += 1
 
     @property
     def elapsed(self) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-
-import torch
 
 from bmx import hardware, kernels
 from bmx.compress.policy import CompressionPolicy
@@ -17,7 +16,7 @@ from bmx.config import EngineConfig, PromptConfig
 from bmx.engine.forecast import fastest
 from bmx.engine.lengths import Ruler, max_length
 from bmx.engine.meter import MemoryMeter, bound_kernel_caches, device_errors, is_out_of_memory, release
-from bmx.engine.run import Run, Setup
+from bmx.engine.run import Run, Runner, Setup
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.kv.layout import KVLayout
@@ -27,6 +26,7 @@ from bmx.model.text import PromptEncoder
 from bmx.planner import Device, Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
 from bmx.rates import TYPICAL, Rates, machine_rates
 from bmx.request import Request, Result
+from bmx.signals import Stop
 from bmx.stats import Stats
 
 
@@ -44,9 +44,9 @@ class Engine:
         self.loaded = loaded
         self.tokenizer = tokenizer
         self.policy = CompressionPolicy.from_config(config)
-        self.kernels = kernels.choose(loaded.model.device.type)
+        self.kernels = kernels.choose(self.device_type)
         self.stats = Stats()
-        self.meter = MemoryMeter(loaded.model.device, loaded.runtime_bytes)
+        self.meter = MemoryMeter(self.device_type, loaded.runtime_bytes)
         self._ruler = Ruler(PromptEncoder(tokenizer, prompt), self.policy, max_length(config, loaded.spec))
         self._running = False
 
@@ -64,8 +64,15 @@ class Engine:
         tokenizer = load_tokenizer(source, config)
         _check_memory(config)
         if "OMP_NUM_THREADS" not in os.environ:
+            import torch
+
             torch.set_num_threads(hardware.usable_cores())
         return cls(config, prompt, tokenizer, load_model(source, config))
+
+    @property
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return str(self.loaded.model.device.type)
 
     def encode(self, request: Request) -> list[int]:
         """The token ids that the model reads for a request.
@@ -75,9 +82,9 @@ class Engine:
         """
         return self._ruler.encoder.encode(request)
 
-    def measure(self, requests: Iterable[Request], every: int = 1) -> list[Length]:
-        """The length of each request, or of every so many-th, that can be answered at all; nothing else is kept."""
-        return self._ruler.measure(requests, every)
+    def measure(self, requests: Iterable[Request]) -> list[Length]:
+        """The length of each request that can be answered at all; nothing else is kept."""
+        return self._ruler.measure(requests)
 
     def plan(self, lengths: Iterable[Length]) -> Plan:
         """What fits: slots in groups for these lengths, and steps of a size, within the memory that may be used.
@@ -89,7 +96,7 @@ class Engine:
             MemoryLimitError: not even one slot fits.
         """
         lengths = list(lengths) or [Length(1, 1, 1)]
-        kind = self.loaded.model.device.type
+        kind = self.device_type
         device = Device.of(kind, self.loaded.spec, self.loaded.runtime_bytes)
         sizes = step_sizes(self.config, kind, lengths)
         made = self._planned(lengths, self._limits(), device, sizes)
@@ -142,9 +149,9 @@ class Engine:
         alone = replace(made, groups=(SlotGroup(made.groups[-1].capacity, 1),), layouts=made.layouts[-1:])
         self.meter.reset()
         try:
-            with device_errors(), self._setup().runner(alone) as runner:
-                runner.rehearse(made.step, made.slots)
-                return self.meter.peak - runner.pool.nbytes
+            with device_errors(), self._runner(alone) as runner:
+                runner.rehearse(made.step, made.slots)  # type: ignore[attr-defined]
+                return self.meter.peak - runner.kv_bytes
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -153,18 +160,28 @@ class Engine:
     def _shrunk(self, made: Plan) -> Plan | None:
         """A smaller plan, for when memory ran out under this one; None if there is none."""
         release()
-        device = Device.of(self.loaded.model.device.type, self.loaded.spec, self.loaded.runtime_bytes)
+        device = Device.of(self.device_type, self.loaded.spec, self.loaded.runtime_bytes)
         return shrunk(made, self.loaded.spec, self._layout, device)
 
-    def generate(self, requests: Iterable[Request], plan: Plan | None = None) -> Iterator[Result]:
+    def generate(
+        self,
+        requests: Iterable[Request | None],
+        plan: Plan | None = None,
+        *,
+        stop: Stop | None = None,
+        row_timeout: float | None = None,
+    ) -> Generator[Result]:
         """Answer requests; results come as they finish, not in order. One run at a time.
 
         When memory runs out, what is unfinished begins again under a smaller plan; a row that finds too little even
         alone is an error. A row's answer does not depend on how often it was begun.
 
         Args:
-            requests: read lazily when a plan is given; otherwise all are read first, to make one.
+            requests: read lazily when a plan is given; otherwise all are read first, to make one. None among them says
+                that there is none for now: more is asked for after the next step.
             plan: from ``plan``; it must have been made from the lengths of these requests.
+            stop: looked at between steps; when it is requested, nothing is begun any more.
+            row_timeout: seconds that a sequence may have its slot; one that takes longer is an error.
 
         Raises:
             DeviceError: the GPU failed; what was handed out before is all there is.
@@ -174,9 +191,9 @@ class Engine:
         self._running = True
         try:
             if plan is None:
-                requests = list(requests)
-                plan = self.plan(self.measure(requests))
-            yield from Run(self._setup(), requests).results(plan)
+                all_of_them = [request for request in requests if request]
+                requests, plan = all_of_them, self.plan(self.measure(all_of_them))
+            yield from Run(self._setup(stop or Stop(), row_timeout), requests).results(plan)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -185,19 +202,28 @@ class Engine:
         finally:
             self._running = False
 
-    def _setup(self) -> Setup:
+    def _setup(self, stop: Stop, row_timeout: float | None) -> Setup:
         return Setup(
-            loaded=self.loaded,
+            spec=self.loaded.spec,
             policy=self.policy,
-            kernels=self.kernels,
             meter=self.meter,
             stats=self.stats,
+            runner=self._runner,
             read=self._sequence,
             shrunk=self._shrunk,
+            stop=stop,
+            row_timeout=row_timeout,
         )
+
+    def _runner(self, plan: Plan) -> AbstractContextManager[Runner]:
+        from bmx.engine.runner import ModelRunner
+
+        return ModelRunner(self.loaded, self.policy, plan, self.kernels)
 
     def describe(self) -> dict[str, Any]:
         """What computes the answers, for the record."""
+        import torch
+
         model = self.loaded.model
         on_gpu = model.device.type == "cuda"
         return {
@@ -214,19 +240,22 @@ class Engine:
         Raises:
             RowError: it has no text, or its prompt leaves no room for an answer.
         """
-        prompt, length = self._ruler.read(request)
+        reading = self._ruler.read(request)
         return Sequence(
             request=request,
-            prompt=prompt,
-            max_tokens=length.max_tokens,
-            rows_needed=length.rows_needed,
+            prompt=reading.prompt,
+            max_tokens=reading.length.max_tokens,
+            rows_needed=reading.length.rows_needed,
+            truncated=reading.truncated,
             end_token_ids=self.loaded.end_token_ids,
             tokenizer=self.tokenizer,
         )
 
     def _limits(self) -> Limits:
-        on_gpu = self.loaded.model.device.type == "cuda"
+        on_gpu = self.device_type == "cuda"
         if on_gpu:
+            import torch
+
             torch.cuda.empty_cache()  # what an earlier run left behind is free
         memory = hardware.free_gpu_memory() if on_gpu else hardware.free_host_memory()
         return limits(self.config, memory, held=self.meter.now)

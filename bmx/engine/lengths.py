@@ -1,9 +1,9 @@
-"""How long requests are: tokenised once, one at a time, and only the numbers kept."""
+"""How long requests are, and what is done with those that are too long."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from bmx.compress.policy import CompressionPolicy
@@ -15,6 +15,15 @@ from bmx.planner import Length
 from bmx.request import Request
 
 MEASURED_ROWS = 100_000  # of more requests, an even sample of at least half as many is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A request's token ids, its length, and how many tokens of its prompt were cut out to make it fit."""
+
+    prompt: list[int]
+    length: Length
+    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,40 +40,35 @@ class Ruler:
     policy: CompressionPolicy
     max_length: int
 
-    def read(self, request: Request) -> tuple[list[int], Length]:
-        """A request's token ids and its length.
+    def read(self, request: Request) -> Reading:
+        """A request as the model will see it.
+
+        A prompt that leaves less room than the answer may take is cut, if the job says so; otherwise the answer gets
+        the room that there is.
 
         Raises:
             RowError: it has no text, or its prompt leaves no room for an answer.
         """
-        prompt = self.encoder.encode(request)
+        prompt, answer = self.encoder.encode(request), request.params.max_tokens
+        before = len(prompt)
+        if before + answer > self.max_length and self.encoder.cuts:
+            prompt = self.encoder.encode_within(request, max(1, self.max_length - answer, self.max_length // 2))
         room = self.max_length - len(prompt)
         if room < 1:
-            message = f"the prompt has {len(prompt)} tokens; prompt and answer together may have {self.max_length}"
+            message = f"the prompt has {before} tokens; prompt and answer together may have {self.max_length}"
             raise RowError("context_length_exceeded", message)
-        return prompt, self.length(len(prompt), min(request.params.max_tokens, room))
+        return Reading(prompt, self.length(len(prompt), min(answer, room)), before - len(prompt))
 
     def length(self, prompt_tokens: int, max_tokens: int) -> Length:
         """The length of a request of so many tokens."""
         return Length(prompt_tokens, max_tokens, self.policy.rows_needed(prompt_tokens + max_tokens))
 
-    def measure(self, requests: Iterable[Request], every: int = 1) -> list[Length]:
-        """The lengths of those requests that can be answered at all.
-
-        Args:
-            every: look only at one of so many, at random, the same ones each time.
-        """
-        chance = random.Random(0)
+    def measure(self, requests: Iterable[Request]) -> list[Length]:
+        """The lengths of those requests that can be answered at all."""
         lengths = []
-        for at, request in enumerate(requests):
-            if at % every == 0:
-                wanted = at + chance.randrange(every)
-            if at != wanted:
-                continue
-            try:
-                lengths.append(self.read(request)[1])
-            except RowError:
-                continue
+        for request in requests:
+            with suppress(RowError):
+                lengths.append(self.read(request).length)
         return lengths
 
 

@@ -1,4 +1,7 @@
-"""What memory a run really holds, and what it means when there is none left. Knows the device; plans nothing."""
+"""What memory a run really holds, and what it means when there is none left. Knows the device; plans nothing.
+
+Loads torch only where that is what it asks.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from bmx import hardware
 from bmx.errors import DeviceError
@@ -41,15 +42,15 @@ class MemoryMeter:
     """The most memory held since the meter was reset.
 
     Args:
-        device: where the model is.
+        device: ``cpu`` or ``cuda``.
         context_bytes: what the GPU's context holds beside torch's own allocations; of no use on the CPU.
 
     Attributes:
         exact: whether the last reset worked; otherwise the peak is that of the whole process.
     """
 
-    def __init__(self, device: torch.device, context_bytes: int) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: str, context_bytes: int) -> None:
+        self._cuda = device == "cuda"
         self._context = context_bytes if self._cuda else 0
         self.exact = False
         self._trimmed_to = 0
@@ -58,6 +59,8 @@ class MemoryMeter:
         """Count from now."""
         self._trimmed_to = 0
         if self._cuda:
+            import torch
+
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self.exact = self._cuda or hardware.reset_peak()
@@ -65,7 +68,11 @@ class MemoryMeter:
     @property
     def peak(self) -> int:
         """The most bytes held: of the GPU, or of the host by this process."""
-        return torch.cuda.max_memory_reserved() + self._context if self._cuda else hardware.peak_resident_bytes()
+        if not self._cuda:
+            return hardware.peak_resident_bytes()
+        import torch
+
+        return torch.cuda.max_memory_reserved() + self._context
 
     def keep_to(self, planned: int) -> None:
         """On the CPU, let go of what lies free in the heap when a run holds nearly what was planned, and more again."""
@@ -76,11 +83,17 @@ class MemoryMeter:
     @property
     def now(self) -> int:
         """Bytes held."""
-        return torch.cuda.memory_reserved() + self._context if self._cuda else hardware.resident_bytes()
+        if not self._cuda:
+            return hardware.resident_bytes()
+        import torch
+
+        return torch.cuda.memory_reserved() + self._context
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, typed or not."""
+    import torch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY)
@@ -88,6 +101,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release() -> None:
     """Give back what an attempt that ran out of memory left behind."""
+    import torch
+
     gc.collect()
     hardware.trim_heap()
     if torch.cuda.is_available():

@@ -9,21 +9,35 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.meter import MemoryMeter, device_errors, is_out_of_memory, release
-from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
 from bmx.errors import RowError
-from bmx.kernels import Kernels
-from bmx.model.loader import LoadedModel
+from bmx.model.spec import ModelSpec
 from bmx.planner import Plan, SlotGroup
 from bmx.request import Request, Result
+from bmx.signals import Stop
 from bmx.stats import Stats
 
 LOOKAHEAD = 64  # fewest requests that wait tokenised, so that a free slot of any size finds one
+
+
+class Runner(Protocol):
+    """What computes steps: the model on its device, or a fake.
+
+    Attributes:
+        kv_bytes: of the slots it holds.
+    """
+
+    kv_bytes: int
+
+    def run(self, step: Step) -> list[int | None]:
+        """The next token of each sampling chunk, in order; None where the logits were no numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,23 +45,24 @@ class Setup:
     """What runs work with.
 
     Attributes:
-        loaded, policy, kernels: what computes.
+        spec, policy: what a slot holds.
         meter, stats: what counts.
+        runner: what computes the steps of a plan.
         read: a request as a sequence, or a RowError.
         shrunk: a smaller plan for when memory ran out under one; None if there is none.
+        stop: whether to end early.
+        row_timeout: seconds that a sequence may have its slot, or None.
     """
 
-    loaded: LoadedModel
+    spec: ModelSpec
     policy: CompressionPolicy
-    kernels: Kernels
     meter: MemoryMeter
     stats: Stats
+    runner: Callable[[Plan], AbstractContextManager[Runner]]
     read: Callable[[Request], Sequence]
     shrunk: Callable[[Plan], Plan | None]
-
-    def runner(self, plan: Plan) -> ModelRunner:
-        """What computes the steps of a plan."""
-        return ModelRunner(self.loaded, self.policy, plan, self.kernels)
+    stop: Stop
+    row_timeout: float | None = None
 
 
 class Run:
@@ -55,13 +70,13 @@ class Run:
 
     Args:
         setup: the model, its policy and its counters.
-        requests: read as slots become free.
+        requests: read as slots become free; None among them says that there is none for now, but after a step perhaps.
     """
 
-    def __init__(self, setup: Setup, requests: Iterable[Request]) -> None:
+    def __init__(self, setup: Setup, requests: Iterable[Request | None]) -> None:
         self._setup = setup
         self._pair_bytes: Counter[int | None] = Counter()  # of one KV pair of all layers, by their windows
-        for index, layer in enumerate(setup.policy.layout(setup.loaded.spec, 1).layers):
+        for index, layer in enumerate(setup.policy.layout(setup.spec, 1).layers):
             if layer.owner == index:
                 self._pair_bytes[layer.window] += layer.kv_bytes
         self._source = iter(requests)
@@ -94,7 +109,7 @@ class Run:
         scheduler.waiting, self._unfinished = self._unfinished, []
         try:
             with device_errors(), setup.runner(plan) as runner:
-                setup.stats.slots, setup.stats.kv_bytes = plan.slots, runner.pool.nbytes
+                setup.stats.slots, setup.stats.kv_bytes = plan.slots, runner.kv_bytes
                 yield from self._loop(scheduler, runner, alone, plan.memory.total)
             return True
         except Exception as error:
@@ -112,31 +127,38 @@ class Run:
         while True:
             yield from self._hand_out()
             yield from self._read_ahead(waiting, 1)
-            if not waiting:
+            if not waiting or self._setup.stop.requested:
                 return
             row = waiting.pop(0)
             if row.rows_needed > largest:
-                yield self._failed(row, _too_large(row, largest))
+                yield self._failed(row, "out_of_memory", _too_large(row, largest))
                 continue
             self._unfinished = [row]
-            layout = setup.policy.layout(setup.loaded.spec, row.rows_needed)
+            layout = setup.policy.layout(setup.spec, row.rows_needed)
             own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,))
             if not (yield from self._attempt(own, alone=True)):
                 release()
-                yield self._failed(row, "memory runs out even with nothing else in it")
+                yield self._failed(row, "out_of_memory", "memory runs out even with nothing else in it")
 
-    def _loop(self, scheduler: Scheduler, runner: ModelRunner, alone: bool, planned: int) -> Iterator[Result]:
+    def _loop(self, scheduler: Scheduler, runner: Runner, alone: bool, planned: int) -> Iterator[Result]:
         while True:
             yield from self._hand_out()
-            if not alone:
+            if self._setup.stop.requested:
+                scheduler.waiting.clear()
+                if self._setup.stop.overdue:
+                    return
+            elif not alone:
                 yield from self._read_ahead(scheduler.waiting, max(LOOKAHEAD, 2 * scheduler.slots))
                 scheduler.draining = self._exhausted
             for sequence in scheduler.reject_too_large():
-                yield self._failed(sequence, _too_large(sequence, scheduler.largest))
+                yield self._failed(sequence, "out_of_memory", _too_large(sequence, scheduler.largest))
             scheduler.admit_waiting()
+            yield from self._late(scheduler)
             step = scheduler.schedule()
             if step is None:
-                return
+                if alone or self._exhausted or self._setup.stop.requested:
+                    return
+                continue
             self._advance(scheduler, runner, step)
             self._setup.meter.keep_to(planned)
 
@@ -145,7 +167,6 @@ class Run:
         while len(waiting) < enough and not self._exhausted:
             request = self._request = self._request or self._next_request()
             if request is None:
-                self._exhausted = True
                 return
             try:
                 waiting.append(self._setup.read(request))
@@ -156,12 +177,31 @@ class Run:
 
     def _next_request(self) -> Request | None:
         try:
-            return next(self._source, None)
+            return next(self._source)
+        except StopIteration:
+            self._exhausted = True
+            return None
         except BaseException:
             self._broken = True
             raise
 
-    def _advance(self, scheduler: Scheduler, runner: ModelRunner, step: Step) -> None:
+    def _late(self, scheduler: Scheduler) -> Iterator[Result]:
+        """End the sequences that have had their slot for too long."""
+        allowed = self._setup.row_timeout
+        if allowed is None:
+            return
+        now, late = time.monotonic(), []
+        for sequence in scheduler.in_slots:
+            if sequence.started is None:
+                sequence.started = now
+            elif now - sequence.started >= allowed:
+                late.append(sequence)
+        scheduler.drop(late)
+        self._setup.stats.work_saved += sum(sequence.total - sequence.known for sequence in late)
+        for sequence in late:
+            yield self._failed(sequence, "timeout", f"not finished after {allowed:g} s (--row-timeout)")
+
+    def _advance(self, scheduler: Scheduler, runner: Runner, step: Step) -> None:
         """Run one step and count it."""
         setup, active = self._setup, scheduler.running
         decodes = sum(chunk.sequence.decoding for chunk in step.chunks)
@@ -177,15 +217,18 @@ class Run:
             sampled=len(tokens),
             seconds=seconds,
             active=active,
-            full_cache_bytes=sum(map(self._full_cache_bytes, held)),
+            full_cache_bytes=self._full_cache_bytes(held),
         )
         setup.stats.memory_bytes = setup.meter.now
         setup.stats.peak_memory_bytes = setup.meter.peak
         setup.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in finished)
 
-    def _full_cache_bytes(self, tokens: int) -> int:
-        """What a full cache of so many tokens holds; windowed layers hold their window."""
-        return sum(size * min(tokens, window or tokens) for window, size in self._pair_bytes.items())
+    def _full_cache_bytes(self, held: list[int]) -> int:
+        """What full caches of so many tokens each hold; windowed layers hold their window."""
+        return sum(
+            size * sum(min(tokens, window) for tokens in held) if window else size * sum(held)
+            for window, size in self._pair_bytes.items()
+        )
 
     def _hand_out(self) -> Iterator[Result]:
         """The results of what has finished."""
@@ -202,8 +245,8 @@ class Run:
         return sequence.result(capacity, capacity if policy.scorer is None else policy.budget)
 
     @staticmethod
-    def _failed(sequence: Sequence, why: str) -> Result:
-        return Result(id=sequence.request.id, error=RowError("out_of_memory", why))
+    def _failed(sequence: Sequence, code: str, why: str) -> Result:
+        return Result(id=sequence.request.id, error=RowError(code, why))
 
 
 def _too_large(sequence: Sequence, largest: int) -> str:

@@ -40,6 +40,7 @@ class ModelRunner:
         self._max_length = loaded.spec.max_length
         slots = tuple(group.slots for group in plan.groups)
         self.pool = KVPool(plan.layouts, slots, self._model.dtype, self._model.device)
+        self.kv_bytes = self.pool.nbytes
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
         self._attached = attention_of(self._model, self._attention)

@@ -66,6 +66,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def in_slots(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        return list(self._running)
+
+    @property
     def held_tokens(self) -> list[int]:
         """Tokens computed so far by each of the sequences that have a slot."""
         return [sequence.computed for sequence in self._running]
@@ -87,9 +92,10 @@ class Scheduler:
 
     def reject_too_large(self) -> list[Sequence]:
         """Those that wait and that no slot can ever hold; they wait no longer."""
-        rejected = [sequence for sequence in self.waiting if sequence.rows_needed > self.largest]
+        largest = self.largest
+        rejected = [sequence for sequence in self.waiting if sequence.rows_needed > largest]
         if rejected:
-            self.waiting = [sequence for sequence in self.waiting if sequence.rows_needed <= self.largest]
+            self.waiting = [sequence for sequence in self.waiting if sequence.rows_needed <= largest]
         return rejected
 
     def admit_waiting(self) -> None:
@@ -98,7 +104,13 @@ class Scheduler:
             return
         if self.draining:
             self.waiting.sort(key=lambda sequence: -sequence.steps(self._chunk_size))
-        self.waiting = [sequence for sequence in self.waiting if not self.admit(sequence)]
+        before, self.waiting = self.waiting, []
+        for at, sequence in enumerate(before):
+            if not any(self._free):
+                self.waiting += before[at:]
+                return
+            if not self.admit(sequence):
+                self.waiting.append(sequence)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence the smallest free slot that is large enough; False if there is none now."""
@@ -146,11 +158,16 @@ class Scheduler:
             if samples:
                 chunk.sequence.accept(next(following))
         finished = [s for s in self._running if s.finish_reason]
-        self._running = [s for s in self._running if not s.finish_reason]
-        for sequence in finished:
+        self.drop(finished)
+        return finished
+
+    def drop(self, sequences: Seq[Sequence]) -> None:
+        """Free the slots of sequences; they still know the slot they had."""
+        gone = set(map(id, sequences))
+        self._running = [s for s in self._running if id(s) not in gone]
+        for sequence in sequences:
             group, slot = sequence.home
             self._free[group].append(slot)
-        return finished
 
     def capacity(self, sequence: Sequence) -> int:
         """Rows of the slot that a sequence has or had."""

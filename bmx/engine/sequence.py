@@ -24,6 +24,8 @@ class Sequence:
         rows_needed: rows of a slot that it needs.
         end_token_ids: ids that end the answer.
         tokenizer: turns the answer into text.
+        truncated: prompt tokens that were cut out to make it fit.
+        started: when it was given its slot, by the monotonic clock.
         computed: tokens whose keys and values have been computed.
         slot: (group, slot) while it has one.
     """
@@ -34,6 +36,8 @@ class Sequence:
     rows_needed: int
     end_token_ids: frozenset[int]
     tokenizer: Any
+    truncated: int = 0
+    started: float | None = None
     computed: int = 0
     slot: tuple[int, int] | None = None
     answer: list[int] = field(default_factory=list)
@@ -49,7 +53,7 @@ class Sequence:
     def restart(self) -> None:
         """Begin again as if nothing had been computed: a row's answer does not depend on how often it was begun."""
         self.computed, self.slot, self.answer, self._text = 0, None, [], None
-        self.finish_reason, self.error = None, None
+        self.finish_reason, self.error, self.started = None, None, None
         self._detokenizer = Detokenizer(self.tokenizer) if self.params.stop else None
         if self.params.temperature > 0:
             request = self.request
@@ -152,6 +156,8 @@ class Sequence:
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.answer)),
             kv=KVUsage(budget=budget, kept=kept, evicted=self.computed - kept),
+            truncated=self.truncated,
+            clamped_to=self.max_tokens if self.max_tokens < self.params.max_tokens else None,
         )
 
     def _ends(self) -> set[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from bmx.config import PromptConfig
@@ -55,6 +56,33 @@ class PromptEncoder:
             raise RowError("invalid_request", "the prompt is empty")
         return ids
 
+    @property
+    def cuts(self) -> bool:
+        """Whether prompts that are too long are cut."""
+        return self._config.on_too_long.startswith("truncate")
+
+    def encode_within(self, request: Request, tokens: int) -> list[int]:
+        """Token ids of a request whose longest text is cut until they are few enough.
+
+        It is cut at its beginning, or in its middle, as the job says; what stands around it (the template, other
+        messages) stays. Where that alone is too long, nothing fits and the ids are more than ``tokens``.
+
+        Raises:
+            RowError: as ``encode``.
+        """
+        at, text = _longest_text(request)
+        ids, kept = self.encode(request), len(text)
+        while len(ids) > tokens and kept > 1:
+            share = 1 - (len(ids) - tokens) / len(ids)  # of the whole: too little is cut where other text is long
+            kept = max(1, min(kept - 1, int(kept * share)))
+            ids = self.encode(_with_text(request, at, self._cut_text(text, kept)))
+        return ids
+
+    def _cut_text(self, text: str, kept: int) -> str:
+        """So many characters of a text: its end, or its beginning and its end."""
+        head = kept // 2 if self._config.on_too_long == "truncate-middle" else 0
+        return text[:head] + text[len(text) - (kept - head) :]
+
     def _messages(self, request: Request) -> list[dict[str, Any]] | None:
         """The conversation to render, or None for a prompt that is read as it stands."""
         if not request.messages and not request.prompt:
@@ -83,6 +111,8 @@ class PromptEncoder:
 
     def _hide_all(self, value: Any, marks: dict[str, str]) -> Any:
         """``value`` with every text in it hidden: a template may print any field of a message."""
+        if not self._control:
+            return value
         if isinstance(value, str):
             text, found = self._hide(value)
             marks.update(found)
@@ -113,6 +143,22 @@ class PromptEncoder:
             elif piece:  # behind a control token, so that no blank is put before it as at the start of a text
                 ids += self._tokenizer(self._control[0] + piece, add_special_tokens=False)["input_ids"][1:]
         return ids
+
+
+def _longest_text(request: Request) -> tuple[int | None, str]:
+    """The longest text of a request, and its message's place; None for a prompt."""
+    if not request.messages:
+        return None, request.prompt or ""
+    at = max(range(len(request.messages)), key=lambda i: len(str(request.messages[i].get("content") or "")))  # type: ignore[index]
+    return at, str(request.messages[at].get("content") or "")
+
+
+def _with_text(request: Request, at: int | None, text: str) -> Request:
+    """A request with another text in that place."""
+    if at is None or request.messages is None:
+        return replace(request, prompt=text)
+    messages = (*request.messages[:at], {**request.messages[at], "content": text}, *request.messages[at + 1 :])
+    return replace(request, messages=messages)
 
 
 class Detokenizer:

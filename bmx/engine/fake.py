@@ -1,0 +1,110 @@
+"""A model that is none: its next token is a function of the prompt and the place.
+
+For trying files, flags and cron lines: the engine around it is the real one (slots, steps, plan), so that a job runs
+as it would, in milliseconds and without torch. ``--model fake``.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+from zlib import crc32
+
+from bmx import hardware
+from bmx.config import EngineConfig, PromptConfig
+from bmx.engine.engine import Engine
+from bmx.engine.run import Runner
+from bmx.engine.scheduler import Step
+from bmx.model.loader import LoadedModel
+from bmx.model.spec import Costs, LayerSpec, ModelSpec
+from bmx.planner import Device, Length, Limits, Plan, limits, plan, step_sizes
+
+NAME = "fake"
+END = 0  # the token that ends an answer
+WORDS = 5000
+ENDS = 8  # an answer ends at one of so many places
+MAX_LENGTH = 1 << 20
+LAYER = LayerSpec(query_heads=1, kv_heads=1, key_dim=8, value_dim=8, window=None, owner=0)
+COSTS = Costs(activation_bytes=1024, traffic_bytes=1024, flops=1024, operators=1)
+SPEC = ModelSpec(
+    name="FakeModel",
+    layers=(LAYER,),
+    costs=COSTS,
+    vocab=WORDS,
+    max_length=MAX_LENGTH,
+    weight_bytes=0,
+    head_bytes=0,
+    itemsize=2,
+)
+
+
+class FakeTokenizer:
+    """A token per word; what an answer says is made of the words ``w1`` to ``w4999``."""
+
+    chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+        """What that template says."""
+        return "".join(f"{message['content']}\n" for message in messages)
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """Token ids of a text."""
+        return {"input_ids": [number % WORDS or 1 for number in map(crc32, text.encode().split())]}
+
+    def decode(self, ids: Iterable[int], **_: Any) -> str:
+        """The text of token ids."""
+        return " ".join(f"w{i}" for i in ids if i != END)
+
+
+class FakeRunner(AbstractContextManager["FakeRunner"]):
+    """Next tokens without a model."""
+
+    kv_bytes = 0
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    def run(self, step: Step) -> list[int | None]:
+        """The next token of each sampling chunk."""
+        return [_next(chunk.sequence.prompt, len(chunk.sequence.answer)) for chunk in step.chunks if chunk.samples]
+
+
+def _next(prompt: list[int], place: int) -> int:
+    number = crc32(array("I", [*prompt[-8:], len(prompt), place]).tobytes())
+    return END if number % ENDS == 0 else number % (WORDS - 1) + 1
+
+
+class FakeEngine(Engine):
+    """The engine, with a fake for what it computes."""
+
+    def __init__(self, config: EngineConfig, prompt: PromptConfig) -> None:
+        loaded = LoadedModel(model=None, spec=SPEC, end_token_ids=frozenset({END}), rope=None, runtime_bytes=0)
+        super().__init__(config, prompt, FakeTokenizer(), loaded)
+
+    @property
+    def device_type(self) -> str:
+        """It takes nothing of a GPU."""
+        return "cpu"
+
+    @classmethod
+    def open(cls, config: EngineConfig | None = None, prompt: PromptConfig | None = None) -> FakeEngine:
+        """There is nothing to load."""
+        return cls(config or EngineConfig(model=NAME), prompt or PromptConfig())
+
+    def plan(self, lengths: Iterable[Length]) -> Plan:
+        """The planner's answer, without a rehearsal."""
+        lengths = list(lengths) or [Length(1, 1, 1)]
+        device = Device.of("cpu", SPEC, self.meter.now)
+        return plan(SPEC, self._layout, self._limits(), lengths, step_sizes(self.config, "cpu", lengths)[0], device)
+
+    def describe(self) -> dict[str, Any]:
+        """What computes the answers, for the record."""
+        return {"architecture": SPEC.name, "commit": None, "dtype": "none", "device": "none", "attention": "none"}
+
+    def _limits(self) -> Limits:
+        return limits(self.config, hardware.free_host_memory(), held=self.meter.now)
+
+    def _runner(self, plan: Plan) -> AbstractContextManager[Runner]:  # noqa: ARG002
+        return FakeRunner()

@@ -1,0 +1,92 @@
+"""What decides the answers of a run, beside its rows: two runs that share it may share an output.
+
+Knows settings and the files of a model; loads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from bmx.config import CHUNK_SIZE, PromptConfig, RunConfig
+from bmx.model.demo import demo_model_path
+from bmx.request import SamplingParams
+
+FORMAT = 1  # of the keys made with it
+FAKE = "fake"
+ENGINE = ("model", "revision", "dtype", "kv_policy", "max_model_len")
+COMPRESSION = ("kv_budget", "kv_sink", "kv_recent")
+PRIVATE = ("system_prompt", "prompt_template")  # may quote what the prompts say: only a hash is kept
+WEIGHTS = (".safetensors", ".gguf")
+TEXTS = (".json", ".jinja", ".model", ".txt")
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+def fingerprint(config: RunConfig) -> dict[str, Any]:
+    """Names and values of all that decides an answer, for JSON.
+
+    Raises:
+        ModelError: the demo model is not installed.
+    """
+    flat = config.flat()
+    names = [*ENGINE, *(f.name for part in (SamplingParams, PromptConfig) for f in fields(part)), "shard"]
+    if config.engine.kv_policy != "none":
+        names += COMPRESSION
+    found = {name: flat[name] for name in names}
+    if config.engine.kv_policy != "none":
+        found["chunk_size"] = config.engine.chunk_size or CHUNK_SIZE
+    for name in PRIVATE:
+        found[name] = found[name] and _hash(found[name].encode())
+    found |= {"model_files": model_files(config.engine.model), "format": FORMAT}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+def seed(found: Mapping[str, Any]) -> bytes:
+    """A fingerprint as 16 bytes."""
+    return blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What has changed, for people; nothing if all is the same."""
+    changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    return ", ".join(_difference(name, before.get(name), after.get(name)) for name in changed)
+
+
+def _difference(name: str, before: Any, after: Any) -> str:
+    if name in (*PRIVATE, "model_files", "format"):
+        return f"{name} has changed"
+    return f"{name} was {json.dumps(before)[:80]}, is {json.dumps(after)[:80]}"
+
+
+def model_files(model: str) -> str | None:
+    """A hash of a local model: of its small files, and of samples from its weights; None for one of the hub."""
+    if model == FAKE:
+        return None
+    path = demo_model_path() if model == "demo" else Path(model).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    digest = blake2b(digest_size=8)
+    for file in files:
+        if file.suffix in (*WEIGHTS, *TEXTS) and file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            _sample(file, digest)
+    return digest.hexdigest() if files else None
+
+
+def _sample(file: Path, digest: Any) -> None:
+    """Add a file: the whole of a small one, of a large one blocks spread evenly over it."""
+    size = file.stat().st_size
+    with file.open("rb", 0) as data:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(data.read())
+            return
+        for i in range(SAMPLES):
+            digest.update(os.pread(data.fileno(), SAMPLE_BYTES, i * (size - SAMPLE_BYTES) // (SAMPLES - 1)))
+
+
+def _hash(text: bytes) -> str:
+    return blake2b(text, digest_size=8).hexdigest()

@@ -1,0 +1,265 @@
+"""What is done, on disk: the output and the error file of a job are its checkpoint.
+
+Knows which rows have a record and which do not, in bounded memory however many there are; knows nothing of how rows
+are answered.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bmx.errors import BmxError, InputFileError, UsageError
+from bmx.files import LineFile
+from bmx.jsonl import Reader, Row, strict_loads
+from bmx.lines import LineSet
+from bmx.records import read_record, strict_dumps
+
+SHOWN = 5  # ids or lines that a message names
+CACHE_KIB = 8192
+BEGINNING = b'{"id": '  # of every record
+REMEDY = "--overwrite begins anew, -o takes another output"
+
+
+class Journal:
+    """The files of a job, to one of which each row's record is added.
+
+    Args:
+        output: None is standard output.
+        errors: None for the same place as the answers; made when there is the first error.
+        kept: what stays of what they hold.
+
+    Raises:
+        OutputError: one cannot be opened, written or closed.
+    """
+
+    def __init__(self, output: Path | None, errors: Path | None, kept: Found) -> None:
+        if errors and errors.is_file() and not kept.error_bytes:
+            errors.unlink()
+        self._output = LineFile(output, kept.output_bytes)
+        self._error_path = errors
+        self._errors = LineFile(errors, kept.error_bytes) if errors and kept.error_bytes else None
+
+    def add(self, record: dict[str, Any], failed: bool = False) -> None:
+        """Add a row's one record.
+
+        Raises:
+            BrokenPipeError: the reader of standard output has gone.
+        """
+        line = strict_dumps(record)
+        if not failed or self._error_path is None:
+            self._output.append(line)
+            return
+        if self._errors is None:
+            self._errors = LineFile(self._error_path)
+        self._errors.append(line)
+
+    def close(self) -> None:
+        """Sync and close both."""
+        try:
+            self._output.close()
+        finally:
+            if self._errors:
+                self._errors.close()
+
+
+@dataclass(slots=True)
+class Found:
+    """What the files of a job hold.
+
+    Attributes:
+        answered: rows with an answer; ``failed`` those with an error, by its code.
+        output_bytes, error_bytes: up to the end of the last whole record.
+    """
+
+    answered: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    output_bytes: int = 0
+    error_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What is left to do: how many of all the rows, and the lines that can be passed over."""
+
+    rows: int
+    left: int
+    skip: LineSet
+
+
+class Ledger:
+    """The ids of a job's rows and records, in a private database that spills to the disk. Close it to let that go."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", f"cache_size=-{CACHE_KIB}"):
+            self._db.execute(f"PRAGMA {pragma}")
+        self._db.execute("CREATE TABLE rows (name INTEGER, key INTEGER, line INTEGER)")
+        self._db.execute("CREATE TABLE done (name INTEGER, key INTEGER)")
+        self._lines = self._rows = 0
+        self._limited = False
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._db.close()
+
+    def read(self, reader: Reader, limit: int | None = None) -> int:
+        """Take down all rows, or the first so many; returns how many there are.
+
+        Raises:
+            InputFileError: a file cannot be read, or two rows have the same id.
+        """
+        self._limited = limit is not None
+        with _full_disk():
+            self._insert("INSERT INTO rows VALUES (?, ?, ?)", self._noted(islice(reader.identities(), limit)))
+            try:
+                self._db.execute("CREATE UNIQUE INDEX by_name ON rows (name)")
+            except sqlite3.IntegrityError:
+                self._refuse_twins(reader, limit)
+        return self._rows
+
+    def _noted(self, rows: Iterable[Row]) -> Iterator[tuple[int, int, int]]:
+        for row in rows:
+            self._rows, self._lines = self._rows + 1, row.line
+            yield hash(str(row.id)), _number(row.key), row.line
+
+    def _refuse_twins(self, reader: Reader, limit: int | None) -> None:
+        """Name ids that occur twice."""
+        query = "SELECT name FROM rows GROUP BY name HAVING count(*) > 1 LIMIT 1000"
+        names = {name for (name,) in self._db.execute(query)}
+        twins: Counter[str] = Counter(
+            str(row.id) for row in islice(reader.identities(), limit) if hash(str(row.id)) in names
+        )
+        twice = [name for name, count in twins.items() if count > 1]
+        shown = ", ".join(repr(name[:80]) for name in twice[:SHOWN])
+        more = f" and {len(twice) - SHOWN} more" if len(twice) > SHOWN else ""
+        raise InputFileError(f"{len(twice)} ids occur more than once: {shown}{more}", hint="ids must be unique")
+
+    def find(self, output: Path | None, errors: Path | None, *, retry_failed: bool = False) -> Found:
+        """Take down the records of earlier runs.
+
+        Args:
+            retry_failed: leave out those of errors, so that their rows are answered again.
+
+        Raises:
+            UsageError: a file holds something else, or records that are not those of these rows.
+        """
+        found = Found()
+
+        def records(path: Path) -> Iterator[tuple[int, int]]:
+            whole = _Records(path)
+            for name, key, code in whole:
+                if code is None:
+                    found.answered += 1
+                else:
+                    found.failed[code] += 1
+                yield hash(str(name)), _number(key)
+            if path == output:
+                found.output_bytes = whole.end
+            else:
+                found.error_bytes = whole.end
+
+        with _full_disk():
+            for path in (output, None if retry_failed else errors):
+                if path and path.is_file():
+                    self._insert("INSERT INTO done VALUES (?, ?)", records(path))
+            try:
+                self._db.execute("CREATE UNIQUE INDEX by_done ON done (name)")
+            except sqlite3.IntegrityError:
+                raise UsageError(f"{output} has records of the same id twice", hint=REMEDY) from None
+            self._check_records(output)
+        return found
+
+    def _check_records(self, output: Path | None) -> None:
+        query = "SELECT line FROM rows JOIN done USING (name) WHERE rows.key != done.key ORDER BY line"
+        changed = [line for (line,) in self._db.execute(query)]
+        if changed:
+            lines = ", ".join(map(str, changed[:SHOWN])) + (" ..." if len(changed) > SHOWN else "")
+            raise UsageError(
+                f"{len(changed):,} rows of the input have changed since {output} has their records: lines {lines}",
+                hint=f"{REMEDY}, --retry-failed answers failed rows again as they are now",
+            )
+        query = "SELECT count(*) FROM done WHERE name NOT IN (SELECT name FROM rows)"
+        [(strangers,)] = self._db.execute(query)
+        if strangers and not self._limited:
+            raise UsageError(f"{output} has {strangers:,} records of rows that are not in the input", hint=REMEDY)
+
+    def todo(self, share: tuple[int, int] = (1, 1)) -> Todo:
+        """What has no record yet.
+
+        Args:
+            share: (i, n), for only the lines i, i + n, i + 2 n, ...
+        """
+        first, step = share
+        skip = LineSet(self._lines)
+        with _full_disk():
+            [(rows,)] = self._db.execute("SELECT count(*) FROM rows WHERE (line - ?) % ? = 0", (first, step))
+            [(done,)] = self._db.execute("SELECT count(*) FROM done JOIN rows USING (name)")
+            query = "SELECT line FROM done JOIN rows USING (name) UNION ALL SELECT line FROM rows WHERE (line - ?) % ?"
+            for (line,) in self._db.execute(query, (first, step)):
+                skip.add(line)
+        return Todo(rows, rows - done, skip)
+
+    def _insert(self, statement: str, values: Iterator[tuple[int, ...]]) -> None:
+        self._db.execute("BEGIN")
+        self._db.executemany(statement, values)
+        self._db.execute("COMMIT")
+
+
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise BmxError(f"cannot keep the ids of the rows in temporary files: {error}", hint="see TMPDIR") from None
+
+
+def _number(key: str) -> int:
+    """A key as the database takes it: a signed number of 64 bits."""
+    return int(key, 16) - 2**63 if re.fullmatch("[0-9a-f]{16}", key) else 0
+
+
+class _Records:
+    """(id, key, error code) of each record in a file; ``end`` is where the last whole one ends.
+
+    A write that was cut off by a crash or a power cut leaves a torn tail, which is no record. Anything else that is
+    none is another's.
+
+    Raises:
+        UsageError: the file is not one of bmx, or was damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.end = 0
+
+    def __iter__(self) -> Iterator[tuple[str | int, str, str | None]]:
+        torn = 0
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                record = _record(line) if line.endswith(b"\n") else None
+                if record and not torn:
+                    yield record
+                    self.end += len(line)
+                elif record or not _is_torn(line):
+                    raise UsageError(f"line {torn or number} of {self._path} is no record of bmx", hint=REMEDY)
+                torn = torn or (0 if record else number)
+
+
+def _record(line: bytes) -> tuple[str | int, str, str | None] | None:
+    try:
+        return read_record(strict_loads(line.decode()))
+    except ValueError:
+        return None
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line may be what a crash has left of a record: its beginning, or the zeros of a block never written."""
+    return line.startswith(BEGINNING) or BEGINNING.startswith(line) or not line.strip(b"\0\n")

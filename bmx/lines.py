@@ -1,0 +1,138 @@
+"""Physical lines of files: bytes up to a newline, one in memory at a time, from plain, gzip and zstd files.
+
+Knows bytes; knows nothing of JSON.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from bmx.errors import InputFileError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+PIECE = 1 << 17
+COMPRESSED = (".gz", ".zst")
+UTF16 = ((b"\xff\xfe", b"\xfe\xff"), (b"{\0", b"\0{"))  # its marks, and how a row begins without one
+
+
+class LineSet:
+    """Numbers of lines up to a last one, a bit each; all later lines are taken for members too."""
+
+    def __init__(self, last: int) -> None:
+        self._bits = bytearray(last // 8 + 1)
+        self.last = last
+
+    def add(self, number: int) -> None:
+        """Put a line in."""
+        self._bits[number >> 3] |= 1 << (number & 7)
+
+    def __contains__(self, number: int) -> bool:
+        return number > self.last or bool(self._bits[number >> 3] & (1 << (number & 7)))
+
+
+@contextmanager
+def open_input(path: Path) -> Iterator[BinaryIO]:
+    """A file of lines as bytes, decompressed if its name says that it is compressed.
+
+    Raises:
+        InputFileError: missing, a folder, not readable, damaged, or not UTF-8.
+    """
+    try:
+        if path.is_dir():
+            raise InputFileError(f"{path} is a folder, not a file of prompts")
+        with _opened(path) as file:
+            marks, starts = UTF16
+            if file.peek(2)[:2] in marks + starts:  # type: ignore[attr-defined]
+                hint = f"iconv -f UTF-16 -t UTF-8 {path.name} > utf8.jsonl"
+                raise InputFileError(f"{path} is UTF-16, not UTF-8", hint=hint)
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputFileError(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise InputFileError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.open(path), PIECE)
+    if path.suffix == ".zst":
+        return io.BufferedReader(ZstdFile(path), PIECE)
+    return path.open("rb", PIECE)
+
+
+class ZstdFile(io.RawIOBase):
+    """The contents of a zstd file, which may have several frames.
+
+    Raises:
+        EOFError: the file is damaged, or ends in the middle.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from zstandard import ZstdDecompressor
+
+        self._file = path.open("rb")
+        self._decompressor = ZstdDecompressor()
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """The next bytes; 0 at the end."""
+        while not self._ready:
+            piece = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(PIECE)
+            if not piece:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("the file ends in the middle of a zstd frame")
+                return 0
+            self._ready = self._decompressed(piece)
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._ready))
+        view[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _decompressed(self, piece: bytes) -> bytes:
+        from zstandard import ZstdError
+
+        if self._frame is None or self._frame.eof:
+            self._frame = self._decompressor.decompressobj()
+        try:
+            return bytes(self._frame.decompress(piece))
+        except ZstdError as error:
+            raise EOFError(str(error)) from None
+
+    def close(self) -> None:
+        """Close the file too."""
+        self._file.close()
+        super().close()
+
+
+def read_lines(path: Path, longest: int) -> Iterator[tuple[bytes, int]]:
+    r"""(line with its ``\n``, if it has one; bytes of it that are left out) of a file.
+
+    Args:
+        longest: bytes of a line that are kept; the rest of a longer one is read past.
+
+    Raises:
+        InputFileError: see ``open_input``.
+    """
+    with open_input(path) as file:
+        while line := file.readline(longest + 1):
+            left_out = 0
+            if len(line) > longest and not line.endswith(b"\n"):
+                while rest := file.readline(PIECE):
+                    left_out += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+                left_out += 1  # at the least: this line is too long
+            yield line, left_out

@@ -1,0 +1,161 @@
+"""Where a job reads and writes: paths from settings, refused before any work where they would destroy something.
+
+Knows paths; reads no row.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bmx.config import RunConfig
+from bmx.errors import InputFileError, OutputError, UsageError
+from bmx.jsonl import Reader
+from bmx.lines import COMPRESSED, open_input
+
+STDIO = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where a job writes.
+
+    Attributes:
+        output: None is standard output.
+        errors: None for the same place as the answers.
+        stats: None for nowhere.
+    """
+
+    output: Path | None
+    errors: Path | None
+    stats: Path | None
+
+    @property
+    def durable(self) -> bool:
+        """Whether the output is a file, which can be locked, resumed and described; not a stream or a device."""
+        return self.output is not None and (self.output.is_file() or not self.output.exists())
+
+    @property
+    def used(self) -> bool:
+        """Whether there are records of an earlier run."""
+        files = [path for path in (self.output, self.errors) if path and path.is_file()]
+        return self.durable and any(path.stat().st_size for path in files)
+
+    def beside(self, suffix: str) -> Path:
+        """A file that belongs to the output."""
+        output = self.output or Path()
+        return output.with_name(output.name + suffix)
+
+
+def find_places(config: RunConfig) -> Places:
+    """Where answers, errors and counters go.
+
+    Raises:
+        UsageError: the input has no name to derive one from; one place is an input, a folder, or another place.
+        OutputError: a folder is missing or cannot be written to.
+    """
+    output, stats = _output(config), config.job.stats_file
+    found = Places(output=output, errors=None, stats=Path(stats) if stats else None)
+    if config.job.error_file:
+        found = Places(output=output, errors=Path(config.job.error_file), stats=found.stats)
+    elif found.durable:
+        found = Places(output=output, errors=found.beside(".errors.jsonl"), stats=found.stats)
+    taken = [("an input", Path(name)) for name in config.inputs if name != STDIO]
+    for name, path in (("output", output), ("error file", found.errors), ("stats file", found.stats)):
+        if path:
+            _check(name, path, taken)
+            taken.append((f"the {name}", path))
+    return found
+
+
+def _output(config: RunConfig) -> Path | None:
+    if config.job.output_file == STDIO:
+        return None
+    if config.job.output_file:
+        return Path(config.job.output_file)
+    if config.inputs[0] == STDIO:
+        raise UsageError("reading from standard input needs an output", hint="-o answers.jsonl, or -o - for stdout")
+    first = Path(config.inputs[0])
+    stem = first.name.removesuffix(first.suffix) if first.suffix in COMPRESSED else first.name
+    share = f".{config.job.shard.replace('/', '-of-')}" if config.job.shard else ""
+    return first.with_name(f"{stem.removesuffix('.jsonl')}{share}.out.jsonl")
+
+
+def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
+    for what, other in taken:
+        if _same(path, other):
+            raise UsageError(f"the {name} {path} is also {what}", hint="choose another")
+    if path.is_dir():
+        raise UsageError(f"the {name} {path} is a folder", hint="it must be a file")
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder {path.parent} does not exist", hint="create it, or choose another")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"the {name} {path} cannot be written: permission denied", hint="choose another")
+
+
+def _same(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
+
+
+@contextmanager
+def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
+    """The input files; standard input is copied to a temporary file first, since inputs are read more than once.
+
+    Raises:
+        InputFileError: one is missing or cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="bmx-") as folder:
+        paths: list[Path] = []
+        for name in names:
+            path = Path(name)
+            if name == STDIO or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe
+                path = _spooled(name, Path(folder) / f"input-{len(paths)}.jsonl")
+            with open_input(path):
+                paths.append(path)
+        yield tuple(paths)
+
+
+def _spooled(name: str, to: Path) -> Path:
+    try:
+        with to.open("wb") as copy:
+            if name == STDIO:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+            else:
+                with Path(name).open("rb") as pipe:
+                    shutil.copyfileobj(pipe, copy)
+    except OSError as error:
+        raise InputFileError(f"cannot copy {name} to a temporary file: {error.strerror}") from None
+    return to
+
+
+def input_reader(config: RunConfig, paths: tuple[Path, ...], seed: bytes = b"") -> Reader:
+    """What reads the rows of these files, with the defaults and the template of the job."""
+    return Reader(
+        paths=paths,
+        defaults=config.sampling,
+        template=_unescape(config.prompt.prompt_template),
+        models=frozenset(model_names(config)),
+        seed=seed,
+        longest=config.job.max_line_bytes,
+    )
+
+
+def model_names(config: RunConfig) -> tuple[str, ...]:
+    """The names that a row may ask for: those that were given, the model's own, and its last part."""
+    model = config.engine.model
+    last = Path(model).name.removesuffix(".gguf")
+    demo = ("SmolLM2-135M-Instruct",) if model == "demo" else ()
+    return tuple(dict.fromkeys((*config.job.served_model_name, model, last, *demo)))
+
+
+def _unescape(template: str | None) -> str | None:
+    r"""A template from a shell: ``\n`` and ``\t`` typed as two characters mean what they say."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,87 @@
+"""Lines out: a result as a record in the dialect of its row, and what a record says when it is read again.
+
+Knows formats; knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Literal
+
+from bmx.request import Result
+
+Dialect = Literal["plain", "chat.completion", "text_completion"]
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def strict_dumps(value: Any) -> bytes:
+    """One line of JSON in UTF-8, its newline included; numbers that are none are refused."""
+    return _ENCODER.encode(value).encode() + b"\n"
+
+
+def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str = "") -> dict[str, Any]:
+    """A result as a line of the output, in the dialect of its row.
+
+    Args:
+        key: of its row.
+        model: the name to answer as.
+    """
+    if dialect != "plain":
+        return _openai_record(result, key, dialect, model)
+    if result.error:
+        error = {"code": result.error.code, "message": result.error.message}
+        return {"id": result.id, "error": error, "row_hash": key}
+    usage = result.usage
+    return {
+        "id": result.id,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "usage": usage and {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
+        **_extras(result),
+        "row_hash": key,
+    }
+
+
+def _extras(result: Result) -> dict[str, Any]:
+    """What no other program has: the cache, and what was done to a row that was too long."""
+    kv = result.kv
+    found: dict[str, Any] = {
+        "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted},
+        "truncated": result.truncated,
+    }
+    if result.clamped_to:
+        found["max_tokens"] = result.clamped_to
+    return found
+
+
+def _openai_record(result: Result, key: str, dialect: Dialect, model: str) -> dict[str, Any]:
+    if result.error:
+        error = {"code": result.error.code, "message": result.error.message}
+        return {"id": f"batch_req_{key}", "custom_id": result.id, "response": None, "error": error}
+    chat = dialect == "chat.completion"
+    said = {"message": {"role": "assistant", "content": result.text}} if chat else {"text": result.text}
+    prompt, answer = (result.usage.prompt_tokens, result.usage.completion_tokens) if result.usage else (0, 0)
+    body = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{key}",
+        "object": dialect,
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": result.finish_reason}],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
+        **_extras(result),
+    }
+    response = {"status_code": 200, "request_id": key, "body": body}
+    return {"id": f"batch_req_{key}", "custom_id": result.id, "response": response, "error": None}
+
+
+def read_record(record: Any) -> tuple[str | int, str, str | None] | None:
+    """(id, key, error code or None) of a line of an output; None if bmx did not write it."""
+    if not isinstance(record, dict):
+        return None
+    openai = "custom_id" in record
+    name, key = record.get("custom_id" if openai else "id"), record.get("id" if openai else "row_hash")
+    if not isinstance(name, (str, int)) or not isinstance(key, str):
+        return None
+    error = record.get("error")
+    return name, key.removeprefix("batch_req_"), error.get("code", "") if isinstance(error, dict) else None
