@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return choose
 
 
+TIMED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
+
+
 @dataclass(frozen=True)
 class Ended:
     """How the command ended."""
@@ -95,9 +99,16 @@ class Ended:
     err: str
 
     @property
+    def log(self) -> list[str]:
+        """What was said, line by line, without the times; each line must begin with one."""
+        lines = self.err.splitlines()
+        assert [line for line in lines if not TIMED.match(line)] == []
+        return [TIMED.sub("", line) for line in lines]
+
+    @property
     def complaint(self) -> list[str]:
         """The lines of what was said after what was done, which must be an error and a hint."""
-        lines = [line for line in self.err.splitlines() if line and not line.endswith(" ...")]
+        lines = [line for line in self.log if not line.endswith(" ...")]
         assert [line.split(":")[0] for line in lines] == ["error", "hint"], self.err
         return lines
 
