@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmx.config import RunConfig
@@ -30,6 +32,24 @@ if TYPE_CHECKING:
     from bmx.engine.engine import Engine
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a job has to do.
+
+    Attributes:
+        places: where it writes.
+        mark: what decides its answers, beside its rows.
+        reader: reads its rows.
+        found: what earlier runs have left there; ``todo`` what they have left to do.
+    """
+
+    places: Places
+    mark: dict[str, Any]
+    reader: Reader
+    found: Found
+    todo: Todo
+
+
 def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
     """Answer every row of the inputs that has no record yet.
 
@@ -47,45 +67,41 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
     with ExitStack() as stack:
         if places.durable and not config.job.dry_run:
             stack.enter_context(locked(places.beside(".lock"), config.job.lock_wait))
-        paths = stack.enter_context(input_paths(config.inputs))
-        mark = fingerprint(config)
-        reader = input_reader(config, paths, seed(mark))
-        found, todo = outstanding(config, places, mark, reader)
-        if todo.left:
-            return _answer(config, display, stop or Stop(), places, mark, reader, found, todo)
-        return _nothing_left(config, display, places, begun(config, mark), found, todo)
+        work = find_work(config, places, stack.enter_context(input_paths(config.inputs)))
+        if work.todo.left:
+            return _answer(config, display, stop or Stop(), work)
+        return _nothing_left(config, display, work)
 
 
-def _nothing_left(
-    config: RunConfig, display: Display, places: Places, record: dict[str, Any], found: Found, todo: Todo
-) -> Stats:
-    """All rows have their records, or there are none: no model is needed to say so."""
-    stats = _counters(Stats(), config, found, todo)
-    before = read_manifest(places.output) if places.output else None
-    if not config.job.dry_run:
-        with kept_stats(places.stats, stats, display.warn):
-            if before is None or before["state"] != "finished" or config.job.overwrite:
-                with recording(places, record, found, stats):
-                    pass
-    display.nothing_left(stats, places)
-    return stats
-
-
-def outstanding(config: RunConfig, places: Places, mark: dict[str, Any], reader: Reader) -> tuple[Found, Todo]:
+def find_work(config: RunConfig, places: Places, paths: tuple[Path, ...]) -> Work:
     """What earlier runs have left to do.
 
     Raises:
         InputFileError: the input cannot be read, or two rows have the same id.
         UsageError: the output is that of another job.
     """
-    job = config.job
+    job, mark = config.job, fingerprint(config)
+    reader = input_reader(config, paths, seed(mark))
     with closing(Ledger()) as ledger:
         ledger.read(reader, job.limit)
         found = Found()
         if places.used and not job.overwrite:
             _check_same_job(config, places, mark)
             found = ledger.find(places.output, places.errors, retry_failed=job.retry_failed)
-        return found, ledger.todo(job.share)
+        return Work(places=places, mark=mark, reader=reader, found=found, todo=ledger.todo(job.share))
+
+
+def _nothing_left(config: RunConfig, display: Display, work: Work) -> Stats:
+    """All rows have their records, or there are none: no model is needed to say so."""
+    stats, places = _counters(Stats(), config, work), work.places
+    before = read_manifest(places.output) if places.output else None
+    if not config.job.dry_run:
+        with kept_stats(places.stats, stats, display.warn):
+            if before is None or before["state"] != "finished" or config.job.overwrite:
+                with recording(work, begun(config, work.mark), stats):
+                    pass
+    display.nothing_left(stats, places)
+    return stats
 
 
 def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> None:
@@ -120,10 +136,10 @@ def _check_same_model(places: Places, model: dict[str, Any]) -> None:
             )
 
 
-def _counters(stats: Stats, config: RunConfig, found: Found, todo: Todo) -> Stats:
+def _counters(stats: Stats, config: RunConfig, work: Work) -> Stats:
     """The counters of a run that goes on where others ended."""
-    stats.rows_total, stats.rows_before = todo.rows, todo.rows - todo.left
-    stats.errors.update(found.failed)
+    stats.rows_total, stats.rows_before = work.todo.rows, work.todo.rows - work.todo.left
+    stats.errors.update(work.found.failed)
     if config.prompt.on_too_long == "skip":
         stats.rows_skipped = stats.errors.pop(TOO_LONG, 0)
     return stats
@@ -144,36 +160,25 @@ def open_engine(config: RunConfig) -> Engine:
     return Engine.open(config.engine, config.prompt)
 
 
-def _answer(
-    config: RunConfig,
-    display: Display,
-    stop: Stop,
-    places: Places,
-    mark: dict[str, Any],
-    reader: Reader,
-    found: Found,
-    todo: Todo,
-) -> Stats:
-    unpacked = config.engine.model == "demo" or config.engine.model.lower().endswith(".gguf")
-    once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
-    with display.waiting(f"loading model {config.engine.model}{once}"):
-        engine = open_engine(config)
+def _answer(config: RunConfig, display: Display, stop: Stop, work: Work) -> Stats:
+    places, todo = work.places, work.todo
+    engine = _loaded(config, display)
     model = engine.describe()
-    if found.output_bytes or found.error_bytes:
+    if work.found.output_bytes or work.found.error_bytes:
         _check_same_model(places, model)
     every = sampling_step(todo.left)
     with display.waiting("measuring the prompts, making the plan"):
-        lengths = engine.measure(row.request for row in reader.rows(todo.skip, every) if row.request)
+        lengths = engine.measure(row.request for row in work.reader.rows(todo.skip, every) if row.request)
         plan = engine.plan(lengths)
-    stats = _counters(engine.stats, config, found, todo)
+    stats = _counters(engine.stats, config, work)
     stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
     display.plan(model, plan, lengths, todo.left, every)
     if config.job.dry_run:
         return stats
-    record = begun(config, mark) | {"model": model, "plan": plan_record(plan)}
+    record = begun(config, work.mark) | {"model": model, "plan": plan_record(plan)}
     with (
         kept_stats(places.stats, stats, display.warn),
-        recording(places, record, found, stats, plan) as journal,
+        recording(work, record, stats, plan) as journal,
         display.live(stats),
     ):
         outbox = Outbox(
@@ -185,34 +190,29 @@ def _answer(
             max_errors=config.job.max_errors,
             tell=display.row if config.job.verbose else None,
         )
-        requests = _requests(reader, todo, outbox, stop)
-        _pump(engine, requests, plan, outbox, stop, config.job.row_timeout)
-        if stop.signal is not None:
-            raise Interrupted(stop.signal)
-        if stats.rows_done != todo.left:
-            what = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed meanwhile?"
-            raise BmxError(what, hint="the same command finds out, and goes on")
+        requests = _requests(work, outbox, stop)
+        results = engine.generate(requests, plan, stop=stop, row_timeout=config.job.row_timeout)
+        with closing(results), stop.gentle():
+            for result in results:
+                outbox.put(result)
+        _check_complete(stats, todo, stop)
     display.summary(stats, plan, places)
     return stats
 
 
-def _pump(
-    engine: Engine,
-    requests: Iterator[Request | None],
-    plan: Plan,
-    outbox: Outbox,
-    stop: Stop,
-    row_timeout: float | None,
-) -> None:
-    """Move rows through the engine; the first signal lets it finish what it has begun."""
-    with closing(engine.generate(requests, plan, stop=stop, row_timeout=row_timeout)) as results, stop.gentle():
-        for result in results:
-            outbox.put(result)
+def _loaded(config: RunConfig, display: Display) -> Engine:
+    engine = config.engine
+    if engine.trust_remote_code and not engine.revision and not Path(engine.model).exists():
+        display.warn(f"code that comes with {engine.model} runs here in whatever version it is: pin it with --revision")
+    unpacked = engine.model == "demo" or engine.model.lower().endswith(".gguf")
+    once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
+    with display.waiting(f"loading model {engine.model}{once}"):
+        return open_engine(config)
 
 
-def _requests(reader: Reader, todo: Todo, outbox: Outbox, stop: Stop) -> Iterator[Request | None]:
+def _requests(work: Work, outbox: Outbox, stop: Stop) -> Iterator[Request | None]:
     """Requests as the engine wants them; None while rows before them must be written first."""
-    for row in reader.rows(todo.skip):
+    for row in work.reader.rows(work.todo.skip):
         while outbox.full:
             yield None
         if stop.requested:
@@ -222,10 +222,22 @@ def _requests(reader: Reader, todo: Todo, outbox: Outbox, stop: Stop) -> Iterato
             yield row.request
 
 
+def _check_complete(stats: Stats, todo: Todo, stop: Stop) -> None:
+    """See that every row has its record.
+
+    Raises:
+        Interrupted: a signal has ended the run before.
+        BmxError: rows are missing all the same.
+    """
+    if stop.signal is not None:
+        raise Interrupted(stop.signal)
+    if stats.rows_done != todo.left:
+        what = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed meanwhile?"
+        raise BmxError(what, hint="the same command finds out, and goes on")
+
+
 @contextmanager
-def recording(
-    places: Places, record: dict[str, Any], found: Found, stats: Stats, plan: Plan | None = None
-) -> Iterator[Journal]:
+def recording(work: Work, record: dict[str, Any], stats: Stats, plan: Plan | None = None) -> Iterator[Journal]:
     """The journal, open while the body runs, and the manifest that says what becomes of the run.
 
     Raises:
@@ -233,10 +245,10 @@ def recording(
     """
 
     def write(more: dict[str, Any]) -> None:
-        if places.durable:
-            write_json(places.beside(".run.json"), record | more)
+        if work.places.durable:
+            write_json(work.places.beside(".run.json"), record | more)
 
-    journal = Journal(places.output, places.errors, found)
+    journal = Journal(work.places.output, work.places.errors, work.found)
     state: State = "failed"
     try:
         write({})

@@ -106,6 +106,8 @@ def test_the_config_file_itself_may_come_from_the_environment(config_file):
 
 def sample(setting: Any) -> Any:
     """A value that a setting takes and that is not its default."""
+    if setting.name == "shard":
+        return "2/3"
     if get_origin(setting.type) is Literal:
         return next(word for word in get_args(setting.type) if word != setting.default)
     samples = {bool: not setting.default, int: 600, float: 0.5, str: "text", tuple: ["7"]}
@@ -121,16 +123,44 @@ def typed(name: str, value: Any, word: str) -> list[str]:
     return [flag(name), word]
 
 
-def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file):
-    values = {setting.name: sample(setting) for setting in SETTINGS}
+@pytest.mark.parametrize("contradictory", [False, True])
+def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file, contradictory):
+    names = {"retry_failed", "verbose"}  # not together with --overwrite, --quiet
+    values = {s.name: sample(s) for s in SETTINGS if (s.name in names) == contradictory}
     words = {name: value[0] if isinstance(value, list) else str(value) for name, value in values.items()}
     as_flags = shown(*(word for name in values for word in typed(name, values[name], words[name])))
     as_variables = shown(env={f"BMX_{name.upper()}": word for name, word in words.items()})
     as_keys = shown("--config", config_file(yaml.safe_dump(values)))
     assert as_flags == as_variables == as_keys
     defaults = shown()
-    assert [name for name in defaults if as_flags[name] == defaults[name]] == []
-    assert list(defaults) == list(values)
+    assert {name for name in defaults if as_flags[name] != defaults[name]} == set(values)
+    assert list(defaults) == [setting.name for setting in SETTINGS]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--overwrite", "--retry-failed"), "--retry-failed"),
+        (("-q", "-v"), "--verbose"),
+        (("--shard", "0/3"), "shard"),
+        (("--shard", "4/3"), "shard"),
+        (("--shard", "1"), "2/8"),
+        (("--max-errors", "-1"), "max_errors"),
+        (("--row-timeout", "0"), "row_timeout"),
+        (("--row-timeout", "soon"), "5m"),
+        (("--lock-wait", "-1"), "lock_wait"),
+        (("--max-line-bytes", "0"), "max_line_bytes"),
+    ],
+)
+def test_what_contradicts_itself_or_makes_no_sense_is_refused(args, said):
+    with pytest.raises(UsageError) as refused:
+        shown(*args)
+    assert said in refused.value.message + (refused.value.hint or "")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30", 30), ("0.5", 0.5), ("90s", 90), ("5m", 300), ("2 h", 7200)])
+def test_times_have_units(text, seconds):
+    assert shown("--row-timeout", text)["row_timeout"] == seconds
 
 
 # Help

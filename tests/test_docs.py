@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import configparser
+import json
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from bmx.config import RunConfig, all_settings
-from bmx.jsonl import Reader
-from bmx.request import Request, SamplingParams
+from bmx.cli import EXIT_SOME_FAILED
+from bmx.config import JobConfig, RunConfig, all_settings
+from bmx.errors import BmxError
+from bmx.signals import STOPPING, Interrupted
 
 ROOT = Path(__file__).parent.parent
+SERVED = ("--served-model-name", "SmolLM2-135M-Instruct")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -42,10 +49,81 @@ def test_every_module_is_in_how_it_works():
 
 
 @pytest.mark.parametrize("name", ["documents", "messages", "openai_batch"])
-def test_the_sample_inputs_are_read_without_an_error(name):
-    rows = list(Reader(paths=(ROOT / "sample_inputs" / f"{name}.jsonl",), defaults=SamplingParams()))
-    assert len(rows) >= 5
-    assert all(isinstance(row, Request) for row in rows)
+def test_the_sample_inputs_are_read_without_an_error(bmx, name):
+    ended = bmx("run", ROOT / "sample_inputs" / f"{name}.jsonl", "-m", "fake", "-o", "out.jsonl", *SERVED)
+    assert (ended.code, Path("out.jsonl.errors.jsonl").exists()) == (0, False)
+    assert len(Path("out.jsonl").read_text(encoding="utf-8").splitlines()) >= 5
+
+
+def blocks(section: str) -> list[str]:
+    """The indented blocks of a section of the README."""
+    text = README[README.index(f"## {section}\n") :].split("\n## ")[0]
+    return [textwrap.dedent(block).strip("\n") for block in re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", text)]
+
+
+@pytest.fixture
+def nightly(tmp_path, monkeypatch):
+    """A folder as the recipes expect it; runs one of their commands there, by a shell."""
+    folder = tmp_path / "nightly"
+    folder.mkdir()
+    (folder / "bmx.yaml").write_text("model: fake\n")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"id": {i}, "prompt": "w {i}"}}\n' for i in range(5)) + "bad\n")
+
+    def call(command: str) -> int:
+        here = command.replace("/data/nightly", str(folder)).replace("/opt/bmx/bin/bmx", f"{sys.executable} -m bmx")
+        assert here != command
+        return subprocess.run(["sh", "-c", here], cwd=folder, check=False).returncode
+
+    call.folder = folder
+    return call
+
+
+def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_rows(nightly):
+    at_night, timer = blocks("At night")[0].splitlines(), blocks("At night")
+    assert re.match(r"15 1 \* \* \*  cd ", at_night[0])
+    assert re.match(r"@reboot     cd ", at_night[1])
+    output, log = nightly.folder / "prompts.out.jsonl", nightly.folder / "bmx.log"
+    assert nightly(at_night[0].split(maxsplit=5)[5]) == 3
+    assert len(output.read_text().splitlines()) == 5
+    assert "1 rows failed: 1 invalid_json" in log.read_text()
+    output.write_bytes(output.read_bytes()[:-150])  # as a power cut would leave it
+    assert nightly(at_night[1].split(maxsplit=1)[1]) == 3
+    assert len(output.read_text().splitlines()) == 5
+    source = nightly.folder / "prompts.jsonl"
+    source.write_text(source.read_text().replace("bad", '{"prompt": "good"}'))
+    [retry] = [block.strip() for block in timer if "--retry-failed" in block]
+    assert nightly(retry) == 0
+    assert len(output.read_text().splitlines()) == 6
+    log.write_text("")
+    assert nightly(at_night[0].split(maxsplit=5)[5]) == 0
+    assert log.read_text() == ""
+
+
+def test_the_systemd_timer_is_made_of_two_units_and_a_command_that_runs(nightly):
+    service, timer = (block for block in blocks("At night") if block.startswith("["))
+    units = []
+    for text in (service, timer):
+        unit = configparser.ConfigParser()
+        unit.optionxform = str
+        unit.read_string(text)
+        units.append(unit)
+    assert [unit.sections() for unit in units] == [["Unit", "Service"], ["Timer", "Install"]]
+    assert units[0]["Service"]["WorkingDirectory"] == "/data/nightly"
+    assert float(units[0]["Service"]["TimeoutStopSec"]) > JobConfig().shutdown_timeout
+    assert nightly(units[0]["Service"]["ExecStart"]) == 3
+    stats = json.loads((nightly.folder / "stats.json").read_text())
+    schema = re.search(r"`--stats-file` keeps.*?meaning\.", README, re.DOTALL)[0]
+    named = set(re.findall(r"`([a-z_]+)`", schema)) - {"running", "finished", "interrupted", "failed"}
+    deep = {"rows", "throughput", "slots", "memory"}
+    assert named | {"failed"} == set(stats) | set().union(*(stats[name] for name in deep))
+
+
+def test_the_table_of_exit_codes_is_that_of_the_errors():
+    table = README[README.index("| exit code |") :].split("\n\n")[0]
+    codes = {int(code) for cell in re.findall(r"(?m)^\| ([\d, ]+) \|", table) for code in cell.split(",")}
+    raised = {error.exit_code for error in [BmxError, *BmxError.__subclasses__()]}
+    stopped = {Interrupted(number).exit_code for number in STOPPING}
+    assert codes == {0, EXIT_SOME_FAILED} | raised | stopped
 
 
 def test_the_sample_config_is_valid():

@@ -100,7 +100,8 @@ def test_a_run_records_what_it_planned_and_what_it_took(bmx, model, prompts):
     assert "secret" not in text
     assert not any(words(prompt)[:20] in text for prompt in ROWS)
     found = json.loads(text)
-    assert found["rows"] == {"total": 5, "done": 5, "failed": 0}
+    assert found["state"] == "finished"
+    assert found["rows"] == {"total": 5, "answered": 5, "failed": 0, "skipped": 0, "before": 0}
     assert found["model"]["architecture"] == "LlamaForCausalLM"
     assert found["memory"]["predicted_bytes"] == found["plan"]["memory"]["total"]
     assert found["memory"]["measured_bytes"] > 0
@@ -114,12 +115,12 @@ def test_nothing_is_recorded_beside_standard_output(bmx, model, prompts):
     assert list(prompts.parent.glob("*.run.json")) == []
 
 
-def test_a_manifest_that_cannot_be_written_is_said_and_the_answers_stay(bmx, model, prompts):
+def test_a_manifest_that_cannot_be_written_is_said_before_any_row_is_answered(bmx, model, prompts):
     (prompts.parent / "in.out.jsonl.run.json").mkdir()
     ended = bmx("run", prompts, "--model", model, "--device", "cpu")
     assert ended.code == 1
     assert "in.out.jsonl.run.json" in ended.err
-    assert len((prompts.parent / "in.out.jsonl").read_text().splitlines()) == 5
+    assert (prompts.parent / "in.out.jsonl").read_text() == ""
     assert list(prompts.parent.glob(".in*")) == []
 
 

@@ -97,14 +97,14 @@ def test_bad_rows_become_error_records_and_exit_code_3(run):
     ended = run(source, "-o", "out.jsonl", "--max-model-len", 20)
     assert ended.code == 3
     assert "4 failed" in ended.err
-    codes = {name: record.get("error", {}).get("code") for name, record in records(Path("out.jsonl")).items()}
-    assert codes == {
-        "good": None,
+    assert "4 rows failed: 2 invalid_request, 1 invalid_json, 1 context_length_exceeded; see out.jsonl" in ended.err
+    assert set(records(Path("out.jsonl"))) == {"good", 7}
+    failed = records(Path("out.jsonl.errors.jsonl"))
+    assert {name: record["error"]["code"] for name, record in failed.items()} == {
         "line-2": "invalid_json",
         "chat": "invalid_request",
         "long": "context_length_exceeded",
         "hot": "invalid_request",
-        7: None,
     }
 
 
@@ -112,8 +112,8 @@ def test_an_absurd_number_in_one_row_does_not_stop_the_others(run):
     rows = [row(i, temperature=1.0, **{name: 10**400}) for i, name in enumerate(("top_k", "max_tokens", "seed"))]
     assert run(write(*rows, row("good")), "-o", "out.jsonl").code in (0, 3)
     found = records(Path("out.jsonl"))
-    assert list(found["good"]) == ["id", "text", "finish_reason", "usage", "kv", "truncated"]
-    assert set(found) == {0, 1, 2, "good"}
+    assert list(found["good"]) == ["id", "text", "finish_reason", "usage", "kv", "truncated", "row_hash"]
+    assert set(found) | set(records(Path("out.jsonl.errors.jsonl"))) == {0, 1, 2, "good"}
 
 
 @pytest.mark.parametrize("lines", [(), ("", "  ")])
@@ -293,7 +293,7 @@ def test_plain_progress_has_no_escape_codes_no_markup_and_no_wrapping(run):
     ended = run(write(row()), "-o", name, *PLAIN)
     assert ended.code == 0
     assert "\x1b" not in ended.err
-    assert f"answers are in {name}" in ended.err.splitlines()
+    assert f"answers are in {name}" in ended.log
 
 
 def test_no_progress_is_silence(run):

@@ -1,0 +1,98 @@
+"""A run that is told to stop, or to give up a row, does so between steps and spoils no other row's answer."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from conftest import answers, as_requests, random_prompts, tiny_engine
+
+from bmx.request import Request, SamplingParams
+from bmx.signals import Interrupted, Stop
+
+PROMPTS = random_prompts((5, 30, 17, 23, 9, 12))
+
+
+def requested(within: float) -> Stop:
+    """A stop that was asked for just now."""
+    stop = Stop(within)
+    with stop.gentle():
+        stop.request(signal.SIGTERM)
+    return stop
+
+
+def test_what_is_in_flight_is_finished_and_nothing_is_begun():
+    requests = as_requests(PROMPTS, max_tokens=6)
+    expected = answers(tiny_engine("llama"), requests)
+    stop, found = Stop(1e9), {}
+    for result in tiny_engine("llama", max_num_seqs=2).generate(requests, stop=stop):
+        found[result.id] = result.token_ids
+        if not stop.requested:
+            with stop.gentle():
+                stop.request(signal.SIGINT)
+    assert 1 <= len(found) <= 3  # the first, the other that was in flight, and one in the slot that was free already
+    assert found == {name: expected[name] for name in found}
+
+
+def test_what_is_in_flight_is_dropped_when_the_time_is_over():
+    engine = tiny_engine("llama", max_num_seqs=2)
+    assert list(engine.generate(as_requests(PROMPTS, max_tokens=6), stop=requested(0.0))) == []
+    assert len(answers(engine, as_requests(PROMPTS, max_tokens=2))) == len(PROMPTS)
+
+
+def test_a_stop_before_the_first_step_begins_nothing():
+    assert list(tiny_engine("llama").generate(as_requests(PROMPTS, max_tokens=6), stop=requested(1e9))) == []
+
+
+def test_a_row_that_takes_too_long_is_an_error_and_the_others_are_as_without_it():
+    endless = Request(
+        id="endless", prompt="w3 w4", params=SamplingParams(max_tokens=100, ignore_eos=True, stop_token_ids=())
+    )
+    requests = as_requests(PROMPTS, max_tokens=3)
+    expected = answers(tiny_engine("llama"), requests)
+    engine = tiny_engine("llama", max_num_seqs=3)
+    plan = engine.plan(engine.measure([endless, *requests]))
+    found = {result.id: result for result in engine.generate([endless, *requests], plan, row_timeout=1e9)}
+    assert len(found["endless"].token_ids) == 100
+    found = {result.id: result for result in engine.generate([endless], plan, row_timeout=1e-9)}
+    assert found["endless"].error.code == "timeout"
+    assert "--row-timeout" in found["endless"].error.message
+    assert {r.id: r.token_ids for r in engine.generate(requests, plan, row_timeout=1e9)} == expected
+
+
+def test_a_source_that_has_nothing_for_now_is_asked_again():
+    requests = as_requests(PROMPTS, max_tokens=3)
+    expected = answers(tiny_engine("llama"), requests)
+    engine = tiny_engine("llama", max_num_seqs=2)
+    plan = engine.plan(engine.measure(requests))
+    hesitant = (item for request in requests for item in (None, request, None, None))
+    assert {r.id: r.token_ids for r in engine.generate(hesitant, plan)} == expected
+
+
+def test_the_first_signal_is_taken_down_and_the_second_ends_it():
+    stop = Stop(1e9)
+    with stop.heard(), stop.gentle():
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested
+        assert not stop.overdue
+        with pytest.raises(Interrupted) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.exit_code == 143
+
+
+def test_a_signal_when_nothing_is_in_flight_ends_it_at_once():
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        with Stop().heard(), pytest.raises(Interrupted) as ended:
+            signal.raise_signal(number)
+        assert ended.value.exit_code == code
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop().heard():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGHUP) == before
