@@ -33,11 +33,21 @@ def main() -> None:
     """Run the command line; every expected error is one line and a hint."""
     from bmx.display import Display
 
+    _open_standard_streams()
     try:
         app()
     except BmxError as error:
         Display().error(error.message, error.hint)
         sys.exit(error.exit_code)
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null where they are closed (``2>&-``): a file of ours with their number would get what others print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 @app.callback(invoke_without_command=True)

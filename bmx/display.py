@@ -40,11 +40,11 @@ class Display:
     """
 
     def __init__(self, progress: str = "auto", *, quiet: bool = False, log_format: str = "text") -> None:
-        live = progress == "rich" or (progress == "auto" and sys.stderr.isatty())
+        live = progress == "rich" or (progress == "auto" and sys.stderr is not None and sys.stderr.isatty())
         self._json = log_format == "json"
         self._mode = "none" if progress == "none" or quiet else "rich" if live and not self._json else "plain"
         self._live = live and not self._json
-        self._dead = False
+        self._dead = sys.stderr is None
         self._console_made: Console | None = None
 
     @property

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -48,6 +49,8 @@ class LineFile:
     def __init__(self, path: Path | None, keep: int = 0) -> None:
         self._name = str(path) if path else "standard output"
         self._failure: OSError | None = None
+        if path is None and sys.stdout is None:
+            raise OutputError("standard output is closed", hint="-o takes a file")
         try:
             self._fd = os.dup(1) if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path is not None

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ FAKE = "fake"
 ENGINE = ("model", "revision", "dtype", "kv_policy", "max_model_len")
 COMPRESSION = ("kv_budget", "kv_sink", "kv_recent")
 PRIVATE = ("system_prompt", "prompt_template")  # may quote what the prompts say: only a hash is kept
-WEIGHTS = (".safetensors", ".gguf")
-TEXTS = (".json", ".jinja", ".model", ".txt")
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py", "config.json", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model"),
+)
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -34,7 +37,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         ModelError: the demo model is not installed.
     """
     flat = config.flat()
-    names = [*ENGINE, *(f.name for part in (SamplingParams, PromptConfig) for f in fields(part)), "shard"]
+    names = [*ENGINE, *(f.name for part in (SamplingParams, PromptConfig) for f in fields(part))]
+    names += ["shard", "error_file"]
     if config.engine.kv_policy != "none":
         names += COMPRESSION
     found = {name: flat[name] for name in names}
@@ -71,7 +75,7 @@ def model_files(model: str) -> str | None:
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     digest = blake2b(digest_size=8)
     for file in files:
-        if file.suffix in (*WEIGHTS, *TEXTS) and file.is_file():
+        if any(fnmatch(file.name, pattern) for pattern in MODEL_FILES) and file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             _sample(file, digest)
     return digest.hexdigest() if files else None

@@ -139,7 +139,7 @@ def _check_same_model(places: Places, model: dict[str, Any]) -> None:
 def _counters(stats: Stats, config: RunConfig, work: Work) -> Stats:
     """The counters of a run that goes on where others ended."""
     stats.rows_total, stats.rows_before = work.todo.rows, work.todo.rows - work.todo.left
-    stats.errors.update(work.found.failed)
+    stats.errors.update(work.todo.failed)
     if config.prompt.on_too_long == "skip":
         stats.rows_skipped = stats.errors.pop(TOO_LONG, 0)
     return stats

@@ -11,7 +11,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,22 +75,26 @@ class Found:
     """What the files of a job hold.
 
     Attributes:
-        answered: rows with an answer; ``failed`` those with an error, by its code.
         output_bytes, error_bytes: up to the end of the last whole record.
     """
 
-    answered: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
     output_bytes: int = 0
     error_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """What is left to do: how many of all the rows, and the lines that can be passed over."""
+    """What is left to do.
+
+    Attributes:
+        rows: of the job, of which so many are ``left``.
+        failed: of the others, those with an error, by its code.
+        skip: lines that can be passed over.
+    """
 
     rows: int
     left: int
+    failed: Counter[str]
     skip: LineSet
 
 
@@ -102,7 +106,7 @@ class Ledger:
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", f"cache_size=-{CACHE_KIB}"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.execute("CREATE TABLE rows (name INTEGER, key INTEGER, line INTEGER)")
-        self._db.execute("CREATE TABLE done (name INTEGER, key INTEGER)")
+        self._db.execute("CREATE TABLE done (name INTEGER, key INTEGER, code TEXT)")
         self._lines = self._rows = 0
         self._limited = False
 
@@ -153,14 +157,10 @@ class Ledger:
         """
         found = Found()
 
-        def records(path: Path) -> Iterator[tuple[int, int]]:
+        def records(path: Path) -> Iterator[tuple[int, int, str | None]]:
             whole = _Records(path)
             for name, key, code in whole:
-                if code is None:
-                    found.answered += 1
-                else:
-                    found.failed[code] += 1
-                yield hash(str(name)), _number(key)
+                yield hash(str(name)), _number(key), code
             if path == output:
                 found.output_bytes = whole.end
             else:
@@ -169,7 +169,7 @@ class Ledger:
         with _full_disk():
             for path in (output, None if retry_failed else errors):
                 if path and path.is_file():
-                    self._insert("INSERT INTO done VALUES (?, ?)", records(path))
+                    self._insert("INSERT INTO done VALUES (?, ?, ?)", records(path))
             try:
                 self._db.execute("CREATE UNIQUE INDEX by_done ON done (name)")
             except sqlite3.IntegrityError:
@@ -201,13 +201,16 @@ class Ledger:
         skip = LineSet(self._lines)
         with _full_disk():
             [(rows,)] = self._db.execute("SELECT count(*) FROM rows WHERE (line - ?) % ? = 0", (first, step))
-            [(done,)] = self._db.execute("SELECT count(*) FROM done JOIN rows USING (name)")
+            query = "SELECT code, count(*) FROM done JOIN rows USING (name) GROUP BY code"
+            done: Counter[str | None] = Counter(dict(self._db.execute(query)))
             query = "SELECT line FROM done JOIN rows USING (name) UNION ALL SELECT line FROM rows WHERE (line - ?) % ?"
             for (line,) in self._db.execute(query, (first, step)):
                 skip.add(line)
-        return Todo(rows, rows - done, skip)
+        left = rows - done.total()
+        del done[None]
+        return Todo(rows, left, done, skip)  # type: ignore[arg-type]
 
-    def _insert(self, statement: str, values: Iterator[tuple[int, ...]]) -> None:
+    def _insert(self, statement: str, values: Iterator[tuple[Any, ...]]) -> None:
         self._db.execute("BEGIN")
         self._db.executemany(statement, values)
         self._db.execute("COMMIT")

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,16 @@ class Places:
     def durable(self) -> bool:
         """Whether the output is a file, which can be locked, resumed and described; not a stream or a device."""
         return self.output is not None and (self.output.is_file() or not self.output.exists())
+
+    def check_errors(self, *, overwrite: bool) -> None:
+        """Refuse to replace an error file that nothing would say to be one.
+
+        Raises:
+            UsageError: it holds something, and the output is none that could be resumed.
+        """
+        errors = self.errors
+        if errors and not self.durable and not overwrite and errors.is_file() and errors.stat().st_size:
+            raise UsageError(f"the error file {errors} exists", hint="choose another, or replace it with --overwrite")
 
     @property
     def used(self) -> bool:
@@ -71,11 +81,12 @@ def find_places(config: RunConfig) -> Places:
         if path:
             _check(name, path, taken)
             taken.append((f"the {name}", path))
+    found.check_errors(overwrite=config.job.overwrite)
     return found
 
 
 def _output(config: RunConfig) -> Path | None:
-    if config.job.output_file == STDIO:
+    if config.job.output_file in (STDIO, "/dev/stdout"):
         return None
     if config.job.output_file:
         return Path(config.job.output_file)
@@ -112,28 +123,30 @@ def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
     Raises:
         InputFileError: one is missing or cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="bmx-") as folder:
+    with ExitStack() as stack:
         paths: list[Path] = []
         for name in names:
             path = Path(name)
             if name == STDIO or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe
-                path = _spooled(name, Path(folder) / f"input-{len(paths)}.jsonl")
+                path = stack.enter_context(_spooled(name))
             with open_input(path):
                 paths.append(path)
         yield tuple(paths)
 
 
-def _spooled(name: str, to: Path) -> Path:
+@contextmanager
+def _spooled(name: str) -> Iterator[Path]:
+    """A copy of what can be read only once."""
+    if name == STDIO and sys.stdin is None:
+        raise InputFileError("standard input is closed")
     try:
-        with to.open("wb") as copy:
-            if name == STDIO:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
-            else:
-                with Path(name).open("rb") as pipe:
-                    shutil.copyfileobj(pipe, copy)
+        with tempfile.NamedTemporaryFile(prefix="bmx-", suffix=".jsonl") as copy:
+            with sys.stdin.buffer if name == STDIO else Path(name).open("rb") as pipe:
+                shutil.copyfileobj(pipe, copy)
+            copy.flush()
+            yield Path(copy.name)
     except OSError as error:
-        raise InputFileError(f"cannot copy {name} to a temporary file: {error.strerror}") from None
-    return to
+        raise InputFileError(f"cannot copy {name} to a temporary file: {error.strerror}", hint="see TMPDIR") from None
 
 
 def input_reader(config: RunConfig, paths: tuple[Path, ...], seed: bytes = b"") -> Reader:

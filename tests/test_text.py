@@ -252,6 +252,41 @@ def test_a_spelled_control_token_leaves_the_text_as_it_is_where_blanks_are_visib
     assert text == "<|im_start|>user\nab<|im_end|>cd<|im_end|>\n<|im_start|>assistant\n"
 
 
+# Prompts that are too long
+
+LONG = "".join(chr(97 + i % 26) * (1 + i % 7) + " " for i in range(300))  # pieces of different sizes: no even density
+
+
+@pytest.mark.parametrize("allowed", [60, 200, 400])
+@pytest.mark.parametrize("policy", ["truncate-left", "truncate-middle"])
+@pytest.mark.parametrize("place", ["prompt", "messages", "raw"])
+def test_a_prompt_that_is_too_long_loses_its_beginning_or_its_middle_and_no_more_than_it_must(policy, place, allowed):
+    encoder = PromptEncoder(TOKENIZER, PromptConfig(system_prompt=None if place == "raw" else "s", on_too_long=policy))
+    turns = ({"role": "user", "content": "short"}, {"role": "assistant", "content": LONG})
+    request = {
+        "prompt": Request(id=0, prompt=LONG),
+        "raw": Request(id=0, prompt=LONG, raw=True),
+        "messages": Request(id=0, messages=turns),
+    }[place]
+    ids = encoder.encode_within(request, allowed)
+    assert 0.9 * allowed <= len(ids) <= allowed
+    text = TOKENIZER.decode(ids)
+    whole = TOKENIZER.decode(encoder.encode(request))
+    head, tail = whole.split(LONG)
+    assert text.startswith(head)
+    assert text.endswith(tail)
+    kept = text[len(head) : len(text) - len(tail)]
+    half = 0 if policy == "truncate-left" else len(kept) // 2
+    assert LONG.startswith(kept[:half])
+    assert LONG.endswith(kept[half:])
+
+
+def test_where_the_template_alone_is_too_long_nothing_is_cut():
+    encoder = PromptEncoder(TOKENIZER, PromptConfig(system_prompt=LONG, on_too_long="truncate-left"))
+    request = Request(id=0, prompt="a document")
+    assert encoder.encode_within(request, 50) == encoder.encode(request)
+
+
 # Answers: whole characters
 
 BYTES = byte_level_tokenizer(merges=0)

@@ -14,6 +14,8 @@ from bmx.config import PromptConfig
 from bmx.errors import RowError, UsageError
 from bmx.request import Request
 
+GUESSES = 12  # at where to cut a text that is too long
+FILLED = 0.98  # of the tokens that are allowed, from which no better place is looked for
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -62,21 +64,29 @@ class PromptEncoder:
         return self._config.on_too_long.startswith("truncate")
 
     def encode_within(self, request: Request, tokens: int) -> list[int]:
-        """Token ids of a request whose longest text is cut until they are few enough.
+        """Token ids of a request whose longest text is cut, until they are as many as are allowed or a little fewer.
 
         It is cut at its beginning, or in its middle, as the job says; what stands around it (the template, other
-        messages) stays. Where that alone is too long, nothing fits and the ids are more than ``tokens``.
+        messages) stays. Where nothing is left to cut, the ids are those of the whole request.
 
         Raises:
             RowError: as ``encode``.
         """
         at, text = _longest_text(request)
-        ids, kept = self.encode(request), len(text)
-        while len(ids) > tokens and kept > 1:
-            share = 1 - (len(ids) - tokens) / len(ids)  # of the whole: too little is cut where other text is long
-            kept = max(1, min(kept - 1, int(kept * share)))
+        whole = ids = self.encode(request)
+        fitting, least, most, kept = None, 0, len(text), len(text)
+        for _ in range(GUESSES):
+            kept = min(max(kept * tokens // len(ids), least + 1), most - 1)
+            if not least < kept < most:
+                break
             ids = self.encode(_with_text(request, at, self._cut_text(text, kept)))
-        return ids
+            if len(ids) > tokens:
+                most = kept
+                continue
+            fitting, least = ids, kept
+            if len(ids) >= FILLED * tokens:
+                break
+        return fitting or whole
 
     def _cut_text(self, text: str, kept: int) -> str:
         """So many characters of a text: its end, or its beginning and its end."""
