@@ -164,7 +164,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
-    """How a row becomes the text that the model reads."""
+    """How a row becomes the text that the model reads.
+
+    Raises:
+        UsageError: bytes that are no text.
+    """
 
     system_prompt: Annotated[str | None, "system message before every conversation that has none"] = None
     prompt_template: Annotated[
@@ -177,6 +181,11 @@ class PromptConfig:
         "a prompt longer than the model can take: an error; skip: one that is no failure of the run; or cut its "
         "longest text at the beginning or in the middle, so that the answer has room",
     ] = "error"
+
+    def __post_init__(self) -> None:
+        for name, text in (("system_prompt", self.system_prompt), ("prompt_template", self.prompt_template)):
+            if text and not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise UsageError(f"{name} is not UTF-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,7 +132,7 @@ def replace_file(path: Path, text: str) -> None:
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)  # readable by us alone
         try:
-            rest = memoryview(text.encode())
+            rest = memoryview(text.encode(errors="backslashreplace"))  # a path may hold any bytes: an escape in JSON
             while rest:
                 rest = rest[os.write(handle, rest) :]
             os.fsync(handle)

@@ -142,6 +142,8 @@ def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file, contradi
     [
         (("--overwrite", "--retry-failed"), "--retry-failed"),
         (("-q", "-v"), "--verbose"),
+        (("--system-prompt", "\udcff"), "UTF-8"),
+        (("--prompt-template", "{a} \ud800"), "UTF-8"),
         (("--shard", "0/3"), "shard"),
         (("--shard", "4/3"), "shard"),
         (("--shard", "1"), "2/8"),

@@ -287,10 +287,11 @@ class Failures:
                 f"model {self.name} does not fit on the device", hint="choose a smaller one"
             ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(
-            f"cannot load model {self.name}: {lines[0]}",
-            hint=SOURCES,
-        ) from error
+        if "trust_remote_code" in str(error):
+            message, hint = "it comes with code of its own", "--trust-remote-code runs it; read it first, and pin it"
+        else:
+            message, hint = lines[0], SOURCES
+        raise ModelError(f"cannot load model {self.name}: {message}", hint=hint) from error
 
 
 def quiet() -> None:

@@ -1,0 +1,301 @@
+"""What the terminal, the log, the environment and other people's files do to a run, and what it tells them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmx import display as display_module
+from bmx import manifest as manifest_module
+from bmx.display import Display, status_line
+from bmx.stats import Stats
+
+SECRET = "hf_" + "s3cr3t" * 6
+WORDS = "the quick brown fox was never here"
+
+
+@pytest.fixture
+def run(bmx):
+    """``bmx run in.jsonl`` with the fake model."""
+
+    def call(*args: Any, rows: list[Any] | None = None):
+        rows = [{"id": i, "prompt": f"{WORDS} {i}"} for i in range(5)] if rows is None else rows
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        Path("in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return bmx("run", "in.jsonl", "-m", "fake", *args)
+
+    return call
+
+
+def subprocess_run(*args: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """``bmx`` in a process of its own, with a few variables and no others."""
+    own = {"PATH": os.environ["PATH"], **(env or {})}
+    command = [sys.executable, "-m", "bmx", *args]
+    return subprocess.run(command, env=own, capture_output=True, check=False, **options)
+
+
+def log(text: str) -> list[dict[str, Any]]:
+    """The objects of a JSON log, each line strict JSON."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+# Logs
+
+
+def test_o4_a_full_log_disk_does_not_stop_the_results(run, monkeypatch):
+    with io.TextIOWrapper(Path("/dev/full").open("wb", buffering=0), write_through=True) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert run("-v", "--log-format", "json").code == 0
+    assert len(Path("in.out.jsonl").read_text().splitlines()) == 5
+
+
+def test_o13_without_a_home_or_a_place_for_temporary_files(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    nowhere = {
+        "HOME": "/dev/null/x",
+        "XDG_CACHE_HOME": "/dev/null/x",
+        "TMPDIR": "/dev/null/x",
+        "HF_HOME": "/dev/null/x",
+    }
+    ended = subprocess_run("run", "in.jsonl", "-m", "fake", env=nowhere, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_o14_times_are_utc_and_durations_do_not_follow_the_clock(run, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    assert run("--stats-file", "stats.json").code == 0
+    manifest = json.loads(Path("in.out.jsonl.run.json").read_text())
+    stats = json.loads(Path("stats.json").read_text())
+    for time in (manifest["started"], manifest["finished"], stats["time"], stats["last_row"]):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", time)
+    assert 0 <= stats["throughput"]["seconds"] < 3600
+
+
+def test_o17_a_partial_failure_has_an_exit_code_a_line_and_counts(run):
+    ended = run("--stats-file", "stats.json", rows=[{"prompt": "x"}, "bad", {"prompt": 1}])
+    assert ended.code == 3
+    assert "done: 1 of 3 rows answered, 2 failed in 0 s" in ended.log
+    counts = json.loads(Path("stats.json").read_text())
+    assert counts["rows"] == {"total": 3, "answered": 1, "failed": 2, "skipped": 0, "before": 0}
+    assert counts["errors"] == {"invalid_json": 1, "invalid_request": 1}
+
+
+@pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_o18_off_a_terminal_there_are_plain_lines_with_times(tmp_path, env):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "é😀", "prompt": "x"}, ensure_ascii=False) + "\n", "utf-8")
+    ended = subprocess_run("run", "in.jsonl", "-m", "fake", "-v", "-o", "ü" * 60 + ".jsonl", env=env, cwd=tmp_path)
+    assert ended.returncode == 0
+    lines = ended.stderr.splitlines()
+    assert all(re.match(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \S", line) for line in lines)
+    assert b"\x1b" not in ended.stderr
+    assert any(len(line) > 100 for line in lines)
+    [output] = tmp_path.glob("*ü.jsonl")
+    assert json.loads(output.read_bytes())["id"] == "é😀"
+
+
+def test_o18_the_live_display_is_for_terminals_alone(run):
+    assert "\x1b" in run("--progress", "rich").err
+    assert "\x1b" not in run("--progress", "auto", "--overwrite").err
+
+
+def test_o19_a_run_in_which_no_row_finishes_says_for_how_long(monkeypatch):
+    stats = Stats(rows_total=10, rows_done=3, slots=4, active_slots=4)
+    assert "no row finished" not in status_line(stats)
+    stats.started -= 3600
+    assert "no row finished for 1 h 00 min" in status_line(stats)
+    stats.count_row(None)
+    assert "no row finished" not in status_line(stats)
+
+
+def test_o19_the_heartbeat_comes_by_itself(run, monkeypatch):
+    """Every line of it has the counters; here it beats as fast as it can, during a row that takes until its timeout."""
+    monkeypatch.setattr(display_module, "PLAIN_SECONDS", 0.01)
+    endless = {"id": "endless", "prompt": "x", "ignore_eos": True, "max_tokens": 10**6}
+    ended = run("--row-timeout", "0.5", "--log-format", "json", rows=[endless, {"id": "b", "prompt": "y"}])
+    assert ended.code == 3
+    beats = [line for line in log(ended.err) if "rows_done" in line]
+    assert beats
+    assert {beat["rows_total"] for beat in beats} == {2}
+    assert [json.loads(line)["id"] for line in Path("in.out.jsonl").read_text().splitlines()] == ["b"]
+    [failed] = Path("in.out.jsonl.errors.jsonl").read_text().splitlines()
+    assert json.loads(failed)["error"]["code"] == "timeout"
+
+
+def test_o20_many_rows_that_fail_alike_are_one_line(run):
+    ended = run(rows=["bad"] * 10_000 + [{"prompt": "x"}])
+    assert ended.code == 3
+    assert [line for line in ended.log if "invalid" in line] == [
+        "10,000 rows failed: 10,000 invalid_json; see in.out.jsonl.errors.jsonl"
+    ]
+    assert len(Path("in.out.jsonl.errors.jsonl").read_text().splitlines()) == 10_000
+
+
+def test_quiet_is_silent_unless_something_failed(run):
+    assert run("-q").err == ""
+    assert run("-q").err == ""
+    ended = run("-q", "--overwrite", rows=[{"prompt": "x"}, "bad"])
+    assert ended.log == ["1 rows failed: 1 invalid_json; see in.out.jsonl.errors.jsonl"]
+    assert run("-q", "--overwrite", "-o", "no/where.jsonl").log[0].startswith("error: the folder no does not exist")
+
+
+def test_a_json_log_is_an_object_per_line_errors_too(run):
+    ended = run("--log-format", "json", "-v", rows=[{"id": "a", "prompt": "x"}, "bad"])
+    lines = log(ended.err)
+    assert all({"time", "level", "message"} <= set(line) for line in lines)
+    assert {line["level"] for line in lines} == {"info", "warning"}
+    [failed] = [line for line in lines if line["level"] == "warning"]
+    assert failed["errors"] == {"invalid_json": 1}
+    [error] = log(run("--log-format", "json", "--temperature", "1").err)
+    assert error["level"] == "error"
+    assert error["hint"]
+
+
+def test_the_stats_file_follows_the_run_and_says_how_it_ended(run, monkeypatch):
+    monkeypatch.setattr(manifest_module, "STATS_SECONDS", 0.001)
+    seen: set[str] = set()
+    replace = os.replace
+
+    def watched(old: str, new: Any) -> None:
+        replace(old, new)
+        if str(new).endswith("stats.json"):
+            seen.add(json.loads(Path(new).read_text())["state"])
+
+    monkeypatch.setattr(os, "replace", watched)
+    assert run("--stats-file", "stats.json").code == 0
+    assert seen == {"running", "finished"}
+    assert run("--stats-file", "stats.json", "--max-errors", "0", "--overwrite", rows=["bad"]).code == 1
+    assert json.loads(Path("stats.json").read_text())["state"] == "failed"
+
+
+def test_a_stats_file_that_cannot_be_written_is_said_once_and_does_not_stop_the_run(run, monkeypatch):
+    monkeypatch.setattr(manifest_module, "STATS_SECONDS", 0.001)
+    Path("stats").mkdir()
+    replace = os.replace
+
+    def full(old: str, new: Any) -> None:
+        if str(new).endswith("stats.json"):
+            raise OSError(28, "No space left on device")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", full)
+    endless = {"id": "endless", "prompt": "x", "ignore_eos": True, "max_tokens": 10**6}
+    ended = run("--stats-file", "stats/stats.json", "--row-timeout", "0.2", rows=[endless, {"prompt": "y"}])
+    assert ended.code == 3
+    assert [line for line in ended.log if "No space left" in line] == [
+        "warning: cannot write stats/stats.json: No space left on device"
+    ]
+    assert list(Path("stats").iterdir()) == []
+
+
+# Secrets and strangers
+
+
+def test_s1_keys_in_the_environment_go_nowhere(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\nbad\n')
+    env = {"HF_TOKEN": SECRET, "HUGGING_FACE_HUB_TOKEN": SECRET, "OPENAI_API_KEY": SECRET}
+    for model in ("fake", "nobody/no-such-model"):
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+        ended = subprocess_run(
+            *("run", "in.jsonl", "-m", model, "-v", "-o", f"{len(model)}.jsonl", "--stats-file", "s.json"),
+            env={**env, **offline},
+            cwd=tmp_path,
+        )
+        assert ended.returncode == (3 if model == "fake" else 1)
+        assert SECRET.encode() not in ended.stdout + ended.stderr
+    assert not any(SECRET in path.read_text() for path in tmp_path.glob("*.json*"))
+
+
+@pytest.mark.parametrize("args", [(), ("-v",), ("--log-format", "json", "-v")], ids=" ".join)
+def test_s2_prompts_and_answers_are_never_in_the_log_nor_beside_the_output(run, args):
+    template = "Secretly: {prompt}"
+    rows = [{"id": 1, "prompt": WORDS}, {"id": 2, "prompt": WORDS, "temperature": WORDS}, f'{{"prompt": "{WORDS}"']
+    ended = run("--prompt-template", template, "--stats-file", "s.json", *args, rows=rows)
+    assert ended.code == 3
+    answer = json.loads(Path("in.out.jsonl").read_text())["text"]
+    told = ended.err + Path("in.out.jsonl.run.json").read_text() + Path("s.json").read_text()
+    for private in ("quick", "Secretly", answer):
+        assert private
+        assert private not in told
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_s3_files_are_for_those_whom_the_umask_allows(run, mask):
+    before = os.umask(mask)
+    try:
+        assert run("--stats-file", "s.json", rows=[{"prompt": "x"}, "bad"]).code == 3
+    finally:
+        os.umask(before)
+    for path in Path().glob("*.json*"):
+        if path.name != "in.jsonl":
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/passwd", "a\nb", "[/b]", "\x1b[31mred\x1b[0m", "\r", "\u202e", "x" * 10**6]
+)
+def test_s4_s6_ids_are_data_and_never_paths_markup_or_escapes(run, name):
+    before = set(Path().iterdir())
+    ended = run("-v", rows=[{"id": name, "prompt": "x"}, {"id": "other", "prompt": 1}])
+    assert ended.code == 3
+    made = {path.name for path in set(Path().iterdir()) - before}
+    assert made == {"in.jsonl", "in.out.jsonl", "in.out.jsonl.errors.jsonl", "in.out.jsonl.run.json"}
+    assert json.loads(Path("in.out.jsonl").read_text())["id"] == name
+    assert all(line.isprintable() and len(line) < 300 for line in ended.log)
+    assert any(line.startswith("row ") for line in ended.log)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: !!python/object/apply:os.system ['touch owned']",
+        "a: &a [x, x]\nmodel: [*a, *a]",
+        "max_tokens: 1\nmax_tokens: 2",
+        "max_tokens: 1\nmax-tokens: 2",
+        "no_such_key: 1",
+        "- 1",
+        "{",
+        "x" * 2_000_000,
+    ],
+    ids=["object", "anchors", "twice", "twice in two spellings", "unknown", "list", "broken", "huge"],
+)
+def test_s5_a_config_is_plain_settings_and_nothing_else(run, text):
+    Path("bmx.yaml").write_text(text)
+    ended = run("--config", "bmx.yaml")
+    assert ended.code == 2
+    assert not Path("owned").exists()
+    assert not Path("in.out.jsonl").exists()
+
+
+def test_s7_stop_strings_are_few_and_none_is_empty(run):
+    rows = [{"prompt": "x", "stop": ["a"] * 1000}, {"prompt": "x", "stop": [""]}, {"prompt": "x", "stop": ["(a+)+$"]}]
+    assert run(rows=rows).code == 3
+    assert len(Path("in.out.jsonl.errors.jsonl").read_text().splitlines()) == 2
+
+
+def test_s8_nothing_listens(tmp_path):
+    code = """
+import socket, sys
+from bmx.cli import main
+def refused(*_): raise AssertionError("a socket")
+socket.socket.bind = socket.socket.connect = socket.socket.listen = refused
+sys.argv = ["bmx", "run", "in.jsonl", "-m", "fake", "-q"]
+main()
+"""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_text_of_others_does_nothing_to_a_terminal(capsys):
+    for show in (Display("plain").note, Display("rich").note, Display("plain").warn, Display("rich").error):
+        show("[red]\x1b[2J\r\nnext \u202e é😀 [/b]")
+        assert r"[red]\x1b[2J\r\nnext \u202e é😀 [/b]" in capsys.readouterr().err
