@@ -8,13 +8,18 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
 from bmx.config import RunConfig, Setting, all_settings, parse_bytes, parse_count, parse_list, parse_setting
 from bmx.errors import BmxError
+
+if TYPE_CHECKING:
+    from bmx.display import Display
 
 EXIT_SOME_FAILED = 3
 EXIT_DOES_NOT_FIT = 4
@@ -34,11 +39,26 @@ def main() -> None:
     from bmx.display import Display
 
     _open_standard_streams()
-    try:
+    with _ending(Display()):
         app()
+
+
+@contextmanager
+def _ending(display: Display) -> Iterator[None]:
+    """Turn what ends a command early into a message and an exit code."""
+    from bmx.signals import Interrupted
+
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output has gone, as in `bmx run ... -o - | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except BmxError as error:
-        Display().error(error.message, error.hint)
+        display.error(error.message, error.hint)
         sys.exit(error.exit_code)
+    except Interrupted as interrupted:
+        display.error(str(interrupted), "answers that were finished are kept; the same command goes on")
+        sys.exit(interrupted.exit_code)
 
 
 def _open_standard_streams() -> None:
@@ -67,30 +87,31 @@ def run(inputs: list[str], config: str | None, print_config: bool, **flags: Any)
     OpenAI batch file.
     """
     from bmx.display import Display
+    from bmx.signals import Stop
 
-    settings = RunConfig.gather(tuple(inputs), flags, config)
-    if print_config:
-        return _print_config(settings)
-    from bmx.job import run as run_job
-    from bmx.signals import Interrupted, Stop
+    stop = Stop()
+    with stop.heard(), _ending(Display(log_format=flags.get("log_format") or "text")):
+        settings = RunConfig.gather(tuple(inputs), flags, config)
+        if print_config:
+            _print_config(settings)
+            return
+        job = settings.job
+        display = Display(job.progress, quiet=job.quiet, log_format=job.log_format)
+        stop.within = job.shutdown_timeout
+        with _ending(display):
+            _warn_of_variables(display)
+            from bmx.job import run as run_job
 
-    job = settings.job
-    display, stop = Display(job.progress, quiet=job.quiet, log_format=job.log_format), Stop(job.shutdown_timeout)
-    try:
-        with stop.heard():
-            stats = run_job(settings, display, stop)
-    except BrokenPipeError:  # the reader of our output has gone, as in `bmx run ... -o - | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit from None
-    except BmxError as error:
-        display.error(error.message, error.hint)
-        raise typer.Exit(error.exit_code) from None
-    except Interrupted as interrupted:
-        display.error(str(interrupted), "answers that were finished are kept; the same command goes on")
-        raise typer.Exit(interrupted.exit_code) from None
-    if stats.rows_failed:
-        raise typer.Exit(EXIT_SOME_FAILED)
-    return None
+            if run_job(settings, display, stop).rows_failed:
+                sys.exit(EXIT_SOME_FAILED)
+
+
+def _warn_of_variables(display: Display) -> None:
+    """Name variables that look like settings and are none: a misspelt one would pass unseen."""
+    known = {f"BMX_{setting.name.upper()}" for _, setting in all_settings()} | {"BMX_CONFIG", "BMX_KERNELS"}
+    for name in sorted(os.environ):
+        if name.startswith("BMX_") and name not in known:
+            display.warn(f"the variable {name} is no setting of bmx")
 
 
 def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> None:
@@ -133,8 +154,10 @@ def env() -> None:
 def _print_config(settings: RunConfig) -> None:
     import yaml
 
+    from bmx.display import Display
+
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.flat().items()}
-    typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
+    Display().data(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip("\n"))
 
 
 def _flag(title: str, setting: Setting) -> inspect.Parameter:

@@ -69,7 +69,10 @@ def parse_seconds(text: str | float) -> float:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", str(text).strip().lower())
     if not match:
         raise ValueError(f"not a time: {text!r}")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if not seconds < 2**31:
+        raise ValueError(f"not a time: {text!r}")
+    return seconds
 
 
 def parse_shard(text: str) -> str:
@@ -315,7 +318,8 @@ class Setting:
         if self.parse:
             return WANTED[self.parse]
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        return " or ".join(self.choices) or words.get(self.item_type, str(self.item_type))
+        one = " or ".join(self.choices) or words.get(self.item_type, str(self.item_type))
+        return f"{one}, or a list of such" if get_origin(self.type) is tuple else one
 
     @property
     def item_type(self) -> Any:
@@ -408,7 +412,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        raw = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
         if len(raw) > MAX_CONFIG_BYTES:
             raise UsageError(f"config file {path} is larger than {MAX_CONFIG_BYTES} bytes")
         node = yaml.compose(raw, Loader=yaml.SafeLoader)
@@ -416,8 +421,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = {} if node is None else yaml.safe_load(raw)
     except OSError as error:
         raise UsageError(f"cannot read config file {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
         raise UsageError(f"config file {path} sets {', '.join(sorted(twice))} twice")

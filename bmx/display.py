@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bmx import hardware
+from bmx.errors import OutputError
 from bmx.files import now
 
 if TYPE_CHECKING:
@@ -106,7 +107,9 @@ class Display:
             self.note(f"{what} ...")
             yield
             return
-        with self._console.status(what):
+        from rich.text import Text
+
+        with self._console.status(Text(printable(what))):
             yield
 
     def plan(self, model: Mapping[str, Any], plan: Plan, lengths: Sequence[Length], rows: int, every: int) -> None:
@@ -188,7 +191,7 @@ class Display:
         if not stats.rows_total:
             self.note("the input has no rows")
             return
-        self.note(f"nothing to do: all {stats.rows_total:,} rows have their records already")
+        self.note(f"nothing to do: all rows have their records already ({stats.rows_total:,})")
         self._failures(stats, places)
 
     def summary(self, stats: Stats, plan: Plan, places: Places) -> None:
@@ -225,11 +228,23 @@ class Display:
         if stats.rows_failed:
             codes = ", ".join(f"{count:,} {code}" for code, count in stats.errors.most_common())
             where = f"; see {places.errors}" if places.errors else ""
-            self._print(f"{stats.rows_failed:,} rows failed: {codes}{where}", "warning", {"errors": dict(stats.errors)})
+            self._print(
+                f"{counted(stats.rows_failed, 'row')} failed: {codes}{where}", "warning", {"errors": dict(stats.errors)}
+            )
 
     def data(self, text: str) -> None:
-        """A line of the answer itself, on standard output."""
-        sys.stdout.write(text + "\n")
+        """A line of the answer itself, on standard output.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write standard output: {error.strerror}") from None
 
     def options(self, question: Question, options: Sequence[Option]) -> None:
         """A table of what fits, on standard output."""
@@ -367,10 +382,10 @@ def _gpu(gpu: hardware.Gpu) -> str:
 
 def _demo() -> str:
     from bmx.errors import ModelError
-    from bmx.model.demo import demo_model_path
+    from bmx.model.demo import local_path
 
     try:
-        return demo_model_path().name
+        return local_path("demo").name
     except ModelError as error:
         return f"not installed: {error.hint}"
 
@@ -378,6 +393,11 @@ def _demo() -> str:
 def printable(text: str) -> str:
     """Text that does nothing to a terminal: control characters as escapes, line breaks too."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def megabytes(size: float) -> str:

@@ -24,6 +24,7 @@ from bmx.errors import LockedError, OutputError
 
 SYNC_SECONDS = 1.0  # what was written longer ago survives a power cut
 LOCK_POLL_SECONDS = 0.1
+LOCK_BEGINNING = b'{"host":'
 KEPT = "what was written before is intact"
 
 
@@ -55,7 +56,8 @@ class LineFile:
             self._fd = os.dup(1) if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path is not None
             if self._regular:
-                os.ftruncate(self._fd, keep)
+                if os.fstat(self._fd).st_size != keep:
+                    os.ftruncate(self._fd, keep)
                 sync_folder(path.parent)  # type: ignore[union-attr]
         except OSError as error:
             raise self._error(error, "cannot create") from None
@@ -151,6 +153,10 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
+    """The process's umask, where possible without changing it for a moment under other threads."""
+    with suppress(OSError, StopIteration):
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -202,6 +208,9 @@ def _lock(path: Path) -> int | None:
         if not os.path.exists(path) or not os.path.samestat(os.fstat(handle), os.stat(path)):
             os.close(handle)  # its last owner took it away in between
             return _lock(path)
+        if os.pread(handle, len(LOCK_BEGINNING), 0) not in (b"", LOCK_BEGINNING):
+            os.close(handle)
+            raise OutputError(f"{path} is no lock file of bmx", hint="move it away, or choose another output")
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(_me()).encode())
     except BlockingIOError:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bmx.config import CHUNK_SIZE, PromptConfig, RunConfig
-from bmx.model.demo import demo_model_path
+from bmx.model.demo import local_path
 from bmx.request import SamplingParams
 
-FORMAT = 1  # of the keys made with it
+KEY_FORMAT = 1
 FAKE = "fake"
 ENGINE = ("model", "revision", "dtype", "kv_policy", "max_model_len")
 COMPRESSION = ("kv_budget", "kv_sink", "kv_recent")
@@ -46,7 +46,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         found["chunk_size"] = config.engine.chunk_size or CHUNK_SIZE
     for name in PRIVATE:
         found[name] = found[name] and _hash(found[name].encode())
-    found |= {"model_files": model_files(config.engine.model), "format": FORMAT}
+    found |= {"model_files": model_files(config.engine.model), "key_format": KEY_FORMAT}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
@@ -62,7 +62,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _difference(name: str, before: Any, after: Any) -> str:
-    if name in (*PRIVATE, "model_files", "format"):
+    if name in (*PRIVATE, "model_files", "key_format"):
         return f"{name} has changed"
     return f"{name} was {json.dumps(before)[:80]}, is {json.dumps(after)[:80]}"
 
@@ -71,7 +71,7 @@ def model_files(model: str) -> str | None:
     """A hash of a local model: of its small files, and of samples from its weights; None for one of the hub."""
     if model == FAKE:
         return None
-    path = demo_model_path() if model == "demo" else Path(model).expanduser()
+    path = local_path(model)
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     digest = blake2b(digest_size=8)
     for file in files:

@@ -20,7 +20,7 @@ from bmx.files import locked
 from bmx.fingerprint import FAKE, differences, fingerprint, seed
 from bmx.journal import REMEDY, Found, Journal, Ledger, Todo
 from bmx.jsonl import Reader
-from bmx.manifest import State, begun, ended, kept_stats, manifest_path, plan_record, read_manifest, write_json
+from bmx.manifest import State, begun, ended, kept_stats, plan_record, read_manifest, write_json
 from bmx.outbox import TOO_LONG, Outbox
 from bmx.places import Places, find_places, input_paths, input_reader, model_names
 from bmx.planner import Plan
@@ -65,8 +65,8 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
     """
     places = find_places(config)
     with ExitStack() as stack:
-        if places.durable and not config.job.dry_run:
-            stack.enter_context(locked(places.beside(".lock"), config.job.lock_wait))
+        if places.lock and not config.job.dry_run:
+            stack.enter_context(locked(places.lock, config.job.lock_wait))
         work = find_work(config, places, stack.enter_context(input_paths(config.inputs)))
         if work.todo.left:
             return _answer(config, display, stop or Stop(), work)
@@ -94,10 +94,12 @@ def find_work(config: RunConfig, places: Places, paths: tuple[Path, ...]) -> Wor
 def _nothing_left(config: RunConfig, display: Display, work: Work) -> Stats:
     """All rows have their records, or there are none: no model is needed to say so."""
     stats, places = _counters(Stats(), config, work), work.places
-    before = read_manifest(places.output) if places.output else None
+    before = read_manifest(places.manifest) if places.manifest else None
     if not config.job.dry_run:
         with kept_stats(places.stats, stats, display.warn):
-            if before is None or before["state"] != "finished" or config.job.overwrite:
+            if before and before["state"] == "finished" and not config.job.overwrite:
+                Journal(places.output, places.errors, work.found).close()  # a torn tail goes even so
+            else:
                 with recording(work, begun(config, work.mark), stats):
                     pass
     display.nothing_left(stats, places)
@@ -112,10 +114,11 @@ def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> 
     """
     if not config.job.resume:
         raise UsageError(f"the output {places.output} exists", hint=REMEDY)
-    before = read_manifest(places.output) if places.output else None
+    before = read_manifest(places.manifest) if places.manifest else None
     if before is None:
-        path = manifest_path(places.output) if places.output else None
-        raise UsageError(f"the output {places.output} exists, and no {path} says how it was made", hint=REMEDY)
+        raise UsageError(
+            f"the output {places.output} exists, and no {places.manifest} says how it was made", hint=REMEDY
+        )
     changed = differences(before["fingerprint"], mark)
     if changed:
         raise UsageError(f"the output {places.output} was made with other settings: {changed}", hint=REMEDY)
@@ -127,7 +130,7 @@ def _check_same_model(places: Places, model: dict[str, Any]) -> None:
     Raises:
         UsageError: names both.
     """
-    before = (read_manifest(places.output) or {}).get("model", model) if places.output else model
+    before = (read_manifest(places.manifest) or {}).get("model", model) if places.manifest else model
     for name in ("commit", "dtype"):
         if before.get(name) != model[name]:
             raise UsageError(
@@ -229,11 +232,12 @@ def _check_complete(stats: Stats, todo: Todo, stop: Stop) -> None:
         Interrupted: a signal has ended the run before.
         BmxError: rows are missing all the same.
     """
+    if stats.rows_done == todo.left:
+        return
     if stop.signal is not None:
         raise Interrupted(stop.signal)
-    if stats.rows_done != todo.left:
-        what = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed meanwhile?"
-        raise BmxError(what, hint="the same command finds out, and goes on")
+    what = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed meanwhile?"
+    raise BmxError(what, hint="the same command finds out, and goes on")
 
 
 @contextmanager
@@ -245,8 +249,8 @@ def recording(work: Work, record: dict[str, Any], stats: Stats, plan: Plan | Non
     """
 
     def write(more: dict[str, Any]) -> None:
-        if work.places.durable:
-            write_json(work.places.beside(".run.json"), record | more)
+        if work.places.manifest:
+            write_json(work.places.manifest, record | more)
 
     journal = Journal(work.places.output, work.places.errors, work.found)
     state: State = "failed"

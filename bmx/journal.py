@@ -24,12 +24,13 @@ from bmx.records import read_record, strict_dumps
 
 SHOWN = 5  # ids or lines that a message names
 CACHE_KIB = 8192
+LONGEST_RECORD = 1 << 26  # bytes
 BEGINNING = b'{"id": '  # of every record
 REMEDY = "--overwrite begins anew, -o takes another output"
 
 
 class Journal:
-    """The files of a job, to one of which each row's record is added.
+    """The files of a job, to one of which each row's record is added. Opening it cuts off what is not to be kept.
 
     Args:
         output: None is standard output.
@@ -142,6 +143,9 @@ class Ledger:
             str(row.id) for row in islice(reader.identities(), limit) if hash(str(row.id)) in names
         )
         twice = [name for name, count in twins.items() if count > 1]
+        if not twice:  # different ids with the same hash
+            self._db.execute("CREATE INDEX by_name ON rows (name)")
+            return
         shown = ", ".join(repr(name[:80]) for name in twice[:SHOWN])
         more = f" and {len(twice) - SHOWN} more" if len(twice) > SHOWN else ""
         raise InputFileError(f"{len(twice)} ids occur more than once: {shown}{more}", hint="ids must be unique")
@@ -178,12 +182,12 @@ class Ledger:
         return found
 
     def _check_records(self, output: Path | None) -> None:
-        query = "SELECT line FROM rows JOIN done USING (name) WHERE rows.key != done.key ORDER BY line"
-        changed = [line for (line,) in self._db.execute(query)]
+        query = "SELECT line FROM rows JOIN done USING (name) WHERE rows.key != done.key ORDER BY line LIMIT ?"
+        changed = [str(line) for (line,) in self._db.execute(query, (SHOWN + 1,))]
         if changed:
-            lines = ", ".join(map(str, changed[:SHOWN])) + (" ..." if len(changed) > SHOWN else "")
+            lines = ", ".join(changed[:SHOWN]) + (" and more" if len(changed) > SHOWN else "")
             raise UsageError(
-                f"{len(changed):,} rows of the input have changed since {output} has their records: lines {lines}",
+                f"rows of the input have changed since their records were written to {output}: see line {lines}",
                 hint=f"{REMEDY}, --retry-failed answers failed rows again as they are now",
             )
         query = "SELECT count(*) FROM done WHERE name NOT IN (SELECT name FROM rows)"
@@ -246,7 +250,7 @@ class _Records:
     def __iter__(self) -> Iterator[tuple[str | int, str, str | None]]:
         torn = 0
         with self._path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_RECORD), b""), 1):
                 record = _record(line) if line.endswith(b"\n") else None
                 if record and not torn:
                     yield record

@@ -38,6 +38,7 @@ NOT_SUPPORTED = {  # what other programs call sampling, and would be ignored her
     *("num_return_sequences", "presence_penalty", "response_format", "stop_sequences", "stream", "tool_choice"),
     *("tools", "top_logprobs", "typical_p", "use_beam_search"),
 }
+BLANKS, BYTE_ORDER_MARK = b" \t\r\n", b"\xef\xbb\xbf"
 LIKE_A_FIELD = 0.85  # similarity from which an unknown name is taken for a misspelt one
 
 
@@ -103,6 +104,8 @@ class Reader:
                     self._fill(row, fields_)
                 except RowError as error:
                     row.error = error
+                except RecursionError:
+                    row.error = RowError("invalid_request", "nested too deep")
             yield row
 
     def identities(self) -> Iterator[Row]:
@@ -120,7 +123,7 @@ class Reader:
             except EOFError:
                 return
             except jsonlines.InvalidLineError as error:
-                if not error.line.strip():
+                if source.blank:
                     continue
                 value, problem = None, f"line {source.number}: {error.__cause__ or error}{source.torn}"
             key = blake2b(source.line.strip(), key=self.seed, digest_size=8)
@@ -162,7 +165,7 @@ class Reader:
         if unknown:
             raise RowError("invalid_request", f"unsupported in 'body': {', '.join(sorted(unknown))[:500]}")
         model = body.get("model")
-        if self.models and model is not None and model not in self.models:
+        if self.models and model is not None and not (isinstance(model, str) and model in self.models):
             message = f"this job answers as {' or '.join(sorted(self.models))} (more names: --served-model-name)"
             raise RowError("model_not_found", message)
         if body.get("max_completion_tokens") is not None:
@@ -190,6 +193,11 @@ class _Source:
         self.number = 0
         self.line = b""
         self.left_out = 0
+
+    @property
+    def blank(self) -> bool:
+        """Whether the line holds nothing that JSON would call something."""
+        return not self.left_out and self.line.strip(BLANKS) in (b"", BYTE_ORDER_MARK)
 
     @property
     def torn(self) -> str:
@@ -321,7 +329,9 @@ def _params(defaults: SamplingParams, own: dict[str, Any]) -> SamplingParams:
     typed = tuple((key, type(value), value) for key, value in own.items())
     try:
         return _replaced(defaults, typed) if _hashable(own) else _replaced.__wrapped__(defaults, typed)
-    except (ValueError, UsageError) as error:
+    except UsageError as error:
+        raise RowError("invalid_request", f"{error.message}: {error.hint}" if error.hint else error.message) from None
+    except ValueError as error:
         raise RowError("invalid_request", str(error)) from None
 
 

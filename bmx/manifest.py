@@ -31,19 +31,27 @@ PACKAGES = ("bmx", "torch", "transformers", "tokenizers", "nvidia-ml-py")
 State = Literal["running", "finished", "interrupted", "failed"]
 
 
-def manifest_path(output: Path) -> Path:
-    """Where the manifest of an output is."""
-    return output.with_name(output.name + ".run.json")
-
-
-def read_manifest(output: Path) -> dict[str, Any] | None:
-    """The manifest of an output, if it has one that this version can read."""
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier run, if it is one that this version can read."""
     try:
-        record = json.loads(manifest_path(output).read_bytes())
-    except (OSError, ValueError):
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
-    good = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("fingerprint"), dict)
+    if not isinstance(record, dict) or record.get("format") != FORMAT or "state" not in record:
+        return None
+    good = isinstance(record.get("fingerprint"), dict) and isinstance(record.get("model", {}), dict)
     return record if good else None
+
+
+def is_stats_file(path: Path) -> bool:
+    """Whether a file may be replaced by counters: it is missing, empty, or holds some."""
+    if not path.exists():
+        return True
+    try:
+        record = json.loads(path.read_bytes() or b'{"format": 1, "state": "", "rows": {}}') if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"format", "state", "rows"} <= record.keys()
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -69,15 +77,6 @@ def begun(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any]:
         "inputs": list(config.inputs),
         "versions": {name: _version(name) for name in PACKAGES},
     }
-
-
-def planned(model: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """What computes the answers, and the plan.
-
-    Args:
-        model: architecture, commit, type, device and kernels.
-    """
-    return {"model": model, "plan": plan_record(plan)}
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:

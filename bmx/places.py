@@ -18,71 +18,74 @@ from bmx.config import RunConfig
 from bmx.errors import InputFileError, OutputError, UsageError
 from bmx.jsonl import Reader
 from bmx.lines import COMPRESSED, open_input
+from bmx.manifest import is_stats_file
 
 STDIO = "-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where a job writes.
+    """All the files that a job writes.
 
     Attributes:
         output: None is standard output.
         errors: None for the same place as the answers.
+        manifest, lock: beside an output that is a file; a stream or a device has none.
         stats: None for nowhere.
     """
 
     output: Path | None
-    errors: Path | None
-    stats: Path | None
-
-    @property
-    def durable(self) -> bool:
-        """Whether the output is a file, which can be locked, resumed and described; not a stream or a device."""
-        return self.output is not None and (self.output.is_file() or not self.output.exists())
-
-    def check_errors(self, *, overwrite: bool) -> None:
-        """Refuse to replace an error file that nothing would say to be one.
-
-        Raises:
-            UsageError: it holds something, and the output is none that could be resumed.
-        """
-        errors = self.errors
-        if errors and not self.durable and not overwrite and errors.is_file() and errors.stat().st_size:
-            raise UsageError(f"the error file {errors} exists", hint="choose another, or replace it with --overwrite")
+    errors: Path | None = None
+    manifest: Path | None = None
+    lock: Path | None = None
+    stats: Path | None = None
 
     @property
     def used(self) -> bool:
-        """Whether there are records of an earlier run."""
+        """Whether there are records of an earlier run, or what may be some."""
         files = [path for path in (self.output, self.errors) if path and path.is_file()]
-        return self.durable and any(path.stat().st_size for path in files)
-
-    def beside(self, suffix: str) -> Path:
-        """A file that belongs to the output."""
-        output = self.output or Path()
-        return output.with_name(output.name + suffix)
+        return self.manifest is not None and any(path.stat().st_size for path in files)
 
 
 def find_places(config: RunConfig) -> Places:
-    """Where answers, errors and counters go.
+    """Where everything goes.
 
     Raises:
-        UsageError: the input has no name to derive one from; one place is an input, a folder, or another place.
+        UsageError: the input has no name to derive one from; a file would be destroyed that is another's.
+        InputFileError: an input is a folder.
         OutputError: a folder is missing or cannot be written to.
     """
-    output, stats = _output(config), config.job.stats_file
-    found = Places(output=output, errors=None, stats=Path(stats) if stats else None)
-    if config.job.error_file:
-        found = Places(output=output, errors=Path(config.job.error_file), stats=found.stats)
-    elif found.durable:
-        found = Places(output=output, errors=found.beside(".errors.jsonl"), stats=found.stats)
-    taken = [("an input", Path(name)) for name in config.inputs if name != STDIO]
-    for name, path in (("output", output), ("error file", found.errors), ("stats file", found.stats)):
-        if path:
-            _check(name, path, taken)
-            taken.append((f"the {name}", path))
-    found.check_errors(overwrite=config.job.overwrite)
+    for name in config.inputs:
+        if name != STDIO and (not name or name.endswith("/") or Path(name).name in ("", "..")):
+            raise InputFileError(f"{name or 'an empty name'} is a folder, not a file of prompts")
+    try:
+        found = _places(config)
+        _check_all(found, config)
+    except (OSError, RuntimeError, ValueError) as error:  # names that no file can have, links in a circle
+        raise UsageError(f"these files cannot be used: {error}") from None
     return found
+
+
+def _places(config: RunConfig) -> Places:
+    job, output = config.job, _output(config)
+    errors, stats = (Path(name) if name else None for name in (job.error_file, job.stats_file))
+    if output is None or (output.exists() and not output.is_file() and not output.is_dir()):
+        return Places(output=output, errors=errors, stats=stats)
+    if output.is_dir():
+        raise UsageError(f"the output {output} is a folder", hint="-o takes a file")
+    if output.is_symlink():
+        output = output.resolve()  # one output, one lock, whatever it is called
+
+    def beside(suffix: str) -> Path:
+        return output.with_name(output.name + suffix)
+
+    return Places(
+        output=output,
+        errors=errors or beside(".errors.jsonl"),
+        manifest=beside(".run.json"),
+        lock=beside(".lock"),
+        stats=stats,
+    )
 
 
 def _output(config: RunConfig) -> Path | None:
@@ -96,6 +99,20 @@ def _output(config: RunConfig) -> Path | None:
     stem = first.name.removesuffix(first.suffix) if first.suffix in COMPRESSED else first.name
     share = f".{config.job.shard.replace('/', '-of-')}" if config.job.shard else ""
     return first.with_name(f"{stem.removesuffix('.jsonl')}{share}.out.jsonl")
+
+
+def _check_all(found: Places, config: RunConfig) -> None:
+    taken = [("an input", Path(name)) for name in config.inputs if name != STDIO]
+    named = {"output": found.output, "error file": found.errors, "stats file": found.stats}
+    for name, path in {**named, "manifest": found.manifest, "lock": found.lock}.items():
+        if path:
+            _check(name, path, taken)
+            taken.append((f"the {name}", path))
+    stats, errors = found.stats, found.errors
+    if stats and not is_stats_file(stats):
+        raise UsageError(f"the stats file {stats} exists and is none", hint="choose another: it would be replaced")
+    if errors and not found.manifest and not config.job.overwrite and errors.is_file() and errors.stat().st_size:
+        raise UsageError(f"the error file {errors} exists", hint="choose another, or replace it with --overwrite")
 
 
 def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:

@@ -31,12 +31,13 @@ class Stop:
         within: seconds from the first signal until what is in flight is dropped.
 
     Attributes:
-        gently: the first signal is only taken down; otherwise, as from the second on, it ends the run where it is.
+        within: as given.
+        gently: whether the first signal is only taken down. If not, it raises, as a second one always does.
         signal: the number of the first signal, or None.
     """
 
     def __init__(self, within: float = 0.0) -> None:
-        self._within = within
+        self.within = within
         self._deadline = math.inf
         self.gently = False
         self.signal: int | None = None
@@ -61,7 +62,7 @@ class Stop:
             self.signal = number
             raise Interrupted(number)
         self.signal = number
-        self._deadline = time.monotonic() + self._within
+        self._deadline = time.monotonic() + self.within
 
     @contextmanager
     def gentle(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_
     output, log = nightly.folder / "prompts.out.jsonl", nightly.folder / "bmx.log"
     assert nightly(at_night[0].split(maxsplit=5)[5]) == 3
     assert len(output.read_text().splitlines()) == 5
-    assert "1 rows failed: 1 invalid_json" in log.read_text()
+    assert "1 row failed: 1 invalid_json" in log.read_text()
     output.write_bytes(output.read_bytes()[:-150])  # as a power cut would leave it
     assert nightly(at_night[1].split(maxsplit=1)[1]) == 3
     assert len(output.read_text().splitlines()) == 5

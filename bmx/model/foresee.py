@@ -12,7 +12,7 @@ from typing import Any
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.model.checkpoint import read_headers, weight_bytes
-from bmx.model.demo import demo_model_path
+from bmx.model.demo import local_path
 from bmx.model.loader import SOURCES, Failures, dtype_name, find_source, gguf_folder, prepare, quiet
 from bmx.model.outline import outline
 from bmx.model.spec import ModelSpec, check_config
@@ -83,12 +83,11 @@ def _spec_without_contents(model_config: Any, dtype: str, config: EngineConfig) 
 
 def peek(config: EngineConfig) -> tuple[str, str | None]:
     """The folder or hub id of a model, and the name of its GGUF file where that has not been unpacked yet."""
-    name = str(demo_model_path()) if config.model == "demo" else config.model
-    path = Path(name).expanduser()
+    path = local_path(config.model)
     if path.suffix.lower() != ".gguf":
         return find_source(config), None
     if not path.is_file():
-        raise ModelError(f"no such model file: {name}", hint=SOURCES)
+        raise ModelError(f"no such model file: {config.model}", hint=SOURCES)
     folder = gguf_folder(path)
     return (str(folder), None) if (folder / "config.json").is_file() else (str(path.parent), path.name)
 

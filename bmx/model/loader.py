@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
-from bmx.model.demo import demo_model_path
+from bmx.model.demo import local_path
 from bmx.model.spec import ModelSpec, check_config, read_spec
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def find_source(config: EngineConfig) -> str:
     Raises:
         ModelError: the demo model is not installed, or there is no such file.
     """
-    name = str(demo_model_path()) if config.model == "demo" else config.model
-    path = Path(name).expanduser()
+    path = local_path(config.model)
+    name = str(path) if config.model == "demo" else config.model
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"no such model file: {name}", hint=SOURCES)

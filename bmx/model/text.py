@@ -79,7 +79,11 @@ class PromptEncoder:
             kept = min(max(kept * tokens // len(ids), least + 1), most - 1)
             if not least < kept < most:
                 break
-            ids = self.encode(_with_text(request, at, self._cut_text(text, kept)))
+            try:
+                ids = self.encode(_with_text(request, at, self._cut_text(text, kept)))
+            except RowError:  # nothing but blanks is left: too little
+                least, kept = kept, (kept + most) // 2
+                continue
             if len(ids) > tokens:
                 most = kept
                 continue
@@ -112,8 +116,8 @@ class PromptEncoder:
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
         """The chat template's text, with marks where a document spells a control token."""
         marks: dict[str, str] = {}
-        hidden = [self._hide_all(message, marks) for message in messages]
         try:
+            hidden = [self._hide_all(message, marks) for message in messages]
             text = self._tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise RowError("invalid_request", f"the chat template refuses these messages: {error}") from error
