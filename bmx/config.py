@@ -20,6 +20,7 @@ from bmx.request import SamplingParams
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 MAX_CONFIG_BYTES = 1_000_000
 MAX_LINE_BYTES = 16 * 10**6
+PATHS = {"model", "output_file", "error_file", "stats_file"}  # may hold any bytes, as names of files do
 CHUNK_SIZE = 512  # where nobody says otherwise; part of what an answer depends on
 
 
@@ -167,11 +168,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
-    """How a row becomes the text that the model reads.
-
-    Raises:
-        UsageError: bytes that are no text.
-    """
+    """How a row becomes the text that the model reads."""
 
     system_prompt: Annotated[str | None, "system message before every conversation that has none"] = None
     prompt_template: Annotated[
@@ -184,11 +181,6 @@ class PromptConfig:
         "a prompt longer than the model can take: an error; skip: one that is no failure of the run; or cut its "
         "longest text at the beginning or in the middle, so that the answer has room",
     ] = "error"
-
-    def __post_init__(self) -> None:
-        for name, text in (("system_prompt", self.system_prompt), ("prompt_template", self.prompt_template)):
-            if text and not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise UsageError(f"{name} is not UTF-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +326,8 @@ class Setting:
         """
         try:
             return self._coerced(value)
+        except UnicodeEncodeError:
+            raise UsageError(f"{self.name} is not UTF-8") from None
         except (ValueError, TypeError, OverflowError):
             shown = repr(value)[:80] if value is None or isinstance(value, str | int | float) else "a list or mapping"
             raise UsageError(f"{self.name} cannot be {shown}", hint=f"it takes {self.wanted}") from None
@@ -349,8 +343,14 @@ class Setting:
             return value
         if get_origin(self.type) is tuple:
             items = value if isinstance(value, (list, tuple)) else (value,)
-            return tuple(_exactly(self.item_type, item) for item in items)
-        return _exactly(self.item_type, value)
+            return tuple(self._item(item) for item in items)
+        return self._item(value)
+
+    def _item(self, value: Any) -> Any:
+        found = _exactly(self.item_type, value)
+        if isinstance(found, str) and self.name not in PATHS:
+            found.encode()
+        return found
 
 
 def _exactly(kind: Any, value: Any) -> Any:

@@ -11,7 +11,6 @@ import os
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -127,12 +126,14 @@ class LineFile:
 def replace_file(path: Path, text: str) -> None:
     """Put a file in place, whole or not at all: a temporary file, synced, then renamed, then the folder synced.
 
+    Only one process may do so with a file at a time.
+
     Raises:
         OutputError: it cannot be written; what was there before still is.
     """
-    temporary = ""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)  # readable by us alone
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
             rest = memoryview(text.encode(errors="backslashreplace"))  # a path may hold any bytes: an escape in JSON
             while rest:
@@ -142,14 +143,11 @@ def replace_file(path: Path, text: str) -> None:
         finally:
             os.close(handle)
         os.replace(temporary, path)
-        temporary = ""
         sync_folder(path.parent)
     except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
         raise OutputError(f"cannot write {path}: {error.strerror}", hint=KEPT) from None
-    finally:
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)
 
 
 def _umask() -> int:
@@ -196,7 +194,8 @@ def locked(path: Path, wait: float) -> Iterator[None]:
     finally:
         with suppress(OSError):  # while it is held, so that nobody else's lock file goes
             os.unlink(path)
-        os.close(handle)
+        with suppress(OSError):
+            os.close(handle)
 
 
 def _lock(path: Path) -> int | None:

@@ -100,7 +100,7 @@ def _nothing_left(config: RunConfig, display: Display, work: Work) -> Stats:
             if before and before["state"] == "finished" and not config.job.overwrite:
                 Journal(places.output, places.errors, work.found).close()  # a torn tail goes even so
             else:
-                with recording(work, begun(config, work.mark), stats):
+                with recording(work, (before or {}) | begun(config, work.mark), stats):
                     pass
     display.nothing_left(stats, places)
     return stats
@@ -116,9 +116,8 @@ def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> 
         raise UsageError(f"the output {places.output} exists", hint=REMEDY)
     before = read_manifest(places.manifest) if places.manifest else None
     if before is None:
-        raise UsageError(
-            f"the output {places.output} exists, and no {places.manifest} says how it was made", hint=REMEDY
-        )
+        exists = next(path for path in (places.output, places.errors) if path and path.exists() and path.stat().st_size)
+        raise UsageError(f"{exists} exists, and no {places.manifest} says how it was made", hint=REMEDY)
     changed = differences(before["fingerprint"], mark)
     if changed:
         raise UsageError(f"the output {places.output} was made with other settings: {changed}", hint=REMEDY)
@@ -263,7 +262,10 @@ def recording(work: Work, record: dict[str, Any], stats: Stats, plan: Plan | Non
         state = "interrupted"
         raise
     finally:
-        with suppress(BmxError) if state != "finished" else ExitStack():
-            if state != "finished":
-                journal.close()
+        if state == "finished":
             write(ended(state, plan, stats))
+        else:  # what went wrong is told already
+            with suppress(BmxError):
+                journal.close()
+            with suppress(BmxError):
+                write(ended(state, plan, stats))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,8 +171,10 @@ class Ledger:
                 found.error_bytes = whole.end
 
         with _full_disk():
-            for path in (output, None if retry_failed else errors):
-                if path and path.is_file():
+            for path in (output, errors):
+                if path and path.is_file() and path == errors and retry_failed:
+                    deque(_Records(path), maxlen=0)  # it must be one of bmx even so
+                elif path and path.is_file():
                     self._insert("INSERT INTO done VALUES (?, ?, ?)", records(path))
             try:
                 self._db.execute("CREATE UNIQUE INDEX by_done ON done (name)")
@@ -193,7 +195,10 @@ class Ledger:
         query = "SELECT count(*) FROM done WHERE name NOT IN (SELECT name FROM rows)"
         [(strangers,)] = self._db.execute(query)
         if strangers and not self._limited:
-            raise UsageError(f"{output} has {strangers:,} records of rows that are not in the input", hint=REMEDY)
+            raise UsageError(
+                f"{output} or its errors have {strangers:,} records of rows that are not in the input",
+                hint=f"{REMEDY}, --retry-failed forgets the errors",
+            )
 
     def todo(self, share: tuple[int, int] = (1, 1)) -> Todo:
         """What has no record yet.
@@ -268,5 +273,13 @@ def _record(line: bytes) -> tuple[str | int, str, str | None] | None:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line may be what a crash has left of a record: its beginning, or the zeros of a block never written."""
-    return line.startswith(BEGINNING) or BEGINNING.startswith(line) or not line.strip(b"\0\n")
+    """Whether a line is what a crash may have left of a record: its beginning, then zeros of a block never written."""
+    left = line.rstrip(b"\0\n")
+    if BEGINNING.startswith(left):
+        return True
+    if not left.startswith(BEGINNING):
+        return False
+    try:
+        return read_record(strict_loads(left.decode())) is not None  # only its newline is missing
+    except ValueError:
+        return True

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 17
 COMPRESSED = (".gz", ".zst")
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # what such files begin with; no line of JSON does
+ZSTD_PIECE = 256  # compressed bytes at a time: each may stand for a hundred kilobytes
 UTF16 = ((b"\xff\xfe", b"\xfe\xff"), (b"{\0", b"\0{"))  # its marks, and how a row begins without one
 
 
@@ -39,31 +41,37 @@ class LineSet:
 
 
 @contextmanager
-def open_input(path: Path) -> Iterator[BinaryIO]:
-    """A file of lines as bytes, decompressed if its name says that it is compressed.
+def open_input(path: Path, shown: str | None = None) -> Iterator[BinaryIO]:
+    """A file of lines as bytes, decompressed if its name or its first bytes say that it is compressed.
+
+    Args:
+        shown: what to call it.
 
     Raises:
         InputFileError: missing, a folder, not readable, damaged, or not UTF-8.
     """
+    name = shown or str(path)
     try:
         if path.is_dir():
-            raise InputFileError(f"{path} is a folder, not a file of prompts")
+            raise InputFileError(f"{name} is a folder, not a file of prompts")
         with _opened(path) as file:
             marks, starts = UTF16
             if file.peek(2)[:2] in marks + starts:  # type: ignore[attr-defined]
-                hint = f"iconv -f UTF-16 -t UTF-8 {path.name} > utf8.jsonl"
-                raise InputFileError(f"{path} is UTF-16, not UTF-8", hint=hint)
+                hint = "iconv -f UTF-16 -t UTF-8 < in.jsonl > utf8.jsonl"
+                raise InputFileError(f"{name} is UTF-16, not UTF-8", hint=hint)
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputFileError(f"cannot read {path}: {error}") from None
+        raise InputFileError(f"cannot read {name}: {error}") from None
     except OSError as error:
-        raise InputFileError(f"cannot read {path}: {error.strerror}") from None
+        raise InputFileError(f"cannot read {name}: {error.strerror}") from None
 
 
 def _opened(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
+    with path.open("rb") as file:
+        start = file.read(len(ZSTD))
+    if path.suffix == ".gz" or start.startswith(GZIP):
         return io.BufferedReader(gzip.open(path), PIECE)
-    if path.suffix == ".zst":
+    if path.suffix == ".zst" or start == ZSTD:
         return io.BufferedReader(ZstdFile(path), PIECE)
     return path.open("rb", PIECE)
 
@@ -78,10 +86,10 @@ class ZstdFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         from zstandard import ZstdDecompressor
 
-        self._file = path.open("rb")
+        self._file = path.open("rb", PIECE)
         self._decompressor = ZstdDecompressor()
         self._frame: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         """Yes."""
@@ -90,12 +98,12 @@ class ZstdFile(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         """The next bytes; 0 at the end."""
         while not self._ready:
-            piece = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(PIECE)
+            piece = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(ZSTD_PIECE)
             if not piece:
                 if self._frame and not self._frame.eof:
                     raise EOFError("the file ends in the middle of a zstd frame")
                 return 0
-            self._ready = self._decompressed(piece)
+            self._ready = memoryview(self._decompressed(piece))
         view = memoryview(buffer).cast("B")
         count = min(len(view), len(self._ready))
         view[:count], self._ready = self._ready[:count], self._ready[count:]

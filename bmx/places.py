@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from bmx.config import RunConfig
 from bmx.errors import InputFileError, OutputError, UsageError
@@ -93,8 +94,10 @@ def _output(config: RunConfig) -> Path | None:
         return None
     if config.job.output_file:
         return Path(config.job.output_file)
-    if config.inputs[0] == STDIO:
-        raise UsageError("reading from standard input needs an output", hint="-o answers.jsonl, or -o - for stdout")
+    if config.inputs[0] == STDIO or config.inputs[0].startswith(("/dev/", "/proc/")):
+        raise UsageError(
+            "reading from standard input or a pipe needs an output", hint="-o answers.jsonl, or -o - for stdout"
+        )
     first = Path(config.inputs[0])
     stem = first.name.removesuffix(first.suffix) if first.suffix in COMPRESSED else first.name
     share = f".{config.job.shard.replace('/', '-of-')}" if config.job.shard else ""
@@ -121,9 +124,11 @@ def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
             raise UsageError(f"the {name} {path} is also {what}", hint="choose another")
     if path.is_dir():
         raise UsageError(f"the {name} {path} is a folder", hint="it must be a file")
-    if not path.parent.is_dir():
-        raise OutputError(f"the folder {path.parent} does not exist", hint="create it, or choose another")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        shown = path.parent if not path.is_symlink() else parent
+        raise OutputError(f"the folder {shown} does not exist", hint="create it, or choose another")
+    if not os.access(path if path.exists() else parent, os.W_OK):
         raise OutputError(f"the {name} {path} cannot be written: permission denied", hint="choose another")
 
 
@@ -140,28 +145,44 @@ def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
     Raises:
         InputFileError: one is missing or cannot be read.
     """
+    if names.count(STDIO) > 1:
+        raise UsageError("standard input can be read only once")
     with ExitStack() as stack:
         paths: list[Path] = []
         for name in names:
-            path = Path(name)
-            if name == STDIO or (path.exists() and not path.is_file() and not path.is_dir()):  # a pipe
-                path = stack.enter_context(_spooled(name))
-            with open_input(path):
+            path, shown = Path(name), "standard input" if name == STDIO else name
+            if name == STDIO or _is_pipe(path):
+                copy = stack.enter_context(_temporary_file())
+                _spool(name, copy)
+                path = Path(copy.name)
+            with open_input(path, shown):
                 paths.append(path)
         yield tuple(paths)
 
 
+def _is_pipe(path: Path) -> bool:
+    """Whether a file can be read only once."""
+    return os.path.exists(path) and not path.is_file() and not path.is_dir()
+
+
 @contextmanager
-def _spooled(name: str) -> Iterator[Path]:
-    """A copy of what can be read only once."""
+def _temporary_file() -> Iterator[IO[bytes]]:
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="bmx-", suffix=".jsonl")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise InputFileError(f"cannot make a temporary file: {error.strerror}", hint="see TMPDIR") from None
+    with file:
+        yield file
+
+
+def _spool(name: str, copy: IO[bytes]) -> None:
+    """Copy what can be read only once."""
     if name == STDIO and sys.stdin is None:
         raise InputFileError("standard input is closed")
     try:
-        with tempfile.NamedTemporaryFile(prefix="bmx-", suffix=".jsonl") as copy:
-            with sys.stdin.buffer if name == STDIO else Path(name).open("rb") as pipe:
-                shutil.copyfileobj(pipe, copy)
-            copy.flush()
-            yield Path(copy.name)
+        with sys.stdin.buffer if name == STDIO else Path(name).open("rb") as pipe:
+            shutil.copyfileobj(pipe, copy)
+        copy.flush()
     except OSError as error:
         raise InputFileError(f"cannot copy {name} to a temporary file: {error.strerror}", hint="see TMPDIR") from None
 

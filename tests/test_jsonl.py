@@ -1,22 +1,29 @@
-"""Lines in, lines out: whatever a line holds becomes one request or one error record; only strict JSON comes out."""
+"""Lines in, records out: whatever a line holds becomes one request or one error; only strict JSON comes out."""
 
 from __future__ import annotations
 
+import gzip
 import json
-from contextlib import suppress
+import math
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bmx.errors import InputFileError, OutputError, RowError, UsageError
-from bmx.jsonl import Reader, Writer, as_record, duplicate_ids
+from bmx.errors import InputFileError, RowError, UsageError
+from bmx.jsonl import NOT_SUPPORTED, Reader, Row, strict_loads
+from bmx.lines import LineSet
+from bmx.records import as_record, read_record, strict_dumps
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
+DIALECTS = ("plain", "chat.completion", "text_completion")
 SLOW_MACHINES_TOO = settings(deadline=None)
 
 
@@ -37,27 +44,29 @@ def read(tmp_path_factory):
     """Reads a file of these lines."""
     path = tmp_path_factory.mktemp("jsonl") / "in.jsonl"
 
-    def read_lines(*lines, defaults=SamplingParams(), end=b"\n", **options):
+    def read_lines(*lines, end=b"\n", skip=None, every=1, **options):
         path.write_bytes(b"".join(line(value) + end for value in lines))
-        return list(Reader(paths=(path,), defaults=defaults, **options))
+        return list(Reader(paths=(path,), **options).rows(skip, every))
 
     return read_lines
 
 
-def good(items: list[Request | Result]) -> Request:
-    """The only item, which must be a request."""
-    [item] = items
-    assert isinstance(item, Request), item
-    return item
+def good(rows: list[Row]) -> Request:
+    """What the only row asks, which must be free of errors."""
+    [row] = rows
+    assert row.error is None
+    assert row.request is not None
+    assert row.request.id == row.id
+    return row.request
 
 
-def refusal(items: list[Request | Result], code: str = "invalid_request") -> str:
-    """The message of the only item, which must be an error of that code."""
-    [item] = items
-    assert isinstance(item, Result), item
-    assert item.error is not None
-    assert item.error.code == code
-    return item.error.message
+def refusal(rows: list[Row], code: str = "invalid_request") -> str:
+    """What is wrong with the only row, which must be an error of that code."""
+    [row] = rows
+    assert row.request is None
+    assert row.error is not None, row
+    assert row.error.code == code
+    return row.error.message
 
 
 # Ids
@@ -70,25 +79,19 @@ def test_an_id_of_text_or_a_whole_number_is_kept(read, name):
 
 @pytest.mark.parametrize("row", [{"prompt": "x"}, {"id": None, "prompt": "x"}])
 def test_a_missing_id_is_the_number_of_the_line(read, row):
-    items = read(row, {"id": "mine", "prompt": "x"}, "", row)
-    assert [item.id for item in items] == ["line-1", "mine", "line-4"]
+    rows = read(row, {"id": "mine", "prompt": "x"}, "", row)
+    assert [row.id for row in rows] == ["line-1", "mine", "line-4"]
 
 
 @pytest.mark.parametrize("name", [1.5, True, False, [], ["a"], {}])
 def test_any_other_id_is_an_error_under_the_number_of_the_line(read, name):
-    items = read({"id": name, "prompt": "x"})
-    assert "id" in refusal(items)
-    assert items[0].id == "line-1"
+    rows = read({"id": name, "prompt": "x"})
+    assert "id" in refusal(rows)
+    assert rows[0].id == "line-1"
 
 
 def test_an_error_keeps_the_id_of_its_row(read):
-    assert [item.id for item in read({"id": "a"}, openai({}, custom_id="b"))] == ["a", "b"]
-
-
-def test_duplicate_ids_are_found_in_order(read):
-    rows = [{"id": name, "prompt": "x"} for name in ("b", "a", 1, "a", "c", "b", "b", "1")]
-    assert duplicate_ids(read(*rows)) == ["a", "b", "1"]
-    assert duplicate_ids(read(*rows[:3], {"prompt": "x"}, {"prompt": "x"})) == []
+    assert [row.id for row in read({"id": "a"}, openai({}, custom_id="b"))] == ["a", "b"]
 
 
 # Strict JSON
@@ -148,18 +151,18 @@ def test_unusual_but_valid_json_is_one_row(read, text, prompt):
 
 
 def test_a_last_line_without_newline_is_read(read):
-    assert [item.id for item in read({"id": 1, "prompt": "x"}, b'\n{"id": 2, "prompt": "y"}', end=b"")] == [1, 2]
+    assert [row.id for row in read({"id": 1, "prompt": "x"}, b'\n{"id": 2, "prompt": "y"}', end=b"")] == [1, 2]
 
 
 def test_a_torn_last_line_fails_alone(read):
     first, *torn = read(b'{"id": 1, "prompt": "x"}\n{"id": 2, "pro', end=b"")
-    assert first.prompt == "x"
+    assert first.request.prompt == "x"
     refusal(torn, "invalid_json")
 
 
 @pytest.mark.parametrize("blank", ["", "   ", "\t", "\r"])
 def test_blank_lines_are_skipped_but_counted(read, blank):
-    assert [item.id for item in read(blank, {"prompt": "x"}, blank, blank, "bad", blank)] == ["line-2", "line-5"]
+    assert [row.id for row in read(blank, {"prompt": "x"}, blank, blank, "bad", blank)] == ["line-2", "line-5"]
 
 
 @pytest.mark.parametrize("lines", [[], ["", "  "]])
@@ -292,8 +295,8 @@ def test_an_envelope_that_cannot_be_answered_is_an_error(read, envelope):
 
 
 def test_both_dialects_may_stand_in_one_file(read):
-    items = read({"prompt": "x"}, openai({"prompt": "x"}), {"prompt": "x"})
-    assert [item.raw for item in items] == [False, True, False]
+    rows = read({"prompt": "x"}, openai({"prompt": "x"}), {"prompt": "x"})
+    assert [row.request.raw for row in rows] == [False, True, False]
 
 
 # Sampling
@@ -429,42 +432,332 @@ def test_a_field_without_a_value_is_an_error_and_not_the_word_none(read):
 )
 def test_a_template_with_anything_but_plain_fields_is_refused_at_once(template):
     with pytest.raises(UsageError, match="prompt_template"):
-        Reader(paths=(), defaults=SamplingParams(), template=template)
+        Reader(paths=(), template=template)
 
 
 def test_a_template_leaves_messages_and_completions_alone(read):
     chat, raw = read({"messages": HELLO, "document": "x"}, openai({"prompt": "x"}), template="{document}")
-    assert chat.messages == tuple(HELLO)
-    assert raw.prompt == "x"
+    assert chat.request.messages == tuple(HELLO)
+    assert raw.request.prompt == "x"
+
+
+# Names of fields
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SUPPORTED))
+def test_what_other_programs_call_sampling_is_refused_by_name(read, name):
+    assert refusal(read({"prompt": "x", name: 1})) == f"unsupported: {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("temprature", "temperature"),
+        ("Temperature", "temperature"),
+        ("max-tokens", "max_tokens"),
+        ("max_token", "max_tokens"),
+        ("topp", "top_p"),
+        ("repetition_penality", "repetition_penalty"),
+        ("stops", "stop"),
+        ("ignore_eof", "ignore_eos"),
+    ],
+)
+def test_a_misspelt_sampling_field_is_refused_with_what_was_meant(read, name, meant):
+    message = refusal(read({"prompt": "x", name: 1}))
+    assert repr(name) in message
+    assert repr(meant) in message
+
+
+def test_all_unsupported_fields_of_a_row_are_named(read):
+    row = {"messages": HELLO, "num_beams": 4, "best_of": 2, "label": 1}
+    assert refusal(read(row)) == "unsupported: best_of, num_beams"
+
+
+@pytest.mark.parametrize("name", ["text", "label", "seeds_of_doubt", "step", "category", "x" * 1000, "", "stop me"])
+def test_other_names_are_data(read, name):
+    assert good(read({"prompt": "x", name: 1})).prompt == "x"
+
+
+def test_with_a_template_every_name_is_data(read):
+    row = {"n": 3, "tools": ["saw"], "temprature": "warm"}
+    assert good(read(row, template="{n} {tools} {temprature}")).prompt == '3 ["saw"] warm'
+
+
+def test_with_a_template_a_rows_own_sampling_still_counts(read):
+    assert good(read({"document": "x", "max_tokens": 3}, template="{document}")).params.max_tokens == 3
+    assert "top_p" in refusal(read({"document": "x", "top_p": 2}, template="{document}"))
+
+
+def test_a_template_that_a_row_fills_with_nothing_is_an_error(read):
+    assert "prompt" in refusal(read({"document": " "}, template="{document}\n"))
+
+
+# Models
+
+
+@pytest.mark.parametrize("body", [{}, {"model": None}, {"model": "mine"}, {"model": "yours"}])
+def test_a_row_may_ask_for_any_name_of_the_model_or_for_none(read, body):
+    assert good(read(openai({"prompt": "x", **body}), models=frozenset({"mine", "yours"}))).prompt == "x"
+
+
+@pytest.mark.parametrize("model", ["gpt-9", "", 5, "Mine"])
+def test_a_row_that_asks_for_another_model_is_told_the_names(read, model):
+    rows = read(openai({"prompt": "x", "model": model}), models=frozenset({"mine", "yours"}))
+    assert "mine or yours" in refusal(rows, "model_not_found")
+
+
+def test_a_plain_row_has_no_model_to_ask_for(read):
+    assert good(read({"prompt": "x", "model": "gpt-9"}, models=frozenset({"mine"}))).prompt == "x"
+
+
+# Dialects
+
+
+@pytest.mark.parametrize(
+    ("row", "dialect"),
+    [
+        ({"prompt": "x"}, "plain"),
+        ({"custom_id": "a", "prompt": "x"}, "plain"),
+        ("no JSON", "plain"),
+        (openai({"messages": HELLO}, url=CHAT), "chat.completion"),
+        (openai({"prompt": "x"}), "text_completion"),
+        (openai({}), "text_completion"),
+        (openai({"prompt": "x"}, custom_id=1.5), "text_completion"),
+        (openai({}, url="/v1/embeddings"), "chat.completion"),
+    ],
+)
+def test_a_row_knows_the_dialect_that_it_is_answered_in(read, row, dialect):
+    [found] = read(row)
+    assert found.dialect == dialect
+
+
+# Keys
+
+
+def test_a_line_has_the_same_key_wherever_it_stands(read):
+    row = {"id": "a", "prompt": "x"}
+    first, bad, _, again, bad_again = read(row, "bad", {"id": "b", "prompt": "x"}, f"  {json.dumps(row)}\r", "bad")
+    assert (first.key, bad.key) == (again.key, bad_again.key)
+    assert [read(row)[0].key, read(row, end=b"")[0].key] == [first.key] * 2
+
+
+def test_other_content_or_another_seed_is_another_key(read):
+    rows = [{"prompt": "x"}, {"prompt": "y"}, {"prompt": "x", "label": 1}, {"prompt": "x", "seed": 1}, "bad", "worse"]
+    keys = [row.key for seed in (b"", b"one", b"two") for row in read(*rows, seed=seed)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_identities_are_those_of_the_rows(tmp_path):
+    path = tmp_path / "in.jsonl"
+    rows = [{"id": 3, "prompt": "x"}, "", "bad", {"id": 1.5}, openai({}), {"id": "too long" * 100}, {"prompt": 5}]
+    path.write_bytes(b"".join(line(row) + b"\n" for row in rows))
+    reader = Reader(paths=(path,), seed=b"s", longest=100)
+    expected = [(row.line, row.id, row.key) for row in reader.rows()]
+    assert [number for number, _, _ in expected] == [1, 3, 4, 5, 6, 7]
+    assert [(row.line, row.id, row.key) for row in reader.identities()] == expected
+
+
+# Long lines
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_line_that_is_too_long_fails_alone(read, end):
+    fits = line({"id": "fits", "prompt": "x" * 50})
+    longest = len(fits) + len(end) - 1
+    first, fit, *failed, last = read({"prompt": "a"}, fits, b"x" + fits, {"prompt": "b"}, longest=longest, end=end)
+    assert [first.request.prompt, fit.id, last.request.prompt] == ["a", "fits", "b"]
+    assert f"{longest} bytes" in refusal(failed)
+    assert "--max-line-bytes" in refusal(failed)
+    assert (failed[0].line, failed[0].id, last.line) == (3, "line-3", 4)
+
+
+def test_a_last_line_without_newline_may_be_as_long_as_any(read):
+    row = line({"id": "a", "prompt": "x"})
+    assert good(read(row, longest=len(row), end=b"")).prompt == "x"
+    assert "longer" in refusal(read(row, longest=len(row) - 1, end=b""))
+
+
+@pytest.mark.parametrize("size", [131_071, 131_072, 131_073, 262_144, 500_000])
+def test_what_follows_a_line_of_any_length_is_read(read, size):
+    _, after = read(b"x" * size, {"id": "after", "prompt": "x"}, longest=64)
+    assert (after.line, after.id) == (2, "after")
+
+
+def zstd_frame(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+
+
+def zstd_stream(data: bytes) -> bytes:
+    """A frame that does not say how long its contents are, as pipes write it."""
+    stream = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    return stream.compress(data) + stream.flush()
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("in.jsonl", bytes),
+        ("in.jsonl.gz", gzip.compress),
+        pytest.param("in.jsonl.zst", zstd_frame),
+    ],
+)
+def test_a_huge_line_takes_no_more_memory_than_is_allowed(tmp_path, name, pack):
+    path = tmp_path / name
+    path.write_bytes(pack(b'{"prompt": "' + b"a" * 48_000_000 + b'"}\n{"id": "after", "prompt": "x"}\n'))
+    tracemalloc.start()
+    try:
+        rows = list(Reader(paths=(path,), longest=1000).rows())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [row.id for row in rows] == ["line-1", "after"]
+    assert peak < 24_000_000
 
 
 # Files
 
 
-@pytest.mark.parametrize(("limit", "names"), [(1, ["line-2"]), (2, ["line-2", "line-3"]), (9, ["line-2", "line-3", 4])])
-def test_a_limit_counts_rows_good_or_bad_but_not_blank_lines(read, limit, names):
-    items = read("", {"prompt": "x"}, "bad", {"id": 4, "prompt": "x"}, limit=limit)
-    assert [item.id for item in items] == names
+def rows_of(*paths: Path, **options: Any) -> list[Row]:
+    return list(Reader(paths=paths, **options).rows())
 
 
 def test_several_files_are_read_in_order_and_their_lines_numbered_through(tmp_path):
     paths = (tmp_path / "b.jsonl", tmp_path / "a.jsonl")
-    paths[0].write_text('{"prompt": "one"}\nbad\n')
+    paths[0].write_text('{"prompt": "one"}\nbad')
     paths[1].write_text('\ufeff{"prompt": "three"}\n', encoding="utf-8")
-    reader = Reader(paths=paths, defaults=SamplingParams())
-    assert [item.id for item in reader] == ["line-1", "line-2", "line-3"]
-    bad: list[Result] = []
-    assert [request.prompt for request in reader.requests(bad.append)] == ["one", "three"]
-    assert [result.id for result in bad] == ["line-2"]
+    rows = rows_of(*paths)
+    assert [(row.line, row.id) for row in rows] == [(1, "line-1"), (2, "line-2"), (3, "line-3")]
+    assert [row.request and row.request.prompt for row in rows] == ["one", None, "three"]
+
+
+def test_a_reader_reads_as_often_as_it_is_asked_to(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "one"}\nbad\n')
+    reader = Reader(paths=(path,))
+    assert list(map(repr, reader.rows())) == list(map(repr, reader.rows()))
 
 
 def test_a_file_that_is_missing_or_a_folder_is_an_input_error(tmp_path):
-    for path in (tmp_path / "missing.jsonl", tmp_path):
+    for path in (tmp_path / "missing.jsonl", tmp_path, tmp_path / "missing.jsonl.gz", tmp_path / "missing.zst"):
         with pytest.raises(InputFileError, match=path.name):
-            list(Reader(paths=(path,), defaults=SamplingParams()))
+            rows_of(path)
 
 
-# Writing
+MANY = b"".join(b'{"prompt": "%d"}\n' % number for number in range(20_000))
+HALF = MANY.index(b'"9999"') + 3  # inside a line
+SKIPPABLE = bytes.fromhex("502a4d18 03000000") + b"any"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        (".gz", gzip.compress(MANY)),
+        (".gz", gzip.compress(MANY[:HALF]) + gzip.compress(b"") + gzip.compress(MANY[HALF:])),
+        (".zst", zstd_frame(MANY)),
+        (".zst", zstd_stream(MANY)),
+        (".zst", zstd_stream(MANY[:HALF]) + zstd_frame(b"") + zstd_frame(MANY[HALF:])),
+        (".zst", SKIPPABLE + zstd_frame(MANY[:HALF]) + SKIPPABLE + zstd_stream(MANY[HALF:])),
+        (".zst", b"".join(zstd_frame(part + b"\n") for part in MANY.splitlines())),
+    ],
+    ids=["gzip", "gzip-members", "zstd", "zstd-stream", "zstd-frames", "zstd-skippable", "zstd-many-frames"],
+)
+def test_a_compressed_file_is_read_like_any_other(tmp_path, suffix, data):
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.write_bytes(data)
+    assert [row.request.prompt for row in rows_of(path)] == [str(number) for number in range(20_000)]
+
+
+SOME = b"".join(b'{"prompt": "%d"}\n' % number for number in range(50))
+PACKED = pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        (".gz", gzip.compress(SOME)),
+        (".zst", zstd_frame(SOME)),
+        (".zst", zstd_stream(SOME)),
+    ],
+    ids=["gzip", "zstd", "zstd-stream"],
+)
+
+
+@PACKED
+@pytest.mark.parametrize("before", [0, 1], ids=["alone", "after-a-whole-one"])
+def test_a_compressed_file_that_ends_too_early_is_refused(tmp_path, suffix, data, before):
+    path = tmp_path / f"in.jsonl{suffix}"
+    for size in range(1, len(data)):
+        path.write_bytes(data * before + data[:size])
+        with pytest.raises(InputFileError, match=f"cannot read .*in.jsonl{suffix}"):
+            rows_of(path)
+
+
+@PACKED
+def test_a_damaged_compressed_file_is_refused(tmp_path, suffix, data):
+    path = tmp_path / f"in.jsonl{suffix}"
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 255
+    for content in (bytes(damaged), SOME, random.Random(0).randbytes(5000), data + b"garbage"):
+        path.write_bytes(content)
+        with pytest.raises(InputFileError, match=f"in.jsonl{suffix}"):
+            rows_of(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_empty_file_has_no_rows_whatever_its_name(tmp_path, suffix):
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.touch()
+    assert rows_of(path) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd_frame], ids=["plain", "gzip", "zstd"])
+def test_utf_16_is_refused_with_a_hint(tmp_path, encoding, pack):
+    path = tmp_path / {bytes: "in.jsonl", gzip.compress: "in.jsonl.gz", zstd_frame: "in.jsonl.zst"}[pack]
+    path.write_bytes(pack(SOME.decode().encode(encoding)))
+    with pytest.raises(InputFileError, match="UTF-16") as refused:
+        rows_of(path)
+    assert "iconv" in refused.value.hint
+
+
+# Skipping and sampling
+
+
+def line_set(numbers: set[int], last: int) -> LineSet:
+    found = LineSet(last)
+    for number in numbers:
+        found.add(number)
+    return found
+
+
+def test_lines_that_are_skipped_are_neither_read_nor_renumbered(read):
+    rows = read({"prompt": "a"}, "bad", "", {"prompt": "d"}, "bad", skip=line_set({1, 2}, 4))
+    assert [(row.line, row.id) for row in rows] == [(4, "line-4")]
+
+
+def test_nothing_behind_the_last_line_of_the_set_is_read(read):
+    assert [row.line for row in read(*[{"prompt": "x"}] * 9, skip=line_set({2}, 4))] == [1, 3, 4]
+    assert read(*[{"prompt": "x"}] * 9, skip=LineSet(0)) == []
+
+
+@SLOW_MACHINES_TOO
+@given(skipped=st.sets(st.integers(1, 60)), last=st.integers(60, 70), every=st.integers(1, 12))
+def test_one_of_every_so_many_rows_that_are_not_skipped_is_sampled(read, skipped, last, every):
+    lines = [{"prompt": "x"}] * 60
+    left = [number for number in range(1, 61) if number not in skipped]
+    sample = [row.line for row in read(*lines, skip=line_set(skipped, last), every=every)]
+    blocks = [left[start : start + every] for start in range(0, len(left), every)]
+    counts = [len(set(block) & set(sample)) for block in blocks]
+    whole = len(left) // every
+    assert counts[:whole] == [1] * whole
+    assert sum(counts) == len(sample)
+    assert max(counts, default=1) == 1
+    assert [row.line for row in read(*lines, skip=line_set(skipped, last), every=every)] == sample
+
+
+def test_a_sample_is_not_of_the_same_place_each_time(read):
+    sample = [row.line for row in read(*[{"prompt": "x"}] * 400, every=4)]
+    assert {number % 4 for number in sample} == {0, 1, 2, 3}
+
+
+# Records
 
 ANSWER = Result(
     id="a",
@@ -474,87 +767,124 @@ ANSWER = Result(
     usage=Usage(prompt_tokens=10, completion_tokens=2),
     kv=KVUsage(budget=8, kept=8, evicted=3),
 )
+KV = {"budget": 8, "kept": 8, "evicted": 3}
+KEY = "00ff" * 4
 
 
-def test_an_answer_as_a_record():
-    assert as_record(ANSWER) == {
+def test_an_answer_to_a_plain_row():
+    assert as_record(ANSWER, KEY) == {
         "id": "a",
         "text": "yes",
         "finish_reason": "stop",
         "usage": {"prompt_tokens": 10, "completion_tokens": 2},
-        "kv": {"budget": 8, "kept": 8, "evicted": 3},
+        "kv": KV,
         "truncated": 0,
+        "row_hash": KEY,
     }
 
 
-def test_an_error_as_a_record():
-    record = as_record(Result(id=7, error=RowError("invalid_json", "no JSON")))
-    assert record == {"id": 7, "error": {"code": "invalid_json", "message": "no JSON"}}
+@pytest.mark.parametrize(
+    ("dialect", "prefix", "said"),
+    [
+        ("chat.completion", "chatcmpl", {"message": {"role": "assistant", "content": "yes"}}),
+        ("text_completion", "cmpl", {"text": "yes"}),
+    ],
+)
+def test_an_answer_to_a_row_of_an_openai_batch(dialect, prefix, said):
+    record = as_record(ANSWER, KEY, dialect, "mine")
+    assert isinstance(record["response"]["body"].pop("created"), int)
+    assert record == {
+        "id": f"batch_req_{KEY}",
+        "custom_id": "a",
+        "response": {
+            "status_code": 200,
+            "request_id": KEY,
+            "body": {
+                "id": f"{prefix}-{KEY}",
+                "object": dialect,
+                "model": "mine",
+                "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
+                "kv": KV,
+                "truncated": 0,
+            },
+        },
+        "error": None,
+    }
 
 
-def test_every_answer_is_a_whole_line_in_the_file_as_soon_as_it_is_written(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with Writer(path) as writer:
-        for count in (1, 2, 3):
-            writer.write(ANSWER)
-            lines = path.read_bytes().split(b"\n")
-            assert lines.pop() == b""
-            assert [json.loads(line) for line in lines] == [as_record(ANSWER)] * count
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_error_in_each_dialect(dialect):
+    record = as_record(Result(id=7, error=RowError("invalid_json", "no JSON")), KEY, dialect, "mine")
+    error = {"code": "invalid_json", "message": "no JSON"}
+    if dialect == "plain":
+        assert record == {"id": 7, "error": error, "row_hash": KEY}
+    else:
+        assert record == {"id": f"batch_req_{KEY}", "custom_id": 7, "response": None, "error": error}
 
 
-def test_lines_written_before_a_crash_stay(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with suppress(ZeroDivisionError), Writer(path) as writer:
-        writer.write(ANSWER)
-        raise ZeroDivisionError
-    assert json.loads(path.read_bytes()) == as_record(ANSWER)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_was_cut_and_what_was_clamped_is_said_in_each_dialect(dialect):
+    result = Result(id="a", text="x", finish_reason="length", truncated=5, clamped_to=3)
+    record = as_record(result, KEY, dialect)
+    said = record if dialect == "plain" else record["response"]["body"]
+    assert (said["truncated"], said["max_tokens"]) == (5, 3)
 
 
-def test_an_existing_file_is_replaced_only_when_asked_for(tmp_path):
-    path = tmp_path / "out.jsonl"
-    path.write_text("precious")
-    with pytest.raises(OutputError, match=r"out\.jsonl"):
-        Writer(path)
-    assert path.read_text() == "precious"
-    with Writer(path, overwrite=True) as writer:
-        writer.write(ANSWER)
-    assert json.loads(path.read_bytes()) == as_record(ANSWER)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_never_written(value):
+    with pytest.raises(ValueError, match="JSON"):
+        strict_dumps({"id": value})
 
 
-@pytest.mark.parametrize("name", ["missing/out.jsonl", "."])
-def test_a_file_that_cannot_be_created_is_an_output_error(tmp_path, name):
-    with pytest.raises(OutputError, match="cannot create"):
-        Writer(tmp_path / name)
-
-
-def test_a_full_disk_is_an_output_error_that_names_the_file():
-    with (
-        pytest.raises(OutputError, match=r"/dev/full.*No space left"),
-        Writer(Path("/dev/full"), overwrite=True) as out,
-    ):
-        out.write(ANSWER)
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        5,
+        [],
+        {},
+        {"id": "a"},
+        {"row_hash": KEY},
+        {"id": 1.5, "row_hash": KEY},
+        {"id": "a", "row_hash": 5},
+        {"custom_id": "a"},
+        {"custom_id": None, "id": f"batch_req_{KEY}"},
+    ],
+    ids=str,
+)
+def test_a_record_that_is_not_ours_is_not_read(record):
+    assert read_record(record) is None
 
 
 # Properties
 
 
 @SLOW_MACHINES_TOO
-@given(text=st.text(), ascii_only=st.booleans())
-@example(text="\u2028\u2029\u0085\r\x00\ufeff\ufffd", ascii_only=False)
-@example(text="😀\U0010ffff</script>", ascii_only=True)
-def test_any_text_goes_in_and_comes_out(read, tmp_path_factory, text, ascii_only):
+@given(text=st.text(), ascii_only=st.booleans(), dialect=st.sampled_from(DIALECTS))
+@example(text="\u2028\u2029\u0085\r\x00\ufeff\ufffd", ascii_only=False, dialect="plain")
+@example(text="😀\U0010ffff</script>", ascii_only=True, dialect="chat.completion")
+def test_any_text_goes_in_and_comes_out(read, text, ascii_only, dialect):
     prompt = f"<{text}>"
-    row = json.dumps({"id": prompt, "prompt": prompt}, ensure_ascii=ascii_only)
-    request = good(read(row))
+    request = good(read(json.dumps({"id": prompt, "prompt": prompt}, ensure_ascii=ascii_only)))
     assert (request.id, request.prompt) == (prompt, prompt)
 
-    path = tmp_path_factory.getbasetemp() / "round-trip.jsonl"
-    with Writer(path, overwrite=True) as writer:
-        writer.write(Result(id=request.id, text=prompt))
-    written = path.read_bytes()
+    written = strict_dumps(as_record(Result(id=request.id, text=prompt), KEY, dialect, prompt))
     assert written.count(b"\n") == 1
-    record = json.loads(written)
-    assert (record["id"], record["text"]) == (prompt, prompt)
+    assert written.endswith(b"\n")
+    record = strict_loads(written.decode())
+    assert read_record(record) == (prompt, KEY, None)
+    if dialect != "plain":
+        [choice] = record["response"]["body"]["choices"]
+    said = {"plain": lambda: record["text"], "text_completion": lambda: choice["text"]}
+    assert said.get(dialect, lambda: choice["message"]["content"])() == prompt
+
+
+@given(name=st.text() | st.integers(), code=st.none() | st.text(), message=st.text(), dialect=st.sampled_from(DIALECTS))
+def test_a_record_says_again_who_it_is_of_and_how_it_went(name, code, message, dialect):
+    error = None if code is None else RowError(code, message)
+    written = strict_dumps(as_record(Result(id=name, error=error), KEY, dialect, "mine"))
+    assert read_record(strict_loads(written.decode())) == (name, KEY, code)
 
 
 VALUES = st.recursive(
@@ -567,15 +897,18 @@ ROWS = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6)
 
 
 @SLOW_MACHINES_TOO
-@given(raw=ROWS.map(line) | ROWS.map(openai).map(line) | st.binary(min_size=1).filter(lambda raw: b"\n" not in raw))
-@example(raw=line(openai({"prompt": "x"}, url=[])))
-@example(raw=line({"prompt": "x", "top_p": 10**400}))
-def test_whatever_a_line_holds_it_is_one_request_or_one_error(read, tmp_path_factory, raw):
-    items = read(raw, {"id": "next", "prompt": "x"})
-    assert items[-1].prompt == "x"
-    assert len(items) == 2 or not raw.decode().strip("\ufeff").strip()
-    path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    with Writer(path, overwrite=True) as writer:
-        for item in items:
-            writer.write(item if isinstance(item, Result) else Result(id=item.id))
-    assert path.read_bytes().count(b"\n") == len(items)
+@given(
+    raw=ROWS.map(line) | ROWS.map(openai).map(line) | st.binary(min_size=1).filter(lambda raw: b"\n" not in raw),
+    template=st.none() | st.just("{content}{prompt}"),
+)
+@example(raw=line(openai({"prompt": "x"}, url=[])), template=None)
+@example(raw=line({"prompt": "x", "top_p": 10**400}), template=None)
+def test_whatever_a_line_holds_it_is_one_request_or_one_error(read, raw, template):
+    neighbour = {"prompt": "x", "content": "y"}
+    rows = read({"id": "before", **neighbour}, raw, {"id": "after", **neighbour}, template=template)
+    assert [rows[0].id, rows[-1].id] == ["before", "after"]
+    assert rows[0].request.prompt == rows[-1].request.prompt == ("yx" if template else "x")
+    assert len(rows) == 3 or not raw.decode().strip("\ufeff").strip()
+    for row in rows:
+        assert (row.request is None) is (row.error is not None)
+        assert strict_dumps(as_record(Result(id=row.id, error=row.error), row.key, row.dialect)).count(b"\n") == 1

@@ -45,8 +45,11 @@ def contents() -> dict[str, bytes]:
         (("x.jsonl", "-o", "y", "--stats-file", "precious.txt"), "the stats file precious.txt exists"),
         (("x.jsonl", "-o", "y", "--stats-file", "/dev/null"), "the stats file /dev/null exists"),
         (("x.jsonl", "-o", "-", "--error-file", "precious.txt"), "the error file precious.txt exists"),
-        (("x.jsonl", "-o", "precious.txt"), "no precious.txt.run.json says how it was made"),
-        (("x.jsonl", "-o", "y", "--error-file", "precious.txt"), "no y.run.json says how it was made"),
+        (("x.jsonl", "-o", "precious.txt"), "precious.txt exists, and no precious.txt.run.json says how it was made"),
+        (
+            ("x.jsonl", "-o", "y", "--error-file", "precious.txt"),
+            "precious.txt exists, and no y.run.json says how it was made",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from bmx import hardware
 from bmx.errors import DeviceError
@@ -92,20 +94,18 @@ class MemoryMeter:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, typed or not."""
-    import torch
-
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    torch: Any = sys.modules.get("torch")  # what is not loaded raised nothing
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY)
 
 
 def release() -> None:
     """Give back what an attempt that ran out of memory left behind."""
-    import torch
-
     gc.collect()
     hardware.trim_heap()
-    if torch.cuda.is_available():
+    torch: Any = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
