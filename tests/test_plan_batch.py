@@ -118,9 +118,9 @@ def test_nothing_is_recorded_beside_standard_output(bmx, model, prompts):
 def test_a_manifest_that_cannot_be_written_is_said_before_any_row_is_answered(bmx, model, prompts):
     (prompts.parent / "in.out.jsonl.run.json").mkdir()
     ended = bmx("run", prompts, "--model", model, "--device", "cpu")
-    assert ended.code == 1
-    assert "in.out.jsonl.run.json" in ended.err
-    assert (prompts.parent / "in.out.jsonl").read_text() == ""
+    assert ended.code == 2
+    assert "in.out.jsonl.run.json is a folder" in ended.err
+    assert not (prompts.parent / "in.out.jsonl").exists()
     assert list(prompts.parent.glob(".in*")) == []
 
 
