@@ -68,9 +68,13 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
         if places.lock and not config.job.dry_run:
             stack.enter_context(locked(places.lock, config.job.lock_wait))
         work = find_work(config, places, stack.enter_context(input_paths(config.inputs)))
+        stats = _counters(config, work)
+        stack.enter_context(kept_stats(None if config.job.dry_run else places.stats, stats, display.warn))
         if work.todo.left:
-            return _answer(config, display, stop or Stop(), work)
-        return _nothing_left(config, display, work)
+            _answer(config, display, stop or Stop(), work, stats)
+        else:
+            _nothing_left(config, display, work, stats)
+        return stats
 
 
 def find_work(config: RunConfig, places: Places, paths: tuple[Path, ...]) -> Work:
@@ -91,19 +95,18 @@ def find_work(config: RunConfig, places: Places, paths: tuple[Path, ...]) -> Wor
         return Work(places=places, mark=mark, reader=reader, found=found, todo=ledger.todo(job.share))
 
 
-def _nothing_left(config: RunConfig, display: Display, work: Work) -> Stats:
+def _nothing_left(config: RunConfig, display: Display, work: Work, stats: Stats) -> None:
     """All rows have their records, or there are none: no model is needed to say so."""
-    stats, places = _counters(Stats(), config, work), work.places
-    before = read_manifest(places.manifest) if places.manifest else None
-    if not config.job.dry_run:
-        with kept_stats(places.stats, stats, display.warn):
-            if before and before["state"] == "finished" and not config.job.overwrite:
-                Journal(places.output, places.errors, work.found).close()  # a torn tail goes even so
-            else:
-                with recording(work, (before or {}) | begun(config, work.mark), stats):
-                    pass
+    places = work.places
+    before = read_manifest(places.manifest) if places.manifest and not config.job.overwrite else None
+    if config.job.dry_run:
+        pass
+    elif before and before["state"] == "finished":
+        Journal(places.output, places.errors, work.found).close()  # a torn tail goes even so
+    else:
+        with recording(work, (before or {}) | begun(config, work.mark), stats):
+            pass
     display.nothing_left(stats, places)
-    return stats
 
 
 def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> None:
@@ -138,10 +141,10 @@ def _check_same_model(places: Places, model: dict[str, Any]) -> None:
             )
 
 
-def _counters(stats: Stats, config: RunConfig, work: Work) -> Stats:
+def _counters(config: RunConfig, work: Work) -> Stats:
     """The counters of a run that goes on where others ended."""
-    stats.rows_total, stats.rows_before = work.todo.rows, work.todo.rows - work.todo.left
-    stats.errors.update(work.todo.failed)
+    todo = work.todo
+    stats = Stats(rows_total=todo.rows, rows_before=todo.rows - todo.left, errors=todo.failed.copy())
     if config.prompt.on_too_long == "skip":
         stats.rows_skipped = stats.errors.pop(TOO_LONG, 0)
     return stats
@@ -162,9 +165,10 @@ def open_engine(config: RunConfig) -> Engine:
     return Engine.open(config.engine, config.prompt)
 
 
-def _answer(config: RunConfig, display: Display, stop: Stop, work: Work) -> Stats:
+def _answer(config: RunConfig, display: Display, stop: Stop, work: Work, stats: Stats) -> None:
     places, todo = work.places, work.todo
     engine = _loaded(config, display)
+    engine.stats = stats
     model = engine.describe()
     if work.found.output_bytes or work.found.error_bytes:
         _check_same_model(places, model)
@@ -172,17 +176,12 @@ def _answer(config: RunConfig, display: Display, stop: Stop, work: Work) -> Stat
     with display.waiting("measuring the prompts, making the plan"):
         lengths = engine.measure(row.request for row in work.reader.rows(todo.skip, every) if row.request)
         plan = engine.plan(lengths)
-    stats = _counters(engine.stats, config, work)
     stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
     display.plan(model, plan, lengths, todo.left, every)
     if config.job.dry_run:
-        return stats
+        return
     record = begun(config, work.mark) | {"model": model, "plan": plan_record(plan)}
-    with (
-        kept_stats(places.stats, stats, display.warn),
-        recording(work, record, stats, plan) as journal,
-        display.live(stats),
-    ):
+    with recording(work, record, stats, plan) as journal, display.live(stats):
         outbox = Outbox(
             add=journal.add,
             stats=stats,
@@ -197,9 +196,10 @@ def _answer(config: RunConfig, display: Display, stop: Stop, work: Work) -> Stat
         with closing(results), stop.gentle():
             for result in results:
                 outbox.put(result)
+        if stop.requested and stats.rows_done < todo.left:
+            display.note(f"{stats.rows_before + stats.rows_done:,} of {stats.rows_total:,} rows have their records")
         _check_complete(stats, todo, stop)
     display.summary(stats, plan, places)
-    return stats
 
 
 def _loaded(config: RunConfig, display: Display) -> Engine:
