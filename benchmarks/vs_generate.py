@@ -160,7 +160,7 @@ def main() -> None:
     rate = (before + matmul_rate(getattr(torch, args.dtype))) / 2
     flops = total * linear_flops(engine.loaded.model)
     budget = args.budget if args.policy != "none" else 1 << 40
-    flops += sum(attention_flops(engine.loaded.spec, len(p), config.chunk_size, budget) for p in prompts)
+    flops += sum(attention_flops(engine.loaded.spec, len(p), plan.step.chunk_size, budget) for p in prompts)
     bound = total * rate / flops
     print(f"matmul {rate / 1e9:.0f} GFLOP/s allows {bound:,.0f} prompt tok/s")
     mine = 60 * len(prompts) / ours.seconds

@@ -98,10 +98,10 @@ class Reader:
         Raises:
             InputFileError: a file is missing or cannot be read.
         """
-        for row, fields_ in self._parsed(skip, every):
-            if isinstance(fields_, dict):
+        for row, values in self._parsed(skip, every):
+            if values is not None:
                 try:
-                    self._fill(row, fields_)
+                    self._fill(row, values)
                 except RowError as error:
                     row.error = error
                 except RecursionError:
@@ -139,10 +139,7 @@ class Reader:
 
     def _fill(self, row: Row, values: dict[str, Any]) -> None:
         """Turn what a row says into its request."""
-        if row.dialect != "plain" or _is_openai(values):
-            row.request = self._openai(row, values)
-        else:
-            row.request = self._plain(row, values)
+        row.request = self._plain(row, values) if row.dialect == "plain" else self._openai(row, values)
 
     def _plain(self, row: Row, values: dict[str, Any]) -> Request:
         prompt, messages = values.get("prompt"), values.get("messages")
