@@ -194,7 +194,9 @@ def _cli_type(setting: Setting) -> Any:
 
 def _with_flags(command: Any) -> Any:
     """``command`` with one option per setting in its signature."""
-    inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="JSONL files of prompts; - is stdin.")]
+    inputs = Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="JSONL files of prompts, .gz and .zst too; - is stdin.")
+    ]
     config = Annotated[
         str | None,
         typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings."),

