@@ -20,6 +20,7 @@ from bmx.request import SamplingParams
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 MAX_CONFIG_BYTES = 1_000_000
 MAX_LINE_BYTES = 16 * 10**6
+FAKE = "fake"  # the model that is none
 PATHS = {"model", "output_file", "error_file", "stats_file"}  # may hold any bytes, as names of files do
 CHUNK_SIZE = 512  # where nobody says otherwise; part of what an answer depends on
 

@@ -123,7 +123,7 @@ class Display:
         groups = " + ".join(f"{group.slots} x {group.capacity:,}" for group in plan.groups)
         count = f"{len(lengths):,} prompts of {tokens:,} tokens in all"
         if every > 1:
-            count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (every {every}th was measured)"
+            count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (one in {every} was measured)"
         self.note(f"{model['architecture']}, {count}, attention: {model['attention']}")
         self.note(
             f"slots: {plan.slots} at once ({groups} KV pairs, {plan.fill:.0%} of them used), "
@@ -250,7 +250,7 @@ class Display:
         """A table of what fits, on standard output."""
         machine, lengths = question.machine, question.lengths
         tokens = question.every * sum(length.prompt_tokens for length in lengths)
-        sampled = f" (every {question.every}th measured)" if question.every > 1 else ""
+        sampled = f" (one in {question.every} measured)" if question.every > 1 else ""
         self.data(f"{question.spec.name}: {question.rows:,} prompts{sampled}, {tokens:,} tokens in all")
         made = [option.plan for option in options if option.plan]
         memory, limit = machine.memory, made[0].limits if made else None

@@ -24,7 +24,7 @@ from bmx.errors import LockedError, OutputError
 SYNC_SECONDS = 1.0  # what was written longer ago survives a power cut
 LOCK_POLL_SECONDS = 0.1
 LOCK_BEGINNING = b'{"host":'
-KEPT = "what was written before is intact"
+KEPT = "what this run has written before is kept"
 
 
 def now() -> str:
@@ -40,27 +40,28 @@ class LineFile:
 
     Args:
         path: the file, made if it is missing; None is standard output.
-        keep: bytes at its start that stay; what follows is cut off.
+        keep: bytes at its start that stay; what follows is cut off. None: the file must not be there yet.
 
     Raises:
         OutputError: it cannot be opened, or written; a line is in the file whole or not at all.
     """
 
-    def __init__(self, path: Path | None, keep: int = 0) -> None:
+    def __init__(self, path: Path | None, keep: int | None) -> None:
         self._name = str(path) if path else "standard output"
         self._failure: OSError | None = None
         if path is None and sys.stdout is None:
             raise OutputError("standard output is closed", hint="-o takes a file")
         try:
-            self._fd = os.dup(1) if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if keep is None else 0)
+            self._fd = os.dup(1) if path is None else os.open(path, flags, 0o666)
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path is not None
             if self._regular:
-                if os.fstat(self._fd).st_size != keep:
-                    os.ftruncate(self._fd, keep)
+                if os.fstat(self._fd).st_size != (keep or 0):
+                    os.ftruncate(self._fd, keep or 0)
                 sync_folder(path.parent)  # type: ignore[union-attr]
         except OSError as error:
             raise self._error(error, "cannot create") from None
-        self._size = keep
+        self._size = keep or 0
         self._dirty = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sync_each_second, daemon=True)
@@ -100,8 +101,10 @@ class LineFile:
         if self._regular:
             self._thread.join()
         try:
-            self._sync()
-            os.close(self._fd)
+            try:
+                self._sync()
+            finally:
+                os.close(self._fd)
         except OSError as error:
             raise self._error(error) from None
         if self._failure:
@@ -158,6 +161,19 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def remove_file(path: Path) -> None:
+    """Take a file away, for good.
+
+    Raises:
+        OutputError: it cannot be.
+    """
+    try:
+        os.unlink(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def sync_folder(folder: Path) -> None:

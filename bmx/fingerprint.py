@@ -14,12 +14,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from bmx.config import CHUNK_SIZE, PromptConfig, RunConfig
+from bmx.config import CHUNK_SIZE, FAKE, PromptConfig, RunConfig
 from bmx.model.demo import local_path
 from bmx.request import SamplingParams
 
 KEY_FORMAT = 1
-FAKE = "fake"
 ENGINE = ("model", "revision", "dtype", "kv_policy", "max_model_len")
 COMPRESSION = ("kv_budget", "kv_sink", "kv_recent")
 PRIVATE = ("system_prompt", "prompt_template")  # may quote what the prompts say: only a hash is kept
@@ -38,7 +37,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     """
     flat = config.flat()
     names = [*ENGINE, *(f.name for part in (SamplingParams, PromptConfig) for f in fields(part))]
-    names += ["shard", "error_file"]
+    names.append("shard")
     if config.engine.kv_policy != "none":
         names += COMPRESSION
     found = {name: flat[name] for name in names}

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmx.config import RunConfig
+from bmx.config import FAKE, RunConfig
 from bmx.display import Display
 from bmx.engine.lengths import sampling_step
-from bmx.errors import BmxError, UsageError
+from bmx.errors import BmxError, InputFileError, UsageError
 from bmx.files import locked
-from bmx.fingerprint import FAKE, differences, fingerprint, seed
-from bmx.journal import REMEDY, Found, Journal, Ledger, Todo
+from bmx.fingerprint import differences, fingerprint, seed
+from bmx.journal import REMEDY, Found, Journal, Ledger, Todo, is_error_file
 from bmx.jsonl import Reader
 from bmx.manifest import State, begun, ended, kept_stats, plan_record, read_manifest, write_json
 from bmx.outbox import TOO_LONG, Outbox
-from bmx.places import Places, find_places, input_paths, input_reader, model_names
+from bmx.places import Places, find_places, input_paths, input_reader, model_names, states
 from bmx.planner import Plan
 from bmx.request import Request
 from bmx.signals import Interrupted, Stop
@@ -65,15 +65,21 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
     """
     places = find_places(config)
     with ExitStack() as stack:
-        if places.lock and not config.job.dry_run:
-            stack.enter_context(locked(places.lock, config.job.lock_wait))
-        work = find_work(config, places, stack.enter_context(input_paths(config.inputs)))
-        stats = _counters(config, work)
+        for lock in () if config.job.dry_run else places.locks:
+            stack.enter_context(locked(lock, config.job.lock_wait))
+        stats = Stats()
         stack.enter_context(kept_stats(None if config.job.dry_run else places.stats, stats, display.warn))
+        paths = stack.enter_context(input_paths(config.inputs))
+        before = states(paths)
+        work = find_work(config, places, paths)
+        _count_before(stats, config, work)
         if work.todo.left:
             _answer(config, display, stop or Stop(), work, stats)
         else:
             _nothing_left(config, display, work, stats)
+        if states(paths) != before:
+            hint = "answers are kept; the same command finds out what has changed, and goes on"
+            raise InputFileError("the input has changed while it was read", hint=hint)
         return stats
 
 
@@ -86,6 +92,8 @@ def find_work(config: RunConfig, places: Places, paths: tuple[Path, ...]) -> Wor
     """
     job, mark = config.job, fingerprint(config)
     reader = input_reader(config, paths, seed(mark))
+    if job.overwrite and places.errors and places.errors.is_file() and not is_error_file(places.errors):
+        raise UsageError(f"the error file {places.errors} holds something else", hint="choose another")
     with closing(Ledger()) as ledger:
         ledger.read(reader, job.limit)
         found = Found()
@@ -121,7 +129,12 @@ def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> 
     if before is None:
         exists = next(path for path in (places.output, places.errors) if path and path.exists() and path.stat().st_size)
         raise UsageError(f"{exists} exists, and no {places.manifest} says how it was made", hint=REMEDY)
-    changed = differences(before["fingerprint"], mark)
+    now, then = config.flat(), before["settings"]
+    kept = ("error_file", "order") if config.job.order == "input" else ("error_file",)  # where its records lie, and how
+    changed = differences(
+        before["fingerprint"] | {name: then.get(name) for name in kept},
+        mark | {name: now[name] for name in kept},
+    )
     if changed:
         raise UsageError(f"the output {places.output} was made with other settings: {changed}", hint=REMEDY)
 
@@ -141,13 +154,13 @@ def _check_same_model(places: Places, model: dict[str, Any]) -> None:
             )
 
 
-def _counters(config: RunConfig, work: Work) -> Stats:
-    """The counters of a run that goes on where others ended."""
+def _count_before(stats: Stats, config: RunConfig, work: Work) -> None:
+    """Go on counting where earlier runs ended."""
     todo = work.todo
-    stats = Stats(rows_total=todo.rows, rows_before=todo.rows - todo.left, errors=todo.failed.copy())
+    stats.rows_total, stats.rows_before = todo.rows, todo.rows - todo.left
+    stats.errors.update(todo.failed)
     if config.prompt.on_too_long == "skip":
         stats.rows_skipped = stats.errors.pop(TOO_LONG, 0)
-    return stats
 
 
 def open_engine(config: RunConfig) -> Engine:
@@ -174,7 +187,7 @@ def _answer(config: RunConfig, display: Display, stop: Stop, work: Work, stats: 
         _check_same_model(places, model)
     every = sampling_step(todo.left)
     with display.waiting("measuring the prompts, making the plan"):
-        lengths = engine.measure(row.request for row in work.reader.rows(todo.skip, every) if row.request)
+        lengths = engine.measure(row.request for row in work.reader.rows(todo.skip, every, todo.longest) if row.request)
         plan = engine.plan(lengths)
     stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
     display.plan(model, plan, lengths, todo.left, every)
@@ -197,7 +210,9 @@ def _answer(config: RunConfig, display: Display, stop: Stop, work: Work, stats: 
             for result in results:
                 outbox.put(result)
         if stop.requested and stats.rows_done < todo.left:
-            display.note(f"{stats.rows_before + stats.rows_done:,} of {stats.rows_total:,} rows have their records")
+            waiting = f", {outbox.held:,} finished ones waited for their turn" if outbox.held else ""
+            done = stats.rows_before + stats.rows_done
+            display.note(f"{done:,} of {stats.rows_total:,} rows have their records{waiting}")
         _check_complete(stats, todo, stop)
     display.summary(stats, plan, places)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bmx.errors import BmxError, InputFileError, UsageError
-from bmx.files import LineFile
+from bmx.files import LineFile, remove_file
 from bmx.jsonl import Reader, Row, strict_loads
 from bmx.lines import LineSet
 from bmx.records import read_record, strict_dumps
@@ -25,6 +25,7 @@ from bmx.records import read_record, strict_dumps
 SHOWN = 5  # ids or lines that a message names
 CACHE_KIB = 8192
 LONGEST_RECORD = 1 << 26  # bytes
+LONGEST_ROWS = 1000
 BEGINNING = b'{"id": '  # of every record
 REMEDY = "--overwrite begins anew, -o takes another output"
 
@@ -43,7 +44,7 @@ class Journal:
 
     def __init__(self, output: Path | None, errors: Path | None, kept: Found) -> None:
         if errors and errors.is_file() and not kept.error_bytes:
-            errors.unlink()
+            remove_file(errors)
         self._output = LineFile(output, kept.output_bytes)
         self._error_path = errors
         self._errors = LineFile(errors, kept.error_bytes) if errors and kept.error_bytes else None
@@ -59,7 +60,8 @@ class Journal:
             self._output.append(line)
             return
         if self._errors is None:
-            self._errors = LineFile(self._error_path)
+            regular = self._error_path.is_file() or not self._error_path.exists()
+            self._errors = LineFile(self._error_path, None if regular else 0)
         self._errors.append(line)
 
     def close(self) -> None:
@@ -91,12 +93,14 @@ class Todo:
         rows: of the job, of which so many are ``left``.
         failed: of the others, those with an error, by its code.
         skip: lines that can be passed over.
+        longest: some of the longest lines, to look at when others are only sampled.
     """
 
     rows: int
     left: int
     failed: Counter[str]
     skip: LineSet
+    longest: frozenset[int]
 
 
 class Ledger:
@@ -106,7 +110,7 @@ class Ledger:
         self._db = sqlite3.connect("", isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", f"cache_size=-{CACHE_KIB}"):
             self._db.execute(f"PRAGMA {pragma}")
-        self._db.execute("CREATE TABLE rows (name INTEGER, key INTEGER, line INTEGER)")
+        self._db.execute("CREATE TABLE rows (name INTEGER, key INTEGER, line INTEGER, size INTEGER)")
         self._db.execute("CREATE TABLE done (name INTEGER, key INTEGER, code TEXT)")
         self._lines = self._rows = 0
         self._limited = False
@@ -123,17 +127,17 @@ class Ledger:
         """
         self._limited = limit is not None
         with _full_disk():
-            self._insert("INSERT INTO rows VALUES (?, ?, ?)", self._noted(islice(reader.identities(), limit)))
+            self._insert("INSERT INTO rows VALUES (?, ?, ?, ?)", self._noted(islice(reader.identities(), limit)))
             try:
                 self._db.execute("CREATE UNIQUE INDEX by_name ON rows (name)")
             except sqlite3.IntegrityError:
                 self._refuse_twins(reader, limit)
         return self._rows
 
-    def _noted(self, rows: Iterable[Row]) -> Iterator[tuple[int, int, int]]:
+    def _noted(self, rows: Iterable[Row]) -> Iterator[tuple[int, int, int, int]]:
         for row in rows:
             self._rows, self._lines = self._rows + 1, row.line
-            yield hash(str(row.id)), _number(row.key), row.line
+            yield hash(str(row.id)), _number(row.key), row.line, row.size
 
     def _refuse_twins(self, reader: Reader, limit: int | None) -> None:
         """Name ids that occur twice."""
@@ -215,9 +219,11 @@ class Ledger:
             query = "SELECT line FROM done JOIN rows USING (name) UNION ALL SELECT line FROM rows WHERE (line - ?) % ?"
             for (line,) in self._db.execute(query, (first, step)):
                 skip.add(line)
+            longest = self._db.execute("SELECT line FROM rows ORDER BY size DESC LIMIT ?", (LONGEST_ROWS,))
+            lines = frozenset(line for (line,) in longest)
         left = rows - done.total()
         del done[None]
-        return Todo(rows, left, done, skip)  # type: ignore[arg-type]
+        return Todo(rows, left, done, skip, lines)  # type: ignore[arg-type]
 
     def _insert(self, statement: str, values: Iterator[tuple[Any, ...]]) -> None:
         self._db.execute("BEGIN")
@@ -263,6 +269,14 @@ class _Records:
                 elif record or not _is_torn(line):
                     raise UsageError(f"line {torn or number} of {self._path} is no record of bmx", hint=REMEDY)
                 torn = torn or (0 if record else number)
+
+
+def is_error_file(path: Path) -> bool:
+    """Whether a file holds nothing but errors that bmx has written."""
+    try:
+        return all(code is not None for _, _, code in _Records(path))
+    except UsageError:
+        return False
 
 
 def _record(line: bytes) -> tuple[str | int, str, str | None] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from hashlib import blake2b
@@ -29,8 +29,13 @@ OPENAI_URLS: dict[str, Dialect] = {
     "/v1/chat/completions": "chat.completion",
     "/v1/completions": "text_completion",
 }
-OPENAI_PLAIN = {"model", "messages", "prompt", "n", "stream", "user", "metadata"}
-OPENAI_ONLY = {"stream": False, "n": 1}  # the one value that is answered
+OPENAI_KNOWN = {"model", "user", "metadata", "max_completion_tokens"}
+NO_WISH: dict[str, tuple[Any, ...]] = {  # values that ask for nothing, of fields that are not supported
+    "stream": (False,), "n": (1,), "best_of": (1,), "logprobs": (False,), "echo": (False,), "store": (False,),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "min_tokens": (0,), "tools": ([],),
+    "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "service_tier": ("auto", "default"),
+    "top_k": (-1,), "length_penalty": (1,), "use_beam_search": (False,), "num_beams": (1,), "do_sample": (),
+}  # fmt: skip
 NOT_SUPPORTED = {  # what other programs call sampling, and would be ignored here
     *("best_of", "beam_width", "do_sample", "frequency_penalty", "guided_choice", "guided_grammar", "guided_json"),
     *("guided_regex", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_length"),
@@ -50,12 +55,14 @@ class Row:
         line: its number, all inputs numbered through.
         id: its own, or ``line-<n>``.
         key: a hash of what it says and of what else decides its answer.
+        size: bytes of the line.
         request, error: one of them.
     """
 
     line: int
     id: str | int
     key: str
+    size: int = 0
     dialect: Dialect = "plain"
     request: Request | None = None
     error: RowError | None = None
@@ -88,17 +95,18 @@ class Reader:
         if self.template is not None:
             _template_fields(self.template)
 
-    def rows(self, skip: LineSet | None = None, every: int = 1) -> Iterator[Row]:
+    def rows(self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()) -> Iterator[Row]:
         """Rows in the order of the files; blank lines are none.
 
         Args:
             skip: numbers of lines that are not looked at.
             every: look only at one of so many of the others, at random, the same ones each time.
+            always: numbers of lines that are looked at in any case.
 
         Raises:
             InputFileError: a file is missing or cannot be read.
         """
-        for row, values in self._parsed(skip, every):
+        for row, values in self._parsed(skip, every, always):
             if values is not None:
                 try:
                     self._fill(row, values)
@@ -112,9 +120,11 @@ class Reader:
         """All rows with their ids and keys alone."""
         return (row for row, _ in self._parsed())
 
-    def _parsed(self, skip: LineSet | None = None, every: int = 1) -> Iterator[tuple[Row, dict[str, Any] | None]]:
+    def _parsed(
+        self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
+    ) -> Iterator[tuple[Row, dict[str, Any] | None]]:
         """Rows that are identified and not yet understood; those that are no objects have their error already."""
-        source = _Source(self.paths, self.longest, skip, every)
+        source = _Source(self.paths, self.longest, skip, every, always)
         reader = jsonlines.Reader(source, loads=strict_loads)
         while True:
             try:
@@ -127,7 +137,7 @@ class Reader:
                     continue
                 value, problem = None, f"line {source.number}: {error.__cause__ or error}{source.torn}"
             key = blake2b(source.line.strip(), key=self.seed, digest_size=8)
-            row = Row(source.number, f"line-{source.number}", key.hexdigest())
+            row = Row(source.number, f"line-{source.number}", key.hexdigest(), len(source.line))
             if source.left_out:
                 problem = f"line {source.number} is longer than {self.longest:,} bytes (--max-line-bytes)"
                 row.error = RowError("invalid_request", problem)
@@ -157,8 +167,9 @@ class Reader:
             raise RowError("invalid_request", f"only POST to {' or '.join(OPENAI_URLS)} is answered")
         if not isinstance(body, dict):
             raise RowError("invalid_request", "'body' must be an object")
-        unknown = body.keys() - SAMPLING_FIELDS - OPENAI_PLAIN - {"max_completion_tokens"}
-        unknown |= {key for key, plain in OPENAI_ONLY.items() if body.get(key) not in (None, plain)}
+        body = {name: value for name, value in body.items() if not _no_wish(name, value)}
+        asked = "messages" if row.dialect == "chat.completion" else "prompt"
+        unknown = body.keys() - SAMPLING_FIELDS - OPENAI_KNOWN - {asked}
         if unknown:
             raise RowError("invalid_request", f"unsupported in 'body': {', '.join(sorted(unknown))[:500]}")
         model = body.get("model")
@@ -169,7 +180,7 @@ class Reader:
             body = body | {"max_tokens": body["max_completion_tokens"]}
         if row.dialect == "text_completion":
             return self._request(row, body.get("prompt"), None, body, raw=True)
-        return self._request(row, None, body.get("messages"), body)
+        return self._request(row, None, body.get("messages", ()), body)
 
     def _request(self, row: Row, prompt: Any, messages: Any, values: dict[str, Any], *, raw: bool = False) -> Request:
         if messages is not None:
@@ -185,8 +196,10 @@ class Reader:
 class _Source:
     """The lines of some files, for whoever reads them, and where that is: number, line, and what of it is left out."""
 
-    def __init__(self, paths: tuple[Path, ...], longest: int, skip: LineSet | None, every: int) -> None:
-        self._paths, self._longest, self._skip, self._every = paths, longest, skip, every
+    def __init__(
+        self, paths: tuple[Path, ...], longest: int, skip: LineSet | None, every: int, always: Container[int]
+    ) -> None:
+        self._paths, self._longest, self._skip, self._every, self._always = paths, longest, skip, every, always
         self.number = 0
         self.line = b""
         self.left_out = 0
@@ -213,7 +226,7 @@ class _Source:
                 at += 1
                 if at % self._every == 0:
                     wanted = at + chance.randrange(self._every)
-                if at != wanted:
+                if at != wanted and self.number not in self._always:
                     continue
             yield b"" if self.left_out else self.line
 
@@ -272,13 +285,18 @@ def _check_names(values: dict[str, Any]) -> None:
     Raises:
         RowError: names it.
     """
-    unsupported = NOT_SUPPORTED & values.keys()
+    unsupported = {name for name in NOT_SUPPORTED & values.keys() if not _no_wish(name, values[name])}
     if unsupported:
         raise RowError("invalid_request", f"unsupported: {', '.join(sorted(unsupported))}")
-    for name in values.keys() - SAMPLING_FIELDS:
+    for name in sorted(values.keys() - SAMPLING_FIELDS - NOT_SUPPORTED):
         meant = _meant(name) if len(name) < 40 else None
         if meant:
             raise RowError("invalid_request", f"unknown field {name!r}: did you mean {meant!r}?")
+
+
+def _no_wish(name: str, value: Any) -> bool:
+    """Whether a field asks for nothing."""
+    return value is None or value in NO_WISH.get(name, ())
 
 
 @lru_cache(maxsize=1024)

@@ -39,8 +39,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or record.get("format") != FORMAT or "state" not in record:
         return None
-    good = isinstance(record.get("fingerprint"), dict) and isinstance(record.get("model", {}), dict)
-    return record if good else None
+    parts = record.get("fingerprint"), record.get("settings"), record.get("model", {})
+    return record if all(isinstance(part, dict) for part in parts) else None
 
 
 def is_stats_file(path: Path) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bmx.errors import BmxError
+from bmx.errors import BmxError, InputFileError
 from bmx.jsonl import Row
 from bmx.records import Dialect, as_record
 from bmx.request import Result
@@ -48,8 +48,19 @@ class Outbox:
         """Whether no row should be read until one is written."""
         return self.in_order and len(self._rows) >= WINDOW
 
+    @property
+    def held(self) -> int:
+        """Results that wait for those before them."""
+        return len(self._held)
+
     def expect(self, row: Row) -> None:
-        """Take a row that was read; one that cannot be answered is finished at once."""
+        """Take a row that was read; one that cannot be answered is finished at once.
+
+        Raises:
+            InputFileError: one of the same id is in flight, which was not so when the ids were read.
+        """
+        if row.id in self._rows:
+            raise InputFileError("the input has changed while it was read: an id occurs twice")
         self._rows[row.id] = (row.key, row.dialect)
         if row.error:
             self.put(Result(id=row.id, error=row.error))

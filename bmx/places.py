@@ -31,14 +31,15 @@ class Places:
     Attributes:
         output: None is standard output.
         errors: None for the same place as the answers.
-        manifest, lock: beside an output that is a file; a stream or a device has none.
+        manifest: beside an output that is a file; a stream or a device has none.
+        locks: beside the output, and beside an error file of another name.
         stats: None for nowhere.
     """
 
     output: Path | None
     errors: Path | None = None
     manifest: Path | None = None
-    lock: Path | None = None
+    locks: tuple[Path, ...] = ()
     stats: Path | None = None
 
     @property
@@ -77,16 +78,17 @@ def _places(config: RunConfig) -> Places:
     if output.is_symlink():
         output = output.resolve()  # one output, one lock, whatever it is called
 
-    def beside(suffix: str) -> Path:
-        return output.with_name(output.name + suffix)
-
     return Places(
         output=output,
-        errors=errors or beside(".errors.jsonl"),
-        manifest=beside(".run.json"),
-        lock=beside(".lock"),
+        errors=errors or _beside(output, ".errors.jsonl"),
+        manifest=_beside(output, ".run.json"),
+        locks=tuple(_beside(path, ".lock") for path in (output, errors) if path and not _is_pipe(path)),
         stats=stats,
     )
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def _output(config: RunConfig) -> Path | None:
@@ -107,7 +109,8 @@ def _output(config: RunConfig) -> Path | None:
 def _check_all(found: Places, config: RunConfig) -> None:
     taken = [("an input", Path(name)) for name in config.inputs if name != STDIO]
     named = {"output": found.output, "error file": found.errors, "stats file": found.stats}
-    for name, path in {**named, "manifest": found.manifest, "lock": found.lock}.items():
+    locks = dict(zip(("lock", "lock of the error file"), found.locks, strict=False))
+    for name, path in {**named, "manifest": found.manifest, **locks}.items():
         if path:
             _check(name, path, taken)
             taken.append((f"the {name}", path))
@@ -158,6 +161,12 @@ def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
             with open_input(path, shown):
                 paths.append(path)
         yield tuple(paths)
+
+
+def states(paths: tuple[Path, ...]) -> list[tuple[int, ...]]:
+    """What changes when a file is replaced, or written to."""
+    found = (path.stat() for path in paths if path.exists())
+    return [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for state in found]
 
 
 def _is_pipe(path: Path) -> bool:

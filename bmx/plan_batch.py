@@ -105,7 +105,7 @@ def _rows(config: RunConfig, reader: Reader) -> Todo:
 
 def _requests(reader: Reader, todo: Todo, every: int) -> Iterator[Request]:
     """Every so many-th request of an input."""
-    return (row.request for row in reader.rows(todo.skip, every) if row.request)
+    return (row.request for row in reader.rows(todo.skip, every, todo.longest) if row.request)
 
 
 def _measure(

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import as_requests, random_prompts, tiny_engine
+from conftest import answers, as_requests, random_prompts, tiny_engine
 from families import WINDOW, tiny_model
 
 from bmx.engine.attention import SlotAttention
@@ -229,3 +229,14 @@ def test_unscored_work_is_not_done(monkeypatch):
     assert not any(asked)
     list(tiny_engine("llama", kv_budget=40).generate(as_requests(prompts[1:], max_tokens=2)))
     assert asked[-1]
+
+
+def test_a_plan_made_from_shorter_rows_changes_no_answer():
+    """Where chunks end decides what is evicted: it must not depend on which rows the plan was made from."""
+    long = as_requests(random_prompts((40,)), max_tokens=6)
+    engine = tiny_engine("llama", kv_budget=16, kv_recent=4, chunk_size=16)
+    expected = answers(engine, long)
+    short = engine.measure(as_requests(random_prompts((5, 7)), max_tokens=12))
+    plan = engine.plan(short)
+    assert plan.step.chunk_size == 7
+    assert {result.id: result.token_ids for result in engine.generate(long, plan)} == expected

@@ -62,41 +62,48 @@ def blocks(section: str) -> list[str]:
 
 
 @pytest.fixture
-def nightly(tmp_path, monkeypatch):
-    """A folder as the recipes expect it; runs one of their commands there, by a shell."""
+def nightly(tmp_path):
+    """The folder of the recipes, with the script and tonight's prompts; runs one of their commands, by a shell."""
     folder = tmp_path / "nightly"
     folder.mkdir()
+
+    def here(text: str) -> str:
+        return text.replace("/data/nightly", str(folder)).replace("/opt/bmx/bin/bmx", f"{sys.executable} -m bmx")
+
+    [script] = [block for block in blocks("At night") if block.startswith("#!/bin/sh")]
+    (folder / "tonight").write_text(here(script) + "\n")
+    (folder / "tonight").chmod(0o755)
     (folder / "bmx.yaml").write_text("model: fake\n")
-    (folder / "prompts.jsonl").write_text("".join(f'{{"id": {i}, "prompt": "w {i}"}}\n' for i in range(5)) + "bad\n")
+    night = subprocess.run(["date", "+%F"], capture_output=True, text=True, check=True).stdout.strip()
+    source = folder / f"{night}.jsonl"
+    source.write_text("".join(f'{{"id": {i}, "prompt": "w {i}"}}\n' for i in range(5)) + "bad\n")
 
     def call(command: str) -> int:
-        here = command.replace("/data/nightly", str(folder)).replace("/opt/bmx/bin/bmx", f"{sys.executable} -m bmx")
-        assert here != command
-        return subprocess.run(["sh", "-c", here], cwd=folder, check=False).returncode
+        assert here(command) != command
+        return subprocess.run(["sh", "-c", here(command)], check=False).returncode
 
-    call.folder = folder
+    call.source, call.output, call.log = source, folder / f"{night}.out.jsonl", folder / "bmx.log"
     return call
 
 
 def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_rows(nightly):
-    at_night, timer = blocks("At night")[0].splitlines(), blocks("At night")
-    assert re.match(r"15 1 \* \* \*  cd ", at_night[0])
-    assert re.match(r"@reboot     cd ", at_night[1])
-    output, log = nightly.folder / "prompts.out.jsonl", nightly.folder / "bmx.log"
-    assert nightly(at_night[0].split(maxsplit=5)[5]) == 3
-    assert len(output.read_text().splitlines()) == 5
-    assert "1 row failed: 1 invalid_json" in log.read_text()
-    output.write_bytes(output.read_bytes()[:-150])  # as a power cut would leave it
-    assert nightly(at_night[1].split(maxsplit=1)[1]) == 3
-    assert len(output.read_text().splitlines()) == 5
-    source = nightly.folder / "prompts.jsonl"
-    source.write_text(source.read_text().replace("bad", '{"prompt": "good"}'))
-    [retry] = [block.strip() for block in timer if "--retry-failed" in block]
+    [crontab] = [block.splitlines() for block in blocks("At night") if "@reboot" in block]
+    assert re.match(r"15 1 \* \* \*  /", crontab[0])
+    assert re.match(r"@reboot     /", crontab[1])
+    assert "%" not in "".join(crontab)  # which would end a command of a crontab
+    assert nightly(crontab[0].split(maxsplit=5)[5]) == 3
+    assert len(nightly.output.read_text().splitlines()) == 5
+    assert "1 row failed: 1 invalid_json" in nightly.log.read_text()
+    nightly.output.write_bytes(nightly.output.read_bytes()[:-150])  # as a power cut would leave it
+    assert nightly(crontab[1].split(maxsplit=1)[1]) == 3
+    assert len(nightly.output.read_text().splitlines()) == 5
+    nightly.source.write_text(nightly.source.read_text().replace("bad", '{"prompt": "good"}'))
+    [retry] = [block for block in blocks("At night") if "--retry-failed" in block]
     assert nightly(retry) == 0
-    assert len(output.read_text().splitlines()) == 6
-    log.write_text("")
-    assert nightly(at_night[0].split(maxsplit=5)[5]) == 0
-    assert log.read_text() == ""
+    assert len(nightly.output.read_text().splitlines()) == 6
+    nightly.log.write_text("")
+    assert nightly(crontab[0].split(maxsplit=5)[5]) == 0
+    assert nightly.log.read_text() == ""
 
 
 def test_the_systemd_timer_is_made_of_two_units_and_a_command_that_runs(nightly):
@@ -108,10 +115,9 @@ def test_the_systemd_timer_is_made_of_two_units_and_a_command_that_runs(nightly)
         unit.read_string(text)
         units.append(unit)
     assert [unit.sections() for unit in units] == [["Unit", "Service"], ["Timer", "Install"]]
-    assert units[0]["Service"]["WorkingDirectory"] == "/data/nightly"
     assert float(units[0]["Service"]["TimeoutStopSec"]) > JobConfig().shutdown_timeout
     assert nightly(units[0]["Service"]["ExecStart"]) == 3
-    stats = json.loads((nightly.folder / "stats.json").read_text())
+    stats = json.loads((nightly.source.parent / "stats.json").read_text())
     schema = re.search(r"`--stats-file` keeps.*?meaning\.", README, re.DOTALL)[0]
     named = set(re.findall(r"`([a-z_]+)`", schema)) - {"running", "finished", "interrupted", "failed"}
     deep = {"rows", "throughput", "slots", "memory"}

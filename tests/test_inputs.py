@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,16 @@ from conftest import Ended
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from bmx.config import RunConfig
+from bmx.display import Display
+from bmx.engine import lengths
 from bmx.engine.fake import FakeTokenizer
+from bmx.errors import BmxError, InputFileError
+from bmx.job import run as run_job
 from bmx.jsonl import NOT_SUPPORTED, Row
 from bmx.outbox import Outbox
 from bmx.request import Result
+from bmx.signals import Stop
 from bmx.stats import Stats
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -261,7 +268,7 @@ def test_i09_prompt_and_messages_together_are_an_error(run):
 
 @pytest.mark.parametrize("name", ["n", "logprobs", "max_new_tokens", "temprature", "top-p"])
 def test_i09_a_sampling_field_that_would_be_ignored_is_an_error_that_names_it(run, name):
-    said = fails_alone(run(write(row("before"), row("bad", **{name: 1}), row("after"))), "bad", "invalid_request")
+    said = fails_alone(run(write(row("before"), row("bad", **{name: 2}), row("after"))), "bad", "invalid_request")
     assert name in said
 
 
@@ -822,7 +829,7 @@ def test_i27_what_looks_like_a_template_is_text(run, text):
         ("temperature", "hot"),
         ("top_p", 2),
         ("top_p", 0),
-        ("top_k", -1),
+        ("top_k", -2),
         ("max_tokens", 0),
         ("max_tokens", -5),
         ("max_tokens", 1.5),
@@ -1036,7 +1043,7 @@ WRONG = st.sampled_from(
         {"prompt": ""},
         {"messages": []},
         {"prompt": "w1", "top_p": 2},
-        {"prompt": "w1", "n": 1},
+        {"prompt": "w1", "n": 2},
         openai("", {"model": "no"}),
     ]
 )
@@ -1075,3 +1082,64 @@ def test_every_line_is_in_exactly_one_of_the_two_files(run, lines, own, order, e
     if order == "input":
         numbers = [int(name_of(record).replace("-", " ").split()[1]) for record in in_order(OUT)]
         assert numbers == sorted(numbers)
+
+
+# Inputs that change, and many rows
+
+
+class Meanwhile(Stop):
+    """Does something in the middle of a run, which is never told to stop."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        super().__init__()
+        self.looked, self.act = 0, act
+
+    @property
+    def requested(self) -> bool:
+        self.looked += 1
+        if self.looked == 100:
+            self.act()
+        return False
+
+
+@pytest.mark.parametrize("what", ["replaced", "written to", "cut", "gone"])
+def test_i22_an_input_that_changes_while_it_is_read_is_told_of(tmp_path, what):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row(i)) + "\n" for i in range(2000)))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row(i)) + "\n" for i in range(5000, 7000)))
+    acts = {
+        "replaced": lambda: other.replace(source),
+        "written to": lambda: source.write_text(source.read_text() + json.dumps(row("new")) + "\n"),
+        "cut": lambda: os.truncate(source, 5000),
+        "gone": source.unlink,
+    }
+    config = RunConfig.gather((str(source),), {"model": "fake"})
+    with pytest.raises(BmxError, match=r"the input.* changed"):
+        run_job(config, Display("none"), Meanwhile(acts[what]))
+    assert not (tmp_path / "in.out.jsonl.lock").exists()
+
+
+def test_i22_ids_that_occur_twice_only_since_the_input_was_rewritten_are_no_traceback(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row(i)) + "\n" for i in range(10_000, 14_000)))
+    twice = "".join(json.dumps(row(10_000 + i % 3)) + "\n" for i in range(4000))
+
+    def rewrite() -> None:
+        with source.open("r+") as file:
+            file.write(twice)
+
+    config = RunConfig.gather((str(source),), {"model": "fake"})
+    with pytest.raises(InputFileError, match="has changed while it was read"):
+        run_job(config, Display("none"), Meanwhile(rewrite))
+
+
+def test_i29_a_long_row_among_many_is_answered_though_only_some_are_measured(run, monkeypatch):
+    monkeypatch.setattr(lengths, "MEASURED_ROWS", 50)
+    rows = [row(i, prompt="w1 w2") for i in range(301)]
+    for at in range(7):
+        rows[at * 43] = row(at * 43, prompt="w3 " * 600)
+    ended = run(write(*rows), "--kv-budget", 64)
+    assert ended.code == 0
+    assert any("one in 7 was measured" in line for line in ended.log)
+    assert sum(record["kv"]["evicted"] > 0 for record in answers().values()) == 7

@@ -252,7 +252,19 @@ def test_the_longest_answer_has_two_names(read, body, expected):
     assert good(read(openai({"prompt": "x", **body}))).params.max_tokens == expected
 
 
-@pytest.mark.parametrize("body", [{"n": 1}, {"n": None}, {"stream": False}, {"stream": None}, {"user": "u"}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"n": 1},
+        {"n": None},
+        {"stream": False},
+        {"stream": None},
+        {"user": "u"},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1},
+        {"logprobs": None, "tools": None, "response_format": None, "stream_options": None},
+        {"logprobs": False, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "top_k": -1},
+    ],
+)
 def test_fields_that_change_nothing_are_accepted(read, body):
     assert good(read(openai({"prompt": "x", **body}))).prompt == "x"
 
@@ -265,7 +277,7 @@ def test_fields_that_change_nothing_are_accepted(read, body):
         ({"stream": True}, "stream"),
         ({"stream": True, "n": 1}, "stream"),
         ({"logprobs": True}, "logprobs"),
-        ({"tools": [], "frequency_penalty": 1}, "frequency_penalty, tools"),
+        ({"tools": [{}], "frequency_penalty": 1}, "frequency_penalty, tools"),
     ],
 )
 def test_what_is_not_supported_is_named_and_nothing_else(read, body, named):
@@ -362,7 +374,7 @@ def test_one_stop_string_may_stand_alone(read):
         ("temperature", {}),
         ("top_p", 0),
         ("top_p", 2),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 0.5),
         ("min_p", -0.1),
         ("min_p", 1.1),
@@ -446,7 +458,7 @@ def test_a_template_leaves_messages_and_completions_alone(read):
 
 @pytest.mark.parametrize("name", sorted(NOT_SUPPORTED))
 def test_what_other_programs_call_sampling_is_refused_by_name(read, name):
-    assert refusal(read({"prompt": "x", name: 1})) == f"unsupported: {name}"
+    assert refusal(read({"prompt": "x", name: 2})) == f"unsupported: {name}"
 
 
 @pytest.mark.parametrize(

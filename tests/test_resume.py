@@ -69,7 +69,7 @@ def done(complete, tmp_path) -> Work:
 
 def check_refused(work: Work, *flags: object, says: str = "", code: int = 2) -> None:
     """The run must end before anything is loaded, and leave all files as they were."""
-    before = {name: data for name, data in work.files.items() if name != "out.jsonl.lock"}
+    before = {name: data for name, data in work.files.items() if not name.endswith(".lock")}
     ended = work(*flags)
     assert ended.code == code, ended.err
     problem, hint = (line.split("Z ", 1)[1] for line in ended.err.splitlines())
@@ -199,7 +199,6 @@ MATTERS_NOT = [
     ["--gpu-memory-utilization", "0.5"],
     ["--device", "cpu"],
     ["--row-timeout", "1h"],
-    ["--order", "input"],
     ["--limit", "99"],
     ["--max-errors", "0"],
     ["--lock-wait", "5s"],
@@ -612,3 +611,36 @@ def test_o8_a_finished_job_needs_no_model(bmx, tmp_path, model):
     ended = bmx(*given)
     assert (ended.code, ended.log) == (0, ["nothing to do: all rows have their records already (1)"])
     assert len(work.records) == 1
+
+
+def test_o16_an_output_in_order_of_completion_is_not_gone_on_with_in_that_of_the_input(tmp_path):
+    work = Work(tmp_path / "work", good_rows())
+    assert work("--limit", 2).code == 0
+    check_refused(work, "--order", "input", says="order was")
+    assert work("--order", "completion").code == 0
+
+
+def test_o7_errors_in_a_file_of_another_name_are_not_forgotten(tmp_path):
+    work = Work(tmp_path / "work", [*good_rows(), {"id": "bad", "prompt": ""}])
+    assert work().code == 3
+    check_refused(work, "--error-file", "other.jsonl", says="error_file was null")
+
+
+def test_o11_two_jobs_cannot_share_an_error_file(tmp_path):
+    one = Work(tmp_path / "one", [{"id": i, "prompt": ""} for i in range(5)], "--error-file", tmp_path / "errors.jsonl")
+    two = Work(tmp_path / "two", [{"id": i, "prompt": ""} for i in range(5)], "--error-file", tmp_path / "errors.jsonl")
+    with locked(tmp_path / "errors.jsonl.lock", 0):
+        assert one().code == 75
+    assert one().code == 3
+    before = (tmp_path / "errors.jsonl").read_bytes()
+    assert two().code == 2
+    assert (tmp_path / "errors.jsonl").read_bytes() == before
+
+
+def test_o7_overwrite_replaces_errors_and_nothing_else(tmp_path):
+    other = Work(tmp_path / "other", good_rows())
+    assert other().code == 0
+    before = other.output.read_bytes()
+    work = Work(tmp_path / "work", good_rows(), "--error-file", other.output)
+    assert work("--overwrite").code == 2
+    assert other.output.read_bytes() == before

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
 from conftest import answers, as_requests, random_prompts, tiny_engine
 
+from bmx.config import RunConfig
+from bmx.display import Display
+from bmx.job import run as run_job
 from bmx.request import Request, SamplingParams
 from bmx.signals import Interrupted, Stop
 
@@ -96,3 +100,31 @@ def test_a_signal_that_the_process_ignores_stays_ignored():
     finally:
         signal.signal(signal.SIGHUP, before)
     assert signal.getsignal(signal.SIGHUP) == before
+
+
+class AfterSomeSteps(Stop):
+    """A SIGTERM that comes in the middle of a run, and a time that is over at once."""
+
+    looked = 0
+
+    @property
+    def requested(self) -> bool:
+        self.looked += 1
+        self.signal = signal.SIGTERM if self.looked > 200 else None
+        return self.signal is not None
+
+    @property
+    def overdue(self) -> bool:
+        return self.requested
+
+
+def test_finished_rows_that_wait_for_their_turn_when_a_run_is_stopped_are_told_of(tmp_path, capfd):
+    source = tmp_path / "in.jsonl"
+    first = {"id": "endless", "prompt": "w", "ignore_eos": True, "max_tokens": 10**6}
+    rows = [first, *({"id": i, "prompt": f"w {i}"} for i in range(3))]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RunConfig.gather((str(source),), {"model": "fake", "order": "input"})
+    with pytest.raises(Interrupted):
+        run_job(config, Display("plain"), AfterSomeSteps())
+    assert "0 of 4 rows have their records, 3 finished ones waited for their turn" in capfd.readouterr().err
+    assert (tmp_path / "in.out.jsonl").read_text() == ""

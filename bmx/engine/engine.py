@@ -12,7 +12,7 @@ from typing import Any
 
 from bmx import hardware, kernels
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import EngineConfig, PromptConfig
+from bmx.config import CHUNK_SIZE, EngineConfig, PromptConfig
 from bmx.engine.forecast import fastest
 from bmx.engine.lengths import Ruler, max_length
 from bmx.engine.meter import MemoryMeter, bound_kernel_caches, device_errors, is_out_of_memory, release
@@ -211,6 +211,7 @@ class Engine:
             runner=self._runner,
             read=self._sequence,
             shrunk=self._shrunk,
+            chunk_size=None if self.policy.scorer is None else self.config.chunk_size or CHUNK_SIZE,
             stop=stop,
             row_timeout=row_timeout,
         )

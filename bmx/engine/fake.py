@@ -13,7 +13,7 @@ from typing import Any
 from zlib import crc32
 
 from bmx import hardware
-from bmx.config import EngineConfig, PromptConfig
+from bmx.config import FAKE, EngineConfig, PromptConfig
 from bmx.engine.engine import Engine
 from bmx.engine.run import Runner
 from bmx.engine.scheduler import Step
@@ -21,7 +21,6 @@ from bmx.model.loader import LoadedModel
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.planner import Device, Length, Limits, Plan, limits, plan, step_sizes
 
-NAME = "fake"
 END = 0  # the token that ends an answer
 WORDS = 5000
 ENDS = 8  # an answer ends at one of so many places
@@ -91,7 +90,7 @@ class FakeEngine(Engine):
     @classmethod
     def open(cls, config: EngineConfig | None = None, prompt: PromptConfig | None = None) -> FakeEngine:
         """There is nothing to load."""
-        return cls(config or EngineConfig(model=NAME), prompt or PromptConfig())
+        return cls(config or EngineConfig(model=FAKE), prompt or PromptConfig())
 
     def plan(self, lengths: Iterable[Length]) -> Plan:
         """The planner's answer, without a rehearsal."""

