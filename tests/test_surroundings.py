@@ -299,3 +299,10 @@ def test_text_of_others_does_nothing_to_a_terminal(capsys):
     for show in (Display("plain").note, Display("rich").note, Display("plain").warn, Display("rich").error):
         show("[red]\x1b[2J\r\nnext \u202e é😀 [/b]")
         assert r"[red]\x1b[2J\r\nnext \u202e é😀 [/b]" in capsys.readouterr().err
+
+
+def test_the_stats_file_of_a_run_that_cannot_start_says_so(run):
+    assert run("--stats-file", "stats.json").code == 0
+    ended = run("--stats-file", "stats.json", "--temperature", "1")
+    assert ended.code == 2
+    assert json.loads(Path("stats.json").read_text())["state"] == "failed"
