@@ -31,7 +31,6 @@ class Stats:
     peak_memory_bytes: int = 0
     active_slots: int = 0
     slots: int = 0
-    steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     kv_bytes: int = 0
@@ -118,7 +117,6 @@ class Stats:
             full_cache_bytes: what full caches of theirs would hold now.
         """
         share = prompt_tokens / max(1, prompt_tokens + decode_tokens)
-        self.steps += 1
         self.prompt_tokens += prompt_tokens
         self.decode_tokens += decode_tokens
         self.generated_tokens += sampled
