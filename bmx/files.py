@@ -220,7 +220,7 @@ def _lock(path: Path) -> int | None:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.exists(path) or not os.path.samestat(os.fstat(handle), os.stat(path)):
+        if not _is_at(path, handle):
             os.close(handle)  # its last owner took it away in between
             return _lock(path)
         if os.pread(handle, len(LOCK_BEGINNING), 0) not in (b"", LOCK_BEGINNING):
@@ -236,6 +236,14 @@ def _lock(path: Path) -> int | None:
             f"cannot lock {path}: {error.strerror}", hint="the folder of the output must be writable"
         ) from None
     return handle
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _me() -> dict[str, Any]:

@@ -131,14 +131,22 @@ def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
     if not parent.is_dir():
         shown = path.parent if not path.is_symlink() else parent
         raise OutputError(f"the folder {shown} does not exist", hint="create it, or choose another")
-    if not os.access(path if path.exists() else parent, os.W_OK):
+    if not _writable(path, parent):
         raise OutputError(f"the {name} {path} cannot be written: permission denied", hint="choose another")
 
 
+def _writable(path: Path, parent: Path) -> bool:
+    """Whether a file can be written or made. Another run may make it, or take it away, at any moment."""
+    if not os.path.lexists(path):
+        return os.access(parent, os.W_OK)
+    return os.access(path, os.W_OK) or not os.path.lexists(path)
+
+
 def _same(one: Path, other: Path) -> bool:
-    if one.exists() and other.exists():
+    try:
         return one.samefile(other)
-    return one.resolve() == other.resolve()
+    except (FileNotFoundError, NotADirectoryError):
+        return one.resolve() == other.resolve()
 
 
 @contextmanager
