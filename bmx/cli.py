@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 EXIT_SOME_FAILED = 3
 EXIT_DOES_NOT_FIT = 4
 PLANNED_JOB = {"limit", "shard", "max_line_bytes", "served_model_name"}  # what a plan wants to know of the job
+CONFIG = Annotated[
+    str | None, typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings.")
+]
 SHORT = {"output_file": "-o", "model": "-m", "quiet": "-q", "verbose": "-v"}
 
 app = typer.Typer(
@@ -197,15 +200,11 @@ def _with_flags(command: Any) -> Any:
     inputs = Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="JSONL files of prompts, .gz and .zst too; - is stdin.")
     ]
-    config = Annotated[
-        str | None,
-        typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings."),
-    ]
     shown = Annotated[bool, typer.Option("--print-config", help="Show the settings in force and exit.")]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter("inputs", keyword, annotation=inputs),
-        inspect.Parameter("config", keyword, default=None, annotation=config),
+        inspect.Parameter("config", keyword, default=None, annotation=CONFIG),
         inspect.Parameter("print_config", keyword, default=False, annotation=shown),
         *(_flag(title, setting) for title, setting in all_settings()),
     ]
@@ -219,10 +218,6 @@ def _plan_flags(command: Any) -> Any:
     inputs = Annotated[
         list[str] | None, typer.Argument(metavar="[INPUT]...", help="JSONL files of prompts; none with --max-input.")
     ]
-    config = Annotated[
-        str | None,
-        typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings."),
-    ]
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = (
         ("max_input", str | None, "Prompt tokens of imagined requests, instead of an INPUT (4k)."),
@@ -234,7 +229,7 @@ def _plan_flags(command: Any) -> Any:
     )
     parameters = [
         inspect.Parameter("inputs", keyword, default=None, annotation=inputs),
-        inspect.Parameter("config", keyword, default=None, annotation=config),
+        inspect.Parameter("config", keyword, default=None, annotation=CONFIG),
         *(
             inspect.Parameter(
                 name,

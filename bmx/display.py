@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bmx import hardware
+from bmx.beat import beating
 from bmx.errors import OutputError
 from bmx.files import now
 
@@ -161,21 +161,14 @@ class Display:
 
     @contextmanager
     def _plain(self, stats: Stats) -> Iterator[None]:
-        done = threading.Event()
+        def seconds() -> float:
+            return PLAIN_SECONDS if stats.elapsed < OFTEN_UNTIL else SELDOM_SECONDS
 
-        def beat() -> None:
-            while not done.wait(PLAIN_SECONDS if stats.elapsed < OFTEN_UNTIL else SELDOM_SECONDS):
-                self.note(
-                    status_line(stats), rows_done=stats.rows_before + stats.rows_done, rows_total=stats.rows_total
-                )
+        def show() -> None:
+            self.note(status_line(stats), rows_done=stats.rows_before + stats.rows_done, rows_total=stats.rows_total)
 
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
+        with beating(seconds, show):
             yield
-        finally:
-            done.set()
-            thread.join()
 
     def row(self, result: Result) -> None:
         """A finished row: who, how long, and how it ended; never what it says."""

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,21 @@ LOCK_BEGINNING = b'{"host":'
 KEPT = "what this run has written before is kept"
 
 
-def now() -> str:
-    """The time, for files and logs: ISO 8601, UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def now(ago: float = 0.0) -> str:
+    """The time, or that of so many seconds ago, for files and logs: ISO 8601, UTC."""
+    return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def me() -> dict[str, Any]:
+    """Who is at work, and since now."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": now()}
+
+
+def _write(handle: int, data: bytes) -> None:
+    """Write all of it: the system may take it in parts."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
 
 
 class LineFile:
@@ -77,10 +89,8 @@ class LineFile:
         """
         if self._failure:
             raise self._error(self._failure)
-        rest = memoryview(line)
         try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+            _write(self._fd, line)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -138,9 +148,7 @@ def replace_file(path: Path, text: str) -> None:
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
-            rest = memoryview(text.encode(errors="backslashreplace"))  # a path may hold any bytes: an escape in JSON
-            while rest:
-                rest = rest[os.write(handle, rest) :]
+            _write(handle, text.encode(errors="backslashreplace"))  # a path may hold any bytes: an escape in JSON
             os.fsync(handle)
             os.fchmod(handle, 0o666 & ~_umask())
         finally:
@@ -227,7 +235,7 @@ def _lock(path: Path) -> int | None:
             os.close(handle)
             raise OutputError(f"{path} is no lock file of bmx", hint="move it away, or choose another output")
         os.ftruncate(handle, 0)
-        os.write(handle, json.dumps(_me()).encode())
+        _write(handle, json.dumps(me()).encode())
     except BlockingIOError:
         os.close(handle)  # type: ignore[arg-type]
         return None
@@ -244,10 +252,6 @@ def _is_at(path: Path, handle: int) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": now()}
 
 
 def _owner(path: Path) -> str:

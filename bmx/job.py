@@ -40,12 +40,14 @@ class Work:
         places: where it writes.
         mark: what decides its answers, beside its rows.
         reader: reads its rows.
+        before: the manifest of an earlier run that this one goes on with.
         found: what earlier runs have left there; ``todo`` what they have left to do.
     """
 
     places: Places
     mark: dict[str, Any]
     reader: Reader
+    before: dict[str, Any] | None
     found: Found
     todo: Todo
 
@@ -94,19 +96,20 @@ def find_work(config: RunConfig, places: Places, paths: tuple[Path, ...]) -> Wor
     reader = input_reader(config, paths, seed(mark))
     if job.overwrite and places.errors and places.errors.is_file() and not is_error_file(places.errors):
         raise UsageError(f"the error file {places.errors} holds something else", hint="choose another")
+    before = read_manifest(places.manifest) if places.manifest and not job.overwrite else None
     with closing(Ledger()) as ledger:
         ledger.read(reader, job.limit)
         found = Found()
         if places.used and not job.overwrite:
-            _check_same_job(config, places, mark)
+            _check_same_job(config, places, mark, before)
             found = ledger.find(places.output, places.errors, retry_failed=job.retry_failed)
-        return Work(places=places, mark=mark, reader=reader, found=found, todo=ledger.todo(job.share))
+        todo = ledger.todo(job.share)
+    return Work(places=places, mark=mark, reader=reader, before=before, found=found, todo=todo)
 
 
 def _nothing_left(config: RunConfig, display: Display, work: Work, stats: Stats) -> None:
     """All rows have their records, or there are none: no model is needed to say so."""
-    places = work.places
-    before = read_manifest(places.manifest) if places.manifest and not config.job.overwrite else None
+    places, before = work.places, work.before
     if config.job.dry_run:
         pass
     elif before and before["state"] == "finished":
@@ -117,15 +120,17 @@ def _nothing_left(config: RunConfig, display: Display, work: Work, stats: Stats)
     display.nothing_left(stats, places)
 
 
-def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> None:
+def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any], before: dict[str, Any] | None) -> None:
     """Refuse an output that another job, or another program, has written.
+
+    Args:
+        before: its manifest.
 
     Raises:
         UsageError: says what differs.
     """
     if not config.job.resume:
         raise UsageError(f"the output {places.output} exists", hint=REMEDY)
-    before = read_manifest(places.manifest) if places.manifest else None
     if before is None:
         exists = next(path for path in (places.output, places.errors) if path and path.exists() and path.stat().st_size)
         raise UsageError(f"{exists} exists, and no {places.manifest} says how it was made", hint=REMEDY)
@@ -139,17 +144,18 @@ def _check_same_job(config: RunConfig, places: Places, mark: dict[str, Any]) -> 
         raise UsageError(f"the output {places.output} was made with other settings: {changed}", hint=REMEDY)
 
 
-def _check_same_model(places: Places, model: dict[str, Any]) -> None:
+def _check_same_model(work: Work, model: dict[str, Any]) -> None:
     """Refuse to go on with a model that has changed at its source.
 
     Raises:
         UsageError: names both.
     """
-    before = (read_manifest(places.manifest) or {}).get("model", model) if places.manifest else model
+    before = (work.before or {}).get("model", model)
     for name in ("commit", "dtype"):
         if before.get(name) != model[name]:
             raise UsageError(
-                f"the output {places.output} was made with {name} {before.get(name)} of the model, now {model[name]}",
+                f"the output {work.places.output} was made with {name} {before.get(name)} of the model, "
+                f"now {model[name]}",
                 hint=f"--{'revision' if name == 'commit' else name} {before.get(name)} goes on with it; {REMEDY}",
             )
 
@@ -184,10 +190,10 @@ def _answer(config: RunConfig, display: Display, stop: Stop, work: Work, stats: 
     engine.stats = stats
     model = engine.describe()
     if work.found.output_bytes or work.found.error_bytes:
-        _check_same_model(places, model)
+        _check_same_model(work, model)
     every = sampling_step(todo.left)
     with display.waiting("measuring the prompts, making the plan"):
-        lengths = engine.measure(row.request for row in work.reader.rows(todo.skip, every, todo.longest) if row.request)
+        lengths = engine.measure(todo.sample(work.reader, every))
         plan = engine.plan(lengths)
     stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
     display.plan(model, plan, lengths, todo.left, every)

@@ -21,6 +21,7 @@ from bmx.files import LineFile, remove_file
 from bmx.jsonl import Reader, Row, strict_loads
 from bmx.lines import LineSet
 from bmx.records import read_record, strict_dumps
+from bmx.request import Request
 
 SHOWN = 5  # ids or lines that a message names
 CACHE_KIB = 8192
@@ -101,6 +102,10 @@ class Todo:
     failed: Counter[str]
     skip: LineSet
     longest: frozenset[int]
+
+    def sample(self, reader: Reader, every: int) -> Iterator[Request]:
+        """Every so many-th request that is left, and those of the longest lines."""
+        return (row.request for row in reader.rows(self.skip, every, self.longest) if row.request)
 
 
 class Ledger:

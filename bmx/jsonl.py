@@ -34,7 +34,7 @@ NO_WISH: dict[str, tuple[Any, ...]] = {  # values that ask for nothing, of field
     "stream": (False,), "n": (1,), "best_of": (1,), "logprobs": (False,), "echo": (False,), "store": (False,),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "min_tokens": (0,), "tools": ([],),
     "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "service_tier": ("auto", "default"),
-    "top_k": (-1,), "length_penalty": (1,), "use_beam_search": (False,), "num_beams": (1,), "do_sample": (),
+    "top_k": (-1,), "length_penalty": (1,), "use_beam_search": (False,), "num_beams": (1,),
 }  # fmt: skip
 NOT_SUPPORTED = {  # what other programs call sampling, and would be ignored here
     *("best_of", "beam_width", "do_sample", "frequency_penalty", "guided_choice", "guided_grammar", "guided_json"),

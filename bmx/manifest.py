@@ -6,20 +6,17 @@ Hold no prompt, no answer and no secret. Written whole or not at all.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from bmx.beat import beating
 from bmx.config import RunConfig
 from bmx.errors import OutputError
-from bmx.files import now, replace_file
+from bmx.files import me, now, replace_file
 from bmx.fingerprint import PRIVATE
 from bmx.planner import Plan
 from bmx.stats import Stats
@@ -45,10 +42,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def is_stats_file(path: Path) -> bool:
     """Whether a file may be replaced by counters: it is missing, empty, or holds some."""
-    if not path.exists():
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
         return True
     try:
-        record = json.loads(path.read_bytes() or b'{"format": 1, "state": "", "rows": {}}') if path.is_file() else None
+        record = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and {"format", "state", "rows"} <= record.keys()
@@ -68,10 +65,8 @@ def begun(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "state": "running",
-        "started": now(),
+        **me(),
         "finished": None,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
         "fingerprint": fingerprint,
         "settings": {name: value for name, value in config.flat().items() if name not in PRIVATE},
         "inputs": list(config.inputs),
@@ -137,13 +132,12 @@ def stats_record(state: State, stats: Stats) -> dict[str, Any]:
     Format 1. Fields may be added; those that are there keep their meaning.
     """
     left = stats.seconds_left
-    last = datetime.now(UTC) - timedelta(seconds=stats.quiet_seconds)
     return {
         "format": STATS_FORMAT,
         "state": state,
         "time": now(),
         **_progress(stats),
-        "last_row": last.isoformat(timespec="seconds").replace("+00:00", "Z") if stats.last_row else None,
+        "last_row": now(ago=stats.quiet_seconds) if stats.last_row else None,
         "seconds_left": None if left is None else round(left, 1),
         "slots": {"all": stats.slots, "active": stats.active_slots},
         "memory": {"bytes": stats.memory_bytes, "peak_bytes": stats.peak_memory_bytes, "kv_bytes": stats.kv_bytes},
@@ -156,7 +150,7 @@ def kept_stats(path: Path | None, stats: Stats, warn: Callable[[str], None]) -> 
     if path is None:
         yield
         return
-    done, broken = threading.Event(), False
+    broken = False
 
     def write(state: State) -> None:
         nonlocal broken
@@ -168,23 +162,16 @@ def kept_stats(path: Path | None, stats: Stats, warn: Callable[[str], None]) -> 
                 warn(error.message)
             broken = True
 
-    def beat() -> None:
-        while not done.wait(STATS_SECONDS):
-            write("running")
-
     write("running")
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
     state: State = "failed"
     try:
-        yield
+        with beating(lambda: STATS_SECONDS, lambda: write("running")):
+            yield
         state = "finished"
     except KeyboardInterrupt:
         state = "interrupted"
         raise
     finally:
-        done.set()
-        thread.join()
         write(state)
 
 

@@ -71,7 +71,7 @@ def find_places(config: RunConfig) -> Places:
 def _places(config: RunConfig) -> Places:
     job, output = config.job, _output(config)
     errors, stats = (Path(name) if name else None for name in (job.error_file, job.stats_file))
-    if output is None or (output.exists() and not output.is_file() and not output.is_dir()):
+    if output is None or _is_pipe(output):
         return Places(output=output, errors=errors, stats=stats)
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder", hint="-o takes a file")
@@ -178,7 +178,7 @@ def states(paths: tuple[Path, ...]) -> list[tuple[int, ...]]:
 
 
 def _is_pipe(path: Path) -> bool:
-    """Whether a file can be read only once."""
+    """Whether it is a pipe or a device: what is read from it, or written to it, is gone."""
     return os.path.exists(path) and not path.is_file() and not path.is_dir()
 
 

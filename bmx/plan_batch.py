@@ -6,7 +6,7 @@ Knows the order of things; what fits is worked out in ``options``, and shown by 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +26,6 @@ from bmx.model.text import PromptEncoder
 from bmx.options import Machine, Option, Question, device_of, machine
 from bmx.places import input_paths, input_reader
 from bmx.planner import Length
-from bmx.request import Request
 
 IMAGINED_ROWS = 1000  # of one length, where there is no input to read
 
@@ -103,11 +102,6 @@ def _rows(config: RunConfig, reader: Reader) -> Todo:
     return todo
 
 
-def _requests(reader: Reader, todo: Todo, every: int) -> Iterator[Request]:
-    """Every so many-th request of an input."""
-    return (row.request for row in reader.rows(todo.skip, every, todo.longest) if row.request)
-
-
 def _measure(
     config: RunConfig, asked: Asked, reader: Reader | None, todo: Todo | None, question: Question
 ) -> dict[str, int]:
@@ -121,7 +115,7 @@ def _measure(
     if asked.gpu or asked.gpu_memory:
         raise UsageError("--measure runs on this machine: it cannot be combined with --gpu or --gpu-memory")
     engine = Engine.open(config.engine, config.prompt)
-    lengths = engine.measure(_requests(reader, todo, question.every)) if reader and todo else question.lengths
+    lengths = engine.measure(todo.sample(reader, question.every)) if reader and todo else question.lengths
     engine.plan(lengths)
     if engine.stats.rehearsed is None:
         raise MemoryLimitError("this system does not tell what a step takes", hint="Linux and CUDA do")
@@ -157,7 +151,7 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
     source, gguf = peek(config.engine)
     encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
     every = sampling_step(todo.left)
-    lengths = Ruler(encoder, policy, longest).measure(_requests(reader, todo, every))
+    lengths = Ruler(encoder, policy, longest).measure(todo.sample(reader, every))
     return asked(lengths=tuple(lengths), rows=todo.left, every=every)
 
 

@@ -9,6 +9,7 @@ import json
 import time
 from typing import Any, Literal
 
+from bmx.errors import RowError
 from bmx.request import Result
 
 Dialect = Literal["plain", "chat.completion", "text_completion"]
@@ -30,8 +31,7 @@ def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str =
     if dialect != "plain":
         return _openai_record(result, key, dialect, model)
     if result.error:
-        error = {"code": result.error.code, "message": result.error.message}
-        return {"id": result.id, "error": error, "row_hash": key}
+        return {"id": result.id, "error": _error(result.error), "row_hash": key}
     usage = result.usage
     return {
         "id": result.id,
@@ -41,6 +41,10 @@ def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str =
         **_extras(result),
         "row_hash": key,
     }
+
+
+def _error(error: RowError) -> dict[str, str]:
+    return {"code": error.code, "message": error.message}
 
 
 def _extras(result: Result) -> dict[str, Any]:
@@ -57,8 +61,7 @@ def _extras(result: Result) -> dict[str, Any]:
 
 def _openai_record(result: Result, key: str, dialect: Dialect, model: str) -> dict[str, Any]:
     if result.error:
-        error = {"code": result.error.code, "message": result.error.message}
-        return {"id": f"batch_req_{key}", "custom_id": result.id, "response": None, "error": error}
+        return {"id": f"batch_req_{key}", "custom_id": result.id, "response": None, "error": _error(result.error)}
     chat = dialect == "chat.completion"
     said = {"message": {"role": "assistant", "content": result.text}} if chat else {"text": result.text}
     prompt, answer = (result.usage.prompt_tokens, result.usage.completion_tokens) if result.usage else (0, 0)

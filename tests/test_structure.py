@@ -22,7 +22,7 @@ EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=NAMES)
 FLOORS = (
     {"errors"},
     {"request"},
-    {"config", "stats", "hardware", "rates", "signals", "files", "lines", "records"},
+    {"config", "stats", "hardware", "rates", "signals", "files", "lines", "records", "beat"},
     {"kernels"},
     {"kv"},
     {"model"},
