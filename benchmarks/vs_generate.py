@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
-from bmx.config import parse_bytes
+from bmx.notation import parse_bytes
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
 INSTRUCTION = "Summarize the following text in three sentences.\n\n"

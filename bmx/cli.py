@@ -15,17 +15,31 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
-from bmx.config import RunConfig, Setting, all_settings, parse_bytes, parse_count, parse_list, parse_setting
+from bmx.config import RunConfig, Setting, all_settings, setting_named
 from bmx.errors import BmxError
+from bmx.notation import parse_budgets, parse_bytes, parse_count, parse_setting
 
 if TYPE_CHECKING:
     from bmx.display import Display
 
 EXIT_SOME_FAILED = 3
 EXIT_DOES_NOT_FIT = 4
+COMPARED = {
+    "kv_policy": "window,keydiff",
+    "kv_budget": "256,25%",
+    "kv_format": "auto,int8",
+    "kv_layer_budgets": "uniform,measured",
+}
+CALIBRATED_JOB = {
+    *("output_file", "overwrite", "limit", "shard", "lock_wait", "shutdown_timeout", "max_line_bytes"),
+    *("served_model_name", "progress", "quiet", "log_format"),
+}
 PLANNED_JOB = {"limit", "shard", "max_line_bytes", "served_model_name"}  # what a plan wants to know of the job
 CONFIG = Annotated[
     str | None, typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings.")
+]
+INPUTS = Annotated[
+    list[str], typer.Argument(metavar="INPUT...", help="JSONL files of prompts, .gz and .zst too; - is stdin.")
 ]
 SHORT = {"output_file": "-o", "model": "-m", "quiet": "-q", "verbose": "-v"}
 
@@ -128,11 +142,11 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
     from bmx.plan_batch import plan_batch as run_plan_batch
 
     names = {name: flags.pop(name) for name in ("max_input", "gpu", "gpu_memory", "check", "measure", "json")}
-    budgets = parse_setting("kv_budget", flags.get("kv_budget"), parse_list) or ()
+    budgets = parse_setting("kv_budget", flags.get("kv_budget"), parse_budgets) or ()
     flags["kv_budget"] = budgets[0] if budgets else None
     settings = RunConfig.gather(tuple(inputs or ()), flags, config)
     asked = Asked(
-        budgets=budgets or (settings.engine.kv_budget,),
+        budgets=tuple(settings.engine.kv_budget if b == "auto" else b for b in budgets or ("auto",)),
         max_input=parse_setting("max_input", names["max_input"], parse_count),
         gpu=names["gpu"],
         gpu_memory=parse_setting("gpu_memory", names["gpu_memory"], parse_bytes),
@@ -143,6 +157,43 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
     fits = run_plan_batch(settings, asked, Display("none" if asked.as_json else "auto"))
     if asked.check and not fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def calibrate(inputs: list[str], config: str | None, **flags: Any) -> None:
+    """Measure how far compressed caches are from the full one on prompts of INPUT, and recommend settings.
+
+    The full cache answers first; then each combination of policy, budget and format is compared with it. The smallest
+    that holds --min-agreement goes into <input>.calibration.json, which `bmx run --kv-budget auto` reads.
+    """
+    from bmx.calibrate import Asked
+    from bmx.calibrate import calibrate as run_calibrate
+    from bmx.display import Display
+    from bmx.signals import Stop
+
+    own = {name: flags.pop(name) for name in ("min_agreement", "rows", "share_layers")}
+    lists = {name: (flags.pop(name) or None) for name in COMPARED}
+    stop = Stop()
+    with stop.heard(), _ending(Display(log_format=flags.get("log_format") or "text")):
+        settings = RunConfig.gather(tuple(inputs), flags, config)
+        job, engine = settings.job, settings.engine
+        asked = Asked(
+            policies=_listed("kv_policy", lists, engine.kv_policy),
+            budgets=parse_setting("kv_budget", lists["kv_budget"], parse_budgets) or (),
+            formats=_listed("kv_format", lists, engine.kv_format),  # type: ignore[arg-type]
+            layers=tuple((lists["kv_layer_budgets"] or "uniform").split(",")),
+            **{name: value for name, value in own.items() if value is not None},
+        )
+        stop.within = job.shutdown_timeout
+        display = Display(job.progress, quiet=job.quiet, log_format=job.log_format)
+        with _ending(display):
+            if not run_calibrate(settings, asked, display, stop):
+                sys.exit(EXIT_SOME_FAILED)
+
+
+def _listed(name: str, lists: dict[str, str | None], default: str) -> tuple[str, ...]:
+    """Values like ``int8,int4`` of a setting that takes one."""
+    setting = setting_named(name)
+    return tuple(setting.coerce(part) for part in (lists[name] or default).split(","))
 
 
 @app.command()
@@ -197,19 +248,32 @@ def _cli_type(setting: Setting) -> Any:
 
 def _with_flags(command: Any) -> Any:
     """``command`` with one option per setting in its signature."""
-    inputs = Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="JSONL files of prompts, .gz and .zst too; - is stdin.")
-    ]
     shown = Annotated[bool, typer.Option("--print-config", help="Show the settings in force and exit.")]
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("inputs", keyword, annotation=inputs),
-        inspect.Parameter("config", keyword, default=None, annotation=CONFIG),
-        inspect.Parameter("print_config", keyword, default=False, annotation=shown),
-        *(_flag(title, setting) for title, setting in all_settings()),
+    first = inspect.Parameter("inputs", keyword, annotation=INPUTS)
+    printing = inspect.Parameter("print_config", keyword, default=False, annotation=shown)
+    return _signed(command, first, [printing, *(_flag(title, setting) for title, setting in all_settings())])
+
+
+def _own_flags(own: tuple[tuple[str, Any, str], ...], panel: str) -> list[inspect.Parameter]:
+    """A command's options that are no settings: name, type and help of each."""
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if kind is bool else None,
+            annotation=Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", help=note, rich_help_panel=panel)],
+        )
+        for name, kind, note in own
     ]
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
+def _signed(command: Any, inputs: inspect.Parameter, parameters: list[inspect.Parameter]) -> Any:
+    """``command`` with these parameters in its signature."""
+    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CONFIG)
+    signature = inspect.Signature([inputs, config, *parameters])
+    command.__signature__ = signature
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return command
 
 
@@ -218,7 +282,6 @@ def _plan_flags(command: Any) -> Any:
     inputs = Annotated[
         list[str] | None, typer.Argument(metavar="[INPUT]...", help="JSONL files of prompts; none with --max-input.")
     ]
-    keyword = inspect.Parameter.KEYWORD_ONLY
     own = (
         ("max_input", str | None, "Prompt tokens of imagined requests, instead of an INPUT (4k)."),
         ("gpu", str | None, "Plan for this card instead of this machine (H100, RTX-4090, ...)."),
@@ -227,37 +290,30 @@ def _plan_flags(command: Any) -> Any:
         ("measure", bool, "Load the model, run the largest step, and show predicted against measured memory."),
         ("json", bool, "Print JSON."),
     )
-    parameters = [
-        inspect.Parameter("inputs", keyword, default=None, annotation=inputs),
-        inspect.Parameter("config", keyword, default=None, annotation=CONFIG),
-        *(
-            inspect.Parameter(
-                name,
-                keyword,
-                default=False if kind is bool else None,
-                annotation=Annotated[
-                    kind, typer.Option(f"--{name.replace('_', '-')}", help=note, rich_help_panel="Question")
-                ],
-            )
-            for name, kind, note in own
-        ),
-        *(
-            _plan_flag(title, setting)
-            for title, setting in all_settings()
-            if title != "Job" or setting.name in PLANNED_JOB
-        ),
-    ]
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+    shown = [(t, s) for t, s in all_settings() if t != "Job" or s.name in PLANNED_JOB]
+    flags = [_flag(t, _compared(s, "512,1024,2048") if s.name == "kv_budget" else s) for t, s in shown]
+    first = inspect.Parameter("inputs", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=inputs)
+    return _signed(command, first, [*_own_flags(own, "Question"), *flags])
 
 
-def _plan_flag(title: str, setting: Setting) -> inspect.Parameter:
-    """As for a run; but several budgets can be compared."""
-    if setting.name == "kv_budget":
-        setting = replace(setting, note=setting.note + "; several to compare: 512,1024,2048")
-    return _flag(title, setting)
+def _calibrate_flags(command: Any) -> Any:
+    """``calibrate`` with the settings of a run, some of which take lists, and its own."""
+    own = (
+        ("min_agreement", float | None, "Share of next tokens that must be the full cache's (default 0.95)."),
+        ("rows", int | None, "Prompts to measure on, evenly spread over the input (default 16)."),
+        ("share_layers", int | None, "Find so many layers that can read the keys and values of another (KVSharer)."),
+    )
+    shown = [(t, s) for t, s in all_settings() if t != "Job" or s.name in CALIBRATED_JOB]
+    flags = [_flag(t, _compared(s, COMPARED[s.name]) if s.name in COMPARED else s) for t, s in shown]
+    first = inspect.Parameter("inputs", inspect.Parameter.KEYWORD_ONLY, annotation=INPUTS)
+    return _signed(command, first, [*_own_flags(own, "Calibration"), *flags])
+
+
+def _compared(setting: Setting, several: str) -> Setting:
+    """A setting of which several values can be compared."""
+    return replace(setting, note=f"{setting.note}; several to compare: {several}", type=str | None, parse=None)
 
 
 app.command("run")(_with_flags(run))
 app.command("plan-batch")(_plan_flags(plan_batch))
+app.command("calibrate")(_calibrate_flags(calibrate))

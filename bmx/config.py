@@ -7,106 +7,33 @@ its note is the flag's help text, its name the flag, the YAML key and, with ``BM
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from bmx.calibration import default_path, recommended
 from bmx.errors import UsageError
+from bmx.notation import (
+    POLICIES,
+    WANTED,
+    parse_budget,
+    parse_bytes,
+    parse_count,
+    parse_layers,
+    parse_policy,
+    parse_seconds,
+    parse_shard,
+    parse_shared,
+)
 from bmx.request import SamplingParams
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 MAX_CONFIG_BYTES = 1_000_000
 MAX_LINE_BYTES = 16 * 10**6
 FAKE = "fake"  # the model that is none
-PATHS = {"model", "output_file", "error_file", "stats_file"}  # may hold any bytes, as names of files do
+PATHS = {"model", "output_file", "error_file", "stats_file", "calibration"}  # may hold any bytes, as names of files do
 CHUNK_SIZE = 512  # where nobody says otherwise; part of what an answer depends on
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes from ``300M``, ``8G`` (powers of ten) or ``8GiB`` (powers of two).
-
-    Raises:
-        ValueError: not a size, or not positive.
-    """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?", str(text).strip().lower())
-    if not match:
-        raise ValueError(f"not a size: {text!r}")
-    size = float(match[1]) * _UNITS[match[2]]
-    if not 1 <= size < 2**63:
-        raise ValueError(f"not a size: {text!r}")
-    return int(size)
-
-
-def parse_count(text: str | int) -> int:
-    """Tokens or sequences from ``4096`` or ``32k`` (``k`` is 1,000, ``K`` is 1,024).
-
-    Raises:
-        ValueError: not a whole number above zero.
-    """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)([kK]?)", str(text).strip())
-    number = float(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]] if match else 0
-    if not 1 <= number < 2**63 or number != int(number):
-        raise ValueError(f"not a count: {text!r}")
-    return int(number)
-
-
-def parse_list(text: str | int) -> tuple[int, ...]:
-    """Counts from ``512,1024,2k``.
-
-    Raises:
-        ValueError: one is no count.
-    """
-    return tuple(parse_count(part) for part in str(text).split(","))
-
-
-def parse_seconds(text: str | float) -> float:
-    """Seconds from ``30``, ``0.5``, ``90s``, ``5m`` or ``2h``.
-
-    Raises:
-        ValueError: no time, or a negative one.
-    """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", str(text).strip().lower())
-    if not match:
-        raise ValueError(f"not a time: {text!r}")
-    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-    if not seconds < 2**31:
-        raise ValueError(f"not a time: {text!r}")
-    return seconds
-
-
-def parse_shard(text: str) -> str:
-    """A share like ``2/8``: the second of eight.
-
-    Raises:
-        ValueError: not one, or not 1 <= i <= n.
-    """
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(text).strip())
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"not a share: {text!r}")
-    return f"{int(match[1])}/{int(match[2])}"
-
-
-WANTED: Mapping[Callable[[Any], Any], str] = {
-    parse_bytes: "a size like 300M, 8G or 8GiB",
-    parse_count: "a count like 4096 or 32k",
-    parse_seconds: "seconds, or a time like 90s, 5m or 2h",
-    parse_shard: "a share like 2/8, the second of eight",
-}
-
-
-def parse_setting(name: str, text: str | None, parse: Callable[[str], Any]) -> Any:
-    """A command's own option, read like a setting; None if it was not given.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        return None if text is None else parse(text)
-    except ValueError as error:
-        raise UsageError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +57,43 @@ class EngineConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], "cpu, cuda, or auto: the GPU if there is one"] = "auto"
     trust_remote_code: Annotated[bool, "run Python code that comes with the model"] = False
     kv_policy: Annotated[
-        Literal["average-attention", "none"], "what to keep: average-attention (Batch-Max), or none (full cache)"
+        str,
+        "what to keep: average-attention (Batch-Max), none (full cache), or another way to rank: "
+        f"{', '.join(POLICIES[1:-1])}",
+        parse_policy,
     ] = "average-attention"
-    kv_budget: Annotated[int, "KV pairs that each layer and head keeps for a sequence", parse_count] = 1024
+    kv_budget: Annotated[
+        int | float | str,
+        "KV pairs that each layer and head keeps for a sequence: a number, a share of its prompt (25%), "
+        "or auto: what `bmx calibrate` has found",
+        parse_budget,
+    ] = 1024
     kv_sink: Annotated[int, "first tokens that are never evicted"] = 4
     kv_recent: Annotated[int, "newest tokens that are never evicted"] = 32
+    kv_protect: Annotated[
+        Literal["none", "instructions"],
+        "never evict the job's own words: the system prompt, and the prompt template's text around the fields",
+    ] = "none"
+    kv_layer_budgets: Annotated[
+        str | tuple[float, ...],
+        "the budget of each layer: uniform, pyramid, or factors that `bmx calibrate` has measured",
+        parse_layers,
+    ] = "uniform"
+    kv_format: Annotated[
+        Literal["auto", "fp8", "int8", "int4"],
+        "how KV pairs are stored: auto (the model's dtype), fp8, int8 or int4, the newest ones exact all the same",
+    ] = "auto"
+    kv_value_norm: Annotated[bool, "rank by attention times the length of the value"] = False
+    kv_probe: Annotated[
+        str | None,
+        "a short text that is asked after each chunk, so that what it attends to stays; "
+        "'instructions' takes the prompt template's or the system prompt's words",
+    ] = None
+    kv_probe_weight: Annotated[float, "the probe's share of a pair's score"] = 0.5
+    kv_share_layers: Annotated[
+        str | None, "layers that read the keys and values of an earlier one: 7:3,12:5 (`bmx calibrate`)", parse_shared
+    ] = None
+    calibration: Annotated[str | None, "file of `bmx calibrate`, for --kv-budget auto"] = None
     chunk_size: Annotated[
         int | None,
         "most prompt tokens of one sequence in a step (default 512; for the full cache: planned)",
@@ -150,13 +109,24 @@ class EngineConfig:
         int | None, "most tokens in a step (one chunk of a prompt is taken all the same)", parse_count
     ] = None
     max_model_len: Annotated[int | None, "longest prompt and answer together (32k)", parse_count] = None
+    prefix_reuse: Annotated[bool, "compute leading text that several prompts share only once"] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1: {self.gpu_memory_utilization}")
         if self.kv_sink < 0 or self.kv_recent < 1:
             raise UsageError("kv_sink must be at least 0 and kv_recent at least 1")
-        if self.kv_policy != "none" and self.kv_budget <= self.kv_sink + self.kv_recent:
+        if not 0 < self.kv_probe_weight <= 1:
+            raise UsageError(f"kv_probe_weight must be above 0 and at most 1: {self.kv_probe_weight}")
+        if isinstance(self.kv_budget, float) and self.kv_layer_budgets != "uniform":
+            raise UsageError(
+                "kv_layer_budgets need a budget in pairs, not a share of the prompt", hint="give --kv-budget a number"
+            )
+        if (
+            self.kv_policy != "none"
+            and isinstance(self.kv_budget, int)
+            and self.kv_budget <= self.kv_sink + self.kv_recent
+        ):
             raise UsageError(
                 f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink, {self.kv_recent} recent tokens",
                 hint=f"{self.kv_sink + self.kv_recent + 1} is the least; a quarter of the prompt is a good start",
@@ -167,6 +137,11 @@ class EngineConfig:
                 f"{self.chunk_size or CHUNK_SIZE}",
                 hint="lower --chunk-size too (it changes what is evicted when)",
             )
+
+    @property
+    def full_cache(self) -> EngineConfig:
+        """The same with a cache that keeps everything."""
+        return replace(self, kv_policy="none", kv_probe=None, kv_value_norm=False, kv_protect="none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +251,10 @@ class RunConfig:
         given = dict(read_yaml(config_file)) if config_file else {}
         given.update({name: value for name, value in flags.items() if value is not None})
         values = {name: setting_named(name).coerce(value) for name, value in given.items()}
+        if values.get("kv_budget") == "auto":
+            path = Path(values.get("calibration") or default_path(inputs[0] if inputs else "prompts.jsonl"))
+            found = recommended(path, values.get("model", EngineConfig().model), values)
+            values |= {name: setting_named(name).coerce(value) for name, value in found.items()}
         sections = []
         for section in (JobConfig, EngineConfig, SamplingParams, PromptConfig):
             mine = {s.name: values[s.name] for s in settings(section) if s.name in values}

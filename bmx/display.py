@@ -15,13 +15,27 @@ from bmx import hardware
 from bmx.beat import beating
 from bmx.errors import OutputError
 from bmx.files import now
+from bmx.tables import (
+    CALIBRATION_COLUMNS,
+    OPTION_COLUMNS,
+    aligned,
+    candidate_row,
+    candidate_words,
+    counted,
+    duration,
+    megabytes,
+    memory_items,
+    option_row,
+)
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console, Group
 
     from bmx.options import Option, Question
     from bmx.places import Places
-    from bmx.planner import Length, Memory, Plan
+    from bmx.planner import Length, Plan
     from bmx.request import Result
     from bmx.stats import Stats
 
@@ -121,12 +135,13 @@ class Display:
         """
         tokens = every * sum(length.prompt_tokens for length in lengths)
         groups = " + ".join(f"{group.slots} x {group.capacity:,}" for group in plan.groups)
+        spare = "".join(f"; {part.slots} x {part.capacity:,} for text that prompts share" for part in plan.spare)
         count = f"{len(lengths):,} prompts of {tokens:,} tokens in all"
         if every > 1:
             count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (one in {every} was measured)"
         self.note(f"{model['architecture']}, {count}, attention: {model['attention']}")
         self.note(
-            f"slots: {plan.slots} at once ({groups} KV pairs, {plan.fill:.0%} of them used), "
+            f"slots: {plan.slots} at once ({groups} KV pairs, {plan.fill:.0%} of them used{spare}), "
             f"chunks of {plan.step.chunk_size}, up to {plan.step.max_num_batched_tokens:,} tokens a step"
         )
         if plan.too_large:
@@ -196,8 +211,9 @@ class Display:
             f"done: {stats.rows_answered:,} of {stats.rows_total:,} rows answered{skipped}{failed} "
             f"in {duration(stats.elapsed)}{before}"
         )
+        reused = f", {stats.reused_prompt_tokens:,} more reused" if stats.reused_prompt_tokens else ""
         self.note(
-            f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens), "
+            f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens{reused}), "
             f"decode {stats.decode_rate:,.0f} tok/s ({stats.generated_tokens:,} generated)"
         )
         full = stats.full_cache_peak_bytes
@@ -253,12 +269,32 @@ class Display:
         if rates:
             self.data(f"at {rates.flops / 1e12:,.2f} TFLOP/s and {rates.bandwidth / 1e9:,.0f} GB/s ({rates.source})")
         self.data("")
-        for line in aligned([OPTION_COLUMNS, *map(_option_row, options)]):
+        for line in aligned([OPTION_COLUMNS, *map(option_row, options)]):
             self.data(line)
         self.data("")
         for option in options:
             if option.problem:
                 self.data(f"{option.name}: {option.problem.message}")
+
+    def calibration(self, record: Mapping[str, Any], path: Path) -> None:
+        """A table of what was measured, and what is recommended, on standard output."""
+        full = record["full_cache"]
+        self.data(f"{record['model']}: {full['rows']} prompts, against the full cache")
+        rows = [candidate_row("full cache", full), *(candidate_row(None, one) for one in record["candidates"])]
+        for line in aligned([CALIBRATION_COLUMNS, *rows]):
+            self.data(line)
+        halting = record["halting_test"]
+        self.data(
+            f"halting test: {halting['budget']:,} pairs a layer, on average, keep all but {halting['tolerance']:.0%} "
+            "of the last query's attention (DBudgetKV)"
+        )
+        if record["recommended"] is None:
+            best = max((one["top1_agreement"] for one in record["candidates"]), default=0.0)
+            self.data(f"recommended: nothing; {record['min_agreement']:.0%} was asked for, {best:.1%} is the best")
+            return
+        words = candidate_words(record["recommended"])
+        self.data(f"recommended: {words}, the least memory that holds {record['min_agreement']:.0%}")
+        self.data(f"use it: bmx run ... --kv-budget auto --calibration {path}")
 
     def rehearsal(self, measured: Mapping[str, int]) -> None:
         """What the largest step took, against what was predicted, on standard output."""
@@ -266,43 +302,6 @@ class Display:
         self.data(f"the largest step, slots left out: {megabytes(seen)} measured")
         self.data(f"  {megabytes(before)} predicted from the config alone: {before / seen - 1:+.1%}")
         self.data(f"  {megabytes(planned)} predicted once the weights were loaded: {planned / seen - 1:+.1%}")
-
-
-OPTION_COLUMNS = (
-    "cache", "budget", "slots", "KV cache", "weights", "activations", "runtime", "total", "KV used",
-    "prefill tok/s", "decode tok/s", "time",
-)  # fmt: skip
-
-
-def _option_row(option: Option) -> tuple[str, ...]:
-    budget = f"{option.budget:,}" if option.budget else "-"
-    if option.plan is None:
-        return (option.name, budget, "0", *["-"] * (len(OPTION_COLUMNS) - 3))
-    plan, made = option.plan, option.forecast
-    sizes = {name: megabytes(size) for name, size in memory_items(plan.memory)}
-    speed = ("-", "-", "-")
-    if made:
-        speed = (f"{made.prefill_rate:,.0f}", f"{made.decode_rate:,.0f}", duration(made.seconds))
-    slots = f"{plan.slots:,}" + (f" (not {plan.too_large:,} rows)" if plan.too_large else "")
-    memory = (sizes["KV cache"], sizes["weights"], sizes["activations"], sizes["runtime"], megabytes(plan.memory.total))
-    return (option.name, budget, slots, *memory, f"{plan.fill:.0%}", *speed)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines of columns: the first to the left, the rest to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return ["  ".join(row) for row in padded]
-
-
-def memory_items(memory: Memory) -> tuple[tuple[str, int], ...]:
-    """The memory of a plan in the few items that people ask for."""
-    return (
-        ("runtime", memory.runtime),
-        ("weights", memory.weights),
-        ("activations", memory.activations + memory.logits + memory.slack),
-        ("KV cache", memory.pool),
-    )
 
 
 def status_line(stats: Stats) -> str:
@@ -386,23 +385,3 @@ def _demo() -> str:
 def printable(text: str) -> str:
     """Text that does nothing to a terminal: control characters as escapes, line breaks too."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 row``, ``2 rows``."""
-    return f"{number:,} {noun}" + ("s" if number != 1 else "")
-
-
-def megabytes(size: float) -> str:
-    """Bytes for people: powers of ten, as the limits are given."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e10 else f"{size / 1e6:,.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    )

@@ -19,9 +19,12 @@ from bmx.model.demo import local_path
 from bmx.request import SamplingParams
 
 KEY_FORMAT = 1
-ENGINE = ("model", "revision", "dtype", "kv_policy", "max_model_len")
-COMPRESSION = ("kv_budget", "kv_sink", "kv_recent")
-PRIVATE = ("system_prompt", "prompt_template")  # may quote what the prompts say: only a hash is kept
+ENGINE = ("model", "revision", "dtype", "kv_policy", "kv_format", "kv_share_layers", "max_model_len")
+COMPRESSION = (
+    *("kv_budget", "kv_sink", "kv_recent", "kv_protect", "kv_layer_budgets", "kv_value_norm", "kv_probe"),
+    "kv_probe_weight",
+)
+PRIVATE = ("system_prompt", "prompt_template", "kv_probe")  # may quote what the prompts say: only a hash is kept
 MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py", "config.json", "generation_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model"),
@@ -44,7 +47,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     if config.engine.kv_policy != "none":
         found["chunk_size"] = config.engine.chunk_size or CHUNK_SIZE
     for name in PRIVATE:
-        found[name] = found[name] and _hash(found[name].encode())
+        found[name] = found.get(name) and _hash(found[name].encode())
     found |= {"model_files": model_files(config.engine.model), "key_format": KEY_FORMAT}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bmx.compress.policy import CompressionPolicy
 from bmx.config import FAKE, RunConfig
 from bmx.display import Display
 from bmx.engine.lengths import sampling_step
@@ -21,6 +22,7 @@ from bmx.fingerprint import differences, fingerprint, seed
 from bmx.journal import REMEDY, Found, Journal, Ledger, Todo, is_error_file
 from bmx.jsonl import Reader
 from bmx.manifest import State, begun, ended, kept_stats, plan_record, read_manifest, write_json
+from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.outbox import TOO_LONG, Outbox
 from bmx.places import Places, find_places, input_paths, input_reader, model_names, states
 from bmx.planner import Plan
@@ -65,6 +67,7 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
         BmxError: the job cannot start or go on.
         Interrupted: it was told to stop; what is finished is kept.
     """
+    check_cache(config)
     places = find_places(config)
     with ExitStack() as stack:
         for lock in () if config.job.dry_run else places.locks:
@@ -83,6 +86,17 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
             hint = "answers are kept; the same command finds out what has changed, and goes on"
             raise InputFileError("the input has changed while it was read", hint=hint)
         return stats
+
+
+def check_cache(config: RunConfig) -> None:
+    """Refuse settings of the cache that contradict each other, before anything is loaded.
+
+    Raises:
+        UsageError: they do.
+    """
+    CompressionPolicy.from_config(config.engine)
+    if config.engine.kv_probe == INSTRUCTIONS:
+        _ = Instructions.of(config.prompt).question
 
 
 def find_work(config: RunConfig, places: Places, paths: tuple[Path, ...]) -> Work:

@@ -44,6 +44,7 @@ NOT_SUPPORTED = {  # what other programs call sampling, and would be ignored her
     *("tools", "top_logprobs", "typical_p", "use_beam_search"),
 }
 BLANKS, BYTE_ORDER_MARK = b" \t\r\n", b"\xef\xbb\xbf"
+REFERENCE = "reference"  # the field with a good answer, or a list of them, for `bmx calibrate`
 LIKE_A_FIELD = 0.85  # similarity from which an unknown name is taken for a misspelt one
 
 
@@ -159,7 +160,11 @@ class Reader:
             prompt = _filled(self.template, values)
         if prompt is not None and messages is not None:
             raise RowError("invalid_request", "give either 'prompt' or 'messages', not both")
-        return self._request(row, prompt, messages, values)
+        request = self._request(row, prompt, messages, values)
+        references = values.get(REFERENCE)
+        told = references if isinstance(references, list) else [references]
+        good = tuple(text for text in told if isinstance(text, str))
+        return replace(request, references=good) if good else request
 
     def _openai(self, row: Row, values: dict[str, Any]) -> Request:
         body, url = values.get("body"), values.get("url")

@@ -80,6 +80,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     return {
         "slots": plan.slots,
         "groups": [{"capacity": group.capacity, "slots": group.slots} for group in plan.groups],
+        "spare": [{"capacity": group.capacity, "slots": group.slots} for group in plan.spare],
         "chunk_size": plan.step.chunk_size,
         "max_num_batched_tokens": plan.step.max_num_batched_tokens,
         "memory": {f.name: getattr(memory, f.name) for f in fields(memory)} | {"total": memory.total},
@@ -119,6 +120,7 @@ def _progress(stats: Stats) -> dict[str, Any]:
         "throughput": {
             "seconds": round(stats.elapsed, 3),
             "prompt_tokens": stats.prompt_tokens,
+            "reused_prompt_tokens": stats.reused_prompt_tokens,
             "generated_tokens": stats.generated_tokens,
             "prefill_tokens_per_second": round(stats.prefill_rate, 1),
             "decode_tokens_per_second": round(stats.decode_rate, 1),

@@ -52,7 +52,7 @@ class Option:
     """
 
     name: str
-    budget: int | None
+    budget: int | float | str | None
     plan: Plan | None
     forecast: Forecast | None
     problem: MemoryLimitError | None = None
@@ -81,26 +81,28 @@ class Question:
     rows: int
     every: int = 1
 
-    def options(self, budgets: Sequence[int]) -> Iterator[Option]:
+    def options(self, budgets: Sequence[int | float | str]) -> Iterator[Option]:
         """Batch-Max with each budget, decode-only compression with the first, and the full cache."""
+        evicting, full = self._evicting(), self.config.full_cache
         for budget in budgets:
-            yield self._option("batch-max", replace(self.config, kv_policy="average-attention", kv_budget=budget))
-        policy = CompressionPolicy.from_config(
-            replace(self.config, kv_policy="average-attention", kv_budget=budgets[0])
-        )
-        yield self._option("decode-only", replace(self.config, kv_policy="none"), policy)
-        yield self._option("full cache", replace(self.config, kv_policy="none"))
+            yield self.option("batch-max", replace(evicting, kv_budget=budget))
+        yield self.option("decode-only", full, replace(evicting, kv_budget=budgets[0]))
+        yield self.option("full cache", full)
 
-    def _option(self, name: str, config: EngineConfig, after: CompressionPolicy | None = None) -> Option:
+    def _evicting(self) -> EngineConfig:
+        """The settings, with a policy that evicts."""
+        return replace(self.config, kv_policy="average-attention") if self.config.kv_policy == "none" else self.config
+
+    def option(self, name: str, config: EngineConfig, then: EngineConfig | None = None) -> Option:
         """One plan and its forecast.
 
         Args:
-            after: a policy that compresses at once and for free when a whole prompt has been read: the best that
+            then: settings that compress at once and for free when a whole prompt has been read: the best that
                 compression in decoding alone could do.
         """
-        policy = CompressionPolicy.from_config(config)
+        policy, after = CompressionPolicy.from_config(config), CompressionPolicy.from_config(then) if then else None
         lengths = self._lengths(policy, after)
-        budget = policy.budget if policy.scorer else after.budget if after else None
+        budget = config.kv_budget if policy.scorer else then.kv_budget if then else None
         try:
             made = self.plan(config, lengths)
         except MemoryLimitError as error:
@@ -108,7 +110,7 @@ class Question:
         expected = None
         rates = self.machine.rates()
         if rates:
-            kept = [policy.layout(self.spec, min(g.capacity, after.budget)) for g in made.groups] if after else None
+            kept = [after.layout(self.spec, after.rows_needed(g.capacity, 0)) for g in made.groups] if after else None
             name_of = kernels.choose(self.machine.kind).name
             expected = forecast(self.spec, made, lengths, rates, name_of, kept)
             expected = replace(expected, seconds=expected.seconds * self.rows / max(1, len(lengths)))
@@ -154,9 +156,10 @@ class Question:
 
     def _smaller_settings(self, config: EngineConfig) -> Iterator[str]:
         """Settings that make every row fit."""
-        evicting = replace(config, kv_policy="average-attention")
-        least = config.kv_sink + config.kv_recent + 1
-        budgets = [b for b in BUDGETS if least <= b < (config.kv_budget if config.kv_policy != "none" else 1 << 40)]
+        evicting = self._evicting()
+        least, asked = config.kv_sink + config.kv_recent + 1, config.kv_budget
+        most = asked if config.kv_policy != "none" and isinstance(asked, int) else 1 << 40
+        budgets = [b for b in BUDGETS if least <= b < most]
         for budget in budgets:
             if self._fits(replace(evicting, kv_budget=budget)):
                 yield f"--kv-budget {budget}" + (
@@ -177,8 +180,8 @@ class Question:
         """The lengths with the rows that they need; where compression waits for a prompt's end, all of the prompt's."""
 
         def rows(one: Length) -> int:
-            total = one.prompt_tokens + one.max_tokens
-            return max(one.prompt_tokens, after.rows_needed(total)) if after else policy.rows_needed(total)
+            needed = (after or policy).rows_needed(one.prompt_tokens, one.max_tokens)
+            return max(one.prompt_tokens, needed) if after else needed
 
         return [replace(one, rows_needed=rows(one)) for one in self.lengths]
 
@@ -190,7 +193,7 @@ class Question:
 def device_of(machine: Machine, spec: ModelSpec, config: EngineConfig) -> Device:
     """A machine as the closed form sees it, with what a process there is expected to hold beside the model."""
     tokenizer = tokenizer_bytes(config) if machine.kind == "cpu" else 0
-    return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + tokenizer)
+    return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + tokenizer, config.kv_format)
 
 
 def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Machine:

@@ -13,15 +13,17 @@ from functools import partial
 from typing import Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import RunConfig
+from bmx.config import CHUNK_SIZE, RunConfig
 from bmx.display import Display
 from bmx.engine.lengths import Ruler, max_length, sampling_step
+from bmx.engine.prefix import Reuse
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.journal import Ledger, Todo
 from bmx.jsonl import Reader
 from bmx.manifest import plan_record
 from bmx.model.foresee import foresee, peek
 from bmx.model.loader import load_tokenizer
+from bmx.model.spec import sharing
 from bmx.model.text import PromptEncoder
 from bmx.options import Machine, Option, Question, device_of, machine
 from bmx.places import input_paths, input_reader
@@ -42,7 +44,7 @@ class Asked:
         as_json: whether a program reads the answer.
     """
 
-    budgets: tuple[int, ...]
+    budgets: tuple[int | float | str, ...]
     max_input: int | None = None
     gpu: str | None = None
     gpu_memory: int | None = None
@@ -135,7 +137,7 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
         max_input: prompt tokens of imagined rows.
         reader: the input, if there is one, and ``todo`` its rows.
     """
-    spec = foresee(config.engine, where.kind)
+    spec = sharing(foresee(config.engine, where.kind), config.engine.kv_share_layers)
     policy = CompressionPolicy.from_config(config.engine)
     longest = max_length(config.engine, spec)
     asked = partial(
@@ -146,12 +148,15 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
         answer = min(config.sampling.max_tokens, longest - prompt)
         if answer < 1:
             raise UsageError(f"--max-input {prompt} leaves no room for an answer: {spec.name} takes {longest} tokens")
-        lengths = [Length(prompt, answer, policy.rows_needed(prompt + answer))]
+        lengths = [Length(prompt, answer, policy.rows_needed(prompt, answer))]
         return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS)
     source, gguf = peek(config.engine)
     encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
     every = sampling_step(todo.left)
-    lengths = Ruler(encoder, policy, longest).measure(todo.sample(reader, every))
+    reuse = None
+    if config.engine.prefix_reuse:
+        reuse = Reuse(spec=spec, policy=policy, chunk_size=config.engine.chunk_size or CHUNK_SIZE)
+    lengths = Ruler(encoder, policy, longest, reuse).measure(todo.sample(reader, every))
     return asked(lengths=tuple(lengths), rows=todo.left, every=every)
 
 

@@ -15,7 +15,7 @@ from bmx import kernels
 from bmx.config import CHUNK_SIZE, EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
-from bmx.kv.layout import KVLayout
+from bmx.kv.layout import FormatName, KVLayout
 from bmx.model.spec import ModelSpec
 
 MAX_GROUPS = 16
@@ -26,6 +26,8 @@ MAX_CANDIDATES = 128
 FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
 BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
 SLACK = {"cpu": (40 * 10**6, 0.5), "cuda": (64 * 10**6, 0.02)}  # bytes, and share of activations: see benchmarks
+SPARE_SLOTS = 2  # most copies of text that prompts share
+WORTH_SLOTS = 0.75  # share of the slots that must be left beside them
 SAMPLER_ROWS = 16  # rows whose logits are sampled together
 SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, with their ids and sums
 
@@ -40,11 +42,15 @@ class SlotGroup:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """What a plan needs to know of one request: its tokens, the most it may answer, the rows of a slot it needs."""
+    """What a plan needs to know of one request: its tokens, the most it may answer, the rows of a slot it needs.
+
+    ``shared``: leading tokens whose state it can share with the request before it.
+    """
 
     prompt_tokens: int
     max_tokens: int
     rows_needed: int
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,14 +134,20 @@ class Device:
     share: float = 0.02
 
     @classmethod
-    def of(cls, kind: str, spec: ModelSpec, runtime: int) -> Device:
+    def of(cls, kind: str, spec: ModelSpec, runtime: int, kv_format: FormatName = "auto") -> Device:
         """A device of this kind with the kernels that would be chosen there."""
         bytes_of = kernels.choose(kind).workspace_bytes
         heads = max(layer.query_heads for layer in spec.layers)
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
+        kv_heads = max(layer.kv_heads for layer in spec.layers)
+        unpacked = (
+            0 if kv_format == "auto" else 2 * kv_heads * head_dim * (spec.itemsize + 1)
+        )  # of a row, as it is read
+
         def workspace(chunk: int, rows: int, slots: int) -> int:
-            return bytes_of(heads=heads, chunk=chunk, rows=rows, slots=slots, head_dim=head_dim, itemsize=spec.itemsize)
+            sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}
+            return bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes) + slots * rows * unpacked
 
         slack, share = SLACK[kind]
         if kind == "cpu":
@@ -153,6 +165,7 @@ class Plan:
         memory: what it takes, within ``limits``.
         too_large: sequences that would not fit even alone; they will be errors, the others are answered.
         needs: of the others, (rows of a slot, how many sequences need so many).
+        spare: slots that no sequence has, for the state of text that several prompts share; their layouts come last.
     """
 
     groups: tuple[SlotGroup, ...]
@@ -162,6 +175,7 @@ class Plan:
     limits: Limits
     too_large: int = 0
     needs: tuple[tuple[int, int], ...] = ()
+    spare: tuple[SlotGroup, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -214,17 +228,19 @@ def memory_needed(
     groups: Iterable[SlotGroup],
     step: StepSize,
     device: Device,
+    spare: Iterable[SlotGroup] = (),
 ) -> Memory:
     """The memory of a run with these slots, in closed form.
 
     Args:
         layout: a slot's layout from its capacity.
+        spare: slots that no sequence has.
     """
     groups = tuple(groups)
     slots = sum(group.slots for group in groups)
     tokens = max(step.max_num_batched_tokens, slots + step.chunk_size)
     keys = max((group.capacity for group in groups), default=0) + step.chunk_size
-    layouts = [(layout(group.capacity), group.slots) for group in groups]
+    layouts = [(layout(group.capacity), group.slots) for group in (*groups, *spare)]
     activations = spec.costs.activation_bytes * tokens + device.workspace(step.chunk_size, keys, slots)
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(
@@ -252,11 +268,11 @@ def plan(
         MemoryLimitError: not one slot fits; says how much is missing.
     """
 
-    def memory(groups: tuple[SlotGroup, ...]) -> Memory:
-        return memory_needed(spec, layout, groups, step, device)
+    def memory(groups: tuple[SlotGroup, ...], spare: tuple[SlotGroup, ...] = ()) -> Memory:
+        return memory_needed(spec, layout, groups, step, device, spare)
 
-    def fits(groups: tuple[SlotGroup, ...]) -> bool:
-        return not limits.missing(memory(groups))
+    def fits(groups: tuple[SlotGroup, ...], spare: tuple[SlotGroup, ...] = ()) -> bool:
+        return not limits.missing(memory(groups, spare))
 
     sizes = sorted({length.rows_needed for length in lengths})
     fitting = sizes[: bisect_left(sizes, True, key=lambda rows: not fits((SlotGroup(rows, 1),)))]
@@ -265,16 +281,31 @@ def plan(
     served = [length for length in lengths if length.rows_needed <= fitting[-1]]
     capacity = capacities([length.rows_needed for length in served])
     demand = _demand(served, capacity, step.chunk_size)
-    groups = _largest(demand, min(limits.slots or MAX_SLOTS, len(served)), fits)
+    most = min(limits.slots or MAX_SLOTS, len(served))
+    groups, spare = _largest(demand, most, fits), _spare(served, max(capacity))
+    if spare and fits((SlotGroup(max(capacity), 1),), spare):
+        beside = _largest(demand, most, lambda groups: fits(groups, spare))
+        worth = sum(group.slots for group in beside) >= WORTH_SLOTS * sum(group.slots for group in groups)
+        groups, spare = (beside, spare) if worth else (groups, ())
+    else:
+        spare = ()
     return Plan(
         groups=groups,
-        layouts=tuple(layout(group.capacity) for group in groups),
+        layouts=tuple(layout(group.capacity) for group in (*groups, *spare)),
         step=step,
-        memory=memory(groups),
+        memory=memory(groups, spare),
         limits=limits,
         too_large=len(lengths) - len(served),
         needs=tuple(sorted(Counter(length.rows_needed for length in served).items())),
+        spare=spare,
     )
+
+
+def _spare(lengths: Sequence[Length], largest: int) -> tuple[SlotGroup, ...]:
+    """Slots for the longest text that prompts share, more than one if it is not the same in all of them."""
+    shared = {length.shared for length in lengths[1:]}
+    longest = max(shared, default=0)
+    return (SlotGroup(min(largest, longest), min(SPARE_SLOTS, len(shared))),) if longest else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +398,10 @@ def _split(demand: dict[int, Demand], names: Sequence[int], slots: int) -> tuple
 
 
 def shrunk(made: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], device: Device) -> Plan | None:
-    """A plan with three quarters of the slots and steps of half the size; None for one slot and steps of one chunk."""
+    """A plan with three quarters of the slots and steps of half the size; None for one slot and steps of one chunk.
+
+    Spare slots go.
+    """
     step = made.step
     tokens = max(step.chunk_size, step.max_num_batched_tokens // 2)
     if made.slots == 1 and tokens == step.max_num_batched_tokens:
@@ -382,6 +416,7 @@ def shrunk(made: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], devic
         layouts=tuple(layout(group.capacity) for group in groups),
         step=step,
         memory=memory_needed(spec, layout, groups, step, device),
+        spare=(),
     )
 
 

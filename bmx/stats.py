@@ -23,6 +23,7 @@ class Stats:
     failed_now: int = 0  # in this run
     last_row: float | None = None  # when a row was last finished
     prompt_tokens: int = 0
+    reused_prompt_tokens: int = 0  # copied from another row's slot; not among prompt_tokens
     generated_tokens: int = 0
     decode_tokens: int = 0
     work_total: int = 0
@@ -77,8 +78,8 @@ class Stats:
 
     @property
     def work_done(self) -> int:
-        """Tokens of ``work_total`` that are computed, or that an early end made needless."""
-        return self.prompt_tokens + self.generated_tokens + self.work_saved
+        """Tokens of ``work_total`` that are computed or copied, or that an early end made needless."""
+        return self.prompt_tokens + self.reused_prompt_tokens + self.generated_tokens + self.work_saved
 
     @property
     def seconds_left(self) -> float | None:
@@ -89,7 +90,7 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second of prompt work."""
+        """Prompt tokens computed per second of prompt work."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property

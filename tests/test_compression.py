@@ -85,14 +85,14 @@ class PlainReference:
             kept.intersection_update(best)
 
 
-def run_reference(model, prompt, chunk_ends, answer, budget=BUDGET):
+def run_reference(model, prompt, ends, answer, budget=BUDGET):
     """Feed the prompt in chunks, then the answer token by token; returns the reference and its greedy answer."""
     model = model.double()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped one knows no float64
     reference = PlainReference(budget)
     tokens, greedy = [*prompt, *answer], []
-    ends = [*chunk_ends, *range(chunk_ends[-1] + 1, len(tokens) + 1)]
+    ends = [*ends, *range(ends[-1] + 1, len(tokens) + 1)]
     for start, stop in pairwise([0, *ends]):
         reference.layer, reference.seen = 0, start
         with torch.inference_mode(), attention_of(model, reference):
@@ -122,9 +122,10 @@ class Spy:
     def rows(self, layer, slot=0, group=0):
         """Per head: {position: attention mass} of the rows in use."""
         part = self.pool.layer(group, layer)
+        notes = part.notes["mass"][slot] if "mass" in part.notes else torch.zeros_like(part.positions[slot])
         return [
             {int(p): float(m) for p, m in zip(positions, mass, strict=True) if p >= 0}
-            for positions, mass in zip(part.positions[slot], part.mass[slot], strict=True)
+            for positions, mass in zip(part.positions[slot], notes, strict=True)
         ]
 
 
@@ -133,9 +134,14 @@ def spy(monkeypatch):
     return Spy(monkeypatch)
 
 
-def even_chunks(length, size):
-    count = -(-length // size)
-    return [(i + 1) * length // count for i in range(count)]
+def chunk_ends(length, size):
+    """Where chunks end: whole ones, but the last two share evenly what is left."""
+    ends = [0]
+    while length - ends[-1] > 2 * size:
+        ends.append(ends[-1] + size)
+    if length - ends[-1] > size:
+        ends.append((length + ends[-1]) // 2)
+    return [*ends[1:], length]
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "reference"])
@@ -146,7 +152,7 @@ def test_kept_tokens_scores_and_answers_equal_the_plain_reference(family, kernel
     engine = tiny_engine(tiny_model(family), **SETTINGS)
     result = next(engine.generate(as_requests([prompt], max_tokens=NEW)))
     answer = result.token_ids[:-1]  # the last token was never fed back
-    reference, greedy = run_reference(tiny_model(family), prompt, even_chunks(50, CHUNK), answer)
+    reference, greedy = run_reference(tiny_model(family), prompt, chunk_ends(50, CHUNK), answer)
     assert list(result.token_ids) == greedy
     for layer, kept in reference.kept.items():
         rows = spy.rows(layer)
@@ -215,20 +221,30 @@ def test_unscored_work_is_not_done(monkeypatch):
     from bmx.kernels import cpu
 
     asked = []
-    original = cpu.attend_chunk
+    chunk, slots = cpu.attend_chunk, cpu.attend_slots
 
-    def watched(*args, want_mass, **kwargs):
+    def watched_chunk(*args, votes, **kwargs):
+        asked.append(votes is not None)
+        return chunk(*args, votes=votes, **kwargs)
+
+    def watched_slots(*args, want_mass, **kwargs):
         asked.append(want_mass)
-        return original(*args, want_mass=want_mass, **kwargs)
+        return slots(*args, want_mass=want_mass, **kwargs)
 
-    monkeypatch.setattr(cpu, "attend_chunk", watched)
+    monkeypatch.setattr(cpu, "attend_chunk", watched_chunk)
+    monkeypatch.setattr(cpu, "attend_slots", watched_slots)
     prompts = random_prompts((10, 50))
-    list(tiny_engine("llama", kv_policy="none").generate(as_requests(prompts, max_tokens=2)))
-    list(tiny_engine("llama", kv_budget=40).generate(as_requests(prompts[:1], max_tokens=2)))
-    assert asked
-    assert not any(asked)
-    list(tiny_engine("llama", kv_budget=40).generate(as_requests(prompts[1:], max_tokens=2)))
-    assert asked[-1]
+    for kept, settings in ((prompts, {"kv_policy": "none"}), (prompts[:1], {"kv_budget": 40})):
+        engine, requests = tiny_engine("llama", **settings), as_requests(kept, max_tokens=3)
+        plan = engine.plan(engine.measure(requests))
+        asked.clear()  # what was rehearsed is another matter
+        list(engine.generate(requests, plan))
+        assert asked
+        assert not any(asked)
+    for policy, wanted in (("average-attention", True), ("keydiff", False), ("streaming", False)):
+        asked.clear()
+        list(tiny_engine("llama", kv_budget=40, kv_policy=policy).generate(as_requests(prompts[1:], max_tokens=3)))
+        assert asked[-4:] == [wanted] * 4  # the decoding steps' two layers
 
 
 def test_a_plan_made_from_shorter_rows_changes_no_answer():

@@ -66,6 +66,8 @@ def flag(name: str) -> str:
         ("max_tokens", 256, 1, 2, 3),
         ("temperature", 0.0, 0.1, 0.2, 0.3),
         ("kv_policy", "average-attention", "none", "average-attention", "none"),
+        ("kv_budget", 1024, 0.25, 700, 0.5),
+        ("kv_layer_budgets", "uniform", "pyramid", "uniform", "pyramid"),
         ("model", "demo", "./one", "./two", "./three"),
         ("system_prompt", None, "one", "two", "three"),
         ("stop", [], ["one"], ["two"], ["three"]),
@@ -106,8 +108,15 @@ def test_the_config_file_itself_may_come_from_the_environment(config_file):
 
 def sample(setting: Any) -> Any:
     """A value that a setting takes and that is not its default."""
-    if setting.name == "shard":
-        return "2/3"
+    special: dict[str, Any] = {
+        "shard": "2/3",
+        "kv_policy": "h2o",
+        "kv_layer_budgets": "pyramid",
+        "kv_share_layers": "7:3",
+    }
+    special |= {"kv_budget": 2000, "kv_probe_weight": 0.25}  # more than kv_sink and kv_recent; not the default
+    if setting.name in special:
+        return special[setting.name]
     if get_origin(setting.type) is Literal:
         return next(word for word in get_args(setting.type) if word != setting.default)
     samples = {bool: not setting.default, int: 600, float: 0.5, str: "text", tuple: ["7"]}

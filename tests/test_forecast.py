@@ -54,7 +54,7 @@ def requests(number, policy=FULL, seed=0, prompts=(50, 2000), answers=(1, 200)):
     drawn = [
         (int(math.exp(generator.uniform(*map(math.log, prompts)))), generator.randint(*answers)) for _ in range(number)
     ]
-    return [Length(prompt, answer, policy.rows_needed(prompt + answer)) for prompt, answer in drawn]
+    return [Length(prompt, answer, policy.rows_needed(prompt, answer)) for prompt, answer in drawn]
 
 
 def planned(lengths, policy=FULL, slots=None, step=STEP, total=10**12):
@@ -209,7 +209,7 @@ def steps_of(scheduler, lengths):
 def test_a_forecast_takes_as_many_steps_as_the_scheduler_would(sizes, slots, chunk_size, more_tokens, policy):
     """Told by a model whose steps take a second each, whatever is in them."""
     step = StepSize(chunk_size=chunk_size, max_num_batched_tokens=chunk_size + more_tokens)
-    lengths = [Length(prompt, answer, policy.rows_needed(prompt + answer)) for prompt, answer in sizes]
+    lengths = [Length(prompt, answer, policy.rows_needed(prompt, answer)) for prompt, answer in sizes]
     made = planned(lengths, policy, slots, step)
     starting = replace(SPEC, costs=replace(SPEC.costs, operators=10**15))
     only_starts = Rates(flops=1e30, bandwidth=1e30, thin_bandwidth=1e30, operator_seconds=1e-15, source="")

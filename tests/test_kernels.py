@@ -43,13 +43,14 @@ def dense_head(query, keys, values, unseen, *, scale, softcap=None, sink=None):
     return probabilities @ values.double(), probabilities
 
 
-def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=None, **details):
-    """A chunk's output [T, H, E] and mass [K, P + T], query head by query head."""
+def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=None, votes=None, **details):
+    """A chunk's output [T, H, E] and sums [M + 1, K, P + T] (squares last), query head by query head."""
     tokens, heads, _ = query.shape
     kv_heads, past, _ = past_key.shape
     group = heads // kv_heads
     output = torch.zeros(tokens, heads, value.shape[-1], dtype=torch.float64)
-    mass = torch.zeros(kv_heads, past + tokens, dtype=torch.float64)
+    votes = (torch.ones(1, tokens) if votes is None else votes).double()
+    sums = torch.zeros(len(votes) + 1, kv_heads, past + tokens, dtype=torch.float64)
     later = torch.arange(past + tokens)[None, :] > past + torch.arange(tokens)[:, None]
     for head in range(heads):
         owner = head // group
@@ -57,26 +58,31 @@ def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=N
         keys, values = torch.cat([past_key[owner], key[:, owner]]), torch.cat([past_value[owner], value[:, owner]])
         sink = None if sinks is None else sinks[head]
         output[:, head], weights = dense_head(query[:, head], keys, values, unseen, sink=sink, **details)
-        mass[owner] += weights.sum(0) / group
-    return output, mass
+        for way, ballots in enumerate(votes):
+            for vote, row in zip(ballots, weights, strict=True):
+                sums[way, owner] += vote * row / group
+        for vote, row in zip(votes[0], weights, strict=True):
+            sums[-1, owner] += vote * row * row / group
+    return output, sums
 
 
 def dense_slots(query, keys, values, *, sinks=None, hidden=None, **details):
-    """Output [B, H, E] and mass [B, K, C] of one token per slot, query head by query head."""
+    """Output [B, H, E] and sums [2, B, K, C] (squares last) of one token per slot, query head by query head."""
     batch, heads, _ = query.shape
     kv_heads, rows = keys.shape[1:3]
     hidden = torch.zeros(1, 1, 1, dtype=torch.bool) if hidden is None else hidden
     hidden = hidden.expand(batch, kv_heads, rows)
     output = torch.zeros(batch, heads, values.shape[-1], dtype=torch.float64)
-    mass = torch.zeros(batch, kv_heads, rows, dtype=torch.float64)
+    sums = torch.zeros(2, batch, kv_heads, rows, dtype=torch.float64)
     for slot in range(batch):
         for head in range(heads):
             owner = head // (heads // kv_heads)
             sink = None if sinks is None else sinks[head]
             one = query[slot, [head]], keys[slot, owner], values[slot, owner], hidden[slot, [owner]]
             output[slot, [head]], weights = dense_head(*one, sink=sink, **details)
-            mass[slot, owner] += weights[0] * kv_heads / heads
-    return output, mass
+            sums[0, slot, owner] += weights[0] * kv_heads / heads
+            sums[1, slot, owner] += weights[0] * weights[0] * kv_heads / heads
+    return output, sums
 
 
 def window_mask(tokens, past, kv_heads, window):
@@ -87,11 +93,21 @@ def window_mask(tokens, past, kv_heads, window):
     return positions[:, None, :] <= own[None, :, None] - window
 
 
+def attended(kernel, chunk, **details):
+    """A chunk's output, and what each key received when all votes count alike, with its squares: [2, K, P + T]."""
+    return kernel.attend_chunk(*chunk, votes=torch.ones(1, len(chunk[0])), squares=True, **details)
+
+
+def looked_up(kernel, slots, **details):
+    """Slots' output and sums, squares included: [2, B, K, C]."""
+    return kernel.attend_slots(*slots, want_mass=True, squares=True, **details)
+
+
 def assert_same(found, expected, **tolerance):
-    output, mass = found
+    output, sums = found
     torch.testing.assert_close(output.double(), expected[0], **tolerance)
-    torch.testing.assert_close(mass.double(), expected[1], **tolerance)
-    assert mass.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), expected[1], **tolerance)
+    assert sums.dtype == torch.float32
 
 
 @KERNELS
@@ -100,14 +116,14 @@ def assert_same(found, expected, **tolerance):
 @pytest.mark.parametrize("tokens", [1, 5, 130])
 def test_a_chunk_attends_to_its_slot_and_causally_to_itself(kernel, tokens, past, group):
     chunk = operands(tokens, past, group=group, kv_heads=2)
-    assert_same(kernel.attend_chunk(*chunk, scale=0.4), dense_chunk(*chunk, scale=0.4), **TIGHT)
+    assert_same(attended(kernel, chunk, scale=0.4), dense_chunk(*chunk, scale=0.4), **TIGHT)
 
 
 @KERNELS
 def test_a_chunk_of_several_uneven_tiles_is_one_attention(kernel):
     chunk = operands(300, 45, group=2)
     details = {"scale": 0.3, "softcap": 4.0, "sinks": normal(4), "hidden": window_mask(300, 45, 2, window=70)}
-    assert_same(kernel.attend_chunk(*chunk, **details), dense_chunk(*chunk, **details), **TIGHT)
+    assert_same(attended(kernel, chunk, **details), dense_chunk(*chunk, **details), **TIGHT)
 
 
 DETAILS = {
@@ -127,18 +143,18 @@ DETAILS = {
 def test_a_chunk_with_what_models_ask_for(kernel, details):
     details = dict(details)
     chunk = operands(33, 20, value_dim=details.pop("value_dim", 8))
-    assert_same(kernel.attend_chunk(*chunk, scale=0.5, **details), dense_chunk(*chunk, scale=0.5, **details), **TIGHT)
+    assert_same(attended(kernel, chunk, scale=0.5, **details), dense_chunk(*chunk, scale=0.5, **details), **TIGHT)
 
 
 @KERNELS
 @pytest.mark.parametrize("dtype", LOOSE, ids=str)
 def test_a_chunk_in_half_precision_is_as_near_as_its_numbers(kernel, dtype):
     chunk = operands(150, 40, dtype=dtype)
-    output, mass = kernel.attend_chunk(*chunk, scale=0.35, sinks=normal(6, dtype=dtype))
+    output, sums = attended(kernel, chunk, scale=0.35, sinks=normal(6, dtype=dtype))
     expected, columns = dense_chunk(*chunk, scale=0.35, sinks=normal(6, dtype=dtype))
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), expected, **LOOSE[dtype])
-    torch.testing.assert_close(mass.double(), columns, atol=LOOSE[dtype]["atol"], rtol=LOOSE[dtype]["rtol"])
+    torch.testing.assert_close(sums.double(), columns, **LOOSE[dtype])
 
 
 @KERNELS
@@ -152,15 +168,15 @@ def test_a_chunk_may_be_strided(kernel, tokens):
         pool[1, :, :19] = rows
         views.append(pool[1, :, :19])
     assert not any(view.is_contiguous() for view in views if view.shape[0] > 1)
-    assert_same(kernel.attend_chunk(*views, scale=0.4), dense_chunk(*chunk, scale=0.4), **TIGHT)
+    assert_same(attended(kernel, views, scale=0.4), dense_chunk(*chunk, scale=0.4), **TIGHT)
 
 
 @KERNELS
 def test_the_operands_are_not_changed(kernel):
-    details = {"sinks": normal(6), "hidden": window_mask(33, 20, 2, window=7)}
+    details = {"sinks": normal(6), "hidden": window_mask(33, 20, 2, window=7), "votes": torch.rand(2, 33)}
     chunk = operands(33, 20)
     before = [t.clone() for t in (*chunk, *details.values())]
-    kernel.attend_chunk(*chunk, scale=0.5, softcap=2.0, **details)
+    kernel.attend_chunk(*chunk, scale=0.5, softcap=2.0, squares=True, **details)
     assert all(torch.equal(old, new) for old, new in zip(before, (*chunk, *details.values()), strict=True))
 
 
@@ -168,7 +184,7 @@ def test_the_operands_are_not_changed(kernel):
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_each_query_hands_out_one_unit_of_mass(kernel, tokens):
     """Summed over the keys, a kv head's mass is the number of queries: a head's probabilities add up to one."""
-    _, mass = kernel.attend_chunk(*operands(tokens, 19), scale=0.4)
+    _, (mass, _) = attended(kernel, operands(tokens, 19), scale=0.4)
     torch.testing.assert_close(mass.sum(-1), torch.full((2,), float(tokens)), rtol=1e-5, atol=0)
 
 
@@ -177,16 +193,18 @@ def test_what_sinks_take_is_missing_from_the_mass(kernel):
     """A sink as strong as all keys together takes half of every query's unit."""
     query, key, value, past_key, past_value = operands(7, 9)
     level = torch.zeros_like(query)  # every score is 0: each query sees its n keys evenly
-    first = kernel.attend_chunk(level[:1], key[:1], value[:1], past_key, past_value, scale=1.0, sinks=torch.zeros(6))
-    torch.testing.assert_close(first[1].sum(-1), torch.full((2,), 10 / 11))
-    every = kernel.attend_chunk(level, key, value, past_key, past_value, scale=1.0, sinks=torch.zeros(6))
-    torch.testing.assert_close(every[1].sum(-1), torch.full((2,), sum(n / (n + 1) for n in range(10, 17))))
+    one = level[:1], key[:1], value[:1], past_key, past_value
+    _, (mass, squares) = attended(kernel, one, scale=1.0, sinks=torch.zeros(6))
+    torch.testing.assert_close(mass.sum(-1), torch.full((2,), 10 / 11))
+    torch.testing.assert_close(squares.sum(-1), torch.full((2,), 10 / 11**2))
+    _, (mass, _) = attended(kernel, (level, key, value, past_key, past_value), scale=1.0, sinks=torch.zeros(6))
+    torch.testing.assert_close(mass.sum(-1), torch.full((2,), sum(n / (n + 1) for n in range(10, 17))))
 
 
 @KERNELS
 def test_hidden_and_later_keys_receive_no_mass(kernel):
     mask = window_mask(33, 20, 2, window=7)
-    _, mass = kernel.attend_chunk(*operands(33, 20), scale=0.4, hidden=mask)
+    _, (mass, _) = attended(kernel, operands(33, 20), scale=0.4, hidden=mask)
     never = mask.all(1)
     assert never.any()
     assert (mass[never] == 0).all()
@@ -196,13 +214,79 @@ def test_hidden_and_later_keys_receive_no_mass(kernel):
 @KERNELS
 def test_mass_nobody_asked_for_is_not_there(kernel):
     chunk = operands(33, 20)
-    output, none = kernel.attend_chunk(*chunk, scale=0.4, want_mass=False)
+    output, none = kernel.attend_chunk(*chunk, scale=0.4, squares=True)
     assert none is None
-    assert torch.equal(output, kernel.attend_chunk(*chunk, scale=0.4)[0])
-    query, keys, values = normal(3, 6, 8), normal(3, 2, 10, 8), normal(3, 2, 10, 8)
-    output, none = kernel.attend_slots(query, keys, values, scale=0.4, want_mass=False)
+    assert torch.equal(output, attended(kernel, chunk, scale=0.4)[0])
+    slots = normal(3, 6, 8), normal(3, 2, 10, 8), normal(3, 2, 10, 8)
+    output, none = kernel.attend_slots(*slots, scale=0.4, squares=True)
     assert none is None
-    assert torch.equal(output, kernel.attend_slots(query, keys, values, scale=0.4)[0])
+    assert torch.equal(output, looked_up(kernel, slots, scale=0.4)[0])
+
+
+@KERNELS
+def test_squares_nobody_asked_for_are_not_there(kernel):
+    chunk, slots, votes = operands(33, 20), slot_operands(), torch.rand(2, 33)
+    output, sums = kernel.attend_chunk(*chunk, scale=0.4, votes=votes)
+    more, with_squares = kernel.attend_chunk(*chunk, scale=0.4, votes=votes, squares=True)
+    assert (sums.shape, with_squares.shape) == ((2, 2, 53), (3, 2, 53))
+    assert torch.equal(sums, with_squares[:2])
+    assert torch.equal(output, more)
+    output, sums = kernel.attend_slots(*slots, scale=0.4, want_mass=True)
+    more, with_squares = looked_up(kernel, slots, scale=0.4)
+    assert (sums.shape, with_squares.shape) == ((1, 3, 2, 20), (2, 3, 2, 20))
+    assert torch.equal(sums, with_squares[:1])
+    assert torch.equal(output, more)
+
+
+def some_votes(kind, tokens):
+    """[M, tokens] weights of queries."""
+    ones, place = torch.ones(tokens), torch.arange(tokens)
+    return {
+        "one way": torch.rand(1, tokens, generator=torch.Generator().manual_seed(4)),
+        "three ways": normal(3, tokens, seed=5),  # negative ones too
+        "fading": (0.98 ** (tokens - 1 - place)).unsqueeze(0),
+        "the newest query": (place == tokens - 1).float().unsqueeze(0),
+        "the newest queries": (place >= tokens - 7).float().unsqueeze(0),
+        "the first query": (place == 0).float().unsqueeze(0),
+        "two that share no query": torch.stack([ones * (place < tokens - 3), ones * (place >= tokens - 3)]),
+        "only the second way votes": torch.stack([0 * ones, ones]),
+        "nobody": torch.zeros(2, tokens),
+    }[kind]
+
+
+WAYS = (
+    *("one way", "three ways", "fading", "the newest query", "the newest queries", "the first query"),
+    *("two that share no query", "only the second way votes", "nobody"),
+)
+
+
+@KERNELS
+@pytest.mark.parametrize("tokens", [1, 33, 300])
+@pytest.mark.parametrize("kind", WAYS)
+def test_attention_is_added_up_as_the_votes_say(kernel, kind, tokens):
+    """Votes of zero for whole tiles of queries are no reason to leave out the others."""
+    chunk, votes = operands(tokens, 20, group=2), some_votes(kind, tokens)
+    found = kernel.attend_chunk(*chunk, scale=0.4, votes=votes, squares=True)
+    assert found[1].shape == (len(votes) + 1, 2, 20 + tokens)
+    assert_same(found, dense_chunk(*chunk, scale=0.4, votes=votes), **TIGHT)
+
+
+@KERNELS
+def test_votes_with_all_that_models_ask_for(kernel):
+    chunk, votes = operands(190, 20, value_dim=4), some_votes("three ways", 190)
+    details = {"scale": 0.5, "softcap": 2.0, "sinks": normal(6), "hidden": window_mask(190, 20, 2, window=25)}
+    found = kernel.attend_chunk(*chunk, votes=votes, squares=True, **details)
+    assert_same(found, dense_chunk(*chunk, votes=votes, **details), **TIGHT)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", LOOSE, ids=str)
+def test_votes_count_in_half_precision_too(kernel, dtype):
+    chunk, votes = operands(150, 40, dtype=dtype), some_votes("fading", 150)
+    _, sums = kernel.attend_chunk(*chunk, scale=0.35, votes=votes, squares=True)
+    _, expected = dense_chunk(*chunk, scale=0.35, votes=votes)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), expected, **LOOSE[dtype])
 
 
 SLOTS = {
@@ -231,18 +315,18 @@ def slot_operands(group=3, value_dim=8, dtype=torch.float32):
 def test_decoding_tokens_attend_to_their_slots(kernel, details):
     details = dict(details)
     slots = slot_operands(details.pop("group", 3), details.pop("value_dim", 8))
-    assert_same(kernel.attend_slots(*slots, scale=0.5, **details), dense_slots(*slots, scale=0.5, **details), **TIGHT)
+    assert_same(looked_up(kernel, slots, scale=0.5, **details), dense_slots(*slots, scale=0.5, **details), **TIGHT)
 
 
 @KERNELS
 @pytest.mark.parametrize("dtype", LOOSE, ids=str)
 def test_decoding_in_half_precision_is_as_near_as_its_numbers(kernel, dtype):
     slots = slot_operands(dtype=dtype)
-    output, mass = kernel.attend_slots(*slots, scale=0.35)
+    output, sums = looked_up(kernel, slots, scale=0.35)
     expected, columns = dense_slots(*slots, scale=0.35)
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), expected, **LOOSE[dtype])
-    torch.testing.assert_close(mass.double(), columns, **LOOSE[dtype])
+    torch.testing.assert_close(sums.double(), columns, **LOOSE[dtype])
 
 
 @KERNELS
@@ -254,12 +338,12 @@ def test_decoding_slots_may_be_strided(kernel):
         values.transpose(1, 2).contiguous().transpose(1, 2),
     )
     expected = dense_slots(query, keys, values, scale=0.4)
-    assert_same(kernel.attend_slots(*views, scale=0.4), expected, **TIGHT)
+    assert_same(looked_up(kernel, views, scale=0.4), expected, **TIGHT)
 
 
 @KERNELS
 def test_each_decoding_token_hands_out_one_unit_of_mass(kernel):
-    _, mass = kernel.attend_slots(*slot_operands(), scale=0.4)
+    _, (mass, _) = looked_up(kernel, slot_operands(), scale=0.4)
     torch.testing.assert_close(mass.sum(-1), torch.ones(3, 2))
 
 

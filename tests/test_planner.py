@@ -57,6 +57,7 @@ SPEC = ModelSpec(
     itemsize=2,
 )
 POLICY = CompressionPolicy.from_config(EngineConfig(kv_budget=1024))
+HUGE = CompressionPolicy.from_config(EngineConfig(kv_budget=10**6))  # slots of any capacity are no larger than it
 FULL = CompressionPolicy.from_config(EngineConfig(kv_policy="none"))
 STEP = StepSize(chunk_size=256, max_num_batched_tokens=1024)
 
@@ -69,7 +70,7 @@ DEVICE = Device(kind="cpu", runtime=200 * MB, workspace=workspace, slack=10 * MB
 
 
 def layout(capacity):
-    return POLICY.layout(SPEC, capacity)
+    return HUGE.layout(SPEC, capacity)
 
 
 def needed(groups, step=STEP, device=DEVICE):
@@ -320,7 +321,7 @@ def test_each_sequence_belongs_to_one_of_at_most_sixteen_groups_that_holds_it(ro
 
 
 def of_tokens(policy, prompts, answer=100):
-    return [Length(tokens, answer, policy.rows_needed(tokens + answer)) for tokens in prompts]
+    return [Length(tokens, answer, policy.rows_needed(tokens, answer)) for tokens in prompts]
 
 
 def lost(found, lengths):
@@ -404,7 +405,7 @@ def test_thousands_of_different_lengths_are_cut_as_well_as_a_few():
 
 def test_short_prompts_do_not_pay_for_the_budget():
     """200-token prompts beside long ones get slots of about 200 rows, and so more of them fit."""
-    rows = [POLICY.rows_needed(tokens) for tokens in [200] * 900 + [5000] * 100]
+    rows = [POLICY.rows_needed(tokens, 0) for tokens in [200] * 900 + [5000] * 100]
     found = planned(Limits(total=10**12, pool=300 * MB), rows)
     small, large = sorted(found.groups, key=lambda group: group.capacity)
     assert small.capacity < 220

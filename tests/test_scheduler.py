@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmx.engine.scheduler import Scheduler, Step
-from bmx.engine.sequence import Sequence
+from bmx.engine.sequence import Sequence, chunk_ends
 from bmx.planner import SlotGroup, StepSize
 from bmx.request import Request, SamplingParams
 
@@ -248,13 +248,31 @@ def test_where_a_prompt_is_cut_depends_on_that_prompt_alone(load, max_tokens):
 
 @FUZZ
 @given(st.integers(1, 3000), st.integers(1, 600))
-def test_chunks_are_as_few_and_as_even_as_can_be(prompt, chunk_size):
+def test_chunks_are_as_few_as_can_be_and_the_last_two_are_even(prompt, chunk_size):
     trace = drive(Load((Job(prompt, 1),), (SlotGroup(prompt + 1, 1),), 10**9, chunk_size, 1))
     lengths = [length for _, length in trace.prompt_chunks()["0"]]
     assert sum(lengths) == prompt
     assert len(lengths) == -(-prompt // chunk_size)
     assert max(lengths) <= chunk_size
-    assert max(lengths) - min(lengths) <= 1
+    assert set(lengths[:-2]) <= {chunk_size}
+    assert lengths[-1] - lengths[-2 % len(lengths)] in {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [(1, [1]), (500, [500]), (512, [512]), (600, [300, 600]), (1024, [512, 1024]), (1300, [512, 906, 1300])],
+)
+def test_where_chunks_end(tokens, ends):
+    assert chunk_ends(tokens, 512) == ends
+
+
+@FUZZ
+@given(st.integers(1, 3000), st.integers(1, 600))
+def test_ends_before_an_end_are_multiples_of_the_chunk_size(prompt, chunk_size):
+    """So that two prompts which both have a chunk end at some place have had the same ends before."""
+    *before, _ = chunk_ends(prompt, chunk_size)
+    for i, end in enumerate(before):
+        assert before[:i] == list(range(chunk_size, end, chunk_size))
 
 
 def test_prompts_share_a_step_as_long_as_they_fit():
@@ -458,9 +476,9 @@ def test_a_sequence_that_begins_again_answers_as_if_it_had_not(speaker, steps, s
             assert (sequence.computed, sequence.known, sequence.slot) == (0, len(sequence.prompt), None)
     assert speaker.run([s for s in disturbed if not s.finish_reason], (SlotGroup(40, 1),)) == []
     for first, again in zip(undisturbed, disturbed, strict=True):
-        assert again.result(40, 40) == first.result(40, 40)
+        assert again.result(40) == first.result(40)
     if speaker.params.temperature and not seeded:
-        assert len({sequence.result(40, 40).text for sequence in undisturbed}) > 1
+        assert len({sequence.result(40).text for sequence in undisturbed}) > 1
 
 
 def test_random_numbers_begin_again_with_the_sequence():
@@ -480,7 +498,7 @@ def test_half_a_stop_string_is_forgotten():
         assert sequence.finish_reason is None
         sequence.accept(token)
     assert sequence.finish_reason == "length"
-    assert sequence.result(40, 40).text == "bacd"
+    assert sequence.result(40).text == "bacd"
 
 
 def test_a_stop_string_met_before_it_began_again_is_met_again():
@@ -491,7 +509,7 @@ def test_a_stop_string_met_before_it_began_again_is_met_again():
     for token in (2, 0, 1):
         sequence.accept(token)
     assert sequence.finish_reason == "stop"
-    assert sequence.result(40, 40).text == "c"
+    assert sequence.result(40).text == "c"
 
 
 def test_the_scheduler_loads_neither_torch_nor_transformers():

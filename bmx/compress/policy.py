@@ -1,18 +1,23 @@
-"""The policy: a scorer, a budget and the tokens that are never evicted, as one value; and who survives a chunk.
+"""The policy: a scorer, a budget, a format and the tokens that are never evicted, as one value; and who survives.
 
 Knows ranks and rows; knows nothing of models' sizes beyond the spec, of memory or of steps.
 
-Shapes: K kv heads, C rows of a slot, P rows in use, T chunk tokens, B decoding slots.
+Shapes: K kv heads, G query heads of each, C rows of a slot, P rows in use, T chunk tokens, M ways of adding up
+attention, B decoding slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bmx.compress.scorers import AverageAttention, Needs, Newest, Scorer, Seen
+from bmx.compress.budgets import Budget
+from bmx.compress.scorers import scorer_named
+from bmx.compress.seen import RANK_EVERY, TENSORS, Needs, Scorer, Seen
 from bmx.config import EngineConfig
-from bmx.kv.layout import KVLayout, LayerLayout
+from bmx.errors import UsageError
+from bmx.kv.layout import KEY_GROUP, NOTES, FormatName, KVLayout, LayerLayout
 from bmx.model.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -20,43 +25,124 @@ if TYPE_CHECKING:
 
     from bmx.kv.pool import LayerSlots
 
-SCORERS: dict[str, Scorer | None] = {"average-attention": AverageAttention(), "none": None}
+UNRANKED = 1e30  # what comes after the last ranking stays as long as anything ranked is left
+POSITIONS = 2.0**23  # that a float32 can tell apart above it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """A prompt chunk that has attended, and wants to move into its slot.
+
+    Attributes:
+        slot: the sequence's row of the batch.
+        start: tokens of the sequence before the chunk.
+        limit: rows of the slot that the sequence may use.
+        spans: positions from .. to that are never evicted.
+        key: [T, K, D]; value [T, K, E]: the chunk's own.
+        queries: [T, K, G, D].
+        scale: factor of the dot products.
+        sums: [M, K, P + T] attention received from the chunk's queries, slot rows first, or None if unscored.
+    """
+
+    slot: int
+    start: int
+    limit: int
+    spans: tuple[tuple[int, int], ...]
+    key: Tensor
+    value: Tensor
+    queries: Tensor
+    scale: float
+    sums: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """Decoding tokens of a group, one per slot, each about to take a row.
+
+    Attributes:
+        slots: [B]; now [B], tokens seen by each before.
+        seen: the same numbers, on the host; ``limits``: rows of its slot that each sequence may use.
+        rows: [B] those limits, or None where they are all of the slot.
+        spans: [B, N, 2] positions that are never evicted, or None.
+    """
+
+    slots: Tensor
+    now: Tensor
+    seen: tuple[int, ...]
+    limits: tuple[int, ...]
+    rows: Tensor | None = None
+    spans: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionPolicy:
-    """Which KV pairs a sequence keeps.
+    """Which KV pairs a sequence keeps, how many, and how they are stored.
 
     Attributes:
         scorer: ranks the pairs; None keeps them all.
-        budget: pairs that each layer and head may keep (unused without a scorer).
+        budget: how many each layer and head may keep (unused without a scorer).
         sink: first tokens that are never evicted.
         recent: newest tokens that are never evicted.
+        value_norm: scores are multiplied by the length of the pair's value (VATP, arXiv 2406.12335, section 3).
+        probe: the share of the probe's attention in the scores; 0 if there is no probe.
+        format: how pairs are stored.
+        protects: the job's instructions are never evicted.
     """
 
     scorer: Scorer | None
-    budget: int
+    budget: Budget
     sink: int
     recent: int
+    value_norm: bool = False
+    probe: float = 0.0
+    format: FormatName = "auto"
+    protects: bool = False
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> CompressionPolicy:
-        """The policy that the configuration names."""
-        scorer = SCORERS[config.kv_policy]
-        return cls(scorer=scorer, budget=config.kv_budget, sink=config.kv_sink, recent=config.kv_recent)
+        """The policy that the configuration names.
 
-    def rows_needed(self, total_tokens: int) -> int:
-        """Rows of a slot that a sequence of so many tokens, prompt and answer, needs."""
-        return total_tokens if self.scorer is None else min(total_tokens, self.budget)
+        Raises:
+            UsageError: no such scorer, or one that cannot be combined with the rest.
+        """
+        scorer = scorer_named(config.kv_policy)
+        adds_up = scorer is not None and Needs.MASS in scorer.needs
+        for name, asked in (("kv_probe", config.kv_probe), ("kv_value_norm", config.kv_value_norm)):
+            if asked and not adds_up:
+                hint = "average-attention, h2o, decay, roco, window, tova and r-kv do"
+                raise UsageError(f"{name} needs a policy that looks at attention, unlike {config.kv_policy}", hint=hint)
+        if isinstance(config.kv_budget, str):
+            raise UsageError(
+                "kv_budget auto is for runs of the command line", hint="give a number, or a share like 25%"
+            )
+        return cls(
+            scorer=scorer,
+            budget=Budget.of(config.kv_budget, config.kv_sink + config.kv_recent, config.kv_layer_budgets),
+            sink=config.kv_sink,
+            recent=config.kv_recent,
+            value_norm=config.kv_value_norm,
+            probe=config.kv_probe_weight if config.kv_probe else 0.0,
+            format=config.kv_format,
+            protects=config.kv_protect != "none" and scorer is not None,
+        )
+
+    def rows_needed(self, prompt_tokens: int, max_tokens: int) -> int:
+        """Rows of a slot that a sequence of so many tokens needs, in the layer that keeps most."""
+        return prompt_tokens + max_tokens if self.scorer is None else self.budget.rows(prompt_tokens, max_tokens)
 
     def layout(self, spec: ModelSpec, capacity: int) -> KVLayout:
         """A slot of ``capacity`` rows; sliding-window layers hold no more than their window."""
         return KVLayout(tuple(self._layer(spec, layer, capacity) for layer in spec.layers))
 
     def _layer(self, spec: ModelSpec, layer: LayerSpec, capacity: int) -> LayerLayout:
-        by_age = layer.window is not None and layer.window <= capacity
+        rows = capacity
+        if self.scorer is not None and self.budget.share is None:
+            rows = min(capacity, self.budget.layer(layer.owner, len(spec.layers)))
+        by_age = layer.window is not None and (layer.window <= rows or self.budget.share is not None)
+        rows = min(rows, layer.window or rows)
+        by_channel = self.format in ("int8", "int4") and self.scorer is None and layer.window is None
         return LayerLayout(
-            capacity=min(capacity, layer.window or capacity),
+            capacity=rows,
             kv_heads=layer.kv_heads,
             key_dim=layer.key_dim,
             value_dim=layer.value_dim,
@@ -65,72 +151,200 @@ class CompressionPolicy:
             owner=layer.owner,
             last_reader=spec.last_reader(layer.owner),
             by_age=by_age,
+            format=self.format,
+            exact=0 if self.format == "auto" else KEY_GROUP if by_channel else min(self.recent, rows),
+            by_channel=by_channel,
+            notes=() if by_age or self.scorer is None else self._notes,
         )
 
-    def scorer_of(self, layout: LayerLayout) -> Scorer:
-        """What ranks this layer's rows."""
-        return Newest() if layout.by_age or self.scorer is None else self.scorer
+    @property
+    def needs(self) -> Needs:
+        """What must be seen to rank pairs."""
+        needs = Needs.NOTHING if self.scorer is None else self.scorer.needs
+        return needs | (Needs.VALUES if self.value_norm else needs) | (Needs.PROBE if self.probe else needs)
 
-    def needs_mass(self, layout: LayerLayout) -> bool:
-        """Whether this layer's attention must be added up."""
-        return self.scorer_of(layout).needs is Needs.ATTENTION_MASS
+    @property
+    def every(self) -> int:
+        """Decoding tokens between two rankings; 0 if there is none."""
+        every = 1 if self.scorer is None else self.scorer.every
+        return RANK_EVERY if every == 1 and self.needs & TENSORS else every
 
-    def priorities(self, layout: LayerLayout, mass: Tensor, positions: Tensor, now: Tensor | int) -> Tensor:
-        """How much each row deserves to stay.
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The notes that are sums of attention, in the order in which kernels give them."""
+        named = (("mass", Needs.MASS), ("probe", Needs.PROBE), ("squares", Needs.SQUARES))
+        return tuple(name for name, need in named if need in self.needs)
+
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        return self.sums + (() if self.every == 1 else ("rank",))
+
+    def votes(self, queries: int, probes: int) -> list[list[float]]:
+        """The weight of each query in each way of adding up attention [M][T + probes]; squares are extra."""
+        scorer = self.scorer
+        if scorer is None or Needs.MASS not in scorer.needs:
+            return []
+        mass = scorer.votes.weights(queries) + [0.0] * probes
+        return [mass, [0.0] * queries + [1.0] * probes] if self.probe else [mass]
+
+    def _score(self, seen: Seen) -> Tensor:
+        """The scorer's scores with what is mixed into them [..., K, R]."""
+        scores = self.scorer(seen)  # type: ignore[misc]
+        if self.value_norm:
+            scores = scores * seen.values.abs().sum(-1)
+        if self.probe:
+            voted = seen.probe >= 0
+            of_probe = _by_mean(seen.probe.clamp(min=0), voted)
+            scores = _by_mean(scores, seen.valid)
+            scores = scores.where(~voted, (1 - self.probe) * scores + self.probe * of_probe)
+        return scores
+
+    def protected(self, layout: LayerLayout, scores: Tensor, positions: Tensor, now: Tensor | int) -> Tensor:
+        """Scores in which none is finite of those that nothing is to be asked about.
 
         Args:
-            mass: [..., R] float32; positions [..., R] int, -1 for an empty row.
-            now: tokens of the sequence seen so far, a number or [..., 1].
+            scores: [..., K, R]; positions [..., K, R], -1 for an empty row.
+            now: tokens of the sequence seen so far, a number or [..., 1, 1].
 
         Returns:
-            [..., R] float32: the score; +inf for sink and recent tokens; -inf for empty rows and for tokens that no
-            later query can see through the layer's window.
+            [..., K, R]: +inf for sink and recent tokens; -inf for empty rows and for tokens that no later query can
+            see through the layer's window; else the scores, those of unranked tokens above all others.
         """
-        scores = self.scorer_of(layout)(Seen(mass, positions, now, layout.window))
-        protected = (positions < self.sink) | (positions >= now - self.recent)
-        scores = scores.masked_fill(protected, float("inf"))
+        if "rank" in layout.notes:
+            scores = scores.where(scores != float("inf"), UNRANKED * (1 + positions / POSITIONS))
+        scores = scores.masked_fill((positions < self.sink) | (positions >= now - self.recent), float("inf"))
         gone = positions < 0
         if layout.window is not None:
             gone = gone | (positions <= now - layout.window)
         return scores.masked_fill(gone, float("-inf"))
 
-    def victims(self, part: LayerSlots, slots: Tensor, now: Tensor) -> Tensor:
+    def compress(self, part: LayerSlots, new: Arrived) -> None:
+        """After a chunk has attended: note what it saw of the slot's rows, keep the best, drop the rest."""
+        import torch  # here, since plans are made with policies and without torch
+
+        capacity, tokens = min(new.limit, part.layout.capacity), new.key.shape[0]
+        used, now = min(new.start, capacity), new.start + tokens
+        positions = torch.arange(new.start, now, device=new.key.device)
+        notes = self._add_up(part, new, used)
+        if used + tokens <= capacity:
+            part.append(new.slot, used, new.key, new.value, positions, notes)
+            return
+        heads = new.key.shape[1]
+        rivals = torch.cat([part.positions[new.slot, :, :used], positions.expand(heads, -1)], dim=1)  # [K, P+T]
+        scores = self._scores_of_chunk(part, new, used, rivals, notes)
+        if "rank" in notes:
+            part.notes["rank"][new.slot, :, :used] = scores[:, :used]
+            notes["rank"] = scores[:, used:]
+        scores = self.protected(part.layout, scores, rivals, now)
+        for start, stop in new.spans:
+            scores = scores.masked_fill((rivals >= start) & (rivals < stop), float("inf"))
+        best = scores.topk(capacity, dim=-1).indices
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+        free = keep.new_zeros(heads, capacity - used)  # rows that nothing was in are nothing to keep
+        keep = torch.cat([keep[:, :used], free, keep[:, used:]], dim=1)
+        part.replace(new.slot, keep, new.key, new.value, positions, notes)
+
+    def _add_up(self, part: LayerSlots, new: Arrived, used: int) -> dict[str, Tensor]:
+        """Add a chunk's attention to the notes of the rows in use; returns the notes of the chunk itself, [K, T]."""
+        tokens, heads = new.key.shape[:2]
+        own = {
+            name: new.key.new_full((heads, tokens), NOTES[name], dtype=note.dtype) for name, note in part.notes.items()
+        }
+        if new.sums is None or not part.notes:
+            return own
+        old = self.scorer.votes.old(tokens)  # type: ignore[union-attr]
+        for name, seen in zip(self.sums, new.sums, strict=True):
+            row = part.notes[name][new.slot, :, :used]
+            row.mul_(0.0 if name == "probe" else old).add_(seen[:, :used])
+            own[name] = seen[:, used:]
+        return own
+
+    def _scores_of_chunk(
+        self, part: LayerSlots, new: Arrived, used: int, rivals: Tensor, notes: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Scores [K, P + T] of the rows in use and the chunk's tokens."""
+        import torch
+
+        if part.layout.by_age or self.scorer is None:
+            return rivals.float()
+        old = {name: part.notes[name][new.slot, :, :used] for name in self.sums}
+        shown = {name: torch.cat([old[name], notes[name]], dim=1) for name in self.sums}
+        if self.needs & (Needs.KEYS | Needs.VALUES):
+            keys, values = part.read(new.slot, used)
+            shown["keys"] = torch.cat([keys, new.key.transpose(0, 1)], dim=1)
+            shown["values"] = torch.cat([values, new.value.transpose(0, 1)], dim=1)
+        if Needs.QUERIES in self.needs:
+            shown["queries"] = new.queries
+        now, surplus = new.start + new.key.shape[0], rivals.shape[1] - min(new.limit, part.layout.capacity)
+        window = part.layout.window
+        return self._score(
+            Seen(positions=rivals, now=now, shown=shown, surplus=surplus, window=window, scale=new.scale)
+        )
+
+    def victims(self, part: LayerSlots, going: Decoding) -> Tensor:
         """The row that each decoding slot and head gives up for its next token: the lowest-ranked unprotected one.
 
-        Args:
-            slots: [B]; now [B], tokens seen by each.
+        What it says of a slot that is not full yet means nothing.
 
         Returns:
             [B, K] rows.
         """
-        priorities = self.priorities(part.layout, part.mass[slots], part.positions[slots], now.view(-1, 1, 1))
-        return priorities.argmin(-1)
+        positions, now = part.positions[going.slots], going.now.view(-1, 1, 1)
+        if part.layout.by_age:
+            scores = positions.float()
+        elif self.every == 1:
+            notes = {name: part.notes[name][going.slots] for name in self.sums}
+            scores = self._score(Seen(positions=positions, now=now, shown=notes, window=part.layout.window))
+        else:
+            self._rank_again(part, going)
+            scores = part.notes["rank"][going.slots]
+        scores = self.protected(part.layout, scores, positions, now)
+        if going.spans is not None:
+            first, stop = going.spans.unbind(-1)  # [B, N]
+            inside = (positions.unsqueeze(-1) >= first[:, None, None]) & (positions.unsqueeze(-1) < stop[:, None, None])
+            scores = scores.masked_fill(inside.any(-1), float("inf"))
+        if going.rows is not None:
+            beyond = _rows(scores) >= going.rows.view(-1, 1, 1)
+            scores = scores.masked_fill(beyond, float("inf"))
+        return scores.argmin(-1)
 
-    def compress(
-        self, part: LayerSlots, slot: int, start: int, key: Tensor, value: Tensor, mass: Tensor | None
-    ) -> None:
-        """After a chunk has attended: add what it saw to the slot's scores, keep the best, drop the rest.
+    def _rank_again(self, part: LayerSlots, going: Decoding) -> None:
+        """Rank the pairs of the slots whose turn it is: when they have become full, and each so many tokens after."""
+        if not self.every:
+            return
+        for i, (now, limit) in enumerate(zip(going.seen, going.limits, strict=True)):
+            rows = min(limit, part.layout.capacity)
+            if now < rows or (now - rows) % self.every:
+                continue
+            slot = int(going.slots[i])
+            shown = {name: part.notes[name][slot, :, :rows] for name in self.sums}
+            if self.needs & (Needs.KEYS | Needs.VALUES):
+                shown["keys"], shown["values"] = part.read(slot, rows)
+            seen = Seen(positions=part.positions[slot, :, :rows], now=now, shown=shown, window=part.layout.window)
+            part.notes["rank"][slot, :, :rows] = self._score(seen)
+
+    def observe(self, part: LayerSlots, slots: Tensor, sums: Tensor) -> None:
+        """Add what decoding tokens have attended to.
 
         Args:
-            slot: the sequence's row of the batch.
-            start: tokens of the sequence before the chunk.
-            key: [T, K, D]; value [T, K, E]: the chunk's own.
-            mass: [K, P + T] attention received from the chunk's queries, slot rows first, or None if unscored.
+            slots: [B]; sums [M, B, K, C], without the probe's.
         """
-        import torch  # here, since plans are made with policies and without torch
+        old = self.scorer.votes.old(1)  # type: ignore[union-attr]
+        for name, seen in zip((name for name in self.sums if name != "probe"), sums, strict=True):
+            note = part.notes[name]
+            if old == 1:
+                note.index_add_(0, slots, seen)
+            else:
+                note[slots] = note[slots] * old + seen
 
-        capacity, tokens = part.layout.capacity, key.shape[0]
-        used, now = min(start, capacity), start + tokens
-        positions = torch.arange(start, now, device=key.device)
-        if mass is not None:
-            part.mass[slot, :, :used] += mass[:, :used]
-        own = None if mass is None else mass[:, used:]
-        if used + tokens <= capacity:
-            part.append(slot, used, key, value, positions, own)
-            return
-        own = torch.zeros(key.shape[1], tokens, device=key.device) if own is None else own
-        rivals = torch.cat([part.positions[slot], positions.expand(key.shape[1], -1)], dim=1)  # [K, C+T]
-        priorities = self.priorities(part.layout, torch.cat([part.mass[slot], own], dim=1), rivals, now)
-        best = priorities.topk(capacity, dim=-1).indices
-        keep = torch.zeros_like(priorities, dtype=torch.bool).scatter_(1, best, True)
-        part.replace(slot, keep, key, value, positions, own)
+
+def _rows(scores: Tensor) -> Tensor:
+    import torch
+
+    return torch.arange(scores.shape[-1], device=scores.device)
+
+
+def _by_mean(scores: Tensor, counted: Tensor) -> Tensor:
+    """Scores divided by the mean of those that count, for each head."""
+    counts = counted.sum(-1, keepdim=True).clamp(min=1)
+    return scores * counts / (scores * counted).sum(-1, keepdim=True).clamp(min=1e-20)

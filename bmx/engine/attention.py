@@ -15,44 +15,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.compress.policy import CompressionPolicy
+from bmx.compress.policy import Arrived, CompressionPolicy, Decoding
+from bmx.compress.seen import Needs
 from bmx.kernels import Kernels
 from bmx.kv.pool import KVPool, LayerSlots
 
+KEPT_VOTES = 64  # lengths of chunks whose votes are kept
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptChunk:
-    """A run of prompt tokens of one sequence: packed rows, and where its sequence lives."""
+    """A run of prompt tokens of one sequence, and the probe's behind them.
+
+    Attributes:
+        rows: packed rows, the probe's included.
+        group, slot: where its sequence lives; ``start``: tokens of it before the chunk.
+        probes: how many of the packed rows are the probe's: they see the chunk, and leave nothing behind.
+        total: tokens of the sequence when its answer is as long as it may get.
+        limit: rows of the slot that it may use.
+        spans: positions from .. to that are never evicted.
+    """
 
     rows: slice
     group: int
     slot: int
     start: int
-    scored: bool
+    total: int
+    limit: int
+    probes: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def length(self) -> int:
-        """Tokens of the chunk (T)."""
-        return int(self.rows.stop - self.rows.start)
+        """Tokens of the chunk, without the probe's (T)."""
+        return int(self.rows.stop - self.rows.start) - self.probes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decodes:
     """The decoding tokens of one group, one per slot.
 
     Attributes:
         rows: their packed rows.
         slots: [B]; positions [B]: the tokens' positions, equal to the tokens of their sequences seen before.
-        first, last: the least and greatest position.
+        seen: the positions again, on the host; ``totals`` and ``limits`` as in ``PromptChunk``.
+        limited: [B] the limits, where some sequence may not use all of its slot; else None.
+        spans: [B, N, 2] positions that are never evicted, or None.
     """
 
     rows: slice
     group: int
     slots: Tensor
     positions: Tensor
-    first: int
-    last: int
-    scored: bool
+    seen: tuple[int, ...]
+    totals: tuple[int, ...]
+    limits: tuple[int, ...]
+    limited: Tensor | None = None
+    spans: Tensor | None = None
+
+    def evicting(self, capacity: int) -> bool:
+        """Whether any of these sequences will ever evict in a layer of so many rows."""
+        return any(total > min(limit, capacity) for total, limit in zip(self.totals, self.limits, strict=True))
 
 
 @dataclass(slots=True)
@@ -82,7 +105,7 @@ class Shared:
 
     key: Tensor
     value: Tensor
-    mass: Tensor | None
+    sums: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +135,7 @@ class SlotAttention:
         self._pool = pool
         self._policy = policy
         self._kernels = kernels.module
+        self._weights: dict[tuple[int, int], Tensor | None] = {}
         self.step: PackedStep | None = None
 
     def __call__(
@@ -154,72 +178,111 @@ class SlotAttention:
     ) -> Tensor:
         """A chunk attends to its slot and itself, and its survivors move in: output [T, H, E]."""
         part = self._pool.layer(chunk.group, step.layer)
-        layout = part.layout
-        used = min(chunk.start, layout.capacity)
+        layout, tokens = part.layout, chunk.length
+        used = min(chunk.start, chunk.limit, layout.capacity)
         shared = step.shared.get((layout.owner, index)) or Shared(k[chunk.rows], v[chunk.rows], None)
-        output, mass = self._kernels.attend_chunk(
+        keys, values = part.read(chunk.slot, used)
+        evicting = chunk.total > min(chunk.limit, layout.capacity)
+        votes = self._votes(tokens, chunk.probes, q.device) if evicting and layout.notes else None
+        output, sums = self._kernels.attend_chunk(
             q[chunk.rows],
             shared.key,
             shared.value,
-            part.keys[chunk.slot, :, :used],
-            part.values[chunk.slot, :, :used],
+            keys,
+            values,
             hidden=_hidden_from_chunk(part, chunk, used),
-            want_mass=chunk.scored and self._policy.needs_mass(layout),
+            votes=votes,
+            squares=Needs.SQUARES in self._policy.needs,
             **details.options,
         )
-        shared.mass = mass if shared.mass is None else shared.mass + mass
+        if sums is not None:
+            sums = sums[..., : used + tokens]
+            shared.sums = sums if shared.sums is None else shared.sums + sums
         if step.layer < layout.last_reader:
             step.shared[layout.owner, index] = shared
-        else:
-            self._policy.compress(part, chunk.slot, chunk.start, shared.key, shared.value, shared.mass)
+            return output  # type: ignore[no-any-return]
+        arrived = Arrived(
+            slot=chunk.slot,
+            start=chunk.start,
+            limit=chunk.limit,
+            spans=chunk.spans,
+            key=shared.key[:tokens],
+            value=shared.value[:tokens],
+            queries=q[chunk.rows][:tokens].view(tokens, layout.kv_heads, -1, q.shape[-1]),
+            scale=details.scale,
+            sums=shared.sums,
+        )
+        self._policy.compress(part, arrived)
         return output  # type: ignore[no-any-return]
+
+    def _votes(self, tokens: int, probes: int, device: torch.device) -> Tensor | None:
+        """[M, T + probes], or None if attention is not looked at."""
+        found = self._weights.get((tokens, probes))
+        if found is None:
+            if len(self._weights) >= KEPT_VOTES:
+                self._weights.clear()
+            votes = self._policy.votes(tokens, probes)
+            found = self._weights[tokens, probes] = torch.tensor(votes, device=device) if votes else None
+        return found
 
     def _decode(self, step: PackedStep, decodes: Decodes, q: Tensor, k: Tensor, v: Tensor, details: Details) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
         part = self._pool.layer(decodes.group, step.layer)
         if part.layout.owner == step.layer:
             self._insert(part, decodes, k[decodes.rows], v[decodes.rows])
-        output, mass = self._attend(part, decodes, q[decodes.rows], details)
-        if mass is not None:
-            part.mass.index_add_(0, decodes.slots, mass)
+        output, sums = self._attend(part, decodes, q[decodes.rows], details)
+        if sums is not None:
+            self._policy.observe(part, decodes.slots, sums)
         return output
 
     def _attend(
         self, part: LayerSlots, decodes: Decodes, query: Tensor, details: Details
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of one token per slot: output [B, H, E] and mass [B, K, C].
+        """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C].
 
         Copying the keys of some slots costs more than attending to all: from half of them on, those that do not
         decode take part with a query of zeros.
         """
-        slots, options = decodes.slots, details.options
-        options["want_mass"] = decodes.scored and self._policy.needs_mass(part.layout)
+        slots, options, layout = decodes.slots, details.options, part.layout
+        options["want_mass"] = "mass" in layout.notes and decodes.evicting(layout.capacity)
+        options["squares"] = "squares" in layout.notes
         hidden = _hidden_from_decodes(part, decodes)
-        if 2 * len(slots) < len(part.keys):
-            return self._kernels.attend_slots(query, part.keys[slots], part.values[slots], hidden=hidden, **options)  # type: ignore[no-any-return]
-        everyone = query.new_zeros(len(part.keys), *query.shape[1:]).index_copy_(0, slots, query)
+        if 2 * len(slots) < part.slots:
+            return self._kernels.attend_slots(query, *part.read_slots(slots), hidden=hidden, **options)  # type: ignore[no-any-return]
+        everyone = query.new_zeros(part.slots, *query.shape[1:]).index_copy_(0, slots, query)
         if hidden is not None:
-            shown = hidden.new_zeros(len(part.keys), *hidden.shape[1:])
+            shown = hidden.new_zeros(part.slots, *hidden.shape[1:])
             hidden = shown.index_copy_(0, slots, hidden.expand(len(slots), *hidden.shape[1:]))
-        output, mass = self._kernels.attend_slots(everyone, part.keys, part.values, hidden=hidden, **options)
-        return output[slots], None if mass is None else mass[slots]
+        output, sums = self._kernels.attend_slots(everyone, *part.read_slots(slice(None)), hidden=hidden, **options)
+        return output[slots], None if sums is None else sums[:, slots]
 
     def _insert(self, part: LayerSlots, decodes: Decodes, k: Tensor, v: Tensor) -> None:
         """Write the tokens' own keys: into the next empty row, or over the lowest-ranked unprotected one."""
         capacity = part.layout.capacity
+        full = [now >= min(limit, capacity) for now, limit in zip(decodes.seen, decodes.limits, strict=True)]
         rows = decodes.positions.unsqueeze(1)  # [B, 1]
-        if decodes.last >= capacity:
-            victims = self._policy.victims(part, decodes.slots, decodes.positions)
-            rows = victims if decodes.first >= capacity else torch.where(rows >= capacity, victims, rows)
+        if any(full):
+            limited = decodes.limited if decodes.limited is None else decodes.limited.clamp(max=capacity)
+            going = Decoding(
+                slots=decodes.slots,
+                now=decodes.positions,
+                seen=decodes.seen,
+                limits=decodes.limits,
+                rows=limited,
+                spans=decodes.spans,
+            )
+            victims = self._policy.victims(part, going)
+            least = capacity if limited is None else limited.unsqueeze(1)
+            rows = victims if all(full) else torch.where(rows >= least, victims, rows)
         part.write(decodes.slots, rows, k, v, decodes.positions)
 
 
 def _hidden_from_chunk(part: LayerSlots, chunk: PromptChunk, used: int) -> Tensor | None:
     """[K, T, P + T]: keys that a sliding window hides from the chunk's queries; None if it hides nothing."""
-    window = part.layout.window
-    if window is None or chunk.start + chunk.length <= window:
+    window, tokens = part.layout.window, chunk.length + chunk.probes
+    if window is None or chunk.start + tokens <= window:
         return None
-    own = torch.arange(chunk.start, chunk.start + chunk.length, device=part.positions.device)
+    own = torch.arange(chunk.start, chunk.start + tokens, device=part.positions.device)
     past = part.positions[chunk.slot, :, :used]
     positions = torch.cat([past, own.expand(len(past), -1)], dim=1)  # [K, P+T]
     return positions.unsqueeze(1) <= own.view(1, -1, 1) - window
@@ -230,8 +293,11 @@ def _hidden_from_decodes(part: LayerSlots, decodes: Decodes) -> Tensor | None:
     layout = part.layout
     last = decodes.positions.view(-1, 1, 1)
     hidden = None
-    if decodes.first + 1 < layout.capacity:
-        hidden = torch.arange(layout.capacity, device=last.device) > last
+    if decodes.limited is not None or min(decodes.seen) + 1 < layout.capacity:
+        rows = torch.arange(layout.capacity, device=last.device)
+        hidden = rows > last
+        if decodes.limited is not None:
+            hidden = hidden | (rows >= decodes.limited.view(-1, 1, 1))
     if layout.window is not None and not layout.by_age:
         old = part.positions[decodes.slots] <= last - layout.window
         hidden = old if hidden is None else hidden | old

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmx import hardware, kernels
 from bmx.compress.policy import CompressionPolicy
@@ -16,18 +16,23 @@ from bmx.config import CHUNK_SIZE, EngineConfig, PromptConfig
 from bmx.engine.forecast import fastest
 from bmx.engine.lengths import Ruler, max_length
 from bmx.engine.meter import MemoryMeter, bound_kernel_caches, device_errors, is_out_of_memory, release
+from bmx.engine.prefix import Reuse
 from bmx.engine.run import Run, Runner, Setup
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.kv.layout import KVLayout
 from bmx.model.foresee import foresee
 from bmx.model.loader import RUNTIME_BYTES, LoadedModel, choose_device, find_source, load_model, load_tokenizer
+from bmx.model.spec import sharing
 from bmx.model.text import PromptEncoder
 from bmx.planner import Device, Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
 from bmx.rates import TYPICAL, Rates, machine_rates
 from bmx.request import Request, Result
 from bmx.signals import Stop
 from bmx.stats import Stats
+
+if TYPE_CHECKING:
+    from bmx.engine.runner import Watch
 
 
 class Engine:
@@ -37,18 +42,26 @@ class Engine:
         loaded: the model and its sizes.
         kernels: the attention that was chosen, and why.
         stats: counters of the run in progress, for whoever shows them.
+        probe: token ids that are asked after each chunk.
+        watch: is shown the logits of every token that is to be sampled, if it is not None.
     """
 
     def __init__(self, config: EngineConfig, prompt: PromptConfig, tokenizer: Any, loaded: LoadedModel) -> None:
         self.config = config
-        self.loaded = loaded
+        self._prompt, self._as_loaded = prompt, loaded
+        self.loaded = replace(loaded, spec=sharing(loaded.spec, config.kv_share_layers))
         self.tokenizer = tokenizer
         self.policy = CompressionPolicy.from_config(config)
         self.kernels = kernels.choose(self.device_type)
         self.stats = Stats()
         self.meter = MemoryMeter(self.device_type, loaded.runtime_bytes)
-        self._ruler = Ruler(PromptEncoder(tokenizer, prompt), self.policy, max_length(config, loaded.spec))
+        reuse = None
+        if config.prefix_reuse and loaded.rope is None:  # with such a rope, keys depend on the length of what follows
+            reuse = Reuse(spec=self.loaded.spec, policy=self.policy, chunk_size=config.chunk_size or CHUNK_SIZE)
+        self._ruler = Ruler(PromptEncoder(tokenizer, prompt), self.policy, max_length(config, loaded.spec), reuse)
         self._running = False
+        self.probe = self._ruler.encoder.probe(config.kv_probe)
+        self.watch: Watch | None = None
 
     @classmethod
     def open(cls, config: EngineConfig | None = None, prompt: PromptConfig | None = None) -> Engine:
@@ -68,6 +81,10 @@ class Engine:
 
             torch.set_num_threads(hardware.usable_cores())
         return cls(config, prompt, tokenizer, load_model(source, config))
+
+    def with_config(self, config: EngineConfig) -> Engine:
+        """An engine with the same model and other settings of its cache and memory."""
+        return Engine(config, self._prompt, self.tokenizer, self._as_loaded)
 
     @property
     def device_type(self) -> str:
@@ -97,7 +114,7 @@ class Engine:
         """
         lengths = list(lengths) or [Length(1, 1, 1)]
         kind = self.device_type
-        device = Device.of(kind, self.loaded.spec, self.loaded.runtime_bytes)
+        device = Device.of(kind, self.loaded.spec, self.loaded.runtime_bytes, self.config.kv_format)
         sizes = step_sizes(self.config, kind, lengths)
         made = self._planned(lengths, self._limits(), device, sizes)
         measured = self._rehearse(made)
@@ -146,7 +163,10 @@ class Engine:
 
     def _rehearse(self, made: Plan) -> int | None:
         """Bytes that the largest step takes, the slots left out; None if it runs out of memory."""
-        alone = replace(made, groups=(SlotGroup(made.groups[-1].capacity, 1),), layouts=made.layouts[-1:])
+        last = len(made.groups) - 1
+        alone = replace(
+            made, groups=(SlotGroup(made.groups[last].capacity, 1),), layouts=(made.layouts[last],), spare=()
+        )
         self.meter.reset()
         try:
             with device_errors(), self._runner(alone) as runner:
@@ -160,7 +180,7 @@ class Engine:
     def _shrunk(self, made: Plan) -> Plan | None:
         """A smaller plan, for when memory ran out under this one; None if there is none."""
         release()
-        device = Device.of(self.device_type, self.loaded.spec, self.loaded.runtime_bytes)
+        device = Device.of(self.device_type, self.loaded.spec, self.loaded.runtime_bytes, self.config.kv_format)
         return shrunk(made, self.loaded.spec, self._layout, device)
 
     def generate(
@@ -219,7 +239,7 @@ class Engine:
     def _runner(self, plan: Plan) -> AbstractContextManager[Runner]:
         from bmx.engine.runner import ModelRunner
 
-        return ModelRunner(self.loaded, self.policy, plan, self.kernels)
+        return ModelRunner(self.loaded, self.policy, plan, self.kernels, self.probe, self.watch)
 
     def describe(self) -> dict[str, Any]:
         """What computes the answers, for the record."""
@@ -248,6 +268,7 @@ class Engine:
             max_tokens=reading.length.max_tokens,
             rows_needed=reading.length.rows_needed,
             truncated=reading.truncated,
+            spans=reading.spans,
             end_token_ids=self.loaded.end_token_ids,
             tokenizer=self.tokenizer,
         )
@@ -272,13 +293,13 @@ def _check_memory(config: EngineConfig) -> None:
     seen = hardware.visible_gpus() if kind == "cuda" else []
     if kind == "cuda" and (not seen or seen[0].free is None or seen[0].mig):
         return  # what is free is known when CUDA has begun
-    spec = foresee(config, kind)
+    spec = sharing(foresee(config, kind), config.kv_share_layers)
     policy, held = CompressionPolicy.from_config(config), 0 if kind == "cuda" else hardware.resident_bytes()
     if kind == "cuda":
         memory = hardware.FreeMemory(seen[0].free or 0, seen[0].total or 0, "NVML", hardware.holders(seen[0]))
     else:
         memory = hardware.free_host_memory()
-    shortest = Length(1, 1, policy.rows_needed(2))
-    device = Device.of(kind, spec, held or RUNTIME_BYTES[kind])
+    shortest = Length(1, 1, policy.rows_needed(1, 1))
+    device = Device.of(kind, spec, held or RUNTIME_BYTES[kind], config.kv_format)
     step = step_sizes(config, kind, [shortest])[-1]
     plan(spec, partial(policy.layout, spec), limits(config, memory, held), [shortest], step, device)

@@ -65,6 +65,9 @@ class FakeRunner(AbstractContextManager["FakeRunner"]):
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""
 
+    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+        """Nothing is held."""
+
     def run(self, step: Step) -> list[int | None]:
         """The next token of each sampling chunk."""
         return [_next(chunk.sequence.prompt, len(chunk.sequence.answer)) for chunk in step.chunks if chunk.samples]

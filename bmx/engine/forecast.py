@@ -14,6 +14,7 @@ from heapq import heappop, heappush
 from itertools import pairwise
 from math import ceil
 
+from bmx.engine.sequence import chunk_ends
 from bmx.errors import MemoryLimitError
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
@@ -23,6 +24,7 @@ from bmx.rates import Rates
 PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
 WORTH = 1.03  # times the slots that smaller steps must give to be looked at
 SCORE_PASSES = {"cpu": 5, "reference": 16}  # times that a score is written or read, in the activations' type
+UNPACK_PASSES = 4  # times that what is stored in fewer bits is written or read in the activations' type
 BATCHED = 2.5  # times the bandwidth of single thin products that those of all slots together reach
 THIN_PRODUCT = 3.0  # attention's products are as thin as a head, and reach about a third of the matrix rate
 CHUNK_OPERATORS = {"cpu": 60, "reference": 30}  # of a chunk in a layer: tiles, choosing and writing survivors
@@ -151,9 +153,8 @@ def _admit(
 
 
 def _cut(group: int, tokens: int, chunk_size: int) -> list[PlayedChunk]:
-    """A prompt in chunks as even as can be, the last one first."""
-    count = ceil(tokens / chunk_size)
-    ends = [i * tokens // count for i in range(count + 1)]
+    """A prompt in its chunks, the last one first."""
+    ends = [0, *chunk_ends(tokens, chunk_size)]
     return [PlayedChunk(group, a, b - a, b == tokens) for a, b in pairwise(ends)][::-1]
 
 
@@ -212,8 +213,14 @@ class _Clock:
 
     def _read_by_a_token(self, layout: KVLayout) -> int:
         """Bytes of a slot's keys and values, and of its scores as often as they are touched."""
-        layers = zip(layout.layers, self._spec.layers, strict=True)
-        return layout.kv_bytes + self._passes * sum(layer.capacity * spec.query_heads for layer, spec in layers)
+        layers = list(zip(layout.layers, self._spec.layers, strict=True))
+        scores = self._passes * sum(layer.capacity * spec.query_heads for layer, spec in layers)
+        unpacked = sum(
+            layer.capacity * spec.kv_heads * (spec.key_dim + spec.value_dim) * self._spec.itemsize
+            for layer, spec in layers
+            if layer.format != "auto"
+        )
+        return layout.kv_bytes + scores + UNPACK_PASSES * unpacked
 
     def seconds(self, step: PlayedStep) -> float:
         """What the roofline allows, and the operators' starts."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
+from bmx.engine.prefix import Reuse
 from bmx.errors import RowError, UsageError
 from bmx.model.spec import ModelSpec
 from bmx.model.text import PromptEncoder
@@ -19,11 +20,29 @@ MEASURED_ROWS = 100_000  # of more requests, an even sample of at least half as 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A request's token ids, its length, and how many tokens of its prompt were cut out to make it fit."""
+    """A request as the model will see it.
+
+    Attributes:
+        prompt: its token ids.
+        length: of prompt and answer.
+        truncated: tokens that were cut out to make it fit.
+        spans: places of tokens that are never evicted, from .. to.
+    """
 
     prompt: list[int]
     length: Length
     truncated: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.length.prompt_tokens + self.length.max_tokens
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows of a slot."""
+        return self.length.rows_needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +53,13 @@ class Ruler:
         encoder: turns them into tokens.
         policy: says what rows of a slot so many tokens need.
         max_length: tokens that prompt and answer may have together.
+        reuse: says what a request shares with the one before it; None if nothing is to be shared.
     """
 
     encoder: PromptEncoder
     policy: CompressionPolicy
     max_length: int
+    reuse: Reuse | None = None
 
     def read(self, request: Request) -> Reading:
         """A request as the model will see it.
@@ -52,23 +73,43 @@ class Ruler:
         prompt, answer = self.encoder.encode(request), request.params.max_tokens
         before = len(prompt)
         if before + answer > self.max_length and self.encoder.cuts:
-            prompt = self.encoder.encode_within(request, max(1, self.max_length - answer, self.max_length // 2))
+            request, prompt = self.encoder.cut(request, max(1, self.max_length - answer, self.max_length // 2))
         room = self.max_length - len(prompt)
         if room < 1:
             message = f"the prompt has {before} tokens; prompt and answer together may have {self.max_length}"
             raise RowError("context_length_exceeded", message)
-        return Reading(prompt, self.length(len(prompt), min(answer, room)), before - len(prompt))
+        length = self.length(len(prompt), min(answer, room))
+        return Reading(prompt, length, before - len(prompt), self._spans(request, length))
+
+    def _spans(self, request: Request, length: Length) -> tuple[tuple[int, int], ...]:
+        """The places that are never evicted of a request that will evict.
+
+        Raises:
+            RowError: they leave no room for anything else.
+        """
+        if not self.policy.protects or length.rows_needed == length.prompt_tokens + length.max_tokens:
+            return ()
+        spans = self.encoder.spans(request, length.prompt_tokens)
+        kept = sum(stop - start for start, stop in spans) + self.policy.sink + self.policy.recent
+        if kept >= length.rows_needed:
+            message = f"{kept} tokens of its instructions, sinks and newest tokens never go; its KV budget is "
+            raise RowError("invalid_request", f"{message}{length.rows_needed}")
+        return spans
 
     def length(self, prompt_tokens: int, max_tokens: int) -> Length:
         """The length of a request of so many tokens."""
-        return Length(prompt_tokens, max_tokens, self.policy.rows_needed(prompt_tokens + max_tokens))
+        return Length(prompt_tokens, max_tokens, self.policy.rows_needed(prompt_tokens, max_tokens))
 
     def measure(self, requests: Iterable[Request]) -> list[Length]:
         """The lengths of those requests that can be answered at all."""
-        lengths = []
+        lengths: list[Length] = []
+        before = None
         for request in requests:
             with suppress(RowError):
-                lengths.append(self.read(request).length)
+                reading = self.read(request)
+                shared = self.reuse.shared(reading, before) if self.reuse and before else 0
+                lengths.append(replace(reading.length, shared=shared) if shared else reading.length)
+                before = reading
         return lengths
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.meter import MemoryMeter, device_errors, is_out_of_memory, release
+from bmx.engine.prefix import Prefixes, Reuse
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
 from bmx.errors import RowError
@@ -38,6 +39,9 @@ class Runner(Protocol):
 
     def run(self, step: Step) -> list[int | None]:
         """The next token of each sampling chunk, in order; None where the logits were no numbers."""
+
+    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+        """Put what a slot (group and slot) holds of the first tokens of a sequence into another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +82,10 @@ class Run:
     def __init__(self, setup: Setup, requests: Iterable[Request | None]) -> None:
         self._setup = setup
         self._pair_bytes: Counter[int | None] = Counter()  # of one KV pair of all layers, by their windows
-        for index, layer in enumerate(setup.policy.layout(setup.spec, 1).layers):
+        for index, layer in enumerate(setup.spec.layers):
             if layer.owner == index:
-                self._pair_bytes[layer.window] += layer.kv_bytes
+                size = layer.kv_heads * (layer.key_dim + layer.value_dim) * setup.spec.itemsize
+                self._pair_bytes[layer.window] += size
         self._source = iter(requests)
         self._exhausted = False
         self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
@@ -108,12 +113,16 @@ class Run:
             alone: only what is left over, without reading on.
         """
         setup = self._setup
-        scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=setup.chunk_size or plan.step.chunk_size))
+        chunk_size = setup.chunk_size or plan.step.chunk_size
+        scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size))
         scheduler.waiting, self._unfinished = self._unfinished, []
         try:
             with device_errors(), setup.runner(plan) as runner:
                 setup.stats.slots, setup.stats.kv_bytes = plan.slots, runner.kv_bytes
-                yield from self._loop(scheduler, runner, alone, plan.memory.total)
+                rows = max((group.capacity for group in plan.spare), default=0)
+                reuse = Reuse(spec=setup.spec, policy=setup.policy, chunk_size=chunk_size, rows=rows)
+                prefixes = Prefixes(reuse, plan.spare, len(plan.groups), runner.copy)
+                yield from self._loop(scheduler, runner, prefixes, alone, plan.memory.total)
             return True
         except Exception as error:
             if self._broken or not is_out_of_memory(error):
@@ -129,7 +138,7 @@ class Run:
         largest = max(group.capacity for group in plan.groups)
         while True:
             yield from self._hand_out()
-            yield from self._read_ahead(waiting, 1)
+            yield from self._read_ahead(waiting, 1, None)
             if not waiting or self._setup.stop.requested:
                 return
             row = waiting.pop(0)
@@ -138,12 +147,14 @@ class Run:
                 continue
             self._unfinished = [row]
             layout = setup.policy.layout(setup.spec, row.rows_needed)
-            own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,))
+            own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,), spare=())
             if not (yield from self._attempt(own, alone=True)):
                 release()
                 yield self._failed(row, "out_of_memory", "memory runs out even with nothing else in it")
 
-    def _loop(self, scheduler: Scheduler, runner: Runner, alone: bool, planned: int) -> Iterator[Result]:
+    def _loop(
+        self, scheduler: Scheduler, runner: Runner, prefixes: Prefixes, alone: bool, planned: int
+    ) -> Iterator[Result]:
         while True:
             yield from self._hand_out()
             if self._setup.stop.requested:
@@ -151,21 +162,25 @@ class Run:
                 if self._setup.stop.overdue:
                     return
             elif not alone:
-                yield from self._read_ahead(scheduler.waiting, max(LOOKAHEAD, 2 * scheduler.slots))
+                yield from self._read_ahead(scheduler.waiting, max(LOOKAHEAD, 2 * scheduler.slots), prefixes)
                 scheduler.draining = self._exhausted
             for sequence in scheduler.reject_too_large():
                 yield self._failed(sequence, "out_of_memory", _too_large(sequence, scheduler.largest))
             scheduler.admit_waiting()
             yield from self._late(scheduler)
+            self._setup.stats.reused_prompt_tokens += prefixes.arrange(scheduler.in_slots)
             step = scheduler.schedule()
             if step is None:
+                if scheduler.waiting:
+                    continue  # all that had slots were late
                 if alone or self._exhausted or self._setup.stop.requested:
                     return
                 continue
             self._advance(scheduler, runner, step)
+            prefixes.keep(step)
             self._setup.meter.keep_to(planned)
 
-    def _read_ahead(self, waiting: list[Sequence], enough: int) -> Iterator[Result]:
+    def _read_ahead(self, waiting: list[Sequence], enough: int, prefixes: Prefixes | None) -> Iterator[Result]:
         """Tokenise requests until enough wait; those that cannot be answered are results at once."""
         while len(waiting) < enough and not self._exhausted:
             request = self._request = self._request or self._next_request()
@@ -174,6 +189,8 @@ class Run:
             try:
                 waiting.append(self._setup.read(request))
                 self._request = None
+                if prefixes:
+                    prefixes.join(waiting[-1])
             except RowError as error:
                 self._request = None
                 yield Result(id=request.id, error=error)
@@ -245,7 +262,7 @@ class Run:
             error = RowError(sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
             return Result(id=sequence.request.id, error=error)
         policy = self._setup.policy
-        return sequence.result(capacity, capacity if policy.scorer is None else policy.budget)
+        return sequence.result(capacity if policy.scorer is None else policy.budget.pairs or sequence.rows_needed)
 
     @staticmethod
     def _failed(sequence: Sequence, code: str, why: str) -> Result:

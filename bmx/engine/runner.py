@@ -5,6 +5,8 @@ Knows the model and the pool; the scheduler's decisions come in as a Step, token
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from itertools import groupby
 
 import torch
@@ -13,13 +15,16 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import Decodes, PackedStep, PromptChunk, SlotAttention
 from bmx.engine.sampler import Row, sample
 from bmx.engine.scheduler import Chunk, Step
+from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels
 from bmx.kv.pool import KVPool
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import attention_of
 from bmx.planner import SAMPLER_ROWS, Plan, StepSize
-from bmx.request import SamplingParams
+from bmx.request import Request, SamplingParams
+
+Watch = Callable[[Request, int, torch.Tensor], None]
 
 
 class ModelRunner:
@@ -30,17 +35,29 @@ class ModelRunner:
         policy: who stays in the cache.
         plan: slots and sizes.
         kernels: how attention is computed.
+        probe: token ids that are asked after each chunk.
+        watch: is shown the logits [V] of every token that is to be sampled.
     """
 
-    def __init__(self, loaded: LoadedModel, policy: CompressionPolicy, plan: Plan, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        policy: CompressionPolicy,
+        plan: Plan,
+        kernels: Kernels,
+        probe: tuple[int, ...] = (),
+        watch: Watch | None = None,
+    ) -> None:
         self._model = loaded.model
         self._vocab = loaded.spec.vocab
         self._policy = policy
         self._rope = loaded.rope
         self._max_length = loaded.spec.max_length
-        slots = tuple(group.slots for group in plan.groups)
+        slots = tuple(group.slots for group in (*plan.groups, *plan.spare))
         self.pool = KVPool(plan.layouts, slots, self._model.dtype, self._model.device)
         self.kv_bytes = self.pool.nbytes
+        self._probe = list(probe)
+        self._watch = watch
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
         self._attached = attention_of(self._model, self._attention)
@@ -62,10 +79,26 @@ class ModelRunner:
         for chunk in step.chunks:
             if chunk.start == 0:
                 self.pool.reset(*chunk.sequence.home)
-        segments = [Segment(chunk.length, chunk.sequence.total) for chunk in step.chunks]
-        rows = [_row(chunk) for chunk in step.chunks if chunk.samples]
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        rows = [_row(sequence) for sequence in sampling]
+        segments = [Segment(chunk.length + len(self._asked(chunk)), chunk.sequence.total) for chunk in step.chunks]
         logits = self._logits(self._pack(step), segments)
-        return sample(logits, rows) if rows else []
+        if self._watch is not None:
+            for sequence, row in zip(sampling, logits, strict=True):
+                self._watch(sequence.request, len(sequence.answer), row)
+        tokens = sample(logits, rows) if rows else []
+        told = [sequence.forced for sequence in sampling]
+        return [own if own is None or other is None else other for own, other in zip(tokens, told, strict=True)]
+
+    @torch.inference_mode()
+    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+        """Put what a slot (group and slot) holds of the first tokens of a sequence into another."""
+        self.pool.copy_state(source, target, tokens)
+
+    def _asked(self, chunk: Chunk) -> list[int]:
+        """The probe's tokens behind a chunk: none for a sequence that keeps all it has."""
+        sequence = chunk.sequence
+        return self._probe if sequence.total > sequence.rows_needed and not sequence.decoding else []
 
     @torch.inference_mode()
     def rehearse(self, size: StepSize, sampled: int) -> None:
@@ -78,11 +111,13 @@ class ModelRunner:
         """
         device, chunk, tokens = self._model.device, size.chunk_size, size.max_num_batched_tokens
         group, capacity = len(self._capacities) - 1, self._capacities[-1]
-        evicts = self._policy.scorer is not None and capacity >= self._policy.budget
+        evicts = self._policy.scorer is not None
         start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
         self.pool.reset(group, 0)
+        total = start + chunk + evicts
         prompts = tuple(
-            PromptChunk(slice(at, min(at + chunk, tokens)), group, 0, start, evicts) for at in range(0, tokens, chunk)
+            PromptChunk(rows=rows, group=group, slot=0, start=start, total=total, limit=capacity)
+            for rows in (slice(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk))
         )
         every = torch.arange(tokens, device=device)
         packed = PackedStep(
@@ -123,12 +158,28 @@ class ModelRunner:
         prompts = []
         for chunk in step.chunks:
             rows = slice(len(ids), len(ids) + chunk.length)
-            ids += chunk.sequence.token_ids(chunk.start, chunk.length)
-            positions += range(chunk.start, chunk.start + chunk.length)
+            sequence, stop = chunk.sequence, chunk.start + chunk.length
+            ids += sequence.token_ids(chunk.start, chunk.length)
+            positions += range(chunk.start, stop)
             if chunk.samples:
                 logits_at.append(rows.stop - 1)
-            if not chunk.sequence.decoding:
-                prompts.append(PromptChunk(rows, *chunk.sequence.home, chunk.start, self._scored(chunk)))
+            if sequence.decoding:
+                continue
+            asked = self._asked(chunk)
+            ids += asked
+            positions += [min(stop + i, self._max_length - 1) for i in range(len(asked))]
+            prompts.append(
+                PromptChunk(
+                    rows=slice(rows.start, rows.stop + len(asked)),
+                    group=sequence.home[0],
+                    slot=sequence.home[1],
+                    start=chunk.start,
+                    total=sequence.total,
+                    limit=sequence.rows_needed,
+                    probes=len(asked),
+                    spans=sequence.spans,
+                )
+            )
         return PackedStep(
             input_ids=self._tensor(ids).unsqueeze(0),
             positions=self._tensor(positions).unsqueeze(0),
@@ -142,30 +193,37 @@ class ModelRunner:
         found, row = [], 0
         for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.home[0]):
             chunks = list(members)
-            starts = [chunk.start for chunk in chunks]
+            starts = tuple(chunk.start for chunk in chunks)
+            sequences = [chunk.sequence for chunk in chunks]
+            limits = tuple(sequence.rows_needed for sequence in sequences)
             found.append(
                 Decodes(
                     rows=slice(row, row + len(chunks)),
                     group=group,
-                    slots=self._tensor([chunk.sequence.home[1] for chunk in chunks]),
+                    slots=self._tensor([sequence.home[1] for sequence in sequences]),
                     positions=self._tensor(starts),
-                    first=min(starts),
-                    last=max(starts),
-                    scored=any(self._scored(chunk) for chunk in chunks),
+                    seen=starts,
+                    totals=tuple(sequence.total for sequence in sequences),
+                    limits=limits,
+                    limited=self._tensor(limits) if self._policy.budget.share else None,
+                    spans=self._spans(sequences),
                 )
             )
             row += len(chunks)
         return tuple(found)
 
-    def _scored(self, chunk: Chunk) -> bool:
-        """Whether this sequence will ever evict, so that its attention must be added up."""
-        return chunk.sequence.total > self._capacities[chunk.sequence.home[0]]
+    def _spans(self, sequences: list[Sequence]) -> torch.Tensor | None:
+        """[B, N, 2], those of few filled up with empty ones; None if there are none."""
+        most = max(len(sequence.spans) for sequence in sequences)
+        if not most:
+            return None
+        padded = [[*s.spans, *[(0, 0)] * (most - len(s.spans))] for s in sequences]
+        return torch.tensor(padded, dtype=torch.long, device=self._model.device)
 
-    def _tensor(self, numbers: list[int]) -> torch.Tensor:
+    def _tensor(self, numbers: Seq[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._model.device)
 
 
-def _row(chunk: Chunk) -> Row:
-    sequence = chunk.sequence
+def _row(sequence: Sequence) -> Row:
     seen = [*sequence.prompt, *sequence.answer] if sequence.params.repetition_penalty != 1 else ()
     return Row(sequence.params, sequence.draw(), seen)

@@ -127,13 +127,16 @@ class Scheduler:
         return True
 
     def schedule(self) -> Step | None:
-        """The next step: every decoding sequence, then whole prompt chunks while they fit. None: nothing to do."""
+        """The next step: every decoding sequence, then whole prompt chunks while they fit. None: nothing to do.
+
+        A sequence that waits for another's prefix lets those behind it pass.
+        """
         decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.home)
         chunks = [Chunk(s, s.computed, 1) for s in decodes]
         tokens = len(chunks)
         prompts = 0
         for sequence in self._running:
-            if sequence.decoding:
+            if sequence.decoding or sequence.waits:
                 continue
             length = sequence.chunk_length(self._chunk_size)
             if prompts and tokens + length > self._max_tokens:

@@ -13,6 +13,19 @@ from bmx.model.text import Detokenizer, decode
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Prefix:
+    """Leading tokens that several prompts of a run share; one and the same object for all of them.
+
+    Attributes:
+        length: how many tokens.
+        terms: what the state of a slot depends on at this place, beside those tokens.
+    """
+
+    length: int
+    terms: tuple[object, ...]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request in flight.
@@ -25,9 +38,13 @@ class Sequence:
         end_token_ids: ids that end the answer.
         tokenizer: turns the answer into text.
         truncated: prompt tokens that were cut out to make it fit.
+        spans: positions from .. to that are never evicted.
         started: when it was given its slot, by the monotonic clock.
         computed: tokens whose keys and values have been computed.
         slot: (group, slot) while it has one.
+        prefixes: parts of its prompt that others share, the shortest first.
+        stops: places where a chunk must end, since a copy of its state is to be made.
+        waits: for another sequence, which computes a prefix of this one.
     """
 
     request: Request
@@ -37,9 +54,13 @@ class Sequence:
     end_token_ids: frozenset[int]
     tokenizer: Any
     truncated: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
     started: float | None = None
     computed: int = 0
     slot: tuple[int, int] | None = None
+    prefixes: list[Prefix] = field(default_factory=list)
+    stops: tuple[int, ...] = ()
+    waits: bool = False
     answer: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
@@ -54,6 +75,7 @@ class Sequence:
         """Begin again as if nothing had been computed: a row's answer does not depend on how often it was begun."""
         self.computed, self.slot, self.answer, self._text = 0, None, [], None
         self.finish_reason, self.error, self.started = None, None, None
+        self.prefixes, self.stops, self.waits = [], (), False
         self._detokenizer = Detokenizer(self.tokenizer) if self.params.stop else None
         if self.params.temperature > 0:
             request = self.request
@@ -84,6 +106,12 @@ class Sequence:
         return len(self.prompt) + self.max_tokens
 
     @property
+    def forced(self) -> int | None:
+        """The next token, where the request says what the answer is."""
+        told = self.request.forced
+        return told[len(self.answer)] if len(self.answer) < len(told) else None
+
+    @property
     def decoding(self) -> bool:
         """Whether only the newest token is still to be computed."""
         return self.computed >= len(self.prompt)
@@ -96,16 +124,15 @@ class Sequence:
         return self.prompt[start : start + length]
 
     def chunk_length(self, chunk_size: int) -> int:
-        """Tokens of the next chunk: one while decoding, else the prompt in chunks as even as can be.
+        """Tokens of the next chunk: one while decoding, else up to the next of its chunk's ends, or of its stops.
 
-        It depends on this sequence alone, since what is evicted depends on where chunks end.
+        The ends depend on this sequence alone, since what is evicted depends on them; stops are where they do not
+        matter.
         """
         if self.decoding:
             return 1
-        length = len(self.prompt)
-        chunks = -(-length // chunk_size)
-        index = next(i for i in range(chunks) if i * length // chunks >= self.computed)
-        return (index + 1) * length // chunks - self.computed
+        ends = (*chunk_ends(len(self.prompt), chunk_size), *self.stops)
+        return min(end for end in ends if end > self.computed) - self.computed
 
     def steps(self, chunk_size: int) -> int:
         """Steps that it takes from its first chunk to its last token, if its answer is as long as it may get."""
@@ -139,16 +166,15 @@ class Sequence:
             self._text = text[: min(found)]
         return bool(found)
 
-    def result(self, capacity: int, budget: int) -> Result:
+    def result(self, budget: int) -> Result:
         """The answer, once finished.
 
         Args:
-            capacity: rows of the slot it lived in.
-            budget: KV pairs that it was allowed.
+            budget: KV pairs that each layer and head might keep, at most.
         """
         ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self._ends()
         ids = self.answer[:-1] if ended else self.answer
-        kept = min(self.computed, capacity)
+        kept = min(self.computed, budget)
         return Result(
             id=self.request.id,
             text=decode(self.tokenizer, ids) if self._text is None else self._text,
@@ -162,3 +188,15 @@ class Sequence:
 
     def _ends(self) -> set[int]:
         return {*self.end_token_ids, *self.params.stop_token_ids}
+
+
+def chunk_ends(tokens: int, chunk_size: int) -> list[int]:
+    """Where the chunks of a prompt end: at multiples of their size, but the last two are as even as can be.
+
+    So prompts that begin alike are cut alike, nearly as far as they go: the ends before any end, the last one
+    excepted, are all the multiples below it.
+    """
+    if tokens <= chunk_size:
+        return [tokens]
+    even = (-(-tokens // chunk_size) - 2) * chunk_size
+    return [*range(chunk_size, even + 1, chunk_size), (even + tokens) // 2, tokens]

@@ -3,7 +3,7 @@
 Knows tensors only; same signatures and results as ``reference``. What pays here was measured: one 2-D product per
 kv head and tile (batched ones and strided operands get copied), tiles of 130 to 190 queries whose scores stay in
 cache, keys past the tile's last query left out, the softmax in one pass in the tensors' own type, and column sums as
-a product with a row of ones (added up in float32, rounded once per tile; tiles are added up in float32).
+a product with the queries' votes (added up in float32, rounded once per tile; tiles are added up in float32).
 
 Shapes as in ``reference``; R = rows of a tile = its queries x G.
 """
@@ -30,7 +30,8 @@ def attend_chunk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     hidden: Tensor | None = None,
-    want_mass: bool = True,
+    votes: Tensor | None = None,
+    squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``reference.attend_chunk``."""
     tokens, heads, dim = query.shape
@@ -40,10 +41,10 @@ def attend_chunk(
     values = torch.cat([past_value, value.transpose(0, 1)], dim=1)
     rows = query.reshape(tokens, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, tokens * group, dim)
     output = torch.empty(kv_heads, tokens * group, values.shape[-1], dtype=query.dtype)
-    mass = torch.zeros(kv_heads, past + tokens) if want_mass else None
+    sums = None if votes is None else torch.zeros(len(votes) + squares, kv_heads, past + tokens)
+    ballots = None if votes is None else votes.to(query.dtype).repeat_interleave(group, 1)  # [M, T * G]
     tile = -(-tokens // -(-tokens // TILE))  # tiles as even as can be
     future = _future(tile, group, query.dtype)
-    ones = query.new_ones(1, tile * group)
     sink_rows = None if sinks is None else sinks.view(kv_heads, group).repeat(1, tile).unsqueeze(-1)
     for head in range(kv_heads):
         for start in range(0, tokens, tile):
@@ -58,10 +59,20 @@ def attend_chunk(
             sink = None if sink_rows is None else sink_rows[head, : len(scores)]
             weights = reference.softmax_with_sinks(scores, sink)
             torch.mm(weights, values[head, :width], out=output[head, mine])
-            if mass is not None:
-                mass[head, :width] += torch.mm(ones[:, : len(weights)], weights)[0]
+            if sums is not None and ballots is not None:
+                _add_up(sums[:, head, :width], ballots[:, mine], weights)
     output = output.view(kv_heads, tokens, group, -1).transpose(0, 1).reshape(tokens, heads, -1)
-    return output, None if mass is None else mass.div_(group)
+    return output, None if sums is None else sums.div_(group)
+
+
+def _add_up(sums: Tensor, ballots: Tensor, weights: Tensor) -> None:
+    """Add to sums [M or M + 1, N] what a tile's weights [R, N] come to by ballots [M, R], none of which may count."""
+    if not ballots.any():
+        return
+    ways = len(ballots)
+    sums[:ways] += torch.mm(ballots, weights)
+    if len(sums) > ways:
+        sums[ways:] += torch.mm(ballots[:1], weights.square())
 
 
 def _scores(rows: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -23,7 +23,8 @@ def attend_chunk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     hidden: Tensor | None = None,
-    want_mass: bool = True,
+    votes: Tensor | None = None,
+    squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """A prompt chunk attends to its slot (all of it) and to itself (causally).
 
@@ -34,11 +35,12 @@ def attend_chunk(
         softcap: ``softcap * tanh(s / softcap)`` replaces each score s (Gemma 2).
         sinks: [H] extra logits that take part in the softmax and have no value (gpt-oss).
         hidden: [K, T, P + T] bool, True where a sliding window hides a key from a query.
-        want_mass: whether to add up the attention that each key receives.
+        votes: [M, T] float32, M ways of adding up the attention that each key receives: the weight of each query.
+        squares: whether to add up the squared probabilities too, by the first of these weights.
 
     Returns:
-        output [T, H, E], and the attention mass [K, P + T] in float32: the sum over queries of the mean over
-        the group's heads of the attention probabilities, slot rows first (or None).
+        output [T, H, E], and the sums [M, K, P + T] (M + 1 with squares) in float32 (or None without votes): over
+        queries, weighted, of the mean over the group's heads of the attention probabilities, slot rows first.
     """
     tokens, heads, _ = query.shape
     kv_heads, past, _ = past_key.shape
@@ -54,8 +56,13 @@ def attend_chunk(
     sink_logits = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
     weights = softmax_with_sinks(scores, sink_logits)
     output = torch.matmul(weights.to(value.dtype), values.unsqueeze(1))  # [K, G, T, E]
-    mass = weights.mean(1).sum(1) if want_mass else None
-    return output.permute(2, 0, 1, 3).reshape(tokens, heads, -1), mass
+    output = output.permute(2, 0, 1, 3).reshape(tokens, heads, -1)
+    if votes is None:
+        return output, None
+    sums = torch.einsum("mt,ktn->mkn", votes, weights.mean(1))
+    if squares:
+        sums = torch.cat([sums, torch.einsum("t,ktn->kn", votes[0], weights.square().mean(1)).unsqueeze(0)])
+    return output, sums
 
 
 def attend_slots(
@@ -67,17 +74,19 @@ def attend_slots(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     hidden: Tensor | None = None,
-    want_mass: bool = True,
+    want_mass: bool = False,
+    squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One decoding token per slot attends to its slot, in which its own key already is.
 
     Args:
         query: [B, H, D]; keys [B, K, C, D]; values [B, K, C, E].
         hidden: broadcastable to [B, K, C] bool, True for rows not in use or out of the window.
-        scale, softcap, sinks, want_mass: as in ``attend_chunk``.
+        scale, softcap, sinks: as in ``attend_chunk``.
+        want_mass: whether to give the attention that each key receives; ``squares``: and the squared probabilities.
 
     Returns:
-        output [B, H, E], and the attention mass [B, K, C] in float32 (or None).
+        output [B, H, E], and the sums [1 or 2, B, K, C] in float32 (or None).
     """
     batch, kv_heads, capacity, dim = keys.shape
     grouped = query.reshape(batch * kv_heads, -1, dim)  # [B*K, G, D]
@@ -87,7 +96,10 @@ def attend_slots(
         scores.masked_fill_(hidden.unsqueeze(-2), float("-inf"))
     weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(kv_heads, -1, 1))
     output = torch.matmul(weights.to(values.dtype), values)  # [B, K, G, E]
-    return output.reshape(batch, query.shape[1], -1), weights.mean(2) if want_mass else None
+    output = output.reshape(batch, query.shape[1], -1)
+    if not want_mass:
+        return output, None
+    return output, torch.stack([weights.mean(2)] + ([weights.square().mean(2)] if squares else []))
 
 
 def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:

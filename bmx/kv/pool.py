@@ -3,19 +3,50 @@
 Knows shapes and rows; knows nothing of scores' meaning, sequences or models. Rows of a slot are order-free: a key
 carries its rotary position in itself, so eviction is a write over the row that goes.
 
-Shapes: S slots of a group, K kv heads, C rows, D key dim, E value dim, B slots addressed, T chunk tokens.
+Shapes: S slots of a group, K kv heads, C rows, W exact rows, D key dim, E value dim, B slots addressed, T chunk tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from bmx.kv.layout import KVLayout, LayerLayout
+from bmx.kv.formats import ByChannel, Store, allocate
+from bmx.kv.layout import KEY_GROUP, NOTES, KVLayout, LayerLayout
 
 EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Newest:
+    """The newest pairs of each slot in the model's own type, beside their codes: pair p lies at p mod W.
+
+    Attributes:
+        keys: [S, K, W, D]; values [S, K, W, E].
+        rows: [S, K, W] int32, the row that each has in its slot, -1 for none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.keys.nbytes + self.values.nbytes + self.rows.nbytes
+
+    def lay_over(self, stored: Tensor, exact: Tensor, rows: Tensor) -> Tensor:
+        """Vectors [..., K, C, D] in which those of the newest pairs [..., K, W, D] have taken their rows [..., K, W].
+
+        A place that holds no pair yet goes to the row of its own number, which is as empty.
+        """
+        exact, rows = exact[..., : stored.shape[-2], :], rows[..., : stored.shape[-2]]
+        own = torch.arange(rows.shape[-1], device=rows.device)
+        at = torch.where(rows < 0, own, rows.long())
+        return stored.scatter_(-2, at.unsqueeze(-1).expand(exact.shape), exact)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,33 +54,66 @@ class LayerSlots:
     """One layer of one group of slots.
 
     Attributes:
-        keys: [S, K, C, D]; values [S, K, C, E].
+        keys, values: stores of [S, K, C] vectors.
         positions: [S, K, C] int32, the token's position in its sequence, -1 where the row is empty.
-        mass: [S, K, C] float32, attention received so far.
+        notes: by name, [S, K, C] float32: what eviction remembers.
+        newest: exact copies of the newest pairs, where others are stored in fewer bits.
     """
 
     layout: LayerLayout
-    keys: Tensor
-    values: Tensor
+    keys: Store
+    values: Store
     positions: Tensor
-    mass: Tensor
+    notes: Mapping[str, Tensor]
+    newest: Newest | None
 
     @classmethod
     def allocate(cls, layout: LayerLayout, slots: int, dtype: torch.dtype, device: torch.device) -> LayerSlots:
         """Empty rows for ``slots`` slots."""
         shape = (slots, layout.kv_heads, layout.capacity)
+        newest = None
+        if layout.exact:
+            near = (slots, layout.kv_heads, layout.exact)
+            newest = Newest(
+                torch.zeros(*near, layout.key_dim, dtype=dtype, device=device),
+                torch.zeros(*near, layout.value_dim, dtype=dtype, device=device),
+                torch.full(near, EMPTY, dtype=torch.int32, device=device),
+            )
         return cls(
             layout,
-            torch.zeros(*shape, layout.key_dim, dtype=dtype, device=device),
-            torch.zeros(*shape, layout.value_dim, dtype=dtype, device=device),
+            allocate(layout.format, shape, layout.key_dim, dtype, device, layout.by_channel),
+            allocate(layout.format, shape, layout.value_dim, dtype, device, by_channel=False),
             torch.full(shape, EMPTY, dtype=torch.int32, device=device),
-            torch.zeros(shape, dtype=torch.float32, device=device),
+            {name: torch.full(shape, NOTES[name], device=device) for name in layout.notes},
+            newest,
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the four tensors."""
-        return sum(t.nbytes for t in (self.keys, self.values, self.positions, self.mass))
+        """Bytes of all of it."""
+        newest = self.newest.nbytes if self.newest else 0
+        notes = sum(note.nbytes for note in self.notes.values())
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + notes + newest
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return len(self.positions)
+
+    def read(self, slot: int, rows: int) -> tuple[Tensor, Tensor]:
+        """The first rows of one slot: keys [K, rows, D] and values [K, rows, E]."""
+        if self.newest is None:
+            return self.keys.read((slot, slice(None), slice(rows))), self.values.read((slot, slice(None), slice(rows)))
+        keys, values = self.read_slots(slice(slot, slot + 1))
+        return keys[0, :, :rows], values[0, :, :rows]
+
+    def read_slots(self, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Whole slots: keys [B, K, C, D] and values [B, K, C, E]."""
+        keys, values, newest = self.keys.read(slots), self.values.read(slots), self.newest
+        if newest is None:
+            return keys, values
+        rows = newest.rows[slots]
+        return newest.lay_over(keys, newest.keys[slots], rows), newest.lay_over(values, newest.values[slots], rows)
 
     def write(self, slots: Tensor, rows: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Put one token into each of B slots, each kv head into its own row.
@@ -57,37 +121,136 @@ class LayerSlots:
         Args:
             slots: [B]; rows [B, K] or [B, 1]; key [B, K, D]; value [B, K, E]; positions [B].
         """
-        at = (slots.unsqueeze(1), torch.arange(self.layout.kv_heads, device=rows.device), rows)
-        self.keys[at] = key
-        self.values[at] = value
+        heads = torch.arange(self.layout.kv_heads, device=rows.device)
+        at = (slots.unsqueeze(1), heads, rows)
+        self.values.write(at, value)
         self.positions[at] = positions.unsqueeze(1).to(torch.int32)
-        self.mass[at] = 0.0
+        for name, note in self.notes.items():
+            note[at] = NOTES[name]
+        if self.newest is not None:
+            near = (slots.unsqueeze(1), heads, (positions % self.layout.exact).unsqueeze(1))
+            self.newest.keys[near], self.newest.values[near] = key, value
+            self.newest.rows[near] = rows.to(torch.int32).expand(-1, len(heads))
+        if not isinstance(self.keys, ByChannel):
+            self.keys.write(at, key)
+            return
+        full = slots[positions % KEY_GROUP == KEY_GROUP - 1]
+        if len(full):
+            group = positions[positions % KEY_GROUP == KEY_GROUP - 1] // KEY_GROUP
+            self.keys.write((full.unsqueeze(1), heads, group.unsqueeze(1)), self._near.keys[full])
 
-    def append(self, slot: int, used: int, key: Tensor, value: Tensor, positions: Tensor, mass: Tensor | None) -> None:
+    def append(
+        self, slot: int, used: int, key: Tensor, value: Tensor, positions: Tensor, notes: Mapping[str, Tensor]
+    ) -> None:
         """Put a chunk into the empty rows behind the ``used`` ones.
 
         Args:
-            key: [T, K, D]; value [T, K, E]; positions [T]; mass [K, T] or None for zero.
+            key: [T, K, D]; value [T, K, E]; positions [T]; notes by name [K, T].
         """
         rows = slice(used, used + key.shape[0])
-        self.keys[slot, :, rows] = key.transpose(0, 1)
-        self.values[slot, :, rows] = value.transpose(0, 1)
-        self.positions[slot, :, rows] = positions.to(torch.int32)
-        self.mass[slot, :, rows] = 0.0 if mass is None else mass
+        at = (slot, slice(None), rows)
+        if isinstance(self.keys, ByChannel):
+            self._append_groups(slot, used, key.transpose(0, 1))
+        else:
+            self.keys.write(at, key.transpose(0, 1))
+        self.values.write(at, value.transpose(0, 1))
+        self.positions[at] = positions.to(torch.int32)
+        for name, note in self.notes.items():
+            note[at] = notes[name]
+        self._copy_newest(slot, key, value, positions)
 
-    def replace(self, slot: int, keep: Tensor, key: Tensor, value: Tensor, positions: Tensor, mass: Tensor) -> None:
+    def _append_groups(self, slot: int, used: int, key: Tensor) -> None:
+        """Write the groups of keys [K, T, D] that become full; what begins them lies among the newest."""
+        begun = used % KEY_GROUP
+        keys = torch.cat([self._near.keys[slot, :, :begun], key], dim=1)
+        groups, first = keys.shape[1] // KEY_GROUP, used // KEY_GROUP
+        if groups:
+            whole = keys[:, : groups * KEY_GROUP].reshape(len(keys), groups, KEY_GROUP, -1)
+            self.keys.write((slot, slice(None), slice(first, first + groups)), whole)
+
+    def replace(
+        self,
+        slot: int,
+        keep: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        notes: Mapping[str, Tensor],
+    ) -> None:
         """Put the surviving tokens of a chunk into the rows of the slot that do not survive.
 
         Args:
-            keep: [K, C + T] bool, exactly C True per head: which rows of the slot and which tokens of the chunk stay.
-            key: [T, K, D]; value [T, K, E]; positions [T]; mass [K, T].
+            keep: [K, R + T] bool, exactly R True per head: which of the slot's first R rows and which tokens stay.
+            key: [T, K, D]; value [T, K, E]; positions [T]; notes by name [K, T].
         """
-        head, row = (~keep[:, : self.layout.capacity]).nonzero(as_tuple=True)
-        _, token = keep[:, self.layout.capacity :].nonzero(as_tuple=True)  # as many per head, in the same order
-        self.keys[slot, head, row] = key[token, head]
-        self.values[slot, head, row] = value[token, head]
-        self.positions[slot, head, row] = positions[token].to(torch.int32)
-        self.mass[slot, head, row] = mass[head, token]
+        tokens = len(positions)
+        head, row = (~keep[:, :-tokens]).nonzero(as_tuple=True)
+        _, token = keep[:, -tokens:].nonzero(as_tuple=True)  # as many per head, in the same order
+        at = (slot, head, row)
+        self.keys.write(at, key[token, head])
+        self.values.write(at, value[token, head])
+        self.positions[at] = positions[token].to(torch.int32)
+        for name, note in self.notes.items():
+            note[at] = notes[name][head, token]
+        self._copy_newest(slot, key, value, positions)
+
+    def _copy_newest(self, slot: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Remember the last tokens of a chunk as they are, and in which rows they lie."""
+        newest, exact = self.newest, self.layout.exact
+        if newest is None:
+            return
+        last = positions[-exact:]
+        at = (slot, slice(None), last % exact)
+        newest.keys[at] = key[-exact:].transpose(0, 1)
+        newest.values[at] = value[-exact:].transpose(0, 1)
+        lies = self.positions[slot].unsqueeze(-1) == last.to(torch.int32)  # [K, C, W]
+        newest.rows[at] = torch.where(lies.any(1), lies.byte().argmax(1), EMPTY).to(torch.int32)
+
+    @property
+    def _near(self) -> Newest:
+        if self.newest is None:
+            raise RuntimeError("keys by channel need exact copies of the newest")
+        return self.newest
+
+    def reset(self, slot: int) -> None:
+        """Empty one slot. Values go too: a NaN among them would outlive any weight of zero."""
+        self.values.clear(slot)
+        self.positions[slot] = EMPTY
+        for name, note in self.notes.items():
+            note[slot] = NOTES[name]
+        if self.newest is not None:
+            self.newest.rows[slot] = EMPTY
+            self.newest.values[slot] = 0.0
+
+    def copy_state(self, slot: int, source: LayerSlots, other: int, tokens: int) -> None:
+        """Make an empty slot hold what a slot of the same layer, in this group or another, holds of its sequence.
+
+        Args:
+            source: that group's rows; ``other`` the slot there.
+            tokens: of the sequence so far; no more of its pairs than fit here are left.
+        """
+        rows = min(tokens, self.layout.capacity, source.layout.capacity)
+        for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
+            units = -(-rows // KEY_GROUP) if isinstance(mine, ByChannel) else rows
+            for to, what in zip(_tensors(mine), _tensors(theirs), strict=True):
+                to[slot, :, :units] = what[other, :, :units]
+        self.positions[slot, :, :rows] = source.positions[other, :, :rows]
+        for name in self.notes.keys() & source.notes.keys():
+            self.notes[name][slot, :, :rows] = source.notes[name][other, :, :rows]
+        if self.newest is None or source.newest is None:
+            return
+        exact, theirs_exact = self.layout.exact, source.layout.exact
+        last = torch.arange(max(0, tokens - min(exact, theirs_exact)), tokens, device=self.positions.device)
+        to_at, at = (slot, slice(None), last % exact), (other, slice(None), last % theirs_exact)
+        self.newest.keys[to_at] = source.newest.keys[at]
+        self.newest.values[to_at] = source.newest.values[at]
+        self.newest.rows[to_at] = source.newest.rows[at]
+
+
+def _tensors(store: Store) -> list[Tensor]:
+    """What a store is made of: slots, heads, and rows or groups of rows come first."""
+    parts = (getattr(store, part.name) for part in fields(store))  # type: ignore[arg-type]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 class KVPool:
@@ -121,11 +284,15 @@ class KVPool:
         return self.groups[group][layer]
 
     def reset(self, group: int, slot: int) -> None:
-        """Empty one slot for its next sequence. Values go too: a NaN among them would outlive any weight of zero."""
+        """Empty one slot for its next sequence."""
         for part in set(self.groups[group]):
-            part.values[slot] = 0.0
-            part.positions[slot] = EMPTY
-            part.mass[slot] = 0.0
+            part.reset(slot)
+
+    def copy_state(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+        """Make the slot ``target`` (group and slot) hold what ``source`` holds of a sequence of so many tokens."""
+        self.reset(*target)
+        for mine, theirs in set(zip(self.groups[target[0]], self.groups[source[0]], strict=True)):
+            mine.copy_state(target[1], theirs, source[1], tokens)
 
     @property
     def nbytes(self) -> int:

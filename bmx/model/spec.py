@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bmx.errors import ModelError
+from bmx.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +80,29 @@ class ModelSpec:
     def last_reader(self, owner: int) -> int:
         """The last layer that reads this owner's keys."""
         return max(i for i, layer in enumerate(self.layers) if layer.owner == owner)
+
+
+def sharing(spec: ModelSpec, pairs: str | None) -> ModelSpec:
+    """A spec in which some layers read the keys and values of earlier ones (KVSharer, arXiv 2410.18517, section 3).
+
+    Args:
+        pairs: reader and owner, as in ``7:3,12:5``.
+
+    Raises:
+        UsageError: there is no such layer, or the two differ in sizes or window.
+    """
+    layers = list(spec.layers)
+    for pair in pairs.split(",") if pairs else ():
+        reader, owner = map(int, pair.split(":"))
+        if reader >= len(layers):
+            raise UsageError(f"kv_share_layers names layer {reader}; {spec.name} has {len(layers)}, from 0 on")
+        new = replace(layers[reader], owner=layers[owner].owner)
+        if new != replace(layers[owner], query_heads=new.query_heads):
+            raise UsageError(f"kv_share_layers: layers {reader} and {owner} of {spec.name} have different caches")
+        if any(layer.owner == reader for layer in layers[reader + 1 :]):
+            raise UsageError(f"kv_share_layers: other layers read those of layer {reader} already")
+        layers[reader] = new
+    return replace(spec, layers=tuple(layers))
 
 
 def check_config(config: Any) -> None:

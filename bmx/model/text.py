@@ -12,6 +12,7 @@ from typing import Any
 
 from bmx.config import PromptConfig
 from bmx.errors import RowError, UsageError
+from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.request import Request
 
 GUESSES = 12  # at where to cut a text that is too long
@@ -36,6 +37,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         self._tokenizer = tokenizer
         self._config = config
+        self._instructions = Instructions.of(config)
         self._control = () if config.parse_special_tokens else _control_tokens(tokenizer)
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         if config.system_prompt is not None and not (self._has_template and config.chat_template):
@@ -58,41 +60,75 @@ class PromptEncoder:
             raise RowError("invalid_request", "the prompt is empty")
         return ids
 
+    def probe(self, text: str | None) -> tuple[int, ...]:
+        """Token ids of a probe: a text of its own line; ``instructions`` stands for the job's own words.
+
+        Raises:
+            UsageError: there are no such words.
+        """
+        if text is None:
+            return ()
+        words = self._instructions.question if text == INSTRUCTIONS else text
+        return tuple(self._tokens(*self._hide(f"\n\n{words}"), add_special_tokens=False))
+
+    def spans(self, request: Request, length: int) -> tuple[tuple[int, int], ...]:
+        """The places of the job's own words among the tokens of a request, from .. to.
+
+        A text that begins where a token ends may begin in its middle once both are put together: a place may be off
+        by one token.
+
+        Args:
+            length: tokens of the whole prompt.
+        """
+        messages = self._messages(request)
+        if messages is None:
+            text, marks = self._hide(request.prompt or "")
+            system = ""
+        else:
+            text, marks = self._render(messages)
+            system = next((str(m.get("content") or "") for m in messages if m.get("role") == "system"), "")
+        end, begin = self._instructions.spans(text, self._hide(system)[0])
+        special = messages is None
+        head = len(self._tokens(text[:end], marks, add_special_tokens=special)) if end else 0
+        tail = len(self._tokens(text[:begin], marks, add_special_tokens=special)) if begin < len(text) else length
+        return tuple(span for span in ((0, min(head, length)), (tail, length)) if span[0] < span[1])
+
     @property
     def cuts(self) -> bool:
         """Whether prompts that are too long are cut."""
         return self._config.on_too_long.startswith("truncate")
 
-    def encode_within(self, request: Request, tokens: int) -> list[int]:
-        """Token ids of a request whose longest text is cut, until they are as many as are allowed or a little fewer.
+    def cut(self, request: Request, tokens: int) -> tuple[Request, list[int]]:
+        """A request whose longest text is cut, and its token ids: as many as are allowed, or a little fewer.
 
         It is cut at its beginning, or in its middle, as the job says; what stands around it (the template, other
-        messages) stays. Where nothing is left to cut, the ids are those of the whole request.
+        messages) stays. Where nothing is left to cut, it is the whole request.
 
         Raises:
             RowError: as ``encode``.
         """
         at, text = _longest_text(request)
-        whole = ids = self.encode(request)
-        fitting, least, most, kept = None, 0, len(text), len(text)
+        ids = self.encode(request)
+        best, least, most, kept = (request, ids), 0, len(text), len(text)
         for _ in range(GUESSES):
             kept = kept * tokens // len(ids) if ids else most
             if not least < kept < most:
                 kept = (least + most) // 2
             if kept == least:
                 break
+            shorter = _with_text(request, at, self._cut_text(text, kept))
             try:
-                ids = self.encode(_with_text(request, at, self._cut_text(text, kept)))
+                ids = self.encode(shorter)
             except RowError:  # nothing but blanks is left: too little
                 least, ids = kept, []
                 continue
             if len(ids) > tokens:
                 most = kept
                 continue
-            fitting, least = ids, kept
+            best, least = (shorter, ids), kept
             if len(ids) >= FILLED * tokens:
                 break
-        return fitting or whole
+        return best
 
     def _cut_text(self, text: str, kept: int) -> str:
         """So many characters of a text: its end, or its beginning and its end."""

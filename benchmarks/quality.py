@@ -1,0 +1,148 @@
+"""How close compressed caches come to the full one, on real text: scorers, budgets, chunks, probes, formats, layers.
+
+python benchmarks/quality.py --data DATA --out cells.jsonl --set news --cell kv_policy=window,kv_budget=512 ...
+
+DATA is a folder with multi_news/multi_news.jsonl and books/*.md. Each cell is measured against the full cache on the
+same prompts: the full cache's own greedy answer is forced, token by token, through the compressed one (share of equal
+top-1 tokens, KL divergence), and with --freely the compressed one also writes its own (ROUGE-L). A line per cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from bmx import Engine, EngineConfig, Request, SamplingParams
+from bmx.config import setting_named
+from bmx.engine.teacher import Teacher
+from bmx.signals import Stop
+
+NEWS = (
+    "Read the following news passages, then write a short summary of them.\n\n{text}\n\n"
+    "Now write a short summary of all the passages."
+)
+BOOK = "Read this part of a book.\n\n{text}\n\nSummarize what happens in it in a few sentences."
+FACT = (
+    "Read the following text.\n\n{text}\n\n"
+    "Answer in one short sentence: what is the secret code of the {place} archive?"
+)
+PLACES = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Hanoi", "Riga", "Quito", "Tunis", "Perth", "Kyoto", "Delhi")
+
+
+def news(engine: Engine, data: Path, rows: int, least: int, most: int) -> list[Request]:
+    """Articles whose prompts have a number of tokens between the two."""
+    found = []
+    for line in (data / "multi_news/multi_news.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        text = NEWS.format(text=row["context"].replace("NEWLINE_CHAR ", "\n").strip())
+        request = Request(id=str(len(found)), prompt=text, references=tuple(row["answers"]))
+        if least <= len(engine.encode(request)) <= most:
+            found.append(request)
+        if len(found) == rows:
+            break
+    return found
+
+
+def windows(data: Path, characters: int, rows: int) -> list[str]:
+    """Parts of the books, evenly spread, that begin and end with paragraphs."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((data / "books").glob("*.md"))]
+    parts = []
+    for text in texts:
+        starts = range(len(text) // 20, len(text) - characters, characters)
+        parts += [text[at : at + characters].partition(". ")[2].rpartition(". ")[0] + "." for at in starts]
+    step = max(1, len(parts) // rows)
+    return parts[::step][:rows]
+
+
+def book(data: Path, rows: int, tokens: int) -> list[Request]:
+    """Windows of books to be summarised."""
+    return [
+        Request(id=str(i), prompt=BOOK.format(text=text))
+        for i, text in enumerate(windows(data, int(4.1 * tokens), rows))
+    ]
+
+
+def facts(data: Path, rows: int, tokens: int) -> list[Request]:
+    """A question about one sentence that was put somewhere into a part of a book."""
+    draw = random.Random(0)
+    found = []
+    for i, text in enumerate(windows(data, int(4.1 * tokens), rows)):
+        place, code = PLACES[i % len(PLACES)], draw.randrange(1000, 9999)
+        sentences = text.split(". ")
+        sentences.insert(draw.randrange(1, len(sentences)), f"The secret code of the {place} archive is {code}")
+        prompt = FACT.format(text=". ".join(sentences), place=place)
+        found.append(Request(id=str(i), prompt=prompt, references=(str(code),)))
+    return found
+
+
+def requests_of(engine: Engine, args: argparse.Namespace) -> list[Request]:
+    """The prompts of a set, all to be answered greedily."""
+    if args.set == "news":
+        found = news(engine, args.data, args.rows, args.least, args.most)
+    elif args.set == "book":
+        found = book(args.data, args.rows, args.most)
+    else:
+        found = facts(args.data, args.rows, args.most)
+    return [replace(r, params=SamplingParams(temperature=0, max_tokens=args.max_tokens)) for r in found]
+
+
+def settings_of(cell: str) -> dict[str, object]:
+    """``kv_policy=window;kv_budget=512`` as settings."""
+    pairs = (part.partition("=") for part in cell.split(";") if part)
+    return {name: setting_named(name).coerce({"true": True}.get(value, value)) for name, _, value in pairs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", choices=["news", "book", "facts"], default="news")
+    parser.add_argument("--rows", type=int, default=12)
+    parser.add_argument("--least", type=int, default=1500)
+    parser.add_argument("--most", type=int, default=3500)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--freely", action="store_true")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--cell", action="append", default=[])
+    args = parser.parse_args()
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    base = EngineConfig(kv_policy="none", chunk_size=512)
+    engine = Engine.open(base)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    requests = requests_of(engine, args)
+    lengths = [len(engine.encode(request)) for request in requests]
+    print(
+        f"{args.set}: {len(requests)} prompts of {min(lengths)} to {max(lengths)} tokens", file=sys.stderr, flush=True
+    )
+    kept = args.out.with_suffix(f".{args.set}.{args.rows}.{args.most}.pt")
+    teacher = Teacher.load(kept, requests)
+    if teacher is None:
+        teacher = Teacher.hear(engine, requests, Stop())
+        teacher.save(kept)
+    done = set()
+    if args.out.exists():
+        done = {(r["set"], r["cell"]) for r in map(json.loads, args.out.read_text().splitlines())}
+    for cell in args.cell:
+        if (args.set, cell) in done:
+            continue
+        before = time.monotonic()
+        other = engine.with_config(replace(EngineConfig(), **settings_of(cell)))
+        found = teacher.examine(other, Stop(), freely=args.freely)
+        record = {"set": args.set, "cell": cell, "prompts": len(requests), "mean_prompt": sum(lengths) / len(lengths)}
+        record |= found.record() | {"seconds": round(time.monotonic() - before, 1)}
+        with args.out.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        print(json.dumps(record), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""How many KV pairs a sequence keeps: a number, or a share of its prompt; alike in all layers, or not.
+
+Knows lengths and counts; touches no tensor and loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from bmx.errors import UsageError
+
+PYRAMID_BASE = 20  # the last layer has so small a part of the even share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """KV pairs that a layer and head may keep.
+
+    Attributes:
+        pairs: for every sequence, on average over the layers; None if a share decides.
+        share: of the prompt's tokens.
+        fixed: of a layer's pairs, those that layers do not differ in: sink and recent tokens.
+        layers: ``uniform``, ``pyramid``, or each layer's part of the rest, one on average.
+    """
+
+    pairs: int | None
+    share: float | None
+    fixed: int
+    layers: str | tuple[float, ...] = "uniform"
+
+    @classmethod
+    def of(cls, wanted: float, fixed: int, layers: str | tuple[float, ...]) -> Budget:
+        """From settings: a number of pairs, or a share below one."""
+        share = wanted if wanted < 1 else None
+        return cls(pairs=None if share else int(wanted), share=share, fixed=fixed, layers=layers)
+
+    def rows(self, prompt_tokens: int, max_tokens: int) -> int:
+        """Rows of a slot that a sequence needs, in the layer that keeps most."""
+        total = prompt_tokens + max_tokens
+        if self.share is not None:
+            return min(total, max(2 * self.fixed, ceil(self.share * prompt_tokens)))
+        largest = (
+            {"uniform": 1.0, "pyramid": pyramid(1)[0]}[self.layers]
+            if isinstance(self.layers, str)
+            else max(self.layers)
+        )
+        return min(total, self._pairs(largest))
+
+    def layer(self, index: int, layers: int) -> int:
+        """Pairs of one of so many layers, unless a share decides.
+
+        Raises:
+            UsageError: factors for another number of layers.
+        """
+        if self.layers == "uniform":
+            return self._pairs(1.0)
+        factors = pyramid(layers) if isinstance(self.layers, str) else self.layers
+        if len(factors) != layers:
+            raise UsageError(f"kv_layer_budgets has {len(factors)} factors, the model has {layers} layers")
+        return self._pairs(factors[index])
+
+    def _pairs(self, factor: float) -> int:
+        """Pairs of a layer with so much of the even part; at least one beside those that are fixed."""
+        return self.fixed + max(1, round(((self.pairs or 0) - self.fixed) * factor))
+
+
+def pyramid(layers: int, base: float = PYRAMID_BASE) -> list[float]:
+    """Parts that fall evenly from first layer to last, which has 1 / base (PyramidKV, arXiv 2406.02069, section 3)."""
+    last = 1 / base
+    return [2 - last - i * (2 - 2 * last) / max(1, layers - 1) for i in range(layers)]
+
+
+def halting_count(weights: Sequence[Sequence[float]], first: int, tolerance: float) -> int:
+    """The fewest tokens of a layer with which the last query's attention is nearly what it is with all of them.
+
+    Tokens are kept in the order of presumed importance (the first ones, then from the newest back) until the norm of
+    the attention, averaged over heads, has lost no more than ``tolerance`` of itself (DBudgetKV, arXiv 2502.16886,
+    section 3; its successor's name is ReFreeKV).
+
+    Args:
+        weights: [heads][tokens] attention of the last query.
+        first: tokens at the start that are presumed important.
+    """
+    tokens = len(weights[0])
+    order = [*range(min(first, tokens)), *range(tokens - 1, min(first, tokens) - 1, -1)]
+    squares = [0.0] * len(weights)
+    whole = sum(sum(w * w for w in head) ** 0.5 for head in weights)
+    for kept, token in enumerate(order, 1):
+        for head, row in enumerate(weights):
+            squares[head] += row[token] ** 2
+        if sum(s**0.5 for s in squares) >= (1 - tolerance) * whole:
+            return kept
+    return tokens

@@ -1,0 +1,196 @@
+"""How vectors are stored: as they are, or in fewer bits with scales of their own. Each knows its bytes.
+
+Knows numbers; knows nothing of positions, scores or what a vector is for. Vectors of a slot stay independent of each
+other, so that one can be overwritten alone; only ``ByChannel`` ties groups of rows together.
+
+Shapes: S slots, K kv heads, C rows, D dim, V vectors addressed by an index (any shape [...]).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bmx.kv.layout import BITS, KEY_GROUP, FormatName
+
+FP8 = torch.float8_e4m3fn
+LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 15.0}
+TINY = 1e-7  # the least scale: smaller ones would be lost in float16
+
+
+class Store(Protocol):
+    """Rows of vectors [S, K, C, D]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        ...
+
+    def read(self, index: Any) -> Tensor:
+        """The vectors at an index of [S, K, C], in the model's type; they may be the store's own."""
+        ...
+
+    def write(self, index: Any, vectors: Tensor) -> None:
+        """Put vectors [..., D] at an index of [S, K, C]."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Make all vectors of a slot zero."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plain:
+    """Vectors as they are."""
+
+    vectors: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.vectors.nbytes
+
+    def read(self, index: Any) -> Tensor:
+        """The vectors themselves."""
+        return self.vectors[index]
+
+    def write(self, index: Any, vectors: Tensor) -> None:
+        """As they are."""
+        self.vectors[index] = vectors
+
+    def clear(self, slot: int) -> None:
+        """Zeros."""
+        self.vectors[slot] = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PerVector:
+    """Codes with a scale for each vector, and an offset too where codes are few (KIVI's values, arXiv 2402.02750, 3.2).
+
+    Attributes:
+        codes: [S, K, C, D] uint8 (two to a byte in four bits: [S, K, C, D / 2]).
+        scale: [S, K, C, 1 or 2] float16: scale, and offset.
+    """
+
+    format: FormatName
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def read(self, index: Any) -> Tensor:
+        """The vectors as their codes say."""
+        return decode(self.format, self.codes[index], self.scale[index], self.dtype)
+
+    def write(self, index: Any, vectors: Tensor) -> None:
+        """Their codes."""
+        self.codes[index], self.scale[index] = encode(self.format, vectors)
+
+    def clear(self, slot: int) -> None:
+        """Without scale there is nothing."""
+        self.codes[slot], self.scale[slot] = 0, 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ByChannel:
+    """Codes with a scale and an offset for each channel of ``KEY_GROUP`` rows (KIVI's keys, arXiv 2402.02750, 3.2).
+
+    A group is written whole.
+
+    Attributes:
+        codes: [S, K, C / G, G, D] uint8 (or D / 2); scale [S, K, C / G, D, 2] float16.
+        rows: C, which the last group may exceed.
+    """
+
+    format: FormatName
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+    rows: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def read(self, index: Any) -> Tensor:
+        """The vectors of whole heads, [..., K, C, D]; ``index`` picks slots."""
+        codes, scale = self.codes[index], self.scale[index].to(self.dtype)
+        numbers = _unpacked(codes, self.format).to(self.dtype)
+        vectors = numbers * scale[..., 0].unsqueeze(-2) + scale[..., 1].unsqueeze(-2)
+        return vectors.flatten(-3, -2)[..., : self.rows, :]
+
+    def write(self, index: Any, vectors: Tensor) -> None:
+        """Groups of rows [..., G, D] at an index of [S, K, C / G]."""
+        low, high = vectors.float().aminmax(dim=-2)
+        levels = 2 ** BITS[self.format] - 1
+        scale = torch.stack([((high - low) / levels).clamp(min=TINY), low], dim=-1).half()
+        numbers = (vectors.float() - scale[..., 1].unsqueeze(-2).float()) / scale[..., 0].unsqueeze(-2).float()
+        self.codes[index] = _packed(numbers.round().clamp(0, levels).to(torch.uint8), self.format)
+        self.scale[index] = scale
+
+    def clear(self, slot: int) -> None:
+        """Without scale there is nothing."""
+        self.codes[slot], self.scale[slot] = 0, 0.0
+
+
+def allocate(
+    name: FormatName, shape: tuple[int, int, int], dim: int, dtype: torch.dtype, device: torch.device, by_channel: bool
+) -> Store:
+    """An empty store for vectors of ``dim`` numbers.
+
+    Args:
+        shape: slots, kv heads, rows.
+        by_channel: one whose rows share scales by channel; it can only be appended to.
+    """
+    if name == "auto":
+        return Plain(torch.zeros(*shape, dim, dtype=dtype, device=device))
+    width = -(-dim * BITS[name] // 8)
+    if by_channel:
+        groups = (*shape[:2], -(-shape[2] // KEY_GROUP))
+        codes = torch.zeros(*groups, KEY_GROUP, width, dtype=torch.uint8, device=device)
+        return ByChannel(name, codes, torch.zeros(*groups, dim, 2, dtype=torch.float16, device=device), dtype, shape[2])
+    codes = torch.zeros(*shape, width, dtype=torch.uint8, device=device)
+    scales = 1 if BITS[name] == 8 else 2
+    return PerVector(name, codes, torch.zeros(*shape, scales, dtype=torch.float16, device=device), dtype)
+
+
+def encode(name: FormatName, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [..., D] (or D / 2) uint8 and scales [..., 1 or 2] float16 of vectors [..., D]."""
+    vectors = vectors.float()
+    if name == "int4":
+        low, high = vectors.aminmax(dim=-1, keepdim=True)
+        scale = torch.cat([((high - low) / LARGEST[name]).clamp(min=TINY), low], dim=-1).half()
+        numbers = (vectors - scale[..., 1:].float()) / scale[..., :1].float()
+        return _packed(numbers.round().clamp(0, LARGEST[name]).to(torch.uint8), name), scale
+    scale = (vectors.abs().amax(-1, keepdim=True) / LARGEST[name]).clamp(min=TINY).half()
+    numbers = (vectors / scale.float()).clamp(-LARGEST[name], LARGEST[name])
+    return (numbers.to(FP8) if name == "fp8" else numbers.round().to(torch.int8)).view(torch.uint8), scale
+
+
+def decode(name: FormatName, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Vectors [..., D] of ``dtype`` from what ``encode`` gave."""
+    scale = scale.to(dtype)
+    if name == "int4":
+        return _unpacked(codes, name).to(dtype).mul_(scale[..., :1]).add_(scale[..., 1:])
+    return codes.view(FP8 if name == "fp8" else torch.int8).to(dtype).mul_(scale)
+
+
+def _packed(numbers: Tensor, name: FormatName) -> Tensor:
+    """Two of four bits to a byte: the first half of the channels in the low bits, the second in the high ones."""
+    if name != "int4":
+        return numbers
+    half = -(-numbers.shape[-1] // 2)
+    high = torch.nn.functional.pad(numbers[..., half:], (0, 2 * half - numbers.shape[-1]))
+    return numbers[..., :half] | (high << 4)
+
+
+def _unpacked(codes: Tensor, name: FormatName) -> Tensor:
+    return torch.cat([codes & 15, codes >> 4], dim=-1) if name == "int4" else codes

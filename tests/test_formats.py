@@ -1,0 +1,418 @@
+"""Pairs in fewer bits: as near as their steps allow, independent of each other, exact where they are new, and small."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_engine
+
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import EngineConfig
+from bmx.kv.formats import allocate, decode, encode
+from bmx.kv.layout import KEY_GROUP, LayerLayout
+from bmx.kv.pool import KVPool, LayerSlots
+
+CPU = torch.device("cpu")
+FEW = ("fp8", "int8", "int4")
+HALF = 2.0**-11  # relative rounding of a float16
+LEVELS = {"int8": 254, "int4": 15}
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def back(name, vectors, dtype=torch.float32):
+    return decode(name, *encode(name, vectors), dtype)[..., : vectors.shape[-1]]
+
+
+def step(name, vectors):
+    """Between two levels of each vector: of the range that its largest number, or its two ends, span."""
+    if name == "int8":
+        return 2 * vectors.abs().amax(-1, keepdim=True) / LEVELS[name]
+    return (vectors.amax(-1, keepdim=True) - vectors.amin(-1, keepdim=True)) / LEVELS[name]
+
+
+def slack(vectors):
+    """What float16 scales and offsets add to half a step."""
+    return 2 * HALF * vectors.abs().amax(-1, keepdim=True) + 1e-6
+
+
+# ---- one vector ----
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+@pytest.mark.parametrize("dim", [1, 2, 5, 8, 33, 64])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_no_number_is_off_by_more_than_half_a_step(name, dim, scale):
+    vectors = drawn(7, 3, dim) * scale + 0.4 * scale
+    errors = (back(name, vectors) - vectors).abs()
+    assert (errors <= step(name, vectors) / 2 + slack(vectors)).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_steps_are_no_finer_than_the_bits(name):
+    """Halves of steps do occur: the bound is tight, and the codes use their whole range."""
+    vectors = drawn(200, 64)
+    errors = (back(name, vectors) - vectors).abs() / step(name, vectors)
+    assert 0.45 < errors.max() < 0.55
+    codes, _ = encode(name, vectors)
+    used = codes.view(torch.int8).unique() if name == "int8" else torch.cat([codes & 15, codes >> 4]).unique()
+    assert len(used) >= (250 if name == "int8" else 16)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+def test_fp8_rounds_each_number_to_four_significant_bits(scale):
+    vectors = drawn(50, 64) * scale
+    found, largest = back("fp8", vectors), vectors.abs().amax(-1, keepdim=True)
+    normal = vectors.abs() > largest / 448 * 2**-6
+    relative = (found - vectors).abs() / vectors.abs()
+    assert (relative[normal] <= 2**-4 + 3 * HALF).all()
+    assert relative[normal].max() > 0.9 * 2**-4
+    assert ((found - vectors).abs() <= largest / 448 * 2**-10 + 3 * HALF * vectors.abs())[~normal].all()
+
+
+def test_fp8_keeps_small_numbers_beside_large_ones_where_int8_does_not():
+    vector = torch.tensor([[100.0, 0.1, -0.05]])
+    assert back("int8", vector)[0, 1:].abs().max() == 0
+    assert back("fp8", vector)[0, 1:].tolist() == pytest.approx([0.1, -0.05], rel=0.07)
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e-3, 250.0])
+def test_constant_vectors_come_back(name, value):
+    vectors = torch.full((2, 6), value)
+    torch.testing.assert_close(back(name, vectors), vectors, rtol=2**-5 if name == "fp8" else 2 * HALF, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_zeros_come_back_as_zeros(name):
+    assert (back(name, torch.zeros(3, 8)) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1e-5, 6e4])
+def test_huge_and_tiny_numbers_stay_numbers_of_their_size(name, size, dtype):
+    vectors = (drawn(20, 16).clamp(-1, 1) * size).to(dtype)
+    found = back(name, vectors, dtype)
+    assert found.dtype == dtype
+    assert found.isfinite().all()
+    assert found.float().abs().max() <= 1.1 * size + 1e-4
+    assert (found - vectors).float().abs().max() <= 0.1 * size + 2e-5
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_numbers_beyond_float16_stay_numbers(name):
+    """Of a bfloat16 or float32 model: they may be cut, but none becomes infinite or no number."""
+    assert back(name, torch.tensor([[-1e5, 2e5, 3.0, 0.0]])).isfinite().all()
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_read_their_own_type(name, dtype):
+    vectors = drawn(20, 16).to(dtype)
+    found = back(name, vectors, dtype)
+    assert found.dtype == dtype
+    exact = back(name, vectors.float())
+    ends = exact.abs().amax(-1, keepdim=True) * torch.finfo(dtype).eps * 2
+    assert ((found.float() - exact).abs() <= ends).all()
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_vector_that_was_read_is_written_as_it_was(name):
+    """Moving a pair from slot to slot, through its numbers, loses next to nothing more."""
+    once = back(name, drawn(40, 16))
+    assert ((back(name, once) - once).abs() <= slack(once)).all()
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("dim", [4, 7])
+def test_the_empty_dimensions_of_a_store_are_any(name, dim):
+    """Vectors are independent: shapes do not matter."""
+    vectors = drawn(3, 4, 5, dim)
+    together = back(name, vectors)
+    one_by_one = torch.stack([back(name, vector) for vector in vectors.view(60, dim)]).view_as(vectors)
+    assert torch.equal(together, one_by_one)
+
+
+# ---- stores of one vector each ----
+
+
+@pytest.mark.parametrize("dim", [8, 5])
+@pytest.mark.parametrize("name", ["auto", *FEW])
+def test_overwriting_one_vector_leaves_all_others_as_they_were(name, dim):
+    store = allocate(name, (2, 3, 6), dim, torch.float32, CPU, by_channel=False)
+    everything = slice(None)
+    store.write(everything, drawn(2, 3, 6, dim))
+    before = store.read(everything)[..., :dim].clone()
+    new = 50 * drawn(3, dim, seed=1)
+    at = (torch.tensor([[1]]), torch.arange(3), torch.tensor([[4, 0, 2]]))
+    store.write(at, new.unsqueeze(0))
+    after = store.read(everything)[..., :dim].clone()
+    changed = torch.zeros(2, 3, 6, dtype=torch.bool)
+    changed[at] = True
+    assert torch.equal(after[~changed], before[~changed])
+    assert torch.equal(after[at][0], new if name == "auto" else back(name, new))
+
+
+@pytest.mark.parametrize("name", ["auto", *FEW])
+def test_an_empty_store_and_a_cleared_slot_are_zero(name):
+    store = allocate(name, (2, 3, 6), 8, torch.float32, CPU, by_channel=False)
+    assert (store.read(slice(None)) == 0).all()
+    store.write(slice(None), drawn(2, 3, 6, 8))
+    other = store.read(1).clone()
+    store.clear(0)
+    assert (store.read(0) == 0).all()
+    assert torch.equal(store.read(1), other)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_numbers_that_are_none_go_with_the_slot(name):
+    store = allocate(name, (2, 1, 4), 8, torch.float32, CPU, by_channel=False)
+    store.write(slice(None), torch.full((2, 1, 4, 8), math.nan))
+    store.clear(0)
+    assert store.read(0).isfinite().all()
+
+
+# ---- layers of a pool ----
+
+
+def layer(name, capacity, *, exact=0, by_channel=False, heads=2, dim=6, notes=()):
+    return LayerLayout(
+        capacity=capacity,
+        kv_heads=heads,
+        key_dim=dim,
+        value_dim=dim + 2,
+        itemsize=4,
+        window=None,
+        owner=0,
+        last_reader=0,
+        by_age=False,
+        format=name,
+        exact=exact,
+        by_channel=by_channel,
+        notes=notes,
+    )
+
+
+def allocated(layout, slots=3):
+    return LayerSlots.allocate(layout, slots, torch.float32, CPU)
+
+
+def arrive(part, slot, key, value, sizes):
+    """Tokens come in chunks of these sizes, then one by one."""
+    start = 0
+    for size in sizes:
+        stop = start + size
+        part.append(slot, start, key[start:stop], value[start:stop], torch.arange(start, stop), {})
+        start = stop
+    for position in range(start, len(key)):
+        at = torch.tensor([position])
+        part.write(torch.tensor([slot]), at.unsqueeze(1), key[position : position + 1], value[[position]], at)
+
+
+def by_group(name, keys):
+    """Keys [T, K, D] in whole groups, each channel with levels between its least and its greatest number."""
+    levels = 2 ** {"int8": 8, "int4": 4}[name] - 1
+    found = keys.double().clone()
+    for start in range(0, len(keys) - KEY_GROUP + 1, KEY_GROUP):
+        for head in range(keys.shape[1]):
+            for channel in range(keys.shape[2]):
+                numbers = keys[start : start + KEY_GROUP, head, channel]
+                low = numbers.min().half()
+                width = ((numbers.max() - numbers.min()) / levels).half()
+                codes = ((numbers - low.float()) / width.float()).round().clamp(0, levels)
+                found[start : start + KEY_GROUP, head, channel] = codes * width.float() + low.float()
+    return found
+
+
+ARRIVALS = [(90,), (1,) * 7, (7, 1, 24, 30), (31, 1, 1), (32, 32), (33, 40), (64, 26), (5, 90 - 5), ()]
+
+
+@pytest.mark.parametrize("sizes", ARRIVALS, ids=str)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_keys_by_channel_are_whole_groups_however_they_arrived(name, sizes):
+    """A group is one of 32 tokens in a row; what is not yet a whole group is exact."""
+    key, value = drawn(90, 2, 6) * torch.logspace(-2, 2, 6), drawn(90, 2, 8, seed=1)
+    part = allocated(layer(name, 95, exact=KEY_GROUP, by_channel=True))
+    arrive(part, 1, key, value, sizes)
+    keys, values = part.read(1, 90)
+    expected = by_group(name, key).transpose(0, 1)
+    expected[:, 90 - KEY_GROUP :] = key.transpose(0, 1)[:, 90 - KEY_GROUP :].double()
+    torch.testing.assert_close(keys.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(keys[:, 90 - KEY_GROUP :], key.transpose(0, 1)[:, 90 - KEY_GROUP :])
+    stored = back(name, value.transpose(0, 1))
+    stored[:, 90 - KEY_GROUP :] = value.transpose(0, 1)[:, 90 - KEY_GROUP :]
+    assert torch.equal(values, stored)
+    assert (part.positions[1, :, :90] == torch.arange(90)).all()
+    assert all((part.positions[slot] == -1).all() for slot in (0, 2))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("capacity", [5, 32, 33, 70])
+def test_a_slot_need_not_be_a_multiple_of_a_group(name, capacity):
+    key, value = drawn(capacity, 2, 6), drawn(capacity, 2, 8, seed=1)
+    part = allocated(layer(name, capacity, exact=KEY_GROUP, by_channel=True))
+    arrive(part, 0, key, value, (3,))
+    keys, values = part.read_slots(torch.tensor([0]))
+    assert (keys.shape, values.shape) == ((1, 2, capacity, 6), (1, 2, capacity, 8))
+    newest = slice(max(0, capacity - KEY_GROUP), capacity)
+    assert torch.equal(keys[0, :, newest], key.transpose(0, 1)[:, newest])
+    assert (keys[0] - key.transpose(0, 1)).abs().max() <= (0.02 if name == "int8" else 0.3)
+
+
+def test_scaling_by_channel_spares_small_channels_that_stand_beside_large_ones():
+    key, value = drawn(90, 2, 6) * torch.tensor([100.0, 1, 1, 1, 1, 1]), drawn(90, 2, 8)
+    errors = []
+    for by_channel in (True, False):
+        part = allocated(layer("int4", 90, exact=KEY_GROUP if by_channel else 1, by_channel=by_channel))
+        arrive(part, 0, key, value, (90,))
+        errors.append(float((part.read(0, 58)[0] - key.transpose(0, 1)[:, :58])[..., 1:].abs().mean()))
+    assert errors[0] < 0.1 < errors[1]
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_heads_of_an_odd_size_are_stored_too(name, by_channel):
+    """Two codes to a byte leave half a byte over."""
+    if by_channel and name == "fp8":
+        pytest.skip("fp8 has no levels to share")
+    key, value = drawn(40, 2, 7), drawn(40, 2, 9, seed=1)
+    part = allocated(layer(name, 40, exact=KEY_GROUP if by_channel else 4, by_channel=by_channel, dim=7))
+    arrive(part, 0, key, value, (37,))
+    for found, given in zip(part.read(0, 40), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
+        assert found.shape == given.shape
+        assert (found - given).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("exact", [1, 4, 9])
+@pytest.mark.parametrize("sizes", [(30,), (3, 5, 2), (), (1, 28), (9, 9)], ids=str)
+def test_the_newest_pairs_are_exact_and_the_others_in_fewer_bits(name, exact, sizes):
+    key, value = drawn(30, 2, 6), drawn(30, 2, 8, seed=1)
+    part = allocated(layer(name, 30, exact=exact))
+    arrive(part, 2, key, value, sizes)
+    for found, given in zip(part.read(2, 30), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
+        assert torch.equal(found[:, -exact:], given[:, -exact:])
+        assert torch.equal(found[:, :-exact], back(name, given[:, :-exact]))
+    assert not torch.equal(part.read(2, 30)[0], key.transpose(0, 1))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_newest_pairs_are_exact_where_each_head_has_them_in_other_rows(name):
+    """A full slot: each new token takes the row of whatever its head gives up."""
+    exact, capacity = 4, 10
+    part = allocated(layer(name, capacity, exact=exact))
+    key, value = drawn(60, 2, 6), drawn(60, 2, 8, seed=1)
+    arrive(part, 1, key[:capacity], value[:capacity], (capacity,))
+    generator = torch.Generator().manual_seed(2)
+    for position in range(capacity, 60):
+        rows = []
+        for head in range(2):
+            old = (part.positions[1, head] < position - exact).nonzero().flatten()
+            rows.append(int(old[torch.randint(len(old), (1,), generator=generator)]))
+        at = torch.tensor([position])
+        part.write(torch.tensor([1]), torch.tensor([rows]), key[at], value[at], at)
+        keys, values = part.read(1, capacity)
+        for head in range(2):
+            for row, place in enumerate(part.positions[1, head].tolist()):
+                pair = (key[place, head], value[place, head])
+                if place <= position - exact:
+                    pair = tuple(back(name, vector) for vector in pair)
+                assert torch.equal(keys[head, row], pair[0])
+                assert torch.equal(values[head, row], pair[1])
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_chunk_that_replaces_others_leaves_the_newest_exact(name):
+    exact, capacity = 4, 10
+    part = allocated(layer(name, capacity, exact=exact))
+    key, value = drawn(22, 2, 6), drawn(22, 2, 8, seed=1)
+    arrive(part, 1, key[:capacity], value[:capacity], (7, 3))
+    generator = torch.Generator().manual_seed(2)
+    keep = torch.zeros(2, 22, dtype=torch.bool)
+    for head in range(2):
+        keep[head, torch.randperm(22 - exact, generator=generator)[: capacity - exact]] = True
+    keep[:, -exact:] = True
+    part.replace(1, keep, key[capacity:], value[capacity:], torch.arange(capacity, 22), {})
+    keys, values = part.read(1, capacity)
+    for head in range(2):
+        assert set(part.positions[1, head].tolist()) == set(keep[head].nonzero().flatten().tolist())
+        for row, place in enumerate(part.positions[1, head].tolist()):
+            pair = (key[place, head], value[place, head])
+            if place < 22 - exact:
+                pair = tuple(back(name, vector) for vector in pair)
+            assert torch.equal(keys[head, row], pair[0])
+            assert torch.equal(values[head, row], pair[1])
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_the_next_sequence_of_a_slot_finds_nothing_of_the_last(by_channel):
+    part = allocated(layer("int8", 40, exact=KEY_GROUP if by_channel else 4, by_channel=by_channel, notes=("mass",)))
+    key, value = drawn(40, 2, 6), drawn(40, 2, 8, seed=1)
+    part.append(0, 0, key, torch.full_like(value, math.nan), torch.arange(40), {"mass": torch.ones(2, 40)})
+    part.reset(0)
+    assert (part.positions[0] == -1).all()
+    assert (part.notes["mass"][0] == 0).all()
+    assert (part.read_slots(slice(0, 1))[1] == 0).all()
+    other = allocated(part.layout)
+    for here, slot in ((part, 0), (other, 1)):
+        here.append(slot, 0, key[:9] + 1, value[:9], torch.arange(9), {"mass": torch.zeros(2, 9)})
+    for found, expected in zip(part.read(0, 9), other.read(1, 9), strict=True):
+        assert torch.equal(found, expected)
+
+
+# ---- bytes ----
+
+
+@pytest.mark.parametrize("capacity", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("dim", [6, 7])
+@pytest.mark.parametrize(
+    ("name", "exact", "by_channel"),
+    [("auto", 0, False), *[(n, e, False) for n in FEW for e in (1, 5)], *[(n, 32, True) for n in ("int8", "int4")]],
+)
+def test_what_is_held_is_what_the_layout_promises(name, exact, by_channel, dim, capacity):
+    layout = layer(name, capacity, exact=exact, by_channel=by_channel, dim=dim, notes=("mass", "rank"))
+    part = allocated(layout, slots=4)
+    assert part.nbytes == 4 * (layout.kv_bytes + layout.score_bytes)
+
+
+@pytest.mark.parametrize("name", ["auto", *FEW])
+@pytest.mark.parametrize("policy", ["none", "average-attention", "roco", "keydiff", "streaming"])
+@pytest.mark.parametrize("family", ["llama", "gemma3n_text", "deepseek_v3"])
+def test_a_pool_holds_what_its_layouts_promise(family, policy, name):
+    engine = tiny_engine(family, kv_policy=policy, kv_format=name, kv_budget=20, kv_recent=5, kv_sink=3)
+    layouts = tuple(engine.policy.layout(engine.loaded.spec, capacity) for capacity in (9, 20, 41))
+    pool = KVPool(layouts, (2, 3, 1), torch.float32, CPU)
+    assert pool.nbytes == sum(count * one.nbytes for count, one in zip((2, 3, 1), layouts, strict=True))
+
+
+def pair_bytes(name, policy, dtype_bytes=2):
+    """Bytes of a pair in a slot of 4,096 of a model with heads of 128."""
+    chosen = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_format=name, kv_budget=4096))
+    spec = tiny_engine("llama").loaded.spec
+    wide = replace(spec.layers[0], key_dim=128, value_dim=128)
+    spec = replace(spec, layers=(wide,), itemsize=dtype_bytes)
+    return chosen.layout(spec, 4096).kv_bytes / (4096 * wide.kv_heads)
+
+
+@pytest.mark.parametrize("policy", ["none", "average-attention"])
+@pytest.mark.parametrize(("name", "ratio"), [("fp8", 1.8), ("int8", 1.8), ("int4", 3.3)])
+def test_fewer_bits_are_fewer_bytes(name, ratio, policy):
+    """Of 16-bit models: scales, offsets and exact copies of the newest take little of what is saved."""
+    assert pair_bytes("auto", policy) == 2 * 2 * 128
+    assert pair_bytes("auto", policy) / pair_bytes(name, policy) > ratio
+
+
+@pytest.mark.parametrize(("name", "more"), [("int8", 2.5), ("int4", 3)])
+def test_a_slot_takes_less_of_the_memory_with_all_that_belongs_to_it(name, more):
+    """Positions, too, of a float32 model with heads of 16."""
+    engines = [
+        tiny_engine("gemma", kv_policy="streaming", kv_format=f, kv_budget=200, kv_recent=4) for f in ("auto", name)
+    ]
+    plain, few = (engine.policy.layout(engine.loaded.spec, 150).nbytes for engine in engines)
+    assert plain / few > more
