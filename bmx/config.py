@@ -139,6 +139,11 @@ class EngineConfig:
             )
 
     @property
+    def cut_freely(self) -> bool:
+        """Whether where chunks end decides no answer: nothing is evicted, and nothing is rounded when it is stored."""
+        return self.kv_policy == "none" and self.kv_format == "auto"
+
+    @property
     def full_cache(self) -> EngineConfig:
         """The same with a cache that keeps everything."""
         return replace(self, kv_policy="none", kv_probe=None, kv_value_norm=False, kv_protect="none")

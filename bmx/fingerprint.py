@@ -44,7 +44,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     if config.engine.kv_policy != "none":
         names += COMPRESSION
     found = {name: flat[name] for name in names}
-    if config.engine.kv_policy != "none":
+    if not config.engine.cut_freely:
         found["chunk_size"] = config.engine.chunk_size or CHUNK_SIZE
     for name in PRIVATE:
         found[name] = found.get(name) and _hash(found[name].encode())

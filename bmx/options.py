@@ -71,6 +71,7 @@ class Question:
         device: the machine, as the closed form sees it.
         lengths: of its requests, or of every ``every``-th of them.
         rows: requests in all.
+        probe: tokens of the probe, where one is asked.
     """
 
     config: EngineConfig
@@ -80,6 +81,7 @@ class Question:
     lengths: tuple[Length, ...]
     rows: int
     every: int = 1
+    probe: int = 0
 
     def options(self, budgets: Sequence[int | float | str]) -> Iterator[Option]:
         """Batch-Max with each budget, decode-only compression with the first, and the full cache."""
@@ -126,7 +128,7 @@ class Question:
         machine, spec = self.machine, self.spec
         policy = CompressionPolicy.from_config(config)
         allowed = limits(config, machine.memory, machine.held)
-        sizes = step_sizes(config, machine.kind, lengths)
+        sizes = step_sizes(config, machine.kind, lengths, self._probe(config))
         layout = partial(policy.layout, spec)
         plans = [partial(plan, spec, layout, allowed, lengths, size, self.device) for size in sizes]
         name_of = kernels.choose(machine.kind).name
@@ -134,7 +136,8 @@ class Question:
 
     def _alone(self, config: EngineConfig, lengths: Sequence[Length]) -> Memory:
         """The memory of the largest row alone, in the smallest steps."""
-        policy, sizes = CompressionPolicy.from_config(config), step_sizes(config, self.machine.kind, lengths)
+        policy = CompressionPolicy.from_config(config)
+        sizes = step_sizes(config, self.machine.kind, lengths, self._probe(config))
         group = SlotGroup(max(length.rows_needed for length in lengths), 1)
         return memory_needed(self.spec, partial(policy.layout, self.spec), [group], sizes[-1], self.device)
 
@@ -175,6 +178,9 @@ class Question:
             if self._fits(replace(evicting, kv_budget=budget, chunk_size=chunk)):
                 yield f"--kv-budget {budget} --chunk-size {chunk}"
                 break
+
+    def _probe(self, config: EngineConfig) -> int:
+        return self.probe if config.kv_probe else 0
 
     def _lengths(self, policy: CompressionPolicy, after: CompressionPolicy | None = None) -> list[Length]:
         """The lengths with the rows that they need; where compression waits for a prompt's end, all of the prompt's."""

@@ -29,6 +29,7 @@ from bmx.options import Machine, Option, Question, device_of, machine
 from bmx.places import input_paths, input_reader
 from bmx.planner import Length
 
+CHARACTERS_OF_A_TOKEN = 3  # or more, in a probe that no tokenizer has seen yet
 IMAGINED_ROWS = 1000  # of one length, where there is no input to read
 
 
@@ -149,7 +150,8 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
         if answer < 1:
             raise UsageError(f"--max-input {prompt} leaves no room for an answer: {spec.name} takes {longest} tokens")
         lengths = [Length(prompt, answer, policy.rows_needed(prompt, answer))]
-        return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS)
+        probe = len(config.engine.kv_probe or "") // CHARACTERS_OF_A_TOKEN
+        return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS, probe=probe)
     source, gguf = peek(config.engine)
     encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
     every = sampling_step(todo.left)
@@ -157,7 +159,8 @@ def ask(config: RunConfig, where: Machine, max_input: int | None, reader: Reader
     if config.engine.prefix_reuse:
         reuse = Reuse(spec=spec, policy=policy, chunk_size=config.engine.chunk_size or CHUNK_SIZE)
     lengths = Ruler(encoder, policy, longest, reuse).measure(todo.sample(reader, every))
-    return asked(lengths=tuple(lengths), rows=todo.left, every=every)
+    probe = len(encoder.probe(config.engine.kv_probe))
+    return asked(lengths=tuple(lengths), rows=todo.left, every=every, probe=probe)
 
 
 def record(asked: Question, options: Sequence[Option]) -> dict[str, Any]:

@@ -110,10 +110,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSize:
-    """How large steps may get: prompt tokens of one sequence, and tokens in all."""
+    """How large steps may get: prompt tokens of one sequence, and tokens in all; and the probe's behind each chunk."""
 
     chunk_size: int
     max_num_batched_tokens: int
+    probe: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,21 +191,21 @@ class Plan:
         return sum(rows * count for rows, count in self.needs) / held if held else 1.0
 
 
-def step_sizes(config: EngineConfig, kind: str, lengths: Sequence[Length]) -> list[StepSize]:
+def step_sizes(config: EngineConfig, kind: str, lengths: Sequence[Length], probe: int = 0) -> list[StepSize]:
     """The sizes of steps to choose from, the fastest first where memory does not matter; none larger than the work.
 
     Chunks have the size that was asked for: where they end decides what is evicted, and so the answers, which must
     not depend on the machine. Without eviction they do not, and the chunk is free.
     """
-    free = config.kv_policy == "none" and config.chunk_size is None
+    free = config.cut_freely and config.chunk_size is None
     longest, together = (f(length.prompt_tokens for length in lengths) for f in (max, sum))
     most = config.max_num_batched_tokens or BATCHED_TOKENS[kind]
     totals = [most] if config.max_num_batched_tokens else [most >> i for i in range(6)]
     found = []
     for chunk in FULL_CACHE_CHUNKS if free else (config.chunk_size or CHUNK_SIZE,):
         chunk_size = min(chunk, longest, most if free else chunk)
-        wanted = dict.fromkeys(max(chunk_size, min(tokens, together)) for tokens in totals)
-        found += [StepSize(chunk_size=chunk_size, max_num_batched_tokens=tokens) for tokens in wanted]
+        wanted = dict.fromkeys(max(chunk_size + probe, min(tokens, together)) for tokens in totals)
+        found += [StepSize(chunk_size=chunk_size, max_num_batched_tokens=tokens, probe=probe) for tokens in wanted]
     return list(dict.fromkeys(found))
 
 
@@ -238,10 +239,11 @@ def memory_needed(
     """
     groups = tuple(groups)
     slots = sum(group.slots for group in groups)
-    tokens = max(step.max_num_batched_tokens, slots + step.chunk_size)
-    keys = max((group.capacity for group in groups), default=0) + step.chunk_size
+    chunk = step.chunk_size + step.probe
+    tokens = max(step.max_num_batched_tokens, slots + chunk)
+    keys = max((group.capacity for group in groups), default=0) + chunk
     layouts = [(layout(group.capacity), group.slots) for group in (*groups, *spare)]
-    activations = spec.costs.activation_bytes * tokens + device.workspace(step.chunk_size, keys, slots)
+    activations = spec.costs.activation_bytes * tokens + device.workspace(chunk, keys, slots)
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(
         runtime=device.runtime,
@@ -403,7 +405,7 @@ def shrunk(made: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], devic
     Spare slots go.
     """
     step = made.step
-    tokens = max(step.chunk_size, step.max_num_batched_tokens // 2)
+    tokens = max(step.chunk_size + step.probe, step.max_num_batched_tokens // 2)
     if made.slots == 1 and tokens == step.max_num_batched_tokens:
         return None
     slots = max(1, made.slots * 3 // 4)

@@ -366,6 +366,22 @@ def test_the_next_sequence_of_a_slot_finds_nothing_of_the_last(by_channel):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_a_short_sequence_is_not_overlaid_by_the_newest_pairs_of_the_last_one(name):
+    """Those of the last one lay in any rows, the first ones too."""
+    part = allocated(layer(name, 10, exact=4), slots=1)
+    key, value = drawn(14, 2, 6), drawn(14, 2, 8, seed=1)
+    arrive(part, 0, key[:10], value[:10], (10,))
+    for position in range(10, 14):  # over the oldest ones
+        at = torch.tensor([position])
+        part.write(torch.tensor([0]), (at - 10).unsqueeze(1), key[at], value[at], at)
+    part.reset(0)
+    arrive(part, 0, -key[:2], -value[:2], (2,))
+    keys, values = part.read(0, 2)
+    assert torch.equal(keys, -key[:2].transpose(0, 1))
+    assert torch.equal(values, -value[:2].transpose(0, 1))
+
+
 # ---- bytes ----
 
 

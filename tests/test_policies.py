@@ -30,7 +30,7 @@ EVICTING = tuple(name for name in POLICIES if name != "none")
 ATTENTIVE = ("average-attention", "h2o", "decay", "roco", "window", "tova", "r-kv")
 FORMATS = ("auto", "fp8", "int8", "int4")
 BUDGETS = {"few": 14, "share": 0.4, "pyramid": 14, "all": 400}
-LENGTHS = (33, 7, 21, 40, 13)
+LENGTHS = (33, 3, 21, 40, 13)  # one is shorter than the newest tokens that stay
 BASE = {"kv_sink": SINK, "kv_recent": RECENT, "chunk_size": 10}
 
 
@@ -207,10 +207,12 @@ def test_a_share_counts_in_models_with_windows(family, policy, watched):
     assert limits("share", 40, 1)[0] > WINDOW
 
 
-@pytest.mark.parametrize("policy", ["window", "r-kv", "keydiff", "knorm", "lagkv", "roco", "average-attention"])
-def test_a_slot_that_is_larger_than_a_share_is_ranked_at_the_same_tokens_as_one_of_its_size(policy):
-    """Answers are long enough for pairs to be ranked anew several times."""
-    requests = as_requests(random_prompts((80, 13, 20), seed=1), max_tokens=45)
+@pytest.mark.parametrize(
+    ("policy", "new"), [("window", 45), ("keydiff", 45), ("lagkv", 45), ("roco", 45), ("roco", 10), ("tova", 10)]
+)
+def test_a_slot_that_is_larger_than_a_share_is_ranked_at_the_same_tokens_as_one_of_its_size(policy, new):
+    """Of long answers, pairs are ranked anew several times; with a short one, all would fit the larger slot."""
+    requests = as_requests(random_prompts((80, 20), seed=1), max_tokens=new)
     settings = config(policy, "share")
     together = answers(tiny_engine("llama", **settings, max_num_seqs=1), requests)
     for request in requests[1:]:
@@ -270,12 +272,13 @@ def test_the_full_cache_keeps_everything_in_any_format(name, watched):
 
 # ---- the job's own words ----
 
-TEMPLATE = PromptConfig(prompt_template="w5 w6 {document} w7 w8 w9")
+TEMPLATE = PromptConfig(prompt_template="w5 w6 {document} w7 w8 w9 w10 w11")
 
 
+# The last words are more than the newest tokens that stay anyway.
 def instructed(document):
     """The prompt that the template makes of a document."""
-    return [5, 6, *document, 7, 8, 9]
+    return [5, 6, *document, 7, 8, 9, 10, 11]
 
 
 def protecting(policy, budget="few", model="llama", **others):
@@ -286,7 +289,7 @@ def protecting(policy, budget="few", model="llama", **others):
 @pytest.mark.parametrize(("policy", "budget"), [*product(EVICTING, ["few"]), ("h2o", "share"), ("lagkv", "share")])
 def test_the_jobs_own_words_are_never_lost(policy, budget, watched):
     """Watched after each step. Other documents are long enough for their words to have gone without protection."""
-    requests = as_requests([instructed(d) for d in random_prompts((40, 3, 28))], max_tokens=NEW)
+    requests = as_requests([instructed(d) for d in random_prompts((40, 27, 28))], max_tokens=NEW)
     engine = protecting(policy, budget, max_num_seqs=2)
     found, evicted = watched(engine, requests, budget=budget)
     assert evicted > 0
@@ -309,7 +312,7 @@ def instructions_kept(monkeypatch, engine, prompt):
         told = run(runner, step)
         for chunk in step.chunks:
             now = chunk.start + chunk.length
-            places = {p for p in (0, 1, len(prompt) - 3, len(prompt) - 2, len(prompt) - 1) if p < now}
+            places = {p for p in (0, 1, *range(len(prompt) - 5, len(prompt))) if p < now}
             kept[:] = []
             for part in runner.pool.groups[chunk.sequence.home[0]]:
                 for row in part.positions[chunk.sequence.home[1]].tolist():
@@ -378,10 +381,10 @@ def test_of_two_that_are_alike_the_one_that_the_probe_looks_at_ranks_higher(poli
 
 def test_a_probe_may_be_the_jobs_own_words(watched):
     engine = protecting("h2o", kv_probe="instructions")
-    assert engine.probe == (5, 6, 7, 8, 9)
+    assert engine.probe == (5, 6, 7, 8, 9, 10, 11)
     requests = as_requests([instructed(d) for d in random_prompts((40, 28))], max_tokens=NEW)
     found, _ = watched(engine, requests, budget="few")
-    assert found == watched(protecting("h2o", kv_probe=words((5, 6, 7, 8, 9))), requests, budget="few")[0]
+    assert found == watched(protecting("h2o", kv_probe=words((5, 6, 7, 8, 9, 10, 11))), requests, budget="few")[0]
 
 
 def test_a_probe_is_asked_where_only_layers_of_smaller_budgets_evict(monkeypatch):
@@ -605,6 +608,31 @@ def test_a_way_of_another_package_sees_what_it_needs(offered, watched):
     requests = as_requests(random_prompts(LENGTHS), max_tokens=NEW)
     found, _ = watched(tiny_engine("llama", **config("looking")), requests, budget="few")
     assert found != answers(tiny_engine("llama", **config("h2o")), requests)
+
+
+def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes(offered):
+    shown = []
+
+    class Asking(Looking):
+        needs = Needs.MASS | Needs.QUERIES
+
+        def __call__(self, seen):
+            if "queries" in seen.shown:  # only while a prompt is read
+                shown.append(seen.queries.clone())
+            return super().__call__(seen)
+
+    offered("asking", Asking)
+    first = []
+    for asked in ({}, {"kv_probe": "w5 w6 w7"}):
+        engine, requests = (
+            tiny_engine("llama", **config("asking"), **asked),
+            as_requests(random_prompts((40,)), max_tokens=1),
+        )
+        plan = engine.plan(engine.measure(requests))
+        shown.clear()
+        list(engine.generate(requests, plan))
+        first.append(shown[0])
+    assert torch.equal(first[0], first[1])
 
 
 @pytest.mark.parametrize(

@@ -150,10 +150,11 @@ class Reference:
         owners: the layer whose keys each reads.
         windows: of each layer.
         value_norm, weight: as in the settings; a weight of zero means that there is no probe.
+        spoken: positions of the job's own words, which stay even where a window hides them.
     """
 
-    def __init__(self, policy, capacities, owners, windows, value_norm=False, weight=0.0):
-        self.policy, self.value_norm, self.weight = policy, value_norm, weight
+    def __init__(self, policy, capacities, owners, windows, value_norm=False, weight=0.0, spoken=()):
+        self.policy, self.value_norm, self.weight, self.spoken = policy, value_norm, weight, set(spoken)
         self.capacities, self.owners, self.windows = capacities, owners, windows
         self.seldom = policy in SELDOM or value_norm
         self.keys, self.values, self.kept, self.ranks = {}, {}, {}, {}
@@ -258,6 +259,8 @@ class Reference:
                     return (True, False, False, p)
                 protected = p < SINK or p >= now - RECENT
                 unranked = ranks.get(p, math.inf) == math.inf
+                if p in self.spoken:
+                    return (True, True, True, p)
                 return (window is None or p > now - window, protected, unranked, p if unranked else ranks[p])
 
             kept.intersection_update(sorted(kept, key=order, reverse=True)[: len(kept) - surplus])
@@ -326,7 +329,7 @@ def spy(monkeypatch):
     return Spy(monkeypatch)
 
 
-def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_tokens=PROMPT, **config):
+def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_tokens=PROMPT, spoken=(), **config):
     """An engine's kept sets, notes and answer against the reference; returns the reference."""
 
     def model():
@@ -341,7 +344,8 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
         prompt, new_tokens = random_prompts((400,), seed=seed)[0], RECENT
         prompt = list(dict.fromkeys(prompt))[:prompt_tokens]
     settings = EngineConfig(**SETTINGS | {"kv_policy": policy} | config)
-    engine = Engine(settings, PromptConfig(), word_tokenizer(), prepare(model()))
+    around = f"{words(prompt[:3])} {{document}} {words(prompt[-4:])}" if spoken else None
+    engine = Engine(settings, PromptConfig(prompt_template=around), word_tokenizer(), prepare(model()))
     (result,) = engine.generate(as_requests([prompt], max_tokens=new_tokens))
     assert result.error is None
     spec = engine.loaded.spec
@@ -352,6 +356,7 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
         [layer.window for layer in spec.layers],
         settings.kv_value_norm,
         settings.kv_probe_weight if settings.kv_probe else 0.0,
+        spoken,
     )
     probe = engine.probe
     greedy = read(model(), reference, prompt, chunk_ends(len(prompt), CHUNK), result.token_ids[:-1], probe)
@@ -399,6 +404,14 @@ def test_sliding_windows_caps_sinks_and_narrow_values_change_no_definition(famil
 @pytest.mark.parametrize("policy", ["average-attention", "roco", "tova", "window", "keydiff", "lagkv"])
 def test_a_window_that_is_larger_than_the_budget_is_ranked_too(policy, spy):
     check(spy, "mistral", policy, window=30)
+
+
+@pytest.mark.parametrize("policy", ["average-attention", "window", "keydiff"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_words_of_the_job_that_stay_are_not_seen_beyond_a_window(family, policy, spy):
+    spoken = (*range(3), *range(PROMPT - 4, PROMPT))  # the last ones leave the window while it decodes
+    window = 24 if family == "mistral" else None
+    check(spy, family, policy, window=window, spoken=spoken, kv_protect="instructions")
 
 
 @pytest.mark.parametrize("policy", ["average-attention", "h2o", "keydiff", "streaming"])
@@ -529,7 +542,12 @@ def test_r_kv_is_its_definition(importance):
     keys, mass = drawn(2, 30, 6) + 0.3, drawn(2, 30, seed=1).abs()
     seen = seen_of(30, keys=keys, mass=mass)
     lists = zip(mass.double().tolist(), keys.double().tolist(), strict=True)
-    assert_near(RKV(importance=importance)(seen).tolist(), [r_kv(*head, importance) for head in lists])
+    for found, expected in zip(
+        RKV(importance=importance)(seen).tolist(), (r_kv(*h, importance) for h in lists), strict=True
+    ):
+        shift = found[0] - expected[0]  # a number for each head, so that no score is negative
+        assert found == pytest.approx([score + shift for score in expected], rel=1e-4, abs=1e-6)
+        assert min(found) >= 0
 
 
 def test_of_two_that_are_attended_alike_r_kv_keeps_the_one_unlike_the_others():

@@ -38,15 +38,24 @@ class Budget:
 
     def rows(self, prompt_tokens: int, max_tokens: int) -> int:
         """Rows of a slot that a sequence needs, in the layer that keeps most."""
+        return self._rows(prompt_tokens, max_tokens, max(self._extremes))
+
+    def least(self, prompt_tokens: int, max_tokens: int) -> int:
+        """The same in the layer that keeps least."""
+        return self._rows(prompt_tokens, max_tokens, min(self._extremes))
+
+    def _rows(self, prompt_tokens: int, max_tokens: int, factor: float) -> int:
         total = prompt_tokens + max_tokens
         if self.share is not None:
             return min(total, max(2 * self.fixed, ceil(self.share * prompt_tokens)))
-        largest = (
-            {"uniform": 1.0, "pyramid": pyramid(1)[0]}[self.layers]
-            if isinstance(self.layers, str)
-            else max(self.layers)
-        )
-        return min(total, self._pairs(largest))
+        return min(total, self._pairs(factor))
+
+    @property
+    def _extremes(self) -> Sequence[float]:
+        """Factors among which are the greatest and the least."""
+        if self.layers == "uniform":
+            return (1.0,)
+        return pyramid(2) if isinstance(self.layers, str) else self.layers
 
     def layer(self, index: int, layers: int) -> int:
         """Pairs of one of so many layers, unless a share decides.

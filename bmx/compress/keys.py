@@ -24,7 +24,10 @@ class KeyDiff(Ranking):
 
     def __call__(self, seen: Seen) -> Tensor:
         """Minus the cosine between each key and the mean of the unit keys."""
-        return -mean_unit_key_similarity(seen)
+        from torch.nn.functional import cosine_similarity, normalize
+
+        unit = normalize(seen.keys, dim=-1) * seen.valid.unsqueeze(-1)
+        return -cosine_similarity(seen.keys, unit.mean(-2, keepdim=True), dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,10 @@ class ExpectedAttention(Ranking):
         return (expected + self.epsilon) * seen.values.norm(dim=-1)  # type: ignore[no-any-return]
 
 
-def mean_unit_key_similarity(seen: Seen) -> Tensor:
-    """[..., R]: the cosine between each key and the mean of the unit keys of its head, empty rows left out."""
-    from torch.nn.functional import cosine_similarity, normalize
+def mean_similarity(seen: Seen) -> Tensor:
+    """[..., R]: each key's cosine with all keys of its head, on average; no matrix of similarities is needed."""
+    from torch.nn.functional import normalize
 
-    keys = seen.keys
-    unit = normalize(keys, dim=-1) * seen.valid.unsqueeze(-1)
-    return cosine_similarity(keys, unit.mean(-2, keepdim=True), dim=-1)
+    unit = normalize(seen.keys, dim=-1) * seen.valid.unsqueeze(-1)
+    mean = unit.sum(-2, keepdim=True) / seen.valid.sum(-1).clamp(min=1)[..., None, None]
+    return (unit * mean).sum(-1)

@@ -130,6 +130,14 @@ class CompressionPolicy:
         """Rows of a slot that a sequence of so many tokens needs, in the layer that keeps most."""
         return prompt_tokens + max_tokens if self.scorer is None else self.budget.rows(prompt_tokens, max_tokens)
 
+    def least_rows(self, prompt_tokens: int, max_tokens: int) -> int:
+        """Rows that such a sequence has in the layer that keeps least."""
+        return prompt_tokens + max_tokens if self.scorer is None else self.budget.least(prompt_tokens, max_tokens)
+
+    def evicts(self, prompt_tokens: int, max_tokens: int) -> bool:
+        """Whether such a sequence will ever evict, in any layer."""
+        return self.least_rows(prompt_tokens, max_tokens) < prompt_tokens + max_tokens
+
     def layout(self, spec: ModelSpec, capacity: int) -> KVLayout:
         """A slot of ``capacity`` rows; sliding-window layers hold no more than their window."""
         return KVLayout(tuple(self._layer(spec, layer, capacity) for layer in spec.layers))
@@ -323,13 +331,14 @@ class CompressionPolicy:
             seen = Seen(positions=part.positions[slot, :, :rows], now=now, shown=shown, window=part.layout.window)
             part.notes["rank"][slot, :, :rows] = self._score(seen)
 
-    def observe(self, part: LayerSlots, slots: Tensor, sums: Tensor) -> None:
+    def observe(self, part: LayerSlots, slots: Tensor, sums: Tensor, first: bool) -> None:
         """Add what decoding tokens have attended to.
 
         Args:
             slots: [B]; sums [M, B, K, C], without the probe's.
+            first: whether this layer is the first that reads these rows: what was before fades once for each token.
         """
-        old = self.scorer.votes.old(1)  # type: ignore[union-attr]
+        old = self.scorer.votes.old(1) if first else 1.0  # type: ignore[union-attr]
         for name, seen in zip((name for name in self.sums if name != "probe"), sums, strict=True):
             note = part.notes[name]
             if old == 1:

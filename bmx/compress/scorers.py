@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar
 
-from bmx.compress.keys import ExpectedAttention, KeyDiff, KeyNorm, LagKV, mean_unit_key_similarity
+from bmx.compress.keys import ExpectedAttention, KeyDiff, KeyNorm, LagKV, mean_similarity
 from bmx.compress.seen import RANK_EVERY, Needs, Ranking, Scorer, Seen, Votes
 from bmx.errors import UsageError
 from bmx.notation import SCORER_GROUP
@@ -111,10 +111,11 @@ class RKV(Ranking):
     importance: float = 0.1
 
     def __call__(self, seen: Seen) -> Tensor:
-        """importance * attention - (1 - importance) * redundancy."""
+        """importance * attention + (1 - importance) * novelty: the greatest redundancy less this one, never negative."""
         attention = seen.mass / seen.mass.sum(-1, keepdim=True).clamp(min=1e-20)
-        alike = mean_unit_key_similarity(seen).masked_fill(~seen.valid, float("-inf"))
-        return self.importance * attention - (1 - self.importance) * alike.softmax(-1)
+        redundancy = mean_similarity(seen).masked_fill(~seen.valid, float("-inf")).softmax(-1)
+        novelty = redundancy.amax(-1, keepdim=True) - redundancy
+        return self.importance * attention + (1 - self.importance) * novelty
 
 
 @dataclass(frozen=True, slots=True)

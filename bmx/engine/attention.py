@@ -232,7 +232,7 @@ class SlotAttention:
             self._insert(part, decodes, k[decodes.rows], v[decodes.rows])
         output, sums = self._attend(part, decodes, q[decodes.rows], details)
         if sums is not None:
-            self._policy.observe(part, decodes.slots, sums)
+            self._policy.observe(part, decodes.slots, sums, first=part.layout.owner == step.layer)
         return output
 
     def _attend(

@@ -115,7 +115,7 @@ class Engine:
         lengths = list(lengths) or [Length(1, 1, 1)]
         kind = self.device_type
         device = Device.of(kind, self.loaded.spec, self.loaded.runtime_bytes, self.config.kv_format)
-        sizes = step_sizes(self.config, kind, lengths)
+        sizes = step_sizes(self.config, kind, lengths, len(self.probe))
         made = self._planned(lengths, self._limits(), device, sizes)
         measured = self._rehearse(made)
         allowed = made.limits
@@ -231,7 +231,7 @@ class Engine:
             runner=self._runner,
             read=self._sequence,
             shrunk=self._shrunk,
-            chunk_size=None if self.policy.scorer is None else self.config.chunk_size or CHUNK_SIZE,
+            chunk_size=None if self.config.cut_freely else self.config.chunk_size or CHUNK_SIZE,
             stop=stop,
             row_timeout=row_timeout,
         )

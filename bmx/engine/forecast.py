@@ -225,7 +225,7 @@ class _Clock:
     def seconds(self, step: PlayedStep) -> float:
         """What the roofline allows, and the operators' starts."""
         spec, rates = self._spec, self._rates
-        tokens = sum(step.decodes) + sum(chunk.length for chunk in step.chunks)
+        tokens = sum(step.decodes) + sum(chunk.length + self._plan.step.probe for chunk in step.chunks)
         sampled = sum(step.decodes) + sum(chunk.last for chunk in step.chunks)
         weights = min(spec.weight_bytes - spec.head_bytes, tokens * spec.costs.flops // 2 * spec.itemsize)
         flops = tokens * spec.costs.flops + sampled * 2 * spec.head_bytes // spec.itemsize

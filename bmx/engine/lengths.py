@@ -87,13 +87,15 @@ class Ruler:
         Raises:
             RowError: they leave no room for anything else.
         """
-        if not self.policy.protects or length.rows_needed == length.prompt_tokens + length.max_tokens:
+        answer = length.max_tokens
+        if not self.policy.protects or not self.policy.evicts(length.prompt_tokens, answer):
             return ()
         spans = self.encoder.spans(request, length.prompt_tokens)
         kept = sum(stop - start for start, stop in spans) + self.policy.sink + self.policy.recent
-        if kept >= length.rows_needed:
-            message = f"{kept} tokens of its instructions, sinks and newest tokens never go; its KV budget is "
-            raise RowError("invalid_request", f"{message}{length.rows_needed}")
+        room = self.policy.least_rows(length.prompt_tokens, answer)
+        if kept >= room:
+            message = f"{kept} tokens of its instructions, sinks and newest tokens never go; a layer may keep {room}"
+            raise RowError("invalid_request", message)
         return spans
 
     def length(self, prompt_tokens: int, max_tokens: int) -> Length:

@@ -103,7 +103,8 @@ class Reuse:
             return ("end",)
         spans = tuple((start, min(stop, tokens)) for start, stop in one.spans if start < tokens)
         rows = tuple(min(layer.rows, tokens) for layer in self._layers_of(one))
-        return ("end", rows, spans, one.total > one.rows_needed)
+        evicts = self.policy.evicts(len(one.prompt), one.total - len(one.prompt))
+        return ("end", rows, spans, evicts)
 
     def scored(self, one: Prompt) -> int:
         """Layers in which attention is added up for a request: those that it will evict in.

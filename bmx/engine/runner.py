@@ -98,7 +98,8 @@ class ModelRunner:
     def _asked(self, chunk: Chunk) -> list[int]:
         """The probe's tokens behind a chunk: none for a sequence that keeps all it has."""
         sequence = chunk.sequence
-        return self._probe if sequence.total > sequence.rows_needed and not sequence.decoding else []
+        asked = not sequence.decoding and self._policy.evicts(len(sequence.prompt), sequence.max_tokens)
+        return self._probe if asked else []
 
     @torch.inference_mode()
     def rehearse(self, size: StepSize, sampled: int) -> None:
@@ -109,15 +110,24 @@ class ModelRunner:
         Args:
             sampled: rows of logits, of which as many are drawn from as a step ever draws together.
         """
-        device, chunk, tokens = self._model.device, size.chunk_size, size.max_num_batched_tokens
+        device, tokens = self._model.device, size.max_num_batched_tokens
+        chunk = size.chunk_size + size.probe
         group, capacity = len(self._capacities) - 1, self._capacities[-1]
-        evicts = self._policy.scorer is not None
+        evicts = self._policy.evicts(capacity, 1)
         start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
         self.pool.reset(group, 0)
-        total = start + chunk + evicts
+        spots = [slice(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk)]
         prompts = tuple(
-            PromptChunk(rows=rows, group=group, slot=0, start=start, total=total, limit=capacity)
-            for rows in (slice(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk))
+            PromptChunk(
+                rows=rows,
+                group=group,
+                slot=0,
+                start=start,
+                total=start + chunk + evicts,
+                limit=capacity,
+                probes=min(size.probe, rows.stop - rows.start - 1),
+            )
+            for rows in spots
         )
         every = torch.arange(tokens, device=device)
         packed = PackedStep(

@@ -53,7 +53,7 @@ class Scheduler:
 
     def __init__(self, groups: Seq[SlotGroup], size: StepSize) -> None:
         self._groups = tuple(groups)
-        self._chunk_size = size.chunk_size
+        self._chunk_size, self._probe = size.chunk_size, size.probe
         self._max_tokens = size.max_num_batched_tokens
         self._free = [list(range(group.slots))[::-1] for group in self._groups]
         self._running: list[Sequence] = []
@@ -139,10 +139,10 @@ class Scheduler:
             if sequence.decoding or sequence.waits:
                 continue
             length = sequence.chunk_length(self._chunk_size)
-            if prompts and tokens + length > self._max_tokens:
+            if prompts and tokens + length + self._probe > self._max_tokens:
                 break
             chunks.append(Chunk(sequence, sequence.computed, length))
-            tokens, prompts = tokens + length, prompts + 1
+            tokens, prompts = tokens + length + self._probe, prompts + 1
         return Step(tuple(chunks)) if chunks else None
 
     def update(self, step: Step, tokens: Seq[int | None]) -> list[Sequence]:

@@ -18,6 +18,7 @@ from bmx.kv.layout import BITS, KEY_GROUP, FormatName
 
 FP8 = torch.float8_e4m3fn
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 15.0}
+HALF = 65504.0  # the largest float16
 TINY = 1e-7  # the least scale: smaller ones would be lost in float16
 
 
@@ -73,12 +74,14 @@ class PerVector:
     Attributes:
         codes: [S, K, C, D] uint8 (two to a byte in four bits: [S, K, C, D / 2]).
         scale: [S, K, C, 1 or 2] float16: scale, and offset.
+        dim: D.
     """
 
     format: FormatName
     codes: Tensor
     scale: Tensor
     dtype: torch.dtype
+    dim: int
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +90,7 @@ class PerVector:
 
     def read(self, index: Any) -> Tensor:
         """The vectors as their codes say."""
-        return decode(self.format, self.codes[index], self.scale[index], self.dtype)
+        return decode(self.format, self.codes[index], self.scale[index], self.dtype)[..., : self.dim]
 
     def write(self, index: Any, vectors: Tensor) -> None:
         """Their codes."""
@@ -123,7 +126,7 @@ class ByChannel:
     def read(self, index: Any) -> Tensor:
         """The vectors of whole heads, [..., K, C, D]; ``index`` picks slots."""
         codes, scale = self.codes[index], self.scale[index].to(self.dtype)
-        numbers = _unpacked(codes, self.format).to(self.dtype)
+        numbers = _unpacked(codes, self.format)[..., : scale.shape[-2]].to(self.dtype)
         vectors = numbers * scale[..., 0].unsqueeze(-2) + scale[..., 1].unsqueeze(-2)
         return vectors.flatten(-3, -2)[..., : self.rows, :]
 
@@ -131,7 +134,7 @@ class ByChannel:
         """Groups of rows [..., G, D] at an index of [S, K, C / G]."""
         low, high = vectors.float().aminmax(dim=-2)
         levels = 2 ** BITS[self.format] - 1
-        scale = torch.stack([((high - low) / levels).clamp(min=TINY), low], dim=-1).half()
+        scale = torch.stack([((high - low) / levels).clamp(min=TINY), low], dim=-1).clamp(-HALF, HALF).half()
         numbers = (vectors.float() - scale[..., 1].unsqueeze(-2).float()) / scale[..., 0].unsqueeze(-2).float()
         self.codes[index] = _packed(numbers.round().clamp(0, levels).to(torch.uint8), self.format)
         self.scale[index] = scale
@@ -159,7 +162,7 @@ def allocate(
         return ByChannel(name, codes, torch.zeros(*groups, dim, 2, dtype=torch.float16, device=device), dtype, shape[2])
     codes = torch.zeros(*shape, width, dtype=torch.uint8, device=device)
     scales = 1 if BITS[name] == 8 else 2
-    return PerVector(name, codes, torch.zeros(*shape, scales, dtype=torch.float16, device=device), dtype)
+    return PerVector(name, codes, torch.zeros(*shape, scales, dtype=torch.float16, device=device), dtype, dim)
 
 
 def encode(name: FormatName, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,10 +170,10 @@ def encode(name: FormatName, vectors: Tensor) -> tuple[Tensor, Tensor]:
     vectors = vectors.float()
     if name == "int4":
         low, high = vectors.aminmax(dim=-1, keepdim=True)
-        scale = torch.cat([((high - low) / LARGEST[name]).clamp(min=TINY), low], dim=-1).half()
+        scale = torch.cat([((high - low) / LARGEST[name]).clamp(min=TINY), low], dim=-1).clamp(-HALF, HALF).half()
         numbers = (vectors - scale[..., 1:].float()) / scale[..., :1].float()
         return _packed(numbers.round().clamp(0, LARGEST[name]).to(torch.uint8), name), scale
-    scale = (vectors.abs().amax(-1, keepdim=True) / LARGEST[name]).clamp(min=TINY).half()
+    scale = (vectors.abs().amax(-1, keepdim=True) / LARGEST[name]).clamp(TINY, HALF).half()
     numbers = (vectors / scale.float()).clamp(-LARGEST[name], LARGEST[name])
     return (numbers.to(FP8) if name == "fp8" else numbers.round().to(torch.int8)).view(torch.uint8), scale
 

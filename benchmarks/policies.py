@@ -1,0 +1,65 @@
+"""What each way of ranking costs: seconds to read prompts, and to write answers, against the full cache's.
+
+python benchmarks/policies.py [--rounds 2]
+
+Random tokens in, on the demo model; every policy in turn, round after round, and the best round of each counts. The
+full cache's chunks are as large as the others'. Prints prompt and answer tokens a second, and both as ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import replace
+
+from bmx import Engine, EngineConfig, Request, SamplingParams
+from bmx.notation import POLICIES
+
+TRIED = {name: {"kv_policy": name} for name in ("none", *(p for p in POLICIES if p != "none"))} | {
+    "average-attention, value norm": {"kv_value_norm": True},
+    "average-attention, probe of 12 tokens": {"kv_probe": "Now write a short summary of all the passages above."},
+    "average-attention, int8": {"kv_format": "int8"},
+    "average-attention, int4": {"kv_format": "int4"},
+    "none, int8": {"kv_policy": "none", "kv_format": "int8"},
+}
+
+
+def measure(engine: Engine, requests: list[Request], answer: int) -> tuple[float, float]:
+    """Prompt tokens and decoded tokens a second."""
+    asked = [replace(r, params=SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)) for r in requests]
+    plan = engine.plan(engine.measure(asked))
+    for result in engine.generate(asked, plan):
+        if result.error:
+            raise result.error
+    return engine.stats.prefill_rate, engine.stats.decode_rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--answer", type=int, default=33)
+    parser.add_argument("--budget", type=int, default=512)
+    args = parser.parse_args()
+    base = EngineConfig(kv_budget=args.budget, chunk_size=512, prefix_reuse=False)
+    engine = Engine.open(base)
+    draw = random.Random(0)
+    words = [engine.tokenizer.decode([i]) for i in range(1000, 9000)]
+    texts = ["".join(draw.choices(words, k=args.tokens)) for _ in range(args.prompts)]
+    requests = [Request(id=i, prompt=text) for i, text in enumerate(texts)]
+    lengths = engine.measure(requests)
+    print(f"{args.prompts} prompts of {lengths[0].prompt_tokens} tokens, budget {args.budget}, chunks of 512")
+    best = dict.fromkeys(TRIED, (0.0, 0.0))
+    for _ in range(args.rounds):
+        for name, settings in TRIED.items():
+            other = engine.with_config(replace(base, **settings))
+            best[name] = tuple(map(max, best[name], measure(other, requests, args.answer)))
+    full = best["none"]
+    print(f"{'cache':40} {'prefill tok/s':>13} {'of full':>8} {'decode tok/s':>13} {'of full':>8}")
+    for name, (prefill, decode) in best.items():
+        print(f"{name:40} {prefill:13,.0f} {prefill / full[0]:8.2f} {decode:13,.1f} {decode / full[1]:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
