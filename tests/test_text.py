@@ -335,7 +335,7 @@ def answered(text: str, tokenizer: Any = BYTES, cut: int | None = None, **params
         sequence.accept(token)
         if sequence.finish_reason:
             break
-    return sequence.result(capacity=8, budget=8)
+    return sequence.result(budget=8)
 
 
 @pytest.mark.parametrize("text", MANY_BYTES)

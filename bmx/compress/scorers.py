@@ -111,7 +111,7 @@ class RKV(Ranking):
     importance: float = 0.1
 
     def __call__(self, seen: Seen) -> Tensor:
-        """importance * attention + (1 - importance) * novelty: the greatest redundancy less this one, never negative."""
+        """importance * attention + (1 - importance) * novelty, the greatest redundancy less the key's own."""
         attention = seen.mass / seen.mass.sum(-1, keepdim=True).clamp(min=1e-20)
         redundancy = mean_similarity(seen).masked_fill(~seen.valid, float("-inf")).softmax(-1)
         novelty = redundancy.amax(-1, keepdim=True) - redundancy
