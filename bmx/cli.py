@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
-from bmx.config import RunConfig, Setting, all_settings, setting_named
+from bmx.config import EngineConfig, RunConfig, Setting, all_settings, setting_named
 from bmx.errors import BmxError
 from bmx.notation import parse_budgets, parse_bytes, parse_count, parse_setting
 
@@ -172,6 +172,7 @@ def calibrate(inputs: list[str], config: str | None, **flags: Any) -> None:
 
     own = {name: flags.pop(name) for name in ("min_agreement", "rows", "share_layers")}
     lists = {name: (flags.pop(name) or None) for name in COMPARED}
+    flags["kv_budget"] = EngineConfig().kv_budget  # a file's `auto` waits for what is measured here
     stop = Stop()
     with stop.heard(), _ending(Display(log_format=flags.get("log_format") or "text")):
         settings = RunConfig.gather(tuple(inputs), flags, config)

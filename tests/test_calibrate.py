@@ -180,6 +180,13 @@ def test_auto_without_a_calibration_is_refused(given, bmx, model, flags, says):
     assert says in ended.complaint[0]
 
 
+def test_a_config_file_that_says_auto_serves_the_calibration_as_well(given, bmx, model):
+    Path("night.yaml").write_text("kv_budget: auto\nmax_tokens: 6\n")
+    assert given("--config", "night.yaml", "--kv-budget", "200").code == 0
+    ran = bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--config", "night.yaml")
+    assert (ran.code, measured()["recommended"]["kv_budget"]) == (0, 200)
+
+
 def test_auto_with_settings_that_contradict_the_calibration_is_refused(given, bmx, model):
     given("--kv-budget", "200")
     for flags, says in ((("--kv-policy", "keydiff"), "kv_policy is keydiff"), (("-m", "demo"), "not of demo")):
