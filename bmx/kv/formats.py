@@ -132,12 +132,9 @@ class ByChannel:
 
     def write(self, index: Any, vectors: Tensor) -> None:
         """Groups of rows [..., G, D] at an index of [S, K, C / G]."""
-        low, high = vectors.float().aminmax(dim=-2)
-        levels = 2 ** BITS[self.format] - 1
-        scale = torch.stack([((high - low) / levels).clamp(min=TINY), low], dim=-1).clamp(-HALF, HALF).half()
-        numbers = (vectors.float() - scale[..., 1].unsqueeze(-2).float()) / scale[..., 0].unsqueeze(-2).float()
-        self.codes[index] = _packed(numbers.round().clamp(0, levels).to(torch.uint8), self.format)
-        self.scale[index] = scale
+        numbers, scale, low = _levels(vectors.float(), -2, 2 ** BITS[self.format] - 1)
+        self.codes[index] = _packed(numbers, self.format)
+        self.scale[index] = torch.stack([scale, low], dim=-1).squeeze(-3)
 
     def clear(self, slot: int) -> None:
         """Without scale there is nothing."""
@@ -169,10 +166,8 @@ def encode(name: FormatName, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [..., D] (or D / 2) uint8 and scales [..., 1 or 2] float16 of vectors [..., D]."""
     vectors = vectors.float()
     if name == "int4":
-        low, high = vectors.aminmax(dim=-1, keepdim=True)
-        scale = torch.cat([((high - low) / LARGEST[name]).clamp(min=TINY), low], dim=-1).clamp(-HALF, HALF).half()
-        numbers = (vectors - scale[..., 1:].float()) / scale[..., :1].float()
-        return _packed(numbers.round().clamp(0, LARGEST[name]).to(torch.uint8), name), scale
+        numbers, scale, low = _levels(vectors, -1, LARGEST[name])
+        return _packed(numbers, name), torch.cat([scale, low], dim=-1)
     scale = (vectors.abs().amax(-1, keepdim=True) / LARGEST[name]).clamp(TINY, HALF).half()
     numbers = (vectors / scale.float()).clamp(-LARGEST[name], LARGEST[name])
     return (numbers.to(FP8) if name == "fp8" else numbers.round().to(torch.int8)).view(torch.uint8), scale
@@ -184,6 +179,15 @@ def decode(name: FormatName, codes: Tensor, scale: Tensor, dtype: torch.dtype) -
     if name == "int4":
         return _unpacked(codes, name).to(dtype).mul_(scale[..., :1]).add_(scale[..., 1:])
     return codes.view(FP8 if name == "fp8" else torch.int8).to(dtype).mul_(scale)
+
+
+def _levels(vectors: Tensor, dim: int, most: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes 0 .. most (uint8) of numbers between the least and the greatest along ``dim``, their scale and offset."""
+    low, high = vectors.aminmax(dim=dim, keepdim=True)
+    scale = ((high - low) / most).clamp(TINY, HALF).half()
+    low = low.clamp(-HALF, HALF).half()
+    numbers = (vectors - low.float()) / scale.float()
+    return numbers.round().clamp(0, most).to(torch.uint8), scale, low
 
 
 def _packed(numbers: Tensor, name: FormatName) -> Tensor:

@@ -134,9 +134,9 @@ class LayerSlots:
         if not isinstance(self.keys, ByChannel):
             self.keys.write(at, key)
             return
-        full = slots[positions % KEY_GROUP == KEY_GROUP - 1]
+        ends = positions % KEY_GROUP == KEY_GROUP - 1
+        full, group = slots[ends], positions[ends] // KEY_GROUP
         if len(full):
-            group = positions[positions % KEY_GROUP == KEY_GROUP - 1] // KEY_GROUP
             self.keys.write((full.unsqueeze(1), heads, group.unsqueeze(1)), self._near.keys[full])
 
     def append(
