@@ -115,7 +115,9 @@ def sample(reader: Reader, todo: Todo, count: int) -> list[Request]:
 
 def reference(config: EngineConfig) -> EngineConfig:
     """The settings of what all is measured against: nothing evicted, nothing rounded, nothing shared."""
-    return replace(config.full_cache, kv_format="auto", kv_share_layers=None, kv_layer_budgets="uniform")
+    return replace(
+        config.full_cache, kv_format="auto", kv_share_layers=None, kv_layer_budgets="uniform", quantization="none"
+    )
 
 
 def begun(config: RunConfig, output: Path, requests: list[Request]) -> dict[str, Any]:
@@ -166,6 +168,8 @@ class _Calibration:
         if waiting or "full_cache" not in self._record:
             teacher = self._teacher(full)
             self._record["full_cache"] = self._sizes(full.config) | {"rows": len(teacher.lessons)}
+            if waiting and self._config.engine.int8:
+                full = self._quantised()
             for number, candidate in enumerate(waiting, 1):
                 self._measure(
                     full, teacher, candidate, f"{number} of {len(waiting)}: {candidate_words(settings_of(candidate))}"
@@ -177,6 +181,11 @@ class _Calibration:
             self._display.note(f"plots: {', '.join(map(str, drawn))}")
         else:
             self._display.note("no plots were drawn: pip install 'bmx[plot]' brings what draws them")
+
+    def _quantised(self) -> Engine:
+        """The model that answers with its linear layers in bytes, now that the one without has been heard."""
+        with self._display.waiting(f"loading model {self._config.engine.model} with int8 weights"):
+            return open_engine(self._config)
 
     def _candidates(self, factors: list[float], shared: str) -> list[EngineConfig]:
         """The settings to be measured, each once."""

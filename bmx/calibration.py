@@ -15,7 +15,7 @@ FORMAT = 1
 REMEDY = "`bmx calibrate INPUT` makes one; name it with --calibration, or give --kv-budget a number"
 COMPRESSION = (  # the settings that candidates may differ in, and that decide what is evicted
     *("kv_policy", "kv_budget", "kv_sink", "kv_recent", "kv_protect", "kv_layer_budgets", "kv_format"),
-    *("kv_value_norm", "kv_probe", "kv_probe_weight", "kv_share_layers", "chunk_size"),
+    *("kv_value_norm", "kv_probe", "kv_probe_weight", "kv_share_layers", "chunk_size", "quantization"),
 )
 
 

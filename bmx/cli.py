@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
-from bmx.config import EngineConfig, RunConfig, Setting, all_settings, setting_named
-from bmx.errors import BmxError
+from bmx.config import EngineConfig, RunConfig, Setting, all_settings, read_yaml, setting_named
+from bmx.errors import BmxError, UsageError
+from bmx.model.shapes import SHAPES
 from bmx.notation import parse_budgets, parse_bytes, parse_count, parse_setting
 
 if TYPE_CHECKING:
     from bmx.display import Display
 
+ANSWERS_KEPT = "answers that were finished are kept; the same command goes on"
 EXIT_SOME_FAILED = 3
 EXIT_DOES_NOT_FIT = 4
 COMPARED = {
@@ -34,6 +36,12 @@ CALIBRATED_JOB = {
     *("output_file", "overwrite", "limit", "shard", "lock_wait", "shutdown_timeout", "max_line_bytes"),
     *("served_model_name", "progress", "quiet", "log_format"),
 }
+PAPER = "paper: 1000,2000,4000 in, 128,256 out, KV memory a quarter of the weights, budgets a quarter of prompts."
+MEASURED_JOB = {
+    *("output_file", "overwrite", "lock_wait", "max_line_bytes", "served_model_name"),
+    *("progress", "quiet", "log_format"),
+}
+WORDS = {"kv_protect", "kv_probe", "kv_probe_weight", "calibration", "prefix_reuse", "on_too_long"}  # not of a bench
 PLANNED_JOB = {"limit", "shard", "max_line_bytes", "served_model_name"}  # what a plan wants to know of the job
 CONFIG = Annotated[
     str | None, typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings.")
@@ -61,8 +69,12 @@ def main() -> None:
 
 
 @contextmanager
-def _ending(display: Display) -> Iterator[None]:
-    """Turn what ends a command early into a message and an exit code."""
+def _ending(display: Display, kept: str = ANSWERS_KEPT) -> Iterator[None]:
+    """Turn what ends a command early into a message and an exit code.
+
+    Args:
+        kept: what is not lost by a signal.
+    """
     from bmx.signals import Interrupted
 
     try:
@@ -74,7 +86,7 @@ def _ending(display: Display) -> Iterator[None]:
         display.error(error.message, error.hint)
         sys.exit(error.exit_code)
     except Interrupted as interrupted:
-        display.error(str(interrupted), "answers that were finished are kept; the same command goes on")
+        display.error(str(interrupted), kept)
         sys.exit(interrupted.exit_code)
 
 
@@ -189,6 +201,47 @@ def calibrate(inputs: list[str], config: str | None, **flags: Any) -> None:
         with _ending(display):
             if not run_calibrate(settings, asked, display, stop):
                 sys.exit(EXIT_SOME_FAILED)
+
+
+def bench(inputs: list[str] | None, config: str | None, **flags: Any) -> None:
+    """Measure the full cache, compression in decoding only, and Batch-Max, side by side at the same memory.
+
+    Prompts are random token ids of --input-tokens, or those of INPUT; every side generates the same number of tokens.
+    Decode-only is an upper bound that nobody implements: as many rows at once as fit with their whole prompts, cut to
+    the budget at once and for free when they are read.
+    """
+    from bmx.bench import Asked
+    from bmx.bench import bench as run_bench
+    from bmx.display import Display
+    from bmx.signals import Stop
+
+    own = {name: flags.pop(name) for name in ("shape", "input_tokens", "output_tokens", "prompts", "preset")}
+    stop, kept = Stop(), "cells that were finished are in the output file"
+    with stop.heard(), _ending(Display(log_format=flags.get("log_format") or "text"), kept):
+        given = (read_yaml(config) if config else {}) | {k: v for k, v in flags.items() if v is not None}
+        if own["shape"] and "model" in given:
+            raise UsageError("--shape stands for a model: it cannot be combined with --model", hint="choose one")
+        if own["preset"] not in (None, "paper"):
+            raise UsageError(f"no preset is called {own['preset']}", hint="there is one: paper")
+        settings = RunConfig.gather(tuple(inputs or ()), flags, config)
+        paper = own["preset"] == "paper"
+        asked = Asked(
+            shape=own["shape"],
+            input_tokens=parse_setting("input_tokens", own["input_tokens"], _counts) or (),
+            output_tokens=parse_setting("output_tokens", own["output_tokens"], _counts) or (),
+            prompts=parse_setting("prompts", own["prompts"], parse_count),
+            paper=paper,
+            quarter=paper and "kv_budget" not in given,
+        )
+        job = settings.job
+        display = Display(job.progress, quiet=job.quiet, log_format=job.log_format)
+        with _ending(display, kept):
+            run_bench(settings, asked, display)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Counts like ``1000,2k``."""
+    return tuple(map(parse_count, text.split(",")))
 
 
 def _listed(name: str, lists: dict[str, str | None], default: str) -> tuple[str, ...]:
@@ -310,6 +363,31 @@ def _calibrate_flags(command: Any) -> Any:
     return _signed(command, first, [*_own_flags(own, "Calibration"), *flags])
 
 
+def _bench_flags(command: Any) -> Any:
+    """``bench`` with the settings that matter to it, and its own."""
+    inputs = Annotated[
+        list[str] | None, typer.Argument(metavar="[INPUT]...", help="JSONL files of prompts; none: random token ids.")
+    ]
+    own = (
+        ("shape", str | None, f"Random weights in the shape of a model, without a download: {', '.join(SHAPES)}."),
+        ("input_tokens", str | None, "Tokens of random prompts; several to measure each: 1000,2000 (default 2000)."),
+        ("output_tokens", str | None, "Tokens that each prompt is answered with; several: 128,256 (default 128)."),
+        ("prompts", str | None, "Most prompts of a measurement (default: twice the slots of Batch-Max, at least 8)."),
+        ("preset", str | None, PAPER),
+    )
+    shown = [(t, s) for t, s in all_settings() if s.name not in WORDS and (t != "Job" or s.name in MEASURED_JOB)]
+    flags = [_flag(t, _for_bench(s)) for t, s in shown if not t.startswith("Sampling") or s.name == "seed"]
+    first = inspect.Parameter("inputs", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=inputs)
+    return _signed(command, first, [*_own_flags(own, "Bench"), *flags])
+
+
+def _for_bench(setting: Setting) -> Setting:
+    """A setting with the words that are true of a bench."""
+    notes = {"output_file": "where the measurements go (default bench.json)", "seed": "of the random prompts"}
+    notes["overwrite"] = "replace an output that exists"
+    return replace(setting, note=notes.get(setting.name, setting.note))
+
+
 def _compared(setting: Setting, several: str) -> Setting:
     """A setting of which several values can be compared."""
     return replace(setting, note=f"{setting.note}; several to compare: {several}", type=str | None, parse=None)
@@ -318,3 +396,4 @@ def _compared(setting: Setting, several: str) -> Setting:
 app.command("run")(_with_flags(run))
 app.command("plan-batch")(_plan_flags(plan_batch))
 app.command("calibrate")(_calibrate_flags(calibrate))
+app.command("bench")(_bench_flags(bench))

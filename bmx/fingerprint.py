@@ -19,7 +19,7 @@ from bmx.model.demo import local_path
 from bmx.request import SamplingParams
 
 KEY_FORMAT = 1
-ENGINE = ("model", "revision", "dtype", "kv_policy", "kv_format", "kv_share_layers", "max_model_len")
+ENGINE = ("model", "revision", "dtype", "quantization", "kv_policy", "kv_format", "kv_share_layers", "max_model_len")
 COMPRESSION = (
     *("kv_budget", "kv_sink", "kv_recent", "kv_protect", "kv_layer_budgets", "kv_value_norm", "kv_probe"),
     "kv_probe_weight",

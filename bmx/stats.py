@@ -34,6 +34,9 @@ class Stats:
     slots: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    pure_steps: int = 0  # in which nothing but decoding was done, with the tokens and the seconds of all of them
+    pure_tokens: int = 0
+    pure_seconds: float = 0.0
     kv_bytes: int = 0
     full_cache_peak_bytes: int = 0
     peak_active_slots: int = 0
@@ -123,6 +126,10 @@ class Stats:
         self.generated_tokens += sampled
         self.prefill_seconds += seconds * share
         self.decode_seconds += seconds * (1 - share)
+        if decode_tokens and not prompt_tokens:
+            self.pure_steps += 1
+            self.pure_tokens += decode_tokens
+            self.pure_seconds += seconds
         self.active_slots = active
         self.peak_active_slots = max(self.peak_active_slots, active)
         self.full_cache_peak_bytes = max(self.full_cache_peak_bytes, full_cache_bytes)

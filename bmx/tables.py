@@ -16,6 +16,11 @@ CALIBRATION_COLUMNS = (
     "cache", "KV of a row", "slots", "tok/s (predicted)", "top-1", "KL", "same answer", "ROUGE-L full", "ROUGE-L ref",
     "length",
 )  # fmt: skip
+BENCH_COLUMNS = (
+    "cache", "slots", "KV cache", "planned", "most seen", "generated tok/s", "in+out tok/s", "prompts/min",
+    "prefill tok/s", "MFU", "decode tok/s", "bandwidth", "batch-max is",
+)  # fmt: skip
+BENCH_NAMES = {"full_cache": "full cache", "decode_only": "decode-only", "batch_max": "batch-max"}
 OPTION_COLUMNS = (
     "cache", "budget", "slots", "KV cache", "weights", "activations", "runtime", "total", "KV used",
     "prefill tok/s", "decode tok/s", "time",
@@ -29,7 +34,7 @@ def budget_text(budget: float | str) -> str:
 
 def candidate_words(settings: Mapping[str, Any]) -> str:
     """The settings of a candidate, in few words."""
-    words = [settings["kv_policy"]]
+    words = [settings["kv_policy"]] + (["int8 weights"] if settings.get("quantization") == "int8" else [])
     if settings["kv_policy"] != "none":
         words.append(budget_text(settings["kv_budget"]))
     if settings["kv_format"] != "auto":
@@ -62,6 +67,60 @@ def candidate_row(name: str | None, found: Mapping[str, Any]) -> tuple[str, ...]
         "-" if reference is None else f"{reference:.3f} of {found['rouge_l_reference_of_full_cache']:.3f}",
         f"{found['length_ratio']:.2f}",
     )
+
+
+def bench_lines(cell: Mapping[str, Any]) -> list[str]:
+    """A cell of a bench: what was asked of each side, then a table of them."""
+    head = (
+        f"{counted(cell['prompts'], 'prompt')} of {cell['input_tokens']:,.0f} tokens, {cell['output_tokens']:,} "
+        f"generated for each, budget {budget_text(cell['kv_budget'])}; this machine: "
+        f"{cell['flops_per_second'] / 1e12:,.3g} TFLOP/s, {cell['bytes_per_second'] / 1e9:,.3g} GB/s"
+    )
+    rows = [_bench_row(name, cell[side], cell["ratios"].get(side)) for side, name in BENCH_NAMES.items()]
+    return [head, *aligned([BENCH_COLUMNS, *rows]), ""]
+
+
+def _bench_row(name: str, side: Mapping[str, Any], ratio: float | None) -> tuple[str, ...]:
+    if not side["fits"]:
+        return (name, "does not fit", *["-"] * (len(BENCH_COLUMNS) - 2))
+    name += " (as full cache)" if side["as_full_cache"] else ""
+    sizes = tuple(megabytes(side[f"{what}_bytes"]) for what in ("kv", "planned", "peak"))
+    rates = [side[f"{what}_per_second"] for what in ("generated_tokens", "tokens")] + [side["prompts_per_minute"]]
+    speed = tuple(f"{rate:,.1f}" for rate in rates)
+    phases = (
+        _or_none(side["prefill_tokens_per_second"], ",.0f"),
+        _or_none(side["mfu"], ".0%"),
+        _or_none(side["decode_tokens_per_second"], ",.1f"),
+        _or_none(side["bandwidth_share"], ".0%"),
+    )
+    return (name, f"{side['slots']:,}", *sizes, *speed, *phases, _times(ratio))
+
+
+def bench_summary(record: Mapping[str, Any]) -> list[str]:
+    """A bench in a line a cell, and what comes of it on average."""
+    columns = ("in / out", "prompts", "budget", *(f"{name}, tok/s" for name in BENCH_NAMES.values()))
+    rows = [
+        (
+            f"{cell['input_tokens']:,.0f} / {cell['output_tokens']:,}",
+            f"{cell['prompts']:,}",
+            budget_text(cell["kv_budget"]),
+            *(_or_none(cell[side].get("generated_tokens_per_second"), ",.1f") for side in BENCH_NAMES),
+            *(_times(cell["ratios"][side]) for side in ("full_cache", "decode_only")),
+        )
+        for cell in record["cells"]
+    ]
+    over = ("batch-max / full", "batch-max / decode-only")
+    full, decode_only = (_times(record["mean_ratios"][side]) for side in ("full_cache", "decode_only"))
+    mean = f"on average, batch-max is {decode_only} as fast as decode-only, and {full} as fast as the full cache"
+    return [*aligned([(*columns, *over), *rows]), mean, record["decode_only"]]
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f} x"
 
 
 def option_row(option: Option) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.cli import main
-from bmx.model.loader import prepare
+from bmx.model.loader import LoadedModel, prepare
 
 torch.set_num_threads(1)  # tiny models are slower with more, and much slower on a busy machine
 
@@ -51,10 +52,16 @@ def as_requests(prompts: Sequence[Sequence[int]], **params: Any) -> list[Request
     ]
 
 
+@cache
+def tiny_loaded(family: str) -> LoadedModel:
+    """A family's tiny model, ready for an engine: one for all tests, so whoever changes a model makes its own."""
+    return prepare(tiny_model(family))
+
+
 def tiny_engine(model: Any, **config: Any) -> Engine:
     """An engine around a tiny model, given as such or by the name of its family."""
-    model = tiny_model(model) if isinstance(model, str) else model
-    return Engine(EngineConfig(**config), PromptConfig(), word_tokenizer(), prepare(model))
+    loaded = tiny_loaded(model) if isinstance(model, str) else prepare(model)
+    return Engine(EngineConfig(**config), PromptConfig(), word_tokenizer(), loaded)
 
 
 def answers(engine: Engine, requests: Sequence[Request]) -> dict[str, tuple[int, ...]]:

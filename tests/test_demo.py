@@ -18,26 +18,32 @@ SAMPLES = Path(__file__).parent.parent / "sample_inputs"
 pytestmark = pytest.mark.demo
 
 
-def sample_requests(*ids, **params):
+def sample_requests(*ids, characters=None, **params):
+    """Requests for some of the documents, or for so many of their first characters."""
     lines = (SAMPLES / "documents.jsonl").read_text(encoding="utf-8").strip().split("\n")
     rows = [json.loads(line) for line in lines]
     return [
-        Request(id=row["id"], prompt=row["prompt"], params=SamplingParams(**params)) for row in rows if row["id"] in ids
+        Request(id=row["id"], prompt=row["prompt"][:characters], params=SamplingParams(**params))
+        for row in rows
+        if row["id"] in ids
     ]
 
 
 @pytest.fixture(scope="module")
 def exact():
-    """The demo model in float32 with its full cache."""
-    return Engine.open(EngineConfig(dtype="float32", kv_policy="none", chunk_size=256))
+    """The demo model in float32 with its full cache, in chunks that are shorter than the prompts here."""
+    return Engine.open(EngineConfig(dtype="float32", kv_policy="none", chunk_size=96, max_num_batched_tokens=192))
 
 
 def test_real_prompts_get_the_tokens_that_generate_gives(exact):
-    """Two documents of different lengths, read in chunks side by side."""
-    requests = sample_requests("recipe-haddock-pie", "notice-quay-road", max_tokens=16)
+    """The first parts of two documents, of different lengths, read in chunks side by side."""
+    [one] = sample_requests("recipe-haddock-pie", characters=1000, max_tokens=16)
+    [other] = sample_requests("notice-quay-road", characters=600, max_tokens=16)
+    requests = [one, other]
     prompts = [exact.encode(request) for request in requests]
     found = {r.id: r.token_ids for r in exact.generate(requests)}
     exact.loaded.model.set_attn_implementation("sdpa")
+    assert 96 < len(prompts[1]) < len(prompts[0])
     expected = reference_answers(exact.loaded.model, prompts, 16)
     assert [found[request.id] for request in requests] == [expected[str(i)][:16] for i in range(len(requests))]
 
@@ -76,7 +82,9 @@ def test_without_the_demo_model_the_error_says_the_line_that_installs_it(monkeyp
 
 
 def test_seeds_give_the_same_text_in_any_company(exact):
-    requests = sample_requests("recipe-haddock-pie", "notice-quay-road", max_tokens=8, temperature=0.8, seed=3)
+    ids = ("recipe-haddock-pie", "notice-quay-road")
+    requests = sample_requests(*ids, characters=600, max_tokens=8, temperature=0.8, seed=3)
     alone = [next(exact.generate([request])).text for request in requests]
     together = {r.id: r.text for r in exact.generate(requests[::-1])}
     assert [together[request.id] for request in requests] == alone
+    assert all(alone)

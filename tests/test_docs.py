@@ -26,6 +26,7 @@ def test_every_flag_in_the_readme_exists():
     known = {f"--{setting.name.replace('_', '-')}" for _, setting in all_settings()}
     known |= {"--max-input", "--gpu", "--gpu-memory", "--check", "--measure", "--json"}  # of plan-batch alone
     known |= {"--min-agreement", "--rows", "--share-layers"}  # of calibrate alone
+    known |= {"--shape", "--input-tokens", "--output-tokens", "--prompts", "--preset"}  # of bench alone
     known |= {f"--no-{name[2:]}" for name in known}  # switches that are on
     known |= {"--config", "--print-config", "--help", "--version", "--no-deps"}
     named = set(re.findall(r"--[a-z][a-z-]+", README))

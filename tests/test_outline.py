@@ -91,12 +91,11 @@ def random_keys(rng, model_type):
     return keys
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model_type", TYPES)
-def test_an_outline_is_what_the_model_shows(tmp_path, model_type, dtype):
-    rng = random.Random(f"{model_type} {dtype}")
+def test_an_outline_is_what_the_model_shows(tmp_path, model_type):
+    rng = random.Random(model_type)
     for i in range(12):
-        check_equal(write(tmp_path / str(i), model_type, **random_keys(rng, model_type)), dtype)
+        check_equal(write(tmp_path / str(i), model_type, **random_keys(rng, model_type)), DTYPES[i % 2])
 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)

@@ -12,7 +12,16 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, word_tokenizer, words
+from conftest import (
+    answers,
+    as_requests,
+    random_prompts,
+    reference_answers,
+    tiny_engine,
+    tiny_loaded,
+    word_tokenizer,
+    words,
+)
 from families import WINDOW, tiny_model
 
 from bmx import Engine, EngineConfig, PromptConfig
@@ -21,7 +30,6 @@ from bmx.compress.seen import Needs, Ranking, Seen
 from bmx.config import POLICIES
 from bmx.engine.runner import ModelRunner
 from bmx.errors import UsageError
-from bmx.model.loader import prepare
 from bmx.model.spec import sharing
 
 SINK, RECENT, NEW = 2, 4, 8
@@ -31,7 +39,7 @@ ATTENTIVE = ("average-attention", "h2o", "decay", "roco", "window", "tova", "r-k
 FORMATS = ("auto", "fp8", "int8", "int4")
 BUDGETS = {"few": 14, "share": 0.4, "pyramid": 14, "all": 400}
 LENGTHS = (33, 3, 21, 40, 13)  # one is shorter than the newest tokens that stay
-BASE = {"kv_sink": SINK, "kv_recent": RECENT, "chunk_size": 10}
+BASE = {"kv_sink": SINK, "kv_recent": RECENT, "chunk_size": 10, "max_num_batched_tokens": 64}
 
 
 def config(policy, budget="few", name="auto", **others):
@@ -283,7 +291,7 @@ def instructed(document):
 
 def protecting(policy, budget="few", model="llama", **others):
     settings = config(policy, budget, kv_protect="instructions", **others)
-    return Engine(EngineConfig(**settings), TEMPLATE, word_tokenizer(), prepare(tiny_model(model)))
+    return Engine(EngineConfig(**settings), TEMPLATE, word_tokenizer(), tiny_loaded(model))
 
 
 @pytest.mark.parametrize(("policy", "budget"), [*product(EVICTING, ["few"]), ("h2o", "share"), ("lagkv", "share")])

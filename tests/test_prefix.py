@@ -39,7 +39,9 @@ ROWS = [*QUESTIONS[:3], *after(OTHER, (8, 11)), *random_prompts((20,)), *SHORT]
 
 def engine_of(family="llama", **config):
     defaults = {"chunk_size": CHUNK, "kv_sink": 2, "kv_recent": 5, "max_num_seqs": 3}
-    return tiny_engine(family, **(defaults | config))
+    config = defaults | config
+    step = max(200, 3 * config["chunk_size"])  # a chunk of each slot; larger ones only take longer to rehearse
+    return tiny_engine(family, max_num_batched_tokens=step, **config)
 
 
 def listened(engine, requests):
@@ -68,23 +70,43 @@ def with_and_without(family="llama", rows=ROWS, new_tokens=3, **config):
 BUDGETS = (24, 70, 0.3)  # at 70, the shortest rows never evict, and the others in the chunk that follows what is shared
 
 
-@pytest.mark.parametrize(
-    ("policy", "kv_format"),
-    [*product(POLICIES, ["auto", "int4"]), *product(["none", "average-attention", "lagkv"], ["fp8", "int8"])],
-)
-def test_every_policy_and_format_answers_as_without(policy, kv_format):
+FORMATS = ("auto", "fp8", "int8", "int4")
+EVICTING = [policy for policy in POLICIES if policy != "none"]
+# Exact pairs with every budget that is a number; of the other formats and a share, each pair with some of the policies.
+CASES = [
+    *product(["none"], FORMATS, BUDGETS[:1]),
+    *product(EVICTING, ["auto"], BUDGETS[:2]),
+    *((policy, FORMATS[1 + i % 3], BUDGETS[i // 3 % 3]) for i, policy in enumerate(EVICTING)),
+    *product(["average-attention", "window", "keydiff", "expected-attention"], ["auto"], BUDGETS[2:]),
+]
+
+
+def test_the_cases_hold_each_policy_and_each_pair_of_a_format_and_a_budget():
+    assert {policy for policy, form, _ in CASES if form == "auto"} == set(POLICIES)
+    assert {policy for policy, form, _ in CASES if form != "auto"} == set(POLICIES)
+    assert {case[1:] for case in CASES if case[0] != "none"} == set(product(FORMATS, BUDGETS))
+
+
+@pytest.mark.parametrize(("policy", "kv_format", "budget"), CASES)
+def test_every_policy_format_and_budget_answers_as_without(policy, kv_format, budget):
     rows = [*QUESTIONS[:3], *SHORT[:3]]
-    for budget in BUDGETS if policy != "none" else BUDGETS[:1]:
-        found, expected, reused = with_and_without(rows=rows, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
-        assert found == expected, budget
-        assert reused > 0 or budget == 0.3  # of a share, rows of other lengths keep other parts
+    found, expected, reused = with_and_without(rows=rows, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
+    assert found == expected
+    assert reused > 0 or budget == 0.3  # of a share, rows of other lengths keep other parts
 
 
-@pytest.mark.parametrize("kv_format", ["auto", "int4"])
-@pytest.mark.parametrize("policy", ["none", "average-attention", "window", "streaming"])
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "policy", "kv_format"),
+    [
+        (family, policy, ("auto", "int4")[(i + j) % 2])
+        for (i, family), (j, policy) in product(
+            enumerate(["mistral", "gemma3_text", "gpt_oss"]),
+            enumerate(["none", "average-attention", "window", "streaming"]),
+        )
+    ],
+)
 def test_models_with_sliding_windows_answer_as_without(family, policy, kv_format):
-    for budget in (24, 70):
+    for budget in (24, 70) if policy != "none" else (24,):
         found, expected, reused = with_and_without(family, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
         assert found == expected, budget
         assert reused > 0
@@ -128,14 +150,19 @@ def test_chunks_of_any_size_change_nothing(chunk_size):
         assert reused > 0
 
 
+@pytest.fixture(scope="module")
+def each_row():
+    """Answers without reuse."""
+    return answers(engine_of(kv_budget=70, prefix_reuse=False), as_requests(ROWS, max_tokens=4))
+
+
 @pytest.mark.parametrize("slots", [1, 2, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_rows_changes_nothing(seed, slots):
+def test_the_order_of_rows_changes_nothing(seed, slots, each_row):
     requests = as_requests(ROWS, max_tokens=4)
-    expected = answers(engine_of(kv_budget=70, prefix_reuse=False), requests)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed)).tolist()
     engine = engine_of(kv_budget=70, max_num_seqs=slots)
-    assert answers(engine, [requests[i] for i in order]) == expected
+    assert answers(engine, [requests[i] for i in order]) == each_row
 
 
 @pytest.mark.parametrize(("rows", "reused"), [((0, 4), 0), ((4, 0), 64), ((0, 4, 1), 64), ((4, 0, 1), 128)])

@@ -153,6 +153,7 @@ MATTERS = {
     "model": ["-m", "nowhere"],
     "revision": ["--revision", "v2"],
     "dtype": ["--dtype", "float32"],
+    "quantization": ["--quantization", "int8"],
     "kv_policy": ["--kv-policy", "none"],
     "kv_budget": ["--kv-budget", "2k"],
     "kv_sink": ["--kv-sink", "5"],

@@ -363,9 +363,9 @@ def test_ctrl_c_leaves_whole_lines_and_exit_code_130(tmp_path, model):
     assert {record["usage"]["completion_tokens"] for record in found.values()} == {200}
 
 
-def test_a_pipeline_of_processes(tmp_path, model):
+def test_a_pipeline_of_processes(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": tmp_path}
-    with started("run", "-", "-o", "-", "-m", model, **pipes) as process:
+    with started("run", "-", "-o", "-", "-m", "fake", **pipes) as process:
         out, err = process.communicate(jsonl(row("é"), "bad", row("😀")).encode())
     assert process.returncode == 3
     assert set(records(out.decode())) == {"é", "line-2", "😀"}
@@ -373,10 +373,10 @@ def test_a_pipeline_of_processes(tmp_path, model):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_of_stdout_that_has_enough_is_no_error(tmp_path, model):
+def test_a_reader_of_stdout_that_has_enough_is_no_error(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text(jsonl(*(row(i) for i in range(5000))))
-    with started("run", source, "-o", "-", "-m", model, "--progress", "none", stdout=subprocess.PIPE) as process:
+    with started("run", source, "-o", "-", "-m", "fake", "--progress", "none", stdout=subprocess.PIPE) as process:
         assert json.loads(process.stdout.readline())["text"]
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -35,9 +35,9 @@ FLOORS = (
     {"journal", "places", "outbox", "manifest"},
     {"tables"},
     {"display"},
-    {"job", "report"},
+    {"job", "report", "sides"},
     {"plan_batch"},
-    {"calibrate"},
+    {"calibrate", "bench"},
     {"cli"},
 )
 FRONT = {"__init__", "__main__"}  # the package's face names everything, lazily
@@ -140,7 +140,8 @@ def test_what_stands_above_the_engine_and_below_it_loads_without_torch(module):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["--version"], ["run", "--print-config", "x.jsonl"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["bench", "--help"], ["--version"], ["run", "--print-config", "x.jsonl"]],
 )
 def test_help_loads_no_torch(arguments):
     assert heavy_after(f"from bmx.cli import app; app({arguments!r}, standalone_mode=False)") == ""

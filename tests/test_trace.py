@@ -91,7 +91,7 @@ def test_flops_are_two_for_each_parameter_of_a_product(family, dtype):
     """Gemma's embedding and norms, the output head and attention itself are none."""
     for layers in (2, 3):
         model = hollow(family, dtype, layers, **DENSE[family][0])
-        assert trace(model).flops == 2 * linear_parameters(model)
+        assert traced(family, dtype, layers).flops == 2 * linear_parameters(model)
 
 
 def test_biases_are_no_products():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bmx.compress.budgets import Budget
-from bmx.compress.scorers import scorer_named
+from bmx.compress.scorers import AverageAttention, Mass, scorer_named
 from bmx.compress.seen import RANK_EVERY, TENSORS, Needs, Scorer, Seen
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
@@ -186,6 +186,21 @@ class CompressionPolicy:
     @property
     def _notes(self) -> tuple[str, ...]:
         return self.sums + (() if self.every == 1 else ("rank",))
+
+    def ranking(self, layout: LayerLayout) -> str | None:
+        """How a layer's pairs are ranked while decoding, if it is that simple: by age, mass or average; else None."""
+        if self.scorer is None or layout.by_age:
+            return "age"
+        if layout.notes != ("mass",) or self.value_norm:
+            return None
+        if isinstance(self.scorer, Mass):
+            return "mass"
+        return "average" if isinstance(self.scorer, AverageAttention) else None
+
+    @property
+    def old(self) -> float:
+        """What is left of the attention added up before, once a decoding token's comes on top."""
+        return 1.0 if self.scorer is None else self.scorer.votes.old(1)
 
     def votes(self, queries: int, probes: int) -> list[list[float]]:
         """The weight of each query in each way of adding up attention [M][T + probes]; squares are extra."""

@@ -228,6 +228,9 @@ class SlotAttention:
     def _decode(self, step: PackedStep, decodes: Decodes, q: Tensor, k: Tensor, v: Tensor, details: Details) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
         part = self._pool.layer(decodes.group, step.layer)
+        output = self._decode_at_once(step, decodes, part, q, k, v, details)
+        if output is not None:
+            return output
         if part.layout.owner == step.layer:
             self._insert(part, decodes, k[decodes.rows], v[decodes.rows])
         output, sums = self._attend(part, decodes, q[decodes.rows], details)
@@ -235,26 +238,48 @@ class SlotAttention:
             self._policy.observe(part, decodes.slots, sums, first=part.layout.owner == step.layer)
         return output
 
+    def _decode_at_once(
+        self, step: PackedStep, decodes: Decodes, part: LayerSlots, q: Tensor, k: Tensor, v: Tensor, details: Details
+    ) -> Tensor | None:
+        """The same in one call, where the kernels have one for what is wanted; else None, and nothing is done."""
+        layout, rows = part.layout, decodes.rows
+        ranking = self._policy.ranking(layout)
+        if self._kernels.decode_slots is None or ranking is None or decodes.spans is not None:
+            return None
+        if not part.as_they_are or layout.owner != step.layer or layout.last_reader != step.layer:
+            return None
+        keys, values = part.read_slots(slice(None))
+        return self._kernels.decode_slots(  # type: ignore[no-any-return]
+            q[rows],
+            k[rows],
+            v[rows],
+            keys,
+            values,
+            part.positions,
+            part.notes.get("mass"),
+            decodes.slots,
+            decodes.positions,
+            decodes.limited,
+            rank=ranking,
+            sink=self._policy.sink,
+            recent=self._policy.recent,
+            window=layout.window,
+            old=self._policy.old,
+            count=decodes.evicting(layout.capacity),
+            **details.options,
+        )
+
     def _attend(
         self, part: LayerSlots, decodes: Decodes, query: Tensor, details: Details
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C].
-
-        Copying the keys of some slots costs more than attending to all: from half of them on, those that do not
-        decode take part with a query of zeros.
-        """
-        slots, options, layout = decodes.slots, details.options, part.layout
+        """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C]."""
+        options, layout = details.options, part.layout
         options["want_mass"] = "mass" in layout.notes and decodes.evicting(layout.capacity)
         options["squares"] = "squares" in layout.notes
-        hidden = _hidden_from_decodes(part, decodes)
-        if 2 * len(slots) < part.slots:
-            return self._kernels.attend_slots(query, *part.read_slots(slots), hidden=hidden, **options)  # type: ignore[no-any-return]
-        everyone = query.new_zeros(part.slots, *query.shape[1:]).index_copy_(0, slots, query)
-        if hidden is not None:
-            shown = hidden.new_zeros(part.slots, *hidden.shape[1:])
-            hidden = shown.index_copy_(0, slots, hidden.expand(len(slots), *hidden.shape[1:]))
-        output, sums = self._kernels.attend_slots(everyone, *part.read_slots(slice(None)), hidden=hidden, **options)
-        return output[slots], None if sums is None else sums[:, slots]
+        options["hidden"] = _hidden_from_decodes(part, decodes)
+        if part.as_they_are:
+            return self._kernels.attend_slots(query, *part.read_slots(slice(None)), decodes.slots, **options)  # type: ignore[no-any-return]
+        return self._kernels.attend_slots(query, *part.read_slots(decodes.slots), **options)  # type: ignore[no-any-return]
 
     def _insert(self, part: LayerSlots, decodes: Decodes, k: Tensor, v: Tensor) -> None:
         """Write the tokens' own keys: into the next empty row, or over the lowest-ranked unprotected one."""

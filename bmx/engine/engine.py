@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -23,7 +23,7 @@ from bmx.errors import MemoryLimitError, UsageError
 from bmx.kv.layout import KVLayout
 from bmx.model.foresee import foresee
 from bmx.model.loader import RUNTIME_BYTES, LoadedModel, choose_device, find_source, load_model, load_tokenizer
-from bmx.model.spec import sharing
+from bmx.model.spec import ModelSpec, sharing
 from bmx.model.text import PromptEncoder
 from bmx.planner import Device, Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
 from bmx.rates import TYPICAL, Rates, machine_rates
@@ -75,11 +75,8 @@ class Engine:
         bound_kernel_caches()
         source = find_source(config)
         tokenizer = load_tokenizer(source, config)
-        _check_memory(config)
-        if "OMP_NUM_THREADS" not in os.environ:
-            import torch
-
-            torch.set_num_threads(hardware.usable_cores())
+        check_memory(config, partial(foresee, config))
+        use_all_cores()
         return cls(config, prompt, tokenizer, load_model(source, config))
 
     def with_config(self, config: EngineConfig) -> Engine:
@@ -283,8 +280,19 @@ class Engine:
         return limits(self.config, memory, held=self.meter.now)
 
 
-def _check_memory(config: EngineConfig) -> None:
+def use_all_cores() -> None:
+    """Let torch compute on every core that this process may use, unless the environment says how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(hardware.usable_cores())
+
+
+def check_memory(config: EngineConfig, foreseen: Callable[[str], ModelSpec]) -> None:
     """Refuse, before weights are loaded, a model of which not one short sequence would fit.
+
+    Args:
+        foreseen: what the model would be on a kind of device.
 
     Raises:
         MemoryLimitError: says what would be enough.
@@ -293,7 +301,7 @@ def _check_memory(config: EngineConfig) -> None:
     seen = hardware.visible_gpus() if kind == "cuda" else []
     if kind == "cuda" and (not seen or seen[0].free is None or seen[0].mig):
         return  # what is free is known when CUDA has begun
-    spec = sharing(foresee(config, kind), config.kv_share_layers)
+    spec = sharing(foreseen(kind), config.kv_share_layers)
     policy, held = CompressionPolicy.from_config(config), 0 if kind == "cuda" else hardware.resident_bytes()
     if kind == "cuda":
         memory = hardware.FreeMemory(seen[0].free or 0, seen[0].total or 0, "NVML", hardware.holders(seen[0]))

@@ -23,11 +23,12 @@ from bmx.rates import Rates
 
 PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
 WORTH = 1.03  # times the slots that smaller steps must give to be looked at
-SCORE_PASSES = {"cpu": 5, "reference": 16}  # times that a score is written or read, in the activations' type
+SCORE_PASSES = {"avx512": 2, "cpu": 5, "reference": 16}  # times that a score is touched, in the activations' type
 UNPACK_PASSES = 4  # times that what is stored in fewer bits is written or read in the activations' type
 BATCHED = 2.5  # times the bandwidth of single thin products that those of all slots together reach
+INT8_SPEED = 1.9  # times as fast as in bfloat16 are products of bytes
 THIN_PRODUCT = 3.0  # attention's products are as thin as a head, and reach about a third of the matrix rate
-CHUNK_OPERATORS = {"cpu": 60, "reference": 30}  # of a chunk in a layer: tiles, choosing and writing survivors
+CHUNK_OPERATORS = {"avx512": 30, "cpu": 60, "reference": 30}  # of a chunk in a layer: tiles, choosing, writing
 DECODE_OPERATORS = 36  # of a group of slots in a layer
 
 
@@ -228,7 +229,8 @@ class _Clock:
         tokens = sum(step.decodes) + sum(chunk.length + self._plan.step.probe for chunk in step.chunks)
         sampled = sum(step.decodes) + sum(chunk.last for chunk in step.chunks)
         weights = min(spec.weight_bytes - spec.head_bytes, tokens * spec.costs.flops // 2 * spec.itemsize)
-        flops = tokens * spec.costs.flops + sampled * 2 * spec.head_bytes // spec.itemsize
+        own = spec.costs.flops / (INT8_SPEED if spec.int8 else 1)
+        flops = tokens * own + sampled * 2 * spec.head_bytes // spec.itemsize
         read = weights + (spec.head_bytes if sampled else 0)
         touched = tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize
         groups = sum(count > 0 for count in step.decodes)

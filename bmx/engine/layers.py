@@ -42,6 +42,10 @@ class Listener:
         """Of the kernels that answer."""
         return self.inner.name
 
+    def __getattr__(self, name: str) -> Any:
+        """All else as the kernels that answer."""
+        return getattr(self.inner.module, name)
+
     def attend_chunk(
         self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, **details: Any
     ) -> Any:
@@ -50,10 +54,6 @@ class Listener:
         values = torch.cat([past_value, value.transpose(0, 1)], dim=1)
         self.heard.append({"query": query[-1].float(), "keys": keys, "values": values, "scale": details["scale"]})
         return self.inner.module.attend_chunk(query, key, value, past_key, past_value, **details)
-
-    def attend_slots(self, *operands: Tensor, **details: Any) -> Any:
-        """As the kernel."""
-        return self.inner.module.attend_slots(*operands, **details)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from itertools import groupby
 
 import torch
@@ -18,6 +19,7 @@ from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels
 from bmx.kv.pool import KVPool
+from bmx.model.blocks import taken_over
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import attention_of
@@ -28,13 +30,13 @@ Watch = Callable[[Request, int, torch.Tensor], None]
 
 
 class ModelRunner:
-    """Runs steps of one plan on one model. A context manager, since the model gets its own attention back at the end.
+    """Runs steps of one plan on one model. A context manager, since the model gets its own ways back at the end.
 
     Args:
         loaded: the model.
         policy: who stays in the cache.
         plan: slots and sizes.
-        kernels: how attention is computed.
+        kernels: how attention and linear layers are computed.
         probe: token ids that are asked after each chunk.
         watch: is shown the logits [V] of every token that is to be sampled.
     """
@@ -60,14 +62,16 @@ class ModelRunner:
         self._watch = watch
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
-        self._attached = attention_of(self._model, self._attention)
+        self._kernels = kernels
+        self._attached = ExitStack()
 
     def __enter__(self) -> ModelRunner:
-        self._attached.__enter__()
+        self._attached.enter_context(attention_of(self._model, self._attention))
+        self._attached.enter_context(taken_over(self._model, self._kernels))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._attached.__exit__(None, None, None)
+        self._attached.close()
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[int | None]:

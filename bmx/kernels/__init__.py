@@ -1,4 +1,4 @@
-"""The ground floor: tensors in, tensors out. This file chooses which attention runs, and says why."""
+"""The ground floor: tensors in, tensors out. This file chooses which kernels run, and says why."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from importlib import import_module
 from types import ModuleType
 
 from bmx.errors import UsageError
+from bmx.kernels import build
 from bmx.kernels.sizes import WORKSPACE
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The chosen attention, by the name of its module here, and why it was chosen."""
+    """The chosen kernels, by the name of their module here, and why they were chosen."""
 
     name: str
     why: str
 
     @property
     def module(self) -> ModuleType:
-        """The functions ``attend_chunk`` and ``attend_slots``; loads torch."""
+        """The functions ``attend_chunk``, ``attend_slots``, ``linear`` and ``linear_int8``; loads torch."""
         return import_module(f"bmx.kernels.{self.name}")
 
     @property
@@ -31,7 +32,7 @@ class Kernels:
 
 
 def choose(device_type: str) -> Kernels:
-    """The kernels for a device; ``BMX_KERNELS=reference`` forces the plain ones.
+    """The kernels for a device; ``BMX_KERNELS=reference`` forces the plain ones, or another name those.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
@@ -40,10 +41,16 @@ def choose(device_type: str) -> Kernels:
         UsageError: ``BMX_KERNELS`` names kernels that there are not.
     """
     forced = os.environ.get("BMX_KERNELS", "")
-    if forced == "reference":
-        return Kernels("reference", "BMX_KERNELS=reference")
-    if forced not in ("", device_type):
-        raise UsageError(f"BMX_KERNELS cannot be {forced!r}", hint=f"it takes reference or {device_type}")
+    names = ("reference", "cpu", "avx512") if device_type == "cpu" else ("reference",)
+    if forced and forced not in names:
+        raise UsageError(f"BMX_KERNELS cannot be {forced!r}", hint=f"here it takes {' or '.join(names)}")
+    missing = build.library() if device_type == "cpu" and forced in ("", "avx512") else ""
+    if forced == "avx512" and isinstance(missing, str):
+        raise UsageError(f"there are no compiled kernels: {missing}", hint="leave out BMX_KERNELS")
+    if forced:
+        return Kernels(forced, f"BMX_KERNELS={forced}")
+    if device_type == "cpu" and isinstance(missing, str):
+        return Kernels("cpu", f"tiled for a CPU; no compiled kernels: {missing}")
     if device_type == "cpu":
-        return Kernels("cpu", "tiled for a CPU")
+        return Kernels("avx512", "compiled for this processor: bfloat16; other types are tiled for a CPU")
     return Kernels("reference", f"plain torch: no kernels of its own for {device_type} yet")

@@ -1,4 +1,4 @@
-"""The truth: attention over a slot and a chunk, in plain torch, one whole matrix at a time.
+"""The truth: attention over a slot and a chunk, in plain torch, one whole matrix at a time; and linear layers.
 
 Knows tensors only, and is written to be read; every faster kernel has these signatures and is tested against it.
 
@@ -69,6 +69,7 @@ def attend_slots(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    slots: Tensor | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -80,7 +81,8 @@ def attend_slots(
     """One decoding token per slot attends to its slot, in which its own key already is.
 
     Args:
-        query: [B, H, D]; keys [B, K, C, D]; values [B, K, C, E].
+        query: [B, H, D]; keys [S, K, C, D]; values [S, K, C, E].
+        slots: [B], the slot of each token; None if those are the first ones, in order (B = S).
         hidden: broadcastable to [B, K, C] bool, True for rows not in use or out of the window.
         scale, softcap, sinks: as in ``attend_chunk``.
         want_mass: whether to give the attention that each key receives; ``squares``: and the squared probabilities.
@@ -88,6 +90,8 @@ def attend_slots(
     Returns:
         output [B, H, E], and the sums [1 or 2, B, K, C] in float32 (or None).
     """
+    if slots is not None:
+        keys, values = keys[slots], values[slots]
     batch, kv_heads, capacity, dim = keys.shape
     grouped = query.reshape(batch * kv_heads, -1, dim)  # [B*K, G, D]
     scores = scaled_scores(grouped, keys.flatten(0, 1), scale).view(batch, kv_heads, -1, capacity)  # [B, K, G, C]
@@ -100,6 +104,54 @@ def attend_slots(
     if not want_mass:
         return output, None
     return output, torch.stack([weights.mean(2)] + ([weights.square().mean(2)] if squares else []))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None = None) -> Tensor:
+    """A linear layer: x [..., I], weight [O, I], bias [O] or None -> [..., O], times SiLU(gate) if gate [..., O] is."""
+    return _gated(torch.nn.functional.linear(x, weight, bias), gate)
+
+
+def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
+    return y if gate is None else torch.nn.functional.silu(gate) * y
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [..., I] over the root of its mean square, computed in float32 and rounded, times weight [I]."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding (arXiv 2104.09864, section 3.4.2; halves, not pairs): x [1, H, T, D]; cos, sin [1, T, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+
+def linear_int8(
+    x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, gate: Tensor | None = None
+) -> Tensor:
+    """A linear layer whose weights and inputs are bytes while they are multiplied (W8A8, dynamic).
+
+    Each row of the input is rounded to 255 levels between plus and minus its largest number; sums are exact integers.
+
+    Args:
+        x: [..., I]; codes [O, I] int8; scales [O] float32, of the weights.
+        sums: [O] int32, of each row of codes: for kernels that multiply bytes without a sign.
+        bias: [O] or None; gate [..., O] or None, as in ``linear``.
+
+    Returns:
+        [..., O] in the type of x.
+    """
+    del sums
+    rows = x.reshape(-1, x.shape[-1]).float()
+    steps = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = (rows / steps).round().to(torch.int8)
+    products = torch._int_mm(rounded, codes.t()).float() * steps * scales
+    y = products if bias is None else products + bias
+    return _gated(y.to(x.dtype).view(*x.shape[:-1], len(codes)), gate)
+
+
+decode_slots = None  # policy and pool do it, operator by operator
 
 
 def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -100,6 +100,11 @@ class LayerSlots:
         """S."""
         return len(self.positions)
 
+    @property
+    def as_they_are(self) -> bool:
+        """Whether vectors are stored in the model's own type, so that reading all slots copies nothing."""
+        return self.layout.format == "auto"
+
     def read(self, slot: int, rows: int) -> tuple[Tensor, Tensor]:
         """The first rows of one slot: keys [K, rows, D] and values [K, rows, E]."""
         if self.newest is None:

@@ -13,11 +13,12 @@ from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.model.checkpoint import read_headers, weight_bytes
 from bmx.model.demo import local_path
-from bmx.model.loader import SOURCES, Failures, dtype_name, find_source, gguf_folder, prepare, quiet
+from bmx.model.loader import SOURCES, Failures, dtype_name, find_source, gguf_folder, no_int8, prepare, quiet
 from bmx.model.outline import outline
 from bmx.model.spec import ModelSpec, check_config
 
 TOKENIZER_SIZE = 25  # times its file, measured on one vocabulary of 49,000
+OUTPUT_BYTES = 8  # of a layer in bytes: a scale and a sum
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -33,6 +34,21 @@ def foresee(config: EngineConfig, device: str) -> ModelSpec:
     Raises:
         ModelError: not to be found or read, or bmx cannot run it.
     """
+    if config.int8 and device != "cpu":
+        raise no_int8()
+    spec = _as_it_is(config, device)
+    return in_bytes(spec) if config.int8 else spec
+
+
+def in_bytes(spec: ModelSpec) -> ModelSpec:
+    """About what a model would be with its linear layers in bytes: a byte a weight, and eight for each output."""
+    weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
+    hidden = spec.head_bytes // spec.itemsize // spec.vocab
+    less = weights * (spec.itemsize - 1) - OUTPUT_BYTES * weights // hidden
+    return replace(spec, weight_bytes=spec.weight_bytes - less, int8=True)
+
+
+def _as_it_is(config: EngineConfig, device: str) -> ModelSpec:
     source, gguf = peek(config)
     dtype = dtype_name(config, device)
     known = not gguf and not config.trust_remote_code and Path(source).is_dir()

@@ -10,7 +10,7 @@ import hashlib
 import io
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,29 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     _check_complete(config.model, loading)
     if device.type == "cpu":
         _touch(model)
-    return prepare(model.eval(), runtime)
+    loaded = prepare(model.eval(), runtime)
+    return quantised(loaded) if config.int8 else loaded
+
+
+def quantised(loaded: LoadedModel) -> LoadedModel:
+    """The same model with its linear layers in bytes.
+
+    Raises:
+        ModelError: on a GPU, or there are none.
+    """
+    from bmx.model.blocks import quantise
+
+    if loaded.model.device.type != "cpu":
+        raise no_int8()
+    if not quantise(loaded.model):
+        raise ModelError(f"{loaded.spec.name} has no linear layers of its own to quantise", hint="leave it out")
+    tensors = {id(t): t.nbytes for t in (*loaded.model.parameters(), *loaded.model.buffers())}
+    return replace(loaded, spec=replace(loaded.spec, weight_bytes=sum(tensors.values()), int8=True))
+
+
+def no_int8() -> ModelError:
+    """Why a GPU does not run in bytes."""
+    return ModelError("--quantization int8 is for CPUs", hint="leave it out, or add --device cpu")
 
 
 def _touch(model: Any) -> None:

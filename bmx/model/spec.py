@@ -64,7 +64,7 @@ class ModelSpec:
 
     ``weight_bytes`` counts tied tensors once; ``itemsize`` is the bytes of an activation; ``head_bytes`` those of
     the output head, which is read for sampled tokens only; ``merged_bytes`` those of experts, which loading copies
-    together.
+    together. ``int8`` says that linear layers work in bytes.
     """
 
     name: str
@@ -76,6 +76,7 @@ class ModelSpec:
     head_bytes: int
     itemsize: int
     merged_bytes: int = 0
+    int8: bool = False
 
     def last_reader(self, owner: int) -> int:
         """The last layer that reads this owner's keys."""

@@ -1,0 +1,98 @@
+"""Compiles the C++ kernels for this processor, once, and keeps the result in the user's cache.
+
+Knows compilers, caches and where torch keeps its OpenMP; imports no torch, and knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from bmx import hardware
+
+SOURCE = Path(__file__).with_name("avx512.cpp")
+NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp", "-w")
+PATIENCE = 120  # seconds
+
+
+class CannotBuildError(Exception):
+    """Why there are no compiled kernels here; not an error of anybody's."""
+
+
+@cache
+def library() -> ctypes.PyDLL | str:
+    """The compiled kernels, loaded; or the reason why there are none."""
+    try:
+        return _library()
+    except CannotBuildError as reason:
+        return str(reason)
+
+
+def _library() -> ctypes.PyDLL:
+    missing = [name for name in NEEDED if name not in hardware.cpu_flags()]
+    if missing:
+        raise CannotBuildError(f"the processor has no {missing[0]}")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if not compiler:
+        raise CannotBuildError("no C++ compiler is installed (g++ or clang++)")
+    openmp = _openmp()
+    kept = _kept(compiler, openmp)
+    with suppress(OSError):  # not there yet, or not whole
+        return ctypes.PyDLL(str(kept))
+    with tempfile.TemporaryDirectory(prefix="bmx-") as folder:
+        made = _compile(compiler, openmp, Path(folder))
+        with suppress(OSError):  # a cache that cannot be written costs two seconds the next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            beside = kept.with_suffix(f".{os.getpid()}")
+            shutil.copy(made, beside)
+            beside.replace(kept)
+        try:
+            return ctypes.PyDLL(str(made))
+        except OSError as error:
+            raise CannotBuildError(f"what {compiler} made cannot be loaded: {error}") from None
+
+
+def _openmp() -> Path:
+    """The OpenMP library that torch brings: with one of its own, our threads and torch's would fight for the cores."""
+    spec = find_spec("torch")
+    folder = Path(spec.origin).parent / "lib" if spec and spec.origin else None
+    found = sorted(folder.glob("libgomp*.so*")) if folder else []
+    if not found:
+        raise CannotBuildError("torch comes without the OpenMP library of GNU")
+    return found[0]
+
+
+def _kept(compiler: str, openmp: Path) -> Path:
+    """Where the kernels for this source, processor, compiler and torch are kept."""
+    from platformdirs import user_cache_path
+
+    parts = (hardware.cpu_name(), *sorted(hardware.cpu_flags()), *FLAGS, str(shutil.which(compiler)), str(openmp))
+    digest = hashlib.sha256("\n".join(parts).encode() + SOURCE.read_bytes()).hexdigest()[:32]
+    return user_cache_path("bmx") / "kernels" / f"{SOURCE.stem}-{digest}.so"
+
+
+def _compile(compiler: str, openmp: Path, folder: Path) -> Path:
+    parts, made = folder / "kernels.o", folder / "kernels.so"
+    commands = (
+        (compiler, *FLAGS, "-c", str(SOURCE), "-o", str(parts)),
+        (compiler, "-shared", str(parts), str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(made)),
+    )
+    for command in commands:
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in error.stderr.splitlines() if "error" in line] or [f"exit {error.returncode}"]
+            raise CannotBuildError(f"{compiler} cannot compile them: {lines[0]}") from None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CannotBuildError(f"{compiler} does not work: {error}") from None
+    return made
