@@ -17,6 +17,7 @@ from bmx.compress.scorers import AverageAttention, Mass, scorer_named
 from bmx.compress.seen import RANK_EVERY, TENSORS, Needs, Scorer, Seen
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
+from bmx.kernels.ranking import Ranking
 from bmx.kv.layout import KEY_GROUP, NOTES, FormatName, KVLayout, LayerLayout
 from bmx.model.spec import LayerSpec, ModelSpec
 
@@ -187,20 +188,19 @@ class CompressionPolicy:
     def _notes(self) -> tuple[str, ...]:
         return self.sums + (() if self.every == 1 else ("rank",))
 
-    def ranking(self, layout: LayerLayout) -> str | None:
-        """How a layer's pairs are ranked while decoding, if it is that simple: by age, mass or average; else None."""
+    def ranking(self, layout: LayerLayout) -> Ranking | None:
+        """How a layer's pairs are ranked, if it is so simple that a kernel can do it by itself; else None."""
+        by = ""
         if self.scorer is None or layout.by_age:
-            return "age"
-        if layout.notes != ("mass",) or self.value_norm:
-            return None
-        if isinstance(self.scorer, Mass):
-            return "mass"
-        return "average" if isinstance(self.scorer, AverageAttention) else None
+            by = "age"
+        elif layout.notes == ("mass",) and not self.value_norm:
+            by = "mass" if isinstance(self.scorer, Mass) else ""
+            by = "average" if isinstance(self.scorer, AverageAttention) else by
+        return Ranking(by=by, sink=self.sink, recent=self.recent, window=layout.window) if by else None
 
-    @property
-    def old(self) -> float:
-        """What is left of the attention added up before, once a decoding token's comes on top."""
-        return 1.0 if self.scorer is None else self.scorer.votes.old(1)
+    def old(self, queries: int) -> float:
+        """What is left of the attention added up before, once that of so many queries comes on top."""
+        return 1.0 if self.scorer is None else self.scorer.votes.old(queries)
 
     def votes(self, queries: int, probes: int) -> list[list[float]]:
         """The weight of each query in each way of adding up attention [M][T + probes]; squares are extra."""

@@ -212,8 +212,31 @@ class SlotAttention:
             scale=details.scale,
             sums=shared.sums,
         )
-        self._policy.compress(part, arrived)
+        if not self._compressed_at_once(part, arrived, used):
+            self._policy.compress(part, arrived)
         return output  # type: ignore[no-any-return]
+
+    def _compressed_at_once(self, part: LayerSlots, new: Arrived, used: int) -> bool:
+        """Choose and write the survivors in one call, where the kernels have one for what is wanted."""
+        ranking = self._policy.ranking(part.layout)
+        if self._kernels.compress is None or ranking is None or new.spans or not part.as_they_are:
+            return False
+        keys, values = part.read(new.slot, part.layout.capacity)
+        mass = part.notes.get("mass")
+        return self._kernels.compress(  # type: ignore[no-any-return]
+            new.key,
+            new.value,
+            keys,
+            values,
+            part.positions[new.slot],
+            mass if mass is None else mass[new.slot],
+            new.sums if new.sums is None else new.sums[0],
+            used=used,
+            start=new.start,
+            limit=min(new.limit, part.layout.capacity),
+            ranking=ranking,
+            old=self._policy.old(new.key.shape[0]),
+        )
 
     def _votes(self, tokens: int, probes: int, device: torch.device) -> Tensor | None:
         """[M, T + probes], or None if attention is not looked at."""
@@ -260,11 +283,8 @@ class SlotAttention:
             decodes.slots,
             decodes.positions,
             decodes.limited,
-            rank=ranking,
-            sink=self._policy.sink,
-            recent=self._policy.recent,
-            window=layout.window,
-            old=self._policy.old,
+            ranking=ranking,
+            old=self._policy.old(1),
             count=decodes.evicting(layout.capacity),
             **details.options,
         )

@@ -22,7 +22,7 @@ class Kernels:
 
     @property
     def module(self) -> ModuleType:
-        """The functions ``attend_chunk``, ``attend_slots``, ``linear`` and ``linear_int8``; loads torch."""
+        """The functions that ``reference`` has, and explains; loads torch."""
         return import_module(f"bmx.kernels.{self.name}")
 
     @property

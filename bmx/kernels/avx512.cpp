@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 namespace {
 
@@ -196,13 +197,35 @@ struct Tile {
     long all() const { return static_cast<long>(bytes() * omp_get_max_threads()); }
 };
 
-// y[rows][columns] = x[rows][words] . w[columns][words], each row of a block of columns handed to `finish(row, column,
-// registers, sums)`. Threads divide rows if there are many, else columns.
+// A linear layer: weights [columns][inner], in bytes if it has scales, and where its output begins, in columns.
+struct Layer {
+    const void* weight;
+    const float* scales;   // [columns], of weights in bytes
+    const int32_t* sums;   // [columns], of weights in bytes
+    const bf16* bias;      // [columns] or null
+    long columns, offset;
+};
+
+// x[rows][words] times the weights of some layers; each row of a block of columns is handed to `finish(layer, row,
+// column, registers, sums)`. Threads divide rows if there are many, else columns. Of paired layers each block of the
+// first is followed by the same of the second, by the same thread.
 template <class Kind, class Finish>
-void multiply(const void* left, const void* right, long rows, long columns, long words, Work work,
+void multiply(const void* left, const Layer* layers, int count, bool paired, long rows, long words, Work work,
               const Finish& finish) {
-    const word *x = static_cast<const word*>(left), *w = static_cast<const word*>(right);
+    const word* x = static_cast<const word*>(left);
     const Tile size(rows, words);
+    constexpr long SIDE = WIDE * LANES;
+    long blocks = 0;
+    for (int i = 0; i < count; i++) blocks += (layers[i].columns + SIDE - 1) / SIDE;
+    const auto locate = [=](long block, int& which, long& column) {
+        if (paired) {
+            which = static_cast<int>(block % 2), column = block / 2 * SIDE;
+            return;
+        }
+        for (which = 0; block >= (layers[which].columns + SIDE - 1) / SIDE; which++)
+            block -= (layers[which].columns + SIDE - 1) / SIDE;
+        column = block * SIDE;
+    };
 #pragma omp parallel
     {
         const int threads = omp_get_num_threads(), me = omp_get_thread_num();
@@ -215,25 +238,30 @@ void multiply(const void* left, const void* right, long rows, long columns, long
         const int across = threads / down, mine = me % across;
         const long tall = (rows + ROWS * down - 1) / (ROWS * down) * ROWS;
         const long top = std::min(rows, (me / across) * tall), bottom = std::min(rows, top + tall);
-        const long blocks = (columns / LANES + WIDE - 1) / WIDE;
-        for (long block = blocks * mine / across; block < blocks * (mine + 1) / across && bottom > top; block++) {
-            const long column = block * WIDE * LANES;
-            const int registers = static_cast<int>(std::min<long>(WIDE, (columns - column) / LANES));
+        const long step = paired ? 2 : 1, stop = blocks / step * (mine + 1) / across * step;
+        for (long block = blocks / step * mine / across * step; block < stop && bottom > top; block++) {
+            int which, following;
+            long column, there;
+            locate(block, which, column);
+            locate(block + 1 < stop ? block + 1 : block, following, there);
+            const word* w = static_cast<const word*>(layers[which].weight);
+            const int registers = static_cast<int>(std::min<long>(WIDE, (layers[which].columns - column) / LANES));
             const int width = registers * LANES;
             for (long k = 0; k < words; k += DEPTH) {
                 const long depth = std::min(DEPTH, words - k);
-                const word* lines[WIDE * LANES];
+                const bool last = k + depth == words;
+                const word* lines[SIDE];
                 for (int i = 0; i < width; i++) lines[i] = w + (column + i) * words + k;
                 pack(lines, depth, panel, width);
-                const bool last = k + depth == words;
-                const Ahead next{last ? w + (column + width) * words : w + column * words + k + depth, words};
+                const word* then = static_cast<const word*>(layers[following].weight) + there * words;
+                const Ahead next{last ? then : w + column * words + k + depth, words};
                 for (long row = top; row < bottom; row += NEAR) {
-                    const long count = std::min(NEAR, bottom - row);
+                    const long some = std::min(NEAR, bottom - row);
                     word* to = words > DEPTH ? sums + (row - top) * width : sums;
-                    product<Kind>(x + row * words + k, words, count, panel, registers, depth, k == 0, to, width,
+                    product<Kind>(x + row * words + k, words, some, panel, registers, depth, k == 0, to, width,
                                   row == top ? next : Ahead{});
-                    for (long i = 0; last && i < count; i++)
-                        finish(row + i, column, registers, to + i * width);
+                    for (long i = 0; last && i < some; i++)
+                        finish(layers[which], which, row + i, column, registers, to + i * width);
                 }
             }
         }
@@ -331,7 +359,8 @@ struct Rows {  // bfloat16 vectors by row and head: where the first lies, and th
 // A number through bfloat16: what a model's own operators would have handed on.
 inline __m512 rounded(__m512 x) { return wide(narrow(x)); }
 
-// Where a product's sums go: rounded to bfloat16 with the bias, and times the gate's SiLU if there is a gate.
+// Where a product's sums go: rounded to bfloat16 with the bias, and times the SiLU of what is at the same place of the
+// gate, if there is one.
 inline void put(bf16* y, long at, long column, __m512 v, const bf16* bias, const bf16* gate) {
     if (bias) v = _mm512_add_ps(v, load_bf16(bias + column));
     if (gate) {
@@ -344,6 +373,18 @@ inline void put(bf16* y, long at, long column, __m512 v, const bf16* bias, const
     store_bf16(y + at, v);
 }
 
+// Keys and values that will be wanted: asked for little by little, so that memory and arithmetic work side by side.
+struct Stream {
+    const bf16 *key = nullptr, *value = nullptr;
+    long keys = 0, values = 0;  // numbers left of each
+    void ask(long lines) {
+        for (; lines > 0 && keys > 0; lines--, key += 2 * LANES, keys -= 2 * LANES)
+            _mm_prefetch(reinterpret_cast<const char*>(key), _MM_HINT_T1);
+        for (; lines > 0 && values > 0; lines--, value += 2 * LANES, values -= 2 * LANES)
+            _mm_prefetch(reinterpret_cast<const char*>(value), _MM_HINT_T1);
+    }
+};
+
 // What a decoding token of one slot and kv head works with.
 struct Slot {
     const bf16 *query, *key, *value;  // [group][dim], [rows][dim], [rows][breadth]
@@ -352,6 +393,7 @@ struct Slot {
     const float* sinks;     // [group] or null
     float *scores, *over;   // [rows], and [group]: one over the sums of weights
     bf16* weights;          // [group][full]
+    Stream next;            // what will be wanted after this
     long full() const { return (rows + LANES - 1) / LANES * LANES; }
 
     static size_t bytes(long rows, long group) {
@@ -378,9 +420,12 @@ struct Slot {
 };
 
 void Slot::attend(float scale, bf16* out) {
-    const long width = full();
+    const long width = full(), lines = (next.keys + next.values) / (2 * LANES);
+    const long in_scores = 2 * lines * LANES / (3 * group * width) + 1;  // two thirds of the time goes there
+    const long in_values = 4 * LANES * lines / (3 * width * breadth * ((group + FEW - 1) / FEW)) + 1;
     for (long g = 0; g < group; g++) {
         for (long i = 0; i < rows; i += LANES) {
+            next.ask(in_scores);
             __m512 r[16];
             for (long j = 0; j < LANES; j++) {
                 r[j] = _mm512_setzero_ps();
@@ -402,6 +447,7 @@ void Slot::attend(float scale, bf16* out) {
             __m512 low[FEW], high[FEW];
             for (long r = 0; r < FEW; r++) low[r] = high[r] = _mm512_setzero_ps();
             for (long i = 0; i < rows; i += 2) {
+                next.ask(in_values);
                 const __m512i a = _mm512_loadu_si512(value + i * breadth + e);
                 const __m512i b = i + 1 < rows ? _mm512_loadu_si512(value + (i + 1) * breadth + e)
                                                : _mm512_setzero_si512();
@@ -425,18 +471,13 @@ void Slot::attend(float scale, bf16* out) {
 
 enum Rank { BY_AGE, BY_MASS, BY_AVERAGE };  // the lowest goes: the oldest, the least attended to, in all or a query
 
-// The row that a full slot gives up: the lowest-ranked of those that are neither sink nor recent; what no later query
-// can see goes first.
-long victim(const int32_t* positions, const float* mass, long rows, int now, int sink, int recent, int window,
-            int rank) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 least = _mm512_set1_ps(INFINITY);
-    __m512i where = lanes;
-    for (long i = 0; i < rows; i += LANES) {
-        const __mmask16 some = seen(i, rows, nullptr);
-        const __m512i position = _mm512_maskz_loadu_epi32(some, positions + i);
-        __m512 score = _mm512_cvtepi32_ps(position);
-        if (rank != BY_AGE) score = _mm512_maskz_loadu_ps(some, mass + i);
+struct Ranking {
+    int rank, sink, recent, window;  // window 0 for none
+
+    // Scores of 16 pairs: infinite for sink and recent tokens, minus that for what no later query can see or is no
+    // number.
+    __m512 score(__m512i position, __m512 mass, int now) const {
+        __m512 score = rank == BY_AGE ? _mm512_cvtepi32_ps(position) : mass;
         if (rank == BY_AVERAGE) {
             __m512i age = _mm512_max_epi32(_mm512_sub_epi32(_mm512_set1_epi32(now), position), _mm512_set1_epi32(1));
             if (window) age = _mm512_min_epi32(age, _mm512_set1_epi32(window));
@@ -448,6 +489,20 @@ long victim(const int32_t* positions, const float* mass, long rows, int now, int
         __mmask16 gone = _mm512_cmplt_epi32_mask(position, _mm512_setzero_si512());
         if (window) gone |= _mm512_cmple_epi32_mask(position, _mm512_set1_epi32(now - window));
         score = _mm512_mask_mov_ps(score, gone, _mm512_set1_ps(-INFINITY));
+        return _mm512_max_ps(score, _mm512_set1_ps(-INFINITY));
+    }
+};
+
+// The row that a full slot gives up: the lowest-ranked.
+long victim(const Ranking& ranking, const int32_t* positions, const float* mass, long rows, int now) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 least = _mm512_set1_ps(INFINITY);
+    __m512i where = lanes;
+    for (long i = 0; i < rows; i += LANES) {
+        const __mmask16 some = seen(i, rows, nullptr);
+        const __m512i position = _mm512_maskz_loadu_epi32(some, positions + i);
+        const __m512 received = mass ? _mm512_maskz_loadu_ps(some, mass + i) : _mm512_setzero_ps();
+        const __m512 score = ranking.score(position, received, now);
         const __mmask16 lower = _mm512_mask_cmp_ps_mask(some, score, least, _CMP_LT_OQ);
         least = _mm512_mask_mov_ps(least, lower, score);
         where = _mm512_mask_add_epi32(where, lower, lanes, _mm512_set1_epi32(static_cast<int>(i)));
@@ -460,43 +515,42 @@ long victim(const int32_t* positions, const float* mass, long rows, int now, int
 
 extern "C" {
 
-// y[rows][columns] = x[rows][inner] . w[columns][inner] + bias, times the SiLU of gate[rows][columns] if that is not
-// null; all bfloat16.
-long bmx_linear(const bf16* x, const bf16* w, const bf16* bias, const bf16* gate, bf16* y, long rows, long columns, long inner,
-                char* work, long size) {
-    const long needed = Tile(rows, inner / 2).all();
-    if (size < needed) return needed;
-    const auto finish = [=](long row, long column, int registers, const word* sums) {
-        for (int j = 0; j < registers; j++) {
-            const long at = column + j * LANES;
-            put(y, row * columns + at, at, _mm512_load_ps(sums + j * LANES), bias, gate);
-        }
-    };
-    multiply<Halves>(x, w, rows, columns, inner / 2, Work{work}, finish);
-    return 0;
-}
-
-// The same with w as signed bytes, a scale and a sum of them for each column; x is rounded to bytes row by row.
-long bmx_linear_int8(const bf16* x, const int8_t* w, const float* scales, const int32_t* sums, const bf16* bias,
-                     const bf16* gate, bf16* y, long rows, long columns, long inner, char* work, long size) {
-    const size_t coded = Work::bytes<uint8_t>(rows * inner) + Work::bytes<float>(rows);
-    const long needed = Tile(rows, inner / 4).all() + static_cast<long>(coded);
+// What some linear layers, all in bytes or none, make of x[rows][inner]: one after the other in y, each [rows][columns].
+// If gated there are two of a size, and y is the SiLU of the first one's output times the second's. x is rounded to
+// bytes row by row where weights are bytes; all else is bfloat16.
+long bmx_linear(const bf16* x, const Layer* layers, int count, int gated, bf16* y, long rows, long inner, char* work,
+                long size) {
+    const bool bytes = layers[0].scales;
+    const size_t coded = bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<float>(rows) : 0;
+    const long words = inner / (bytes ? 4 : 2), needed = Tile(rows, words).all() + static_cast<long>(coded);
     if (size < needed) return needed;
     Work left{work};
+    const auto at = [=](const Layer& layer, int which, long row, long column) {
+        return (gated && which ? 0 : rows * layer.offset) + row * layer.columns + column;
+    };
+    if (!bytes) {
+        const auto finish = [=](const Layer& layer, int which, long row, long column, int registers, const word* sums) {
+            for (int j = 0; j < registers; j++, column += LANES)
+                put(y, at(layer, which, row, column), column, _mm512_load_ps(sums + j * LANES), layer.bias,
+                    gated && which ? y : nullptr);
+        };
+        multiply<Halves>(x, layers, count, gated, rows, words, left, finish);
+        return 0;
+    }
     uint8_t* codes = left.take<uint8_t>(rows * inner);
     float* steps = left.take<float>(rows);
     quantise(x, codes, steps, rows, inner);
-    const auto finish = [=](long row, long column, int registers, const word* found) {
+    const auto finish = [=](const Layer& layer, int which, long row, long column, int registers, const word* sums) {
         const __m512 step = _mm512_set1_ps(steps[row]);
-        for (int j = 0; j < registers; j++) {
-            const long at = column + j * LANES;
-            const __m512i off = _mm512_slli_epi32(_mm512_loadu_si512(sums + at), 7);  // 128 times the weights
-            const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(found + j * LANES), off);
-            const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), step);
-            put(y, row * columns + at, at, _mm512_mul_ps(v, _mm512_loadu_ps(scales + at)), bias, gate);
+        for (int j = 0; j < registers; j++, column += LANES) {
+            const __m512i off = _mm512_slli_epi32(_mm512_loadu_si512(layer.sums + column), 7);  // 128 times the weights
+            const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + j * LANES), off);
+            const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), step),
+                                           _mm512_loadu_ps(layer.scales + column));
+            put(y, at(layer, which, row, column), column, v, layer.bias, gated && which ? y : nullptr);
         }
     };
-    multiply<Bytes>(codes, w, rows, columns, inner / 4, left, finish);
+    multiply<Bytes>(codes, layers, count, gated, rows, words, left, finish);
     return 0;
 }
 
@@ -675,6 +729,64 @@ long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const
     return 0;
 }
 
+// What follows a chunk's attention in one slot of a layer: what its queries saw is added to the mass, and the best
+// `limit` pairs stay; survivors of the chunk take the rows of those that go, in order.
+//
+// k and v [tokens][kv_heads][dim or breadth] by strides in `views`; keys, values, positions, mass [kv_heads][capacity]
+// ... of this slot, `used` rows of them in use; start: the position of the first token; sums [kv_heads][used + tokens]
+// or null; mass or null.
+long bmx_compress(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const float* sums,
+                  long tokens, long kv_heads, long capacity, long limit, long used, long start, long dim, long breadth,
+                  float old, Ranking ranking, char* work, long size) {
+    const Rows k = views[0], v = views[1];
+    const long total = used + tokens, full = (total + LANES - 1) / LANES * LANES;
+    const size_t each = 2 * Work::bytes<float>(full) + Work::bytes<int32_t>(full) + Work::bytes<float>(full);
+    const long needed = static_cast<long>(each) * kv_heads;
+    if (size < needed) return needed;
+#pragma omp parallel for schedule(static, 1)
+    for (long head = 0; head < kv_heads; head++) {
+        Work own{work + head * each};
+        float *scores = own.take<float>(full), *order = own.take<float>(full), *received = own.take<float>(full);
+        int32_t* lies = own.take<int32_t>(full);
+        int32_t* at = positions + head * capacity;
+        float* sum = mass ? mass + head * capacity : nullptr;
+        const float* more = sums ? sums + head * total : nullptr;
+        for (long i = 0; i < total; i++) {
+            const float before = i < used && sum ? sum[i] : 0.0f;
+            received[i] = more ? (i < used ? before * old : 0.0f) + more[i] : before;
+            lies[i] = i < used ? at[i] : static_cast<int32_t>(start + i - used);
+        }
+        for (long i = 0; sum && i < used; i++) sum[i] = received[i];
+        const auto put = [&](long row, long i) {
+            const long place = head * capacity + row;
+            std::memcpy(keys + place * dim, k.at(i - used, head), dim * sizeof(bf16));
+            std::memcpy(values + place * breadth, v.at(i - used, head), breadth * sizeof(bf16));
+            at[row] = lies[i];
+            if (sum) sum[row] = received[i];
+        };
+        if (total <= limit) {
+            for (long i = used; i < total; i++) put(i, i);
+            continue;
+        }
+        const int now = static_cast<int>(start + tokens);
+        for (long i = 0; i < total; i += LANES)
+            _mm512_store_ps(scores + i, ranking.score(_mm512_load_si512(lies + i), _mm512_load_ps(received + i), now));
+        std::copy(scores, scores + total, order);
+        std::nth_element(order, order + limit - 1, order + total, std::greater<float>());
+        const float least = order[limit - 1];
+        long alike = limit - std::count_if(scores, scores + total, [=](float s) { return s > least; });
+        const auto stays = [&](long i) { return scores[i] > least || (scores[i] == least && alike-- > 0); };
+        long row = 0;
+        for (long i = 0; i < used; i++) order[i] = stays(i) ? 1.0f : 0.0f;
+        for (long i = used; i < total; i++) {
+            if (!stays(i)) continue;
+            while (row < used && order[row] != 0.0f) row++;
+            put(row++, i);
+        }
+    }
+    return 0;
+}
+
 // A whole decoding step of a layer: each token takes the next empty row of its slot or the lowest-ranked one's, attends
 // to the slot, and what it attended to is added up. As bmx_attend_slots; k and v [batch][kv_heads][dim or breadth] and
 // q by strides (batch, head) in `views`; positions [slots][kv_heads][capacity]; now [batch], the tokens' positions;
@@ -682,8 +794,7 @@ long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const
 // nothing is added up; window 0 for none.
 long bmx_decode(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const int64_t* slots,
                 const int64_t* now, const int64_t* limits, long batch, long heads, long kv_heads, long capacity,
-                long dim, long breadth, float scale, float old, int count, int rank, int sink, int recent, int window,
-                const float* sinks, bf16* out, char* work, long size) {
+                long dim, long breadth, float scale, float old, int count, Ranking ranking, const float* sinks, bf16* out, char* work, long size) {
     const Rows q = views[0], k = views[1], v = views[2];
     const long group = heads / kv_heads;
     const size_t asked = Work::bytes<bf16>(group * dim), each = Slot::bytes(capacity, group) + asked;
@@ -697,8 +808,7 @@ long bmx_decode(const Rows* views, bf16* keys, bf16* values, int32_t* positions,
         int32_t* lies = positions + place;
         float* sum = mass ? mass + place : nullptr;
         const long row = position < limit ? position
-                                          : victim(lies, sum, limit, static_cast<int>(position), sink, recent, window,
-                                                   rank);
+                                          : victim(ranking, lies, sum, limit, static_cast<int>(position));
         std::memcpy(keys + (place + row) * dim, k.at(one, head), dim * sizeof(bf16));
         std::memcpy(values + (place + row) * breadth, v.at(one, head), breadth * sizeof(bf16));
         lies[row] = static_cast<int32_t>(position);
@@ -708,8 +818,14 @@ long bmx_decode(const Rows* views, bf16* keys, bf16* values, int32_t* positions,
         for (long g = 0; g < group; g++) std::memcpy(query + g * dim, q.at(one, head * group + g), dim * sizeof(bf16));
         Slot slot{query, keys + place * dim, values + place * breadth, std::min(position + 1, limit), group, dim, breadth};
         uint8_t* flags = slot.take(own);
-        for (long i = 0; window && i < slot.rows; i++) flags[i] = lies[i] <= position - window;
-        slot.hidden = window ? flags : nullptr;
+        for (long i = 0; ranking.window && i < slot.rows; i++) flags[i] = lies[i] <= position - ranking.window;
+        slot.hidden = ranking.window ? flags : nullptr;
+        const long after = task + omp_get_num_threads();  // the next task of this thread
+        if (after < batch * kv_heads) {
+            const long there = (slots[after / kv_heads] * kv_heads + after % kv_heads) * capacity;
+            const long filled = std::min(now[after / kv_heads], capacity);
+            slot.next = Stream{keys + there * dim, values + there * breadth, filled * dim, filled * breadth};
+        }
         slot.sinks = sinks ? sinks + head * group : nullptr;
         slot.attend(scale, out + (one * heads + head * group) * breadth);
         for (long i = 0; sum && count && i < slot.rows; i += LANES) {

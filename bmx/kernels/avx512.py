@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bmx.kernels import build, cpu, reference
+from bmx.kernels.linear import Linear
+from bmx.kernels.ranking import RANKS, Ranking
 
 WORD = 32  # bfloat16 numbers, or columns, that are taken together
 COLUMNS = 16
-RANKS = ("age", "mass", "average")  # as the C++ counts them
 
 
 class _Rows(ctypes.Structure):
@@ -25,17 +26,32 @@ class _Rows(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_long), ("head", ctypes.c_long))
 
 
+class _Layer(ctypes.Structure):
+    """A linear layer, as the C++ sees it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "sums", "bias")),
+        *((name, ctypes.c_long) for name in ("columns", "offset")),
+    )
+
+
+class _Ranking(ctypes.Structure):
+    """How pairs are ranked, as the C++ sees it."""
+
+    _fields_ = (("rank", ctypes.c_int), ("sink", ctypes.c_int), ("recent", ctypes.c_int), ("window", ctypes.c_int))
+
+
 def _bind() -> Any:
     library = build.library()
     if isinstance(library, str):
         raise RuntimeError(f"there are no compiled kernels: {library}")
     pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
     signatures: dict[str, list[Any]] = {
-        "bmx_linear": [pointer] * 5 + [number] * 3,
-        "bmx_linear_int8": [pointer] * 7 + [number] * 3,
+        "bmx_linear": [pointer] * 2 + [ctypes.c_int] * 2 + [pointer] + [number] * 2,
         "bmx_attend_chunk": [pointer, *[number] * 6, real, pointer, pointer, pointer, number, pointer, pointer],
         "bmx_attend_slots": [pointer] * 4 + [number] * 6 + [real, pointer, number, number] + [pointer] * 3,
-        "bmx_decode": [pointer] * 8 + [number] * 6 + [real] * 2 + [ctypes.c_int] * 5 + [pointer] * 2,
+        "bmx_decode": [pointer] * 8 + [number] * 6 + [real] * 2 + [ctypes.c_int, _Ranking] + [pointer] * 2,
+        "bmx_compress": [pointer] * 6 + [number] * 8 + [real, _Ranking],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
@@ -54,7 +70,7 @@ def _call(function: Any, *arguments: Any) -> None:
     """Call a kernel; if it says that the memory to work in is too little, with more."""
     needed = function(*arguments, _work.data_ptr(), _work.numel())
     if needed:
-        _work.resize_(0).resize_(needed)
+        _work.resize_(needed)
         function(*arguments, _work.data_ptr(), needed)
 
 
@@ -62,40 +78,50 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None = None) -> Tensor:
-    """See ``reference.linear``."""
-    columns, inner = weight.shape
-    if weight.dtype != torch.bfloat16 or not _fits(x, weight, bias):
-        return reference.linear(x, weight, bias, gate)
-    x, gate = x.contiguous(), None if gate is None else gate.contiguous()
-    y = x.new_empty(*x.shape[:-1], columns)
-    rows = x.numel() // inner
-    if rows:
-        operands = (_address(x), _address(weight), _address(bias), _address(gate), _address(y))
-        _call(_library.bmx_linear, *operands, rows, columns, inner)
-    return y
+class _Product:
+    """Layers that read the same input, as the C++ sees them: see ``reference.product``."""
+
+    def __init__(self, layers: tuple[Linear, ...], gated: bool) -> None:
+        self._layers, self._gated = layers, gated
+        self._columns = [layer.weight.shape[0] for layer in layers]
+        self._inner = layers[0].weight.shape[1]
+        offsets = [sum(self._columns[:i]) for i in range(len(layers))]
+        self._total = self._columns[0] if gated else sum(self._columns)
+        self._told = (_Layer * len(layers))(
+            *(
+                _Layer(*map(_address, (one.weight, one.scales, one.sums, one.bias)), one.weight.shape[0], offset)
+                for one, offset in zip(layers, offsets, strict=True)
+            )
+        )
+        alike = not gated or (len(layers) == 2 and self._columns[0] == self._columns[1])
+        self._fits = alike and self._inner % WORD == 0 and all(map(_fits, layers))
+        self._fits = self._fits and len({(one.weight.dtype, one.weight.shape[1]) for one in layers}) == 1
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., I] -> [..., O] of each layer, or of the gated two."""
+        if not self._fits or x.dtype != torch.bfloat16:
+            return reference.product(self._layers, self._gated)(x)
+        x, ahead = x.contiguous(), x.shape[:-1]
+        rows = x.numel() // self._inner
+        y = x.new_empty(rows * self._total)
+        if rows:
+            sizes = (len(self._layers), self._gated, y.data_ptr(), rows, self._inner)
+            _call(_library.bmx_linear, x.data_ptr(), self._told, *sizes)
+        if self._gated:
+            return [y.view(*ahead, self._total)]
+        parts = torch.split(y, [rows * columns for columns in self._columns])
+        return [part.view(*ahead, columns) for part, columns in zip(parts, self._columns, strict=True)]
 
 
-def linear_int8(
-    x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, gate: Tensor | None = None
-) -> Tensor:
-    """See ``reference.linear_int8``."""
-    columns, inner = codes.shape
-    if not _fits(x, codes, bias):
-        return reference.linear_int8(x, codes, scales, sums, bias, gate)
-    x, gate = x.contiguous(), None if gate is None else gate.contiguous()
-    y = x.new_empty(*x.shape[:-1], columns)
-    rows = x.numel() // inner
-    if rows:
-        weights = (_address(codes), _address(scales), _address(sums), _address(bias))
-        _call(_library.bmx_linear_int8, _address(x), *weights, _address(gate), _address(y), rows, columns, inner)
-    return y
+def product(layers: tuple[Linear, ...], gated: bool = False) -> _Product:
+    """See ``reference.product``."""
+    return _Product(layers, gated)
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    columns, inner = weight.shape
-    whole = columns % COLUMNS == 0 and inner % WORD == 0 and weight.is_contiguous()
-    return x.dtype == torch.bfloat16 and whole and (bias is None or bias.dtype == torch.bfloat16)
+def _fits(layer: Linear) -> bool:
+    kind = torch.bfloat16 if layer.scales is None else torch.int8
+    whole = layer.weight.shape[0] % COLUMNS == 0 and layer.weight.is_contiguous() and layer.weight.dtype == kind
+    return whole and (layer.bias is None or layer.bias.dtype == torch.bfloat16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -206,10 +232,7 @@ def decode_slots(
     limits: Tensor | None,
     *,
     scale: float,
-    rank: str,
-    sink: int,
-    recent: int,
-    window: int | None,
+    ranking: Ranking,
     old: float,
     count: bool,
     softcap: float | None = None,
@@ -217,16 +240,14 @@ def decode_slots(
 ) -> Tensor | None:
     """A whole decoding step of a layer, where ranking is as simple as this: in place of what policy and pool do.
 
-    Each token takes the next empty row of its slot, or that of the lowest-ranked pair that is neither among the first
-    ``sink`` nor the newest ``recent`` tokens; then it attends to the slot, and what it attended to is added up.
+    Each token takes the next empty row of its slot, or that of the lowest-ranked pair; then it attends to the slot,
+    and what it attended to is added up.
 
     Args:
         query: [B, H, D]; key [B, K, D]; value [B, K, E]: of the tokens.
         keys: [S, K, C, D]; values [S, K, C, E]; positions [S, K, C] int32; mass [S, K, C] float32: of the slots.
         slots: [B]; now [B], the tokens' positions; limits [B], rows that each may use, or None for all.
-        rank: ``age``, ``mass``, or ``average`` (mass by lifetime): what is lowest goes.
-        window: newest keys that a query sees, or None.
-        old: what is left of earlier mass; count: whether to add to it.
+        ranking: who goes first; old: what is left of earlier mass; count: whether to add to it.
 
     Returns:
         [B, H, E]; None, and nothing is done, where the C++ cannot take it.
@@ -242,9 +263,52 @@ def decode_slots(
     state = (_address(keys), _address(values), _address(positions), _address(mass))
     told = (_address(slots), _address(now), _address(limits))
     sizes = (batch, heads, kv_heads, capacity, dim, breadth)
-    manner = (scale, old, count, RANKS.index(rank), sink, recent, window or 0)
+    manner = (scale, old, count, _told(ranking))
     _call(_library.bmx_decode, views, *state, *told, *sizes, *manner, _address(sinks), _address(output))
     return output
+
+
+def compress(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    mass: Tensor | None,
+    sums: Tensor | None,
+    *,
+    used: int,
+    start: int,
+    limit: int,
+    ranking: Ranking,
+    old: float,
+) -> bool:
+    """What follows a chunk's attention, where ranking is as simple as this: in place of what policy and pool do.
+
+    What its queries saw is added up, and the best ``limit`` pairs stay in the slot, of which ``used`` rows are in use.
+
+    Args:
+        key: [T, K, D]; value [T, K, E]: of the chunk, whose first token is number ``start`` of its sequence.
+        keys: [K, C, D]; values [K, C, E]; positions [K, C] int32; mass [K, C] float32 or None: of the slot.
+        sums: [K, P + T] float32, as ``attend_chunk`` gives them, or None where nothing is added up.
+        ranking: who stays; old: what is left of earlier mass.
+
+    Returns:
+        Whether it was done; if not, nothing was: the C++ cannot take it.
+    """
+    if not all(map(_vectors, (key, value, keys, values))):
+        return False
+    tokens, kv_heads, dim = key.shape
+    sums = None if sums is None else sums.contiguous()
+    views = (_Rows * 2)(*(_Rows(t.data_ptr(), t.stride(0), t.stride(1)) for t in (key, value)))
+    state = (_address(keys), _address(values), _address(positions), _address(mass), _address(sums))
+    sizes = (tokens, kv_heads, positions.shape[1], limit, used, start, dim, value.shape[-1])
+    _call(_library.bmx_compress, views, *state, *sizes, old, _told(ranking))
+    return True
+
+
+def _told(ranking: Ranking) -> _Ranking:
+    return _Ranking(RANKS.index(ranking.by), ranking.sink, ranking.recent, ranking.window or 0)
 
 
 def _vectors(tensor: Tensor) -> bool:

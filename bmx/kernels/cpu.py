@@ -18,8 +18,8 @@ from torch import Tensor
 from bmx.kernels import reference
 from bmx.kernels.sizes import TILE
 
-linear, linear_int8 = reference.linear, reference.linear_int8
-rms_norm, rotate, decode_slots = reference.rms_norm, reference.rotate, reference.decode_slots
+product, rms_norm, rotate = reference.product, reference.rms_norm, reference.rotate
+decode_slots, compress = reference.decode_slots, reference.compress
 
 
 def attend_chunk(

@@ -8,8 +8,12 @@ P rows in use, D key dim, E value dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from bmx.kernels.linear import Linear
 
 
 def attend_chunk(
@@ -106,13 +110,35 @@ def attend_slots(
     return output, torch.stack([weights.mean(2)] + ([weights.square().mean(2)] if squares else []))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None = None) -> Tensor:
-    """A linear layer: x [..., I], weight [O, I], bias [O] or None -> [..., O], times SiLU(gate) if gate [..., O] is."""
-    return _gated(torch.nn.functional.linear(x, weight, bias), gate)
+def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
+    """What computes linear layers of the same input x [..., I]: [..., O] of each.
+
+    Args:
+        layers: all with weights in bytes, or none.
+        gated: there are two, and the only output is SiLU(the first one's) times the second one's (SwiGLU, arXiv
+            2002.05202).
+    """
+
+    def computed(x: Tensor) -> list[Tensor]:
+        found = [_linear(x, layer) for layer in layers]
+        return [torch.nn.functional.silu(found[0]) * found[1]] if gated else found
+
+    return computed
 
 
-def _gated(y: Tensor, gate: Tensor | None) -> Tensor:
-    return y if gate is None else torch.nn.functional.silu(gate) * y
+def _linear(x: Tensor, layer: Linear) -> Tensor:
+    """A linear layer [..., I] -> [..., O]; where its weights are bytes, inputs are too while they are multiplied.
+
+    Each row of the input is rounded to 255 levels between plus and minus its largest number; sums are exact integers.
+    """
+    if layer.scales is None:
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+    rows = x.reshape(-1, x.shape[-1]).float()
+    steps = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = (rows / steps).round().to(torch.int8)
+    y = torch._int_mm(rounded, layer.weight.t()).float() * steps * layer.scales
+    y = y if layer.bias is None else y + layer.bias
+    return y.to(x.dtype).view(*x.shape[:-1], len(layer.weight))
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -127,31 +153,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
-def linear_int8(
-    x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, gate: Tensor | None = None
-) -> Tensor:
-    """A linear layer whose weights and inputs are bytes while they are multiplied (W8A8, dynamic).
-
-    Each row of the input is rounded to 255 levels between plus and minus its largest number; sums are exact integers.
-
-    Args:
-        x: [..., I]; codes [O, I] int8; scales [O] float32, of the weights.
-        sums: [O] int32, of each row of codes: for kernels that multiply bytes without a sign.
-        bias: [O] or None; gate [..., O] or None, as in ``linear``.
-
-    Returns:
-        [..., O] in the type of x.
-    """
-    del sums
-    rows = x.reshape(-1, x.shape[-1]).float()
-    steps = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-    rounded = (rows / steps).round().to(torch.int8)
-    products = torch._int_mm(rounded, codes.t()).float() * steps * scales
-    y = products if bias is None else products + bias
-    return _gated(y.to(x.dtype).view(*x.shape[:-1], len(codes)), gate)
-
-
-decode_slots = None  # policy and pool do it, operator by operator
+decode_slots = compress = None  # policy and pool do it, operator by operator
 
 
 def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bmx.kernels import Kernels, reference
+from bmx.kernels.linear import Linear
 
+QKV = ("q_proj", "k_proj", "v_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
 ROTARY = "apply_rotary_pos_emb"  # what transformers' models call it
 CLOSE = 2**-7  # of the largest number, which bfloat16 rounds to within 2^-9
 
@@ -39,11 +42,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("sums", self.codes.sum(1, dtype=torch.int32))
         self.bias = linear.bias
-        self.multiply: Callable[..., Tensor] = reference.linear_int8
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """[..., I] -> [..., O], times the gate's SiLU if there is one."""
-        return self.multiply(x, self.codes, self.scales, self.sums, self.bias, gate)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return reference.product((_seen(self),))(x)[0]
 
 
 def quantise(model: Any) -> int:
@@ -59,67 +61,75 @@ def quantise(model: Any) -> int:
 
 @contextmanager
 def taken_over(model: Any, kernels: Kernels) -> Iterator[None]:
-    """Have these kernels compute what they can of a model, for as long as the body runs."""
-    chosen, own = kernels.module, kernels.module.linear is not reference.linear
+    """Have these kernels compute what they can of a model in bfloat16, for as long as the body runs."""
+    chosen = kernels.module
     with ExitStack() as undone, torch.inference_mode():
-        for module in model.modules():
-            if isinstance(module, Int8Linear):
-                undone.callback(setattr, module, "multiply", module.multiply)
-                module.multiply = chosen.linear_int8
-            elif own and model.dtype == torch.bfloat16:
-                forward = _replacement(module, chosen)
-                if forward:
-                    module.forward = forward
-                    undone.callback(delattr, module, "forward")
-        if own and model.dtype == torch.bfloat16:
+        if chosen.product is not reference.product and model.dtype == torch.bfloat16:
+            for module in model.modules():
+                for part, forward in _replacements(module, chosen):
+                    if "forward" not in vars(part):  # taken over with others before
+                        part.forward = forward
+                        undone.callback(delattr, part, "forward")
             _take_rotary(model, chosen, undone)
         yield
 
 
-def _replacement(module: nn.Module, chosen: Any) -> Callable[..., Tensor] | None:
-    """How the kernels compute a module, if they can."""
-    if type(module) is nn.Linear:
-        return partial(_linear, module, chosen)
-    made: Callable[..., Tensor]
+def _replacements(module: Any, chosen: Any) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """How the kernels compute a module, or parts of it, where they can and it gave the same numbers."""
+    parts = dict(module.named_children())
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    if _is_linear(module):
+        return [(module, _first(chosen.product((_seen(module),))))]
+    if all(_is_linear(parts.get(name)) for name in QKV):
+        return _together([parts[name] for name in QKV], chosen)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if isinstance(epsilon, float) and _named_children(module) == set() and _parameters(module) == {"weight"}:
-        made, width = partial(_norm, module, chosen, epsilon), len(module.weight)  # type: ignore[arg-type]
-    elif _named_children(module) >= {"gate_proj", "up_proj", "down_proj"} and not _parameters(module):
-        gate = module.gate_proj
-        if not isinstance(gate, (nn.Linear, Int8Linear)):
-            return None
-        made, width = partial(_gated_mlp, module, chosen), _inner(gate)
+    if isinstance(epsilon, float) and not parts and own == {"weight"}:
+        made: Callable[..., Tensor] = partial(chosen.rms_norm, weight=module.weight, epsilon=epsilon)
+        width = len(module.weight)
+    elif all(_is_linear(parts.get(name)) for name in GATED) and not own:
+        gate, up, down = (_seen(parts[name]) for name in GATED)
+        made = _gated_mlp(chosen.product((gate, up), gated=True), _first(chosen.product((down,))))
+        width = gate.weight.shape[1]
     else:
-        return None
+        return []
     x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    return made if _same(lambda: module(x), lambda: made(x)) else None
+    return [(module, made)] if _same(lambda: module(x), lambda: made(x)) else []
 
 
-def _named_children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
+def _is_linear(module: Any) -> bool:
+    return type(module) in (nn.Linear, Int8Linear)
 
 
-def _parameters(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_parameters(recurse=False)}
+def _seen(module: Any) -> Linear:
+    """A linear layer as kernels see it."""
+    if isinstance(module, Int8Linear):
+        return Linear(weight=module.codes, bias=module.bias, scales=module.scales, sums=module.sums)
+    return Linear(weight=module.weight, bias=module.bias)
 
 
-def _inner(linear: nn.Linear | Int8Linear) -> int:
-    return linear.in_features if isinstance(linear, nn.Linear) else linear.codes.shape[1]
+def _first(product: Callable[[Tensor], list[Tensor]]) -> Callable[..., Tensor]:
+    return lambda x: product(x)[0]
 
 
-def _linear(module: nn.Linear, chosen: Any, x: Tensor, gate: Tensor | None = None) -> Tensor:
-    return chosen.linear(x, module.weight, module.bias, gate)  # type: ignore[no-any-return]
+def _gated_mlp(product: Callable[[Tensor], list[Tensor]], down: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x: down(product(x)[0])
 
 
-def _norm(module: nn.Module, chosen: Any, epsilon: float, x: Tensor) -> Tensor:
-    return chosen.rms_norm(x, module.weight, epsilon)  # type: ignore[no-any-return]
+def _together(modules: list[Any], chosen: Any) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Queries, keys and values of the same input in one product: whoever is asked first computes for the others too."""
+    product = chosen.product(tuple(map(_seen, modules)))
+    alone = [_first(chosen.product((_seen(module),))) for module in modules]
+    left: dict[int, tuple[Tensor, Tensor]] = {}  # by number: the input, and what was made of it
 
+    def forward(number: int, x: Tensor) -> Tensor:
+        if number == 0:
+            made = product(x)
+            left.update({i: (x, made[i]) for i in range(1, len(made))})
+            return made[0]  # type: ignore[no-any-return]
+        of, found = left.pop(number, (None, None))
+        return found if found is not None and of is x else alone[number](x)
 
-def _gated_mlp(module: Any, chosen: Any, x: Tensor) -> Tensor:
-    gate = module.gate_proj(x)
-    if isinstance(module.up_proj, Int8Linear):
-        return module.down_proj(module.up_proj(x, gate))  # type: ignore[no-any-return]
-    return module.down_proj(_linear(module.up_proj, chosen, x, gate))  # type: ignore[no-any-return]
+    return [(module, partial(forward, number)) for number, module in enumerate(modules)]
 
 
 def _take_rotary(model: Any, chosen: Any, undone: ExitStack) -> None:

@@ -1,0 +1,25 @@
+"""A linear layer as kernels see it: its weights, as they are or in bytes. Knows tensors; computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Linear:
+    """Weights of a linear layer.
+
+    Attributes:
+        weight: [O, I], in the model's type or in int8; bias [O] or None.
+        scales: [O] float32, of weights in int8; None for others.
+        sums: [O] int32, of each row of weights in int8: for kernels that multiply bytes without a sign.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scales: Tensor | None = None
+    sums: Tensor | None = None
