@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bmx import kernels
+from bmx.errors import UsageError
 from bmx.kernels import cpu, reference
 
 KERNELS = pytest.mark.parametrize("kernel", [reference, cpu], ids=["reference", "cpu"])
@@ -384,7 +385,7 @@ def test_workspace_grows_with_the_keys_a_chunk_sees_and_with_slots(name, cpu_ker
 @pytest.mark.parametrize(
     ("device", "variable", "name", "why"),
     [
-        ("cpu", "", "cpu", "CPU"),
+        ("cpu", "cpu", "cpu", "BMX_KERNELS=cpu"),
         ("cpu", "reference", "reference", "BMX_KERNELS=reference"),
         ("cuda", "reference", "reference", "BMX_KERNELS=reference"),
     ],
@@ -396,6 +397,13 @@ def test_the_kernels_chosen_say_why(monkeypatch, device, variable, name, why):
     assert why in chosen.why
     assert callable(chosen.module.attend_chunk)
     assert callable(chosen.module.attend_slots)
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "cuda"), ("cuda", "cpu"), ("cpu", "fast")])
+def test_kernels_that_there_are_not_are_refused(monkeypatch, device, name):
+    monkeypatch.setenv("BMX_KERNELS", name)
+    with pytest.raises(UsageError, match=name):
+        kernels.choose(device)
 
 
 def test_a_device_without_kernels_of_its_own_gets_plain_ones_and_is_named(monkeypatch):

@@ -42,7 +42,7 @@ FLOORS = (
 )
 FRONT = {"__init__", "__main__"}  # the package's face names everything, lazily
 HEAVY = {"torch", "transformers", "triton", "ray"}
-MAY_BE_HEAVY = ("kernels/", "kv/", "engine/", "model/rope.py", "model/trace.py")
+MAY_BE_HEAVY = ("kernels/", "kv/", "engine/", "model/blocks.py", "model/rope.py", "model/trace.py")
 MAX_LINES = 450
 MAX_FUNCTION_LINES, SHARE_WITHIN = 30, 0.9
 

@@ -77,7 +77,8 @@ def _kept(compiler: str, openmp: Path) -> Path:
     from platformdirs import user_cache_path
 
     parts = (hardware.cpu_name(), *sorted(hardware.cpu_flags()), *FLAGS, str(shutil.which(compiler)), str(openmp))
-    digest = hashlib.sha256("\n".join(parts).encode() + SOURCE.read_bytes()).hexdigest()[:32]
+    source = b"".join(path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+    digest = hashlib.sha256("\n".join(parts).encode() + source).hexdigest()[:32]
     return user_cache_path("bmx") / "kernels" / f"{SOURCE.stem}-{digest}.so"
 
 

@@ -152,7 +152,8 @@ _ROTARY_SHAPES = ((1, 3, 2, 64), (1, 1, 2, 64), (1, 2, 64), (1, 2, 64))
 def _rotary(
     chosen: Any, before: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *told: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    if told or named:  # another order of dimensions, or something that only the model knows
+    whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1]
+    if told or named or not whole or {t.dtype for t in (q, k, cos, sin)} != {torch.bfloat16}:
         return before(q, k, cos, sin, *told, **named)  # type: ignore[no-any-return]
     return chosen.rotate(q, cos, sin), chosen.rotate(k, cos, sin)
 

@@ -1,0 +1,427 @@
+"""The compiled kernels give what dense float64 arithmetic gives, do what policy and pool do, or say they cannot."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from conftest import answers, as_requests, random_prompts, tiny_engine, word_tokenizer
+from families import VOCAB, tiny_model
+from test_kernels import dense_chunk, dense_slots, normal, window_mask
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bmx import Engine, EngineConfig, PromptConfig, kernels
+from bmx.compress.policy import Arrived, CompressionPolicy
+from bmx.engine.attention import Decodes, Details, SlotAttention
+from bmx.kernels import build, reference
+from bmx.kernels.linear import Linear
+from bmx.kv.layout import LayerLayout
+from bmx.kv.pool import LayerSlots
+from bmx.model.blocks import Int8Linear, taken_over
+from bmx.model.loader import prepare, quantised
+
+if isinstance(build.library(), str):
+    pytest.skip(f"there are no compiled kernels: {build.library()}", allow_module_level=True)
+
+from bmx.kernels import avx512
+
+BF16 = torch.bfloat16
+NEAR = {"atol": 2e-2, "rtol": 2e-2}  # eight bits of a number
+
+
+def linear(columns, inner, bias=False, seed=0, int8=False, dtype=BF16):
+    """A linear layer as kernels see it."""
+    made = torch.nn.Linear(inner, columns, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        made.weight.copy_(normal(columns, inner, seed=seed) / inner**0.5)
+        if bias:
+            made.bias.copy_(normal(columns, seed=seed + 1))
+    if not int8:
+        return Linear(weight=made.weight.detach(), bias=made.bias.detach() if bias else None)
+    small = Int8Linear(made)
+    return Linear(weight=small.codes, bias=made.bias.detach() if bias else None, scales=small.scales, sums=small.sums)
+
+
+def wide(layer):
+    """The weights in float64, of bytes those that they stand for."""
+    return layer.weight.double() if layer.scales is None else layer.weight.double() * layer.scales.double()[:, None]
+
+
+def rounded_rows(x):
+    """What is left of an input's rows when they are bytes while they are multiplied, in float64."""
+    steps = x.double().abs().amax(-1, keepdim=True) / 127
+    return (x.double() / steps).round() * steps
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [
+        (1, 32, 16),
+        (3, 64, 48),
+        (7, 96, 112),
+        (8, 576, 192),
+        (9, 2080, 64),
+        (40, 4160, 80),
+        (130, 64, 16),
+        (300, 96, 160),
+    ],
+)
+def test_a_linear_layer_is_what_float64_says(rows, inner, columns, int8):
+    """Rows in and out of whole tiles, columns in and out of whole blocks, more words than a panel holds."""
+    layer, x = linear(columns, inner, bias=True, int8=int8), normal(rows, inner, seed=7, dtype=BF16)
+    [y] = avx512.product((layer,))(x)
+    expected = (rounded_rows(x) if int8 else x.double()) @ wide(layer).T + layer.bias.double()
+    assert y.dtype == BF16
+    torch.testing.assert_close(y.double(), expected, atol=1.5e-2, rtol=1e-2)
+    assert (y.double() - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [2, 50, 500])
+def test_layers_of_the_same_input_are_as_each_alone_for_any_number_of_threads(rows, threads, int8):
+    layers = tuple(linear(columns, 96, bias=columns == 48, seed=columns, int8=int8) for columns in (112, 48, 16))
+    x = normal(rows, 96, seed=3, dtype=BF16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = avx512.product(layers)(x)
+        alone = [avx512.product((layer,))(x)[0] for layer in layers]
+    finally:
+        torch.set_num_threads(before)
+    assert [t.shape for t in together] == [(rows, 112), (rows, 48), (rows, 16)]
+    for one, other, layer in zip(together, alone, layers, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, reference.product((layer,))(x)[0], **NEAR)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("columns", [48, 64, 160])
+def test_a_gated_product_is_silu_times_the_other(columns, int8):
+    gate, up = (linear(columns, 64, seed=seed, int8=int8) for seed in (1, 2))
+    x = 20 * normal(2, 11, 64, seed=3, dtype=BF16)  # gates from -80 to 80: no power of e may overflow
+    [y] = avx512.product((gate, up), gated=True)(x)
+    given = rounded_rows(x) if int8 else x.double()
+    g, u = given @ wide(gate).T, given @ wide(up).T
+    assert y.shape == (2, 11, columns)
+    torch.testing.assert_close(y.double(), g * torch.sigmoid(g) * u, atol=0.1, rtol=2e-2)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_alone_is_the_row_among_others_to_the_last_bit(int8):
+    layers = (linear(96, 576, int8=int8), linear(96, 576, seed=5, int8=int8))
+    x = normal(333, 576, seed=1, dtype=BF16)
+    for gated in (False, True):
+        product = avx512.product(layers, gated)
+        for row in (0, 5, 128, 332):
+            for one, many in zip(product(x[row : row + 1]), product(x), strict=True):
+                assert torch.equal(one[0], many[row])
+
+
+@pytest.mark.parametrize(
+    ("columns", "inner", "dtype"), [(20, 64, BF16), (32, 40, BF16), (32, 64, torch.float32), (32, 64, torch.float16)]
+)
+def test_what_the_compiled_code_cannot_take_is_computed_all_the_same(columns, inner, dtype):
+    layer, x = linear(columns, inner, bias=True, dtype=dtype), normal(5, inner, dtype=dtype)
+    assert torch.equal(avx512.product((layer,))(x)[0], torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_no_rows_are_no_work():
+    [y] = avx512.product((linear(48, 64),))(torch.empty(1, 0, 64, dtype=BF16))
+    assert y.shape == (1, 0, 48)
+
+
+def test_norms_and_rotations_are_transformers_own_to_the_last_bit():
+    x, weight = 3 * normal(1, 7, 576, dtype=BF16), normal(576, seed=2, dtype=BF16)
+    assert torch.equal(avx512.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    query = normal(1, 7, 3, 64, dtype=BF16).transpose(1, 2)
+    cos, sin = normal(1, 7, 64, seed=4, dtype=BF16), normal(1, 7, 64, seed=5, dtype=BF16)
+    assert torch.equal(avx512.rotate(query, cos, sin), reference.rotate(query, cos, sin))
+    assert torch.equal(avx512.rotate(query.float(), cos, sin), reference.rotate(query.float(), cos, sin))
+
+
+def chunk_of(tokens, past, kv_heads=2, group=3, dim=64, value_dim=32):
+    """query, key, value, past_key, past_value, as strided as the engine's."""
+    query = normal(kv_heads * group, tokens, dim, dtype=BF16).transpose(0, 1)
+    key, value = (normal(kv_heads, tokens, d, seed=d, dtype=BF16).transpose(0, 1) for d in (dim, value_dim))
+    pool = [normal(kv_heads, past + 5, d, seed=d + 1, dtype=BF16)[:, :past] for d in (dim, value_dim)]
+    return query, key, value, *pool
+
+
+CHUNKS = [(1, 0, 1, 32), (5, 3, 3, 64), (33, 20, 4, 64), (130, 45, 1, 96), (70, 130, 5, 128)]
+
+
+@pytest.mark.parametrize("details", ["plain", "window", "sinks", "both"])
+@pytest.mark.parametrize(("tokens", "past", "group", "dim"), CHUNKS)
+def test_a_chunk_of_a_prompt_attends_as_float64_does(tokens, past, group, dim, details):
+    chunk = chunk_of(tokens, past, group=group, dim=dim)
+    told = {"scale": dim**-0.5}
+    if details in ("window", "both"):
+        told["hidden"] = window_mask(tokens, past, 2, window=11)
+    if details in ("sinks", "both"):
+        told["sinks"] = normal(2 * group, dtype=BF16)
+    votes = torch.stack([torch.ones(tokens), (torch.arange(tokens) >= tokens - 9).float()])
+    output, sums = avx512.attend_chunk(*chunk, votes=votes, **told)
+    expected, columns = dense_chunk(*chunk, votes=votes, **told)
+    torch.testing.assert_close(output.double(), expected, **NEAR)
+    torch.testing.assert_close(sums.double(), columns[:-1], **NEAR)
+    unasked, none = avx512.attend_chunk(*chunk, **told)
+    assert none is None
+    assert torch.equal(unasked, output)
+
+
+@pytest.mark.parametrize("details", ["plain", "hidden", "sinks"])
+@pytest.mark.parametrize(("capacity", "group", "dim"), [(1, 1, 32), (20, 3, 64), (33, 4, 96), (50, 9, 128)])
+def test_decoding_tokens_attend_as_float64_does(capacity, group, dim, details):
+    query = normal(3, 2 * group, dim, dtype=BF16)
+    keys, values = normal(5, 2, capacity, dim, seed=1, dtype=BF16), normal(5, 2, capacity, 64, seed=2, dtype=BF16)
+    slots, told = torch.tensor([4, 0, 3]), {"scale": dim**-0.5}
+    if details == "hidden":
+        told["hidden"] = (torch.arange(capacity) > torch.tensor([0, 7, 19]).view(-1, 1, 1)).expand(3, 2, capacity)
+    if details == "sinks":
+        told["sinks"] = normal(2 * group, dtype=BF16)
+    output, [mass] = avx512.attend_slots(query, keys, values, slots, want_mass=True, **told)
+    expected, columns = dense_slots(query, keys[slots], values[slots], **told)
+    torch.testing.assert_close(output.double(), expected, **NEAR)
+    torch.testing.assert_close(mass.double(), columns[0], **NEAR)
+
+
+def test_what_is_no_number_stays_none():
+    """The engine finds broken rows by their logits: no kernel may make a number of them."""
+    query, key, value, past_key, past_value = chunk_of(9, 4)
+    query = query.clone()
+    query[3, 2, 7] = float("nan")
+    output, _ = avx512.attend_chunk(query, key, value, past_key, past_value, scale=0.1)
+    assert output[3, 2].isnan().all()
+    assert output[:3].isfinite().all()
+    query = normal(2, 6, 64, dtype=BF16)
+    query[1, 0, 0] = float("nan")
+    keys = normal(2, 2, 8, 64, dtype=BF16)
+    output, _ = avx512.attend_slots(query, keys, keys, scale=0.1)
+    assert output[1, 0].isnan().all()
+    assert output[0].isfinite().all()
+    assert avx512.product((linear(16, 64),))(torch.full((1, 64), float("nan"), dtype=BF16))[0].isnan().all()
+
+
+def slots_of(policy, window=None, capacity=48, by_age=False):
+    """A policy and one layer's slots, the same random pairs each time; C 48, K 2, D 32."""
+    made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
+    layout = LayerLayout(
+        capacity=capacity, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
+        by_age=by_age, format="auto", exact=0, by_channel=False, notes=made.sums if made.scorer and not by_age else (),
+    )  # fmt: skip
+    part = LayerSlots.allocate(layout, 5, BF16, torch.device("cpu"))
+    part.keys.vectors.copy_(normal(5, 2, capacity, 32, seed=1))
+    part.values.vectors.copy_(normal(5, 2, capacity, 32, seed=2))
+    return made, part
+
+
+def fill(part, slot, tokens, rows):
+    """The slot has seen so many tokens, of which ``rows`` are left, in any order, and all have been attended to."""
+    random = torch.Generator().manual_seed(slot)
+    for head in range(2):
+        left = torch.randperm(tokens, generator=random) if tokens > rows else torch.arange(tokens)
+        part.positions[slot, head, : min(tokens, rows)] = left[:rows].int()
+    for note in part.notes.values():
+        note[slot] = torch.rand(note[slot].shape, generator=random) * (part.positions[slot] >= 0)
+
+
+class OneLayer:
+    """A pool of one layer."""
+
+    def __init__(self, part):
+        self.layer = lambda group, layer: part
+
+
+POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova"])
+
+
+@POLICIES
+@pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, limits):
+    found = []
+    now = (100, 30, 60, 47)
+    for name in ("cpu", "avx512"):
+        made, part = slots_of(policy, window)
+        slots = torch.tensor([4, 0, 2, 3])
+        for slot, tokens, limit in zip(slots.tolist(), now, limits, strict=True):
+            fill(part, slot, tokens, limit)
+        decodes = Decodes(
+            rows=slice(0, 4), group=0, slots=slots, positions=torch.tensor(now), seen=now, totals=(200, 31, 61, 300),
+            limits=limits, limited=torch.tensor(limits) if min(limits) < 48 else None,
+        )  # fmt: skip
+        heads = (normal(4, heads, 32, seed=heads + i, dtype=BF16) for i, heads in enumerate((6, 2, 2)))
+        attention = SlotAttention(OneLayer(part), made, kernels.Kernels(name, ""))
+        step = type("Step", (), {"layer": 0})()
+        output = attention._decode(step, decodes, *heads, Details(0.2, None, None))
+        found.append((output, part))
+    (slow, generic), (fast, fused) = found
+    torch.testing.assert_close(fast, slow, **NEAR)
+    assert torch.equal(fused.positions, generic.positions)
+    assert torch.equal(fused.keys.vectors, generic.keys.vectors)
+    assert torch.equal(fused.values.vectors, generic.values.vectors)
+    torch.testing.assert_close(fused.notes["mass"], generic.notes["mass"], **NEAR)
+
+
+@POLICIES
+@pytest.mark.parametrize("limit", [48, 40])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 30), (0, 60), (20, 30), (48, 17), (100, 64), (40, 8)])
+def test_survivors_chosen_in_one_call_are_those_of_policy_and_pool(policy, start, tokens, limit):
+    parts = []
+    for name in ("cpu", "avx512"):
+        made, part = slots_of(policy)
+        fill(part, 1, start, limit)
+        used = min(start, limit)
+        new = Arrived(
+            slot=1, start=start, limit=limit, spans=(), key=normal(tokens, 2, 32, seed=3, dtype=BF16),
+            value=normal(tokens, 2, 32, seed=4, dtype=BF16), queries=normal(tokens, 2, 3, 32), scale=1.0,
+            sums=normal(1, 2, used + tokens, seed=5).abs(),
+        )  # fmt: skip
+        attention = SlotAttention(OneLayer(part), made, kernels.Kernels(name, ""))
+        done = attention._compressed_at_once(part, new, used)
+        assert done == (name == "avx512")
+        if not done:
+            made.compress(part, new)
+        parts.append(part)
+    generic, fused = parts
+    assert torch.equal(fused.positions, generic.positions)
+    assert torch.equal(fused.keys.vectors, generic.keys.vectors)
+    assert torch.equal(fused.values.vectors, generic.values.vectors)
+    torch.testing.assert_close(fused.notes["mass"], generic.notes["mass"])
+
+
+def bfloat16_model():
+    """A small model in bfloat16 whose heads and layers the compiled kernels can take."""
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.2)
+    return model.to(BF16).eval()
+
+
+@pytest.mark.parametrize("policy", ["average-attention", "none", "streaming", "h2o"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, int8, cpu_kernels):
+    """With these kernels no number depends on its company, so not even rounding does."""
+    cpu_kernels("avx512")
+    loaded = prepare(bfloat16_model())
+    loaded = quantised(loaded) if int8 else loaded
+    settings = {"kv_policy": policy, "kv_budget": 40, "chunk_size": 24, "prefix_reuse": False}
+    engine = Engine(EngineConfig(**settings), PromptConfig(), word_tokenizer(), loaded)
+    requests = as_requests(random_prompts([90, 13, 61, 47, 100]), max_tokens=20)
+    together = answers(engine, requests)
+    assert together == {name: tokens for request in requests for name, tokens in answers(engine, [request]).items()}
+    assert len(set(together.values())) > 1
+
+
+# norms, rotations and MLPs of their own, parts of heads that are not turned, sinks, windows, experts, no rotation
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_oss", "olmo2", "glm4", "phi", "gpt2"])
+def test_compiled_and_plain_kernels_say_the_same_of_a_model(family, cpu_kernels):
+    """bfloat16 rounds differently in each: logits are as near as that."""
+    model = tiny_model(family).to(BF16)
+    logits = {}
+    for name in ("reference", "avx512"):
+        cpu_kernels(name)
+        engine = tiny_engine(model, kv_policy="none")
+        seen = logits[name] = []
+        engine.watch = lambda request, place, row, seen=seen: seen.append(row.float())
+        answers(engine, as_requests(random_prompts([70]), max_tokens=1))
+    [found], [expected] = logits["avx512"], logits["reference"]
+    assert (found - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_the_model_gets_its_own_ways_back():
+    model = bfloat16_model()
+    code = __import__(type(model).__module__, fromlist=["x"])
+    turned, x = code.apply_rotary_pos_emb, torch.arange(5).unsqueeze(0)
+    before = model(x).logits
+    with taken_over(model, kernels.Kernels("avx512", "")):
+        assert any("forward" in vars(module) for module in model.modules())
+        assert code.apply_rotary_pos_emb is not turned
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert code.apply_rotary_pos_emb is turned
+    assert torch.equal(model(x).logits, before)
+
+
+def test_a_norm_of_its_own_kind_is_left_alone():
+    """Gemma's norm adds one to its weight: it looks the same and is not."""
+    model = tiny_model("gemma2").to(BF16)
+    norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.fill_(0.5)
+    assert norms
+    with taken_over(model, kernels.Kernels("avx512", "")):
+        assert not any("forward" in vars(norm) for norm in norms)
+
+
+def test_a_projection_asked_alone_answers_for_itself():
+    """Queries, keys and values of one input are computed together; another input must not get what was kept."""
+    model = bfloat16_model()
+    attention = next(module for module in model.modules() if hasattr(module, "k_proj"))
+    x, other = normal(1, 5, 64, dtype=BF16), normal(1, 5, 64, seed=1, dtype=BF16)
+    expected = attention.k_proj(other)
+    with taken_over(model, kernels.Kernels("avx512", "")):
+        attention.q_proj(x)
+        torch.testing.assert_close(attention.k_proj(other), expected, **NEAR)
+        torch.testing.assert_close(attention.v_proj(other), attention.v_proj(other))
+
+
+@pytest.fixture
+def afresh(monkeypatch, tmp_path):
+    """Nothing has been compiled yet in this process, nor kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("BMX_KERNELS", raising=False)
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+
+
+def test_kernels_are_compiled_once_and_kept(afresh, monkeypatch):
+    assert not isinstance(build.library(), str)
+    build.library.cache_clear()
+    monkeypatch.setattr(subprocess, "run", None)
+    assert not isinstance(build.library(), str)
+
+
+def test_a_damaged_copy_is_made_anew(afresh):
+    assert not isinstance(build.library(), str)
+    [kept] = (afresh / "cache").rglob("*.so")
+    kept.unlink()
+    kept.write_bytes(b"not a library")
+    build.library.cache_clear()
+    assert not isinstance(build.library(), str)
+    assert kept.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [("PATH", "", "no C++ compiler"), ("CXX", "/bin/false", "cannot compile"), ("CXX", "/no/such", "does not work")],
+)
+def test_without_a_compiler_that_works_the_tiles_run_and_the_reason_is_told(afresh, monkeypatch, name, value, why):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(name, value)
+    chosen = kernels.choose("cpu")
+    assert chosen.name == "cpu"
+    assert why in chosen.why
+
+
+def test_another_processor_gets_the_tiles(afresh, monkeypatch):
+    monkeypatch.setattr(build.hardware, "cpu_flags", lambda: frozenset({"avx2"}))
+    chosen = kernels.choose("cpu")
+    assert chosen.name == "cpu"
+    assert "avx512" in chosen.why
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(afresh, monkeypatch):
+    (afresh / "cache").write_text("a file, not a folder")
+    assert kernels.choose("cpu").name == "avx512"
