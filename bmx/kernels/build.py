@@ -51,7 +51,7 @@ def _library() -> ctypes.PyDLL:
         return ctypes.PyDLL(str(kept))
     with tempfile.TemporaryDirectory(prefix="bmx-") as folder:
         made = _compile(compiler, openmp, Path(folder))
-        with suppress(OSError):  # a cache that cannot be written costs two seconds the next time
+        with suppress(OSError):  # a cache that cannot be written costs four seconds the next time
             kept.parent.mkdir(parents=True, exist_ok=True)
             beside = kept.with_suffix(f".{os.getpid()}")
             shutil.copy(made, beside)
