@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
+from bmx.engine.roofline import weights_read
 from bmx.notation import parse_bytes
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
@@ -58,6 +59,17 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def read_rate(size: int = 300_000_000) -> float:
+    """Bytes/s of the best of some passes that read memory and write none."""
+    block = torch.randint(100, (size // 4,), dtype=torch.int32)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        block.max()
+        best = min(best, time.perf_counter() - start)
+    return block.nbytes / best
 
 
 def sample_prompts(tokenizer, count: int, tokens: int) -> list[str]:
@@ -150,7 +162,7 @@ def main() -> None:
 
     list(engine.generate(requests[:2]))  # warm up
     engine.stats = type(engine.stats)()
-    before = matmul_rate(getattr(torch, args.dtype))
+    before, bandwidth = matmul_rate(getattr(torch, args.dtype)), read_rate()
     plan = engine.plan(engine.measure(requests))
     with timed() as ours:
         results = list(engine.generate(requests, plan))
@@ -168,6 +180,16 @@ def main() -> None:
           f"KV {stats.kv_bytes / 1e6:.0f} MB  (other processes {ours.others:.1f} CPU s)")  # fmt: skip
     print(f"  prefill {stats.prefill_rate:,.0f} tok/s = {stats.prefill_rate / bound:.0%} of the bound, "
           f"decode {stats.decode_rate:,.0f} tok/s")  # fmt: skip
+    if stats.pure_steps:  # in which nothing but decoding was done
+        active = stats.pure_tokens / stats.pure_steps
+        held = sum(min(budget, len(p) + args.new // 2) for p in prompts) / len(prompts)
+        pairs = engine.policy.layout(engine.loaded.spec, 1).kv_bytes * held
+        read = weights_read(engine.loaded.spec, engine.loaded.model, round(active)) + active * pairs
+        flops = active * (linear_flops(engine.loaded.model) + 2 * engine.loaded.spec.head_bytes / 2)
+        step = stats.pure_seconds / stats.pure_steps
+        print(f"  steps that only decode: {active:.1f} tokens in {1e3 * step:.1f} ms; {bandwidth / 1e9:.1f} GB/s allow "
+              f"{1e3 * read / bandwidth:.1f} ms ({read / bandwidth / step:.0%} of the bandwidth bound), products alone "
+              f"{1e3 * flops / rate:.1f} ms")  # fmt: skip
     if args.skip_generate:
         return
     theirs, batch = run_generate(engine, prompts, args.new, args.kv)

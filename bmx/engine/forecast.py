@@ -23,13 +23,48 @@ from bmx.rates import Rates
 
 PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
 WORTH = 1.03  # times the slots that smaller steps must give to be looked at
-SCORE_PASSES = {"avx512": 2, "cpu": 5, "reference": 16}  # times that a score is touched, in the activations' type
 UNPACK_PASSES = 4  # times that what is stored in fewer bits is written or read in the activations' type
 BATCHED = 2.5  # times the bandwidth of single thin products that those of all slots together reach
+HALF = 2  # bytes of a number in the type that compiled kernels take
 INT8_SPEED = 1.9  # times as fast as in bfloat16 are products of bytes
-THIN_PRODUCT = 3.0  # attention's products are as thin as a head, and reach about a third of the matrix rate
-CHUNK_OPERATORS = {"avx512": 30, "cpu": 60, "reference": 30}  # of a chunk in a layer: tiles, choosing, writing
-DECODE_OPERATORS = 36  # of a group of slots in a layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What kernels make of a machine's rates.
+
+    Attributes:
+        score_passes: times that a score is touched, in the activations' type.
+        thin_product: attention's products are as thin as a head: so many times slower than large ones.
+        chunk_operators: started for a chunk in a layer: attending, choosing and writing; decode_operators: for a group
+            of slots.
+        own_operators: share of the model's own operators that is left to it, in their number and their traffic.
+        thin_bandwidth: times that of torch's thin products.
+        all_slots: those that do not decode are looked at too, unless they are most of them.
+    """
+
+    score_passes: int
+    thin_product: float
+    chunk_operators: int
+    decode_operators: int
+    own_operators: float = 1.0
+    thin_bandwidth: float = 1.0
+    all_slots: bool = True
+
+
+PACES = {
+    "reference": Pace(score_passes=16, thin_product=3.0, chunk_operators=30, decode_operators=36),
+    "cpu": Pace(score_passes=5, thin_product=3.0, chunk_operators=60, decode_operators=36),
+    "avx512": Pace(
+        score_passes=0,
+        thin_product=1.4,
+        chunk_operators=6,
+        decode_operators=4,
+        own_operators=0.4,
+        thin_bandwidth=1.5,
+        all_slots=False,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,11 +240,13 @@ class _Clock:
     """Seconds of a step."""
 
     def __init__(self, spec: ModelSpec, plan: Plan, rates: Rates, kernels: str, layouts: Seq[KVLayout]) -> None:
-        self._spec, self._plan, self._rates, self._kernels = spec, plan, rates, kernels
+        self._spec, self._plan, self._rates = spec, plan, rates
+        compiled = kernels != "avx512" or spec.itemsize == HALF
+        self._pace = PACES[kernels if compiled else "cpu"]
         self._layers: Counter[tuple[int | None, int, int]] = Counter(
             (layer.window, layer.query_heads, layer.key_dim + layer.value_dim) for layer in spec.layers
         )
-        self._passes = spec.itemsize * SCORE_PASSES[kernels]
+        self._passes = spec.itemsize * self._pace.score_passes
         self._slot_bytes = [self._read_by_a_token(layout) for layout in layouts]
 
     def _read_by_a_token(self, layout: KVLayout) -> int:
@@ -225,22 +262,22 @@ class _Clock:
 
     def seconds(self, step: PlayedStep) -> float:
         """What the roofline allows, and the operators' starts."""
-        spec, rates = self._spec, self._rates
+        spec, rates, pace = self._spec, self._rates, self._pace
         tokens = sum(step.decodes) + sum(chunk.length + self._plan.step.probe for chunk in step.chunks)
         sampled = sum(step.decodes) + sum(chunk.last for chunk in step.chunks)
         weights = min(spec.weight_bytes - spec.head_bytes, tokens * spec.costs.flops // 2 * spec.itemsize)
         own = spec.costs.flops / (INT8_SPEED if spec.int8 else 1)
         flops = tokens * own + sampled * 2 * spec.head_bytes // spec.itemsize
         read = weights + (spec.head_bytes if sampled else 0)
-        touched = tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize
+        touched = pace.own_operators * tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize
         groups = sum(count > 0 for count in step.decodes)
-        started = CHUNK_OPERATORS[self._kernels] * len(step.chunks) + DECODE_OPERATORS * groups
+        started = pace.chunk_operators * len(step.chunks) + pace.decode_operators * groups
         return (
-            max(flops / rates.flops, read / rates.thin_bandwidth)
+            max(flops / rates.flops, read / rates.thin_bandwidth / pace.thin_bandwidth)
             + touched / rates.bandwidth
             + sum(map(self._prompt, step.chunks))
             + sum(self._decode(group, active) for group, active in enumerate(step.decodes) if active)
-            + (spec.costs.operators + len(spec.layers) * started) * rates.operator_seconds
+            + (pace.own_operators * spec.costs.operators + len(spec.layers) * started) * rates.operator_seconds
         )
 
     def _prompt(self, chunk: PlayedChunk) -> float:
@@ -250,12 +287,13 @@ class _Clock:
         for (window, heads, dims), layers in self._layers.items():
             past = min(chunk.start, capacity, window or capacity)
             scores = layers * heads * (chunk.length * past + chunk.length * (chunk.length + 1) // 2)
-            seconds += THIN_PRODUCT * 2 * scores * dims / self._rates.flops
+            seconds += self._pace.thin_product * 2 * scores * dims / self._rates.flops
             seconds += scores * self._passes / self._rates.bandwidth
         return seconds
 
     def _decode(self, group: int, active: int) -> float:
-        """Attention of a group's decoding tokens: all slots take part, or copies of the few that decode."""
+        """Attention of a group to its slots: all take part, or copies of those that decode, or these alone."""
         slots = self._plan.groups[group].slots
         touched = slots if 2 * active >= slots else 3 * active
+        touched = touched if self._pace.all_slots else active
         return touched * self._slot_bytes[group] / self._rates.thin_bandwidth / BATCHED

@@ -127,6 +127,8 @@ def quantised(loaded: LoadedModel) -> LoadedModel:
         raise no_int8()
     if not quantise(loaded.model):
         raise ModelError(f"{loaded.spec.name} has no linear layers of its own to quantise", hint="leave it out")
+    for parameter in loaded.model.parameters():  # what is left of the file would keep all of it in memory
+        parameter.data = parameter.data.clone()
     tensors = {id(t): t.nbytes for t in (*loaded.model.parameters(), *loaded.model.buffers())}
     return replace(loaded, spec=replace(loaded.spec, weight_bytes=sum(tensors.values()), int8=True))
 
