@@ -13,19 +13,32 @@
 
 namespace {
 
-// Rows of bfloat16 -> bytes around 128, and a scale each.
-void quantise(const bf16* x, uint8_t* codes, float* scales, long rows, long inner) {
+// A row of bytes stands for (code - zero) x step.
+struct Steps {
+    float step;
+    int32_t zero;
+};
+
+// Rows of bfloat16 -> bytes from the least to the greatest number of each, or to zero. No byte says that something is no
+// number: then the step is none.
+void quantise(const bf16* x, uint8_t* codes, Steps* steps, long rows, long inner) {
 #pragma omp parallel for
     for (long row = 0; row < rows; row++) {
         const bf16* from = x + row * inner;
-        __m512 most = _mm512_setzero_ps();
-        for (long k = 0; k < inner; k += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load_bf16(from + k)));
-        const float scale = std::max(_mm512_reduce_max_ps(most), 1e-30f) / 127.0f;
-        const __m512 factor = _mm512_set1_ps(1.0f / scale);
-        scales[row] = scale;
+        const __m512 nothing = _mm512_setzero_ps();
+        __m512 low = nothing, high = nothing, broken = nothing;
+        for (long k = 0; k < inner; k += LANES) {
+            const __m512 v = load_bf16(from + k);
+            low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v), broken = _mm512_fmadd_ps(v, nothing, broken);
+        }
+        const float least = _mm512_reduce_min_ps(low), range = _mm512_reduce_max_ps(high) - least;
+        const float step = std::max(range, 1e-30f) / 255.0f;
+        const int32_t zero = static_cast<int32_t>(std::lrint(-least / step));
+        steps[row] = {step + _mm512_reduce_add_ps(broken), zero};
+        const __m512 factor = _mm512_set1_ps(1.0f / step);
         for (long k = 0; k < inner; k += LANES) {
             const __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16(from + k), factor));
-            const __m512i code = _mm512_add_epi32(near, _mm512_set1_epi32(128));
+            const __m512i code = _mm512_max_epi32(_mm512_add_epi32(near, _mm512_set1_epi32(zero)), _mm512_setzero_si512());
             _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + row * inner + k), _mm512_cvtusepi32_epi8(code));
         }
     }
@@ -58,7 +71,7 @@ extern "C" {
 long bmx_linear(const bf16* x, const Layer* layers, int count, int gated, bf16* y, long rows, long inner, char* work,
                 long size) {
     const bool bytes = layers[0].scales;
-    const size_t coded = bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<float>(rows) : 0;
+    const size_t coded = bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<Steps>(rows) : 0;
     const long words = inner / (bytes ? 4 : 2), needed = Tile(rows, words).all() + static_cast<long>(coded);
     if (size < needed) return needed;
     Work left{work};
@@ -75,12 +88,13 @@ long bmx_linear(const bf16* x, const Layer* layers, int count, int gated, bf16* 
         return 0;
     }
     uint8_t* codes = left.take<uint8_t>(rows * inner);
-    float* steps = left.take<float>(rows);
+    Steps* steps = left.take<Steps>(rows);
     quantise(x, codes, steps, rows, inner);
     const auto finish = [=](const Layer& layer, int which, long row, long column, int registers, const word* sums) {
-        const __m512 step = _mm512_set1_ps(steps[row]);
+        const __m512 step = _mm512_set1_ps(steps[row].step);
+        const __m512i zero = _mm512_set1_epi32(steps[row].zero);
         for (int j = 0; j < registers; j++, column += LANES) {
-            const __m512i off = _mm512_slli_epi32(_mm512_loadu_si512(layer.sums + column), 7);  // 128 times the weights
+            const __m512i off = _mm512_mullo_epi32(_mm512_loadu_si512(layer.sums + column), zero);
             const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + j * LANES), off);
             const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), step),
                                            _mm512_loadu_ps(layer.scales + column));

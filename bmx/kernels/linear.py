@@ -16,7 +16,7 @@ class Linear:
     Attributes:
         weight: [O, I], in the model's type or in int8; bias [O] or None.
         scales: [O] float32, of weights in int8; None for others.
-        sums: [O] int32, of each row of weights in int8: for kernels that multiply bytes without a sign.
+        sums: [O] int32, of each row of weights in int8: what the zero of an input that is no code of 0 adds up to.
     """
 
     weight: Tensor

@@ -129,14 +129,19 @@ def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor
 def _linear(x: Tensor, layer: Linear) -> Tensor:
     """A linear layer [..., I] -> [..., O]; where its weights are bytes, inputs are too while they are multiplied.
 
-    Each row of the input is rounded to 255 levels between plus and minus its largest number; sums are exact integers.
+    Each row of the input is rounded to 256 levels from its least to its greatest number, zero among them; sums are
+    exact integers.
     """
-    if layer.scales is None:
+    if layer.scales is None or layer.sums is None:
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
     rows = x.reshape(-1, x.shape[-1]).float()
-    steps = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-    rounded = (rows / steps).round().to(torch.int8)
-    y = torch._int_mm(rounded, layer.weight.t()).float() * steps * layer.scales
+    least, greatest = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    steps = (greatest - least).clamp(min=1e-30) / 255
+    zeros = (-least / steps).round()
+    codes = ((rows / steps).round() + zeros).clamp(0, 255)
+    sums = torch._int_mm((codes - 128).to(torch.int8), layer.weight.t())
+    sums = sums + (128 - zeros.int()) * layer.sums
+    y = sums.float() * steps * layer.scales
     y = y if layer.bias is None else y + layer.bias
     return y.to(x.dtype).view(*x.shape[:-1], len(layer.weight))
 

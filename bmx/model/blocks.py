@@ -25,9 +25,10 @@ CLOSE = 2**-7  # of the largest number, which bfloat16 rounds to within 2^-9
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with weights and, while it works, inputs in bytes (W8A8): a scale per output and per token.
+    """A linear layer with weights and, while it works, inputs in bytes (W8A8).
 
-    The vector-wise quantisation of LLM.int8 (arXiv 2208.07339, section 2.1), without its outliers.
+    A scale per output for weights, a scale and a zero per token for inputs: the vector-wise quantisation of LLM.int8
+    (arXiv 2208.07339, section 2.1), without its outliers.
     """
 
     codes: Tensor
