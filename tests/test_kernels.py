@@ -320,6 +320,19 @@ def test_decoding_tokens_attend_to_their_slots(kernel, details):
 
 
 @KERNELS
+@pytest.mark.parametrize("slots", [[2], [0, 2], [2, 0, 1], [1, 0]], ids=str)
+def test_only_some_slots_decode_in_any_order(kernel, slots):
+    """Few are looked up by themselves; when they are many, all take part, and the others leave no trace."""
+    query, keys, values = slot_operands()
+    hidden = (torch.arange(20) > torch.tensor([5, 9, 19]).view(-1, 1, 1))[slots]
+    found = kernel.attend_slots(
+        query[slots], keys, values, torch.tensor(slots), scale=0.4, hidden=hidden, want_mass=True, squares=True
+    )
+    expected = dense_slots(query[slots], keys[slots], values[slots], scale=0.4, hidden=hidden)
+    assert_same(found, expected, **TIGHT)
+
+
+@KERNELS
 @pytest.mark.parametrize("dtype", LOOSE, ids=str)
 def test_decoding_in_half_precision_is_as_near_as_its_numbers(kernel, dtype):
     slots = slot_operands(dtype=dtype)

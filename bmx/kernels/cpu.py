@@ -10,14 +10,13 @@ Shapes as in ``reference``; R = rows of a tile = its queries x G.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from bmx.kernels import reference
 from bmx.kernels.sizes import TILE
 
+attend_slots = reference.attend_slots
 product, rms_norm, rotate = reference.product, reference.rms_norm, reference.rotate
 decode_slots, compress = reference.decode_slots, reference.compress
 
@@ -66,30 +65,6 @@ def attend_chunk(
                 _add_up(sums[:, head, :width], ballots[:, mine], weights)
     output = output.view(kv_heads, tokens, group, -1).transpose(0, 1).reshape(tokens, heads, -1)
     return output, None if sums is None else sums.div_(group)
-
-
-def attend_slots(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor | None = None,
-    *,
-    hidden: Tensor | None = None,
-    **details: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """See ``reference.attend_slots``.
-
-    Copying the keys of some slots costs more than attending to all: from half of them on, those that do not decode
-    take part with a query of zeros.
-    """
-    if slots is None or 2 * len(slots) < len(keys):
-        return reference.attend_slots(query, keys, values, slots, hidden=hidden, **details)
-    everyone = query.new_zeros(len(keys), *query.shape[1:]).index_copy_(0, slots, query)
-    if hidden is not None:
-        shown = hidden.new_zeros(len(keys), *hidden.shape[1:])
-        hidden = shown.index_copy_(0, slots, hidden.expand(len(slots), *hidden.shape[1:]))
-    output, sums = reference.attend_slots(everyone, keys, values, hidden=hidden, **details)
-    return output[slots], None if sums is None else sums[:, slots]
 
 
 def _add_up(sums: Tensor, ballots: Tensor, weights: Tensor) -> None:

@@ -9,6 +9,7 @@ P rows in use, D key dim, E value dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,6 +85,9 @@ def attend_slots(
 ) -> tuple[Tensor, Tensor | None]:
     """One decoding token per slot attends to its slot, in which its own key already is.
 
+    Copying the keys of some slots costs more than attending to all: from half of them on, those that do not decode
+    take part with a query of zeros.
+
     Args:
         query: [B, H, D]; keys [S, K, C, D]; values [S, K, C, E].
         slots: [B], the slot of each token; None if those are the first ones, in order (B = S).
@@ -94,8 +98,32 @@ def attend_slots(
     Returns:
         output [B, H, E], and the sums [1 or 2, B, K, C] in float32 (or None).
     """
-    if slots is not None:
-        keys, values = keys[slots], values[slots]
+    look = partial(_look_up, scale=scale, softcap=softcap, sinks=sinks, want_mass=want_mass, squares=squares)
+    if slots is None:
+        return look(query, keys, values, hidden)
+    if 2 * len(slots) < len(keys):
+        return look(query, keys[slots], values[slots], hidden)
+    everyone = query.new_zeros(len(keys), *query.shape[1:]).index_copy_(0, slots, query)
+    if hidden is not None:
+        shown = hidden.new_zeros(len(keys), *hidden.shape[1:])
+        hidden = shown.index_copy_(0, slots, hidden.expand(len(slots), *hidden.shape[1:]))
+    output, sums = look(everyone, keys, values, hidden)
+    return output[slots], None if sums is None else sums[:, slots]
+
+
+def _look_up(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    want_mass: bool,
+    squares: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``attend_slots`` of one token for every slot, in order."""
     batch, kv_heads, capacity, dim = keys.shape
     grouped = query.reshape(batch * kv_heads, -1, dim)  # [B*K, G, D]
     scores = scaled_scores(grouped, keys.flatten(0, 1), scale).view(batch, kv_heads, -1, capacity)  # [B, K, G, C]

@@ -37,10 +37,10 @@ def foresee(config: EngineConfig, device: str) -> ModelSpec:
     if config.int8 and device != "cpu":
         raise no_int8()
     spec = _as_it_is(config, device)
-    return in_bytes(spec) if config.int8 else spec
+    return _in_bytes(spec) if config.int8 else spec
 
 
-def in_bytes(spec: ModelSpec) -> ModelSpec:
+def _in_bytes(spec: ModelSpec) -> ModelSpec:
     """About what a model would be with its linear layers in bytes: a byte a weight, and eight for each output."""
     weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
     hidden = spec.head_bytes // spec.itemsize // spec.vocab
