@@ -356,6 +356,7 @@ def test_the_model_gets_its_own_ways_back():
     turned, x = code.apply_rotary_pos_emb, torch.arange(5).unsqueeze(0)
     before = model(x).logits
     with taken_over(model, kernels.Kernels("avx512", "")):
+        assert not torch.is_inference_mode_enabled()  # whoever reads results in between is left as it was
         assert any("forward" in vars(module) for module in model.modules())
         assert code.apply_rotary_pos_emb is not turned
     assert not any("forward" in vars(module) for module in model.modules())

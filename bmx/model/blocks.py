@@ -64,15 +64,20 @@ def quantise(model: Any) -> int:
 def taken_over(model: Any, kernels: Kernels) -> Iterator[None]:
     """Have these kernels compute what they can of a model in bfloat16, for as long as the body runs."""
     chosen = kernels.module
-    with ExitStack() as undone, torch.inference_mode():
+    with ExitStack() as undone:
         if chosen.product is not reference.product and model.dtype == torch.bfloat16:
-            for module in model.modules():
-                for part, forward in _replacements(module, chosen):
-                    if "forward" not in vars(part):  # taken over with others before
-                        part.forward = forward
-                        undone.callback(delattr, part, "forward")
-            _take_rotary(model, chosen, undone)
+            _take_over(model, chosen, undone)
         yield
+
+
+@torch.inference_mode()
+def _take_over(model: Any, chosen: Any, undone: ExitStack) -> None:
+    for module in model.modules():
+        for part, forward in _replacements(module, chosen):
+            if "forward" not in vars(part):  # taken over with others before
+                part.forward = forward
+                undone.callback(delattr, part, "forward")
+    _take_rotary(model, chosen, undone)
 
 
 def _replacements(module: Any, chosen: Any) -> list[tuple[nn.Module, Callable[..., Tensor]]]:

@@ -18,7 +18,7 @@ from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
 from bmx.model.demo import local_path
-from bmx.model.spec import ModelSpec, check_config, read_spec
+from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
 
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
@@ -129,8 +129,7 @@ def quantised(loaded: LoadedModel) -> LoadedModel:
         raise ModelError(f"{loaded.spec.name} has no linear layers of its own to quantise", hint="leave it out")
     for parameter in loaded.model.parameters():  # what is left of the file would keep all of it in memory
         parameter.data = parameter.data.clone()
-    tensors = {id(t): t.nbytes for t in (*loaded.model.parameters(), *loaded.model.buffers())}
-    return replace(loaded, spec=replace(loaded.spec, weight_bytes=sum(tensors.values()), int8=True))
+    return replace(loaded, spec=replace(loaded.spec, weight_bytes=held_bytes(loaded.model), int8=True))
 
 
 def no_int8() -> ModelError:

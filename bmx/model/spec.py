@@ -278,8 +278,12 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a - b).norm() <= tolerance * a.norm() + 1e-6)
 
 
+def held_bytes(model: Any) -> int:
+    """Bytes of a model's weights and buffers, tied ones counted once."""
+    return sum({id(t): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}.values())
+
+
 def _spec(model: Any, layers: tuple[LayerSpec, ...], costs: Costs) -> ModelSpec:
-    sizes = {id(t): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}
     head = model.get_output_embeddings().weight
     return ModelSpec(
         name=type(model).__name__,
@@ -287,7 +291,7 @@ def _spec(model: Any, layers: tuple[LayerSpec, ...], costs: Costs) -> ModelSpec:
         costs=costs,
         vocab=head.shape[0],
         max_length=_max_length(model.config.get_text_config(decoder=True)),
-        weight_bytes=sum(sizes.values()),
+        weight_bytes=held_bytes(model),
         head_bytes=head.nbytes,
         itemsize=model.dtype.itemsize,
         merged_bytes=sum(p.nbytes for p in model.parameters() if p.dim() == 3),
