@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from test_kernels import dense_chunk, dense_slots, normal, window_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bmx import Engine, EngineConfig, PromptConfig, kernels
-from bmx.compress.policy import Arrived, CompressionPolicy
-from bmx.engine.attention import Decodes, Details, SlotAttention
+from bmx.compress.policy import CompressionPolicy
+from bmx.engine.attention import SlotAttention
+from bmx.engine.packed import Decodes, Everyone, PackedStep, PromptChunk
 from bmx.kernels import build, reference
 from bmx.kernels.linear import Linear
-from bmx.kv.layout import LayerLayout
-from bmx.kv.pool import LayerSlots
+from bmx.kernels.rows import Chunks
+from bmx.kv.layout import KVLayout, LayerLayout
+from bmx.kv.pool import KVPool
 from bmx.model.blocks import Int8Linear, taken_over
 from bmx.model.loader import prepare, quantised
 
@@ -216,17 +219,32 @@ def test_what_is_no_number_stays_none():
         assert not y[1].isfinite().any()
 
 
-def slots_of(policy, window=None, capacity=48, by_age=False):
-    """A policy and one layer's slots, the same random pairs each time; C 48, K 2, D 32."""
+class OneByOne(kernels.Kernels):
+    """The compiled kernels, but for what they do in one call: policy and pool do that."""
+
+    module = SimpleNamespace(attend_chunk=avx512.attend_chunk, attend_slots=avx512.attend_slots, decode=None, read=None)
+
+
+KINDS = {"one by one": OneByOne("avx512", ""), "in one call": kernels.Kernels("avx512", "")}
+
+
+def attention_of(kind, policy, window=None, sizes=((48, 5),)):
+    """One layer's attention and its pool, with the same random pairs each time; K 2, D 32; groups of (C, S)."""
+    capacity = sizes[-1][0]
     made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
-    layout = LayerLayout(
-        capacity=capacity, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
-        by_age=by_age, format="auto", exact=0, by_channel=False, notes=made.sums if made.scorer and not by_age else (),
+    layouts = tuple(
+        KVLayout((
+            LayerLayout(
+                capacity=rows, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
+                by_age=False, notes=made.sums if made.scorer else (),
+            ),
+        ))
+        for rows, _ in sizes
     )  # fmt: skip
-    part = LayerSlots.allocate(layout, 5, BF16, torch.device("cpu"))
-    part.keys.vectors.copy_(normal(5, 2, capacity, 32, seed=1))
-    part.values.vectors.copy_(normal(5, 2, capacity, 32, seed=2))
-    return made, part
+    pool = KVPool(layouts, tuple(slots for _, slots in sizes), BF16, torch.device("cpu"))
+    pool.rows[0].keys.copy_(normal(*pool.rows[0].keys.shape, seed=1))
+    pool.rows[0].values.copy_(normal(*pool.rows[0].values.shape, seed=2))
+    return SlotAttention(pool, made, KINDS[kind]), pool
 
 
 def fill(part, slot, tokens, rows):
@@ -239,69 +257,85 @@ def fill(part, slot, tokens, rows):
         note[slot] = torch.rand(note[slot].shape, generator=random) * (part.positions[slot] >= 0)
 
 
-class OneLayer:
-    """A pool of one layer."""
+def attended(attention, step, tokens):
+    """What a layer says of random queries, keys and values; H 6, K 2, D 32."""
+    attention.step = step
+    q, k, v = (normal(1, heads, tokens, 32, seed=heads + i, dtype=BF16) for i, heads in enumerate((6, 2, 2)))
+    return attention(None, q, k, v, scaling=0.2)[0]
 
-    def __init__(self, part):
-        self.layer = lambda group, layer: part
+
+def assert_same(found):
+    """The same output, and the same pairs in the same rows."""
+    (slow, generic), (fast, fused) = found
+    torch.testing.assert_close(fast, slow, **NEAR)
+    one, other = fused.rows[0], generic.rows[0]
+    assert torch.equal(one.positions, other.positions)
+    assert torch.equal(one.keys, other.keys)
+    assert torch.equal(one.values, other.values)
+    if one.mass is not None:
+        torch.testing.assert_close(one.mass, other.mass, **NEAR)
 
 
 POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova"])
 
 
-@POLICIES
+@pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova", "streaming", "none"])
 @pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, limits):
-    found = []
-    now = (100, 30, 60, 47)
-    for name in ("cpu", "avx512"):
-        made, part = slots_of(policy, window)
-        slots = torch.tensor([4, 0, 2, 3])
-        for slot, tokens, limit in zip(slots.tolist(), now, limits, strict=True):
-            fill(part, slot, tokens, limit)
-        decodes = Decodes(
-            rows=slice(0, 4), group=0, slots=slots, positions=torch.tensor(now), seen=now, totals=(200, 31, 61, 300),
-            limits=limits, limited=torch.tensor(limits) if min(limits) < 48 else None,
+    """Two groups of slots, of which the second one's have sequences that evict."""
+    found, now, seen = [], (100, 30, 60, 47), (20, 7)
+    for kind in KINDS:
+        attention, pool = attention_of(kind, policy, window, sizes=((31, 3), (48, 5)))
+        homes, groups = ((2, 0), (4, 0, 2, 3)), []
+        for group, (slots, asked, rows) in enumerate(zip(homes, (seen, now), ((31, 31), limits), strict=True)):
+            tokens = asked
+            if policy == "none":
+                tokens = tuple(min(n, limit - 1) for n, limit in zip(tokens, rows, strict=True))
+            for slot, count, limit in zip(slots, tokens, rows, strict=True):
+                fill(pool.layer(group, 0), slot, count, limit)
+            groups.append(
+                Decodes(
+                    rows=slice(2 * group, 2 + 4 * group), group=group, slots=torch.tensor(slots), homes=slots,
+                    seen=tokens, positions=torch.tensor(tokens), limits=rows, limited=torch.tensor(rows),
+                    totals=tuple(n + 90 * (policy != "none") for n in tokens),
+                )
+            )  # fmt: skip
+        everyone = Everyone(
+            slots=torch.cat([groups[0].slots, 3 + groups[1].slots]), evicting=policy != "none",
+            positions=torch.cat([one.positions for one in groups]), limits=torch.cat([one.limited for one in groups]),
         )  # fmt: skip
-        heads = (normal(4, heads, 32, seed=heads + i, dtype=BF16) for i, heads in enumerate((6, 2, 2)))
-        attention = SlotAttention(OneLayer(part), made, kernels.Kernels(name, ""))
-        step = type("Step", (), {"layer": 0})()
-        output = attention._decode(step, decodes, *heads, Details(0.2, None, None))
-        found.append((output, part))
-    (slow, generic), (fast, fused) = found
-    torch.testing.assert_close(fast, slow, **NEAR)
-    assert torch.equal(fused.positions, generic.positions)
-    assert torch.equal(fused.keys.vectors, generic.keys.vectors)
-    assert torch.equal(fused.values.vectors, generic.values.vectors)
-    torch.testing.assert_close(fused.notes["mass"], generic.notes["mass"], **NEAR)
+        step = PackedStep(input_ids=None, positions=None, logits_at=0, everyone=everyone, decodes=tuple(groups))
+        found.append((attended(attention, step, 6), pool))
+    assert_same(found)
 
 
 @POLICIES
+@pytest.mark.parametrize("window", [None, 60])
 @pytest.mark.parametrize("limit", [48, 40])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 30), (0, 60), (20, 30), (48, 17), (100, 64), (40, 8)])
-def test_survivors_chosen_in_one_call_are_those_of_policy_and_pool(policy, start, tokens, limit):
-    parts = []
-    for name in ("cpu", "avx512"):
-        made, part = slots_of(policy)
-        fill(part, 1, start, limit)
-        used = min(start, limit)
-        new = Arrived(
-            slot=1, start=start, limit=limit, spans=(), key=normal(tokens, 2, 32, seed=3, dtype=BF16),
-            value=normal(tokens, 2, 32, seed=4, dtype=BF16), queries=normal(tokens, 2, 3, 32), scale=1.0,
-            sums=normal(1, 2, used + tokens, seed=5).abs(),
+def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(policy, start, tokens, limit, window):
+    """One that evicts, behind a decoding token, and one that never will."""
+    found = []
+    for kind in KINDS:
+        attention, pool = attention_of(kind, policy, window)
+        fill(pool.layer(0, 0), 1, start, limit)
+        prompts = (
+            PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, limit=limit),
+            PromptChunk(rows=slice(1 + tokens, 13 + tokens), group=0, slot=4, start=0, total=40, limit=40),
+        )
+        table = [[1, 1 + tokens], [tokens, 12], [1, 4], [start, 0], [limit, 40], [900, 40]]
+        weights, old = torch.zeros(13 + tokens), torch.ones(2)
+        for n, (at, length) in enumerate(((1, tokens), (1 + tokens, 12))):
+            weights[at : at + length] = torch.tensor(attention._policy.votes(length, 0)[0])
+            old[n] = attention._policy.old(length)
+        chunks = Chunks(
+            **dict(zip(("at", "lengths", "slots", "starts", "limits", "totals"), map(tuple, table), strict=True)),
+            table=torch.tensor(table), votes=weights, old=old,
         )  # fmt: skip
-        attention = SlotAttention(OneLayer(part), made, kernels.Kernels(name, ""))
-        done = attention._compressed_at_once(part, new, used)
-        assert done == (name == "avx512")
-        if not done:
-            made.compress(part, new)
-        parts.append(part)
-    generic, fused = parts
-    assert torch.equal(fused.positions, generic.positions)
-    assert torch.equal(fused.keys.vectors, generic.keys.vectors)
-    assert torch.equal(fused.values.vectors, generic.values.vectors)
-    torch.testing.assert_close(fused.notes["mass"], generic.notes["mass"])
+        step = PackedStep(input_ids=None, positions=None, logits_at=0, chunks=chunks, prompts=prompts)
+        found.append((attended(attention, step, 13 + tokens)[:, 1:], pool))
+    assert_same(found)
 
 
 def bfloat16_model():

@@ -194,6 +194,7 @@ def steps_of(scheduler, lengths):
         step = scheduler.schedule()
         if step is None:
             return steps
+        scheduler.launched(step)
         scheduler.update(step, [0] * sum(chunk.samples for chunk in step.chunks))
         steps += 1
 

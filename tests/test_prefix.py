@@ -519,7 +519,8 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
             if chunk.start < len(chunk.sequence.prompt):
                 assert held == chunk.sequence.prompt[: chunk.start]
                 computed += chunk.length
-            held.extend(chunk.sequence.token_ids(chunk.start, chunk.length))
+            held.extend(known(chunk.sequence)[chunk.start : chunk.start + chunk.length])
+        scheduler.launched(step)
         finished += len(scheduler.update(step, [0] * sum(chunk.samples for chunk in step.chunks)))
         prefixes.keep(step)
     assert finished + len(dropped) == len(rows)
@@ -527,6 +528,10 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
         assert computed + copied == sum(map(len, prompts))
     if not spare:
         assert places.copies == copied == 0
+
+
+def known(sequence):
+    return [*sequence.prompt, *sequence.answer]
 
 
 def test_spans_matter_once_something_is_evicted():

@@ -128,6 +128,7 @@ def drive(load: Load) -> Trace:
         trace.running.append(list(running))
         trace.waiting.append(list(scheduler.waiting))
         sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        scheduler.launched(step)
         finished = scheduler.update(step, [jobs[s.request.id].next_token(len(s.answer)) for s in sampling])
         trace.finished += [sequence.request.id for sequence in finished]
         running = [sequence for sequence in running if sequence not in finished]
@@ -317,6 +318,7 @@ def test_held_tokens_are_those_computed_by_the_sequences_that_run():
         assert scheduler.admit(Job(length, 3).sequence(name))
     assert scheduler.held_tokens == [0, 0]
     step = scheduler.schedule()
+    scheduler.launched(step)
     assert scheduler.update(step, [WORD]) == []
     assert scheduler.held_tokens == [4, 4]
 
@@ -446,6 +448,7 @@ class Speaker:
             if step is None:
                 break
             sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+            scheduler.launched(step)
             scheduler.update(step, [int(26 * sequence.draw()) for sequence in sampling])
         return scheduler.unfinished
 
@@ -473,7 +476,7 @@ def test_a_sequence_that_begins_again_answers_as_if_it_had_not(speaker, steps, s
         assert unfinished
         for sequence in unfinished:
             sequence.restart()
-            assert (sequence.computed, sequence.known, sequence.slot) == (0, len(sequence.prompt), None)
+            assert (sequence.computed, sequence.promised, sequence.answer, sequence.slot) == (0, 0, [], None)
     assert speaker.run([s for s in disturbed if not s.finish_reason], (SlotGroup(40, 1),)) == []
     for first, again in zip(undisturbed, disturbed, strict=True):
         assert again.result(40) == first.result(40)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bmx.compress.budgets import Budget
-from bmx.compress.scorers import AverageAttention, Mass, scorer_named
-from bmx.compress.seen import RANK_EVERY, TENSORS, Needs, Scorer, Seen
+from bmx.compress.scorers import AverageAttention, Mass, Newest, scorer_named
+from bmx.compress.seen import RANK_EVERY, TENSORS, Needs, Scorer, Seen, Votes
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.kernels.ranking import Ranking
@@ -62,13 +62,14 @@ class Decoding:
 
     Attributes:
         slots: [B]; now [B], tokens seen by each before.
-        seen: the same numbers, on the host; ``limits``: rows of its slot that each sequence may use.
+        homes, seen: the same numbers, on the host; ``limits``: rows of its slot that each sequence may use.
         rows: [B] those limits, or None where they are all of the slot.
         spans: [B, N, 2] positions that are never evicted, or None.
     """
 
     slots: Tensor
     now: Tensor
+    homes: tuple[int, ...]
     seen: tuple[int, ...]
     limits: tuple[int, ...]
     rows: Tensor | None = None
@@ -191,7 +192,7 @@ class CompressionPolicy:
     def ranking(self, layout: LayerLayout) -> Ranking | None:
         """How a layer's pairs are ranked, if it is so simple that a kernel can do it by itself; else None."""
         by = ""
-        if self.scorer is None or layout.by_age:
+        if self.scorer is None or layout.by_age or (isinstance(self.scorer, Newest) and not layout.notes):
             by = "age"
         elif layout.notes == ("mass",) and not self.value_norm:
             by = "mass" if isinstance(self.scorer, Mass) else ""
@@ -201,6 +202,12 @@ class CompressionPolicy:
     def old(self, queries: int) -> float:
         """What is left of the attention added up before, once that of so many queries comes on top."""
         return 1.0 if self.scorer is None else self.scorer.votes.old(queries)
+
+    @property
+    def votes_differ(self) -> bool:
+        """Whether the attention of some queries counts for more than that of others."""
+        scorer = self.scorer
+        return scorer is not None and Needs.MASS in scorer.needs and scorer.votes != Votes()
 
     def votes(self, queries: int, probes: int) -> list[list[float]]:
         """The weight of each query in each way of adding up attention [M][T + probes]; squares are extra."""
@@ -335,11 +342,10 @@ class CompressionPolicy:
         """Rank the pairs of the slots whose turn it is: when they have become full, and each so many tokens after."""
         if not self.every:
             return
-        for i, (now, limit) in enumerate(zip(going.seen, going.limits, strict=True)):
+        for slot, now, limit in zip(going.homes, going.seen, going.limits, strict=True):
             rows = min(limit, part.layout.capacity)
             if now < rows or (now - rows) % self.every:
                 continue
-            slot = int(going.slots[i])
             shown = {name: part.notes[name][slot, :, :rows] for name in self.sums}
             if self.needs & (Needs.KEYS | Needs.VALUES):
                 shown["keys"], shown["values"] = part.read(slot, rows)

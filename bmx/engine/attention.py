@@ -9,7 +9,7 @@ C rows of a slot, P rows in use, D key dim, E value dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,95 +17,14 @@ from torch import Tensor
 
 from bmx.compress.policy import Arrived, CompressionPolicy, Decoding
 from bmx.compress.seen import Needs
+from bmx.engine.packed import Decodes, PackedStep, PromptChunk, Shared
+from bmx.engine.transfer import upload
 from bmx.kernels import Kernels
+from bmx.kernels.ranking import Ranking
+from bmx.kernels.rows import Rows
 from bmx.kv.pool import KVPool, LayerSlots
 
 KEPT_VOTES = 64  # lengths of chunks whose votes are kept
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptChunk:
-    """A run of prompt tokens of one sequence, and the probe's behind them.
-
-    Attributes:
-        rows: packed rows, the probe's included.
-        group, slot: where its sequence lives; ``start``: tokens of it before the chunk.
-        probes: how many of the packed rows are the probe's: they see the chunk, and leave nothing behind.
-        total: tokens of the sequence when its answer is as long as it may get.
-        limit: rows of the slot that it may use.
-        spans: positions from .. to that are never evicted.
-    """
-
-    rows: slice
-    group: int
-    slot: int
-    start: int
-    total: int
-    limit: int
-    probes: int = 0
-    spans: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def length(self) -> int:
-        """Tokens of the chunk, without the probe's (T)."""
-        return int(self.rows.stop - self.rows.start) - self.probes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decodes:
-    """The decoding tokens of one group, one per slot.
-
-    Attributes:
-        rows: their packed rows.
-        slots: [B]; positions [B]: the tokens' positions, equal to the tokens of their sequences seen before.
-        seen: the positions again, on the host; ``totals`` and ``limits`` as in ``PromptChunk``.
-        limited: [B] the limits, where some sequence may not use all of its slot; else None.
-        spans: [B, N, 2] positions that are never evicted, or None.
-    """
-
-    rows: slice
-    group: int
-    slots: Tensor
-    positions: Tensor
-    seen: tuple[int, ...]
-    totals: tuple[int, ...]
-    limits: tuple[int, ...]
-    limited: Tensor | None = None
-    spans: Tensor | None = None
-
-    def evicting(self, capacity: int) -> bool:
-        """Whether any of these sequences will ever evict in a layer of so many rows."""
-        return any(total > min(limit, capacity) for total, limit in zip(self.totals, self.limits, strict=True))
-
-
-@dataclass(slots=True)
-class PackedStep:
-    """A step as the device sees it.
-
-    Attributes:
-        input_ids, positions: [1, N].
-        logits_at: packed rows whose logits are wanted.
-        decodes: decoding tokens by group, first in the packing.
-        prompts: prompt chunks, after them.
-        layer: the layer whose turn it is.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    logits_at: Tensor
-    decodes: tuple[Decodes, ...]
-    prompts: tuple[PromptChunk, ...]
-    layer: int = 0
-    shared: dict[tuple[int, int], Shared] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Shared:
-    """A chunk's keys and values that later layers read too, and the attention they have received so far."""
-
-    key: Tensor
-    value: Tensor
-    sums: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +54,7 @@ class SlotAttention:
         self._pool = pool
         self._policy = policy
         self._kernels = kernels.module
+        self._alone = [self._left_alone(layer) for layer in range(len(pool.rows))]
         self._weights: dict[tuple[int, int], Tensor | None] = {}
         self.step: PackedStep | None = None
 
@@ -166,12 +86,62 @@ class SlotAttention:
         details = Details(scale, softcap, s_aux)
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, H or K, D or E]
         output = torch.empty(q.shape[0], q.shape[1], v.shape[-1], dtype=q.dtype, device=q.device)
-        for decodes in step.decodes:
-            output[decodes.rows] = self._decode(step, decodes, q, k, v, details)
-        for index, chunk in enumerate(step.prompts):
-            output[chunk.rows] = self._prompt(step, index, chunk, q, k, v, details)
+        if not self._decoded(step, output, q, k, v, details):
+            if step.everyone is not None and not step.decodes:
+                raise RuntimeError("no kernel takes this step")
+            for decodes in step.decodes:
+                output[decodes.rows] = self._decode(step, decodes, q, k, v, details)
+        if not self._read(step, output, q, k, v, details):
+            for index, chunk in enumerate(step.prompts):
+                output[chunk.rows] = self._prompt(step, index, chunk, q, k, v, details)
         step.layer += 1
         return output.unsqueeze(0), None
+
+    @property
+    def alone(self) -> bool:
+        """Whether kernels do all that there is to do in every layer, as long as a step is plain."""
+        return all(self._alone)
+
+    def _left_alone(self, layer: int) -> tuple[Rows, Ranking] | None:
+        """What kernels need to do a layer's part of a step by themselves; None where they cannot."""
+        rows, layout = self._pool.rows[layer], self._pool.layer(0, layer).layout
+        ranking = self._policy.ranking(layout)
+        mine = layout.owner == layer == layout.last_reader
+        known = self._kernels.decode is not None and self._kernels.read is not None
+        return (rows, ranking) if known and mine and rows is not None and ranking is not None else None
+
+    def _decoded(self, step: PackedStep, output: Tensor, q: Tensor, k: Tensor, v: Tensor, details: Details) -> bool:
+        """Have the kernels do all that decoding tokens need in a layer; False, and nothing is done, if they cannot."""
+        alone, everyone = self._alone[step.layer], step.everyone
+        if alone is None or not step.plain:
+            return False
+        if everyone is None:
+            return True
+        (rows, ranking), mine = alone, slice(len(everyone.slots))
+        return self._kernels.decode(  # type: ignore[no-any-return]
+            output[mine],
+            q[mine],
+            k[mine],
+            v[mine],
+            rows,
+            everyone.slots,
+            everyone.positions,
+            everyone.limits,
+            ranking=ranking,
+            old=self._policy.old(1),
+            count=rows.mass is not None and everyone.evicting,
+            **details.options,
+        )
+
+    def _read(self, step: PackedStep, output: Tensor, q: Tensor, k: Tensor, v: Tensor, details: Details) -> bool:
+        """The same of prompt chunks."""
+        alone = self._alone[step.layer]
+        if alone is None or not step.plain:
+            return False
+        rows, ranking = alone
+        return step.chunks is None or self._kernels.read(
+            output, q, k, v, rows, step.chunks, ranking=ranking, **details.options
+        )
 
     def _prompt(
         self, step: PackedStep, index: int, chunk: PromptChunk, q: Tensor, k: Tensor, v: Tensor, details: Details
@@ -212,31 +182,8 @@ class SlotAttention:
             scale=details.scale,
             sums=shared.sums,
         )
-        if not self._compressed_at_once(part, arrived, used):
-            self._policy.compress(part, arrived)
+        self._policy.compress(part, arrived)
         return output  # type: ignore[no-any-return]
-
-    def _compressed_at_once(self, part: LayerSlots, new: Arrived, used: int) -> bool:
-        """Choose and write the survivors in one call, where the kernels have one for what is wanted."""
-        ranking = self._policy.ranking(part.layout)
-        if self._kernels.compress is None or ranking is None or new.spans or not part.as_they_are:
-            return False
-        keys, values = part.read(new.slot, part.layout.capacity)
-        mass = part.notes.get("mass")
-        return self._kernels.compress(  # type: ignore[no-any-return]
-            new.key,
-            new.value,
-            keys,
-            values,
-            part.positions[new.slot],
-            mass if mass is None else mass[new.slot],
-            new.sums if new.sums is None else new.sums[0],
-            used=used,
-            start=new.start,
-            limit=min(new.limit, part.layout.capacity),
-            ranking=ranking,
-            old=self._policy.old(new.key.shape[0]),
-        )
 
     def _votes(self, tokens: int, probes: int, device: torch.device) -> Tensor | None:
         """[M, T + probes], or None if attention is not looked at."""
@@ -245,49 +192,19 @@ class SlotAttention:
             if len(self._weights) >= KEPT_VOTES:
                 self._weights.clear()
             votes = self._policy.votes(tokens, probes)
-            found = self._weights[tokens, probes] = torch.tensor(votes, device=device) if votes else None
+            sent = upload(votes, device, torch.float32) if votes else None
+            found = self._weights[tokens, probes] = sent
         return found
 
     def _decode(self, step: PackedStep, decodes: Decodes, q: Tensor, k: Tensor, v: Tensor, details: Details) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
         part = self._pool.layer(decodes.group, step.layer)
-        output = self._decode_at_once(step, decodes, part, q, k, v, details)
-        if output is not None:
-            return output
         if part.layout.owner == step.layer:
             self._insert(part, decodes, k[decodes.rows], v[decodes.rows])
         output, sums = self._attend(part, decodes, q[decodes.rows], details)
         if sums is not None:
             self._policy.observe(part, decodes.slots, sums, first=part.layout.owner == step.layer)
         return output
-
-    def _decode_at_once(
-        self, step: PackedStep, decodes: Decodes, part: LayerSlots, q: Tensor, k: Tensor, v: Tensor, details: Details
-    ) -> Tensor | None:
-        """The same in one call, where the kernels have one for what is wanted; else None, and nothing is done."""
-        layout, rows = part.layout, decodes.rows
-        ranking = self._policy.ranking(layout)
-        if self._kernels.decode_slots is None or ranking is None or decodes.spans is not None:
-            return None
-        if not part.as_they_are or layout.owner != step.layer or layout.last_reader != step.layer:
-            return None
-        keys, values = part.read_slots(slice(None))
-        return self._kernels.decode_slots(  # type: ignore[no-any-return]
-            q[rows],
-            k[rows],
-            v[rows],
-            keys,
-            values,
-            part.positions,
-            part.notes.get("mass"),
-            decodes.slots,
-            decodes.positions,
-            decodes.limited,
-            ranking=ranking,
-            old=self._policy.old(1),
-            count=decodes.evicting(layout.capacity),
-            **details.options,
-        )
 
     def _attend(
         self, part: LayerSlots, decodes: Decodes, query: Tensor, details: Details
@@ -310,6 +227,7 @@ class SlotAttention:
             limited = decodes.limited if decodes.limited is None else decodes.limited.clamp(max=capacity)
             going = Decoding(
                 slots=decodes.slots,
+                homes=decodes.homes,
                 now=decodes.positions,
                 seen=decodes.seen,
                 limits=decodes.limits,

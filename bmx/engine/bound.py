@@ -62,7 +62,13 @@ def _fill(scheduler: Scheduler, runner: Runner, chunk_size: int) -> None:
     for sequence in scheduler.in_slots:
         while not sequence.decoding:
             step = Step((Chunk(sequence, sequence.computed, sequence.chunk_length(chunk_size)),))
-            scheduler.update(step, runner.run(step))
+            _taken(scheduler, runner, step)
+
+
+def _taken(scheduler: Scheduler, runner: Runner, step: Step) -> None:
+    sampled = runner.run(step)
+    scheduler.launched(step)
+    scheduler.update(step, sampled.read())
 
 
 def _seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
@@ -72,5 +78,5 @@ def _seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
         if number == 1:
             begun = time.perf_counter()
         step = Step(tuple(Chunk(sequence, sequence.computed, 1) for sequence in scheduler.in_slots))
-        scheduler.update(step, runner.run(step))
+        _taken(scheduler, runner, step)
     return (time.perf_counter() - begun) / steps

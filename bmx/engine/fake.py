@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -57,10 +58,22 @@ class FakeTokenizer:
         return " ".join(f"w{i}" for i in ids if i != END)
 
 
+@dataclass(frozen=True, slots=True)
+class FakeSampled:
+    """Tokens that are there at once."""
+
+    tokens: list[int | None]
+
+    def read(self) -> list[int | None]:
+        """All of them."""
+        return self.tokens
+
+
 class FakeRunner(AbstractContextManager["FakeRunner"]):
     """Next tokens without a model."""
 
-    kv_bytes = 0
+    kv_bytes = ahead = 0
+    rounds = 1
 
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""
@@ -68,9 +81,10 @@ class FakeRunner(AbstractContextManager["FakeRunner"]):
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
         """Nothing is held."""
 
-    def run(self, step: Step) -> list[int | None]:
+    def run(self, step: Step) -> FakeSampled:
         """The next token of each sampling chunk."""
-        return [_next(chunk.sequence.prompt, len(chunk.sequence.answer)) for chunk in step.chunks if chunk.samples]
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        return FakeSampled([_next(sequence.prompt, len(sequence.answer)) for sequence in sampling])
 
 
 def _next(prompt: list[int], place: int) -> int:

@@ -42,6 +42,10 @@ class Listener:
         """Of the kernels that answer."""
         return self.inner.name
 
+    @property
+    def read(self) -> None:
+        """Chunks one by one, so that each can be heard."""
+
     def __getattr__(self, name: str) -> Any:
         """All else as the kernels that answer."""
         return getattr(self.inner.module, name)

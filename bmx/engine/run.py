@@ -28,17 +28,28 @@ from bmx.stats import Stats
 LOOKAHEAD = 64  # fewest requests that wait tokenised, so that a free slot of any size finds one
 
 
+class Sampled(Protocol):
+    """Tokens that a step gives, once it is done."""
+
+    def read(self) -> list[int | None]:
+        """Of each chunk that samples, in order, once they are there; None where the logits were no numbers."""
+
+
 class Runner(Protocol):
     """What computes steps: the model on its device, or a fake.
 
     Attributes:
         kv_bytes: of the slots it holds.
+        ahead: steps that may be launched before the tokens of an earlier one are read.
+        rounds: most tokens that sequences should decode in one step.
     """
 
     kv_bytes: int
+    ahead: int
+    rounds: int
 
-    def run(self, step: Step) -> list[int | None]:
-        """The next token of each sampling chunk, in order; None where the logits were no numbers."""
+    def run(self, step: Step) -> Sampled:
+        """Launch a step."""
 
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
         """Put what a slot (group and slot) holds of the first tokens of a sequence into another."""
@@ -71,6 +82,23 @@ class Setup:
     row_timeout: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """A step on its way.
+
+    Attributes:
+        sampled: the tokens it gives.
+        at: when it was launched, by the monotonic clock.
+        active: sequences that had a slot then; ``held``: tokens of each, with those of this step.
+    """
+
+    step: Step
+    sampled: Sampled
+    at: float
+    active: int
+    held: list[int]
+
+
 class Run:
     """Answers requests under a plan, and under smaller ones when memory runs out.
 
@@ -91,6 +119,7 @@ class Run:
         self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
         self._finished: deque[tuple[Sequence, int]] = deque()  # and not handed out yet, with the rows of their slots
         self._request: Request | None = None  # taken from the source and not read yet
+        self._settled = 0.0  # when the last step was done
         self._broken = False  # the source has failed, and would seem to be at its end if it were asked again
 
     def results(self, plan: Plan) -> Iterator[Result]:
@@ -155,6 +184,7 @@ class Run:
     def _loop(
         self, scheduler: Scheduler, runner: Runner, prefixes: Prefixes, alone: bool, planned: int
     ) -> Iterator[Result]:
+        on_their_way: deque[Launched] = deque()
         while True:
             yield from self._hand_out()
             if self._setup.stop.requested:
@@ -169,15 +199,20 @@ class Run:
             scheduler.admit_waiting()
             yield from self._late(scheduler)
             self._setup.stats.reused_prompt_tokens += prefixes.arrange(scheduler.in_slots)
-            step = scheduler.schedule()
-            if step is None:
+            looking_back = any(sequence.looks_back for sequence in scheduler.in_slots)
+            ahead, rounds = (0, 1) if looking_back else (runner.ahead, runner.rounds)
+            step = scheduler.schedule(rounds)
+            if step is not None:
+                on_their_way.append(self._launch(scheduler, runner, step))
+                prefixes.keep(step)
+            elif not on_their_way:
                 if scheduler.waiting:
                     continue  # all that had slots were late
                 if alone or self._exhausted or self._setup.stop.requested:
                     return
                 continue
-            self._advance(scheduler, runner, step)
-            prefixes.keep(step)
+            while len(on_their_way) > (0 if step is None else ahead):
+                self._settle(scheduler, on_their_way.popleft())
             self._setup.meter.keep_to(planned)
 
     def _read_ahead(self, waiting: list[Sequence], enough: int, prefixes: Prefixes | None) -> Iterator[Result]:
@@ -217,27 +252,35 @@ class Run:
             elif now - sequence.started >= allowed:
                 late.append(sequence)
         scheduler.drop(late)
-        self._setup.stats.work_saved += sum(sequence.total - sequence.known for sequence in late)
+        self._setup.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in late)
         for sequence in late:
             yield self._failed(sequence, "timeout", f"not finished after {allowed:g} s (--row-timeout)")
 
-    def _advance(self, scheduler: Scheduler, runner: Runner, step: Step) -> None:
-        """Run one step and count it."""
-        setup, active = self._setup, scheduler.running
-        decodes = sum(chunk.sequence.decoding for chunk in step.chunks)
-        before = time.monotonic()
-        tokens = runner.run(step)
-        seconds = time.monotonic() - before
+    @staticmethod
+    def _launch(scheduler: Scheduler, runner: Runner, step: Step) -> Launched:
+        """Have one step begin."""
+        at, active = time.monotonic(), scheduler.running
+        sampled = runner.run(step)
+        scheduler.launched(step)
+        return Launched(step=step, sampled=sampled, at=at, active=active, held=scheduler.held_tokens)
+
+    def _settle(self, scheduler: Scheduler, launched: Launched) -> None:
+        """Take what a step gave, and count it."""
+        setup, step = self._setup, launched.step
+        tokens = launched.sampled.read()
+        before, self._settled = self._settled, time.monotonic()
+        known = [len(chunk.sequence.answer) for chunk in step.chunks]
         finished = scheduler.update(step, tokens)
         self._finished += [(sequence, scheduler.capacity(sequence)) for sequence in finished]
-        held = scheduler.held_tokens + [sequence.computed for sequence in finished]
+        taken = [len(chunk.sequence.answer) - n for chunk, n in zip(step.chunks, known, strict=True)]
         setup.stats.count_step(
-            prompt_tokens=step.tokens - decodes,
-            decode_tokens=decodes,
-            sampled=len(tokens),
-            seconds=seconds,
-            active=active,
-            full_cache_bytes=self._full_cache_bytes(held),
+            prompt_tokens=sum(chunk.length for chunk in step.chunks if not chunk.decodes),
+            decode_tokens=sum(n for chunk, n in zip(step.chunks, taken, strict=True) if chunk.decodes),
+            sampled=sum(taken),
+            rounds=step.rounds,
+            seconds=self._settled - max(before, launched.at),
+            active=launched.active,
+            full_cache_bytes=self._full_cache_bytes(launched.held),
         )
         setup.stats.memory_bytes = setup.meter.now
         setup.stats.peak_memory_bytes = setup.meter.peak

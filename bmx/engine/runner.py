@@ -1,22 +1,24 @@
 """Everything that touches the device for a step: packing tokens, running the model, sampling.
 
-Knows the model and the pool; the scheduler's decisions come in as a Step, token ids go out as numbers.
+Knows the model and the pool; the scheduler's decisions come in as a Step, token ids stay on the device until they are
+read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.engine.attention import Decodes, PackedStep, PromptChunk, SlotAttention
-from bmx.engine.sampler import Row, sample
-from bmx.engine.scheduler import Chunk, Step
+from bmx.engine.attention import SlotAttention
+from bmx.engine.packed import PackedStep, Packer, PromptChunk
+from bmx.engine.sampler import NO_TOKEN, Row, sample
+from bmx.engine.scheduler import Step
 from bmx.engine.sequence import Sequence
+from bmx.engine.transfer import Download, upload
 from bmx.kernels import Kernels
 from bmx.kv.pool import KVPool
 from bmx.model.blocks import taken_over
@@ -26,7 +28,18 @@ from bmx.model.spec import attention_of
 from bmx.planner import SAMPLER_ROWS, Plan, StepSize
 from bmx.request import Request, SamplingParams
 
-Watch = Callable[[Request, int, torch.Tensor], None]
+Watch = Callable[[Request, int, Tensor], None]
+
+
+class Tokens:
+    """Tokens that a step gives, on their way to the host."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._ids = Download(ids)
+
+    def read(self) -> list[int | None]:
+        """Of each chunk that samples, in order, once they are there; None where the logits were no numbers."""
+        return [None if token == NO_TOKEN else token for token in self._ids.read()]
 
 
 class ModelRunner:
@@ -39,6 +52,10 @@ class ModelRunner:
         kernels: how attention and linear layers are computed.
         probe: token ids that are asked after each chunk.
         watch: is shown the logits [V] of every token that is to be sampled.
+
+    Attributes:
+        pool: the slots; ``kv_bytes`` of them.
+        ahead, rounds: see ``Runner``.
     """
 
     def __init__(
@@ -58,11 +75,21 @@ class ModelRunner:
         slots = tuple(group.slots for group in (*plan.groups, *plan.spare))
         self.pool = KVPool(plan.layouts, slots, self._model.dtype, self._model.device)
         self.kv_bytes = self.pool.nbytes
-        self._probe = list(probe)
+        like_a_gpu = self._model.device.type == "cuda" or kernels.name == "triton"
+        self.ahead = int(like_a_gpu and watch is None)
+        self.rounds = 1
         self._watch = watch
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
         self._kernels = kernels
+        self._packer = Packer(
+            policy=policy,
+            before=self.pool.before,
+            probe=probe,
+            max_length=self._max_length,
+            device=self._model.device,
+        )
+        self._next_ids = torch.zeros(sum(slots), dtype=torch.long, device=self._model.device)
         self._attached = ExitStack()
 
     def __enter__(self) -> ModelRunner:
@@ -74,36 +101,35 @@ class ModelRunner:
         self._attached.close()
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[int | None]:
-        """Compute a step.
-
-        Returns:
-            The next token of each sampling chunk, in order; None where the logits were no numbers.
-        """
+    def run(self, step: Step) -> Tokens:
+        """Launch a step; nothing waits for the device until its tokens are read."""
         for chunk in step.chunks:
             if chunk.start == 0:
                 self.pool.reset(*chunk.sequence.home)
-        sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
-        rows = [_row(sequence) for sequence in sampling]
-        segments = [Segment(chunk.length + len(self._asked(chunk)), chunk.sequence.total) for chunk in step.chunks]
-        logits = self._logits(self._pack(step), segments)
+        segments = [Segment(c.length + len(self._packer.asked(c)), c.sequence.total) for c in step.chunks]
+        logits = self._logits(self._packer.packed(step, self._next_ids), segments)
+        return self._sampled([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
+
+    def _sampled(self, sequences: list[Sequence], logits: Tensor) -> Tokens:
+        """The next token of each sequence, of which the device takes note."""
+        rows = [_row(sequence) for sequence in sequences]
         if self._watch is not None:
-            for sequence, row in zip(sampling, logits, strict=True):
+            for sequence, row in zip(sequences, logits, strict=True):
                 self._watch(sequence.request, len(sequence.answer), row)
-        tokens = sample(logits, rows) if rows else []
-        told = [sequence.forced for sequence in sampling]
-        return [own if own is None or other is None else other for own, other in zip(tokens, told, strict=True)]
+        if not sequences:
+            return Tokens(self._next_ids[:0])
+        ids, told = sample(logits, rows), [sequence.forced for sequence in sequences]
+        if any(token is not None for token in told):
+            forced = upload([NO_TOKEN if token is None else token for token in told], ids.device)
+            ids = torch.where((forced == NO_TOKEN) | (ids == NO_TOKEN), ids, forced)
+        slots = upload([self._packer.number(sequence) for sequence in sequences], ids.device)
+        self._next_ids[slots] = ids.clamp(min=0)
+        return Tokens(ids)
 
     @torch.inference_mode()
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
         """Put what a slot (group and slot) holds of the first tokens of a sequence into another."""
         self.pool.copy_state(source, target, tokens)
-
-    def _asked(self, chunk: Chunk) -> list[int]:
-        """The probe's tokens behind a chunk: none for a sequence that keeps all it has."""
-        sequence = chunk.sequence
-        asked = not sequence.decoding and self._policy.evicts(len(sequence.prompt), sequence.max_tokens)
-        return self._probe if asked else []
 
     @torch.inference_mode()
     def rehearse(self, size: StepSize, sampled: int) -> None:
@@ -114,14 +140,14 @@ class ModelRunner:
         Args:
             sampled: rows of logits, of which as many are drawn from as a step ever draws together.
         """
-        device, tokens = self._model.device, size.max_num_batched_tokens
+        tokens = size.max_num_batched_tokens
         chunk = size.chunk_size + size.probe
         group, capacity = len(self._capacities) - 1, self._capacities[-1]
         evicts = self._policy.evicts(capacity, 1)
         start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
         self.pool.reset(group, 0)
         spots = [slice(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk)]
-        prompts = tuple(
+        prompts = [
             PromptChunk(
                 rows=rows,
                 group=group,
@@ -132,15 +158,10 @@ class ModelRunner:
                 probes=min(size.probe, rows.stop - rows.start - 1),
             )
             for rows in spots
-        )
-        every = torch.arange(tokens, device=device)
-        packed = PackedStep(
-            input_ids=(every % self._vocab).unsqueeze(0),
-            positions=(start + every % chunk).unsqueeze(0),
-            logits_at=torch.arange(sampled, device=device) % tokens,
-            decodes=(),
-            prompts=prompts,
-        )
+        ]
+        ids, positions = [i % self._vocab for i in range(tokens)], [start + i % chunk for i in range(tokens)]
+        wanted = [i % tokens for i in range(sampled)]
+        packed = self._packer.sent(ids, positions, wanted, [], prompts, self._next_ids)
         drawn = Row(SamplingParams(temperature=1.0), 0.5)
         logits = self._logits(packed, [Segment(tokens, start + chunk)])
         sample(logits, [drawn] * min(sampled, SAMPLER_ROWS) + [Row(SamplingParams())] * max(0, sampled - SAMPLER_ROWS))
@@ -163,79 +184,6 @@ class ModelRunner:
             if self._rope is not None:
                 self._rope.segments = ()
         return output.logits[0]  # type: ignore[no-any-return]
-
-    def _pack(self, step: Step) -> PackedStep:
-        """The step as tensors: decoding tokens by group and slot, then prompt chunks."""
-        ids: list[int] = []
-        positions: list[int] = []
-        logits_at: list[int] = []
-        prompts = []
-        for chunk in step.chunks:
-            rows = slice(len(ids), len(ids) + chunk.length)
-            sequence, stop = chunk.sequence, chunk.start + chunk.length
-            ids += sequence.token_ids(chunk.start, chunk.length)
-            positions += range(chunk.start, stop)
-            if chunk.samples:
-                logits_at.append(rows.stop - 1)
-            if sequence.decoding:
-                continue
-            asked = self._asked(chunk)
-            ids += asked
-            positions += [min(stop + i, self._max_length - 1) for i in range(len(asked))]
-            prompts.append(
-                PromptChunk(
-                    rows=slice(rows.start, rows.stop + len(asked)),
-                    group=sequence.home[0],
-                    slot=sequence.home[1],
-                    start=chunk.start,
-                    total=sequence.total,
-                    limit=sequence.rows_needed,
-                    probes=len(asked),
-                    spans=sequence.spans,
-                )
-            )
-        return PackedStep(
-            input_ids=self._tensor(ids).unsqueeze(0),
-            positions=self._tensor(positions).unsqueeze(0),
-            logits_at=self._tensor(logits_at),
-            decodes=self._decodes(step),
-            prompts=tuple(prompts),
-        )
-
-    def _decodes(self, step: Step) -> tuple[Decodes, ...]:
-        decoding = [chunk for chunk in step.chunks if chunk.sequence.decoding]
-        found, row = [], 0
-        for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.home[0]):
-            chunks = list(members)
-            starts = tuple(chunk.start for chunk in chunks)
-            sequences = [chunk.sequence for chunk in chunks]
-            limits = tuple(sequence.rows_needed for sequence in sequences)
-            found.append(
-                Decodes(
-                    rows=slice(row, row + len(chunks)),
-                    group=group,
-                    slots=self._tensor([sequence.home[1] for sequence in sequences]),
-                    positions=self._tensor(starts),
-                    seen=starts,
-                    totals=tuple(sequence.total for sequence in sequences),
-                    limits=limits,
-                    limited=self._tensor(limits) if self._policy.budget.share else None,
-                    spans=self._spans(sequences),
-                )
-            )
-            row += len(chunks)
-        return tuple(found)
-
-    def _spans(self, sequences: list[Sequence]) -> torch.Tensor | None:
-        """[B, N, 2], those of few filled up with empty ones; None if there are none."""
-        most = max(len(sequence.spans) for sequence in sequences)
-        if not most:
-            return None
-        padded = [[*s.spans, *[(0, 0)] * (most - len(s.spans))] for s in sequences]
-        return torch.tensor(padded, dtype=torch.long, device=self._model.device)
-
-    def _tensor(self, numbers: Seq[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.long, device=self._model.device)
 
 
 def _row(sequence: Sequence) -> Row:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bmx.engine.transfer import upload
 from bmx.planner import SAMPLER_ROWS
 from bmx.request import SamplingParams
 
+NO_TOKEN = -1
 COLDEST = 1e-6  # a temperature below this is greedy in all but name, and must not overflow
 
 
@@ -34,9 +36,14 @@ class Row:
     draw: float = 0.0
     seen: Sequence[int] = ()
 
+    @property
+    def changes(self) -> bool:
+        """Whether its token need not be the likeliest."""
+        return self.params.temperature > 0 or self.params.repetition_penalty != 1
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | None]:
-    """The next token of each row; None where its logits are not numbers.
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The next token of each row [N]; ``NO_TOKEN`` where its logits are not numbers.
 
     Plain greedy rows are decided on the model's own logits; only the others, a few at a time, are copied to float32.
 
@@ -44,19 +51,25 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | None]:
         logits: [N, V].
         rows: one per row of logits.
     """
-    best, ids = logits.max(dim=-1)
-    changed = [i for i, row in enumerate(rows) if row.params.temperature > 0 or row.params.repetition_penalty != 1]
+    ids = likeliest(logits)
+    changed = [i for i, row in enumerate(rows) if row.changes]
     for start in range(0, len(changed), SAMPLER_ROWS):
         block = changed[start : start + SAMPLER_ROWS]
-        at = torch.tensor(block, device=logits.device)
-        ids[at] = _choose(logits[at].float(), [rows[i] for i in block])
-    numbers = torch.isfinite(best).tolist()
-    return [token if ok else None for token, ok in zip(ids.tolist(), numbers, strict=True)]
+        at = upload(block, logits.device)
+        chosen = _choose(logits[at].float(), [rows[i] for i in block])
+        ids[at] = torch.where(ids[at] == NO_TOKEN, NO_TOKEN, chosen)
+    return ids
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The token of the greatest logit of each row [N, V] -> [N]; ``NO_TOKEN`` where that is no number."""
+    best, ids = logits.max(dim=-1)
+    return torch.where(torch.isfinite(best), ids, NO_TOKEN)
 
 
 def _penalise(logits: Tensor, row: Row) -> None:
     """Divide positive and multiply negative logits [V] of seen tokens by the penalty (CTRL, arXiv 1909.05858, 4.1)."""
-    seen = torch.tensor(sorted(set(row.seen)), device=logits.device)
+    seen = upload(sorted(set(row.seen)), logits.device)
     old, penalty = logits[seen], row.params.repetition_penalty
     logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
 
@@ -69,7 +82,7 @@ def _choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     ids = logits.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
-        at = torch.tensor(drawn, device=logits.device)
+        at = upload(drawn, logits.device)
         ids[at] = _draw(logits[at], [rows[i] for i in drawn])
     return ids
 
@@ -78,7 +91,7 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """One token per row of float32 logits [N, V], by inverting its cumulative distribution: [N] ids."""
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
+        return upload(values, logits.device, torch.float64).unsqueeze(1)
 
     vocab = logits.shape[-1]
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 
 from bmx.engine.sequence import Sequence
 from bmx.planner import SlotGroup, StepSize
@@ -22,16 +23,29 @@ class Chunk:
     length: int
 
     @property
-    def samples(self) -> bool:
-        """Whether the step must give this sequence its next token."""
-        return self.start + self.length == self.sequence.known
+    def decodes(self) -> bool:
+        """Whether these are tokens of the answer, each computed from the one before."""
+        return self.start >= len(self.sequence.prompt)
+
+    @property
+    def samples(self) -> int:
+        """Tokens of the answer that the step gives: one for each that decodes, one for a prompt's last."""
+        return self.length if self.decodes else int(self.start + self.length == len(self.sequence.prompt))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The chunks that run together: decoding sequences first, by slot; then prompts, in order of admission."""
+    """The chunks that run together: decoding sequences first, by slot; then prompts, in order of admission.
+
+    Where nothing else happens, sequences may decode several tokens, some of them fewer than others.
+    """
 
     chunks: tuple[Chunk, ...]
+
+    @property
+    def rounds(self) -> int:
+        """How often the model is run."""
+        return max(chunk.length if chunk.decodes else 1 for chunk in self.chunks)
 
     @property
     def tokens(self) -> int:
@@ -126,13 +140,18 @@ class Scheduler:
         self._running.append(sequence)
         return True
 
-    def schedule(self) -> Step | None:
+    def schedule(self, rounds: int = 1) -> Step | None:
         """The next step: every decoding sequence, then whole prompt chunks while they fit. None: nothing to do.
 
-        A sequence that waits for another's prefix lets those behind it pass.
+        A sequence that waits for another's prefix lets those behind it pass; one of whose answer all is promised has
+        nothing to do.
+
+        Args:
+            rounds: most tokens that sequences decode where there is no prompt to read.
         """
-        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.home)
-        chunks = [Chunk(s, s.computed, 1) for s in decodes]
+        decodes = sorted((s for s in self._running if s.decoding and s.left > 0), key=lambda s: s.home)
+        reading = any(not (s.decoding or s.waits) for s in self._running)
+        chunks = [Chunk(s, s.computed, 1 if reading else min(rounds, s.left)) for s in decodes]
         tokens = len(chunks)
         prompts = 0
         for sequence in self._running:
@@ -145,21 +164,29 @@ class Scheduler:
             tokens, prompts = tokens + length + self._probe, prompts + 1
         return Step(tuple(chunks)) if chunks else None
 
+    @staticmethod
+    def launched(step: Step) -> None:
+        """Go on from where a step will have come to, whose tokens are promised."""
+        for chunk in step.chunks:
+            chunk.sequence.computed = chunk.start + chunk.length
+            chunk.sequence.promised += chunk.samples
+
     def update(self, step: Step, tokens: Seq[int | None]) -> list[Sequence]:
-        """Write down what a step computed and free the slots of those that are done.
+        """Write down what a step gave that was launched before, and free the slots of those that are done.
+
+        What it gave to a sequence that has ended since is not looked at.
 
         Args:
-            tokens: the next token of each sampling chunk, in order; None where the logits were no numbers.
+            tokens: of each chunk that samples, in order; None where the logits were no numbers.
 
         Returns:
             The sequences that are finished, still knowing the slot they had.
         """
-        following = iter(tokens)
+        following, here = iter(tokens), set(map(id, self._running))
         for chunk in step.chunks:
-            samples = chunk.samples
-            chunk.sequence.computed = chunk.start + chunk.length
-            if samples:
-                chunk.sequence.accept(next(following))
+            for token in islice(following, chunk.samples):
+                if id(chunk.sequence) in here and not chunk.sequence.finish_reason:
+                    chunk.sequence.accept(token)
         finished = [s for s in self._running if s.finish_reason]
         self.drop(finished)
         return finished

@@ -40,7 +40,8 @@ class Sequence:
         truncated: prompt tokens that were cut out to make it fit.
         spans: positions from .. to that are never evicted.
         started: when it was given its slot, by the monotonic clock.
-        computed: tokens whose keys and values have been computed.
+        computed: tokens whose keys and values have been computed, or will be by what was launched.
+        promised: tokens of the answer that what was launched gives, and that have not been read yet.
         slot: (group, slot) while it has one.
         prefixes: parts of its prompt that others share, the shortest first.
         stops: places where a chunk must end, since a copy of its state is to be made.
@@ -57,6 +58,7 @@ class Sequence:
     spans: tuple[tuple[int, int], ...] = ()
     started: float | None = None
     computed: int = 0
+    promised: int = 0
     slot: tuple[int, int] | None = None
     prefixes: list[Prefix] = field(default_factory=list)
     stops: tuple[int, ...] = ()
@@ -73,7 +75,7 @@ class Sequence:
 
     def restart(self) -> None:
         """Begin again as if nothing had been computed: a row's answer does not depend on how often it was begun."""
-        self.computed, self.slot, self.answer, self._text = 0, None, [], None
+        self.computed, self.promised, self.slot, self.answer, self._text = 0, 0, None, [], None
         self.finish_reason, self.error, self.started = None, None, None
         self.prefixes, self.stops, self.waits = [], (), False
         self._detokenizer = Detokenizer(self.tokenizer) if self.params.stop else None
@@ -96,9 +98,9 @@ class Sequence:
         return self.slot
 
     @property
-    def known(self) -> int:
-        """Tokens known so far, prompt and answer."""
-        return len(self.prompt) + len(self.answer)
+    def left(self) -> int:
+        """Tokens that its answer may still get, those that are promised left out."""
+        return self.max_tokens - len(self.answer) - self.promised
 
     @property
     def total(self) -> int:
@@ -108,20 +110,18 @@ class Sequence:
     @property
     def forced(self) -> int | None:
         """The next token, where the request says what the answer is."""
-        told = self.request.forced
-        return told[len(self.answer)] if len(self.answer) < len(told) else None
+        told, place = self.request.forced, len(self.answer) + self.promised
+        return told[place] if place < len(told) else None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether its next token depends on more than the tokens that the device knows."""
+        return self.params.repetition_penalty != 1 or bool(self.request.forced)
 
     @property
     def decoding(self) -> bool:
         """Whether only the newest token is still to be computed."""
         return self.computed >= len(self.prompt)
-
-    def token_ids(self, start: int, length: int) -> list[int]:
-        """Known tokens start .. start + length."""
-        if start >= len(self.prompt):
-            start -= len(self.prompt)
-            return self.answer[start : start + length]
-        return self.prompt[start : start + length]
 
     def chunk_length(self, chunk_size: int) -> int:
         """Tokens of the next chunk: one while decoding, else up to the next of its chunk's ends, or of its stops.
@@ -144,6 +144,7 @@ class Sequence:
 
     def accept(self, token_id: int | None) -> None:
         """Take the next token of the answer and see whether it ends it; None means the model gave no number."""
+        self.promised -= 1
         if token_id is None:
             self.finish_reason, self.error = "error", "nan_logits"
             return
@@ -174,14 +175,15 @@ class Sequence:
         """
         ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self._ends()
         ids = self.answer[:-1] if ended else self.answer
-        kept = min(self.computed, budget)
+        seen = len(self.prompt) + len(self.answer) - 1  # nothing has read the last token
+        kept = min(seen, budget)
         return Result(
             id=self.request.id,
             text=decode(self.tokenizer, ids) if self._text is None else self._text,
             token_ids=tuple(self.answer),
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.answer)),
-            kv=KVUsage(budget=budget, kept=kept, evicted=self.computed - kept),
+            kv=KVUsage(budget=budget, kept=kept, evicted=seen - kept),
             truncated=self.truncated,
             clamped_to=self.max_tokens if self.max_tokens < self.params.max_tokens else None,
         )

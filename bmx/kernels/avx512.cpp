@@ -340,22 +340,22 @@ long bmx_compress(const Rows* views, bf16* keys, bf16* values, int32_t* position
 
 // A whole decoding step of a layer: each token takes the next empty row of its slot or the lowest-ranked one's, attends
 // to the slot, and what it attended to is added up. As bmx_attend_slots; k and v [batch][kv_heads][dim or breadth] and
-// q by strides (batch, head) in `views`; positions [slots][kv_heads][capacity]; now [batch], the tokens' positions;
-// limits [batch], rows that each may use, or null for all; mass as positions, faded by `old` before, or null where
-// nothing is added up; window 0 for none.
-long bmx_decode(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const int64_t* slots,
-                const int64_t* now, const int64_t* limits, long batch, long heads, long kv_heads, long capacity,
-                long dim, long breadth, float scale, float old, int count, Ranking ranking, const float* sinks, bf16* out, char* work, long size) {
+// q by strides (batch, head) in `views`; keys, values, positions and mass by row, a slot's head by head from row
+// `first` of it on, `capacity` of it each; now [batch], the tokens' positions; limits [batch], rows that each may use;
+// mass faded by `old` before, or null where nothing is added up; window 0 for none. No slot has more than `largest`.
+long bmx_decode(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const int64_t* first,
+                const int64_t* capacity, const int64_t* slots, const int64_t* now, const int64_t* limits, long batch,
+                long heads, long kv_heads, long largest, long dim, long breadth, float scale, float old, int count, Ranking ranking, const float* sinks, bf16* out, char* work, long size) {
     const Rows q = views[0], k = views[1], v = views[2];
     const long group = heads / kv_heads;
-    const size_t asked = Work::bytes<bf16>(group * dim), each = Slot::bytes(capacity, group) + asked;
+    const size_t asked = Work::bytes<bf16>(group * dim), each = Slot::bytes(largest, group) + asked;
     const long needed = static_cast<long>(each * omp_get_max_threads());
     if (size < needed) return needed;
 #pragma omp parallel for schedule(static, 1)
     for (long task = 0; task < batch * kv_heads; task++) {
         const long one = task / kv_heads, head = task % kv_heads;
-        const long place = (slots[one] * kv_heads + head) * capacity, most = limits ? limits[one] : capacity;
-        const long limit = std::min(most, capacity), position = now[one];
+        const long slot_rows = capacity[slots[one]], place = first[slots[one]] + head * slot_rows;
+        const long limit = std::min(static_cast<long>(limits[one]), slot_rows), position = now[one];
         int32_t* lies = positions + place;
         float* sum = mass ? mass + place : nullptr;
         const long row = position < limit ? position
@@ -373,8 +373,8 @@ long bmx_decode(const Rows* views, bf16* keys, bf16* values, int32_t* positions,
         slot.hidden = ranking.window ? flags : nullptr;
         const long after = task + omp_get_num_threads();  // the next task of this thread
         if (after < batch * kv_heads) {
-            const long there = (slots[after / kv_heads] * kv_heads + after % kv_heads) * capacity;
-            const long filled = std::min(now[after / kv_heads], capacity);
+            const long next = slots[after / kv_heads], there = first[next] + after % kv_heads * capacity[next];
+            const long filled = std::min(now[after / kv_heads], capacity[next]);
             slot.next = Stream{keys + there * dim, values + there * breadth, filled * dim, filled * breadth};
         }
         slot.sinks = sinks ? sinks + head * group : nullptr;

@@ -15,6 +15,7 @@ from torch import Tensor
 from bmx.kernels import build, cpu, reference
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import RANKS, Ranking
+from bmx.kernels.rows import Chunks, Rows
 
 WORD = 32  # bfloat16 numbers, or columns, that are taken together
 COLUMNS = 16
@@ -50,7 +51,7 @@ def _bind() -> Any:
         "bmx_linear": [pointer] * 2 + [ctypes.c_int] * 2 + [pointer] + [number] * 2,
         "bmx_attend_chunk": [pointer, *[number] * 6, real, pointer, pointer, pointer, number, pointer, pointer],
         "bmx_attend_slots": [pointer] * 4 + [number] * 6 + [real, pointer, number, number] + [pointer] * 3,
-        "bmx_decode": [pointer] * 8 + [number] * 6 + [real] * 2 + [ctypes.c_int, _Ranking] + [pointer] * 2,
+        "bmx_decode": [pointer] * 10 + [number] * 6 + [real] * 2 + [ctypes.c_int, _Ranking] + [pointer] * 2,
         "bmx_compress": [pointer] * 6 + [number] * 8 + [real, _Ranking],
     }
     for name, arguments in signatures.items():
@@ -219,17 +220,15 @@ def attend_slots(
     return output, mass
 
 
-def decode_slots(
+def decode(
+    output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    mass: Tensor | None,
+    rows: Rows,
     slots: Tensor,
     now: Tensor,
-    limits: Tensor | None,
+    limits: Tensor,
     *,
     scale: float,
     ranking: Ranking,
@@ -237,74 +236,106 @@ def decode_slots(
     count: bool,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor | None:
+) -> bool:
     """A whole decoding step of a layer, where ranking is as simple as this: in place of what policy and pool do.
 
     Each token takes the next empty row of its slot, or that of the lowest-ranked pair; then it attends to the slot,
     and what it attended to is added up.
 
     Args:
+        output: [B, H, E], to be filled.
         query: [B, H, D]; key [B, K, D]; value [B, K, E]: of the tokens.
-        keys: [S, K, C, D]; values [S, K, C, E]; positions [S, K, C] int32; mass [S, K, C] float32: of the slots.
-        slots: [B]; now [B], the tokens' positions; limits [B], rows that each may use, or None for all.
+        rows: of all slots.
+        slots: [B]; now [B], the tokens' positions; limits [B], rows that each may use.
         ranking: who goes first; old: what is left of earlier mass; count: whether to add to it.
-
-    Returns:
-        [B, H, E]; None, and nothing is done, where the C++ cannot take it.
-    """
-    vectors = (query, key, value, keys, values)
-    if softcap is not None or scale <= 0 or not all(map(_vectors, vectors)):
-        return None
-    batch, heads, dim = query.shape
-    _, kv_heads, capacity, breadth = values.shape
-    output = query.new_empty(batch, heads, breadth)
-    sinks = None if sinks is None else sinks.float()
-    views = (_Rows * 3)(*(_Rows(t.data_ptr(), t.stride(0), t.stride(1)) for t in vectors[:3]))
-    state = (_address(keys), _address(values), _address(positions), _address(mass))
-    told = (_address(slots), _address(now), _address(limits))
-    sizes = (batch, heads, kv_heads, capacity, dim, breadth)
-    manner = (scale, old, count, _told(ranking))
-    _call(_library.bmx_decode, views, *state, *told, *sizes, *manner, _address(sinks), _address(output))
-    return output
-
-
-def compress(
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    mass: Tensor | None,
-    sums: Tensor | None,
-    *,
-    used: int,
-    start: int,
-    limit: int,
-    ranking: Ranking,
-    old: float,
-) -> bool:
-    """What follows a chunk's attention, where ranking is as simple as this: in place of what policy and pool do.
-
-    What its queries saw is added up, and the best ``limit`` pairs stay in the slot, of which ``used`` rows are in use.
-
-    Args:
-        key: [T, K, D]; value [T, K, E]: of the chunk, whose first token is number ``start`` of its sequence.
-        keys: [K, C, D]; values [K, C, E]; positions [K, C] int32; mass [K, C] float32 or None: of the slot.
-        sums: [K, P + T] float32, as ``attend_chunk`` gives them, or None where nothing is added up.
-        ranking: who stays; old: what is left of earlier mass.
 
     Returns:
         Whether it was done; if not, nothing was: the C++ cannot take it.
     """
-    if not all(map(_vectors, (key, value, keys, values))):
+    vectors = (query, key, value, rows.keys, rows.values)
+    if softcap is not None or scale <= 0 or not all(map(_vectors, vectors)):
         return False
-    tokens, kv_heads, dim = key.shape
-    sums = None if sums is None else sums.contiguous()
-    views = (_Rows * 2)(*(_Rows(t.data_ptr(), t.stride(0), t.stride(1)) for t in (key, value)))
-    state = (_address(keys), _address(values), _address(positions), _address(mass), _address(sums))
-    sizes = (tokens, kv_heads, positions.shape[1], limit, used, start, dim, value.shape[-1])
-    _call(_library.bmx_compress, views, *state, *sizes, old, _told(ranking))
+    batch, heads, dim = query.shape
+    sinks = None if sinks is None else sinks.float()
+    views = (_Rows * 3)(*(_Rows(t.data_ptr(), t.stride(0), t.stride(1)) for t in vectors[:3]))
+    state = map(_address, (rows.keys, rows.values, rows.positions, rows.mass, rows.first, rows.capacity))
+    told = map(_address, (slots, now, limits))
+    sizes = (batch, heads, rows.kv_heads, rows.largest, dim, value.shape[-1])
+    manner = (scale, old, count, _told(ranking))
+    _call(_library.bmx_decode, views, *state, *told, *sizes, *manner, _address(sinks), _address(output))
     return True
+
+
+def read(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    chunks: Chunks,
+    *,
+    scale: float,
+    ranking: Ranking,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> bool:
+    """The prompt chunks' part of a layer, where ranking is as simple as this: in place of what policy and pool do.
+
+    Each chunk attends to its slot and to itself; what its queries saw is added up, and the best pairs stay.
+
+    Args:
+        output: [T, H, E], of which the chunks' tokens are filled.
+        query: [T, H, D]; key [T, K, D]; value [T, K, E]: of all packed tokens.
+        rows: of all slots.
+
+    Returns:
+        Whether it was done; if not, nothing was: the C++ cannot take it.
+    """
+    vectors = (query, key, value, rows.keys, rows.values)
+    if softcap is not None or scale <= 0 or not all(map(_vectors, vectors)):
+        return False
+    old = [1.0] * len(chunks.at) if chunks.old is None else chunks.old.tolist()
+    for n, (at, length) in enumerate(zip(chunks.at, chunks.lengths, strict=True)):
+        part = slice(at, at + length)
+        first, capacity = int(rows.first[chunks.slots[n]]), int(rows.capacity[chunks.slots[n]])
+        start, limit = chunks.starts[n], min(chunks.limits[n], capacity)
+        here, used = slice(first, first + rows.kv_heads * capacity), min(start, limit)
+        keys, values = (of[here].view(rows.kv_heads, capacity, -1) for of in (rows.keys, rows.values))
+        positions = rows.positions[here].view(rows.kv_heads, capacity)
+        counts = rows.mass is not None and chunks.totals[n] > limit
+        votes = _votes(chunks.votes, part, counts)
+        hidden = _out_of_window(positions[:, :used], start, length, ranking.window)
+        output[part], sums = attend_chunk(
+            query[part], key[part], value[part], keys[:, :used], values[:, :used],
+            scale=scale, sinks=sinks, hidden=hidden, votes=votes,
+        )  # fmt: skip
+        views = (_Rows * 2)(*(_Rows(t.data_ptr(), t.stride(0), t.stride(1)) for t in (key[part], value[part])))
+        state = (
+            keys,
+            values,
+            positions,
+            None if rows.mass is None else rows.mass[here],
+            None if sums is None else sums[0],
+        )
+        sizes = (length, rows.kv_heads, capacity, limit, used, start, key.shape[-1], value.shape[-1])
+        _call(_library.bmx_compress, views, *map(_address, state), *sizes, old[n], _told(ranking))
+    return True
+
+
+def _votes(votes: Tensor | None, part: slice, counts: bool) -> Tensor | None:
+    """The votes of one chunk [1, T]; None where they do not count."""
+    if not counts:
+        return None
+    return torch.ones(1, part.stop - part.start) if votes is None else votes[part].unsqueeze(0)
+
+
+def _out_of_window(positions: Tensor, start: int, tokens: int, window: int | None) -> Tensor | None:
+    """[K, T, P + T]: keys that a window hides from the chunk's queries; None if it hides nothing."""
+    if window is None or start + tokens <= window:
+        return None
+    own = torch.arange(start, start + tokens)
+    keys = torch.cat([positions, own.expand(len(positions), -1)], dim=1)  # [K, P+T]
+    return keys.unsqueeze(1) <= own.view(1, -1, 1) - window
 
 
 def _told(ranking: Ranking) -> _Ranking:

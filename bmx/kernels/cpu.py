@@ -18,7 +18,7 @@ from bmx.kernels.sizes import TILE
 
 attend_slots = reference.attend_slots
 product, rms_norm, rotate = reference.product, reference.rms_norm, reference.rotate
-decode_slots, compress = reference.decode_slots, reference.compress
+decode, read = reference.decode, reference.read
 
 
 def attend_chunk(

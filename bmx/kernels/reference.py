@@ -186,7 +186,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
-decode_slots = compress = None  # policy and pool do it, operator by operator
+decode = read = None  # policy and pool do it, operator by operator
 
 
 def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:

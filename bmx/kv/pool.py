@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from bmx.kv.formats import ByChannel, Store, allocate
+from bmx.kernels.rows import Rows
+from bmx.kv.formats import ByChannel, Plain, Store, allocate
 from bmx.kv.layout import KEY_GROUP, NOTES, KVLayout, LayerLayout
 
 EMPTY = -1
@@ -258,6 +260,62 @@ def _tensors(store: Store) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
+Parts = list[tuple[LayerLayout, int]]  # one layer's layout in each group, with the group's slots
+Tables = dict[tuple[object, ...], tuple[Tensor, Tensor]]  # where each slot begins, and its rows; layers share them
+
+
+def _allocate(
+    parts: Parts, dtype: torch.dtype, device: torch.device, tables: Tables
+) -> tuple[tuple[LayerSlots, ...], Rows | None]:
+    """One layer's slots in all groups; in one piece where they are ranked alike and stored as they are."""
+    alike = len({(part.notes, part.by_age) for part, _ in parts}) == 1
+    if alike and parts[0][0].format == "auto":
+        return _in_one_piece(parts, dtype, device, tables)
+    return tuple(LayerSlots.allocate(part, count, dtype, device) for part, count in parts), None
+
+
+def _in_one_piece(
+    parts: Parts, dtype: torch.dtype, device: torch.device, tables: Tables
+) -> tuple[tuple[LayerSlots, ...], Rows]:
+    """One layer's slots in all groups as views of the same tensors."""
+    layout, heads = parts[0][0], parts[0][0].kv_heads
+    sizes = [count * heads * part.capacity for part, count in parts]
+    total = sum(sizes)
+    keys, values = (torch.zeros(total, dim, dtype=dtype, device=device) for dim in (layout.key_dim, layout.value_dim))
+    positions = torch.full((total,), EMPTY, dtype=torch.int32, device=device)
+    notes = {name: torch.full((total,), NOTES[name], device=device) for name in layout.notes}
+    found = []
+    for (part, count), stop in zip(parts, accumulate(sizes), strict=True):
+        shape, rows = (count, heads, part.capacity), slice(stop - count * heads * part.capacity, stop)
+        found.append(
+            LayerSlots(
+                part,
+                Plain(keys[rows].view(*shape, -1)),
+                Plain(values[rows].view(*shape, -1)),
+                positions[rows].view(shape),
+                {name: note[rows].view(shape) for name, note in notes.items()},
+                None,
+            )
+        )
+    capacities = tuple(part.capacity for part, count in parts for _ in range(count))
+    if (heads, capacities) not in tables:
+        begin = list(accumulate((heads * rows for rows in capacities), initial=0))[:-1]
+        tables[heads, capacities] = (torch.tensor(begin, device=device), torch.tensor(capacities, device=device))
+    first, capacity = tables[heads, capacities]
+    one_piece = Rows(
+        keys=keys,
+        values=values,
+        positions=positions,
+        mass=notes.get("mass"),
+        first=first,
+        capacity=capacity,
+        kv_heads=heads,
+        largest=max(capacities),
+        smallest=min(capacities),
+    )
+    return tuple(found), one_piece
+
+
 class KVPool:
     """All slots of a run, in groups of equal capacity.
 
@@ -266,23 +324,26 @@ class KVPool:
         slots: how many slots each group has.
         dtype: of keys and values.
         device: where the tensors live.
+
+    Attributes:
+        groups: by group, each layer's slots.
+        before: slots of the groups before each; slot s of group g is number before[g] + s.
+        rows: by layer, the slots of all groups in one piece, where they are ranked alike and stored as they are.
     """
 
     def __init__(
         self, layouts: tuple[KVLayout, ...], slots: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.groups = tuple(
-            self._group(layout, count, dtype, device) for layout, count in zip(layouts, slots, strict=True)
-        )
-
-    @staticmethod
-    def _group(layout: KVLayout, slots: int, dtype: torch.dtype, device: torch.device) -> tuple[LayerSlots, ...]:
-        own = {
-            i: LayerSlots.allocate(layer, slots, dtype, device)
-            for i, layer in enumerate(layout.layers)
-            if layer.owner == i
-        }
-        return tuple(own[layer.owner] for layer in layout.layers)
+        self.before = tuple(accumulate(slots, initial=0))
+        own: dict[int, tuple[tuple[LayerSlots, ...], Rows | None]] = {}
+        tables: Tables = {}
+        for i, layer in enumerate(layouts[0].layers):
+            if layer.owner == i:
+                parts = [(layout.layers[i], count) for layout, count in zip(layouts, slots, strict=True)]
+                own[i] = _allocate(parts, dtype, device, tables)
+        owners = [layer.owner for layer in layouts[0].layers]
+        self.groups = tuple(tuple(own[owner][0][group] for owner in owners) for group in range(len(layouts)))
+        self.rows = tuple(own[owner][1] for owner in owners)
 
     def layer(self, group: int, layer: int) -> LayerSlots:
         """The rows that this layer reads, in this group."""
