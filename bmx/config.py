@@ -113,6 +113,7 @@ class EngineConfig:
     max_num_batched_tokens: Annotated[
         int | None, "most tokens in a step (one chunk of a prompt is taken all the same)", parse_count
     ] = None
+    enforce_eager: Annotated[bool, "on a GPU, launch every step anew instead of replaying CUDA graphs"] = False
     max_model_len: Annotated[int | None, "longest prompt and answer together (32k)", parse_count] = None
     prefix_reuse: Annotated[bool, "compute leading text that several prompts share only once"] = True
 

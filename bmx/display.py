@@ -228,6 +228,8 @@ class Display:
             slots, tokens = stats.shrunk_to[-1]
             times = len(stats.shrunk_to)
             self.note(f"memory ran out {times} times: went on with {slots} slots, {tokens} tokens a step")
+        if stats.eager:
+            self.note(f"decoding was not replayed from CUDA graphs, but launched step by step: {stats.eager}")
         self._failures(stats, places)
         if places.output:
             self.note(f"answers are in {places.output}")

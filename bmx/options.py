@@ -13,13 +13,14 @@ from math import ceil
 from bmx import hardware, kernels
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import CHUNK_SIZE, EngineConfig
+from bmx.device import Device
 from bmx.engine.forecast import Forecast, fastest, forecast
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.hardware import FreeMemory
 from bmx.model.foresee import tokenizer_bytes
 from bmx.model.loader import RUNTIME_BYTES, dtype_name
 from bmx.model.spec import ModelSpec
-from bmx.planner import Device, Length, Memory, Plan, SlotGroup, does_not_fit, limits, memory_needed, plan, step_sizes
+from bmx.planner import Length, Memory, Plan, SlotGroup, does_not_fit, limits, memory_needed, plan, step_sizes
 from bmx.rates import TYPICAL, Rates, card_named, card_rates, machine_rates
 
 BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # that are tried where the one asked for does not fit
@@ -199,7 +200,7 @@ class Question:
 def device_of(machine: Machine, spec: ModelSpec, config: EngineConfig) -> Device:
     """A machine as the closed form sees it, with what a process there is expected to hold beside the model."""
     tokenizer = tokenizer_bytes(config) if machine.kind == "cpu" else 0
-    return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + tokenizer, config.kv_format)
+    return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + tokenizer, config)
 
 
 def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Machine:

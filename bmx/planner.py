@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil
 
-from bmx import kernels
 from bmx.config import CHUNK_SIZE, EngineConfig
+from bmx.device import Device
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
-from bmx.kv.layout import FormatName, KVLayout
+from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
 
 MAX_GROUPS = 16
@@ -25,7 +25,6 @@ ROW_ALIGNMENT = 16
 MAX_CANDIDATES = 128
 FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
 BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
-SLACK = {"cpu": (40 * 10**6, 0.5), "cuda": (64 * 10**6, 0.02)}  # bytes, and share of activations: see benchmarks
 SPARE_SLOTS = 2  # most copies of text that prompts share
 WORTH_SLOTS = 0.75  # share of the slots that must be left beside them
 SAMPLER_ROWS = 16  # rows whose logits are sampled together
@@ -64,6 +63,7 @@ class Memory:
         logits: logits of a step, and what sampling takes beside them.
         kv: keys and values of all slots.
         scores: accumulated attention and positions of all slots.
+        graphs: what captured decoding keeps for itself on a GPU.
         slack: what allocators lose to rounding, and compiled kernels.
     """
 
@@ -73,6 +73,7 @@ class Memory:
     logits: int = 0
     kv: int = 0
     scores: int = 0
+    graphs: int = 0
     slack: int = 0
 
     @property
@@ -115,45 +116,6 @@ class StepSize:
     chunk_size: int
     max_num_batched_tokens: int
     probe: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """What the closed form must know of the place a run happens in.
-
-    Attributes:
-        kind: ``cpu`` or ``cuda``.
-        runtime: bytes that the process holds beside the model.
-        workspace: bytes of one layer's attention, from a chunk's tokens, the keys a query sees, and the slots.
-        slack: bytes lost in any case; ``share``: of activations and logits, lost besides.
-    """
-
-    kind: str
-    runtime: int
-    workspace: Callable[[int, int, int], int]
-    slack: int = 0
-    share: float = 0.02
-
-    @classmethod
-    def of(cls, kind: str, spec: ModelSpec, runtime: int, kv_format: FormatName = "auto") -> Device:
-        """A device of this kind with the kernels that would be chosen there."""
-        bytes_of = kernels.choose(kind).workspace_bytes
-        heads = max(layer.query_heads for layer in spec.layers)
-        head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
-
-        kv_heads = max(layer.kv_heads for layer in spec.layers)
-        unpacked = (
-            0 if kv_format == "auto" else 2 * kv_heads * head_dim * (spec.itemsize + 1)
-        )  # of a row, as it is read
-
-        def workspace(chunk: int, rows: int, slots: int) -> int:
-            sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}
-            return bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes) + slots * rows * unpacked
-
-        slack, share = SLACK[kind]
-        if kind == "cpu":
-            slack += spec.merged_bytes  # the pages of the file that they were copied from stay mapped
-        return cls(kind=kind, runtime=runtime, workspace=workspace, slack=slack, share=share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +214,7 @@ def memory_needed(
         logits=logits,
         kv=sum(one.kv_bytes * count for one, count in layouts),
         scores=sum(one.score_bytes * count for one, count in layouts),
+        graphs=device.captured(spec, slots, keys),
         slack=device.slack + int(device.share * (activations + logits)),
     )
 

@@ -42,6 +42,7 @@ class Stats:
     peak_active_slots: int = 0
     rehearsed: tuple[int, int] | None = None  # bytes of the largest step without slots: planned, measured
     shrunk_to: list[tuple[int, int]] = field(default_factory=list)  # after running out of memory: slots, step tokens
+    eager: str = ""  # why decoding could not be captured as CUDA graphs, if that was tried in vain
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -73,6 +74,10 @@ class Stats:
         elif code is not None:
             self.errors[code] += 1
             self.failed_now += 1
+
+    def note_eager(self, why: str) -> None:
+        """Remember why decoding could not be captured."""
+        self.eager = why
 
     @property
     def elapsed(self) -> float:

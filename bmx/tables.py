@@ -150,7 +150,7 @@ def memory_items(memory: Memory) -> tuple[tuple[str, int], ...]:
     return (
         ("runtime", memory.runtime),
         ("weights", memory.weights),
-        ("activations", memory.activations + memory.logits + memory.slack),
+        ("activations", memory.activations + memory.logits + memory.graphs + memory.slack),
         ("KV cache", memory.pool),
     )
 

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from bmx import rates as rates_module
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
+from bmx.device import Device
 from bmx.engine import forecast as forecast_module
 from bmx.engine.forecast import fastest, forecast
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.planner import Device, Length, Limits, SlotGroup, StepSize, plan
+from bmx.planner import Length, Limits, SlotGroup, StepSize, plan
 from bmx.rates import CARDS, Rates, card_named, card_rates, forget, machine_rates
 from bmx.request import Request, SamplingParams
 
@@ -545,7 +546,8 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.engine.forecast import forecast
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.planner import Device, Length, Limits, StepSize, plan
+from bmx.device import Device
+from bmx.planner import Length, Limits, StepSize, plan
 from bmx.rates import card_named, card_rates
 policy = CompressionPolicy.from_config(EngineConfig())
 layer = LayerSpec(query_heads=4, kv_heads=4, key_dim=64, value_dim=64, window=None, owner=0)

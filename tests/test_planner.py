@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
+from bmx.device import Device
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
 from bmx.kv.pool import KVPool
@@ -30,7 +31,6 @@ from bmx.planner import (
     MAX_GROUPS,
     MAX_SLOTS,
     ROW_ALIGNMENT,
-    Device,
     Length,
     Limits,
     SlotGroup,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bmx import EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.compress.policy import CompressionPolicy
+from bmx.device import Device
 from bmx.engine.fake import FakeEngine
 from bmx.engine.prefix import LEAST, UNIT, Prefixes, Reuse, common_tokens
 from bmx.engine.runner import ModelRunner
@@ -21,7 +22,7 @@ from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.notation import POLICIES
-from bmx.planner import Device, Length, Limits, SlotGroup, StepSize, plan
+from bmx.planner import Length, Limits, SlotGroup, StepSize, plan
 from bmx.signals import Stop
 
 DOCUMENT, OTHER, SYSTEM = random_prompts((150, 140, 66), seed=5)

@@ -28,6 +28,7 @@ FLOORS = (
     {"kv"},
     {"model"},
     {"compress"},
+    {"device"},
     {"planner"},
     {"engine"},
     {"options"},

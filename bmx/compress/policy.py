@@ -368,6 +368,13 @@ class CompressionPolicy:
                 note[slots] = note[slots] * old + seen
 
 
+def left_to_kernels(config: EngineConfig) -> bool:
+    """Whether kernels can do all that this configuration asks of them, in layers that share nothing."""
+    simple = isinstance(scorer_named(config.kv_policy), (AverageAttention, Mass, Newest, type(None)))
+    more = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
+    return simple and not more and config.kv_format == "auto"
+
+
 def _rows(scores: Tensor) -> Tensor:
     import torch
 

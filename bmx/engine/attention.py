@@ -18,10 +18,10 @@ from torch import Tensor
 from bmx.compress.policy import Arrived, CompressionPolicy, Decoding
 from bmx.compress.seen import Needs
 from bmx.engine.packed import Decodes, PackedStep, PromptChunk, Shared
-from bmx.engine.transfer import upload
 from bmx.kernels import Kernels
 from bmx.kernels.ranking import Ranking
 from bmx.kernels.rows import Rows
+from bmx.kernels.transfer import upload
 from bmx.kv.pool import KVPool, LayerSlots
 
 KEPT_VOTES = 64  # lengths of chunks whose votes are kept

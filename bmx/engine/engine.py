@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bmx import hardware, kernels
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import CHUNK_SIZE, EngineConfig, PromptConfig
+from bmx.device import Device
 from bmx.engine.forecast import fastest
 from bmx.engine.lengths import Ruler, max_length
 from bmx.engine.meter import MemoryMeter, bound_kernel_caches, device_errors, is_out_of_memory, release
@@ -25,7 +26,7 @@ from bmx.model.foresee import foresee
 from bmx.model.loader import RUNTIME_BYTES, LoadedModel, choose_device, find_source, load_model, load_tokenizer
 from bmx.model.spec import ModelSpec, sharing
 from bmx.model.text import PromptEncoder
-from bmx.planner import Device, Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
+from bmx.planner import Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
 from bmx.rates import TYPICAL, Rates, machine_rates
 from bmx.request import Request, Result
 from bmx.signals import Stop
@@ -111,7 +112,7 @@ class Engine:
         """
         lengths = list(lengths) or [Length(1, 1, 1)]
         kind = self.device_type
-        device = Device.of(kind, self.loaded.spec, self.loaded.runtime_bytes, self.config.kv_format)
+        device = Device.of(kind, self.loaded.spec, self.loaded.runtime_bytes, self.config)
         sizes = step_sizes(self.config, kind, lengths, len(self.probe))
         made = self._planned(lengths, self._limits(), device, sizes)
         measured = self._rehearse(made)
@@ -177,7 +178,7 @@ class Engine:
     def _shrunk(self, made: Plan) -> Plan | None:
         """A smaller plan, for when memory ran out under this one; None if there is none."""
         release()
-        device = Device.of(self.device_type, self.loaded.spec, self.loaded.runtime_bytes, self.config.kv_format)
+        device = Device.of(self.device_type, self.loaded.spec, self.loaded.runtime_bytes, self.config)
         return shrunk(made, self.loaded.spec, self._layout, device)
 
     def generate(
@@ -236,7 +237,8 @@ class Engine:
     def _runner(self, plan: Plan) -> AbstractContextManager[Runner]:
         from bmx.engine.runner import ModelRunner
 
-        return ModelRunner(self.loaded, self.policy, plan, self.kernels, self.probe, self.watch)
+        refused = None if self.config.enforce_eager else self.stats.note_eager
+        return ModelRunner(self.loaded, self.policy, plan, self.kernels, self.probe, self.watch, refused)
 
     def describe(self) -> dict[str, Any]:
         """What computes the answers, for the record."""
@@ -308,6 +310,6 @@ def check_memory(config: EngineConfig, foreseen: Callable[[str], ModelSpec]) -> 
     else:
         memory = hardware.free_host_memory()
     shortest = Length(1, 1, policy.rows_needed(1, 1))
-    device = Device.of(kind, spec, held or RUNTIME_BYTES[kind], config.kv_format)
+    device = Device.of(kind, spec, held or RUNTIME_BYTES[kind], config)
     step = step_sizes(config, kind, [shortest])[-1]
     plan(spec, partial(policy.layout, spec), limits(config, memory, held), [shortest], step, device)

@@ -24,7 +24,6 @@ from bmx.rates import Rates
 PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
 WORTH = 1.03  # times the slots that smaller steps must give to be looked at
 UNPACK_PASSES = 4  # times that what is stored in fewer bits is written or read in the activations' type
-BATCHED = 2.5  # times the bandwidth of single thin products that those of all slots together reach
 HALF = 2  # bytes of a number in the type that compiled kernels take
 INT8_SPEED = 1.9  # times as fast as in bfloat16 are products of bytes
 
@@ -41,6 +40,8 @@ class Pace:
         own_operators: share of the model's own operators that is left to it, in their number and their traffic.
         thin_bandwidth: times that of torch's thin products.
         all_slots: those that do not decode are looked at too, unless they are most of them.
+        slot_bandwidth: times that of single thin products, with which slots are read.
+        ahead: operators are started while others run, and where all slots decode, replayed.
     """
 
     score_passes: int
@@ -50,6 +51,8 @@ class Pace:
     own_operators: float = 1.0
     thin_bandwidth: float = 1.0
     all_slots: bool = True
+    slot_bandwidth: float = 2.5
+    ahead: bool = False
 
 
 PACES = {
@@ -63,6 +66,16 @@ PACES = {
         own_operators=0.4,
         thin_bandwidth=1.5,
         all_slots=False,
+    ),
+    "triton": Pace(
+        score_passes=0,
+        thin_product=2.0,
+        chunk_operators=0,
+        decode_operators=1,
+        own_operators=0.6,
+        all_slots=False,
+        slot_bandwidth=0.8,
+        ahead=True,
     ),
 }
 
@@ -272,13 +285,16 @@ class _Clock:
         touched = pace.own_operators * tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize
         groups = sum(count > 0 for count in step.decodes)
         started = pace.chunk_operators * len(step.chunks) + pace.decode_operators * groups
-        return (
+        starting = (pace.own_operators * spec.costs.operators + len(spec.layers) * started) * rates.operator_seconds
+        computing = (
             max(flops / rates.flops, read / rates.thin_bandwidth / pace.thin_bandwidth)
             + touched / rates.bandwidth
             + sum(map(self._prompt, step.chunks))
             + sum(self._decode(group, active) for group, active in enumerate(step.decodes) if active)
-            + (pace.own_operators * spec.costs.operators + len(spec.layers) * started) * rates.operator_seconds
         )
+        if pace.ahead:
+            return max(computing, starting if step.chunks else 0.0)
+        return computing + starting
 
     def _prompt(self, chunk: PlayedChunk) -> float:
         """Attention of a chunk to its slot and to itself."""
@@ -296,4 +312,4 @@ class _Clock:
         slots = self._plan.groups[group].slots
         touched = slots if 2 * active >= slots else 3 * active
         touched = touched if self._pace.all_slots else active
-        return touched * self._slot_bytes[group] / self._rates.thin_bandwidth / BATCHED
+        return touched * self._slot_bytes[group] / self._rates.thin_bandwidth / self._pace.slot_bandwidth

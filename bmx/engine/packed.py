@@ -17,8 +17,8 @@ from torch import Tensor
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
-from bmx.engine.transfer import upload
 from bmx.kernels.rows import Chunks
+from bmx.kernels.transfer import upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import SlotAttention
+from bmx.engine.graphs import ROUNDS, DecodeGraphs, DecodingRow, Rounds
 from bmx.engine.packed import PackedStep, Packer, PromptChunk
 from bmx.engine.sampler import NO_TOKEN, Row, sample
-from bmx.engine.scheduler import Step
+from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
-from bmx.engine.transfer import Download, upload
 from bmx.kernels import Kernels
+from bmx.kernels.transfer import Download, upload
 from bmx.kv.pool import KVPool
 from bmx.model.blocks import taken_over
 from bmx.model.loader import LoadedModel
@@ -52,9 +53,10 @@ class ModelRunner:
         kernels: how attention and linear layers are computed.
         probe: token ids that are asked after each chunk.
         watch: is shown the logits [V] of every token that is to be sampled.
+        refused: is told why decoding cannot be captured, where that shows; None if it shall not be.
 
     Attributes:
-        pool: the slots; ``kv_bytes`` of them.
+        policy: as given; ``pool``: the slots; ``kv_bytes`` of them.
         ahead, rounds: see ``Runner``.
     """
 
@@ -66,10 +68,11 @@ class ModelRunner:
         kernels: Kernels,
         probe: tuple[int, ...] = (),
         watch: Watch | None = None,
+        refused: Callable[[str], None] | None = None,
     ) -> None:
         self._model = loaded.model
         self._vocab = loaded.spec.vocab
-        self._policy = policy
+        self.policy = policy
         self._rope = loaded.rope
         self._max_length = loaded.spec.max_length
         slots = tuple(group.slots for group in (*plan.groups, *plan.spare))
@@ -77,7 +80,6 @@ class ModelRunner:
         self.kv_bytes = self.pool.nbytes
         like_a_gpu = self._model.device.type == "cuda" or kernels.name == "triton"
         self.ahead = int(like_a_gpu and watch is None)
-        self.rounds = 1
         self._watch = watch
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
@@ -89,7 +91,12 @@ class ModelRunner:
             max_length=self._max_length,
             device=self._model.device,
         )
-        self._next_ids = torch.zeros(sum(slots), dtype=torch.long, device=self._model.device)
+        self._next_ids = torch.zeros(sum(slots) + 1, dtype=torch.long, device=self._model.device)  # the last: nobody's
+        self._graphs = None
+        known = self._rope is None or self._rope.two_sets
+        if self.ahead and refused is not None and known and self._attention.alone and not policy.protects:
+            self._graphs = DecodeGraphs(self._round, self._next_ids, refused)
+        self.rounds = 1 if self._graphs is None else ROUNDS
         self._attached = ExitStack()
 
     def __enter__(self) -> ModelRunner:
@@ -101,14 +108,39 @@ class ModelRunner:
         self._attached.close()
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Tokens:
+    def run(self, step: Step) -> Tokens | Rounds:
         """Launch a step; nothing waits for the device until its tokens are read."""
+        if self._graphs is not None and all(chunk.decodes and not chunk.sequence.looks_back for chunk in step.chunks):
+            return self._graphs.decode([self._decoding_row(chunk) for chunk in step.chunks])
         for chunk in step.chunks:
             if chunk.start == 0:
                 self.pool.reset(*chunk.sequence.home)
         segments = [Segment(c.length + len(self._packer.asked(c)), c.sequence.total) for c in step.chunks]
         logits = self._logits(self._packer.packed(step, self._next_ids), segments)
         return self._sampled([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
+
+    def _decoding_row(self, chunk: Chunk) -> DecodingRow:
+        sequence = chunk.sequence
+        drawn = range(chunk.length) if sequence.params.temperature > 0 else ()
+        return DecodingRow(
+            slot=self._packer.number(sequence),
+            position=chunk.start,
+            limit=sequence.rows_needed,
+            tokens=chunk.length,
+            ends=sequence.last_ids,
+            long=self._rope is not None and self._rope.is_long(sequence.total),
+            draws=tuple(_row(sequence) for _ in drawn),
+        )
+
+    def _round(self, packed: PackedStep, long: Tensor) -> Tensor:
+        """Logits of decoding rows, of which some belong to long sequences."""
+        if self._rope is None:
+            return self._logits(packed, [])
+        self._rope.long = long.bool()
+        try:
+            return self._logits(packed, [])
+        finally:
+            self._rope.long = None
 
     def _sampled(self, sequences: list[Sequence], logits: Tensor) -> Tokens:
         """The next token of each sequence, of which the device takes note."""
@@ -143,7 +175,7 @@ class ModelRunner:
         tokens = size.max_num_batched_tokens
         chunk = size.chunk_size + size.probe
         group, capacity = len(self._capacities) - 1, self._capacities[-1]
-        evicts = self._policy.evicts(capacity, 1)
+        evicts = self.policy.evicts(capacity, 1)
         start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
         self.pool.reset(group, 0)
         spots = [slice(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bmx.engine.transfer import upload
+from bmx.kernels.transfer import upload
 from bmx.planner import SAMPLER_ROWS
 from bmx.request import SamplingParams
 
@@ -35,6 +35,11 @@ class Row:
     params: SamplingParams
     draw: float = 0.0
     seen: Sequence[int] = ()
+
+    @classmethod
+    def likeliest(cls) -> Row:
+        """A row whose token is the likeliest."""
+        return cls(SamplingParams())
 
     @property
     def changes(self) -> bool:

@@ -188,6 +188,11 @@ class Sequence:
             clamped_to=self.max_tokens if self.max_tokens < self.params.max_tokens else None,
         )
 
+    @property
+    def last_ids(self) -> tuple[int, ...]:
+        """Token ids that end its answer."""
+        return (*self.params.stop_token_ids, *(() if self.params.ignore_eos else sorted(self.end_token_ids)))
+
     def _ends(self) -> set[int]:
         return {*self.end_token_ids, *self.params.stop_token_ids}
 

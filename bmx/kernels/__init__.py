@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from bmx.errors import UsageError
@@ -25,10 +27,13 @@ class Kernels:
         """The functions that ``reference`` has, and explains; loads torch."""
         return import_module(f"bmx.kernels.{self.name}")
 
-    @property
-    def workspace_bytes(self) -> Callable[..., int]:
-        """What they hold beside their inputs, from sizes alone."""
-        return WORKSPACE[self.name]
+    def workspace_bytes(self, alone: bool) -> Callable[..., int]:
+        """What they hold beside their inputs, from sizes alone.
+
+        Args:
+            alone: whether they are left to do all; otherwise, on a GPU, plain torch decodes.
+        """
+        return WORKSPACE[self.name if alone or self.name != "triton" else "reference"]
 
 
 def choose(device_type: str) -> Kernels:
@@ -41,7 +46,9 @@ def choose(device_type: str) -> Kernels:
         UsageError: ``BMX_KERNELS`` names kernels that there are not.
     """
     forced = os.environ.get("BMX_KERNELS", "")
-    names = ("reference", "cpu", "avx512") if device_type == "cpu" else ("reference",)
+    names = ("reference", "cpu", "avx512") if device_type == "cpu" else ("reference", "triton")
+    if device_type == "cpu" and interpreted():
+        names = (*names, "triton")
     if forced and forced not in names:
         raise UsageError(f"BMX_KERNELS cannot be {forced!r}", hint=f"here it takes {' or '.join(names)}")
     missing = build.library() if device_type == "cpu" and forced in ("", "avx512") else ""
@@ -49,8 +56,22 @@ def choose(device_type: str) -> Kernels:
         raise UsageError(f"there are no compiled kernels: {missing}", hint="leave out BMX_KERNELS")
     if forced:
         return Kernels(forced, f"BMX_KERNELS={forced}")
+    if device_type == "cuda":
+        lacking = _lacks_triton()
+        return Kernels("reference", f"plain torch: {lacking}") if lacking else Kernels("triton", "compiled for the GPU")
     if device_type == "cpu" and isinstance(missing, str):
         return Kernels("cpu", f"tiled for a CPU; no compiled kernels: {missing}")
-    if device_type == "cpu":
-        return Kernels("avx512", "compiled for this processor: bfloat16; other types are tiled for a CPU")
-    return Kernels("reference", f"plain torch: no kernels of its own for {device_type} yet")
+    return Kernels("avx512", "compiled for this processor: bfloat16; other types are tiled for a CPU")
+
+
+def interpreted() -> bool:
+    """Whether what is written for GPUs is interpreted here: slow, and good for tests alone."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _lacks_triton() -> str:
+    """Why there is no Triton for the GPU of this process, or nothing; a GPU elsewhere is expected to have it."""
+    if sys.platform != "linux":
+        return f"Triton has no packages for {sys.platform}"
+    here = "torch" in sys.modules and sys.modules["torch"].version.cuda
+    return "Triton is not installed (pip install triton)" if here and find_spec("triton") is None else ""

@@ -19,6 +19,8 @@ from bmx.kernels.rows import Chunks, Rows
 
 WORD = 32  # bfloat16 numbers, or columns, that are taken together
 COLUMNS = 16
+TAKES = (torch.bfloat16,)
+gate = reference.gate
 
 
 class _Rows(ctypes.Structure):

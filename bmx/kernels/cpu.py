@@ -17,7 +17,8 @@ from bmx.kernels import reference
 from bmx.kernels.sizes import TILE
 
 attend_slots = reference.attend_slots
-product, rms_norm, rotate = reference.product, reference.rms_norm, reference.rotate
+TAKES = reference.TAKES
+product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
 decode, read = reference.decode, reference.read
 
 

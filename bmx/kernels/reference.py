@@ -149,7 +149,7 @@ def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor
 
     def computed(x: Tensor) -> list[Tensor]:
         found = [_linear(x, layer) for layer in layers]
-        return [torch.nn.functional.silu(found[0]) * found[1]] if gated else found
+        return [gate(*found)] if gated else found
 
     return computed
 
@@ -174,6 +174,11 @@ def _linear(x: Tensor, layer: Linear) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], len(layer.weight))
 
 
+def gate(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) times up, both [..., I]."""
+    return torch.nn.functional.silu(gate) * up
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [..., I] over the root of its mean square, computed in float32 and rounded, times weight [I]."""
     wide = x.float()
@@ -186,6 +191,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
+TAKES: tuple[torch.dtype, ...] = ()  # types of models whose parts are better computed here than by the model itself
 decode = read = None  # policy and pool do it, operator by operator
 
 

@@ -24,7 +24,8 @@ class Rows:
         mass: [R] float32, attention received, or None where nothing is added up.
         first: [S] int64; capacity [S] int64.
         kv_heads: K.
-        largest: rows of a head in the largest slot; ``smallest`` in the smallest, or 0 where that is not known.
+        sizes: the capacities again, on the host.
+        largest: the greatest of them.
     """
 
     keys: Tensor
@@ -34,8 +35,8 @@ class Rows:
     first: Tensor
     capacity: Tensor
     kv_heads: int
+    sizes: tuple[int, ...]
     largest: int
-    smallest: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

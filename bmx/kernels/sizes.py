@@ -29,5 +29,10 @@ def _decode(heads: int, rows: int, slots: int, head_dim: int, itemsize: int) -> 
     return slots * heads * rows * (itemsize + 5 * 4) + slots // 2 * 2 * heads * rows * head_dim * itemsize
 
 
+def triton(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
+    """Raw scores of the decoding tokens; of a prompt chunk, sums and what survives of it."""
+    return max(4 * slots * heads * rows, heads * chunk * (3 * 4 + head_dim * itemsize))
+
+
 # What the compiled kernels do not take is tiled; for the rest they hold less.
-WORKSPACE: dict[str, Callable[..., int]] = {"reference": reference, "cpu": cpu, "avx512": cpu}
+WORKSPACE: dict[str, Callable[..., int]] = {"reference": reference, "cpu": cpu, "avx512": cpu, "triton": triton}

@@ -38,6 +38,15 @@ class Store(Protocol):
         """Put vectors [..., D] at an index of [S, K, C]."""
         ...
 
+    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:
+        """Put other vectors in the place of some of a slot's first rows, without asking which on the host.
+
+        Args:
+            going: [K, R] bool, rows that are replaced.
+            chosen: [K, R], by which of the vectors [T, K, D].
+        """
+        ...
+
     def clear(self, slot: int) -> None:
         """Make all vectors of a slot zero."""
         ...
@@ -61,6 +70,10 @@ class Plain:
     def write(self, index: Any, vectors: Tensor) -> None:
         """As they are."""
         self.vectors[index] = vectors
+
+    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:
+        """As they are."""
+        _replace(self.vectors[slot], going, chosen, vectors)
 
     def clear(self, slot: int) -> None:
         """Zeros."""
@@ -95,6 +108,11 @@ class PerVector:
     def write(self, index: Any, vectors: Tensor) -> None:
         """Their codes."""
         self.codes[index], self.scale[index] = encode(self.format, vectors)
+
+    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:
+        """By their codes."""
+        for mine, new in zip((self.codes, self.scale), encode(self.format, vectors), strict=True):
+            _replace(mine[slot], going, chosen, new)
 
     def clear(self, slot: int) -> None:
         """Without scale there is nothing."""
@@ -136,9 +154,27 @@ class ByChannel:
         self.codes[index] = _packed(numbers, self.format)
         self.scale[index] = torch.stack([scale, low], dim=-1).squeeze(-3)
 
+    def write_some(self, index: Any, vectors: Tensor, wanted: Tensor) -> None:
+        """The same, of the groups that are wanted [B] among those at an index of B slots."""
+        codes, scale, some = self.codes[index], self.scale[index], wanted.view(-1, 1, 1, 1)
+        self.write(index, vectors)
+        self.codes[index] = torch.where(some, self.codes[index], codes)
+        self.scale[index] = torch.where(some, self.scale[index], scale)
+
+    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
+        """Never asked for: what is stored by channel is not evicted."""
+        raise RuntimeError("groups of rows cannot be replaced row by row")
+
     def clear(self, slot: int) -> None:
         """Without scale there is nothing."""
         self.codes[slot], self.scale[slot] = 0, 0.0
+
+
+def _replace(there: Tensor, going: Tensor, chosen: Tensor, new: Tensor) -> None:
+    """Rows of there [K, C, D] that are going [K, R] become those of new [T, K, D] that are chosen [K, R]."""
+    heads = torch.arange(len(going), device=going.device).unsqueeze(1)
+    mine = there[:, : going.shape[1]]
+    mine.copy_(torch.where(going.unsqueeze(-1), new[chosen, heads], mine))
 
 
 def allocate(

@@ -141,10 +141,8 @@ class LayerSlots:
         if not isinstance(self.keys, ByChannel):
             self.keys.write(at, key)
             return
-        ends = positions % KEY_GROUP == KEY_GROUP - 1
-        full, group = slots[ends], positions[ends] // KEY_GROUP
-        if len(full):
-            self.keys.write((full.unsqueeze(1), heads, group.unsqueeze(1)), self._near.keys[full])
+        ends, group = positions % KEY_GROUP == KEY_GROUP - 1, positions // KEY_GROUP
+        self.keys.write_some((slots.unsqueeze(1), heads, group.unsqueeze(1)), self._near.keys[slots], ends)
 
     def append(
         self, slot: int, used: int, key: Tensor, value: Tensor, positions: Tensor, notes: Mapping[str, Tensor]
@@ -191,14 +189,17 @@ class LayerSlots:
             key: [T, K, D]; value [T, K, E]; positions [T]; notes by name [K, T].
         """
         tokens = len(positions)
-        head, row = (~keep[:, :-tokens]).nonzero(as_tuple=True)
-        _, token = keep[:, -tokens:].nonzero(as_tuple=True)  # as many per head, in the same order
-        at = (slot, head, row)
-        self.keys.write(at, key[token, head])
-        self.values.write(at, value[token, head])
-        self.positions[at] = positions[token].to(torch.int32)
+        going = ~keep[:, :-tokens]
+        coming = keep[:, -tokens:].byte().argsort(dim=1, descending=True, stable=True)  # those that stay come first
+        chosen = coming.gather(1, (going.cumsum(1) - 1).clamp(0, tokens - 1))  # as many per head, in the same order
+        self.keys.replace(slot, going, chosen, key)
+        self.values.replace(slot, going, chosen, value)
+        rows = going.shape[1]
+        lies = self.positions[slot, :, :rows]
+        lies.copy_(torch.where(going, positions[chosen].to(torch.int32), lies))
         for name, note in self.notes.items():
-            note[at] = notes[name][head, token]
+            mine = note[slot, :, :rows]
+            mine.copy_(torch.where(going, notes[name].gather(1, chosen), mine))
         self._copy_newest(slot, key, value, positions)
 
     def _copy_newest(self, slot: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
@@ -311,7 +312,7 @@ def _in_one_piece(
         capacity=capacity,
         kv_heads=heads,
         largest=max(capacities),
-        smallest=min(capacities),
+        sizes=capacities,
     )
     return tuple(found), one_piece
 

@@ -20,6 +20,7 @@ from bmx.kernels.linear import Linear
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
+MERGED = ("gate_up_proj", "down_proj")
 ROTARY = "apply_rotary_pos_emb"  # what transformers' models call it
 CLOSE = 2**-7  # of the largest number, which bfloat16 rounds to within 2^-9
 
@@ -62,25 +63,26 @@ def quantise(model: Any) -> int:
 
 @contextmanager
 def taken_over(model: Any, kernels: Kernels) -> Iterator[None]:
-    """Have these kernels compute what they can of a model in bfloat16, for as long as the body runs."""
+    """Have these kernels compute what they can of a model, for as long as the body runs."""
     chosen = kernels.module
     with ExitStack() as undone:
-        if chosen.product is not reference.product and model.dtype == torch.bfloat16:
+        if model.dtype in chosen.TAKES:
             _take_over(model, chosen, undone)
         yield
 
 
 @torch.inference_mode()
 def _take_over(model: Any, chosen: Any, undone: ExitStack) -> None:
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
     for module in model.modules():
-        for part, forward in _replacements(module, chosen):
+        for part, forward in _replacements(module, chosen, like):
             if "forward" not in vars(part):  # taken over with others before
                 part.forward = forward
                 undone.callback(delattr, part, "forward")
-    _take_rotary(model, chosen, undone)
+    _take_rotary(model, chosen, like, undone)
 
 
-def _replacements(module: Any, chosen: Any) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+def _replacements(module: Any, chosen: Any, like: Tensor) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """How the kernels compute a module, or parts of it, where they can and it gave the same numbers."""
     parts = dict(module.named_children())
     own = {name for name, _ in module.named_parameters(recurse=False)}
@@ -96,9 +98,13 @@ def _replacements(module: Any, chosen: Any) -> list[tuple[nn.Module, Callable[..
         gate, up, down = (_seen(parts[name]) for name in GATED)
         made = _gated_mlp(chosen.product((gate, up), gated=True), _first(chosen.product((down,))))
         width = gate.weight.shape[1]
+    elif all(_is_linear(parts.get(name)) for name in MERGED) and not own:
+        both, down = (_seen(parts[name]) for name in MERGED)
+        made = _merged_mlp(_first(chosen.product((both,))), chosen.gate, _first(chosen.product((down,))))
+        width = both.weight.shape[1]
     else:
         return []
-    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(like)
     return [(module, made)] if _same(lambda: module(x), lambda: made(x)) else []
 
 
@@ -121,6 +127,12 @@ def _gated_mlp(product: Callable[[Tensor], list[Tensor]], down: Callable[[Tensor
     return lambda x: down(product(x)[0])
 
 
+def _merged_mlp(
+    both: Callable[[Tensor], Tensor], gate: Callable[[Tensor, Tensor], Tensor], down: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    return lambda x: down(gate(*both(x).chunk(2, dim=-1)))
+
+
 def _together(modules: list[Any], chosen: Any) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """Queries, keys and values of the same input in one product: whoever is asked first computes for the others too."""
     product = chosen.product(tuple(map(_seen, modules)))
@@ -138,7 +150,7 @@ def _together(modules: list[Any], chosen: Any) -> list[tuple[nn.Module, Callable
     return [(module, partial(forward, number)) for number, module in enumerate(modules)]
 
 
-def _take_rotary(model: Any, chosen: Any, undone: ExitStack) -> None:
+def _take_rotary(model: Any, chosen: Any, like: Tensor, undone: ExitStack) -> None:
     """Replace the function by which a model's code turns queries and keys, in the code's own module."""
     for code in {sys.modules[type(module).__module__] for module in model.modules()}:
         before = getattr(code, ROTARY, None)
@@ -146,7 +158,7 @@ def _take_rotary(model: Any, chosen: Any, undone: ExitStack) -> None:
             continue
         turned = partial(_rotary, chosen, before)
         random = torch.Generator().manual_seed(0)
-        q, k, cos, sin = (torch.randn(*shape, generator=random).to(torch.bfloat16) for shape in _ROTARY_SHAPES)
+        q, k, cos, sin = (torch.randn(*shape, generator=random).to(like) for shape in _ROTARY_SHAPES)
         if _same(lambda: torch.cat(before(q, k, cos, sin), 1), lambda: torch.cat(turned(q, k, cos, sin), 1)):  # noqa: B023
             setattr(code, ROTARY, turned)
             undone.callback(setattr, code, ROTARY, before)
@@ -159,7 +171,8 @@ def _rotary(
     chosen: Any, before: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *told: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
     whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1]
-    if told or named or not whole or {t.dtype for t in (q, k, cos, sin)} != {torch.bfloat16}:
+    alike = len({t.dtype for t in (q, k, cos, sin)}) == 1 and q.dtype in chosen.TAKES
+    if told or named or not (whole and alike):
         return before(q, k, cos, sin, *told, **named)  # type: ignore[no-any-return]
     return chosen.rotate(q, cos, sin), chosen.rotate(k, cos, sin)
 
@@ -167,7 +180,9 @@ def _rotary(
 def _same(before: Callable[[], Tensor], now: Callable[[], Tensor]) -> bool:
     """Whether two ways to compute give the same numbers but for rounding; no, if one of them cannot."""
     try:
-        wanted, made = before().float(), now().float()
+        wanted, made = before(), now()
     except (TypeError, RuntimeError, AttributeError, ValueError):
         return False
-    return wanted.shape == made.shape and bool((wanted - made).abs().max() <= CLOSE * wanted.abs().max())
+    if (wanted.shape, wanted.dtype) != (made.shape, made.dtype):
+        return False
+    return bool((wanted.float() - made.float()).abs().max() <= CLOSE * wanted.float().abs().max())

@@ -35,6 +35,7 @@ class SequenceRope(nn.Module):
         super().__init__()
         self.original = original
         self.segments: Sequence[Segment] = ()
+        self.long: Tensor | None = None  # [T], instead of segments: which tokens are of long sequences
         self._frequencies: dict[int, tuple[Tensor, float]] = {}
         self._compute: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(type(original).forward)
 
@@ -42,6 +43,10 @@ class SequenceRope(nn.Module):
         """cos and sin [1, T, D'] for positions [1, T], in the order of ``segments``."""
         import torch
 
+        if self.long is not None:
+            limit, chosen = _trained_length(self.original.config), self.long.view(1, -1, 1)
+            short, long = (self._rotate(x, position_ids, length) for length in (limit, limit + 1))
+            return torch.where(chosen, long[0], short[0]), torch.where(chosen, long[1], short[1])
         if not self.segments:
             return self._rotate(x, position_ids, 0)
         parts, start = [], 0
@@ -50,6 +55,15 @@ class SequenceRope(nn.Module):
             start += segment.tokens
         cos, sin = zip(*parts, strict=True)
         return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
+
+    @property
+    def two_sets(self) -> bool:
+        """Whether there are but two sets of frequencies, for short and for long sequences."""
+        return "dynamic" not in self.original.rope_type
+
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence of this final length has the second of two sets."""
+        return length > _trained_length(self.original.config)
 
     def _rotate(self, x: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         self.original.inv_freq, self.original.attention_scaling = self._of_length(length, x.device)

@@ -1,0 +1,174 @@
+"""With the kernels that GPUs run, interpreted where there is none: the same answers, alone, in company, or drawn.
+
+What single kernels compute is tested beside this, in ``test_triton_read`` and ``test_triton_slots``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, words
+from families import FAMILIES, tiny_model
+from test_exactness import LONGROPE
+from test_kernels import normal
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton was imported to compile, and there is no GPU", allow_module_level=True)
+
+from aot import built
+
+from bmx import Request, SamplingParams, kernels
+from bmx.kernels import reference, triton, triton_parts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CROWDED = {"chunk_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 40}
+TIGHT = {"kv_budget": 20, "kv_sink": 2, "kv_recent": 5, **CROWDED}
+PROMPTS = random_prompts((5, 30, 17, 9))
+LONG = random_prompts((40, 11, 33))
+
+
+@pytest.fixture(autouse=True)
+def chosen(cpu_kernels):
+    cpu_kernels("triton")
+
+
+def engine_of(family, **told):
+    return tiny_engine(tiny_model(family).to(DEVICE), **told)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "mistral", "gpt_oss", "deepseek_v3"])
+def test_same_greedy_tokens_as_generate(family):
+    engine = engine_of(family, kv_policy="none", **CROWDED)
+    assert answers(engine, as_requests(PROMPTS, max_tokens=6)) == reference_answers(tiny_model(family), PROMPTS, 6)
+    assert engine.kernels.name == "triton"
+    assert engine.stats.eager == ""
+
+
+@pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova", "streaming", "keydiff", "window"])
+def test_the_same_tokens_survive_as_in_plain_torch(policy, cpu_kernels):
+    requests = as_requests(LONG, max_tokens=10)
+    found = answers(engine_of("llama", kv_policy=policy, **TIGHT), requests)
+    cpu_kernels("reference")
+    assert found == answers(tiny_engine("llama", kv_policy=policy, **TIGHT), requests)
+
+
+def test_a_window_that_some_slots_hold_and_others_do_not(cpu_kernels):
+    """Its layer evicts by age in the one and by attention in the others."""
+    model = tiny_model("mistral")
+    model.config.sliding_window = 18
+    requests = as_requests(LONG, max_tokens=6)
+    found = answers(tiny_engine(model.to(DEVICE), **TIGHT | {"max_num_seqs": 4}), requests)
+    cpu_kernels("reference")
+    assert found == answers(tiny_engine(model.to("cpu"), **TIGHT | {"max_num_seqs": 4}), requests)
+
+
+def drawn(temperature, seed=None, **told):
+    params = SamplingParams(max_tokens=7, temperature=temperature, **told)
+    return [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(LONG + PROMPTS[:2])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_alone_is_the_row_in_a_batch_and_draws_what_it_draws_elsewhere(temperature, cpu_kernels):
+    """Tokens are read late, several at a time, in any company; on a CPU one by one."""
+    requests = drawn(temperature)
+    together = answers(engine_of("llama", **TIGHT), requests)
+    alone = {}
+    engine = engine_of("llama", **TIGHT)
+    for request in requests[:2]:
+        alone |= answers(engine, [request])
+    assert alone.items() <= together.items()
+    cpu_kernels("cpu")
+    assert answers(tiny_engine("llama", **TIGHT), requests) == together
+
+
+def test_greedy_and_drawn_rows_and_penalties_share_steps(cpu_kernels):
+    requests = [*drawn(0.0)[:2], *drawn(0.8)[2:4], *drawn(0.0, repetition_penalty=1.4)[4:]]
+    assert len({request.id for request in requests}) == len(requests)
+    found = answers(engine_of("llama", **TIGHT), requests)
+    cpu_kernels("cpu")
+    assert found == answers(tiny_engine("llama", **TIGHT), requests)
+
+
+def test_answers_that_end_early_end_there():
+    """The device knows ends, of which it is told eight; the host sees to the ninth."""
+    free = reference_answers(tiny_model("llama"), PROMPTS, 12)
+    never = [token for token in range(100, 140) if all(token not in found for found in free.values())][:8]
+    for ends in ((free["1"][4],), (*never, free["1"][4])):
+        params = SamplingParams(max_tokens=12, stop_token_ids=ends)
+        requests = [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(PROMPTS)]
+        expected = {
+            name: found[: next((i + 1 for i, token in enumerate(found) if token in ends), 12)]
+            for name, found in free.items()
+        }
+        assert answers(engine_of("llama", kv_policy="none", **CROWDED), requests) == expected
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of the interpreter's
+def test_a_row_of_broken_numbers_is_an_error_and_leaves_nothing_behind():
+    poisoned, healthy = random_prompts((20, 8))
+    model = tiny_model("llama")
+    expected = reference_answers(model, [healthy], 6)["0"]
+    poison = next(token for token in poisoned if token > 5 and token not in {*healthy, *expected})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = float("nan")
+    engine = tiny_engine(model.to(DEVICE), kv_policy="none", chunk_size=16, max_num_seqs=1)
+    results = {r.id: r for r in engine.generate(as_requests([poisoned, healthy], max_tokens=6))}
+    assert results["0"].error.code == "nan_logits"
+    assert results["1"].token_ids == expected
+
+
+def test_two_sets_of_frequencies_in_the_same_round(monkeypatch, cpu_kernels):
+    config = FAMILIES["phi3"]()
+    config.update(LONGROPE)
+    monkeypatch.setitem(FAMILIES, "phi3", lambda: config)
+    requests = as_requests(random_prompts((10, 60, 28)), max_tokens=6)
+    found = answers(engine_of("phi3", kv_policy="none", **CROWDED), requests)
+    cpu_kernels("cpu")
+    assert found == answers(tiny_engine("phi3", kv_policy="none", **CROWDED), requests)
+
+
+def test_launched_anew_each_time_the_answers_are_the_same():
+    requests = as_requests(LONG, max_tokens=5)
+    assert answers(engine_of("llama", enforce_eager=True, **TIGHT), requests) == answers(
+        engine_of("llama", **TIGHT), requests
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 96), (1, 2048), (4, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_gates_and_rotations_are_those_of_plain_torch(shape, dtype):
+    close = {"atol": 2e-6, "rtol": 2e-6} if dtype == torch.float32 else {"atol": 4e-3, "rtol": 4e-3}
+    x, other = (normal(*shape, seed=seed, dtype=dtype).to(DEVICE) for seed in (1, 2))
+    weight = normal(shape[-1], seed=3, dtype=dtype).to(DEVICE)
+    torch.testing.assert_close(triton_parts.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), **close)
+    torch.testing.assert_close(triton_parts.gate(x, other), reference.gate(x, other), **close)
+    halves = torch.cat([x, other], dim=-1).chunk(2, dim=-1)
+    torch.testing.assert_close(triton_parts.gate(*halves), reference.gate(*halves), **close)
+    heads = normal(1, 5, 3, shape[-1], seed=4, dtype=dtype).to(DEVICE).transpose(1, 2)
+    cos, sin = (normal(1, 5, shape[-1], seed=seed, dtype=dtype).to(DEVICE) for seed in (5, 6))
+    turned = triton_parts.rotate(heads, cos, sin)
+    torch.testing.assert_close(turned, reference.rotate(heads, cos, sin), **close)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_a_model_whose_parts_are_taken_over_answers_as_before(family, monkeypatch):
+    monkeypatch.setattr(triton, "TAKES", (torch.float32,))
+    expected = reference_answers(tiny_model(family), PROMPTS[:1], 2)
+    assert answers(engine_of(family, kv_policy="none"), as_requests(PROMPTS[:1], max_tokens=2)) == expected
+
+
+def test_small_parts_compile_without_spills():
+    found = [one for dim in (64, 96, 128) for one in built("bmx.kernels.triton_parts", dim)]
+    assert {one.arch for one in found} == {80, 90}
+    assert [one for one in found if one.spills] == []
+
+
+def test_a_gpu_gets_them_and_a_cpu_does_not(monkeypatch):
+    monkeypatch.delenv("BMX_KERNELS")
+    assert kernels.choose("cuda").name == "triton"
+    assert kernels.choose("cpu").name != "triton"
+    monkeypatch.setenv("BMX_KERNELS", "reference")
+    assert kernels.choose("cuda").name == "reference"

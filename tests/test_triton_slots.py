@@ -1,0 +1,572 @@
+"""Triton's decoding step and choice of survivors do what the rules say, written here as loops in float64."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import aot
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+triton_decode = pytest.importorskip("bmx.kernels.triton_decode")
+triton_keep = pytest.importorskip("bmx.kernels.triton_keep")
+
+from bmx.compress.policy import Arrived, CompressionPolicy, Decoding
+from bmx.config import EngineConfig
+from bmx.kernels import reference
+from bmx.kernels.ranking import Ranking
+from bmx.kernels.rows import Chunks, Rows
+from bmx.kv.layout import LayerLayout
+from bmx.kv.pool import LayerSlots
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F32, F16 = torch.float32, torch.float16
+NEAR = {F32: {"atol": 2e-5, "rtol": 2e-5}, F16: {"atol": 4e-3, "rtol": 4e-3}}
+CAPACITIES = (40, 24, 56, 33)
+INFINITY = float("inf")
+
+
+def normal(*shape, seed=0, dtype=F32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def strided(tokens, heads, dim, seed, dtype):
+    """[tokens, heads, dim] as models give it: heads apart, and no two tokens side by side."""
+    return normal(1, heads, tokens, dim, seed=seed, dtype=dtype)[0].transpose(0, 1)
+
+
+def ranked(by="average", sink=2, recent=3, window=None):
+    return Ranking(by=by, sink=sink, recent=recent, window=window)
+
+
+def make_rows(seen, limits, *, kv_heads=2, dim=16, breadth=16, dtype=F32, mass=True, capacities=CAPACITIES, seed=0):
+    """Slots of these capacities in any order; slot s has seen so many tokens, of which any limits[s] are left."""
+    order = list(range(len(capacities)))[::-1]
+    first, total = [0] * len(order), 5  # rows that are no slot's come before and after
+    for slot in order:
+        first[slot] = total
+        total += kv_heads * capacities[slot] + 3
+    positions = torch.full((total,), -1, dtype=torch.int32)
+    random = torch.Generator().manual_seed(seed)
+    for slot, (tokens, limit) in enumerate(zip(seen, limits, strict=True)):
+        for head in range(kv_heads):
+            count = min(tokens, limit, capacities[slot])
+            left = torch.randperm(tokens, generator=random)[:count] if tokens > count else torch.arange(count)
+            begin = first[slot] + head * capacities[slot]
+            positions[begin : begin + count] = left.int()
+    received = (torch.rand(total, generator=random) + 0.01) * (positions >= 0)
+    return Rows(
+        keys=normal(total, dim, seed=seed + 1, dtype=dtype),
+        values=normal(total, breadth, seed=seed + 2, dtype=dtype),
+        positions=positions.to(DEVICE),
+        mass=received.to(DEVICE) if mass else None,
+        first=torch.tensor(first, device=DEVICE),
+        capacity=torch.tensor(capacities, device=DEVICE),
+        kv_heads=kv_heads,
+        largest=max(capacities),
+        sizes=tuple(capacities),
+    )
+
+
+def copied(rows, device=DEVICE):
+    parts = ("keys", "values", "positions", "mass", "first", "capacity")
+    found = {name: getattr(rows, name) for name in parts}
+    return replace(rows, **{name: None if t is None else t.to(device, copy=True) for name, t in found.items()})
+
+
+def assert_same_rows(found, expected, **tolerance):
+    """The same bits, but where arithmetic of another kind gives the mass."""
+    for name in ("keys", "values", "positions"):
+        one, other = getattr(found, name).cpu(), getattr(expected, name).cpu()
+        assert torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0)), name
+    if found.mass is None:
+        return
+    if tolerance:
+        torch.testing.assert_close(found.mass.cpu(), expected.mass.cpu(), **tolerance)
+    else:
+        assert torch.equal(found.mass.cpu(), expected.mass.cpu())
+
+
+def score(position, mass, now, ranking):
+    """What one pair is worth: the rules, one by one; float32, as scores are."""
+    value = mass
+    if ranking.by == "age":
+        value = float(position)
+    if ranking.by == "average":
+        queries = max(now - position, 1)
+        queries = queries if ranking.window is None else min(queries, ranking.window)
+        value = float(torch.tensor(mass, dtype=F32) / torch.tensor(queries, dtype=F32))
+    if position < ranking.sink or position >= now - ranking.recent:
+        value = INFINITY
+    if math.isnan(value) or position < 0:
+        return -INFINITY
+    if ranking.window is not None and position <= now - ranking.window:
+        return -INFINITY
+    return value
+
+
+def true_decode(query, key, value, rows, slots, now, limits, *, scale, ranking, old, count, softcap=None, sinks=None):
+    """Output [B, H, E] float64; ``rows``, on the CPU, become what they should."""
+    query, key, value = (t.cpu() for t in (query, key, value))
+    batch, heads, _ = query.shape
+    group = heads // rows.kv_heads
+    output = torch.zeros(batch, heads, value.shape[-1], dtype=torch.float64)
+    for one, slot in enumerate(slots):
+        if slot < 0:
+            continue
+        capacity, at = int(rows.capacity[slot]), now[one]
+        limit = min(limits[one], capacity)
+        for head in range(rows.kv_heads):
+            begin = int(rows.first[slot]) + head * capacity
+            row = at
+            if at >= limit:
+                mass = [0.0] * limit if rows.mass is None else rows.mass[begin : begin + limit].tolist()
+                positions = rows.positions[begin : begin + limit].tolist()
+                worth = [score(p, m, at, ranking) for p, m in zip(positions, mass, strict=True)]
+                row = worth.index(min(worth))
+            rows.keys[begin + row], rows.values[begin + row] = key[one, head], value[one, head]
+            rows.positions[begin + row] = at
+            if rows.mass is not None:
+                rows.mass[begin + row] = 0.0
+            used = slice(begin, begin + min(at + 1, limit))
+            hidden = rows.positions[used] <= at - (ranking.window or 10**9)
+            seen = torch.zeros(used.stop - begin, dtype=torch.float64)
+            for which in range(head * group, (head + 1) * group):
+                logits = rows.keys[used].double() @ query[one, which].double() * scale
+                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                logits = logits.masked_fill(hidden, -INFINITY)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[which].cpu().double().view(1)])
+                weights = torch.softmax(logits, 0)[: len(seen)]
+                output[one, which] = weights @ rows.values[used].double()
+                seen += weights / group
+            if count and rows.mass is not None:
+                rows.mass[used] = (rows.mass[used].double() * old + seen).float()
+    return output
+
+
+def decode(query, key, value, rows, slots, now, limits, **manner):
+    """The kernel's output and rows; what is given stays as it is."""
+    rows = copied(rows)
+    output = torch.full((*query.shape[:2], value.shape[-1]), float("nan"), dtype=query.dtype, device=DEVICE)
+    told = (torch.tensor(numbers, device=DEVICE) for numbers in (slots, now, limits))
+    triton_decode.decode(output, query, key, value, rows, *told, **manner)
+    return output, rows
+
+
+def tokens_of(batch, *, group=2, kv_heads=2, dim=16, breadth=16, dtype=F32, seed=10):
+    """query, key, value of decoding tokens."""
+    shapes = ((kv_heads * group, dim), (kv_heads, dim), (kv_heads, breadth))
+    return [strided(batch, *shape, seed + i, dtype) for i, shape in enumerate(shapes)]
+
+
+SLOTS, NOW, LIMITS = [2, -1, 0, 3, 1], [90, 7, 40, 17, 60], [56, 9, 36, 33, 99]  # the last may use all of its 24
+PLAIN = {"scale": 0.3, "ranking": ranked(), "old": 1.0, "count": True}
+
+
+def seen_by_slots(slots=SLOTS, now=NOW, limits=LIMITS):
+    """Tokens and rows by slot."""
+    found = {slot: (tokens, limit) for slot, tokens, limit in zip(slots, now, limits, strict=True) if slot >= 0}
+    return zip(*(found.get(slot, (0, 1)) for slot in range(len(CAPACITIES))), strict=True)
+
+
+def assert_decodes(tokens, rows, slots=SLOTS, now=NOW, limits=LIMITS, **manner):
+    dtype = tokens[0].dtype
+    output, found = decode(*tokens, rows, slots, now, limits, **manner)
+    expected = copied(rows, "cpu")
+    answer = true_decode(*tokens, expected, slots, now, limits, **manner)
+    torch.testing.assert_close(output.cpu().double(), answer, **NEAR[dtype])
+    assert_same_rows(found, expected, **NEAR[dtype])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "manner"),
+    [
+        ({"group": 1}, {"ranking": ranked("age")}),
+        ({"group": 1, "dim": 96, "breadth": 64}, {"ranking": ranked("mass"), "old": 0.5}),
+        ({"group": 3, "kv_heads": 1, "dim": 8, "breadth": 24}, {"ranking": ranked("average"), "old": 0.9}),
+        ({"group": 4}, {"ranking": ranked("average", window=25), "softcap": 0.8}),
+        ({"group": 4}, {"ranking": ranked("mass", window=30, sink=0), "sinks": True}),
+        ({"group": 3}, {"ranking": ranked("age", window=12, sink=0, recent=0), "sinks": True, "softcap": 2.0}),
+        ({"group": 2}, {"ranking": ranked("mass", sink=8, recent=9), "count": False}),
+        ({"group": 2}, {"ranking": ranked("average", sink=0, recent=0), "old": 0.0}),
+        ({"group": 17, "kv_heads": 1}, {"ranking": ranked("mass")}),
+    ],
+)
+def test_a_decoding_step_is_what_float64_says(shape, manner, dtype):
+    """Slots not full, just full, long full; limits below the capacity; a row that is idle."""
+    manner = {**PLAIN, **manner}
+    tokens = tokens_of(5, dtype=dtype, **shape)
+    if "sinks" in manner:
+        manner["sinks"] = normal(tokens[0].shape[1], seed=5)
+    of_slots = {name: size for name, size in shape.items() if name != "group"}
+    found = assert_decodes(tokens, make_rows(*seen_by_slots(), dtype=dtype, **of_slots), **manner)
+    assert found.mass.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_what_is_not_added_up_is_not_asked_for(window):
+    rows = make_rows(*seen_by_slots(), mass=False)
+    assert_decodes(tokens_of(5), rows, **{**PLAIN, "ranking": ranked("age", window=window)})
+
+
+@pytest.mark.parametrize("by", ["age", "mass", "average"])
+def test_step_after_step_each_slot_gives_up_what_the_rules_say(by):
+    """From before the first eviction until everything but the first tokens has gone."""
+    slots, limits, manner = [3, 1], [8, 10], {**PLAIN, "ranking": ranked(by), "old": 0.8}
+    rows = make_rows([0, 7, 0, 6], [1, 10, 1, 8])
+    for step in range(9):
+        rows = assert_decodes(tokens_of(2, seed=step), rows, slots, [6 + step, 7 + step], limits, **manner)
+    begin = int(rows.first[3])
+    left = sorted(rows.positions[begin : begin + 8].tolist())
+    assert left[:2] == [0, 1]
+    assert left[-3:] == [12, 13, 14]
+    assert left == [0, 1, 9, 10, 11, 12, 13, 14] or by != "age"
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 0), (2, 2)])
+def test_the_first_tokens_of_all_are_no_exception(batch, tokens):
+    rows = make_rows([tokens] * 4, [30] * 4)
+    slots, now = list(range(batch)), [tokens] * batch
+    assert_decodes(tokens_of(batch), rows, slots, now, [30] * batch, **PLAIN)
+
+
+def one_full_slot(**kinds):
+    """Slot 1's 24 rows, full after 50 tokens, and a token for it."""
+    rows = make_rows([0, 50, 0, 0], [1, 24, 1, 1], **kinds)
+    begin = int(rows.first[1])
+    return rows, [slice(begin, begin + 24), slice(begin + 24, begin + 48)]
+
+
+def row_given_up(rows, heads, by="mass", **protected):
+    found = assert_decodes(tokens_of(1), rows, [1], [50], [24], **{**PLAIN, "ranking": ranked(by, **protected)})
+    return [found.positions[rows_of_head].tolist().index(50) for rows_of_head in heads]
+
+
+@pytest.mark.parametrize("by", ["mass", "average"])
+def test_of_equals_the_first_goes(by):
+    rows, heads = one_full_slot()
+    rows.mass[heads[0]], rows.mass[heads[1]] = 0.0, 1.0
+    rows.mass[heads[1]][[5, 21]] = 0.25
+    rows.positions[heads[1]] = torch.arange(20, 44, dtype=torch.int32)
+    rows.positions[heads[1]][21] = rows.positions[heads[1]][5]
+    assert row_given_up(rows, heads, by, sink=0, recent=0) == [0, 5]
+
+
+def test_where_all_are_protected_the_first_goes():
+    rows, heads = one_full_slot()
+    assert row_given_up(rows, heads, recent=50) == [0, 0]
+
+
+def test_what_no_query_can_see_and_what_is_no_number_goes_first():
+    rows, heads = one_full_slot()
+    rows.positions[heads[0]] = torch.arange(26, 50, dtype=torch.int32).flip(0)
+    rows.positions[heads[1]] = torch.arange(27, 51, dtype=torch.int32)
+    rows.mass[heads[1]][7] = float("nan")
+    rows.mass[heads[1]][9] = 0.0
+    assert row_given_up(rows, heads, sink=0, recent=0, window=24) == [23, 7]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), INFINITY])
+def test_what_was_in_the_row_given_up_is_gone(broken):
+    rows, heads = one_full_slot()
+    for rows_of_head in heads:
+        rows.mass[rows_of_head][11] = -1.0
+        rows.keys[rows_of_head][11] = rows.values[rows_of_head][11] = broken
+    rows.keys[heads[0].stop - 24 - 1] = broken  # before the slot
+    assert row_given_up(rows, heads, sink=0, recent=0) == [11, 11]
+
+
+@pytest.mark.parametrize("level", [-300.0, 300.0])
+def test_large_sinks_and_large_scores_do_not_overflow(level):
+    rows, _ = one_full_slot()
+    manner = {**PLAIN, "sinks": torch.full((4,), level, device=DEVICE)}
+    assert_decodes(tokens_of(1), rows, [1], [50], [24], **manner)
+    query, key, value = tokens_of(1)
+    output, found = decode(200 * query, key, value, rows, [1], [50], [24], **PLAIN)
+    assert output.isfinite().all()
+    assert found.mass.isfinite().all()
+
+
+def test_a_token_alone_and_again_is_the_token_in_company_to_the_last_bit():
+    tokens, rows = tokens_of(5, group=3), make_rows(*seen_by_slots())
+    output, found = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
+    again, found_again = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
+    assert torch.equal(output, again)
+    assert_same_rows(found, found_again)
+    for one, slot in enumerate(SLOTS):
+        alone = [t[one : one + 1] for t in tokens]
+        answer, rows_alone = decode(*alone, rows, [slot], NOW[one : one + 1], LIMITS[one : one + 1], **PLAIN)
+        assert torch.equal(answer[0], output[one])
+        begin = slice(int(rows.first[slot]), int(rows.first[slot]) + 2 * CAPACITIES[slot])
+        if slot >= 0:
+            assert torch.equal(rows_alone.mass[begin], found.mass[begin])
+            assert torch.equal(rows_alone.positions[begin], found.positions[begin])
+
+
+def test_idle_rows_and_no_rows_touch_nothing():
+    rows = make_rows(*seen_by_slots())
+    output, found = decode(*tokens_of(2), rows, [-1, -1], [3, 400], [5, 5], **PLAIN)
+    assert not output.any()
+    assert_same_rows(found, rows)
+    output, found = decode(*tokens_of(0), rows, [], [], [], **PLAIN)
+    assert output.shape == (0, 4, 16)
+    assert_same_rows(found, rows)
+
+
+# (start, tokens, limit) of a chunk for each slot: of capacities 40, 24, 56, 33
+FITTING = [(0, 30, 40), (20, 4, 99), (0, 1, 1), (5, 28, 33)]
+MIXED = [(0, 30, 40), (20, 17, 99), (80, 30, 50), (40, 1, 30)]
+EVICTING = [(0, 61, 37), (24, 1, 24), (56, 70, 56), (7, 33, 20)]
+
+
+def make_chunks(wanted, slots=(0, 1, 2, 3), ahead=3):
+    """Chunks of these slots, packed in this order behind some rows of others; and how many rows are packed."""
+    starts, lengths, limits = zip(*wanted, strict=True)
+    at = [ahead + sum(lengths[:n]) for n in range(len(lengths))]
+    totals = [start + length + 9 for start, length in zip(starts, lengths, strict=True)]
+    numbers = (at, lengths, slots, starts, limits, totals)
+    table = torch.tensor(numbers, device=DEVICE)
+    names = ("at", "lengths", "slots", "starts", "limits", "totals")
+    return Chunks(**{name: tuple(of) for name, of in zip(names, numbers, strict=True)}, table=table), ahead + sum(
+        lengths
+    ) + 2
+
+
+def true_keep(key, value, rows, chunks, sums, ranking):
+    """``rows``, on the CPU, become what they should."""
+    key, value, sums = (None if t is None else t.cpu() for t in (key, value, sums))
+    told = (chunks.at, chunks.lengths, chunks.slots, chunks.starts, chunks.limits)
+    for at, tokens, slot, start, most in zip(*told, strict=True):
+        capacity = int(rows.capacity[slot])
+        limit = min(most, capacity)
+        used = min(start, limit)
+        for head in range(rows.kv_heads):
+            begin = int(rows.first[slot]) + head * capacity
+            positions = rows.positions[begin : begin + used].tolist() + list(range(start, start + tokens))
+            own = [0.0] * tokens if sums is None else sums[head, at : at + tokens].tolist()
+            mass = ([0.0] * used if rows.mass is None else rows.mass[begin : begin + used].tolist()) + own
+            worth = [score(p, m, start + tokens, ranking) for p, m in zip(positions, mass, strict=True)]
+            best = sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:limit]
+            if used + tokens <= limit:
+                assert len(best) == used + tokens
+            free = [row for row in range(limit) if row >= used or row not in best]
+            for row, i in zip(free, sorted(i for i in best if i >= used), strict=False):
+                rows.keys[begin + row] = key[at + i - used, head]
+                rows.values[begin + row] = value[at + i - used, head]
+                rows.positions[begin + row] = positions[i]
+                if rows.mass is not None:
+                    rows.mass[begin + row] = mass[i]
+
+
+def assert_keeps(rows, chunks, packed, sums, ranking, dtype=F32, seed=3):
+    dims = rows.keys.shape[-1], rows.values.shape[-1]
+    key, value = (strided(packed, rows.kv_heads, dim, seed + i, dtype) for i, dim in enumerate(dims))
+    found, expected = copied(rows), copied(rows, "cpu")
+    assert triton_keep.keep(key, value, found, chunks, sums, ranking=ranking)
+    true_keep(key, value, expected, chunks, sums, ranking)
+    assert_same_rows(found, expected)
+    return found
+
+
+def slots_before(wanted, **kinds):
+    """Slots as they are before such chunks."""
+    return make_rows([start for start, _, _ in wanted], [limit for _, _, limit in wanted], **kinds)
+
+
+@pytest.mark.parametrize("wanted", [FITTING, MIXED, EVICTING], ids=["fitting", "mixed", "evicting"])
+@pytest.mark.parametrize(
+    "ranking",
+    [
+        ranked("age"),
+        ranked("mass"),
+        ranked("average"),
+        ranked("average", sink=0, recent=0, window=26),
+        ranked("mass", sink=5, recent=12, window=40),
+        ranked("age", sink=0, recent=0, window=12),
+    ],
+    ids=str,
+)
+def test_survivors_are_those_of_the_rules(wanted, ranking):
+    chunks, packed = make_chunks(wanted)
+    rows = slots_before(wanted)
+    found = assert_keeps(rows, chunks, packed, uniform(2, packed, seed=8), ranking)
+    assert not torch.equal(found.positions, rows.positions)
+
+
+@pytest.mark.parametrize("wanted", [FITTING, MIXED], ids=["fitting", "mixed"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+def test_vectors_of_any_size_move_whole(wanted, dtype):
+    chunks, packed = make_chunks(wanted)
+    rows = slots_before(wanted, dtype=dtype, dim=96, breadth=20, kv_heads=3)
+    assert_keeps(rows, chunks, packed, uniform(3, packed), ranked(), dtype)
+
+
+@pytest.mark.parametrize("wanted", [FITTING, EVICTING], ids=["fitting", "evicting"])
+@pytest.mark.parametrize("mass", [False, True])
+def test_without_sums_tokens_begin_at_zero(wanted, mass):
+    chunks, packed = make_chunks(wanted)
+    assert_keeps(slots_before(wanted, mass=mass), chunks, packed, None, ranked("age"))
+    if mass:
+        assert_keeps(slots_before(wanted, mass=mass), chunks, packed, None, ranked("mass"))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_of_equals_the_first_stay_rows_before_tokens(levels):
+    """Among so few values of mass that thresholds fall on many; zeros of either sign are one value."""
+    chunks, packed = make_chunks(MIXED)
+    rows = slots_before(MIXED)
+    values = torch.tensor([0.0, 0.5, 1e30], device=DEVICE)
+    rows.mass.copy_(values[(uniform(len(rows.mass)) * levels).long()])
+    sums = values[(uniform(2, packed, seed=1) * levels).long()]
+    sums = torch.where((uniform(2, packed, seed=2) < 0.5) & (sums == 0), -sums, sums)
+    assert_keeps(rows, chunks, packed, sums, ranked("mass"))
+
+
+@pytest.mark.parametrize("rich", ["slot", "chunk"])
+def test_nothing_of_a_chunk_or_everything_may_stay(rich):
+    wanted = [(50, 24, 99), (90, 40, 24)]
+    chunks, packed = make_chunks(wanted, slots=(1, 0))
+    rows = make_rows([90, 50, 0, 0], [24, 24, 1, 1])
+    sums = uniform(2, packed) + 1
+    rows.mass[int(rows.first[1]) :][:24] = 5.0 if rich == "slot" else 0.0
+    rows.mass[int(rows.first[0]) :][:24] = 5.0 if rich == "slot" else 0.0
+    found = assert_keeps(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
+    stay = found.positions[int(rows.first[1]) :][:24] < 50
+    assert stay.all() if rich == "slot" else not stay.any()
+
+
+def test_negative_and_broken_scores_are_ranked_too():
+    """Minus that stays as large as it is, and what is no number comes last."""
+    chunks, packed = make_chunks(MIXED)
+    rows = slots_before(MIXED)
+    rows.mass.mul_(normal(len(rows.mass)))
+    sums = normal(2, packed, seed=1)
+    rows.mass[int(rows.first[2]) + 3], sums[0, 40], sums[1, 41] = INFINITY, float("nan"), -INFINITY
+    assert_keeps(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
+
+
+def test_a_chunk_alone_and_again_is_the_chunk_in_company_to_the_last_bit():
+    chunks, packed = make_chunks(MIXED)
+    rows, sums = slots_before(MIXED), uniform(2, packed)
+    found = assert_keeps(rows, chunks, packed, sums, ranked())
+    assert_same_rows(found, assert_keeps(rows, chunks, packed, sums, ranked()))
+    together = copied(rows)
+    for one in range(4):
+        names = ("at", "lengths", "slots", "starts", "limits", "totals")
+        part = {name: getattr(chunks, name)[one : one + 1] for name in names}
+        alone = Chunks(**part, table=chunks.table[:, one : one + 1].contiguous())
+        together = assert_keeps(together, alone, packed, sums, ranked())
+    assert_same_rows(together, found)
+
+
+def test_too_many_rows_to_choose_from_are_left_to_others_but_not_to_append_to():
+    wanted, capacities = [(2, 40, 40)], (30000, 40)
+    chunks, packed = make_chunks(wanted, slots=(1,))
+    rows = make_rows([0, 2], [1, 40], capacities=capacities, dim=4, breadth=4, kv_heads=1)
+    same = copied(rows)
+    operands = [normal(packed, 1, 4, seed=i) for i in range(2)]
+    assert not triton_keep.keep(*operands, same, chunks, uniform(1, packed), ranking=ranked())
+    assert_same_rows(same, rows)
+    chunks, packed = make_chunks([(2, 38, 40)], slots=(1,))
+    assert_keeps(rows, chunks, packed, uniform(1, packed), ranked())
+
+
+def test_no_chunks_are_no_work():
+    rows = make_rows(*seen_by_slots())
+    chunks = Chunks(
+        at=(), lengths=(), slots=(), starts=(), limits=(), totals=(), table=torch.empty(6, 0, dtype=torch.int64)
+    )
+    assert triton_keep.keep(*tokens_of(0)[1:], copied(rows), chunks, None, ranking=ranked())
+
+
+def twin_of(rows, slots, ranking):
+    """The policy and the pool's slots that hold what these rows of one capacity hold."""
+    name = {"age": "streaming", "mass": "h2o", "average": "average-attention"}[ranking.by]
+    config = EngineConfig(kv_policy=name, kv_budget=24, kv_sink=ranking.sink, kv_recent=ranking.recent)
+    policy = CompressionPolicy.from_config(config)
+    layout = LayerLayout(
+        capacity=24, kv_heads=2, key_dim=16, value_dim=16, itemsize=4, window=ranking.window, owner=0, last_reader=0,
+        by_age=ranking.by == "age", notes=() if ranking.by == "age" else ("mass",),
+    )  # fmt: skip
+    part = LayerSlots.allocate(layout, slots, F32, torch.device(DEVICE))
+    for slot in range(slots):
+        begin = int(rows.first[slot])
+        there = slice(begin, begin + 48)
+        part.keys.vectors[slot] = rows.keys[there].view(2, 24, 16)
+        part.values.vectors[slot] = rows.values[there].view(2, 24, 16)
+        part.positions[slot] = rows.positions[there].view(2, 24)
+        for note in part.notes.values():
+            note[slot] = rows.mass[there].view(2, 24)
+    return policy, part
+
+
+def assert_is_twin(rows, part, tolerance):
+    for slot in range(part.slots):
+        begin = int(rows.first[slot])
+        there = slice(begin, begin + 48)
+        assert torch.equal(rows.positions[there].view(2, 24), part.positions[slot])
+        assert torch.equal(rows.keys[there].view(2, 24, 16), part.keys.vectors[slot])
+        assert torch.equal(rows.values[there].view(2, 24, 16), part.values.vectors[slot])
+        for note in part.notes.values():
+            torch.testing.assert_close(rows.mass[there].view(2, 24), note[slot], **tolerance)
+
+
+@pytest.mark.parametrize("ranking", [ranked("age", window=90), ranked("mass"), ranked("average", window=60)], ids=str)
+def test_policy_and_pool_say_the_same(ranking):
+    """Two chunks, then a decoding step of the same two slots."""
+    rows = make_rows([50, 10], [24, 24], capacities=(24, 24))
+    policy, part = twin_of(rows, 2, ranking)
+    chunks, packed = make_chunks([(50, 20, 24), (10, 12, 24)], slots=(0, 1))
+    sums = uniform(2, packed)
+    key, value = (strided(packed, 2, 16, seed, F32) for seed in (1, 2))
+    assert triton_keep.keep(key, value, rows, chunks, sums if part.notes else None, ranking=ranking)
+    for slot, (at, tokens, start) in enumerate(zip(chunks.at, chunks.lengths, chunks.starts, strict=True)):
+        packing, used = slice(at, at + tokens), min(start, 24)
+        received = torch.cat([torch.zeros(2, used, device=DEVICE), sums[:, packing]], 1).unsqueeze(0)
+        policy.compress(part, Arrived(
+            slot=slot, start=start, limit=24, spans=(), key=key[packing], value=value[packing],
+            queries=torch.zeros(tokens, 2, 1, 16, device=DEVICE), scale=1.0, sums=received if part.notes else None,
+        ))  # fmt: skip
+    mass_before = rows.mass.clone()
+    assert_is_twin(rows, part, {"atol": 0, "rtol": 0})
+
+    query, key, value = tokens_of(2)
+    slots, now = torch.tensor([0, 1], device=DEVICE), torch.tensor([70, 22], device=DEVICE)
+    output, found = decode(query, key, value, rows, [0, 1], [70, 22], [24, 24], **{**PLAIN, "ranking": ranking})
+    going = Decoding(slots=slots, now=now, homes=(0, 1), seen=(70, 22), limits=(24, 24))
+    victims = torch.where(now.unsqueeze(1) >= 24, policy.victims(part, going), now.unsqueeze(1))
+    part.write(slots, victims, key, value, now)
+    hidden = torch.arange(24, device=DEVICE) > now.view(-1, 1, 1)
+    if ranking.window:
+        hidden = hidden | (part.positions <= now.view(-1, 1, 1) - ranking.window)
+    answer, received = reference.attend_slots(
+        query, part.keys.vectors, part.values.vectors, slots, scale=0.3, hidden=hidden, want_mass=True
+    )
+    if part.notes:
+        policy.observe(part, slots, received, first=True)
+    torch.testing.assert_close(output, answer, **NEAR[F32])
+    assert_is_twin(found, part, NEAR[F32])
+    assert torch.equal(rows.mass, mass_before)
+
+
+@pytest.mark.parametrize(
+    ("module", "head_dim"),
+    [("triton_decode", 64), ("triton_decode", 96), ("triton_decode", 128), ("triton_keep", 96), ("triton_keep", 128)],
+)
+def test_what_is_launched_fits_gpus_without_spilling_registers(module, head_dim):
+    found = aot.built(f"bmx.kernels.{module}", head_dim)
+    assert {one.arch for one in found} == {80, 90}
+    assert [one for one in found if one.spills] == []
+    assert [one for one in found if one.shared > aot.ARCHITECTURES[one.arch]] == []
