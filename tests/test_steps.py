@@ -76,7 +76,7 @@ def launches(monkeypatch):
         return sent
 
     parts = ("engine.runner", "engine.packed", "engine.attention", "engine.sampler", "engine.graphs")
-    for module in (*parts, "kernels.triton_read"):
+    for module in (*parts, "kernels.triton_read", "model.rope"):
         monkeypatch.setattr(f"bmx.{module}.upload", upload, raising=False)
     return names, lambda: monkeypatch.setattr(torch, "tensor", tensor)
 

@@ -59,14 +59,18 @@ class DecodeGraphs:
         forward: the logits [N, V] of a packed step of N decoding tokens; with the flags [N] of rows that are long.
         next_ids: [S + 1] the next token of each slot, the last entry nobody's.
         refused: is told why a round cannot be captured; it is then launched anew each time, with the same results.
+
+    Attributes:
+        captures: whether rounds are captured.
+        row_counts: rows of the graphs.
     """
 
     def __init__(self, forward: Forward, next_ids: Tensor, refused: Callable[[str], None]) -> None:
         self._forward = forward
         self._next_ids = next_ids
         self._refused = refused
-        self._capture = next_ids.device.type == "cuda"
-        self._rounds: dict[tuple[int, bool], _Round] = {}
+        self.captures = next_ids.device.type == "cuda"
+        self._rounds: dict[tuple[int, bool], Round] = {}
         self._pool: Any = None
         slots = len(next_ids) - 1
         unit = min(slots, ROW_ALIGNMENT)
@@ -86,15 +90,15 @@ class DecodeGraphs:
                 one.take(sample(one.logits, [*asked, *plain]))
         return Rounds(one.ring, [row.tokens for row in rows])
 
-    def _made(self, count: int, drawn: bool) -> _Round:
-        one = self._rounds[count, drawn] = _Round(self._forward, self._next_ids, count, drawn)
-        if self._capture:
+    def _made(self, count: int, drawn: bool) -> Round:
+        one = self._rounds[count, drawn] = Round(self._forward, self._next_ids, count, drawn)
+        if self.captures:
             try:
                 self._pool = one.capture(self._pool)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-                self._capture = False
+                self.captures = False
                 self._refused(str(error).strip().partition("\n")[0])
         return one
 
@@ -113,7 +117,7 @@ class Rounds:
         return [None if token == NO_TOKEN else token for token in found]
 
 
-class _Round:
+class Round:
     """A round of so many rows, and the state that it leaves for the next one.
 
     Attributes:

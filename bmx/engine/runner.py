@@ -93,8 +93,9 @@ class ModelRunner:
         )
         self._next_ids = torch.zeros(sum(slots) + 1, dtype=torch.long, device=self._model.device)  # the last: nobody's
         self._graphs = None
+        self._masked = like_a_gpu and self._attention.alone and not policy.protects  # what is not in use is never read
         known = self._rope is None or self._rope.two_sets
-        if self.ahead and refused is not None and known and self._attention.alone and not policy.protects:
+        if self.ahead and refused is not None and known and self._masked:
             self._graphs = DecodeGraphs(self._round, self._next_ids, refused)
         self.rounds = 1 if self._graphs is None else ROUNDS
         self._attached = ExitStack()
@@ -113,7 +114,7 @@ class ModelRunner:
         if self._graphs is not None and all(chunk.decodes and not chunk.sequence.looks_back for chunk in step.chunks):
             return self._graphs.decode([self._decoding_row(chunk) for chunk in step.chunks])
         for chunk in step.chunks:
-            if chunk.start == 0:
+            if chunk.start == 0 and not self._masked:
                 self.pool.reset(*chunk.sequence.home)
         segments = [Segment(c.length + len(self._packer.asked(c)), c.sequence.total) for c in step.chunks]
         logits = self._logits(self._packer.packed(step, self._next_ids), segments)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bmx.errors import ModelError
+from bmx.kernels.transfer import upload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,17 +45,26 @@ class SequenceRope(nn.Module):
         import torch
 
         if self.long is not None:
-            limit, chosen = _trained_length(self.original.config), self.long.view(1, -1, 1)
-            short, long = (self._rotate(x, position_ids, length) for length in (limit, limit + 1))
-            return torch.where(chosen, long[0], short[0]), torch.where(chosen, long[1], short[1])
+            return self._either(x, position_ids, self.long)
         if not self.segments:
             return self._rotate(x, position_ids, 0)
+        if self.two_sets:
+            long = [self.is_long(segment.length) for segment in self.segments for _ in range(segment.tokens)]
+            return self._either(x, position_ids, upload(long, x.device, torch.bool))
         parts, start = [], 0
         for segment in self.segments:
             parts.append(self._rotate(x, position_ids[:, start : start + segment.tokens], segment.length))
             start += segment.tokens
         cos, sin = zip(*parts, strict=True)
         return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
+
+    def _either(self, x: Tensor, position_ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of two sets of frequencies, those of long sequences where this is chosen [T]."""
+        import torch
+
+        limit, chosen = _trained_length(self.original.config), chosen.view(1, -1, 1)
+        short, long = (self._rotate(x, position_ids, length) for length in (limit, limit + 1))
+        return torch.where(chosen, long[0], short[0]), torch.where(chosen, long[1], short[1])
 
     @property
     def two_sets(self) -> bool:
