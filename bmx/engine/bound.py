@@ -6,11 +6,12 @@ Knows how to bring sequences into slots and how to time them; what is made of th
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 
 from bmx.engine.engine import Engine
 from bmx.engine.meter import device_errors
-from bmx.engine.run import Runner
+from bmx.engine.run import Runner, Sampled
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Chunk, Scheduler, Step
 from bmx.engine.sequence import Sequence
@@ -39,7 +40,9 @@ def free_decoding(engine: Engine, plan: Plan, slots: int, rows: int, steps: int)
     scheduler = Scheduler(alone.groups, alone.step)
     for number in range(slots):
         scheduler.admit(_sequence(engine, number, tokens, steps + 2))
-    with device_errors(), ModelRunner(engine.loaded, engine.policy, alone, engine.kernels) as runner:
+    refused = None if engine.config.enforce_eager else engine.stats.note_eager
+    attached = ModelRunner(engine.loaded, engine.policy, alone, engine.kernels, refused=refused)
+    with device_errors(), attached as runner:
         _fill(scheduler, runner, alone.step.chunk_size)
         return _seconds(scheduler, runner, steps)
 
@@ -73,10 +76,20 @@ def _taken(scheduler: Scheduler, runner: Runner, step: Step) -> None:
 
 def _seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
     """The mean over so many steps, after a first one."""
-    begun = 0.0
-    for number in range(steps + 1):
-        if number == 1:
-            begun = time.perf_counter()
-        step = Step(tuple(Chunk(sequence, sequence.computed, 1) for sequence in scheduler.in_slots))
-        _taken(scheduler, runner, step)
+    _taken(scheduler, runner, _decoding(scheduler, 1))
+    begun, left, on_their_way = time.perf_counter(), steps, deque[tuple[Step, Sampled]]()
+    while left or on_their_way:
+        if left:
+            rounds = min(left, runner.rounds)
+            step, left = _decoding(scheduler, rounds), left - rounds
+            on_their_way.append((step, runner.run(step)))
+            scheduler.launched(step)
+        if not left or len(on_their_way) > runner.ahead:
+            step, sampled = on_their_way.popleft()
+            scheduler.update(step, sampled.read())
     return (time.perf_counter() - begun) / steps
+
+
+def _decoding(scheduler: Scheduler, rounds: int) -> Step:
+    """A step in which all sequences decode so many tokens."""
+    return Step(tuple(Chunk(sequence, sequence.computed, rounds) for sequence in scheduler.in_slots))

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from bmx.errors import UsageError
 from bmx.kernels import build
 from bmx.kernels.sizes import WORKSPACE
+
+LEAST_CAPABILITY = (8, 0)  # Ampere
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,5 +76,9 @@ def _lacks_triton() -> str:
     """Why there is no Triton for the GPU of this process, or nothing; a GPU elsewhere is expected to have it."""
     if sys.platform != "linux":
         return f"Triton has no packages for {sys.platform}"
-    here = "torch" in sys.modules and sys.modules["torch"].version.cuda
-    return "Triton is not installed (pip install triton)" if here and find_spec("triton") is None else ""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        return "what is written in Triton needs a GPU of compute capability 8.0"
+    return "Triton is not installed (pip install triton)" if find_spec("triton") is None else ""

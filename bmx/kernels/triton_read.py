@@ -42,7 +42,7 @@ def _launch_attention(dim: int, itemsize: int) -> Launch:
     if itemsize == 4:  # no tensor cores
         return Launch(32, 32, 8, 1)
     if dim > 128:
-        return Launch(128, 32, 8, 2)
+        return Launch(64, 32, 8, 2)
     return Launch(128, 64, 8, 3)
 
 
