@@ -13,13 +13,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
+MODULES = {  # and the sizes of heads that they are compiled for
+    "bmx.kernels.triton_read": (64, 96, 128),
+    "bmx.kernels.triton_decode": (64, 96, 128),
+    "bmx.kernels.triton_keep": (96, 128),
+    "bmx.kernels.triton_parts": (64, 96, 128),
+}
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -32,6 +39,7 @@ class Built:
         serial: whether the assembler complains that tensor cores wait for each other.
     """
 
+    module: str
     kernel: str
     arch: int
     registers: int
@@ -40,16 +48,24 @@ class Built:
     serial: bool
 
 
-def built(module: str, head_dim: int, architectures=tuple(ARCHITECTURES)) -> list[Built]:
-    """All that a kernel file launches for heads of this size, compiled in another process."""
-    with tempfile.TemporaryDirectory() as cache:
+@cache
+def built() -> list[Built]:
+    """All that is launched, compiled by other processes, one for each architecture."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+        environment |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
-        command = [sys.executable, __file__, module, str(head_dim), *map(str, architectures)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [Built(**entry) for entry in json.loads(done.stdout)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes = [
+            running.enter_context(subprocess.Popen([sys.executable, __file__, str(arch)], env=environment, **pipes))
+            for arch in ARCHITECTURES
+        ]
+        found = []
+        for process in processes:
+            out, err = process.communicate()
+            assert process.returncode == 0, err
+            found += [Built(**entry) for entry in json.loads(out)]
+    return found
 
 
 def attributes(types: dict[str, str]) -> dict[tuple[int], list]:
@@ -61,7 +77,7 @@ def attributes(types: dict[str, str]) -> dict[tuple[int], list]:
     }
 
 
-def compiled(kernel, types, constants, warps, stages, arch) -> Built:
+def compiled(module, kernel, types, constants, warps, stages, arch) -> Built:
     """One kernel for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -75,10 +91,16 @@ def compiled(kernel, types, constants, warps, stages, arch) -> Built:
     said = log.getvalue()
     stored, loaded = map(int, SPILLED.search(said).groups())
     registers = int(re.search(r"Used (\d+) registers", said).group(1))
-    return Built(kernel.__name__, arch, registers, made.metadata.shared, stored + loaded, "serialized" in said)
+    return Built(module, kernel.__name__, arch, registers, made.metadata.shared, stored + loaded, "serialized" in said)
+
+
+def main(arch: int) -> None:
+    found = []
+    for module, dims in MODULES.items():
+        launched = {repr(launch): launch for dim in dims for launch in import_module(module).compiled_for(dim)}
+        found += [compiled(module, *launch, arch) for launch in launched.values()]
+    sys.stdout.write(json.dumps([asdict(one) for one in found]))
 
 
 if __name__ == "__main__":
-    launches = import_module(sys.argv[1]).compiled_for(int(sys.argv[2]))
-    found = [compiled(*launch, int(arch)) for arch in sys.argv[3:] for launch in launches]
-    sys.stdout.write(json.dumps([asdict(one) for one in found]))
+    main(int(sys.argv[1]))

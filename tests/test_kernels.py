@@ -387,7 +387,7 @@ def test_the_attention_of_a_chunk_depends_on_where_it_is_not_on_the_others(kerne
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_workspace_grows_with_the_keys_a_chunk_sees_and_with_slots(name, cpu_kernels):
     cpu_kernels(name)
-    workspace = kernels.choose("cpu").workspace_bytes
+    workspace = kernels.choose("cpu").workspace_bytes(alone=True)
     sizes = [
         workspace(heads=8, chunk=256, rows=rows, slots=slots, head_dim=64, itemsize=2)
         for rows, slots in ((512, 4), (1024, 4), (4096, 4), (4096, 4000))
@@ -417,6 +417,13 @@ def test_kernels_that_there_are_not_are_refused(monkeypatch, device, name):
     monkeypatch.setenv("BMX_KERNELS", name)
     with pytest.raises(UsageError, match=name):
         kernels.choose(device)
+
+
+def test_what_gpus_do_by_themselves_takes_little_and_the_rest_what_plain_torch_takes():
+    sizes = {"heads": 32, "chunk": 512, "rows": 1024, "slots": 400, "head_dim": 128, "itemsize": 2}
+    alone, with_help = (kernels.Kernels("triton", "").workspace_bytes(alone)(**sizes) for alone in (True, False))
+    assert alone < with_help / 8
+    assert with_help == kernels.Kernels("reference", "").workspace_bytes(alone=True)(**sizes)
 
 
 def test_a_device_without_kernels_of_its_own_gets_plain_ones_and_is_named(monkeypatch):

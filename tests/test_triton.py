@@ -18,8 +18,6 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton was imported to compile, and there is no GPU", allow_module_level=True)
 
-from aot import built
-
 from bmx import Request, SamplingParams, kernels
 from bmx.engine import graphs
 from bmx.kernels import reference, triton, triton_parts
@@ -178,12 +176,6 @@ def test_a_model_whose_parts_are_taken_over_answers_as_before(family, monkeypatc
     monkeypatch.setattr(triton, "TAKES", (torch.float32,))
     expected = reference_answers(tiny_model(family), PROMPTS[:1], 2)
     assert answers(engine_of(family, kv_policy="none"), as_requests(PROMPTS[:1], max_tokens=2)) == expected
-
-
-def test_small_parts_compile_without_spills():
-    found = [one for dim in (64, 96, 128) for one in built("bmx.kernels.triton_parts", dim)]
-    assert {one.arch for one in found} == {80, 90}
-    assert [one for one in found if one.spills] == []
 
 
 def test_a_gpu_gets_them_and_a_cpu_does_not(monkeypatch):

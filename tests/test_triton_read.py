@@ -17,8 +17,6 @@ from test_kernels import LOOSE, TIGHT, dense_chunk, normal, some_votes, window_m
 
 pytest.importorskip("triton")
 
-import aot
-
 from bmx.kernels import reference, triton_read
 from bmx.kernels.rows import Chunks, Rows
 
@@ -431,13 +429,3 @@ def test_dot_products_too_large_for_float16_are_scaled_before_they_are_rounded()
     empty = large.new_empty(2, 0, 256), large.new_empty(2, 0, 4)
     output, _ = triton_read.attend_chunk(large, large, value, *empty, scale=1 / 16)
     assert torch.equal(output, value)
-
-
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_kernels_compile_for_gpus_and_fit_into_registers(head_dim):
-    found = aot.built("bmx.kernels.triton_read", head_dim)
-    assert {one.arch for one in found} == set(aot.ARCHITECTURES)
-    for one in found:
-        assert one.spills == 0, one
-        assert one.shared <= aot.ARCHITECTURES[one.arch], one
-        assert not one.serial, one

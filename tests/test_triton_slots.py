@@ -6,7 +6,6 @@ import math
 import os
 from dataclasses import replace
 
-import aot
 import pytest
 import torch
 
@@ -559,14 +558,3 @@ def test_policy_and_pool_say_the_same(ranking):
     torch.testing.assert_close(output, answer, **NEAR[F32])
     assert_is_twin(found, part, NEAR[F32])
     assert torch.equal(rows.mass, mass_before)
-
-
-@pytest.mark.parametrize(
-    ("module", "head_dim"),
-    [("triton_decode", 64), ("triton_decode", 96), ("triton_decode", 128), ("triton_keep", 96), ("triton_keep", 128)],
-)
-def test_what_is_launched_fits_gpus_without_spilling_registers(module, head_dim):
-    found = aot.built(f"bmx.kernels.{module}", head_dim)
-    assert {one.arch for one in found} == {80, 90}
-    assert [one for one in found if one.spills] == []
-    assert [one for one in found if one.shared > aot.ARCHITECTURES[one.arch]] == []

@@ -62,7 +62,9 @@ def choose(device_type: str) -> Kernels:
     if device_type == "cuda":
         lacking = _lacks_triton()
         return Kernels("reference", f"plain torch: {lacking}") if lacking else Kernels("triton", "compiled for the GPU")
-    if device_type == "cpu" and isinstance(missing, str):
+    if device_type != "cpu":
+        return Kernels("reference", f"plain torch: no kernels of its own for {device_type}")
+    if isinstance(missing, str):
         return Kernels("cpu", f"tiled for a CPU; no compiled kernels: {missing}")
     return Kernels("avx512", "compiled for this processor: bfloat16; other types are tiled for a CPU")
 
