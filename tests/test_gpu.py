@@ -2,37 +2,287 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
+from functools import cache
+
 import pytest
 import torch
-from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
-from families import tiny_model
+from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, word_tokenizer, words
+from families import FAMILIES, tiny_model
+from test_exactness import LONGROPE
+
+from bmx import EngineConfig, Request, SamplingParams
+from bmx.compress.policy import CompressionPolicy
+from bmx.engine.runner import ModelRunner
+from bmx.engine.scheduler import Scheduler
+from bmx.engine.sequence import Sequence
+from bmx.kernels import choose
+from bmx.model.loader import prepare
+from bmx.planner import Limits, Memory, Plan, SlotGroup, StepSize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+DEVICE = "cuda"
 KINDS = ("llama", "mistral", "qwen3", "phi3", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3")
+CAPTURED = ("llama", "qwen3", "phi3", "mistral")  # whose decoding must be replayed from graphs
+BOTH_WAYS = pytest.mark.parametrize("eager", [False, True], ids=["graphs", "launched anew"])
+TIGHT = {"kv_budget": 24, "kv_recent": 6, "chunk_size": 10, "max_num_seqs": 3}
+PROMPTS = random_prompts((40, 11, 64, 25, 33, 8))
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """No product of float32 may be rounded to fewer bits."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.fixture
+def two_sets(monkeypatch):
+    """Phi with other frequencies for sequences of more than 32 tokens."""
+    config = FAMILIES["phi3"]()
+    config.update(LONGROPE)
+    monkeypatch.setitem(FAMILIES, "phi3", lambda: config)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """How often a graph was replayed."""
+    found, replay = [], torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        found.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    return found
+
+
+@cache
+def on_the_device(family):
+    """One model a family, for tests that change nothing of it."""
+    return tiny_model(family).to(DEVICE)
+
+
+def engine_of(family, **told):
+    return tiny_engine(on_the_device(family), **told)
+
+
+def drawn(temperature, **told):
+    """Requests of which each draws its own numbers."""
+    params = SamplingParams(max_tokens=20, temperature=temperature, **told)
+    return [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(PROMPTS)]
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("family", KINDS)
-def test_same_greedy_tokens_as_generate_on_the_cpu(family):
+def test_same_greedy_tokens_as_generate_on_the_cpu(family, eager):
+    """Rows of unequal lengths share rounds, of which some end in the middle."""
     prompts = random_prompts((5, 30, 17, 23, 9))
-    expected = reference_answers(tiny_model(family), prompts, 8)
-    engine = tiny_engine(tiny_model(family).cuda(), kv_policy="none", chunk_size=7, max_num_seqs=3)
-    assert answers(engine, as_requests(prompts, max_tokens=8)) == expected
+    expected = reference_answers(tiny_model(family), prompts, 19)
+    engine = engine_of(family, kv_policy="none", chunk_size=7, max_num_seqs=3, enforce_eager=eager)
+    assert answers(engine, as_requests(prompts, max_tokens=19)) == expected
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("family", KINDS)
-def test_the_same_tokens_survive_as_on_the_cpu(family):
-    prompts = random_prompts((40, 11, 64, 25, 33, 8))
-    requests = as_requests(prompts, max_tokens=12)
-    settings = {"kv_budget": 24, "kv_recent": 6, "chunk_size": 10}
-    expected = answers(tiny_engine(family, **settings), requests)
-    assert answers(tiny_engine(tiny_model(family).cuda(), **settings), requests) == expected
+def test_the_same_tokens_survive_as_on_the_cpu(family, eager):
+    requests = as_requests(PROMPTS, max_tokens=20)
+    expected = answers(tiny_engine(family, **TIGHT), requests)
+    assert answers(engine_of(family, enforce_eager=eager, **TIGHT), requests) == expected
 
 
-def test_the_plan_holds_on_the_device():
+@BOTH_WAYS
+@pytest.mark.parametrize("policy", ["h2o", "decay", "tova", "streaming", "window", "keydiff"])
+def test_every_way_to_rank_keeps_what_it_keeps_on_the_cpu(policy, eager):
+    """Some are simple enough for the kernels, others are ranked by torch."""
+    requests = as_requests(PROMPTS, max_tokens=20)
+    expected = answers(tiny_engine("llama", kv_policy=policy, **TIGHT), requests)
+    assert answers(engine_of("llama", kv_policy=policy, enforce_eager=eager, **TIGHT), requests) == expected
+
+
+@BOTH_WAYS
+def test_a_budget_that_holds_everything_changes_nothing(eager):
+    expected = reference_answers(tiny_model("llama"), PROMPTS, 8)
+    engine = engine_of("llama", kv_budget=64 + 8, kv_recent=6, chunk_size=10, max_num_seqs=3, enforce_eager=eager)
+    assert answers(engine, as_requests(PROMPTS, max_tokens=8)) == expected
+
+
+@BOTH_WAYS
+def test_each_sequence_keeps_to_its_own_frequencies(two_sets, eager):
+    requests = as_requests(PROMPTS, max_tokens=20)
+    for told in ({"kv_policy": "none", "chunk_size": 10, "max_num_seqs": 3}, TIGHT):
+        expected = answers(tiny_engine(tiny_model("phi3"), **told), requests)
+        engine = tiny_engine(tiny_model("phi3").to(DEVICE), enforce_eager=eager, **told)
+        assert answers(engine, requests) == expected
+
+
+@pytest.mark.parametrize("family", CAPTURED)
+def test_decoding_is_captured_and_replayed(family, request, replays):
+    if family == "phi3":
+        request.getfixturevalue("two_sets")
+    engine = tiny_engine(tiny_model(family).to(DEVICE), **TIGHT)
+    answers(engine, [*drawn(0.0)[:3], *drawn(0.9)[3:]])
+    assert engine.kernels.name == "triton"
+    assert engine.stats.eager == ""
+    assert replays
+    replays.clear()
+    answers(engine.with_config(EngineConfig(enforce_eager=True, **TIGHT)), drawn(0.0)[:2])
+    assert not replays
+
+
+@BOTH_WAYS
+def test_what_is_drawn_depends_on_seeds_and_on_nothing_else(eager):
+    """On the CPU the same is drawn, token by token."""
+    for temperature, told in ((0.9, {"seed": 3}), (1.5, {"top_k": 20, "top_p": 0.9, "seed": 4})):
+        requests = drawn(temperature, **told)
+        found = answers(engine_of("llama", enforce_eager=eager, **TIGHT), requests)
+        assert found == answers(tiny_engine("llama", **TIGHT), requests)
+    other = answers(engine_of("llama", enforce_eager=eager, **TIGHT), drawn(1.5, top_k=20, top_p=0.9, seed=5))
+    assert other != found
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_alone_is_the_row_in_a_batch(temperature, eager):
+    """In float32, which leaves no room for products of another size to end otherwise."""
+    requests = drawn(temperature)
+    engine, alone = engine_of("llama", enforce_eager=eager, **TIGHT), {}
+    for one in requests:
+        alone |= answers(engine, [one])
+    assert answers(engine, requests) == alone
+    for slots in (1, 2, 6):
+        crowd = engine_of("llama", enforce_eager=eager, **TIGHT | {"max_num_seqs": slots})
+        assert answers(crowd, requests[::-1]) == alone
+
+
+def test_greedy_and_drawn_rows_and_penalties_share_steps():
+    requests = [*drawn(0.0)[:2], *drawn(0.8)[2:4], *drawn(0.0, repetition_penalty=1.4)[4:]]
+    assert answers(engine_of("llama", **TIGHT), requests) == answers(tiny_engine("llama", **TIGHT), requests)
+
+
+def test_repeated_runs_are_equal_to_the_last_bit():
+    seen = []
+    engine = engine_of("llama", **TIGHT)
+    engine.watch = lambda request, place, row: seen.append((request.id, place, row.clone()))
+    for _ in range(2):
+        answers(engine, drawn(0.9))
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == 20 * len(PROMPTS)
+    assert [one[:2] for one in first] == [one[:2] for one in second]
+    assert all(torch.equal(one[2], other[2]) for one, other in zip(first, second, strict=True))
+    replayed = engine_of("llama", **TIGHT)
+    assert answers(replayed, drawn(0.9)) == answers(replayed, drawn(0.9))
+
+
+def test_answers_end_where_they_end():
+    """The device knows the ends, and the host does not look before a round is over."""
+    free = reference_answers(tiny_model("llama"), PROMPTS, 20)
+    end = free["1"][4]
+    params = SamplingParams(max_tokens=20, stop_token_ids=(end,))
+    requests = [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(PROMPTS)]
+    expected = {name: found[: found.index(end) + 1 if end in found else 20] for name, found in free.items()}
+    assert answers(engine_of("llama", kv_policy="none", chunk_size=10, max_num_seqs=3), requests) == expected
+
+
+def test_a_row_of_broken_numbers_is_an_error_and_leaves_nothing_behind():
+    poisoned, healthy = random_prompts((20, 8))
+    model = tiny_model("llama")
+    expected = reference_answers(model, [healthy], 12)["0"]
+    poison = next(token for token in poisoned if token > 5 and token not in {*healthy, *expected})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = float("nan")
+    engine = tiny_engine(model.to(DEVICE), kv_policy="none", chunk_size=10, max_num_seqs=1)
+    results = {r.id: r for r in engine.generate(as_requests([poisoned, healthy], max_tokens=12))}
+    assert results["0"].error.code == "nan_logits"
+    assert results["1"].token_ids == expected
+
+
+@BOTH_WAYS
+def test_the_plan_holds_on_the_device(eager):
+    """Of what torch reserves, graphs and all; the context is not torch's."""
+    prompts = random_prompts([200] * 40)
+    engine = tiny_engine(
+        tiny_model("llama").to(DEVICE), kv_policy="none", kv_cache_memory=50_000_000, enforce_eager=eager
+    )
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    engine = tiny_engine(tiny_model("llama").cuda(), kv_policy="none", kv_cache_memory=50_000_000)
-    plan = engine.plan(engine.measure(as_requests(random_prompts([200] * 8), max_tokens=8)))
-    before = torch.cuda.memory_allocated()
-    list(engine.generate(as_requests(random_prompts([200] * 8), max_tokens=8), plan))
-    assert torch.cuda.max_memory_allocated() - before <= plan.memory.total
+    before = torch.cuda.memory_reserved()
+    plan = engine.plan(engine.measure(as_requests(prompts, max_tokens=20)))
+    requests = [*as_requests(prompts[:20], max_tokens=20), *hot(prompts[20:])]
+    assert [result.error for result in engine.generate(requests, plan) if result.error] == []
+    assert engine.stats.shrunk_to == []
+    reserved = torch.cuda.max_memory_reserved()  # counted from the run's beginning
+    assert before <= reserved <= before + plan.memory.total - plan.memory.runtime
+    assert engine.stats.peak_memory_bytes <= before + plan.memory.total
+
+
+def hot(prompts):
+    """Rows that draw, whose graphs are others."""
+    params = SamplingParams(max_tokens=20, temperature=0.9)
+    return [Request(id=f"drawn {i}", prompt=words(prompt), params=params) for i, prompt in enumerate(prompts)]
+
+
+@contextmanager
+def no_waiting():
+    """Whoever makes the host wait for the device fails."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def sequences(policy, largest, temperature):
+    """Prompts that evict, of unequal lengths; every other one draws."""
+    for number, tokens in enumerate((12, 60, 33, 50, 9)):
+        params = SamplingParams(max_tokens=20, temperature=temperature if number % 2 else 0.0)
+        yield Sequence(
+            request=Request(id=number, params=params),
+            prompt=[5 + (number + place) % 50 for place in range(tokens)],
+            max_tokens=20,
+            rows_needed=min(largest, policy.rows_needed(tokens, 20)),
+            end_token_ids=frozenset({2}),
+            tokenizer=word_tokenizer(),
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # is a prototype, says torch
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [("llama", "average-attention"), ("llama", "decay"), ("llama", "streaming"), ("qwen3", "h2o"), ("phi3", "h2o")],
+)
+def test_no_step_waits_for_the_device(family, policy, eager, two_sets):
+    """The second time, when everything is compiled and captured."""
+    loaded = prepare(tiny_model(family).to(DEVICE))
+    chosen = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=24, kv_sink=2, kv_recent=4))
+    groups, size = (SlotGroup(24, 5),), StepSize(chunk_size=16, max_num_batched_tokens=48)
+    layouts = tuple(chosen.layout(loaded.spec, group.capacity) for group in groups)
+    plan = Plan(groups=groups, layouts=layouts, step=size, memory=Memory(), limits=Limits(total=0))
+    refused = None if eager else pytest.fail
+    with ModelRunner(loaded, chosen, plan, choose(DEVICE), refused=refused) as runner:
+        assert (runner.ahead, runner.rounds > 1) == (1, not eager)
+        for watched in (False, True):
+            for temperature in (0.0, 0.9):
+                steps = launched(runner, Scheduler(groups, size), sequences(chosen, 24, temperature), watched)
+                assert steps > 5
+
+
+def launched(runner, scheduler, rows, watched):
+    """Launch all steps that rows take, one after another, and read none; returns how many."""
+    scheduler.waiting = list(rows)
+    for count in range(100):
+        scheduler.admit_waiting()
+        step = scheduler.schedule(runner.rounds)
+        if step is None:
+            assert not scheduler.unfinished
+            return count
+        if watched:
+            with no_waiting():
+                runner.run(step)
+        else:
+            runner.run(step)
+        scheduler.launched(step)
+        scheduler.drop([sequence for sequence in scheduler.in_slots if sequence.left == 0])
+    raise AssertionError("there is no end to it")

@@ -30,8 +30,11 @@ LONG = random_prompts((40, 11, 33))
 
 
 @pytest.fixture(autouse=True)
-def chosen(cpu_kernels):
+def chosen(cpu_kernels, monkeypatch):
     cpu_kernels("triton")
+    small = FAMILIES["llama"]()
+    small.num_hidden_layers = 1
+    monkeypatch.setitem(FAMILIES, "small", lambda: small)
 
 
 def engine_of(family, **told):
@@ -73,28 +76,28 @@ def drawn(temperature, seed=None, **told):
 def test_a_row_alone_is_the_row_in_a_batch_and_draws_what_it_draws_elsewhere(temperature, cpu_kernels):
     """Tokens are read late, several at a time, in any company; on a CPU one by one."""
     requests = drawn(temperature)
-    together = answers(engine_of("llama", **TIGHT), requests)
+    together = answers(engine_of("small", **TIGHT), requests)
     alone = {}
-    engine = engine_of("llama", **TIGHT)
+    engine = engine_of("small", **TIGHT)
     for request in requests[:1]:
         alone |= answers(engine, [request])
     assert alone.items() <= together.items()
     cpu_kernels("cpu")
-    assert answers(tiny_engine("llama", **TIGHT), requests) == together
+    assert answers(tiny_engine("small", **TIGHT), requests) == together
 
 
 def test_greedy_and_drawn_rows_and_penalties_share_steps(cpu_kernels):
     requests = [*drawn(0.0)[:1], *drawn(0.8)[1:2], *drawn(0.0, repetition_penalty=1.4)[2:]]
     assert len({request.id for request in requests}) == len(requests)
-    found = answers(engine_of("llama", **TIGHT), requests)
+    found = answers(engine_of("small", **TIGHT), requests)
     cpu_kernels("cpu")
-    assert found == answers(tiny_engine("llama", **TIGHT), requests)
+    assert found == answers(tiny_engine("small", **TIGHT), requests)
 
 
 def test_answers_that_end_early_end_there():
     """The device knows ends, of which it is told eight; the host sees to the ninth."""
     prompts = PROMPTS[1:]
-    free = reference_answers(tiny_model("llama"), prompts, 10)
+    free = reference_answers(tiny_model("small"), prompts, 10)
     never = [token for token in range(100, 140) if all(token not in found for found in free.values())][:8]
     for ends in ((free["1"][4],), (*never, free["1"][4])):
         params = SamplingParams(max_tokens=10, stop_token_ids=ends)
@@ -103,13 +106,13 @@ def test_answers_that_end_early_end_there():
             name: found[: next((i + 1 for i, token in enumerate(found) if token in ends), 10)]
             for name, found in free.items()
         }
-        assert answers(engine_of("llama", kv_policy="none", **CROWDED), requests) == expected
+        assert answers(engine_of("small", kv_policy="none", **CROWDED), requests) == expected
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's arithmetic
 def test_a_row_of_broken_numbers_is_an_error_and_leaves_nothing_behind():
     poisoned, healthy = random_prompts((20, 8))
-    model = tiny_model("llama")
+    model = tiny_model("small")
     expected = reference_answers(model, [healthy], 6)["0"]
     poison = next(token for token in poisoned if token > 5 and token not in {*healthy, *expected})
     with torch.no_grad():
@@ -136,22 +139,23 @@ def test_what_cannot_be_captured_is_launched_anew_and_said(monkeypatch):
             super().__init__(*told)
             self.captures = True
 
-    def capture(self, pool):
+    def capture(self, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     requests = as_requests(LONG[1:2], max_tokens=4)
-    expected = answers(engine_of("llama", **TIGHT), requests)
+    expected = answers(engine_of("small", **TIGHT), requests)
     monkeypatch.setattr("bmx.engine.runner.DecodeGraphs", Capturing)
     monkeypatch.setattr(graphs.Round, "capture", capture)
-    engine = engine_of("llama", **TIGHT)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    engine = engine_of("small", **TIGHT)
     assert answers(engine, requests) == expected
     assert engine.stats.eager == "operation not permitted when stream is capturing"
 
 
 def test_launched_anew_each_time_the_answers_are_the_same():
     requests = as_requests(LONG[:2], max_tokens=4)
-    assert answers(engine_of("llama", enforce_eager=True, **TIGHT), requests) == answers(
-        engine_of("llama", **TIGHT), requests
+    assert answers(engine_of("small", enforce_eager=True, **TIGHT), requests) == answers(
+        engine_of("small", **TIGHT), requests
     )
 
 

@@ -72,6 +72,7 @@ class DecodeGraphs:
         self.captures = next_ids.device.type == "cuda"
         self._rounds: dict[tuple[int, bool], Round] = {}
         self._pool: Any = None
+        self._warming: Any = None  # the stream that rounds are first run on: each has workspaces of its own
         slots = len(next_ids) - 1
         unit = min(slots, ROW_ALIGNMENT)
         self.row_counts = tuple(sorted({-(-ceil(slots * share) // unit) * unit for share in SHARES}))
@@ -94,7 +95,8 @@ class DecodeGraphs:
         one = self._rounds[count, drawn] = Round(self._forward, self._next_ids, count, drawn)
         if self.captures:
             try:
-                self._pool = one.capture(self._pool)
+                self._warming = self._warming or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                self._pool = one.capture(self._pool, self._warming)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -155,10 +157,9 @@ class Round:
         else:
             self._graph.replay()
 
-    def capture(self, pool: Any) -> Any:
-        """Capture the round, with every row idle; returns the pool of memory that it lives in."""
+    def capture(self, pool: Any, stream: Any) -> Any:
+        """Capture the round, with every row idle, after a first run on a stream; returns the pool that it lives in."""
         self._state.zero_()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._compute()  # whatever is compiled or allocated once, now

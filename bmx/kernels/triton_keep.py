@@ -20,6 +20,7 @@ from bmx.kernels.rows import Chunks, Rows
 from bmx.kernels.triton_decode import TYPES, rank, told
 
 MOST = 8192  # rows of a head, and tokens of a chunk, that one program can choose from
+LEAST_BLOCK = 64  # tokens: shorter chunks are no kernel of their own
 NOTHING = tl.constexpr(-(2**31))  # less than what ``_sortable`` makes of any score
 
 
@@ -191,7 +192,10 @@ def _evicts(rows: Rows, chunks: Chunks) -> bool:
 
 def _sizes_of_choice(largest: int, longest: int) -> tuple[dict[str, int], dict[str, int]]:
     """Constants of the choosing kernel, and how it is launched."""
-    blocks = {"block_rows": triton.next_power_of_2(largest), "block_tokens": triton.next_power_of_2(longest)}
+    blocks = {
+        "block_rows": triton.next_power_of_2(largest),
+        "block_tokens": max(LEAST_BLOCK, triton.next_power_of_2(longest)),
+    }
     return blocks, {"num_warps": min(max(max(blocks.values()) // 256, 4), 16), "num_stages": 1}
 
 

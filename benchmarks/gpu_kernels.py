@@ -1,0 +1,506 @@
+"""What ``gpu.py`` asks of the kernels alone: right against float64, the same twice, and how fast; with its clock.
+
+Sizes are those of models with 32 query heads. Everything that a kernel writes holds NaN before, and so do the rows of
+slots that nobody uses.
+
+Shapes: T packed tokens, N chunks, S slots, H query heads, K kv heads, C rows of a head in a slot, D head dim.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmx.kernels import reference
+from bmx.kernels.ranking import Ranking
+from bmx.kernels.rows import Chunks, Rows
+
+LIMIT = 1e-2  # relative error, Frobenius norm
+RANKING = Ranking(by="average", sink=4, recent=32, window=None)
+SEEN = 3  # times as many tokens as a slot has rows have passed it
+Note = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where it runs, and how large things are there."""
+
+    tried: bool
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.tried else "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Interpreted Triton computes bfloat16 wrongly."""
+        return torch.float32 if self.tried else torch.bfloat16
+
+    @property
+    def repeats(self) -> int:
+        return 1 if self.tried else 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One model's heads, and how much is asked of its kernels."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    capacity: int
+    chunk: int
+    chunks: int
+    inner: int
+    kv_bytes: float  # that decoding is timed with
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a slot's keys and values in two bytes each."""
+        return self.kv_heads * self.capacity * self.dim * 4
+
+    @property
+    def ranking(self) -> Ranking:
+        return RANKING if self.capacity >= 512 else replace(RANKING, sink=2, recent=4)
+
+
+def sizes(place: Place) -> list[Size]:
+    if place.tried:
+        small = dict(capacity=48, chunk=20, chunks=2, inner=96, kv_bytes=4e4)
+        return [Size(dim=32, heads=4, kv_heads=2, **small), Size(dim=24, heads=2, kv_heads=2, **small)]
+    large = dict(capacity=1024, chunk=512, chunks=16, inner=14_336, kv_bytes=1.7e9)
+    return [Size(dim=dim, heads=32, kv_heads=kv, **large) for dim, kv in ((128, 8), (96, 32), (64, 8))]
+
+
+def synchronize(place: Place) -> None:
+    if not place.tried:
+        torch.cuda.synchronize()
+
+
+def median_seconds(work: Callable[[], Any], place: Place) -> float:
+    """Seconds of the median of some repetitions: on a GPU by its own clock, after a warm-up."""
+    if place.tried:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+    for _ in range(3):
+        work()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(place.repeats)]
+    for start, end in pairs:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in pairs)
+
+
+def share(amount: float, seconds: float, rate: float | None) -> float | None:
+    """Of what the machine does in that time; None where its rate is not known."""
+    return amount / seconds / rate if rate else None
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Relative, by the Frobenius norm; not finite where anything found is no number."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def random(*shape: int, place: Place, seed: int, dtype: torch.dtype | None = None) -> Tensor:
+    generator = torch.Generator(place.device).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=place.device).to(dtype or place.dtype)
+
+
+def packed(tokens: int, heads: int, dim: int, place: Place, seed: int) -> Tensor:
+    """[T, heads, D] as models give it: heads apart."""
+    return random(heads, tokens, dim, place=place, seed=seed).transpose(0, 1)
+
+
+def make_rows(size: Size, seen: list[int], place: Place, poison: bool = True) -> Rows:
+    """Slots of one capacity, of which slot s has seen so many tokens; where it is full, any of them are left."""
+    count, c = len(seen), size.capacity
+    place_of = torch.rand(count, size.kv_heads, max(*seen, c), device=place.device)
+    there = torch.tensor(seen, device=place.device)[:, None, None]
+    tokens = torch.arange(place_of.shape[-1], device=place.device)
+    place_of = place_of.masked_fill(tokens >= there, 2.0)
+    left = place_of.topk(c, dim=-1, largest=False).indices.sort(dim=-1).values
+    in_use = torch.arange(c, device=place.device) < there
+    positions = torch.where(in_use, torch.where(there <= c, tokens[:c].expand_as(left), left), -1).int().flatten()
+    keys, values = (random(len(positions), size.dim, place=place, seed=seed) for seed in (1, 2))
+    if poison:
+        keys[positions < 0], values[positions < 0] = float("nan"), float("nan")
+    mass = torch.rand(len(positions), device=place.device) * SEEN * (positions >= 0)
+    return Rows(
+        keys=keys,
+        values=values,
+        positions=positions,
+        mass=mass,
+        first=torch.arange(count, device=place.device) * size.kv_heads * c,
+        capacity=torch.full((count,), c, device=place.device),
+        kv_heads=size.kv_heads,
+        sizes=(c,) * count,
+        largest=c,
+    )
+
+
+def copied(rows: Rows) -> Rows:
+    parts = ("keys", "values", "positions", "mass")
+    return replace(rows, **{name: getattr(rows, name).clone() for name in parts if getattr(rows, name) is not None})
+
+
+def same(one: Rows, other: Rows) -> bool:
+    """The same bits."""
+    parts = [(getattr(one, name), getattr(other, name)) for name in ("keys", "values", "positions", "mass")]
+    return all(torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in parts if a is not None)
+
+
+def make_chunks(size: Size, starts: list[int], place: Place) -> Chunks:
+    """A chunk of full length for each slot, one after another."""
+    n, t = len(starts), size.chunk
+    columns = [[i * t for i in range(n)], [t] * n, list(range(n)), starts]
+    columns += [[size.capacity] * n, [start + 2 * t + size.capacity for start in starts]]
+    names = ("at", "lengths", "slots", "starts", "limits", "totals")
+    named = {name: tuple(column) for name, column in zip(names, columns, strict=True)}
+    return Chunks(**named, table=torch.tensor(columns, dtype=torch.int64, device=place.device))
+
+
+def scores_of(positions: Tensor, mass: Tensor | None, now: int | Tensor, ranking: Ranking) -> Tensor:
+    """What pairs are worth, by age where there is no mass; float32, as kernels have it; ``now`` broadcasts."""
+    worth = positions.float() if mass is None else mass / (now - positions).clamp(min=1).float()
+    worth = worth.masked_fill((positions < ranking.sink) | (positions >= now - ranking.recent), float("inf"))
+    return worth.masked_fill(positions < 0, float("-inf"))
+
+
+def by_head(rows: Rows, what: Tensor) -> Tensor:
+    """[S, K, C, ...] of what rows have, slots being of one capacity and in order."""
+    return what.view(len(rows.first), rows.kv_heads, rows.largest, *what.shape[1:])
+
+
+# Decoding.
+
+
+def decode_inputs(size: Size, count: int, place: Place) -> list[Tensor]:
+    shapes = ((size.heads, 3), (size.kv_heads, 4), (size.kv_heads, 5))
+    return [packed(count, heads, size.dim, place, seed) for heads, seed in shapes]
+
+
+def decode(tokens: list[Tensor], rows: Rows, now: list[int], size: Size, counted: bool) -> Callable[[], Tensor]:
+    """A decoding step of all slots; each call changes ``rows``."""
+    from bmx.kernels import triton_decode
+
+    device, count = rows.keys.device, len(rows.first)
+    told_now = torch.tensor(now, device=device)
+    slots, limits = torch.arange(count, device=device), torch.full((count,), size.capacity, device=device)
+    output = torch.full(tuple(tokens[0].shape), float("nan"), dtype=tokens[0].dtype, device=device)
+    ranking = size.ranking if counted else replace(size.ranking, by="age")
+    told = dict(scale=size.dim**-0.5, ranking=ranking, old=1.0, count=counted)
+
+    def step() -> Tensor:
+        triton_decode.decode(output, *tokens, rows, slots, told_now, limits, **told)
+        return output
+
+    return step
+
+
+def true_decode(tokens: list[Tensor], rows: Rows, now: list[int], size: Size, counted: bool) -> Tensor:
+    """Output [S, H, D] in float64; ``rows`` become what they should, their mass in float32 of float64 sums."""
+    query, key, value = tokens
+    s, k, g = len(now), size.kv_heads, size.heads // size.kv_heads
+    at = torch.tensor(now, device=query.device)[:, None, None]
+    keys, values, positions = (by_head(rows, part) for part in (rows.keys, rows.values, rows.positions))
+    mass = None if rows.mass is None else by_head(rows, rows.mass)
+    worth = scores_of(positions, mass if counted else None, at, size.ranking)
+    victim = torch.where(at[..., 0] < size.capacity, at[..., 0], worth.argmin(-1))[..., None]  # the first of equals
+    keys.scatter_(2, victim[..., None].expand(s, k, 1, size.dim), key.unsqueeze(2))
+    values.scatter_(2, victim[..., None].expand(s, k, 1, size.dim), value.unsqueeze(2))
+    positions.scatter_(2, victim, at.expand(s, k, 1).int())
+    unused = positions < 0
+    queries = query.double().reshape(s, k, g, -1) * size.dim**-0.5
+    logits = torch.einsum("skgd,skcd->skgc", queries, keys.double().nan_to_num())
+    weights = torch.softmax(logits.masked_fill(unused.unsqueeze(2), float("-inf")), -1)
+    if mass is not None:
+        mass.scatter_(2, victim, 0.0)
+        mass += weights.mean(2).float() if counted else 0.0
+    return torch.einsum("skgc,skcd->skgd", weights, values.double().nan_to_num()).reshape(s, size.heads, -1)
+
+
+def check_decode(size: Size, place: Place, counted: bool) -> dict[str, Any]:
+    """Full slots that evict, one that is not full, one that becomes full."""
+    c = size.capacity
+    now = [SEEN * c, c // 2, c - 1, c, 2 * c + 1][: 3 if place.tried else 5]
+    before, tokens = make_rows(size, now, place), decode_inputs(size, len(now), place)
+    if not counted:
+        before = replace(before, mass=None)
+    runs = []
+    for _ in range(2):
+        rows = copied(before)
+        runs.append((decode(tokens, rows, now, size, counted)().clone(), rows))
+    wanted_rows = copied(before)
+    wanted = true_decode(tokens, wanted_rows, now, size, counted)
+    (output, rows), (again, rows_again) = runs
+    found = {"error": error(output, wanted), "bit_equal": torch.equal(output, again) and same(rows, rows_again)}
+    found["rows_exact"] = same(replace(rows, mass=None), replace(wanted_rows, mass=None))
+    if counted:
+        found["mass_error"] = error(rows.mass, wanted_rows.mass)
+    return found
+
+
+def time_decode(size: Size, place: Place, counted: bool, rates: dict[str, float]) -> dict[str, Any]:
+    """All slots full and evicting."""
+    slots = max(2, int(size.kv_bytes / size.row_bytes))
+    now = [SEEN * size.capacity + i % 7 for i in range(slots)]
+    rows = make_rows(size, now, place, poison=False)
+    rows = rows if counted else replace(rows, mass=None)
+    seconds = median_seconds(decode(decode_inputs(size, slots, place), rows, now, size, counted), place)
+    read = rows.keys.nbytes + rows.values.nbytes
+    return {
+        "slots": slots,
+        "kv_bytes": read,
+        "seconds": seconds,
+        "tb_per_second": read / seconds / 1e12,
+        "share_of_copy": share(read, seconds, rates.get("copy")),
+    }
+
+
+# Reading prompts.
+
+
+@dataclass
+class Reading:
+    """A step of prompt chunks."""
+
+    size: Size
+    rows: Rows
+    chunks: Chunks
+    tokens: list[Tensor]
+
+    @classmethod
+    def of(cls, size: Size, starts: list[int], place: Place) -> Reading:
+        total = len(starts) * size.chunk
+        shapes = ((size.heads, 6), (size.kv_heads, 7), (size.kv_heads, 8))
+        tokens = [packed(total, heads, size.dim, place, seed) for heads, seed in shapes]
+        return cls(size, make_rows(size, starts, place), make_chunks(size, starts, place), tokens)
+
+    def poisoned(self, logged: bool) -> tuple[Tensor, Tensor | None]:
+        """What attention writes to."""
+        query = self.tokens[0]
+        output = torch.full(tuple(query.shape), float("nan"), dtype=query.dtype, device=query.device)
+        return output, torch.full(tuple(query.shape[:2]), float("nan"), device=query.device) if logged else None
+
+    def attend(self, into: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        from bmx.kernels import triton_read
+
+        scale = self.size.dim**-0.5
+        triton_read.attend(into[0], *self.tokens, self.rows, self.chunks, scale=scale, logsums=into[1])
+        return into
+
+    def add_up(self, logsums: Tensor) -> Tensor:
+        from bmx.kernels import triton_read
+
+        return triton_read.add_up(*self.tokens[:2], self.rows, self.chunks, logsums, scale=self.size.dim**-0.5)
+
+    def keep(self, sums: Tensor) -> None:
+        from bmx.kernels import triton_keep
+
+        if not triton_keep.keep(*self.tokens[1:], self.rows, self.chunks, sums, ranking=self.size.ranking):
+            raise RuntimeError("keep refused")
+
+    def true(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output [T, H, D], logarithms [T, H], the mass afterwards [R] and own sums [K, T], in float64."""
+        size, t, c = self.size, self.size.chunk, self.size.capacity
+        k, g = size.kv_heads, size.heads // size.kv_heads
+        outputs, logs, owns = [], [], []
+        mass = by_head(self.rows, self.rows.mass.double())
+        for n, start in enumerate(self.chunks.starts):
+            query, key, value = (part[n * t : (n + 1) * t].double().transpose(0, 1) for part in self.tokens)
+            used = min(start, c)
+            past = [by_head(self.rows, part)[n, :, :used].double() for part in (self.rows.keys, self.rows.values)]
+            keys, values = torch.cat([past[0], key], 1), torch.cat([past[1], value], 1)
+            logits = torch.einsum("kgtd,kcd->kgtc", query.reshape(k, g, t, -1), keys) * size.dim**-0.5
+            future = torch.ones(t, used + t, dtype=torch.bool, device=keys.device).triu(used + 1)
+            logits = logits.masked_fill(future, float("-inf"))
+            logs.append((torch.logsumexp(logits, -1) * 1.4426950408889634).flatten(0, 1).T)
+            weights = torch.softmax(logits, -1)
+            outputs.append(torch.einsum("kgtc,kcd->tkgd", weights, values).flatten(1, 2))
+            seen = weights.mean(1).sum(1)  # [K, P + T]
+            mass[n, :, :used] += seen[:, :used]
+            owns.append(seen[:, used:])
+        return torch.cat(outputs), torch.cat(logs), mass.flatten(), torch.cat(owns, 1)
+
+    def true_keep(self, sums: Tensor) -> Rows:
+        """The rows afterwards: the best of equals the first, survivors in the rows of what went, both in order."""
+        rows, size, t = copied(self.rows), self.size, self.size.chunk
+        for n, start in enumerate(self.chunks.starts):
+            mine = slice(n * t, (n + 1) * t)
+            own = torch.arange(start, start + t, device=sums.device, dtype=torch.int32)
+            for head in range(size.kv_heads):
+                parts = [by_head(rows, part)[n, head] for part in (rows.keys, rows.values, rows.positions, rows.mass)]
+                used = min(start, size.capacity)
+                rivals = torch.cat([parts[2][:used], own])
+                received = torch.cat([parts[3][:used], sums[head, mine]])
+                worth = scores_of(rivals, received, start + t, size.ranking)
+                best = worth.sort(descending=True, stable=True).indices[: size.capacity]
+                stays = torch.zeros(len(rivals), dtype=torch.bool, device=sums.device)
+                stays[best] = True
+                kept = torch.zeros(size.capacity, dtype=torch.bool, device=sums.device)
+                kept[:used] = stays[:used]
+                new = stays[used:].nonzero().flatten()
+                free = (~kept).nonzero().flatten()[: len(new)]
+                from_chunk = (self.tokens[1][mine, head], self.tokens[2][mine, head], own, sums[head, mine])
+                for part, arrived in zip(parts, from_chunk, strict=True):
+                    part[free] = arrived[new]
+        return rows
+
+
+def check_reading(size: Size, place: Place) -> dict[str, Any]:
+    """A full slot, one that becomes full, an empty one; each kernel is given what float64 says of those before."""
+    starts = [SEEN * size.capacity, size.capacity - size.chunk // 2, 0]
+    reading = Reading.of(size, starts, place)
+    before = copied(reading.rows)
+    output, logs, mass, own = reading.true()
+    runs = [reading.attend(reading.poisoned(True)) for _ in range(2)]
+    plain = reading.attend(reading.poisoned(False))[0]
+    found: dict[str, Any] = {
+        "attend": {
+            "error": error(runs[0][0], output),
+            "error_without_logsums": error(plain, output),
+            "logsums_error": error(runs[0][1], logs),
+            "bit_equal": all(torch.equal(a, b) for a, b in zip(*runs, strict=True)),
+            "numbers_that_differ_without_logsums": int((plain != runs[0][0]).sum()),
+        }
+    }
+    summed = []
+    for _ in range(2):
+        reading.rows = copied(before)
+        summed.append((reading.add_up(logs.float().contiguous()), reading.rows.mass))
+    found["add_up"] = {
+        "error": error(summed[0][0], own),
+        "mass_error": error(summed[0][1], mass),
+        "bit_equal": all(torch.equal(a, b) for a, b in zip(*summed, strict=True)),
+    }
+    reading.rows = replace(copied(before), mass=summed[0][1])
+    sums, after, kept = summed[0][0], reading.rows, []
+    wanted = reading.true_keep(sums)
+    for _ in range(2):
+        reading.rows = copied(after)
+        reading.keep(sums)
+        kept.append(reading.rows)
+    found["keep"] = {"survivors_exact": same(kept[0], wanted), "bit_equal": same(*kept)}
+    return found
+
+
+def time_reading(size: Size, place: Place, rates: dict[str, float]) -> dict[str, Any]:
+    """Chunks of full length that fill a step, to full slots."""
+    starts = [SEEN * size.capacity] * size.chunks
+    reading = Reading.of(size, starts, place)
+    t, tokens = size.chunk, size.chunk * size.chunks
+    pairs = size.chunks * (t * size.capacity + t * (t + 1) // 2)
+    flops = 4 * pairs * size.heads * size.dim
+    layer = 2 * tokens * layer_parameters(size) / rates["flops"] if rates.get("flops") else None
+    found: dict[str, Any] = {"chunks": size.chunks, "tokens": tokens, "layer_seconds": layer}
+    for name, logged in (("attend", True), ("attend_without_logsums", False)):
+        into = reading.poisoned(logged)
+        seconds = median_seconds(lambda: reading.attend(into), place)  # noqa: B023
+        found[name] = {
+            "microseconds": 1e6 * seconds,
+            "tflops": flops / seconds / 1e12,
+            "share_of_matmul": share(flops, seconds, rates.get("flops")),
+        }
+    logsums = reading.attend(reading.poisoned(True))[1]
+    sums = reading.add_up(logsums)
+    for name, work in (("add_up", lambda: reading.add_up(logsums)), ("keep", lambda: reading.keep(sums))):
+        seconds = median_seconds(work, place)
+        found[name] = {"microseconds": 1e6 * seconds, "share_of_layer": seconds / layer if layer else None}
+    return found
+
+
+def layer_parameters(size: Size) -> int:
+    """Of the linear layers of one layer in the shape of Llama-3.1-8B with these heads."""
+    hidden = 4096 if size.inner > 1000 else size.heads * size.dim
+    return hidden * size.dim * (2 * size.heads + 2 * size.kv_heads) + 3 * hidden * size.inner
+
+
+# A model's small parts.
+
+
+def small_parts(size: Size, place: Place, rates: dict[str, float]) -> dict[str, Any]:
+    """RMSNorm, gate and rotation: error, bits and speed."""
+    from bmx.kernels import triton_parts
+
+    tokens = size.chunk * size.chunks if not place.tried else 3
+    hidden = size.heads * size.dim
+    x, weight = random(tokens, hidden, place=place, seed=9), random(hidden, place=place, seed=10)
+    gates = [random(tokens, size.inner, place=place, seed=seed) for seed in (11, 12)]
+    heads = packed(tokens, size.heads, size.dim, place, 13).transpose(0, 1).unsqueeze(0)
+    turns = [random(1, tokens, size.dim, place=place, seed=seed) for seed in (14, 15)]
+    works = {
+        "rms_norm": (lambda m, x, w: m.rms_norm(x, w, 1e-5), [x, weight]),
+        "gate": (lambda m, a, b: m.gate(a, b), gates),
+        "rotate": (lambda m, x, c, s: m.rotate(x, c, s), [heads, *turns]),
+    }
+    found = {}
+    for name, (work, tensors) in works.items():
+        made, again = work(triton_parts, *tensors), work(triton_parts, *tensors)
+        wanted = true_norm(*tensors) if name == "rms_norm" else work(reference, *(t.double() for t in tensors))
+        seconds = median_seconds(lambda: work(triton_parts, *tensors), place)  # noqa: B023
+        moved = sum(t.nbytes for t in (*tensors, made))
+        found[name] = {
+            "error": error(made, wanted),
+            "bit_equal": torch.equal(made, again),
+            "microseconds": 1e6 * seconds,
+            "share_of_copy": share(moved, seconds, rates.get("copy")),
+        }
+    return found
+
+
+def true_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm in float64, which ``reference`` computes in float32."""
+    return weight.double() * x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def verdict(found: Any) -> list[str]:
+    """Names of what is wrong among results of checks."""
+    wrong = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            wrong += [f"{name}.{inner}" for inner in verdict(value)]
+        elif "error" in name and isinstance(value, float):
+            wrong += [] if value <= LIMIT else [name]  # NaN is wrong too
+        elif isinstance(value, bool) and not value:
+            wrong.append(name)
+    return wrong
+
+
+def run(note: Note, place: Place, rates: dict[str, float]) -> None:
+    """The whole part, one size after another; a kernel that fails keeps no other from its turn."""
+    import traceback
+
+    torch.manual_seed(0)
+    for size in sizes(place):
+        found: dict[str, Any] = {}
+        name = f"D {size.dim}, {size.heads}/{size.kv_heads}"
+        for label, work in {
+            "decode": lambda: check_decode(size, place, counted=True),  # noqa: B023
+            "decode_by_age": lambda: check_decode(size, place, counted=False),  # noqa: B023
+            "reading": lambda: check_reading(size, place),  # noqa: B023
+            "parts": lambda: small_parts(size, place, rates),  # noqa: B023
+            "decode_speed": lambda: time_decode(size, place, True, rates),  # noqa: B023
+            "decode_by_age_speed": lambda: time_decode(size, place, False, rates),  # noqa: B023
+            "reading_speed": lambda: time_reading(size, place, rates),  # noqa: B023
+        }.items():
+            started = time.perf_counter()
+            try:
+                found[label] = work()
+            except Exception as problem:
+                found[label] = {"failed": f"{type(problem).__name__}: {problem}"[:500]}
+                found[label]["traceback"] = traceback.format_exc(limit=-3)[-1500:]
+            found[label]["in_all_seconds"] = time.perf_counter() - started
+            found["wrong"] = verdict({k: v for k, v in found.items() if k != "wrong"})
+            found["wrong"] += [k for k, v in found.items() if isinstance(v, dict) and "failed" in v]
+            note(name, found)
+            if not place.tried:
+                torch.cuda.empty_cache()
