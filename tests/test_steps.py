@@ -144,8 +144,8 @@ def drained(runner, scheduler) -> set[tuple[bool, bool]]:
         assert runner.run(step) is not None
         scheduler.launched(step)
         kinds.add((any(c.decodes for c in step.chunks), any(not c.decodes for c in step.chunks)))
-        scheduler.drop([s for s in scheduler.in_slots if s.left == 0])
-    assert not scheduler.unfinished
+    assert not scheduler.in_slots
+    assert not scheduler.waiting
     return kinds
 
 
@@ -259,6 +259,24 @@ def test_the_next_step_is_launched_before_the_last_one_is_read():
     _, engine = late_answers(requests, 1, 1)
     assert engine.last_runner.most_unread == 2
     assert not engine.last_runner.unread
+
+
+def test_prompts_are_read_and_answers_handed_out_while_the_device_works():
+    """A step is on its way whenever the file is asked for another row, but for the first ones, and at every answer."""
+    rows = [Request(id=i, prompt=f"a b {i}", params=SamplingParams(max_tokens=6, ignore_eos=True)) for i in range(300)]
+    engine = LateEngine.open(EngineConfig(model="fake", max_num_seqs=4))
+    engine.late = (1, 1)
+    at_work = []
+
+    def requests():
+        for row in rows:
+            at_work.append(len(engine.last_runner.unread))
+            yield row
+
+    answers = [len(engine.last_runner.unread) for _ in engine.generate(requests(), engine.plan(engine.measure(rows)))]
+    assert set(at_work[64:]) == {1}
+    assert len(answers) == 300
+    assert set(answers[:-4]) == {1}
 
 
 def test_a_repetition_penalty_makes_the_host_wait():

@@ -71,6 +71,7 @@ class Scheduler:
         self._max_tokens = size.max_num_batched_tokens
         self._free = [list(range(group.slots))[::-1] for group in self._groups]
         self._running: list[Sequence] = []
+        self._leaving: list[Sequence] = []  # whose last tokens are promised: their slots are others' already
         self.waiting: list[Sequence] = []
         self.draining = False
 
@@ -86,8 +87,8 @@ class Scheduler:
 
     @property
     def held_tokens(self) -> list[int]:
-        """Tokens computed so far by each of the sequences that have a slot."""
-        return [sequence.computed for sequence in self._running]
+        """Tokens computed so far by each of the sequences that have a slot, or had one until their last step."""
+        return [sequence.computed for sequence in (*self._leaving, *self._running)]
 
     @property
     def largest(self) -> int:
@@ -101,8 +102,8 @@ class Scheduler:
 
     @property
     def unfinished(self) -> list[Sequence]:
-        """All that have a slot or wait for one."""
-        return [*self._running, *self.waiting]
+        """All that have a slot or wait for one, or for their last tokens."""
+        return [*self._leaving, *self._running, *self.waiting]
 
     def reject_too_large(self) -> list[Sequence]:
         """Those that wait and that no slot can ever hold; they wait no longer."""
@@ -143,13 +144,12 @@ class Scheduler:
     def schedule(self, rounds: int = 1) -> Step | None:
         """The next step: every decoding sequence, then whole prompt chunks while they fit. None: nothing to do.
 
-        A sequence that waits for another's prefix lets those behind it pass; one of whose answer all is promised has
-        nothing to do.
+        A sequence that waits for another's prefix lets those behind it pass.
 
         Args:
             rounds: most tokens that sequences decode where there is no prompt to read.
         """
-        decodes = sorted((s for s in self._running if s.decoding and s.left > 0), key=lambda s: s.home)
+        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.home)
         reading = any(not (s.decoding or s.waits) for s in self._running)
         chunks = [Chunk(s, s.computed, 1 if reading else min(rounds, s.left)) for s in decodes]
         tokens = len(chunks)
@@ -164,12 +164,17 @@ class Scheduler:
             tokens, prompts = tokens + length + self._probe, prompts + 1
         return Step(tuple(chunks)) if chunks else None
 
-    @staticmethod
-    def launched(step: Step) -> None:
-        """Go on from where a step will have come to, whose tokens are promised."""
+    def launched(self, step: Step) -> None:
+        """Go on from where a step will have come to, whose tokens are promised.
+
+        What is launched later finds slots as this step leaves them: who needs none any more gives it to the next.
+        """
         for chunk in step.chunks:
             chunk.sequence.computed = chunk.start + chunk.length
             chunk.sequence.promised += chunk.samples
+        leaving = [sequence for sequence in self._running if sequence.decoding and not sequence.left]
+        self.drop(leaving)
+        self._leaving += leaving
 
     def update(self, step: Step, tokens: Seq[int | None]) -> list[Sequence]:
         """Write down what a step gave that was launched before, and free the slots of those that are done.
@@ -182,14 +187,15 @@ class Scheduler:
         Returns:
             The sequences that are finished, still knowing the slot they had.
         """
-        following, here = iter(tokens), set(map(id, self._running))
+        following, here = iter(tokens), [*self._leaving, *self._running]
+        known = set(map(id, here))
         for chunk in step.chunks:
             for token in islice(following, chunk.samples):
-                if id(chunk.sequence) in here and not chunk.sequence.finish_reason:
+                if id(chunk.sequence) in known and not chunk.sequence.finish_reason:
                     chunk.sequence.accept(token)
-        finished = [s for s in self._running if s.finish_reason]
-        self.drop(finished)
-        return finished
+        self.drop([sequence for sequence in self._running if sequence.finish_reason])
+        self._leaving = [sequence for sequence in self._leaving if not sequence.finish_reason]
+        return [sequence for sequence in here if sequence.finish_reason]
 
     def drop(self, sequences: Seq[Sequence]) -> None:
         """Free the slots of sequences; they still know the slot they had."""
