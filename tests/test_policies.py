@@ -652,7 +652,7 @@ def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes
         (3, "no scorer"),
         (type("Broken", (), {"__init__": lambda self: 1 / 0}), "division by zero"),
     ],
-    ids=str,
+    ids=("not importable", "raises", "a function", "a number", "cannot be made"),
 )
 def test_a_broken_way_of_another_package_is_an_error_with_its_name(loaded, said, offered):
     offered("theirs", loaded)
