@@ -130,7 +130,7 @@ def test_two_sets_of_frequencies_in_the_same_round(monkeypatch, cpu_kernels):
     requests = as_requests(random_prompts((10, 60)), max_tokens=4)
     found = answers(engine_of("phi3", kv_policy="none", **CROWDED), requests)
     cpu_kernels("cpu")
-    assert found == answers(tiny_engine("phi3", kv_policy="none", **CROWDED), requests)
+    assert found == answers(tiny_engine(tiny_model("phi3"), kv_policy="none", **CROWDED), requests)
 
 
 def test_what_cannot_be_captured_is_launched_anew_and_said(monkeypatch):
