@@ -218,6 +218,34 @@ def test_logits_are_counted_for_every_slot_and_sampling_for_a_few_at_once():
     assert many < 100 * one
 
 
+@pytest.mark.parametrize(
+    ("told", "captured"),
+    [
+        ({}, True),
+        ({"kv_policy": "none"}, True),
+        ({"kv_policy": "streaming"}, True),
+        ({"enforce_eager": True}, False),
+        ({"kv_policy": "keydiff"}, False),
+        ({"kv_value_norm": True}, False),
+        ({"kv_format": "int8"}, False),
+        ({"kv_protect": "instructions"}, False),
+    ],
+)
+def test_graphs_of_decoding_have_their_place_in_a_gpus_plan(told, captured):
+    """They grow with the slots, and are not made where decoding is more than kernels do, or on a CPU."""
+    config = EngineConfig(**told)
+    step = StepSize(chunk_size=128, max_num_batched_tokens=512)
+
+    def graphs(kind, slots):
+        device = Device.of(kind, SPEC, 0, config)
+        policy = CompressionPolicy.from_config(config)
+        return memory_needed(SPEC, lambda rows: policy.layout(SPEC, rows), [SlotGroup(64, slots)], step, device).graphs
+
+    assert (graphs("cuda", 8) > 0) == captured
+    assert (graphs("cuda", 64) > graphs("cuda", 8)) == captured
+    assert graphs("cpu", 8) == 0
+
+
 @pytest.mark.parametrize("kernels", ["cpu", "reference"])
 def test_a_device_asks_the_kernels_that_would_run_there(kernels, cpu_kernels):
     """The plain ones make whole matrices of scores, those for a CPU one tile after the other."""
