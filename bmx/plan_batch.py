@@ -125,7 +125,7 @@ def _measure(
     predicted, measured = engine.stats.rehearsed
     foreseen = next(o for o in question.options([config.engine.kv_budget]) if o.plan).plan
     return {
-        "before_loading_bytes": foreseen.memory.total - foreseen.memory.pool if foreseen else 0,
+        "before_loading_bytes": foreseen.memory.step if foreseen else 0,
         "predicted_bytes": predicted,
         "measured_bytes": measured,
     }

@@ -82,6 +82,11 @@ class Memory:
         return self.kv + self.scores
 
     @property
+    def step(self) -> int:
+        """Bytes of the largest step where there are no slots and nothing is captured: what a rehearsal should see."""
+        return self.total - self.pool - self.graphs
+
+    @property
     def total(self) -> int:
         """All of it."""
         return sum(getattr(self, f.name) for f in fields(self))

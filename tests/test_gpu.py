@@ -276,7 +276,8 @@ def launched(runner, scheduler, rows, watched):
         scheduler.admit_waiting()
         step = scheduler.schedule(runner.rounds)
         if step is None:
-            assert not scheduler.unfinished
+            assert not scheduler.in_slots
+            assert not scheduler.waiting
             return count
         if watched:
             with no_waiting():
@@ -284,5 +285,4 @@ def launched(runner, scheduler, rows, watched):
         else:
             runner.run(step)
         scheduler.launched(step)
-        scheduler.drop([sequence for sequence in scheduler.in_slots if sequence.left == 0])
     raise AssertionError("there is no end to it")

@@ -5,7 +5,9 @@ What single kernels compute is tested beside this, in ``test_triton_read`` and `
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 
 import pytest
 import torch
@@ -131,6 +133,22 @@ def test_two_sets_of_frequencies_in_the_same_round(monkeypatch, cpu_kernels):
     found = answers(engine_of("phi3", kv_policy="none", **CROWDED), requests)
     cpu_kernels("cpu")
     assert found == answers(tiny_engine(tiny_model("phi3"), kv_policy="none", **CROWDED), requests)
+
+
+def test_a_finished_run_leaves_no_slots_behind():
+    """Not even until garbage is collected: a GPU has no room for them beside those of the next run."""
+    engine = engine_of("small", **TIGHT)
+    plan = engine.plan([])
+    gc.collect()
+    gc.disable()
+    try:
+        with engine._runner(plan) as runner:
+            assert runner.rounds > 1
+            slots = weakref.ref(runner.pool)
+        del runner
+        assert slots() is None
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_captured_is_launched_anew_and_said(monkeypatch):

@@ -123,7 +123,7 @@ class Engine:
                 return made  # its rows will fail one by one, or find that memory is back
             made, measured = smaller, self._rehearse(smaller)
             allowed = replace(allowed, slots=made.slots)
-        predicted = made.memory.total - made.memory.pool
+        predicted = made.memory.step
         if not self.meter.exact:
             return made
         self.stats.rehearsed = (predicted, measured)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -72,7 +73,6 @@ class DecodeGraphs:
         self.captures = next_ids.device.type == "cuda"
         self._rounds: dict[tuple[int, bool], Round] = {}
         self._pool: Any = None
-        self._warming: Any = None  # the stream that rounds are first run on: each has workspaces of its own
         slots = len(next_ids) - 1
         unit = min(slots, ROW_ALIGNMENT)
         self.row_counts = tuple(sorted({-(-ceil(slots * share) // unit) * unit for share in SHARES}))
@@ -92,17 +92,25 @@ class DecodeGraphs:
         return Rounds(one.ring, [row.tokens for row in rows])
 
     def _made(self, count: int, drawn: bool) -> Round:
+        largest = self.row_counts[-1]
+        if self.captures and count < largest and (largest, drawn) not in self._rounds:
+            self._made(largest, drawn)  # first, so that those of fewer rows find room where it has worked
         one = self._rounds[count, drawn] = Round(self._forward, self._next_ids, count, drawn)
         if self.captures:
             try:
-                self._warming = self._warming or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                self._pool = one.capture(self._pool, self._warming)
+                self._pool = one.capture(self._pool, _warming_stream())
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 self.captures = False
                 self._refused(str(error).strip().partition("\n")[0])
         return one
+
+
+@cache
+def _warming_stream() -> Any:
+    """Where rounds are run once before they are captured; one for all, since each has workspaces of its own."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class Rounds:

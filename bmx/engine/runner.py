@@ -107,6 +107,7 @@ class ModelRunner:
 
     def __exit__(self, *_: object) -> None:
         self._attached.close()
+        self._graphs = None  # it knows this runner: without, slots would live on until garbage is collected
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tokens | Rounds:

@@ -24,7 +24,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 TYPES = {  # of the kernels' arguments, but for vectors; what follows a colon divides the number
     **dict.fromkeys(("positions", "lists", "counts"), "*i32"),
-    **dict.fromkeys(("first", "capacity", "slots", "now", "limits", "table"), "*i64"),
+    **dict.fromkeys(("first", "capacity", "table"), "*i64"),
+    **dict.fromkeys(("slots", "now", "limits"), "*i64:8"),
     **dict.fromkeys(("mass", "sums", "scratch"), "*fp32"),
     **dict.fromkeys(("query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "width"), "i32:16"),
     **dict.fromkeys(("packed", "chunks", "longest"), "i32"),
@@ -145,7 +146,7 @@ def _count(
     tl.store(mass + row, tl.sum(tl.where(real, tl.exp2(own - top) * over, 0.0), 0) / group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "now", "limits"])
 def _decode(
     output, query, key, value, keys, values, positions, mass, first, capacity, slots, now, limits, sinks, scratch,
     query_row, query_head, key_row, key_head, value_row, value_head, width, scale, old,
