@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 triton_decode = pytest.importorskip("bmx.kernels.triton_decode")
 triton_keep = pytest.importorskip("bmx.kernels.triton_keep")

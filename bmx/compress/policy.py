@@ -191,12 +191,9 @@ class CompressionPolicy:
 
     def ranking(self, layout: LayerLayout) -> Ranking | None:
         """How a layer's pairs are ranked, if it is so simple that a kernel can do it by itself; else None."""
-        by = ""
-        if self.scorer is None or layout.by_age or (isinstance(self.scorer, Newest) and not layout.notes):
-            by = "age"
-        elif layout.notes == ("mass",) and not self.value_norm:
-            by = "mass" if isinstance(self.scorer, Mass) else ""
-            by = "average" if isinstance(self.scorer, AverageAttention) else by
+        by = "age" if layout.by_age else _simply_by(self.scorer)
+        if by != "age" and (layout.notes != ("mass",) or self.value_norm):
+            return None
         return Ranking(by=by, sink=self.sink, recent=self.recent, window=layout.window) if by else None
 
     def old(self, queries: int) -> float:
@@ -370,9 +367,17 @@ class CompressionPolicy:
 
 def left_to_kernels(config: EngineConfig) -> bool:
     """Whether kernels can do all that this configuration asks of them, in layers that share nothing."""
-    simple = isinstance(scorer_named(config.kv_policy), (AverageAttention, Mass, Newest, type(None)))
     more = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
-    return simple and not more and config.kv_format == "auto"
+    return bool(_simply_by(scorer_named(config.kv_policy))) and not more and config.kv_format == "auto"
+
+
+def _simply_by(scorer: Scorer | None) -> str:
+    """What a ``Ranking`` calls the way of a scorer; nothing if it has no word for it."""
+    if isinstance(scorer, Mass):
+        return "mass"
+    if isinstance(scorer, AverageAttention):
+        return "average"
+    return "age" if scorer is None or isinstance(scorer, Newest) else ""
 
 
 def _rows(scores: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from bmx.compress.seen import Needs
 from bmx.engine.packed import Decodes, PackedStep, PromptChunk, Shared
 from bmx.kernels import Kernels
 from bmx.kernels.ranking import Ranking
+from bmx.kernels.reference import out_of_window
 from bmx.kernels.rows import Rows
 from bmx.kernels.transfer import upload
 from bmx.kv.pool import KVPool, LayerSlots
@@ -160,7 +161,9 @@ class SlotAttention:
             shared.value,
             keys,
             values,
-            hidden=_hidden_from_chunk(part, chunk, used),
+            hidden=out_of_window(
+                part.positions[chunk.slot, :, :used], chunk.start, tokens + chunk.probes, layout.window
+            ),
             votes=votes,
             squares=Needs.SQUARES in self._policy.needs,
             **details.options,
@@ -238,17 +241,6 @@ class SlotAttention:
             least = capacity if limited is None else limited.unsqueeze(1)
             rows = victims if all(full) else torch.where(rows >= least, victims, rows)
         part.write(decodes.slots, rows, k, v, decodes.positions)
-
-
-def _hidden_from_chunk(part: LayerSlots, chunk: PromptChunk, used: int) -> Tensor | None:
-    """[K, T, P + T]: keys that a sliding window hides from the chunk's queries; None if it hides nothing."""
-    window, tokens = part.layout.window, chunk.length + chunk.probes
-    if window is None or chunk.start + tokens <= window:
-        return None
-    own = torch.arange(chunk.start, chunk.start + tokens, device=part.positions.device)
-    past = part.positions[chunk.slot, :, :used]
-    positions = torch.cat([past, own.expand(len(past), -1)], dim=1)  # [K, P+T]
-    return positions.unsqueeze(1) <= own.view(1, -1, 1) - window
 
 
 def _hidden_from_decodes(part: LayerSlots, decodes: Decodes) -> Tensor | None:

@@ -127,24 +127,6 @@ class Shared:
     sums: Tensor | None
 
 
-class Numbers:
-    """Lists of whole numbers that travel to the device together."""
-
-    def __init__(self) -> None:
-        self._lists: list[Seq[int]] = []
-
-    def add(self, numbers: Seq[int]) -> int:
-        """Take one along; returns its place."""
-        self._lists.append(numbers)
-        return len(self._lists) - 1
-
-    def sent(self, device: torch.device) -> list[Tensor]:
-        """All of them, there."""
-        together = upload([number for numbers in self._lists for number in numbers], device)
-        ends = accumulate(map(len, self._lists), initial=0)
-        return [together[start:stop] for start, stop in pairwise(ends)]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packer:
     """Packs steps.
@@ -212,12 +194,10 @@ class Packer:
             decoding: chunks of decoding sequences, the first of the packing.
         """
         members = [chunk.sequence for chunk in decoding]
-        numbers, table = Numbers(), _table(prompts, self.before)
-        for part in (ids, positions, logits_at, list(map(self.number, members)), [s.rows_needed for s in members]):
-            numbers.add(part)
-        for part in (*table, [s.home[1] for s in members]):
-            numbers.add(part)
-        there = numbers.sent(self.device)
+        table = _table(prompts, self.before)
+        numbers, limited = [self.number(s) for s in members], [s.rows_needed for s in members]
+        lists = (ids, positions, logits_at, numbers, limited, *table, [s.home[1] for s in members])
+        there = _uploaded(lists, self.device)
         input_ids, everywhere, wanted, slots, limits = there[:5]
         if members:
             input_ids[: len(members)] = next_ids[slots]
@@ -290,6 +270,13 @@ class Packer:
             return None
         padded = [[*s.spans, *[(0, 0)] * (most - len(s.spans))] for s in sequences]
         return upload(padded, self.device)
+
+
+def _uploaded(lists: Seq[Seq[int]], device: torch.device) -> list[Tensor]:
+    """Lists of whole numbers, which travel to the device together."""
+    together = upload([number for numbers in lists for number in numbers], device)
+    ends = accumulate(map(len, lists), initial=0)
+    return [together[start:stop] for start, stop in pairwise(ends)]
 
 
 def _prompt_chunk(chunk: Chunk, rows: slice, probes: int) -> PromptChunk:

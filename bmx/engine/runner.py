@@ -117,9 +117,14 @@ class ModelRunner:
         for chunk in step.chunks:
             if chunk.start == 0 and not self._masked:
                 self.pool.reset(*chunk.sequence.home)
-        segments = [Segment(c.length + len(self._packer.asked(c)), c.sequence.total) for c in step.chunks]
-        logits = self._logits(self._packer.packed(step, self._next_ids), segments)
+        logits = self._logits(self._packer.packed(step, self._next_ids), self._segments(step))
         return self._sampled([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
+
+    def _segments(self, step: Step) -> list[Segment]:
+        """Whose frequencies the packed tokens have, where that depends on their sequence."""
+        if self._rope is None:
+            return []
+        return [Segment(c.length + len(self._packer.asked(c)), c.sequence.total) for c in step.chunks]
 
     def _decoding_row(self, chunk: Chunk) -> DecodingRow:
         sequence = chunk.sequence

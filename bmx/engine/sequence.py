@@ -148,9 +148,8 @@ class Sequence:
         if token_id is None:
             self.finish_reason, self.error = "error", "nan_logits"
             return
-        ends = token_id in self.params.stop_token_ids or (token_id in self.end_token_ids and not self.params.ignore_eos)
         self.answer.append(token_id)
-        if ends or self._meets_stop_string(token_id):
+        if token_id in self.last_ids or self._meets_stop_string(token_id):
             self.finish_reason = "stop"
         elif len(self.answer) >= self.max_tokens:
             self.finish_reason = "length"
@@ -173,7 +172,7 @@ class Sequence:
         Args:
             budget: KV pairs that each layer and head might keep, at most.
         """
-        ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self._ends()
+        ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self.last_ids
         ids = self.answer[:-1] if ended else self.answer
         seen = len(self.prompt) + len(self.answer) - 1  # nothing has read the last token
         kept = min(seen, budget)
@@ -192,9 +191,6 @@ class Sequence:
     def last_ids(self) -> tuple[int, ...]:
         """Token ids that end its answer."""
         return (*self.params.stop_token_ids, *(() if self.params.ignore_eos else sorted(self.end_token_ids)))
-
-    def _ends(self) -> set[int]:
-        return {*self.end_token_ids, *self.params.stop_token_ids}
 
 
 def chunk_ends(tokens: int, chunk_size: int) -> list[int]:

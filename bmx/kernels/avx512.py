@@ -306,7 +306,7 @@ def read(
         positions = rows.positions[here].view(rows.kv_heads, capacity)
         counts = rows.mass is not None and chunks.totals[n] > limit
         votes = _votes(chunks.votes, part, counts)
-        hidden = _out_of_window(positions[:, :used], start, length, ranking.window)
+        hidden = reference.out_of_window(positions[:, :used], start, length, ranking.window)
         output[part], sums = attend_chunk(
             query[part], key[part], value[part], keys[:, :used], values[:, :used],
             scale=scale, sinks=sinks, hidden=hidden, votes=votes,
@@ -329,15 +329,6 @@ def _votes(votes: Tensor | None, part: slice, counts: bool) -> Tensor | None:
     if not counts:
         return None
     return torch.ones(1, part.stop - part.start) if votes is None else votes[part].unsqueeze(0)
-
-
-def _out_of_window(positions: Tensor, start: int, tokens: int, window: int | None) -> Tensor | None:
-    """[K, T, P + T]: keys that a window hides from the chunk's queries; None if it hides nothing."""
-    if window is None or start + tokens <= window:
-        return None
-    own = torch.arange(start, start + tokens)
-    keys = torch.cat([positions, own.expand(len(positions), -1)], dim=1)  # [K, P+T]
-    return keys.unsqueeze(1) <= own.view(1, -1, 1) - window
 
 
 def _told(ranking: Ranking) -> _Ranking:

@@ -70,6 +70,19 @@ def attend_chunk(
     return output, sums
 
 
+def out_of_window(positions: Tensor, start: int, tokens: int, window: int | None) -> Tensor | None:
+    """[K, T, P + T]: keys that a sliding window hides from a chunk's queries; None if it hides nothing.
+
+    Args:
+        positions: [K, P] of the slot's rows in use; the chunk's are ``start`` and so on.
+    """
+    if window is None or start + tokens <= window:
+        return None
+    own = torch.arange(start, start + tokens, device=positions.device)
+    keys = torch.cat([positions, own.expand(len(positions), -1)], dim=1)  # [K, P+T]
+    return keys.unsqueeze(1) <= own.view(1, -1, 1) - window
+
+
 def attend_slots(
     query: Tensor,
     keys: Tensor,

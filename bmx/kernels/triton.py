@@ -16,7 +16,7 @@ from bmx.kernels import interpreted, reference
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import Ranking
 from bmx.kernels.rows import Chunks, Rows
-from bmx.kernels.triton_decode import decode as _decode
+from bmx.kernels.triton_decode import decode
 from bmx.kernels.triton_keep import fits, keep
 from bmx.kernels.triton_parts import gate, rms_norm, rotate
 from bmx.kernels.triton_read import add_up, attend, attend_chunk
@@ -25,40 +25,6 @@ __all__ = ["attend_chunk", "attend_slots", "decode", "gate", "product", "read", 
 
 TAKES = () if interpreted() else (torch.bfloat16, torch.float16, torch.float32)  # a program for each token takes long
 attend_slots = reference.attend_slots
-
-
-def decode(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Rows,
-    slots: Tensor,
-    now: Tensor,
-    limits: Tensor,
-    *,
-    scale: float,
-    ranking: Ranking,
-    old: float,
-    count: bool,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> bool:
-    """A whole decoding step of a layer, where ranking is as simple as this: see ``avx512.decode``.
-
-    Args:
-        slots: [B]; of a row that is -1 nothing is computed, and its output is zero.
-    """
-    told: dict[str, Any] = {
-        "scale": scale,
-        "ranking": ranking,
-        "old": old,
-        "count": count,
-        "softcap": softcap,
-        "sinks": sinks,
-    }
-    _decode(output, query, key, value, rows, slots, now, limits, **told)
-    return True
 
 
 def read(
@@ -75,7 +41,7 @@ def read(
     sinks: Tensor | None = None,
 ) -> bool:
     """The prompt chunks' part of a layer, where ranking is as simple as this: see ``avx512.read``."""
-    if not fits(rows, chunks):
+    if scale <= 0 or not fits(rows, chunks):
         return False
     each = zip(chunks.totals, chunks.limits, chunks.slots, strict=True)
     scored = rows.mass is not None and any(total > min(limit, rows.sizes[slot]) for total, limit, slot in each)

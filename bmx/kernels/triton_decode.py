@@ -8,7 +8,6 @@ Shapes: B decoding rows, H query heads, K kv heads, G = H / K, C rows of a head 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bmx.kernels import interpreted
 from bmx.kernels.ranking import Ranking
 from bmx.kernels.rows import Rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted()
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 TYPES = {  # of the kernels' arguments, but for vectors; what follows a colon divides the number
@@ -221,7 +221,7 @@ def decode(
     count: bool,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> None:
+) -> bool:
     """A whole decoding step of a layer, as ``CompressionPolicy`` and the pool do it; nothing waits for the device.
 
     Each token takes the next empty row of its slot, or that of the lowest-ranked pair; then it attends to the slot,
@@ -235,10 +235,13 @@ def decode(
         now: [B] int64, the tokens' positions; limits [B] int64, rows of its slot that each may use.
         ranking: who goes first; old: what is left of earlier mass; count: whether to add to it.
         scale, softcap, sinks: as in ``reference.attend_slots``.
+
+    Returns:
+        That it was done: there is nothing that this kernel cannot take.
     """
     batch, heads, dim = query.shape
     if not batch:
-        return
+        return True
     group, width = heads // rows.kv_heads, _whole(rows.largest, 16)
     counted = count and rows.mass is not None
     scratch = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device) if counted else None
@@ -249,6 +252,7 @@ def decode(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], width, scale, old,
         softcap=softcap, **told(ranking), **fixed, **manner,
     )  # fmt: skip
+    return True
 
 
 def _sizes_of_decode(group: int, dim: int, breadth: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:

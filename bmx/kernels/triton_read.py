@@ -9,7 +9,6 @@ D key dim, E value dim, M ways of adding up attention.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
-from bmx.kernels import reference
+from bmx.kernels import interpreted, reference
 from bmx.kernels.rows import Chunks, Rows
 from bmx.kernels.transfer import upload
 from bmx.kernels.triton_tiles import Parts, Sizes, attend_kernel, sums_kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted()
 
 
 @dataclass(frozen=True, slots=True)
