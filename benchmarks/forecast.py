@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bmx import hardware, rates
+from bmx import hardware
+from bmx.plan import machine_speed as rates
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
 JOBS = {

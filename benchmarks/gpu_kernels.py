@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bmx.kernels import reference
 from bmx.kernels.ranking import Ranking
-from bmx.kernels.rows import Chunks, Rows
+from bmx.kernels.slot_views import Chunks, Rows
 
 LIMIT = 1e-2  # relative error, Frobenius norm
 RANKING = Ranking(by="average", sink=4, recent=32, window=None)
@@ -292,19 +292,19 @@ class Reading:
         return output, torch.full(tuple(query.shape[:2]), float("nan"), device=query.device) if logged else None
 
     def attend(self, into: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        from bmx.kernels import triton_read
+        from bmx.kernels import triton_prefill as triton_read
 
         scale = self.size.dim**-0.5
         triton_read.attend(into[0], *self.tokens, self.rows, self.chunks, scale=scale, logsums=into[1])
         return into
 
     def add_up(self, logsums: Tensor) -> Tensor:
-        from bmx.kernels import triton_read
+        from bmx.kernels import triton_prefill as triton_read
 
         return triton_read.add_up(*self.tokens[:2], self.rows, self.chunks, logsums, scale=self.size.dim**-0.5)
 
     def keep(self, sums: Tensor) -> None:
-        from bmx.kernels import triton_keep
+        from bmx.kernels import triton_evict as triton_keep
 
         if not triton_keep.keep(*self.tokens[1:], self.rows, self.chunks, sums, ranking=self.size.ranking):
             raise RuntimeError("keep refused")
@@ -429,7 +429,7 @@ def layer_parameters(size: Size) -> int:
 
 def small_parts(size: Size, place: Place, rates: dict[str, float]) -> dict[str, Any]:
     """RMSNorm, gate and rotation: error, bits and speed."""
-    from bmx.kernels import triton_parts
+    from bmx.kernels import triton_pointwise as triton_parts
 
     tokens = size.chunk * size.chunks if not place.tried else 3
     hidden = size.heads * size.dim

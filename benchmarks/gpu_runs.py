@@ -1,6 +1,7 @@
 """What ``gpu.py`` asks of whole runs: graphs against launching anew, planned against seen memory, and tokens a second.
 
-Random weights in the shapes of ``bmx.model.shapes``, random token ids, answers to their full length past any end token.
+Random weights in the shapes of ``bmx.model.random_models``, random
+token ids, answers to their full length past any end token.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 from gpu_kernels import Note, Place, share, synchronize
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
-from bmx.engine.roofline import held_rows, weights_read
-from bmx.model.shapes import SHAPES, IdTokenizer, make_shape
-from bmx.planner import Plan
-from bmx.sides import length_of, planned
-from bmx.signals import Stop
+from bmx.measure.bench_sides import length_of, planned
+from bmx.model.random_models import SHAPES, IdTokenizer, make_shape
+from bmx.plan.planner import Plan
+from bmx.plan.roofline import held_rows, weights_read
+from bmx.shutdown import Stop
 from bmx.stats import Stats
 
 LLAMA = "llama-3.1-8b"

@@ -19,9 +19,9 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from bmx.journal import Found, Journal, Ledger
-from bmx.jsonl import Reader
-from bmx.outbox import Outbox
+from bmx.job.input_rows import Reader
+from bmx.job.journal import Found, Journal, Ledger
+from bmx.job.result_writer import ResultWriter
 from bmx.request import KVUsage, Result, Usage
 from bmx.stats import Stats
 
@@ -65,7 +65,7 @@ def layer(rows: int) -> float:
             todo = ledger.todo()
         stats = Stats()
         with closing(Journal(output, Path(folder, "errors.jsonl"), Found())) as journal:
-            outbox = Outbox(add=journal.add, stats=stats)
+            outbox = ResultWriter(add=journal.add, stats=stats)
             for row in reader.rows(todo.skip):
                 outbox.expect(row)
                 outbox.put(Result(id=row.id, text="w1", finish_reason="length", usage=USAGE, kv=KV))

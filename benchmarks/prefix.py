@@ -43,7 +43,7 @@ def answered(engine, requests):
     before = time.perf_counter()
     found = {result.id: result.token_ids for result in engine.generate(requests, plan)}
     seconds = time.perf_counter() - before
-    stats, spare = engine.stats, sum(part.slots for part in plan.spare)
+    stats, spare = engine.stats, sum(part.slots for part in plan.prefix_slots)
     print(
         f"  reuse {'on ' if engine.config.prefix_reuse else 'off'}: {stats.prompt_tokens:,} prompt tokens computed, "
         f"{stats.reused_prompt_tokens:,} copied; {plan.slots} slots and {spare} spare; "

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.config import setting_named
-from bmx.engine.teacher import Teacher
-from bmx.signals import Stop
+from bmx.measure.teacher import Teacher
+from bmx.shutdown import Stop
 
 NEWS = (
     "Read the following news passages, then write a short summary of them.\n\n{text}\n\n"

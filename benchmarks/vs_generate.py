@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
-from bmx.engine.roofline import weights_read
-from bmx.notation import parse_bytes
+from bmx.plan.roofline import weights_read
+from bmx.units import parse_bytes
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
 INSTRUCTION = "Summarize the following text in three sentences.\n\n"

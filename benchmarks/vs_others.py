@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vs_generate import timed
 
-from bmx.notation import parse_bytes
+from bmx.units import parse_bytes
 
 MANNER = ("chunk_size", "kv_policy", "kv_budget", "kv_format", "quantization", "dtype", "max_num_batched_tokens")
 

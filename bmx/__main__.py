@@ -1,5 +1,5 @@
 """``python -m bmx``."""
 
-from bmx.cli import main
+from bmx.cli.commands import main
 
 main()

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from bmx.calibration import default_path, recommended
 from bmx.errors import UsageError
-from bmx.notation import (
+from bmx.request import SamplingParams
+from bmx.units import (
     POLICIES,
     WANTED,
     parse_budget,
@@ -27,7 +27,6 @@ from bmx.notation import (
     parse_shard,
     parse_shared,
 )
-from bmx.request import SamplingParams
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_LINE_BYTES = 16 * 10**6
@@ -145,7 +144,7 @@ class EngineConfig:
             )
 
     @property
-    def cut_freely(self) -> bool:
+    def chunking_is_free(self) -> bool:
         """Whether where chunks end decides no answer: nothing is evicted, and nothing is rounded when it is stored."""
         return self.kv_policy == "none" and self.kv_format == "auto"
 
@@ -264,13 +263,15 @@ class RunConfig:
         Raises:
             UsageError: an unknown name, a wrong type or a value out of range.
         """
-        given = dict(read_yaml(config_file)) if config_file else {}
-        given.update({name: value for name, value in flags.items() if value is not None})
-        values = {name: setting_named(name).coerce(value) for name, value in given.items()}
-        if values.get("kv_budget") == "auto":
-            path = Path(values.get("calibration") or default_path(inputs[0] if inputs else "prompts.jsonl"))
-            found = recommended(path, values.get("model", EngineConfig().model), values)
-            values |= {name: setting_named(name).coerce(value) for name, value in found.items()}
+        return cls.of(inputs, given_settings(flags, config_file))
+
+    @classmethod
+    def of(cls, inputs: tuple[str, ...], values: Mapping[str, Any]) -> RunConfig:
+        """The configuration with these values of settings, by name, and defaults for the others.
+
+        Raises:
+            UsageError: a value out of range, or values that contradict each other.
+        """
         sections = []
         for section in (JobConfig, EngineConfig, SamplingParams, PromptConfig):
             mine = {s.name: values[s.name] for s in settings(section) if s.name in values}
@@ -285,6 +286,21 @@ class RunConfig:
         """All settings by name, as ``--print-config`` shows them."""
         parts = (self.job, self.engine, self.sampling, self.prompt)
         return {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
+
+
+def given_settings(flags: Mapping[str, Any], config_file: str | None = None) -> dict[str, Any]:
+    """The values that the user gave, by name: flags (and variables) over the config file.
+
+    Args:
+        flags: settings that were given, by name; ``None`` means not given.
+        config_file: a YAML file of settings.
+
+    Raises:
+        UsageError: an unknown name or a wrong type.
+    """
+    given = dict(read_yaml(config_file)) if config_file else {}
+    given.update({name: value for name, value in flags.items() if value is not None})
+    return {name: setting_named(name).coerce(value) for name, value in given.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
 MODULES = {  # and the sizes of heads that they are compiled for
-    "bmx.kernels.triton_read": (64, 96, 128),
+    "bmx.kernels.triton_prefill": (64, 96, 128),
     "bmx.kernels.triton_decode": (64, 96, 128),
-    "bmx.kernels.triton_keep": (96, 128),
-    "bmx.kernels.triton_parts": (64, 96, 128),
+    "bmx.kernels.triton_evict": (96, 128),
+    "bmx.kernels.triton_pointwise": (64, 96, 128),
 }
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
-from bmx.cli import main
+from bmx.cli.commands import main
 from bmx.model.loader import LoadedModel, prepare
 
 torch.set_num_threads(1)  # tiny models are slower with more, and much slower on a busy machine

@@ -30,7 +30,7 @@ class Fault:
     Attributes:
         do: ``SIGKILL``, another signal, an error like ``ENOSPC``, or ``short``: a write that takes half of its bytes.
         at: at which call, from 1 on; it is then not made, except that half of a write is where ``torn``.
-        calls: which calls count: of everything for a signal, of bmx.files alone for an error.
+        calls: which calls count: of everything for a signal, of bmx.job.durable_files alone for an error.
         torn: the call writes half of its bytes first; of an error, the next call fails.
         times: how often a signal comes.
         lasts: whether all later calls fail too.
@@ -236,7 +236,7 @@ def _warm_up() -> None:
 
     importlib.metadata.version = cache(importlib.metadata.version)
     typer.main.get_command = cache(typer.main.get_command)
-    from bmx.cli import main
+    from bmx.cli.commands import main
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "in.jsonl"
@@ -251,7 +251,7 @@ def _warm_up() -> None:
 
 def _become(request: Any) -> None:
     """Make this process the run that is wanted."""
-    from bmx import files
+    from bmx.job import durable_files as files
 
     os.chdir(request.cwd)
     sys.argv = request.argv
@@ -310,7 +310,7 @@ def _patch(module: Any, fault: Fault) -> None:
 
 if __name__ == "__main__":
     _serve()
-    from bmx.cli import main
+    from bmx.cli.commands import main
 
     try:
         main()

@@ -16,13 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bmx import Engine, EngineConfig, PromptConfig, kernels
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import SlotAttention
-from bmx.engine.packed import Decodes, Everyone, PackedStep, PromptChunk
+from bmx.engine.packed import DecodeBatch, DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import build, reference
 from bmx.kernels.linear import Linear
-from bmx.kernels.rows import Chunks
+from bmx.kernels.slot_views import Chunks
 from bmx.kv.layout import KVLayout, LayerLayout
 from bmx.kv.pool import KVPool
-from bmx.model.blocks import Int8Linear, taken_over
+from bmx.model.fused_modules import Int8Linear, taken_over
 from bmx.model.loader import prepare, quantised
 
 if isinstance(build.library(), str):
@@ -295,13 +295,13 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, 
             for slot, count, limit in zip(slots, tokens, rows, strict=True):
                 fill(pool.layer(group, 0), slot, count, limit)
             groups.append(
-                Decodes(
+                DecodeGroup(
                     rows=slice(2 * group, 2 + 4 * group), group=group, slots=torch.tensor(slots), homes=slots,
                     seen=tokens, positions=torch.tensor(tokens), limits=rows, limited=torch.tensor(rows),
                     totals=tuple(n + 90 * (policy != "none") for n in tokens),
                 )
             )  # fmt: skip
-        everyone = Everyone(
+        everyone = DecodeBatch(
             slots=torch.cat([groups[0].slots, 3 + groups[1].slots]), evicting=policy != "none",
             positions=torch.cat([one.positions for one in groups]), limits=torch.cat([one.limited for one in groups]),
         )  # fmt: skip

@@ -13,21 +13,21 @@ from conftest import random_prompts, words
 from families import tiny_model
 
 from bmx import Engine, PromptConfig
-from bmx import bench as bench_module
-from bmx import sides as sides_module
-from bmx.bench import mean_ratios, ratios
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
-from bmx.display import Display
-from bmx.engine.bound import free_decoding
-from bmx.engine.roofline import held_rows, prefill_flops, weights_read
 from bmx.errors import MemoryLimitError
+from bmx.measure import bench as bench_module
+from bmx.measure import bench_sides as sides_module
+from bmx.measure.bench import mean_ratios, ratios
+from bmx.measure.bench_sides import Cell, Measured, run_bound
+from bmx.measure.decode_bound import free_decoding
 from bmx.model.loader import prepare
-from bmx.model.shapes import SHAPES, IdTokenizer, foresee_shape, shape_config
+from bmx.model.random_models import SHAPES, IdTokenizer, preview_shape, shape_config
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.planner import Length
-from bmx.rates import Rates
-from bmx.sides import Cell, Measured, run_bound
+from bmx.plan.machine_speed import Rates
+from bmx.plan.planner import Length
+from bmx.plan.roofline import held_rows, prefill_flops, weights_read
+from bmx.terminal.display import Display
 
 SIDES = ("full_cache", "decode_only", "batch_max")
 TINY = {
@@ -115,7 +115,7 @@ def test_three_sides_of_the_same_work_stand_side_by_side(bench):
 def test_slots_are_what_the_memory_holds_of_whole_prompts_or_of_budgets(bench):
     bench(*CELL, "--kv-cache-memory", 50_000)
     [cell] = measured()["cells"]
-    spec = foresee_shape("tiny", 65, "float32")
+    spec = preview_shape("tiny", 65, "float32")
     full = CompressionPolicy.from_config(EngineConfig(kv_policy="none"))
     evicting = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
     assert cell["full_cache"]["slots"] == 50_000 // full.layout(spec, 65).nbytes
@@ -125,7 +125,7 @@ def test_slots_are_what_the_memory_holds_of_whole_prompts_or_of_budgets(bench):
 
 def test_a_bound_has_as_many_slots_as_hold_whole_prompts(monkeypatch):
     """Steps that all take as long make the most slots the best ones; a row more for the answer is not asked for."""
-    monkeypatch.setattr("bmx.engine.bound.free_decoding", lambda *_: 1.0)
+    monkeypatch.setattr("bmx.measure.decode_bound.free_decoding", lambda *_: 1.0)
     engine = id_engine(kv_policy="none", kv_cache_memory=65_000)
     policy = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
     cell = Cell(prompts=random_prompts([60] * 9), answer=5)
@@ -138,7 +138,7 @@ def test_a_bound_has_as_many_slots_as_hold_whole_prompts(monkeypatch):
 
 
 def test_a_full_cache_that_is_faster_is_the_bound(monkeypatch):
-    monkeypatch.setattr("bmx.engine.bound.free_decoding", lambda *_: 1e6)
+    monkeypatch.setattr("bmx.measure.decode_bound.free_decoding", lambda *_: 1e6)
     cell = Cell(prompts=random_prompts([60] * 3), answer=5)
     policy = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
     full = replace(SIDE, seconds=1e6)
@@ -164,7 +164,7 @@ def test_the_preset_takes_a_quarter_of_weights_and_prompts(bmx, monkeypatch):
     small = ("--kv-sink", 2, "--kv-recent", 4, "--chunk-size", 16, "--dtype", "float32", "--device", "cpu")
     assert bmx("bench", "--shape", "tiny", "--preset", "paper", "--prompts", 3, *small).code == 0
     found = measured()
-    row = CompressionPolicy.from_config(EngineConfig(kv_policy="none")).layout(foresee_shape("tiny", 82, "float32"), 82)
+    row = CompressionPolicy.from_config(EngineConfig(kv_policy="none")).layout(preview_shape("tiny", 82, "float32"), 82)
     assert found["settings"]["kv_cache_memory"] == max(found["model"]["weight_bytes"] // 4, row.nbytes)
     assert [cell["kv_budget"] for cell in found["cells"]] == [15, 20]
     assert bmx("bench", "--shape", "tiny", "--preset", "paper", "--prompts", 3, *FLAGS, "-o", "own.json").code == 0
@@ -316,7 +316,7 @@ def test_a_stopped_bench_keeps_the_cells_that_were_finished(bench, monkeypatch):
 
 
 def test_without_matplotlib_the_rest_is_done_and_the_way_to_plots_is_told(bench, monkeypatch):
-    from bmx import report
+    from bmx.measure import plots as report
 
     monkeypatch.setattr(report, "find_spec", lambda _: None)
     ended = bench(*CELL, "--prompts", 2)

@@ -13,12 +13,12 @@ from conftest import as_requests, random_prompts, tiny_engine, words
 from families import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from bmx import report
-from bmx.agreement import Agreement, rouge_l
 from bmx.compress.budgets import halting_count
-from bmx.engine.layers import layer_factors, layer_needs, shared_layers
-from bmx.engine.teacher import Teacher
-from bmx.signals import Stop
+from bmx.measure import plots as report
+from bmx.measure.layer_analysis import layer_factors, layer_needs, shared_layers
+from bmx.measure.metrics import Agreement, rouge_l
+from bmx.measure.teacher import Teacher
+from bmx.shutdown import Stop
 
 FILE = "in.calibration.json"
 FLAGS = ("--max-tokens", 6, "--chunk-size", 16, "--kv-recent", 8, "--rows", 6, "--dtype", "float32")
@@ -96,7 +96,7 @@ def test_the_likelihoods_are_those_of_transformers():
 
 def test_divergence_is_that_of_the_whole_distributions(monkeypatch):
     """A vocabulary that is remembered in full gives KL itself; one that is remembered in part, no more than that."""
-    from bmx.engine import teacher
+    from bmx.measure import teacher
 
     draw = torch.Generator().manual_seed(0)
     theirs, mine = torch.randn(64, generator=draw), torch.randn(64, generator=draw)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from bmx.cli import app
+from bmx.cli.commands import app
 from bmx.config import RunConfig, all_settings
 from bmx.errors import UsageError
 

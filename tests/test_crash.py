@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from forked import Fault, Result, Work
 
-from bmx import files
 from bmx.engine.fake import FakeRunner
+from bmx.job import durable_files as files
 
 SEEDS, KILLS_PER_SEED = 12, 8
 MANY = 1000  # more calls than any run here makes

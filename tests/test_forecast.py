@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmx import rates as rates_module
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
-from bmx.device import Device
-from bmx.engine import forecast as forecast_module
-from bmx.engine.forecast import fastest, forecast
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.planner import Length, Limits, SlotGroup, StepSize, plan
-from bmx.rates import CARDS, Rates, card_named, card_rates, forget, machine_rates
+from bmx.plan import forecast as forecast_module
+from bmx.plan import machine_speed as rates_module
+from bmx.plan.device import Device
+from bmx.plan.forecast import fastest, forecast
+from bmx.plan.machine_speed import CARDS, Rates, card_named, card_rates, forget, machine_rates
+from bmx.plan.planner import Length, Limits, SlotGroup, StepSize, plan
 from bmx.request import Request, SamplingParams
 
 MB = 10**6
@@ -533,7 +533,9 @@ def test_rates_measured_here_can_be_those_of_a_machine(dtype):
 # ---- without torch ----
 
 
-@pytest.mark.parametrize("module", ["bmx.engine.forecast", "bmx.planner", "bmx.rates", "bmx.compress.policy"])
+@pytest.mark.parametrize(
+    "module", ["bmx.plan.forecast", "bmx.plan.planner", "bmx.plan.machine_speed", "bmx.compress.policy"]
+)
 def test_plans_and_forecasts_need_no_torch(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'triton'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -544,11 +546,11 @@ WHOLE = """
 import sys
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
-from bmx.engine.forecast import forecast
+from bmx.plan.forecast import forecast
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.device import Device
-from bmx.planner import Length, Limits, StepSize, plan
-from bmx.rates import card_named, card_rates
+from bmx.plan.device import Device
+from bmx.plan.planner import Length, Limits, StepSize, plan
+from bmx.plan.machine_speed import card_named, card_rates
 policy = CompressionPolicy.from_config(EngineConfig())
 layer = LayerSpec(query_heads=4, kv_heads=4, key_dim=64, value_dim=64, window=None, owner=0)
 costs = Costs(activation_bytes=10**4, traffic_bytes=10**4, flops=10**7, operators=100)

@@ -19,7 +19,7 @@ from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.kernels import choose
 from bmx.model.loader import prepare
-from bmx.planner import Limits, Memory, Plan, SlotGroup, StepSize
+from bmx.plan.planner import Limits, Memory, Plan, SlotGroup, StepSize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DEVICE = "cuda"

@@ -20,16 +20,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bmx.config import RunConfig
-from bmx.display import Display
-from bmx.engine import lengths
+from bmx.engine import prompt_lengths as lengths
 from bmx.engine.fake import FakeTokenizer
 from bmx.errors import BmxError, InputFileError
-from bmx.job import run as run_job
-from bmx.jsonl import NOT_SUPPORTED, Row
-from bmx.outbox import Outbox
+from bmx.job.input_rows import NOT_SUPPORTED, Row
+from bmx.job.job import run as run_job
+from bmx.job.result_writer import ResultWriter
 from bmx.request import Result
-from bmx.signals import Stop
+from bmx.shutdown import Stop
 from bmx.stats import Stats
+from bmx.terminal.display import Display
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 IN, OUT = Path("in.jsonl"), Path("in.out.jsonl")
@@ -909,7 +909,7 @@ def of_many_lengths(count: int) -> list[Any]:
 
 @pytest.mark.parametrize("window", [1, 2, 5, 4096])
 def test_answers_and_errors_come_in_the_order_of_the_input_if_asked_for(run, monkeypatch, window):
-    monkeypatch.setattr("bmx.outbox.WINDOW", window)
+    monkeypatch.setattr("bmx.job.result_writer.WINDOW", window)
     lines = of_many_lengths(120)
     options = ("--max-num-seqs", 7, "--ignore-eos")
     assert run(write(*lines), *options, "-o", "any.jsonl").code == 3
@@ -922,9 +922,9 @@ def test_answers_and_errors_come_in_the_order_of_the_input_if_asked_for(run, mon
 
 
 def test_in_order_no_more_rows_are_read_than_the_window_holds_until_the_first_is_written(monkeypatch):
-    monkeypatch.setattr("bmx.outbox.WINDOW", 2)
+    monkeypatch.setattr("bmx.job.result_writer.WINDOW", 2)
     written: list[Any] = []
-    outbox = Outbox(add=lambda record, failed: written.append(record["id"]), stats=Stats(), in_order=True)
+    outbox = ResultWriter(add=lambda record, failed: written.append(record["id"]), stats=Stats(), in_order=True)
     outbox.expect(Row(1, "a", "00"))
     assert not outbox.full
     outbox.expect(Row(2, "b", "00"))

@@ -16,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bmx.errors import InputFileError, RowError, UsageError
-from bmx.jsonl import NOT_SUPPORTED, Reader, Row, strict_loads
-from bmx.lines import LineSet
-from bmx.records import as_record, read_record, strict_dumps
+from bmx.job.input_rows import NOT_SUPPORTED, Reader, Row, strict_loads
+from bmx.job.line_reader import LineSet
+from bmx.job.output_records import as_record, read_record, strict_dumps
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

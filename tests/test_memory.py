@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from bmx import Engine, PromptConfig, Request, SamplingParams
 from bmx.errors import DeviceError, MemoryLimitError
-from bmx.planner import Plan
+from bmx.plan.planner import Plan
 from bmx.request import Result
 from bmx.stats import Stats
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bmx.errors import ModelError
 from bmx.model.checkpoint import TensorHeader, read_headers, weight_bytes
+from bmx.model.config_spec import outline
+from bmx.model.cost_trace import trace
 from bmx.model.loader import prepare
-from bmx.model.outline import outline
-from bmx.model.trace import trace
 
 TYPES = ["llama", "mistral", "smollm3", "qwen2", "qwen3", "phi3"]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -394,5 +394,7 @@ def test_a_weight_file_too_short_for_a_length_is_refused(tmp_path):
 
 def test_an_outline_loads_neither_torch_nor_transformers(tmp_path):
     folder = str(write(tmp_path, "llama"))
-    code = f"from pathlib import Path; from bmx.model.outline import outline; outline(Path({folder!r}), 2).layers[0]"
+    code = (
+        f"from pathlib import Path; from bmx.model.config_spec import outline; outline(Path({folder!r}), 2).layers[0]"
+    )
     assert heavy_after(code) == ""

@@ -127,7 +127,7 @@ def test_a_manifest_that_cannot_be_written_is_said_before_any_row_is_answered(bm
 def test_a_card_that_is_not_here_needs_neither_weights_nor_torch(large):
     """From the config alone, in a fresh process."""
     code = (
-        "import sys; from bmx.cli import app\n"
+        "import sys; from bmx.cli.commands import app\n"
         f"app(['plan-batch', '--model', {str(large)!r}, '--max-input', '4k', '--gpu', 'H100', '--json'],"
         " standalone_mode=False)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
-from bmx.device import Device
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
 from bmx.kv.pool import KVPool
 from bmx.model.loader import prepare
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.planner import (
+from bmx.plan.device import Device
+from bmx.plan.planner import (
     ENOUGH,
     MAX_GROUPS,
     MAX_SLOTS,

@@ -25,8 +25,8 @@ from conftest import (
 from families import WINDOW, tiny_model
 
 from bmx import Engine, EngineConfig, PromptConfig
-from bmx.compress import scorers
-from bmx.compress.seen import Needs, Ranking, Seen
+from bmx.compress import attention_scorers as scorers
+from bmx.compress.scorer_api import Needs, Ranking, Seen
 from bmx.config import POLICIES
 from bmx.engine.runner import ModelRunner
 from bmx.errors import UsageError

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from bmx import EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.compress.policy import CompressionPolicy
-from bmx.device import Device
 from bmx.engine.fake import FakeEngine
-from bmx.engine.prefix import LEAST, UNIT, Prefixes, Reuse, common_tokens
+from bmx.engine.prefix_cache import LEAST, UNIT, Prefixes, Reuse, common_tokens
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.notation import POLICIES
-from bmx.planner import Length, Limits, SlotGroup, StepSize, plan
-from bmx.signals import Stop
+from bmx.plan.device import Device
+from bmx.plan.planner import Length, Limits, SlotGroup, StepSize, plan
+from bmx.shutdown import Stop
+from bmx.units import POLICIES
 
 DOCUMENT, OTHER, SYSTEM = random_prompts((150, 140, 66), seed=5)
 CHUNK = 24  # 64 tokens, the least that is shared, end in the middle of one
@@ -41,7 +41,7 @@ ROWS = [*QUESTIONS[:3], *after(OTHER, (8, 11)), *random_prompts((20,)), *SHORT]
 def engine_of(family="llama", **config):
     defaults = {"chunk_size": CHUNK, "kv_sink": 2, "kv_recent": 5, "max_num_seqs": 3}
     config = defaults | config
-    step = max(200, 3 * config["chunk_size"])  # a chunk of each slot; larger ones only take longer to rehearse
+    step = max(200, 3 * config["chunk_size"])  # a chunk of each slot; larger ones only take longer to profile_step
     return tiny_engine(family, max_num_batched_tokens=step, **config)
 
 
@@ -189,7 +189,7 @@ def test_protected_spans_and_templates_change_nothing():
         found = {}
         for reuse in (True, False):
             engine = engine_of(kv_budget=budget, kv_protect="instructions", prefix_reuse=reuse)
-            engine._ruler.encoder.__init__(engine.tokenizer, prompt)
+            engine._measurer.encoder.__init__(engine.tokenizer, prompt)
             found[reuse] = answers(engine, requests)
         assert found[True] == found[False]
 
@@ -276,7 +276,7 @@ def test_frequencies_that_depend_on_length_are_not_shared(monkeypatch):
     config.update({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}})
     monkeypatch.setitem(FAMILIES, "llama", lambda: config)
     engine = engine_of(tiny_model("llama"), kv_policy="none")
-    assert engine.plan(engine.measure(as_requests(QUESTIONS))).spare == ()
+    assert engine.plan(engine.measure(as_requests(QUESTIONS))).prefix_slots == ()
 
 
 # ---- what goes wrong ----
@@ -362,7 +362,7 @@ def test_a_stop_finishes_those_that_wait_in_their_slots():
 
     def source():
         yield from requests
-        with stop.gentle():
+        with stop.graceful():
             stop.request(2)
 
     for result in engine.generate(source(), plan_, stop=stop):
@@ -379,7 +379,7 @@ def test_the_plan_counts_the_spare_slots():
         made = engine.plan(engine.measure(as_requests(ROWS, max_tokens=3)))
         with engine._runner(made) as runner:
             assert runner.pool.nbytes == made.memory.pool
-        [spare] = made.spare
+        [spare] = made.prefix_slots
         assert spare.slots == 2
         assert spare.capacity <= max(group.capacity for group in made.groups)
 
@@ -389,14 +389,14 @@ def test_nothing_is_paid_where_nothing_is_shared():
     on, off = engine_of(), engine_of(prefix_reuse=False)
     plans = [engine.plan(engine.measure(requests)) for engine in (on, off)]
     assert plans[0].memory.pool == plans[1].memory.pool
-    assert plans[0].spare == ()
+    assert plans[0].prefix_slots == ()
 
 
 def test_one_text_takes_one_place_and_no_more_rows_than_it_has():
     engine = engine_of(kv_policy="none")
     lengths = engine.measure(as_requests(after(SYSTEM, (20, 90, 100)), max_tokens=3))
     assert [length.shared for length in lengths] == [0, 64, 64]
-    assert engine.plan(lengths).spare == (SlotGroup(64, 1),)
+    assert engine.plan(lengths).prefix_slots == (SlotGroup(64, 1),)
 
 
 LAYER = LayerSpec(query_heads=1, kv_heads=1, key_dim=8, value_dim=8, window=None, owner=0)
@@ -419,7 +419,7 @@ def test_spare_slots_are_not_made_where_slots_are_few(slots, spare):
     room = Limits(total=10**12, pool=slots * FULL.layout(SPEC, 1010).nbytes)
     step = StepSize(chunk_size=512, max_num_batched_tokens=512)
     made = plan(SPEC, lambda rows: FULL.layout(SPEC, rows), room, lengths, step, Device.of("cpu", SPEC, 0))
-    assert sum(group.slots for group in made.spare) == spare
+    assert sum(group.slots for group in made.prefix_slots) == spare
     assert made.memory.pool <= room.pool
 
 
@@ -437,7 +437,7 @@ def test_the_fake_engine_reuses_too():
 # ---- any load, without a model ----
 
 
-class Places:
+class JobPaths:
     """Slots that remember the tokens that were put into them."""
 
     def __init__(self):
@@ -492,7 +492,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
     rows = [sequence_of(i, prompt, answer, policy) for i, prompt in enumerate(prompts)]
     largest = max(row.rows_needed for row in rows)
     scheduler = Scheduler([SlotGroup(largest, slots)], StepSize(chunk_size=chunk_size, max_num_batched_tokens=80))
-    places = Places()
+    places = JobPaths()
     reuse = Reuse(spec=SPEC, policy=policy, chunk_size=chunk_size, rows=10**6)
     prefixes = Prefixes(reuse, [SlotGroup(10**6, spare)] if spare else [], 1, places.copy)
     copied = computed = finished = 0

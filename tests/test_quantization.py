@@ -12,9 +12,9 @@ from families import tiny_model
 
 from bmx import Engine, EngineConfig, PromptConfig
 from bmx.errors import ModelError
-from bmx.model.blocks import Int8Linear
-from bmx.model.foresee import foresee
+from bmx.model.fused_modules import Int8Linear
 from bmx.model.loader import load_model, prepare, quantised
+from bmx.model.preview import foresee
 
 
 def logits_of(loaded, **config):

@@ -17,7 +17,7 @@ import pytest
 from forked import Fault, Work
 
 from bmx.errors import LockedError
-from bmx.files import locked
+from bmx.job.durable_files import locked
 
 SECRETS = ("Reply as Captain Nemo would", "Translate for the consul")
 
@@ -104,7 +104,7 @@ def test_o8_a_finished_job_has_nothing_to_do(tmp_path, given, code):
 
 def test_o8_a_finished_job_loads_no_torch(done):
     code = (
-        "import sys; from bmx.cli import main\n"
+        "import sys; from bmx.cli.commands import main\n"
         "try: main()\n"
         "except SystemExit as ended: print(ended.code, 'torch' in sys.modules)"
     )

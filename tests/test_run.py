@@ -325,7 +325,7 @@ def test_env_shows_versions(bmx):
 def test_help_loads_no_torch(args):
     code = f"""
 import sys
-from bmx.cli import main
+from bmx.cli.commands import main
 sys.argv = ["bmx", *{args!r}]
 try:
     main()

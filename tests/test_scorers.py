@@ -16,12 +16,12 @@ from families import tiny_model
 from test_compression import Spy, chunk_ends
 
 from bmx import Engine, EngineConfig, PromptConfig
-from bmx.compress.keys import ExpectedAttention, KeyDiff, KeyNorm, LagKV
-from bmx.compress.scorers import RKV, SCORERS, Random, RoCo, Window, scorer_named
-from bmx.compress.seen import RANK_EVERY, Seen, Votes
+from bmx.compress.attention_scorers import RKV, SCORERS, Random, RoCo, Window, scorer_named
+from bmx.compress.key_scorers import ExpectedAttention, KeyDiff, KeyNorm, LagKV
+from bmx.compress.scorer_api import RANK_EVERY, Seen, Votes
 from bmx.model.loader import prepare
 from bmx.model.spec import attention_of
-from bmx.notation import POLICIES
+from bmx.units import POLICIES
 
 SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 26  # an answer in which pairs are ranked more than once
 PROMPT = 50

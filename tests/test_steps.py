@@ -25,7 +25,7 @@ from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels, transfer
 from bmx.model.loader import prepare
-from bmx.planner import Limits, Memory, Plan, SlotGroup, StepSize
+from bmx.plan.planner import Limits, Memory, Plan, SlotGroup, StepSize
 
 triton = pytest.importorskip("triton")
 
@@ -238,10 +238,10 @@ def late_answers(requests, ahead, rounds, **told):
 def test_late_tokens_change_no_answer(sizes, ahead, rounds, slots):
     """Nor how many are counted; some answers end early, some at a word, some may not look ahead."""
     requests = []
-    for number, (tokens, answer, looks_back) in enumerate(sizes):
+    for number, (tokens, answer, needs_host_tokens) in enumerate(sizes):
         params = SamplingParams(
             max_tokens=answer,
-            repetition_penalty=1.5 if looks_back else 1.0,
+            repetition_penalty=1.5 if needs_host_tokens else 1.0,
             stop=("w1",) if number % 3 == 1 else (),
         )
         words = " ".join(f"{number}x{place}" for place in range(tokens))

@@ -9,10 +9,10 @@ import pytest
 from conftest import answers, as_requests, random_prompts, tiny_engine
 
 from bmx.config import RunConfig
-from bmx.display import Display
-from bmx.job import run as run_job
+from bmx.job.job import run as run_job
 from bmx.request import Request, SamplingParams
-from bmx.signals import Interrupted, Stop
+from bmx.shutdown import Interrupted, Stop
+from bmx.terminal.display import Display
 
 PROMPTS = random_prompts((5, 30, 17, 23, 9, 12))
 
@@ -20,7 +20,7 @@ PROMPTS = random_prompts((5, 30, 17, 23, 9, 12))
 def requested(within: float) -> Stop:
     """A stop that was asked for just now."""
     stop = Stop(within)
-    with stop.gentle():
+    with stop.graceful():
         stop.request(signal.SIGTERM)
     return stop
 
@@ -32,7 +32,7 @@ def test_what_is_in_flight_is_finished_and_nothing_is_begun():
     for result in tiny_engine("llama", max_num_seqs=2).generate(requests, stop=stop):
         found[result.id] = result.token_ids
         if not stop.requested:
-            with stop.gentle():
+            with stop.graceful():
                 stop.request(signal.SIGINT)
     assert 1 <= len(found) <= 3  # the first, the other that was in flight, and one in the slot that was free already
     assert found == {name: expected[name] for name in found}
@@ -75,7 +75,7 @@ def test_a_source_that_has_nothing_for_now_is_asked_again():
 
 def test_the_first_signal_is_taken_down_and_the_second_ends_it():
     stop = Stop(1e9)
-    with stop.heard(), stop.gentle():
+    with stop.install_handlers(), stop.graceful():
         signal.raise_signal(signal.SIGHUP)
         assert stop.requested
         assert not stop.overdue

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from bmx import display as display_module
-from bmx import manifest as manifest_module
-from bmx.display import Display, status_line
+from bmx.job import manifest as manifest_module
 from bmx.stats import Stats
+from bmx.terminal import display as display_module
+from bmx.terminal.display import Display, status_line
 
 SECRET = "hf_" + "s3cr3t" * 6
 WORDS = "the quick brown fox was never here"
@@ -284,7 +284,7 @@ def test_s7_stop_strings_are_few_and_none_is_empty(run):
 def test_s8_nothing_listens(tmp_path):
     code = """
 import socket, sys
-from bmx.cli import main
+from bmx.cli.commands import main
 def refused(*_): raise AssertionError("a socket")
 socket.socket.bind = socket.socket.connect = socket.socket.listen = refused
 sys.argv = ["bmx", "run", "in.jsonl", "-m", "fake", "-q"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bmx import PromptConfig, Request, RowError, SamplingParams
 from bmx.engine.sequence import Sequence
-from bmx.model.text import Detokenizer, PromptEncoder
+from bmx.model.prompt_encoder import Detokenizer, PromptEncoder
 from bmx.request import Result
 
 SLOW_MACHINES_TOO = settings(deadline=None)

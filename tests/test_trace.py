@@ -9,8 +9,8 @@ import torch
 from families import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bmx.model.cost_trace import trace
 from bmx.model.loader import prepare
-from bmx.model.trace import trace
 
 S, F = "sliding_attention", "full_attention"
 H, WIDE, HEADS, KV_HEADS, VOCAB = 2048, 8192, 32, 8, 32_000

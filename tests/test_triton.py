@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 
 from bmx import Request, SamplingParams, kernels
 from bmx.engine import graphs
-from bmx.kernels import reference, triton, triton_parts
+from bmx.kernels import reference, triton
+from bmx.kernels import triton_pointwise as triton_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CROWDED = {"chunk_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 40}
@@ -192,7 +193,7 @@ def test_norms_gates_and_rotations_are_those_of_plain_torch(shape, dtype):
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_a_model_whose_parts_are_taken_over_answers_as_before(family, monkeypatch):
-    monkeypatch.setattr(triton, "TAKES", (torch.float32,))
+    monkeypatch.setattr(triton, "SUPPORTED_DTYPES", (torch.float32,))
     expected = reference_answers(tiny_model(family), PROMPTS[:1], 2)
     assert answers(engine_of(family, kv_policy="none"), as_requests(PROMPTS[:1], max_tokens=2)) == expected
 

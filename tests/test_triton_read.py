@@ -14,8 +14,9 @@ from test_kernels import LOOSE, TIGHT, dense_chunk, normal, some_votes, window_m
 
 pytest.importorskip("triton")
 
-from bmx.kernels import reference, triton_read
-from bmx.kernels.rows import Chunks, Rows
+from bmx.kernels import reference
+from bmx.kernels import triton_prefill as triton_read
+from bmx.kernels.slot_views import Chunks, Rows
 
 NEAR = {torch.float32: TIGHT, torch.float16: LOOSE[torch.float16]}
 UNTOUCHED = -7.0

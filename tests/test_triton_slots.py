@@ -9,13 +9,13 @@ import pytest
 import torch
 
 triton_decode = pytest.importorskip("bmx.kernels.triton_decode")
-triton_keep = pytest.importorskip("bmx.kernels.triton_keep")
+triton_keep = pytest.importorskip("bmx.kernels.triton_evict")
 
-from bmx.compress.policy import Arrived, CompressionPolicy, Decoding
+from bmx.compress.policy import CompressionPolicy, Decoding, PrefillChunk
 from bmx.config import EngineConfig
 from bmx.kernels import reference
 from bmx.kernels.ranking import Ranking
-from bmx.kernels.rows import Chunks, Rows
+from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import LayerSlots
 
@@ -530,7 +530,7 @@ def test_policy_and_pool_say_the_same(ranking):
     for slot, (at, tokens, start) in enumerate(zip(chunks.at, chunks.lengths, chunks.starts, strict=True)):
         packing, used = slice(at, at + tokens), min(start, 24)
         received = torch.cat([torch.zeros(2, used, device=DEVICE), sums[:, packing]], 1).unsqueeze(0)
-        policy.compress(part, Arrived(
+        policy.compress(part, PrefillChunk(
             slot=slot, start=start, limit=24, spans=(), key=key[packing], value=value[packing],
             queries=torch.zeros(tokens, 2, 1, 16, device=DEVICE), scale=1.0, sums=received if part.notes else None,
         ))  # fmt: skip

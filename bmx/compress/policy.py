@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bmx.compress.attention_scorers import AverageAttention, Mass, Recency, scorer_named
 from bmx.compress.budgets import Budget
-from bmx.compress.scorers import AverageAttention, Mass, Newest, scorer_named
-from bmx.compress.seen import RANK_EVERY, TENSORS, Needs, Scorer, Seen, Votes
+from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, Scorer, Seen, Votes
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
-from bmx.kernels.ranking import Ranking
+from bmx.kernels.ranking import EvictionOrder
 from bmx.kv.layout import KEY_GROUP, NOTES, FormatName, KVLayout, LayerLayout
 from bmx.model.spec import LayerSpec, ModelSpec
 
@@ -31,7 +31,7 @@ POSITIONS = 2.0**23  # that a float32 can tell apart above it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arrived:
+class PrefillChunk:
     """A prompt chunk that has attended, and wants to move into its slot.
 
     Attributes:
@@ -57,7 +57,7 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decoding:
+class EvictionRequest:
     """Decoding tokens of a group, one per slot, each about to take a row.
 
     Attributes:
@@ -189,12 +189,12 @@ class CompressionPolicy:
     def _notes(self) -> tuple[str, ...]:
         return self.sums + (() if self.every == 1 else ("rank",))
 
-    def ranking(self, layout: LayerLayout) -> Ranking | None:
+    def ranking(self, layout: LayerLayout) -> EvictionOrder | None:
         """How a layer's pairs are ranked, if it is so simple that a kernel can do it by itself; else None."""
         by = "age" if layout.by_age else _simply_by(self.scorer)
         if by != "age" and (layout.notes != ("mass",) or self.value_norm):
             return None
-        return Ranking(by=by, sink=self.sink, recent=self.recent, window=layout.window) if by else None
+        return EvictionOrder(by=by, sink=self.sink, recent=self.recent, window=layout.window) if by else None
 
     def old(self, queries: int) -> float:
         """What is left of the attention added up before, once that of so many queries comes on top."""
@@ -245,7 +245,7 @@ class CompressionPolicy:
             gone = gone | (positions <= now - layout.window)
         return scores.masked_fill(gone, float("-inf"))
 
-    def compress(self, part: LayerSlots, new: Arrived) -> None:
+    def compress(self, part: LayerSlots, new: PrefillChunk) -> None:
         """After a chunk has attended: note what it saw of the slot's rows, keep the best, drop the rest."""
         import torch  # here, since plans are made with policies and without torch
 
@@ -271,7 +271,7 @@ class CompressionPolicy:
         keep = torch.cat([keep[:, :used], free, keep[:, used:]], dim=1)
         part.replace(new.slot, keep, new.key, new.value, positions, notes)
 
-    def _add_up(self, part: LayerSlots, new: Arrived, used: int) -> dict[str, Tensor]:
+    def _add_up(self, part: LayerSlots, new: PrefillChunk, used: int) -> dict[str, Tensor]:
         """Add a chunk's attention to the notes of the rows in use; returns the notes of the chunk itself, [K, T]."""
         tokens, heads = new.key.shape[:2]
         own = {
@@ -287,7 +287,7 @@ class CompressionPolicy:
         return own
 
     def _scores_of_chunk(
-        self, part: LayerSlots, new: Arrived, used: int, rivals: Tensor, notes: Mapping[str, Tensor]
+        self, part: LayerSlots, new: PrefillChunk, used: int, rivals: Tensor, notes: Mapping[str, Tensor]
     ) -> Tensor:
         """Scores [K, P + T] of the rows in use and the chunk's tokens."""
         import torch
@@ -308,7 +308,7 @@ class CompressionPolicy:
             Seen(positions=rivals, now=now, shown=shown, surplus=surplus, window=window, scale=new.scale)
         )
 
-    def victims(self, part: LayerSlots, going: Decoding) -> Tensor:
+    def victims(self, part: LayerSlots, going: EvictionRequest) -> Tensor:
         """The row that each decoding slot and head gives up for its next token: the lowest-ranked unprotected one.
 
         What it says of a slot that is not full yet means nothing.
@@ -335,7 +335,7 @@ class CompressionPolicy:
             scores = scores.masked_fill(beyond, float("inf"))
         return scores.argmin(-1)
 
-    def _rank_again(self, part: LayerSlots, going: Decoding) -> None:
+    def _rank_again(self, part: LayerSlots, going: EvictionRequest) -> None:
         """Rank the pairs of the slots whose turn it is: when they have become full, and each so many tokens after."""
         if not self.every:
             return
@@ -372,12 +372,12 @@ def left_to_kernels(config: EngineConfig) -> bool:
 
 
 def _simply_by(scorer: Scorer | None) -> str:
-    """What a ``Ranking`` calls the way of a scorer; nothing if it has no word for it."""
+    """What a ``EvictionOrder`` calls the way of a scorer; nothing if it has no word for it."""
     if isinstance(scorer, Mass):
         return "mass"
     if isinstance(scorer, AverageAttention):
         return "average"
-    return "age" if scorer is None or isinstance(scorer, Newest) else ""
+    return "age" if scorer is None or isinstance(scorer, Recency) else ""
 
 
 def _rows(scores: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.compress.policy import Arrived, CompressionPolicy, Decoding
-from bmx.compress.seen import Needs
-from bmx.engine.packed import Decodes, PackedStep, PromptChunk, Shared
+from bmx.compress.policy import CompressionPolicy, EvictionRequest, PrefillChunk
+from bmx.compress.scorer_api import Needs
+from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk, Shared
 from bmx.kernels import Kernels
-from bmx.kernels.ranking import Ranking
+from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference import out_of_window
-from bmx.kernels.rows import Rows
+from bmx.kernels.slot_views import Rows
 from bmx.kernels.transfer import upload
 from bmx.kv.pool import KVPool, LayerSlots
 
@@ -103,7 +103,7 @@ class SlotAttention:
         """Whether kernels do all that there is to do in every layer, as long as a step is plain."""
         return all(self._alone)
 
-    def _left_alone(self, layer: int) -> tuple[Rows, Ranking] | None:
+    def _left_alone(self, layer: int) -> tuple[Rows, EvictionOrder] | None:
         """What kernels need to do a layer's part of a step by themselves; None where they cannot."""
         rows, layout = self._pool.rows[layer], self._pool.layer(0, layer).layout
         ranking = self._policy.ranking(layout)
@@ -174,7 +174,7 @@ class SlotAttention:
         if step.layer < layout.last_reader:
             step.shared[layout.owner, index] = shared
             return output  # type: ignore[no-any-return]
-        arrived = Arrived(
+        arrived = PrefillChunk(
             slot=chunk.slot,
             start=chunk.start,
             limit=chunk.limit,
@@ -199,7 +199,9 @@ class SlotAttention:
             found = self._weights[tokens, probes] = sent
         return found
 
-    def _decode(self, step: PackedStep, decodes: Decodes, q: Tensor, k: Tensor, v: Tensor, details: Details) -> Tensor:
+    def _decode(
+        self, step: PackedStep, decodes: DecodeGroup, q: Tensor, k: Tensor, v: Tensor, details: Details
+    ) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
         part = self._pool.layer(decodes.group, step.layer)
         if part.layout.owner == step.layer:
@@ -210,7 +212,7 @@ class SlotAttention:
         return output
 
     def _attend(
-        self, part: LayerSlots, decodes: Decodes, query: Tensor, details: Details
+        self, part: LayerSlots, decodes: DecodeGroup, query: Tensor, details: Details
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C]."""
         options, layout = details.options, part.layout
@@ -221,14 +223,14 @@ class SlotAttention:
             return self._kernels.attend_slots(query, *part.read_slots(slice(None)), decodes.slots, **options)  # type: ignore[no-any-return]
         return self._kernels.attend_slots(query, *part.read_slots(decodes.slots), **options)  # type: ignore[no-any-return]
 
-    def _insert(self, part: LayerSlots, decodes: Decodes, k: Tensor, v: Tensor) -> None:
+    def _insert(self, part: LayerSlots, decodes: DecodeGroup, k: Tensor, v: Tensor) -> None:
         """Write the tokens' own keys: into the next empty row, or over the lowest-ranked unprotected one."""
         capacity = part.layout.capacity
         full = [now >= min(limit, capacity) for now, limit in zip(decodes.seen, decodes.limits, strict=True)]
         rows = decodes.positions.unsqueeze(1)  # [B, 1]
         if any(full):
             limited = decodes.limited if decodes.limited is None else decodes.limited.clamp(max=capacity)
-            going = Decoding(
+            going = EvictionRequest(
                 slots=decodes.slots,
                 homes=decodes.homes,
                 now=decodes.positions,
@@ -243,7 +245,7 @@ class SlotAttention:
         part.write(decodes.slots, rows, k, v, decodes.positions)
 
 
-def _hidden_from_decodes(part: LayerSlots, decodes: Decodes) -> Tensor | None:
+def _hidden_from_decodes(part: LayerSlots, decodes: DecodeGroup) -> Tensor | None:
     """Broadcastable to [B, K, C]: rows not in use yet or out of a sliding window; None if all count."""
     layout = part.layout
     last = decodes.positions.view(-1, 1, 1)

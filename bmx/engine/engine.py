@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 from bmx import hardware, kernels
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import CHUNK_SIZE, EngineConfig, PromptConfig
-from bmx.device import Device
-from bmx.engine.forecast import fastest
-from bmx.engine.lengths import Ruler, max_length
-from bmx.engine.meter import MemoryMeter, bound_kernel_caches, device_errors, is_out_of_memory, release
-from bmx.engine.prefix import Reuse
-from bmx.engine.run import Run, Runner, Setup
+from bmx.engine.memory_meter import MemoryMeter, bound_kernel_caches, device_errors, is_out_of_memory, release
+from bmx.engine.prefix_cache import Reuse
+from bmx.engine.prompt_lengths import PromptMeasurer, max_length
+from bmx.engine.run import Run, RunContext, Runner
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.kv.layout import KVLayout
-from bmx.model.foresee import foresee
 from bmx.model.loader import RUNTIME_BYTES, LoadedModel, choose_device, find_source, load_model, load_tokenizer
+from bmx.model.preview import foresee
+from bmx.model.prompt_encoder import PromptEncoder
 from bmx.model.spec import ModelSpec, sharing
-from bmx.model.text import PromptEncoder
-from bmx.planner import Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
-from bmx.rates import TYPICAL, Rates, machine_rates
+from bmx.plan.device import Device
+from bmx.plan.forecast import fastest
+from bmx.plan.machine_speed import TYPICAL, Rates, machine_rates
+from bmx.plan.planner import Length, Limits, Plan, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
 from bmx.request import Request, Result
-from bmx.signals import Stop
+from bmx.shutdown import Stop
 from bmx.stats import Stats
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ class Engine:
         reuse = None
         if config.prefix_reuse and loaded.rope is None:  # with such a rope, keys depend on the length of what follows
             reuse = Reuse(spec=self.loaded.spec, policy=self.policy, chunk_size=config.chunk_size or CHUNK_SIZE)
-        self._ruler = Ruler(PromptEncoder(tokenizer, prompt), self.policy, max_length(config, loaded.spec), reuse)
+        self._measurer = PromptMeasurer(
+            PromptEncoder(tokenizer, prompt), self.policy, max_length(config, loaded.spec), reuse
+        )
         self._running = False
-        self.probe = self._ruler.encoder.probe(config.kv_probe)
+        self.probe = self._measurer.encoder.probe(config.kv_probe)
         self.watch: Watch | None = None
 
     @classmethod
@@ -95,11 +97,11 @@ class Engine:
         Raises:
             RowError: there is no text, or the chat template refuses it.
         """
-        return self._ruler.encoder.encode(request)
+        return self._measurer.encoder.encode(request)
 
     def measure(self, requests: Iterable[Request]) -> list[Length]:
         """The length of each request that can be answered at all; nothing else is kept."""
-        return self._ruler.measure(requests)
+        return self._measurer.measure(requests)
 
     def plan(self, lengths: Iterable[Length]) -> Plan:
         """What fits: slots in groups for these lengths, and steps of a size, within the memory that may be used.
@@ -163,12 +165,12 @@ class Engine:
         """Bytes that the largest step takes, the slots left out; None if it runs out of memory."""
         last = len(made.groups) - 1
         alone = replace(
-            made, groups=(SlotGroup(made.groups[last].capacity, 1),), layouts=(made.layouts[last],), spare=()
+            made, groups=(SlotGroup(made.groups[last].capacity, 1),), layouts=(made.layouts[last],), prefix_slots=()
         )
         self.meter.reset()
         try:
             with device_errors(), self._runner(alone) as runner:
-                runner.rehearse(made.step, made.slots)  # type: ignore[attr-defined]
+                runner.profile_step(made.step, made.slots)  # type: ignore[attr-defined]
                 return self.meter.peak - runner.kv_bytes
         except Exception as error:
             if not is_out_of_memory(error):
@@ -220,8 +222,8 @@ class Engine:
         finally:
             self._running = False
 
-    def _setup(self, stop: Stop, row_timeout: float | None) -> Setup:
-        return Setup(
+    def _setup(self, stop: Stop, row_timeout: float | None) -> RunContext:
+        return RunContext(
             spec=self.loaded.spec,
             policy=self.policy,
             meter=self.meter,
@@ -229,7 +231,7 @@ class Engine:
             runner=self._runner,
             read=self._sequence,
             shrunk=self._shrunk,
-            chunk_size=None if self.config.cut_freely else self.config.chunk_size or CHUNK_SIZE,
+            chunk_size=None if self.config.chunking_is_free else self.config.chunk_size or CHUNK_SIZE,
             stop=stop,
             row_timeout=row_timeout,
         )
@@ -260,7 +262,7 @@ class Engine:
         Raises:
             RowError: it has no text, or its prompt leaves no room for an answer.
         """
-        reading = self._ruler.read(request)
+        reading = self._measurer.read(request)
         return Sequence(
             request=request,
             prompt=reading.prompt,

@@ -15,13 +15,13 @@ from zlib import crc32
 
 from bmx import hardware
 from bmx.config import FAKE, EngineConfig, PromptConfig
-from bmx.device import Device
 from bmx.engine.engine import Engine
 from bmx.engine.run import Runner
 from bmx.engine.scheduler import Step
 from bmx.model.loader import LoadedModel
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.planner import Length, Limits, Plan, limits, plan, step_sizes
+from bmx.plan.device import Device
+from bmx.plan.planner import Length, Limits, Plan, limits, plan, step_sizes
 
 END = 0  # the token that ends an answer
 WORDS = 5000

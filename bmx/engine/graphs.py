@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.engine.meter import is_out_of_memory
-from bmx.engine.packed import Everyone, PackedStep
-from bmx.engine.sampler import NO_TOKEN, Row, likeliest, sample
+from bmx.engine.memory_meter import is_out_of_memory
+from bmx.engine.packed import DecodeBatch, PackedStep
+from bmx.engine.sampler import NO_TOKEN, SamplingRow, likeliest, sample
 from bmx.kernels.transfer import Download, upload
 
 ROUNDS = 8  # tokens that a sequence decodes between two looks of the host
@@ -33,7 +33,7 @@ FIELDS = 5  # of a row's state: slot, position, limit, tokens left, whether its 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodingRow:
+class GraphRow:
     """One sequence that decodes.
 
     Attributes:
@@ -50,7 +50,7 @@ class DecodingRow:
     tokens: int
     ends: tuple[int, ...] = ()
     long: bool = False
-    draws: tuple[Row, ...] = ()
+    draws: tuple[SamplingRow, ...] = ()
 
 
 class DecodeGraphs:
@@ -77,7 +77,7 @@ class DecodeGraphs:
         unit = min(slots, ROW_ALIGNMENT)
         self.row_counts = tuple(sorted({-(-ceil(slots * share) // unit) * unit for share in SHARES}))
 
-    def decode(self, rows: Sequence[DecodingRow]) -> Rounds:
+    def decode(self, rows: Sequence[GraphRow]) -> Rounds:
         """Let sequences decode, one after another round; nothing waits for the device until its tokens are read."""
         count = next(count for count in self.row_counts if count >= len(rows))
         drawn = any(row.draws for row in rows)
@@ -86,8 +86,8 @@ class DecodeGraphs:
         for number in range(max(row.tokens for row in rows)):
             one.run()
             if drawn:
-                plain = [Row.likeliest()] * (count - len(rows))
-                asked = [row.draws[number] if number < len(row.draws) else Row.likeliest() for row in rows]
+                plain = [SamplingRow.likeliest()] * (count - len(rows))
+                asked = [row.draws[number] if number < len(row.draws) else SamplingRow.likeliest() for row in rows]
                 one.take(sample(one.logits, [*asked, *plain]))
         return Rounds(one.ring, [row.tokens for row in rows])
 
@@ -144,7 +144,7 @@ class Round:
         self.logits = torch.empty(0, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def begin(self, rows: Sequence[DecodingRow]) -> None:
+    def begin(self, rows: Sequence[GraphRow]) -> None:
         """Take the rows on board; those behind them are idle."""
         idle = [0] * (self._state.shape[1] - len(rows))
         lists = [
@@ -185,7 +185,7 @@ class Round:
             input_ids=self._next_ids[mine].unsqueeze(0),
             positions=positions.unsqueeze(0),
             logits_at=0,
-            everyone=Everyone(slots=mine, positions=positions, limits=limits, evicting=True),
+            everyone=DecodeBatch(slots=mine, positions=positions, limits=limits, evicting=True),
         )
         logits = self._forward(step, long)
         if self._drawn:

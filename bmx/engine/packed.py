@@ -17,7 +17,7 @@ from torch import Tensor
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
-from bmx.kernels.rows import Chunks
+from bmx.kernels.slot_views import Chunks
 from bmx.kernels.transfer import upload
 
 
@@ -50,7 +50,7 @@ class PromptChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decodes:
+class DecodeGroup:
     """The decoding tokens of one group, one per slot.
 
     Attributes:
@@ -78,7 +78,7 @@ class Decodes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Everyone:
+class DecodeBatch:
     """The decoding tokens of all groups, the first ones of the packing.
 
     Attributes:
@@ -109,8 +109,8 @@ class PackedStep:
     input_ids: Tensor
     positions: Tensor
     logits_at: Tensor | int
-    everyone: Everyone | None = None
-    decodes: tuple[Decodes, ...] = ()
+    everyone: DecodeBatch | None = None
+    decodes: tuple[DecodeGroup, ...] = ()
     chunks: Chunks | None = None
     prompts: tuple[PromptChunk, ...] = ()
     plain: bool = True
@@ -214,9 +214,9 @@ class Packer:
             plain=not spans and not any(chunk.probes for chunk in prompts),
         )
 
-    def _everyone(self, members: list[Sequence], slots: Tensor, starts: Tensor, limits: Tensor) -> Everyone:
+    def _everyone(self, members: list[Sequence], slots: Tensor, starts: Tensor, limits: Tensor) -> DecodeBatch:
         evicting = any(self.policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in members)
-        return Everyone(slots=slots, positions=starts, limits=limits, evicting=evicting)
+        return DecodeBatch(slots=slots, positions=starts, limits=limits, evicting=evicting)
 
     def _chunks(self, table: list[list[int]], sent: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
         at, lengths, slots, starts, limits, totals = map(tuple, table)
@@ -240,14 +240,16 @@ class Packer:
             old=old,
         )
 
-    def _by_group(self, decoding: list[Chunk], slots: Tensor, starts: Tensor, limits: Tensor) -> tuple[Decodes, ...]:
+    def _by_group(
+        self, decoding: list[Chunk], slots: Tensor, starts: Tensor, limits: Tensor
+    ) -> tuple[DecodeGroup, ...]:
         found, row = [], 0
         for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.home[0]):
             chunks = list(members)
             rows = slice(row, row + len(chunks))
             sequences = [chunk.sequence for chunk in chunks]
             found.append(
-                Decodes(
+                DecodeGroup(
                     rows=rows,
                     group=group,
                     slots=slots[rows],

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.engine.meter import MemoryMeter, device_errors, is_out_of_memory, release
-from bmx.engine.prefix import Prefixes, Reuse
+from bmx.engine.memory_meter import MemoryMeter, device_errors, is_out_of_memory, release
+from bmx.engine.prefix_cache import PrefixCache, Reuse
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
 from bmx.errors import RowError
 from bmx.model.spec import ModelSpec
-from bmx.planner import Plan, SlotGroup
+from bmx.plan.planner import Plan, SlotGroup
 from bmx.request import Request, Result
-from bmx.signals import Stop
+from bmx.shutdown import Stop
 from bmx.stats import Stats
 
 LOOKAHEAD = 64  # fewest requests that wait tokenised, so that a free slot of any size finds one
@@ -56,7 +56,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class RunContext:
     """What runs work with.
 
     Attributes:
@@ -83,7 +83,7 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launched:
+class InFlightStep:
     """A step on its way.
 
     Attributes:
@@ -107,7 +107,7 @@ class Run:
         requests: read as slots become free; None among them says that there is none for now, but after a step perhaps.
     """
 
-    def __init__(self, setup: Setup, requests: Iterable[Request | None]) -> None:
+    def __init__(self, setup: RunContext, requests: Iterable[Request | None]) -> None:
         self._setup = setup
         self._pair_bytes: Counter[int | None] = Counter()  # of one KV pair of all layers, by their windows
         for index, layer in enumerate(setup.spec.layers):
@@ -119,7 +119,7 @@ class Run:
         self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
         self._finished: deque[tuple[Sequence, int]] = deque()  # and not handed out yet, with the rows of their slots
         self._request: Request | None = None  # taken from the source and not read yet
-        self._settled = 0.0  # when the last step was done
+        self._collected = 0.0  # when the last step was done
         self._broken = False  # the source has failed, and would seem to be at its end if it were asked again
 
     def results(self, plan: Plan) -> Iterator[Result]:
@@ -148,9 +148,9 @@ class Run:
         try:
             with device_errors(), setup.runner(plan) as runner:
                 setup.stats.slots, setup.stats.kv_bytes = plan.slots, runner.kv_bytes
-                rows = max((group.capacity for group in plan.spare), default=0)
+                rows = max((group.capacity for group in plan.prefix_slots), default=0)
                 reuse = Reuse(spec=setup.spec, policy=setup.policy, chunk_size=chunk_size, rows=rows)
-                prefixes = Prefixes(reuse, plan.spare, len(plan.groups), runner.copy)
+                prefixes = PrefixCache(reuse, plan.prefix_slots, len(plan.groups), runner.copy)
                 yield from self._loop(scheduler, runner, prefixes, alone, plan.memory.total)
             return True
         except Exception as error:
@@ -166,7 +166,7 @@ class Run:
         setup, waiting = self._setup, self._unfinished
         largest = max(group.capacity for group in plan.groups)
         while True:
-            yield from self._hand_out()
+            yield from self._drain_finished()
             yield from self._read_ahead(waiting, 1, None)
             if not waiting or self._setup.stop.requested:
                 return
@@ -176,17 +176,17 @@ class Run:
                 continue
             self._unfinished = [row]
             layout = setup.policy.layout(setup.spec, row.rows_needed)
-            own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,), spare=())
+            own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,), prefix_slots=())
             if not (yield from self._attempt(own, alone=True)):
                 release()
                 yield self._failed(row, "out_of_memory", "memory runs out even with nothing else in it")
 
     def _loop(
-        self, scheduler: Scheduler, runner: Runner, prefixes: Prefixes, alone: bool, planned: int
+        self, scheduler: Scheduler, runner: Runner, prefixes: PrefixCache, alone: bool, planned: int
     ) -> Iterator[Result]:
-        on_their_way: deque[Launched] = deque()
+        on_their_way: deque[InFlightStep] = deque()
         while True:
-            yield from self._hand_out()
+            yield from self._drain_finished()
             if self._setup.stop.requested:
                 scheduler.waiting.clear()
                 if self._setup.stop.overdue:
@@ -199,7 +199,7 @@ class Run:
             scheduler.admit_waiting()
             yield from self._late(scheduler)
             self._setup.stats.reused_prompt_tokens += prefixes.arrange(scheduler.in_slots)
-            looking_back = any(sequence.looks_back for sequence in scheduler.in_slots)
+            looking_back = any(sequence.needs_host_tokens for sequence in scheduler.in_slots)
             ahead, rounds = (0, 1) if looking_back else (runner.ahead, runner.rounds)
             step = scheduler.schedule(rounds)
             if step is not None:
@@ -212,10 +212,10 @@ class Run:
                     return
                 continue
             while len(on_their_way) > (0 if step is None else ahead):
-                self._settle(scheduler, on_their_way.popleft())
+                self._collect(scheduler, on_their_way.popleft())
             self._setup.meter.keep_to(planned)
 
-    def _read_ahead(self, waiting: list[Sequence], enough: int, prefixes: Prefixes | None) -> Iterator[Result]:
+    def _read_ahead(self, waiting: list[Sequence], enough: int, prefixes: PrefixCache | None) -> Iterator[Result]:
         """Tokenise requests until enough wait; those that cannot be answered are results at once."""
         while len(waiting) < enough and not self._exhausted:
             request = self._request = self._request or self._next_request()
@@ -257,18 +257,18 @@ class Run:
             yield self._failed(sequence, "timeout", f"not finished after {allowed:g} s (--row-timeout)")
 
     @staticmethod
-    def _launch(scheduler: Scheduler, runner: Runner, step: Step) -> Launched:
+    def _launch(scheduler: Scheduler, runner: Runner, step: Step) -> InFlightStep:
         """Have one step begin."""
         at, active = time.monotonic(), scheduler.running
         sampled = runner.run(step)
         scheduler.launched(step)
-        return Launched(step=step, sampled=sampled, at=at, active=active, held=scheduler.held_tokens)
+        return InFlightStep(step=step, sampled=sampled, at=at, active=active, held=scheduler.held_tokens)
 
-    def _settle(self, scheduler: Scheduler, launched: Launched) -> None:
+    def _collect(self, scheduler: Scheduler, launched: InFlightStep) -> None:
         """Take what a step gave, and count it."""
         setup, step = self._setup, launched.step
         tokens = launched.sampled.read()
-        before, self._settled = self._settled, time.monotonic()
+        before, self._collected = self._collected, time.monotonic()
         known = [len(chunk.sequence.answer) for chunk in step.chunks]
         finished = scheduler.update(step, tokens)
         self._finished += [(sequence, scheduler.capacity(sequence)) for sequence in finished]
@@ -278,7 +278,7 @@ class Run:
             decode_tokens=sum(n for chunk, n in zip(step.chunks, taken, strict=True) if chunk.decodes),
             sampled=sum(taken),
             rounds=step.rounds,
-            seconds=self._settled - max(before, launched.at),
+            seconds=self._collected - max(before, launched.at),
             active=launched.active,
             full_cache_bytes=self._full_cache_bytes(launched.held),
         )
@@ -293,7 +293,7 @@ class Run:
             for window, size in self._pair_bytes.items()
         )
 
-    def _hand_out(self) -> Iterator[Result]:
+    def _drain_finished(self) -> Iterator[Result]:
         """The results of what has finished."""
         while self._finished:
             result = self._result(*self._finished[0])

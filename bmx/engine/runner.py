@@ -14,19 +14,19 @@ from torch import Tensor
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import SlotAttention
-from bmx.engine.graphs import ROUNDS, DecodeGraphs, DecodingRow, Rounds
+from bmx.engine.graphs import ROUNDS, DecodeGraphs, GraphRow, Rounds
 from bmx.engine.packed import PackedStep, Packer, PromptChunk
-from bmx.engine.sampler import NO_TOKEN, Row, sample
+from bmx.engine.sampler import NO_TOKEN, SamplingRow, sample
 from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels
 from bmx.kernels.transfer import Download, upload
 from bmx.kv.pool import KVPool
-from bmx.model.blocks import taken_over
+from bmx.model.fused_modules import taken_over
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import attention_of
-from bmx.planner import SAMPLER_ROWS, Plan, StepSize
+from bmx.plan.planner import SAMPLER_ROWS, Plan, StepSize
 from bmx.request import Request, SamplingParams
 
 Watch = Callable[[Request, int, Tensor], None]
@@ -75,7 +75,7 @@ class ModelRunner:
         self.policy = policy
         self._rope = loaded.rope
         self._max_length = loaded.spec.max_length
-        slots = tuple(group.slots for group in (*plan.groups, *plan.spare))
+        slots = tuple(group.slots for group in (*plan.groups, *plan.prefix_slots))
         self.pool = KVPool(plan.layouts, slots, self._model.dtype, self._model.device)
         self.kv_bytes = self.pool.nbytes
         like_a_gpu = self._model.device.type == "cuda" or kernels.name == "triton"
@@ -112,7 +112,9 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: Step) -> Tokens | Rounds:
         """Launch a step; nothing waits for the device until its tokens are read."""
-        if self._graphs is not None and all(chunk.decodes and not chunk.sequence.looks_back for chunk in step.chunks):
+        if self._graphs is not None and all(
+            chunk.decodes and not chunk.sequence.needs_host_tokens for chunk in step.chunks
+        ):
             return self._graphs.decode([self._decoding_row(chunk) for chunk in step.chunks])
         for chunk in step.chunks:
             if chunk.start == 0 and not self._masked:
@@ -126,10 +128,10 @@ class ModelRunner:
             return []
         return [Segment(c.length + len(self._packer.asked(c)), c.sequence.total) for c in step.chunks]
 
-    def _decoding_row(self, chunk: Chunk) -> DecodingRow:
+    def _decoding_row(self, chunk: Chunk) -> GraphRow:
         sequence = chunk.sequence
         drawn = range(chunk.length) if sequence.params.temperature > 0 else ()
-        return DecodingRow(
+        return GraphRow(
             slot=self._packer.number(sequence),
             position=chunk.start,
             limit=sequence.rows_needed,
@@ -171,7 +173,7 @@ class ModelRunner:
         self.pool.copy_state(source, target, tokens)
 
     @torch.inference_mode()
-    def rehearse(self, size: StepSize, sampled: int) -> None:
+    def profile_step(self, size: StepSize, sampled: int) -> None:
         """Compute the largest step that a plan allows, on made-up tokens, to see what memory it takes.
 
         Chunks read slot 0 of the last group as if it were full, or would be with them where nothing is evicted.
@@ -201,9 +203,12 @@ class ModelRunner:
         ids, positions = [i % self._vocab for i in range(tokens)], [start + i % chunk for i in range(tokens)]
         wanted = [i % tokens for i in range(sampled)]
         packed = self._packer.sent(ids, positions, wanted, [], prompts, self._next_ids)
-        drawn = Row(SamplingParams(temperature=1.0), 0.5)
+        drawn = SamplingRow(SamplingParams(temperature=1.0), 0.5)
         logits = self._logits(packed, [Segment(tokens, start + chunk)])
-        sample(logits, [drawn] * min(sampled, SAMPLER_ROWS) + [Row(SamplingParams())] * max(0, sampled - SAMPLER_ROWS))
+        sample(
+            logits,
+            [drawn] * min(sampled, SAMPLER_ROWS) + [SamplingRow(SamplingParams())] * max(0, sampled - SAMPLER_ROWS),
+        )
 
     def _logits(self, packed: PackedStep, segments: list[Segment]) -> torch.Tensor:
         """Logits [N, V] of the wanted rows of a packed step."""
@@ -225,6 +230,6 @@ class ModelRunner:
         return output.logits[0]  # type: ignore[no-any-return]
 
 
-def _row(sequence: Sequence) -> Row:
+def _row(sequence: Sequence) -> SamplingRow:
     seen = [*sequence.prompt, *sequence.answer] if sequence.params.repetition_penalty != 1 else ()
-    return Row(sequence.params, sequence.draw(), seen)
+    return SamplingRow(sequence.params, sequence.draw(), seen)

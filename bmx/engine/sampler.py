@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bmx.kernels.transfer import upload
-from bmx.planner import SAMPLER_ROWS
+from bmx.plan.planner import SAMPLER_ROWS
 from bmx.request import SamplingParams
 
 NO_TOKEN = -1
@@ -23,7 +23,7 @@ COLDEST = 1e-6  # a temperature below this is greedy in all but name, and must n
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SamplingRow:
     """How one row of logits becomes a token.
 
     Attributes:
@@ -37,7 +37,7 @@ class Row:
     seen: Sequence[int] = ()
 
     @classmethod
-    def likeliest(cls) -> Row:
+    def likeliest(cls) -> SamplingRow:
         """A row whose token is the likeliest."""
         return cls(SamplingParams())
 
@@ -47,7 +47,7 @@ class Row:
         return self.params.temperature > 0 or self.params.repetition_penalty != 1
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """The next token of each row [N]; ``NO_TOKEN`` where its logits are not numbers.
 
     Plain greedy rows are decided on the model's own logits; only the others, a few at a time, are copied to float32.
@@ -72,14 +72,14 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(best), ids, NO_TOKEN)
 
 
-def _penalise(logits: Tensor, row: Row) -> None:
+def _penalise(logits: Tensor, row: SamplingRow) -> None:
     """Divide positive and multiply negative logits [V] of seen tokens by the penalty (CTRL, arXiv 1909.05858, 4.1)."""
     seen = upload(sorted(set(row.seen)), logits.device)
     old, penalty = logits[seen], row.params.repetition_penalty
     logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
 
 
-def _choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """One token per row of float32 logits [N, V], which are changed in place: [N] ids."""
     for values, row in zip(logits, rows, strict=True):
         if row.params.repetition_penalty != 1:
@@ -92,7 +92,7 @@ def _choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return ids
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """One token per row of float32 logits [N, V], by inverting its cumulative distribution: [N] ids."""
 
     def column(values: list[float]) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from bmx.engine.sequence import Sequence
-from bmx.planner import SlotGroup, StepSize
+from bmx.plan.planner import SlotGroup, StepSize
 
 
 @dataclass(frozen=True, slots=True)

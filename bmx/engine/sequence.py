@@ -9,7 +9,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from bmx.model.text import Detokenizer, decode
+from bmx.model.prompt_encoder import Detokenizer, decode
+from bmx.plan.chunks import chunk_ends
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 
@@ -19,11 +20,11 @@ class Prefix:
 
     Attributes:
         length: how many tokens.
-        terms: what the state of a slot depends on at this place, beside those tokens.
+        reuse_key: what the state of a slot depends on at this place, beside those tokens.
     """
 
     length: int
-    terms: tuple[object, ...]
+    reuse_key: tuple[object, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +115,7 @@ class Sequence:
         return told[place] if place < len(told) else None
 
     @property
-    def looks_back(self) -> bool:
+    def needs_host_tokens(self) -> bool:
         """Whether its next token depends on more than the tokens that the device knows."""
         return self.params.repetition_penalty != 1 or bool(self.request.forced)
 
@@ -191,15 +192,3 @@ class Sequence:
     def last_ids(self) -> tuple[int, ...]:
         """Token ids that end its answer."""
         return (*self.params.stop_token_ids, *(() if self.params.ignore_eos else sorted(self.end_token_ids)))
-
-
-def chunk_ends(tokens: int, chunk_size: int) -> list[int]:
-    """Where the chunks of a prompt end: at multiples of their size, but the last two are as even as can be.
-
-    So prompts that begin alike are cut alike, nearly as far as they go: the ends before any end, the last one
-    excepted, are all the multiples below it.
-    """
-    if tokens <= chunk_size:
-        return [tokens]
-    even = (-(-tokens // chunk_size) - 2) * chunk_size
-    return [*range(chunk_size, even + 1, chunk_size), (even + tokens) // 2, tokens]

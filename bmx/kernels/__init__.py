@@ -13,7 +13,7 @@ from typing import Any
 
 from bmx.errors import UsageError
 from bmx.kernels import build
-from bmx.kernels.sizes import WORKSPACE
+from bmx.kernels.workspace import WORKSPACE
 
 LEAST_CAPABILITY = (8, 0)  # Ampere
 

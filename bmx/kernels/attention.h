@@ -1,9 +1,9 @@
 // What attention and eviction are made of, for CPUs with AVX512-BF16: softmax, one decoding token's look at its slot,
-// and who goes. Words and panels are in words.h.
+// and who goes. Words and panels are in gemm.h.
 
 #pragma once
 
-#include "words.h"
+#include "gemm.h"
 
 #include <cmath>
 

@@ -6,7 +6,7 @@
 // nothing but say how many bytes it needs (instead of 0) if that is too small.
 
 #include "attention.h"
-#include "words.h"
+#include "gemm.h"
 
 #include <cmath>
 #include <functional>

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bmx.kernels import build, cpu, reference
 from bmx.kernels.linear import Linear
-from bmx.kernels.ranking import RANKS, Ranking
-from bmx.kernels.rows import Chunks, Rows
+from bmx.kernels.ranking import RANKS, EvictionOrder
+from bmx.kernels.slot_views import Chunks, Rows
 
 WORD = 32  # bfloat16 numbers, or columns, that are taken together
 COLUMNS = 16
-TAKES = (torch.bfloat16,)
+SUPPORTED_DTYPES = (torch.bfloat16,)
 gate = reference.gate
 
 
@@ -233,7 +233,7 @@ def decode(
     limits: Tensor,
     *,
     scale: float,
-    ranking: Ranking,
+    ranking: EvictionOrder,
     old: float,
     count: bool,
     softcap: float | None = None,
@@ -277,7 +277,7 @@ def read(
     chunks: Chunks,
     *,
     scale: float,
-    ranking: Ranking,
+    ranking: EvictionOrder,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
@@ -331,7 +331,7 @@ def _votes(votes: Tensor | None, part: slice, counts: bool) -> Tensor | None:
     return torch.ones(1, part.stop - part.start) if votes is None else votes[part].unsqueeze(0)
 
 
-def _told(ranking: Ranking) -> _Ranking:
+def _told(ranking: EvictionOrder) -> _Ranking:
     return _Ranking(RANKS.index(ranking.by), ranking.sink, ranking.recent, ranking.window or 0)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bmx.kernels import reference
-from bmx.kernels.sizes import TILE
+from bmx.kernels.workspace import TILE
 
 attend_slots = reference.attend_slots
-TAKES = reference.TAKES
+SUPPORTED_DTYPES = reference.SUPPORTED_DTYPES
 product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
 decode, read = reference.decode, reference.read
 

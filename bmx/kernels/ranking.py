@@ -8,7 +8,7 @@ RANKS = ("age", "mass", "average")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
+class EvictionOrder:
     """Who goes first.
 
     Attributes:

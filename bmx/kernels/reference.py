@@ -204,7 +204,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
-TAKES: tuple[torch.dtype, ...] = ()  # types of models whose parts are better computed here than by the model itself
+SUPPORTED_DTYPES: tuple[
+    torch.dtype, ...
+] = ()  # types of models whose parts are better computed here than by the model itself
 decode = read = None  # policy and pool do it, operator by operator
 
 

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from bmx.kernels import interpreted, reference
 from bmx.kernels.linear import Linear
-from bmx.kernels.ranking import Ranking
-from bmx.kernels.rows import Chunks, Rows
+from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.triton_decode import decode
-from bmx.kernels.triton_keep import fits, keep
-from bmx.kernels.triton_parts import gate, rms_norm, rotate
-from bmx.kernels.triton_read import add_up, attend, attend_chunk
+from bmx.kernels.triton_evict import fits, keep
+from bmx.kernels.triton_pointwise import gate, rms_norm, rotate
+from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
 
 __all__ = ["attend_chunk", "attend_slots", "decode", "gate", "product", "read", "rms_norm", "rotate"]
 
-TAKES = () if interpreted() else (torch.bfloat16, torch.float16, torch.float32)  # a program for each token takes long
+SUPPORTED_DTYPES = (
+    () if interpreted() else (torch.bfloat16, torch.float16, torch.float32)
+)  # a program for each token takes long
 attend_slots = reference.attend_slots
 
 
@@ -36,7 +38,7 @@ def read(
     chunks: Chunks,
     *,
     scale: float,
-    ranking: Ranking,
+    ranking: EvictionOrder,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bmx.kernels import interpreted
-from bmx.kernels.ranking import Ranking
-from bmx.kernels.rows import Rows
+from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.slot_views import Rows
 
 INTERPRETED = interpreted()
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -216,7 +216,7 @@ def decode(
     limits: Tensor,
     *,
     scale: float,
-    ranking: Ranking,
+    ranking: EvictionOrder,
     old: float,
     count: bool,
     softcap: float | None = None,
@@ -273,7 +273,7 @@ def _sizes_of_decode(group: int, dim: int, breadth: int, itemsize: int) -> tuple
     return {"group": group, "dim": dim, "breadth": breadth, **full, **blocks}, manner
 
 
-def told(ranking: Ranking) -> dict[str, Any]:
+def told(ranking: EvictionOrder) -> dict[str, Any]:
     """A ranking as constants of a kernel."""
     return {"by": ranking.by, "sink": ranking.sink, "recent": ranking.recent, "window": ranking.window or 0}
 
@@ -284,11 +284,11 @@ def _whole(count: int, step: int) -> int:
 
 def compiled_for(head_dim: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
     """What runs for bfloat16 heads of so many numbers: kernel, types, constants, warps and stages of each variant."""
-    average = Ranking(by="average", sink=4, recent=64, window=None)
-    manners: list[tuple[int, Ranking, float | None, bool, bool]] = [  # G, ranking, softcap, sinks, mass
+    average = EvictionOrder(by="average", sink=4, recent=64, window=None)
+    manners: list[tuple[int, EvictionOrder, float | None, bool, bool]] = [  # G, ranking, softcap, sinks, mass
         (4, average, None, False, True),
-        (1, Ranking(by="age", sink=0, recent=0, window=None), None, False, False),
-        (8, Ranking(by="mass", sink=4, recent=64, window=4096), 50.0, True, True),
+        (1, EvictionOrder(by="age", sink=0, recent=0, window=None), None, False, False),
+        (8, EvictionOrder(by="mass", sink=4, recent=64, window=4096), 50.0, True, True),
         (71, average, None, False, True),
     ]
     variants = []

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bmx.kernels.rows import Rows
+from bmx.kernels.slot_views import Rows
 from bmx.kv.formats import ByChannel, Plain, Store, allocate
 from bmx.kv.layout import KEY_GROUP, NOTES, KVLayout, LayerLayout
 
@@ -23,7 +23,7 @@ EMPTY = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Newest:
+class ExactWindow:
     """The newest pairs of each slot in the model's own type, beside their codes: pair p lies at p mod W.
 
     Attributes:
@@ -67,7 +67,7 @@ class LayerSlots:
     values: Store
     positions: Tensor
     notes: Mapping[str, Tensor]
-    newest: Newest | None
+    newest: ExactWindow | None
 
     @classmethod
     def allocate(cls, layout: LayerLayout, slots: int, dtype: torch.dtype, device: torch.device) -> LayerSlots:
@@ -76,7 +76,7 @@ class LayerSlots:
         newest = None
         if layout.exact:
             near = (slots, layout.kv_heads, layout.exact)
-            newest = Newest(
+            newest = ExactWindow(
                 torch.zeros(*near, layout.key_dim, dtype=dtype, device=device),
                 torch.zeros(*near, layout.value_dim, dtype=dtype, device=device),
                 torch.full(near, EMPTY, dtype=torch.int32, device=device),
@@ -215,7 +215,7 @@ class LayerSlots:
         newest.rows[at] = torch.where(lies.any(1), lies.byte().argmax(1), EMPTY).to(torch.int32)
 
     @property
-    def _near(self) -> Newest:
+    def _near(self) -> ExactWindow:
         if self.newest is None:
             raise RuntimeError("keys by channel need exact copies of the newest")
         return self.newest

@@ -121,7 +121,7 @@ def quantised(loaded: LoadedModel) -> LoadedModel:
     Raises:
         ModelError: on a GPU, or there are none.
     """
-    from bmx.model.blocks import quantise
+    from bmx.model.fused_modules import quantise
 
     if loaded.model.device.type != "cpu":
         raise no_int8()
@@ -167,8 +167,8 @@ def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
     Raises:
         ModelError: bmx cannot run it rightly.
     """
+    from bmx.model.cost_trace import costs_of
     from bmx.model.rope import pin_rope
-    from bmx.model.trace import costs_of
 
     check_config(model.config)
     model.requires_grad_(False)

@@ -1,0 +1,131 @@
+"""How long requests are, and what is done with those that are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import EngineConfig
+from bmx.engine.prefix_cache import Reuse
+from bmx.errors import RowError, UsageError
+from bmx.model.prompt_encoder import PromptEncoder
+from bmx.model.spec import ModelSpec
+from bmx.plan.planner import Length
+from bmx.request import Request
+
+MEASURED_ROWS = 100_000  # of more requests, an even sample of at least half as many is measured
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A request as the model will see it.
+
+    Attributes:
+        prompt: its token ids.
+        length: of prompt and answer.
+        truncated: tokens that were cut out to make it fit.
+        spans: places of tokens that are never evicted, from .. to.
+    """
+
+    prompt: list[int]
+    length: Length
+    truncated: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.length.prompt_tokens + self.length.max_tokens
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows of a slot."""
+        return self.length.rows_needed
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMeasurer:
+    """Measures requests against a model.
+
+    Attributes:
+        encoder: turns them into tokens.
+        policy: says what rows of a slot so many tokens need.
+        max_length: tokens that prompt and answer may have together.
+        reuse: says what a request shares with the one before it; None if nothing is to be shared.
+    """
+
+    encoder: PromptEncoder
+    policy: CompressionPolicy
+    max_length: int
+    reuse: Reuse | None = None
+
+    def read(self, request: Request) -> EncodedPrompt:
+        """A request as the model will see it.
+
+        A prompt that leaves less room than the answer may take is cut, if the job says so; otherwise the answer gets
+        the room that there is.
+
+        Raises:
+            RowError: it has no text, or its prompt leaves no room for an answer.
+        """
+        prompt, answer = self.encoder.encode(request), request.params.max_tokens
+        before = len(prompt)
+        if before + answer > self.max_length and self.encoder.cuts:
+            request, prompt = self.encoder.cut(request, max(1, self.max_length - answer, self.max_length // 2))
+        room = self.max_length - len(prompt)
+        if room < 1:
+            message = f"the prompt has {before} tokens; prompt and answer together may have {self.max_length}"
+            raise RowError("context_length_exceeded", message)
+        length = self.length(len(prompt), min(answer, room))
+        return EncodedPrompt(prompt, length, before - len(prompt), self._spans(request, length))
+
+    def _spans(self, request: Request, length: Length) -> tuple[tuple[int, int], ...]:
+        """The places that are never evicted of a request that will evict.
+
+        Raises:
+            RowError: they leave no room for anything else.
+        """
+        answer = length.max_tokens
+        if not self.policy.protects or not self.policy.evicts(length.prompt_tokens, answer):
+            return ()
+        spans = self.encoder.spans(request, length.prompt_tokens)
+        kept = sum(stop - start for start, stop in spans) + self.policy.sink + self.policy.recent
+        room = self.policy.least_rows(length.prompt_tokens, answer)
+        if kept >= room:
+            message = f"{kept} tokens of its instructions, sinks and newest tokens never go; a layer may keep {room}"
+            raise RowError("invalid_request", message)
+        return spans
+
+    def length(self, prompt_tokens: int, max_tokens: int) -> Length:
+        """The length of a request of so many tokens."""
+        return Length(prompt_tokens, max_tokens, self.policy.rows_needed(prompt_tokens, max_tokens))
+
+    def measure(self, requests: Iterable[Request]) -> list[Length]:
+        """The lengths of those requests that can be answered at all."""
+        lengths: list[Length] = []
+        before = None
+        for request in requests:
+            with suppress(RowError):
+                reading = self.read(request)
+                shared = self.reuse.shared(reading, before) if self.reuse and before else 0
+                lengths.append(replace(reading.length, shared=shared) if shared else reading.length)
+                before = reading
+        return lengths
+
+
+def max_length(config: EngineConfig, spec: ModelSpec) -> int:
+    """The most tokens that prompt and answer may have together.
+
+    Raises:
+        UsageError: more are asked for than the model can tell apart.
+    """
+    if config.max_model_len and config.max_model_len > spec.max_length:
+        raise UsageError(f"max_model_len {config.max_model_len} is more than the {spec.max_length} of {spec.name}")
+    return config.max_model_len or spec.max_length
+
+
+def sampling_step(rows: int) -> int:
+    """Measure every so many-th of ``rows`` requests."""
+    return max(1, -(-rows // MEASURED_ROWS))

@@ -1,0 +1,1 @@
+"""Files in, files out: rows, records, the journal, the manifest."""

@@ -1,0 +1,107 @@
+"""The manifest beside an output: what ran, on what, what was planned and measured.
+
+Holds no prompt, no answer and no secret. Written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from bmx.config import RunConfig
+from bmx.job.durable_files import me, replace_file
+from bmx.job.fingerprint import PRIVATE
+from bmx.plan.planner import Plan
+from bmx.stats import Stats
+from bmx.units import now
+
+FORMAT = 2
+PACKAGES = ("bmx", "torch", "transformers", "tokenizers", "nvidia-ml-py")
+State = Literal["running", "finished", "interrupted", "failed"]
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of an earlier run, if it is one that this version can read."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("format") != FORMAT or "state" not in record:
+        return None
+    parts = record.get("fingerprint"), record.get("settings"), record.get("model", {})
+    return record if all(isinstance(part, dict) for part in parts) else None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Put a record in place, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; what was there before still is.
+    """
+    replace_file(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def run_started(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A run for JSON, before its first row."""
+    return {
+        "format": FORMAT,
+        "state": "running",
+        **me(),
+        "finished": None,
+        "fingerprint": fingerprint,
+        "settings": {name: value for name, value in config.flat().items() if name not in PRIVATE},
+        "inputs": list(config.inputs),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def run_finished(state: State, plan: Plan | None, stats: Stats) -> dict[str, Any]:
+    """What became of a run: its memory, its rows, its speed."""
+    predicted, measured = plan.memory.total if plan else 0, stats.peak_memory_bytes
+    return {
+        "state": state,
+        "finished": now(),
+        "memory": {
+            "predicted_bytes": predicted,
+            "measured_bytes": measured,
+            "measured_over_predicted": round(measured / predicted, 4) if predicted else None,
+            "largest_step_without_slots": _rehearsed(stats),
+            "after_out_of_memory": [{"slots": s, "max_num_batched_tokens": t} for s, t in stats.shrunk_to],
+        },
+        **progress_record(stats),
+    }
+
+
+def progress_record(stats: Stats) -> dict[str, Any]:
+    """The rows, errors and speed so far, for JSON."""
+    return {
+        "rows": {
+            "total": stats.rows_total,
+            "answered": stats.rows_answered,
+            "failed": stats.rows_failed,
+            "skipped": stats.rows_skipped,
+            "before": stats.rows_before,
+        },
+        "errors": dict(sorted(stats.errors.items())),
+        "throughput": {
+            "seconds": round(stats.elapsed, 3),
+            "prompt_tokens": stats.prompt_tokens,
+            "reused_prompt_tokens": stats.reused_prompt_tokens,
+            "generated_tokens": stats.generated_tokens,
+            "prefill_tokens_per_second": round(stats.prefill_rate, 1),
+            "decode_tokens_per_second": round(stats.decode_rate, 1),
+        },
+    }
+
+
+def _rehearsed(stats: Stats) -> dict[str, int] | None:
+    return dict(zip(("predicted_bytes", "measured_bytes"), stats.rehearsed, strict=True)) if stats.rehearsed else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,203 @@
+"""Where a job reads and writes: paths from settings, refused before any work where they would destroy something.
+
+Knows paths; reads no row.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from bmx.config import RunConfig
+from bmx.errors import InputFileError, OutputError, UsageError
+from bmx.job.line_reader import COMPRESSED, open_input
+from bmx.job.stats_file import is_stats_file
+
+STDIO = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPaths:
+    """All the files that a job writes.
+
+    Attributes:
+        output: None is standard output.
+        errors: None for the same place as the answers.
+        manifest: beside an output that is a file; a stream or a device has none.
+        locks: beside the output, and beside an error file of another name.
+        stats: None for nowhere.
+    """
+
+    output: Path | None
+    errors: Path | None = None
+    manifest: Path | None = None
+    locks: tuple[Path, ...] = ()
+    stats: Path | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether there are records of an earlier run, or what may be some."""
+        files = [path for path in (self.output, self.errors) if path and path.is_file()]
+        return self.manifest is not None and any(path.stat().st_size for path in files)
+
+
+def find_paths(config: RunConfig) -> JobPaths:
+    """Where everything goes.
+
+    Raises:
+        UsageError: the input has no name to derive one from; a file would be destroyed that is another's.
+        InputFileError: an input is a folder.
+        OutputError: a folder is missing or cannot be written to.
+    """
+    for name in config.inputs:
+        if name != STDIO and (not name or name.endswith("/") or Path(name).name in ("", "..")):
+            raise InputFileError(f"{name or 'an empty name'} is a folder, not a file of prompts")
+    try:
+        found = _places(config)
+        _check_all(found, config)
+    except (OSError, RuntimeError, ValueError) as error:  # names that no file can have, links in a circle
+        raise UsageError(f"these files cannot be used: {error}") from None
+    return found
+
+
+def _places(config: RunConfig) -> JobPaths:
+    job, output = config.job, _output(config)
+    errors, stats = (Path(name) if name else None for name in (job.error_file, job.stats_file))
+    if output is None or _is_pipe(output):
+        return JobPaths(output=output, errors=errors, stats=stats)
+    if output.is_dir():
+        raise UsageError(f"the output {output} is a folder", hint="-o takes a file")
+    if output.is_symlink():
+        output = output.resolve()  # one output, one lock, whatever it is called
+
+    return JobPaths(
+        output=output,
+        errors=errors or _beside(output, ".errors.jsonl"),
+        manifest=_beside(output, ".run.json"),
+        locks=tuple(_beside(path, ".lock") for path in (output, errors) if path and not _is_pipe(path)),
+        stats=stats,
+    )
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _output(config: RunConfig) -> Path | None:
+    if config.job.output_file in (STDIO, "/dev/stdout"):
+        return None
+    if config.job.output_file:
+        return Path(config.job.output_file)
+    if config.inputs[0] == STDIO or config.inputs[0].startswith(("/dev/", "/proc/")):
+        raise UsageError(
+            "reading from standard input or a pipe needs an output", hint="-o answers.jsonl, or -o - for stdout"
+        )
+    first = Path(config.inputs[0])
+    stem = first.name.removesuffix(first.suffix) if first.suffix in COMPRESSED else first.name
+    share = f".{config.job.shard.replace('/', '-of-')}" if config.job.shard else ""
+    return first.with_name(f"{stem.removesuffix('.jsonl')}{share}.out.jsonl")
+
+
+def _check_all(found: JobPaths, config: RunConfig) -> None:
+    taken = [("an input", Path(name)) for name in config.inputs if name != STDIO]
+    named = {"output": found.output, "error file": found.errors, "stats file": found.stats}
+    locks = dict(zip(("lock", "lock of the error file"), found.locks, strict=False))
+    for name, path in {**named, "manifest": found.manifest, **locks}.items():
+        if path:
+            _check(name, path, taken)
+            taken.append((f"the {name}", path))
+    stats, errors = found.stats, found.errors
+    if stats and not is_stats_file(stats):
+        raise UsageError(f"the stats file {stats} exists and is none", hint="choose another: it would be replaced")
+    if errors and not found.manifest and not config.job.overwrite and errors.is_file() and errors.stat().st_size:
+        raise UsageError(f"the error file {errors} exists", hint="choose another, or replace it with --overwrite")
+
+
+def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
+    for what, other in taken:
+        if _same(path, other):
+            raise UsageError(f"the {name} {path} is also {what}", hint="choose another")
+    if path.is_dir():
+        raise UsageError(f"the {name} {path} is a folder", hint="it must be a file")
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        shown = path.parent if not path.is_symlink() else parent
+        raise OutputError(f"the folder {shown} does not exist", hint="create it, or choose another")
+    if not _writable(path, parent):
+        raise OutputError(f"the {name} {path} cannot be written: permission denied", hint="choose another")
+
+
+def _writable(path: Path, parent: Path) -> bool:
+    """Whether a file can be written or made. Another run may make it, or take it away, at any moment."""
+    if not os.path.lexists(path):
+        return os.access(parent, os.W_OK)
+    return os.access(path, os.W_OK) or not os.path.lexists(path)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (FileNotFoundError, NotADirectoryError):
+        return one.resolve() == other.resolve()
+
+
+@contextmanager
+def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
+    """The input files; standard input is copied to a temporary file first, since inputs are read more than once.
+
+    Raises:
+        InputFileError: one is missing or cannot be read.
+    """
+    if names.count(STDIO) > 1:
+        raise UsageError("standard input can be read only once")
+    with ExitStack() as stack:
+        paths: list[Path] = []
+        for name in names:
+            path, shown = Path(name), "standard input" if name == STDIO else name
+            if name == STDIO or _is_pipe(path):
+                copy = stack.enter_context(_temporary_file())
+                _spool(name, copy)
+                path = Path(copy.name)
+            with open_input(path, shown):
+                paths.append(path)
+        yield tuple(paths)
+
+
+def file_stamps(paths: tuple[Path, ...]) -> list[tuple[int, ...]]:
+    """What changes when a file is replaced, or written to."""
+    found = (path.stat() for path in paths if path.exists())
+    return [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for state in found]
+
+
+def _is_pipe(path: Path) -> bool:
+    """Whether it is a pipe or a device: what is read from it, or written to it, is gone."""
+    return os.path.exists(path) and not path.is_file() and not path.is_dir()
+
+
+@contextmanager
+def _temporary_file() -> Iterator[IO[bytes]]:
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="bmx-", suffix=".jsonl")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise InputFileError(f"cannot make a temporary file: {error.strerror}", hint="see TMPDIR") from None
+    with file:
+        yield file
+
+
+def _spool(name: str, copy: IO[bytes]) -> None:
+    """Copy what can be read only once."""
+    if name == STDIO and sys.stdin is None:
+        raise InputFileError("standard input is closed")
+    try:
+        with sys.stdin.buffer if name == STDIO else Path(name).open("rb") as pipe:
+            shutil.copyfileobj(pipe, copy)
+        copy.flush()
+    except OSError as error:
+        raise InputFileError(f"cannot copy {name} to a temporary file: {error.strerror}", hint="see TMPDIR") from None

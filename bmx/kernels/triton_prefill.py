@@ -1,0 +1,297 @@
+"""Prompt chunks read their slots and themselves on a GPU, all chunks of a step at once: attention, and its column sums.
+
+Knows tensors only, and reads none on the host. ``triton_tiles`` has what runs on the device.
+
+Shapes: T packed tokens, N chunks, H query heads, K kv heads, R rows of all slots and heads, P rows in use of a slot,
+D key dim, E value dim, M ways of adding up attention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bmx.kernels import interpreted, reference
+from bmx.kernels.slot_views import Chunks, Rows
+from bmx.kernels.transfer import upload
+from bmx.kernels.triton_attention import Parts, Sizes, attend_kernel, sums_kernel
+
+INTERPRETED = interpreted()
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Rows of a tile of queries, keys of a tile, and how many warps and pipeline stages work on them."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def _launch_attention(dim: int, itemsize: int) -> Launch:
+    """How attention is launched; ``dim`` is the wider of keys' and values'."""
+    if INTERPRETED:
+        return Launch(32, 16, 4, 1)
+    if itemsize == 4:  # no tensor cores
+        return Launch(32, 32, 8, 1)
+    if dim > 128:
+        return Launch(64, 32, 8, 2)
+    return Launch(128, 64, 8, 3)
+
+
+def _launch_sums(dim: int, itemsize: int) -> Launch:
+    """How column sums are launched."""
+    if INTERPRETED:
+        return Launch(16, 32, 4, 1)
+    if itemsize == 4:
+        return Launch(32, 32, 8, 1)
+    return Launch(64, 128, 8, 3 if dim <= 128 else 2)
+
+
+def attend(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    chunks: Chunks,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    logsums: Tensor | None = None,
+) -> None:
+    """Prompt chunks attend to their slots' rows in use, and causally to themselves.
+
+    Args:
+        output: [T, H, E], contiguous; only the chunks' tokens are written.
+        query: [T, H, D]; key [T, K, D]; value [T, K, E]: packed tokens of the step, each vector in one piece.
+        scale, softcap, sinks: as in ``reference.attend_chunk``; the scale is positive.
+        window: newest keys that a query sees, or None.
+        logsums: [T, H] float32, takes the logarithms to base 2 of the sums of exponentials, sinks included.
+    """
+    if not chunks.lengths:
+        return
+    kv_heads, width = value.shape[1:]
+    launch = _launch_attention(max(query.shape[2], width), query.element_size())
+    sizes = _sizes(query.shape[1], kv_heads, query.shape[2], width, softcap, window, launch)
+    tiles = triton.cdiv(max(chunks.lengths) * sizes.group, launch.block_m)
+    attend_kernel[tiles, kv_heads, len(chunks.lengths)](
+        *(output, logsums, query, key, value, rows.keys, rows.values, rows.positions if window else None, sinks),
+        *(rows.first, rows.capacity, chunks.table, chunks.table.stride(0), *query.stride()[:2], *key.stride()[:2]),
+        *(*value.stride()[:2], rows.keys.stride(0), rows.values.stride(0), *_factors(scale, softcap), sizes),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def add_up(
+    query: Tensor,
+    key: Tensor,
+    rows: Rows,
+    chunks: Chunks,
+    logsums: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Add the attention that slot rows in use receive from their chunk to their mass, once what was there has faded.
+
+    Chunks whose sequences fit into their slots with all that may follow never evict: theirs is not added up.
+
+    Args:
+        rows: with mass.
+        logsums: [T, H], from ``attend``; the others as there.
+
+    Returns:
+        [K, T] float32, the attention that the chunks' own keys receive; of other tokens it means nothing.
+    """
+    own = torch.empty(key.shape[1], key.shape[0], dtype=torch.float32, device=key.device)
+    if chunks.lengths:
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+        _add_up(own, rows.mass, query, key, rows, chunks, logsums, chunks.votes, squares=False, **options)
+    return own
+
+
+def _add_up(
+    own: Tensor,
+    mass: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    rows: Rows,
+    chunks: Chunks,
+    logsums: Tensor,
+    votes: Tensor | None,
+    *,
+    squares: bool,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> None:
+    """One way of adding up; without ``mass``, ``own`` [K, P + T] takes the sums of slot rows too."""
+    heads, dim = query.shape[1:]
+    launch = _launch_sums(dim, query.element_size())
+    sizes = _sizes(heads, key.shape[1], dim, dim, softcap, window, launch)
+    past = max(min(start, limit, rows.largest) for start, limit in zip(chunks.starts, chunks.limits, strict=True))
+    past_tiles, own_tiles = (triton.cdiv(keys, launch.block_n) for keys in (past, max(chunks.lengths)))
+    sums_kernel[past_tiles + own_tiles, key.shape[1], len(chunks.lengths)](
+        *(own, mass, query, key, rows.keys, rows.positions if window else None, logsums, votes, chunks.old),
+        *(rows.first, rows.capacity, chunks.table, chunks.table.stride(0), past_tiles, own.stride(0)),
+        *(*query.stride()[:2], *key.stride()[:2], rows.keys.stride(0), *_factors(scale, softcap), squares, sizes),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def attend_chunk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    hidden: Tensor | None = None,
+    votes: Tensor | None = None,
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``reference.attend_chunk``, which takes over where a mask hides keys."""
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    if hidden is not None:
+        chunk = query, key, value, past_key, past_value
+        return reference.attend_chunk(*chunk, sinks=sinks, hidden=hidden, votes=votes, squares=squares, **options)
+    tokens, heads, _ = query.shape
+    rows, chunks = _one_slot(past_key, past_value, tokens)
+    output = value.new_empty(tokens, heads, value.shape[-1])
+    if votes is None:
+        attend(output, query, key, value, rows, chunks, sinks=sinks, **options)
+        return output, None
+    logsums = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
+    attend(output, query, key, value, rows, chunks, sinks=sinks, logsums=logsums, **options)
+    ways = [(vote, False) for vote in votes.contiguous()]
+    ways += [(votes[0].contiguous(), True)] if squares else []
+    shape = len(ways), key.shape[1], past_key.shape[1] + tokens
+    sums = torch.empty(shape, dtype=torch.float32, device=query.device)
+    for own, (vote, squared) in zip(sums, ways, strict=True):
+        _add_up(own, None, query, key, rows, chunks, logsums, vote, squares=squared, **options)
+    return output, sums
+
+
+def _one_slot(past_key: Tensor, past_value: Tensor, tokens: int) -> tuple[Rows, Chunks]:
+    """The slot of which a view is given, and the chunk that comes to it."""
+    kv_heads, past, _ = past_key.shape
+    capacity = _rows_of_head(past_key)
+    if capacity is None or capacity != _rows_of_head(past_value):
+        past_key, past_value, capacity = past_key.contiguous(), past_value.contiguous(), past
+    numbers = [0, tokens, 0, past, past, past + tokens, 0, capacity]
+    table = upload(numbers, past_key.device)
+    rows = Rows(
+        keys=past_key[0],
+        values=past_value[0],
+        positions=table,  # unread: no window
+        mass=None,
+        first=table[6:7],
+        capacity=table[7:],
+        kv_heads=kv_heads,
+        sizes=(capacity,),
+        largest=capacity,
+    )
+    chunks = Chunks(
+        at=(0,),
+        lengths=(tokens,),
+        slots=(0,),
+        starts=(past,),
+        limits=(past,),
+        totals=(past + tokens,),
+        table=table[:6].view(6, 1),
+    )
+    return rows, chunks
+
+
+def _rows_of_head(past: Tensor) -> int | None:
+    """Rows from one head of a slot to the next; None where the view is not such a slot's first rows."""
+    kv_heads, rows, _ = past.shape
+    if past.stride(2) != 1:
+        return None
+    if kv_heads == 1 or rows == 0:
+        return rows
+    apart, over = divmod(past.stride(0), past.stride(1))
+    return apart if not over and apart >= rows else None
+
+
+def _sizes(
+    heads: int, kv_heads: int, dim: int, width: int, softcap: float | None, window: int | None, launch: Launch
+) -> Sizes:
+    """What kernels are compiled for."""
+    return Sizes(
+        heads=heads,
+        group=heads // kv_heads,
+        window=window or 0,
+        capped=softcap is not None,
+        dim=_parts(dim),
+        width=_parts(width),
+        block_m=launch.block_m,
+        block_n=launch.block_n,
+    )
+
+
+def _parts(dim: int) -> Parts:
+    """Two powers of two where that leaves less to be padded than one; none is below 16."""
+    whole = max(16, triton.next_power_of_2(dim))
+    low = whole // 2
+    high = max(16, triton.next_power_of_2(max(1, dim - low)))
+    return Parts(dim, low, high) if low >= 16 and low + high < whole else Parts(dim, whole, 0)
+
+
+def _factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What dot products, or tanh of their share of the cap, are multiplied by; and what they are before that tanh."""
+    to_two = math.log2(math.e)
+    return (scale * to_two, 0.0) if softcap is None else (softcap * to_two, 2 * scale / softcap * to_two)
+
+
+def compiled_for(head_dim: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
+    """Kernels as they are launched for bfloat16, 32 heads and 8 kv heads of this size.
+
+    Returns:
+        kernel, types by argument, constants by argument, warps and stages of each. A number with ":16" is divisible by
+        that; so are addresses, but those with a number.
+    """
+    attention, sums = _launch_attention(head_dim, 2), _launch_sums(head_dim, 2)
+    plain = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, attention), "positions": None, "sinks": None}
+    added = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, sums), "positions": None, "squares": False}
+    launches = (
+        (attend_kernel, plain | {"logsums": None}, attention),
+        (attend_kernel, plain, attention),
+        (sums_kernel, added, sums),
+    )
+    return [
+        (kernel, _types(kernel.arg_names, constants), constants, launch.warps, launch.stages)
+        for kernel, constants, launch in launches
+    ]
+
+
+TYPES = {
+    "*bf16": "output query key value keys values",
+    "*fp32": "logsums mass old",
+    "*fp32:4": "own votes",
+    "*i64:8": "first capacity table",
+    "i32": "chunks past_tiles own_head",
+    "fp32": "factor inner",
+    "i32:16": "query_token query_head key_token key_head value_token value_head keys_row values_row",
+}
+
+
+def _types(names: list[str], constants: dict[str, Any]) -> dict[str, str]:
+    """The types of a kernel's arguments when all is bfloat16."""
+    types = {name: kind for kind, named in TYPES.items() for name in named.split()}
+    return {name: "constexpr" if name in constants else types[name] for name in names}

@@ -1,0 +1,89 @@
+"""The file that ``bmx calibrate`` leaves: what was measured, and the settings that it recommends.
+
+Knows the file; knows nothing of how it was measured. ``--kv-budget auto`` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bmx.config import EngineConfig, setting_named
+from bmx.errors import UsageError
+
+FORMAT = 1
+REMEDY = "`bmx calibrate INPUT` makes one; name it with --calibration, or give --kv-budget a number"
+COMPRESSION = (  # the settings that candidates may differ in, and that decide what is evicted
+    *("kv_policy", "kv_budget", "kv_sink", "kv_recent", "kv_protect", "kv_layer_budgets", "kv_format"),
+    *("kv_value_norm", "kv_probe", "kv_probe_weight", "kv_share_layers", "chunk_size", "quantization"),
+)
+
+
+def default_path(name: str) -> Path:
+    """Beside the input."""
+    return Path(f"{name.removesuffix('.jsonl')}.calibration.json")
+
+
+def read_calibration(path: Path) -> dict[str, Any] | None:
+    """What the file says; None if there is none.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the calibration file {path}: {error}", hint=REMEDY) from None
+    if not isinstance(found, dict) or found.get("calibration_format") != FORMAT:
+        raise UsageError(f"{path} is no calibration file of this version of bmx", hint=REMEDY)
+    return found
+
+
+def with_calibration(inputs: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which ``--kv-budget auto`` is replaced by what the calibration file recommends.
+
+    Args:
+        inputs: input paths; the file's default name comes from the first.
+        given: the settings that the user gave, by name.
+
+    Raises:
+        UsageError: there is no file, nothing was good enough, or it is about something else.
+    """
+    if given.get("kv_budget") != "auto":
+        return given
+    path = Path(given.get("calibration") or default_path(inputs[0] if inputs else "prompts.jsonl"))
+    settings = recommended(path, given.get("model", EngineConfig().model), given)
+    return given | {name: setting_named(name).coerce(value) for name, value in settings.items()}
+
+
+def recommended(path: Path, model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings to run with, where ``--kv-budget auto`` asks for them.
+
+    Args:
+        model: that is to run.
+        given: settings that the user gave, which must not contradict them.
+
+    Raises:
+        UsageError: there is no file, nothing was good enough, or it is about something else.
+    """
+    found = read_calibration(path)
+    if found is None:
+        raise UsageError(f"--kv-budget auto: there is no calibration file {path}", hint=REMEDY)
+    if found["model"] != model:
+        raise UsageError(f"the calibration file {path} is of {found['model']}, not of {model}", hint=REMEDY)
+    settings: dict[str, Any] | None = found["recommended"]
+    if settings is None:
+        raise UsageError(
+            f"the calibration file {path} recommends nothing: no budget held {found['min_agreement']:.0%}",
+            hint="calibrate larger budgets, lower --min-agreement, or give --kv-budget a number",
+        )
+    for name, value in settings.items():
+        if name != "kv_budget" and name in given and given[name] != value:
+            raise UsageError(
+                f"{name} is {given[name]}; the calibration file {path} was made with {value}",
+                hint="leave it out, calibrate with it, or give --kv-budget a number",
+            )
+    return settings

@@ -1,0 +1,89 @@
+"""The machine that a run would be on: this one, or a GPU by its name or memory.
+
+Knows memory and rates; knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bmx import hardware
+from bmx.config import EngineConfig
+from bmx.errors import UsageError
+from bmx.hardware import FreeMemory
+from bmx.model.loader import dtype_name
+from bmx.plan.machine_speed import Rates, card_named, card_rates, machine_rates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where the run would be.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        name: for people.
+        memory: what is free there; ``held``: of that which is not, bytes that are bmx's own already.
+        rates: tells how fast it is, or None where nobody knows.
+    """
+
+    kind: str
+    name: str
+    memory: FreeMemory
+    rates: Callable[[], Rates | None]
+    held: int = 0
+
+
+def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Machine:
+    """The machine that is meant: a GPU by name or size, or the best device here.
+
+    Raises:
+        UsageError: no such card, or a GPU asked for where there is none.
+    """
+    if gpu:
+        card = card_named(gpu)
+        memory = FreeMemory(
+            gpu_memory or card.memory, gpu_memory or card.memory, "--gpu-memory" if gpu_memory else card.name
+        )
+        return Machine(kind="cuda", name=card.name, memory=memory, rates=lambda: card_rates(card))
+    if gpu_memory:
+        memory = FreeMemory(gpu_memory, gpu_memory, "--gpu-memory")
+        return Machine(kind="cuda", name="a GPU", memory=memory, rates=lambda: None)
+    seen = hardware.visible_gpus() if config.device != "cpu" else []
+    if seen:
+        return _this_gpu(seen[0], config)
+    if config.device == "cuda":
+        raise UsageError("no GPU is visible here", hint="name one with --gpu H100, or its size with --gpu-memory 24G")
+    return Machine(
+        kind="cpu",
+        name=hardware.cpu_name(),
+        memory=hardware.free_host_memory(),
+        held=hardware.resident_bytes(),
+        rates=lambda: machine_rates("cpu", dtype_name(config, "cpu"), hardware.cpu_name()),
+    )
+
+
+def _this_gpu(gpu: hardware.Gpu, config: EngineConfig) -> Machine:
+    """A GPU of this machine, by NVML alone where that says what is free, else by CUDA."""
+    if gpu.free is None or gpu.total is None or gpu.mig or gpu.unified:
+        memory = hardware.free_gpu_memory()
+    else:
+        memory = FreeMemory(gpu.free, gpu.total, "NVML", hardware.holders(gpu))
+    return Machine(
+        kind="cuda",
+        name=gpu.name,
+        memory=memory,
+        rates=lambda: _gpu_rates(gpu.name, dtype_name(config, "cuda")),
+    )
+
+
+def _gpu_rates(name: str, dtype: str) -> Rates | None:
+    """Of a GPU of this machine: measured where torch can use it, else those of its data sheet, if it is known."""
+    import torch
+
+    if torch.cuda.is_available():
+        return machine_rates("cuda", dtype, name)
+    try:
+        return card_rates(card_named(name))
+    except UsageError:
+        return None

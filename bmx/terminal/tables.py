@@ -1,0 +1,175 @@
+"""Rows of tables, and numbers as people read them.
+
+Knows plans, options and measurements; prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bmx.plan.planner import Memory
+    from bmx.plan.scenarios import Scenario
+
+CALIBRATION_COLUMNS = (
+    "cache", "KV of a row", "slots", "tok/s (predicted)", "top-1", "KL", "same answer", "ROUGE-L full", "ROUGE-L ref",
+    "length",
+)  # fmt: skip
+BENCH_COLUMNS = (
+    "cache", "slots", "KV cache", "planned", "most seen", "generated tok/s", "in+out tok/s", "prompts/min",
+    "prefill tok/s", "MFU", "decode tok/s", "bandwidth", "batch-max is",
+)  # fmt: skip
+BENCH_NAMES = {"full_cache": "full cache", "decode_only": "decode-only", "batch_max": "batch-max"}
+SCENARIO_COLUMNS = (
+    "cache", "budget", "slots", "KV cache", "weights", "activations", "runtime", "total", "KV used",
+    "prefill tok/s", "decode tok/s", "time",
+)  # fmt: skip
+
+
+def budget_text(budget: float | str) -> str:
+    """A budget for people: 1,024 pairs, or 25% of the prompt."""
+    return budget if isinstance(budget, str) else f"{budget:.0%}" if budget < 1 else f"{budget:,}"
+
+
+def candidate_words(settings: Mapping[str, Any]) -> str:
+    """The settings of a candidate, in few words."""
+    words = [settings["kv_policy"]] + (["int8 weights"] if settings.get("quantization") == "int8" else [])
+    if settings["kv_policy"] != "none":
+        words.append(budget_text(settings["kv_budget"]))
+    if settings["kv_format"] != "auto":
+        words.append(settings["kv_format"])
+    if settings["kv_layer_budgets"] != "uniform":
+        words.append("pyramid" if settings["kv_layer_budgets"] == "pyramid" else "measured layers")
+    for name, told in (("kv_probe", "probe"), ("kv_value_norm", "value norm"), ("kv_share_layers", "shared layers")):
+        words += [told] if settings[name] else []
+    return " ".join(words)
+
+
+def candidate_row(name: str | None, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line of a calibration's table: the full cache by that name, or a candidate."""
+    speed = found["predicted_tokens_per_second"]
+    sizes = (
+        f"{found['kv_bytes_per_sequence'] / 1e6:,.2f} MB",
+        f"{found['slots']:,}",
+        f"{speed:,.1f}" if speed else "-",
+    )
+    if name:
+        return (name, *sizes, *["-"] * (len(CALIBRATION_COLUMNS) - 4))
+    reference = found.get("rouge_l_reference")
+    return (
+        candidate_words(found["settings"]),
+        *sizes,
+        f"{found['top1_agreement']:.1%} ± {found['top1_standard_error']:.1%}",
+        f"{found['kl_divergence']:.3f}",
+        f"{found['exact_match']:.0%}",
+        f"{found['rouge_l_full_cache']:.3f}",
+        "-" if reference is None else f"{reference:.3f} of {found['rouge_l_reference_of_full_cache']:.3f}",
+        f"{found['length_ratio']:.2f}",
+    )
+
+
+def bench_lines(cell: Mapping[str, Any]) -> list[str]:
+    """A cell of a bench: what was asked of each side, then a table of them."""
+    head = (
+        f"{counted(cell['prompts'], 'prompt')} of {cell['input_tokens']:,.0f} tokens, {cell['output_tokens']:,} "
+        f"generated for each, budget {budget_text(cell['kv_budget'])}; this machine: "
+        f"{cell['flops_per_second'] / 1e12:,.3g} TFLOP/s, {cell['bytes_per_second'] / 1e9:,.3g} GB/s"
+    )
+    rows = [_bench_row(name, cell[side], cell["ratios"].get(side)) for side, name in BENCH_NAMES.items()]
+    return [head, *aligned([BENCH_COLUMNS, *rows]), ""]
+
+
+def _bench_row(name: str, side: Mapping[str, Any], ratio: float | None) -> tuple[str, ...]:
+    if not side["fits"]:
+        return (name, "does not fit", *["-"] * (len(BENCH_COLUMNS) - 2))
+    name += " (as full cache)" if side["as_full_cache"] else ""
+    sizes = tuple(megabytes(side[f"{what}_bytes"]) for what in ("kv", "planned", "peak"))
+    rates = [side[f"{what}_per_second"] for what in ("generated_tokens", "tokens")] + [side["prompts_per_minute"]]
+    speed = tuple(f"{rate:,.1f}" for rate in rates)
+    phases = (
+        _or_none(side["prefill_tokens_per_second"], ",.0f"),
+        _or_none(side["mfu"], ".0%"),
+        _or_none(side["decode_tokens_per_second"], ",.1f"),
+        _or_none(side["bandwidth_share"], ".0%"),
+    )
+    return (name, f"{side['slots']:,}", *sizes, *speed, *phases, _times(ratio))
+
+
+def bench_summary(record: Mapping[str, Any]) -> list[str]:
+    """A bench in a line a cell, and what comes of it on average."""
+    columns = ("in / out", "prompts", "budget", *(f"{name}, tok/s" for name in BENCH_NAMES.values()))
+    rows = [
+        (
+            f"{cell['input_tokens']:,.0f} / {cell['output_tokens']:,}",
+            f"{cell['prompts']:,}",
+            budget_text(cell["kv_budget"]),
+            *(_or_none(cell[side].get("generated_tokens_per_second"), ",.1f") for side in BENCH_NAMES),
+            *(_times(cell["ratios"][side]) for side in ("full_cache", "decode_only")),
+        )
+        for cell in record["cells"]
+    ]
+    over = ("batch-max / full", "batch-max / decode-only")
+    full, decode_only = (_times(record["mean_ratios"][side]) for side in ("full_cache", "decode_only"))
+    mean = f"on average, batch-max is {decode_only} as fast as decode-only, and {full} as fast as the full cache"
+    return [*aligned([(*columns, *over), *rows]), mean, record["decode_only"]]
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f} x"
+
+
+def scenario_row(option: Scenario) -> tuple[str, ...]:
+    """A line of a plan's table."""
+    budget = budget_text(option.budget) if option.budget else "-"
+    if option.plan is None:
+        return (option.name, budget, "0", *["-"] * (len(SCENARIO_COLUMNS) - 3))
+    plan, made = option.plan, option.forecast
+    sizes = {name: megabytes(size) for name, size in memory_items(plan.memory)}
+    speed = ("-", "-", "-")
+    if made:
+        speed = (f"{made.prefill_rate:,.0f}", f"{made.decode_rate:,.0f}", duration(made.seconds))
+    slots = f"{plan.slots:,}" + (f" (not {plan.too_large:,} rows)" if plan.too_large else "")
+    memory = (sizes["KV cache"], sizes["weights"], sizes["activations"], sizes["runtime"], megabytes(plan.memory.total))
+    return (option.name, budget, slots, *memory, f"{plan.fill:.0%}", *speed)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines of columns: the first to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return ["  ".join(row) for row in padded]
+
+
+def memory_items(memory: Memory) -> tuple[tuple[str, int], ...]:
+    """The memory of a plan in the few items that people ask for."""
+    return (
+        ("runtime", memory.runtime),
+        ("weights", memory.weights),
+        ("activations", memory.activations + memory.logits + memory.graphs + memory.slack),
+        ("KV cache", memory.pool),
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def megabytes(size: float) -> str:
+    """Bytes for people: powers of ten, as the limits are given."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e10 else f"{size / 1e6:,.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return (
+        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )

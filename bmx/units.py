@@ -1,0 +1,168 @@
+"""How values of settings are written: sizes, counts, times, shares, budgets and policies, from text.
+
+Knows notations; knows no setting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import entry_points
+from typing import Any
+
+from bmx.errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+POLICIES = (
+    *("average-attention", "h2o", "decay", "roco", "window", "tova", "r-kv"),
+    *("keydiff", "knorm", "lagkv", "expected-attention", "streaming", "random", "none"),
+)
+SCORER_GROUP = "bmx.scorers"  # entry points of other packages' policies
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from ``300M``, ``8G`` (powers of ten) or ``8GiB`` (powers of two).
+
+    Raises:
+        ValueError: not a size, or not positive.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?", str(text).strip().lower())
+    if not match:
+        raise ValueError(f"not a size: {text!r}")
+    size = float(match[1]) * _UNITS[match[2]]
+    if not 1 <= size < 2**63:
+        raise ValueError(f"not a size: {text!r}")
+    return int(size)
+
+
+def parse_count(text: str | int) -> int:
+    """Tokens or sequences from ``4096`` or ``32k`` (``k`` is 1,000, ``K`` is 1,024).
+
+    Raises:
+        ValueError: not a whole number above zero.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)([kK]?)", str(text).strip())
+    number = float(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]] if match else 0
+    if not 1 <= number < 2**63 or number != int(number):
+        raise ValueError(f"not a count: {text!r}")
+    return int(number)
+
+
+def parse_budget(text: str | float) -> int | float | str:
+    """A KV budget from ``1024``, ``2k``, ``25%`` (of the prompt; 0.25 in a file) or ``auto``.
+
+    Raises:
+        ValueError: none of these.
+    """
+    words = str(text).strip()
+    if words == "auto":
+        return words
+    if isinstance(text, float) or words.endswith("%") or words.startswith("0."):
+        share = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
+        if not 0 < share < 1:
+            raise ValueError(f"not a share below 100%: {text!r}")
+        return share
+    return parse_count(words)
+
+
+def parse_policy(text: str) -> str:
+    """A policy's name: one of bmx's own, or of another package's entry points.
+
+    Raises:
+        ValueError: nobody has such a policy.
+    """
+    if text not in POLICIES and not entry_points(group=SCORER_GROUP, name=text):
+        raise ValueError(f"no policy: {text!r}")
+    return text
+
+
+def parse_layers(text: str) -> str | tuple[float, ...]:
+    """Layer budgets from ``uniform``, ``pyramid``, or factors like ``1.5,1,0.5``, which are made one on average.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if text in ("uniform", "pyramid"):
+        return text
+    factors = tuple(float(part) for part in text.split(","))
+    if not all(0 < factor < 1e6 for factor in factors):
+        raise ValueError(f"not factors: {text!r}")
+    return tuple(round(factor * len(factors) / sum(factors), 4) for factor in factors)
+
+
+def parse_shared(text: str) -> str:
+    """Layers that read another's keys and values: ``7:3,12:5`` lets layer 7 read those of layer 3.
+
+    Raises:
+        ValueError: not such pairs, or a layer that would read those of a later one.
+    """
+    pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
+    if not all(len(pair) == 2 and 0 <= pair[1] < pair[0] for pair in pairs) or len({p[0] for p in pairs}) < len(pairs):
+        raise ValueError(f"not pairs of layers: {text!r}")
+    return ",".join(f"{reader}:{owner}" for reader, owner in sorted(pairs))
+
+
+def parse_budgets(text: str | float) -> tuple[int | float | str, ...]:
+    """Budgets from ``512,1024,25%``.
+
+    Raises:
+        ValueError: one is none.
+    """
+    return tuple(parse_budget(part) for part in str(text).split(","))
+
+
+def parse_seconds(text: str | float) -> float:
+    """Seconds from ``30``, ``0.5``, ``90s``, ``5m`` or ``2h``.
+
+    Raises:
+        ValueError: no time, or a negative one.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", str(text).strip().lower())
+    if not match:
+        raise ValueError(f"not a time: {text!r}")
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if not seconds < 2**31:
+        raise ValueError(f"not a time: {text!r}")
+    return seconds
+
+
+def parse_shard(text: str) -> str:
+    """A share like ``2/8``: the second of eight.
+
+    Raises:
+        ValueError: not one, or not 1 <= i <= n.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(text).strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"not a share: {text!r}")
+    return f"{int(match[1])}/{int(match[2])}"
+
+
+WANTED: Mapping[Callable[[Any], Any], str] = {
+    parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or auto",
+    parse_policy: f"one of {', '.join(POLICIES)}",
+    parse_layers: "uniform, pyramid, or a factor per layer like 1.5,1,0.5",
+    parse_shared: "pairs of layers like 7:3,12:5",
+    parse_bytes: "a size like 300M, 8G or 8GiB",
+    parse_count: "a count like 4096 or 32k",
+    parse_seconds: "seconds, or a time like 90s, 5m or 2h",
+    parse_shard: "a share like 2/8, the second of eight",
+}
+
+
+def parse_setting(name: str, text: str | None, parse: Callable[[str], Any]) -> Any:
+    """A command's own option, read like a setting; None if it was not given.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def now(ago: float = 0.0) -> str:
+    """The time, or that of so many seconds ago, for files and logs: ISO 8601, UTC."""
+    return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec="seconds").replace("+00:00", "Z")
