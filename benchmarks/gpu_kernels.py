@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from bmx.kernels import reference
-from bmx.kernels.ranking import Ranking
+from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 
 LIMIT = 1e-2  # relative error, Frobenius norm
-RANKING = Ranking(by="average", sink=4, recent=32, window=None)
+RANKING = EvictionOrder(by="average", sink=4, recent=32, window=None)
 SEEN = 3  # times as many tokens as a slot has rows have passed it
 Note = Callable[[str, Any], None]
 
@@ -66,7 +66,7 @@ class Size:
         return self.kv_heads * self.capacity * self.dim * 4
 
     @property
-    def ranking(self) -> Ranking:
+    def ranking(self) -> EvictionOrder:
         return RANKING if self.capacity >= 512 else replace(RANKING, sink=2, recent=4)
 
 
@@ -168,7 +168,7 @@ def make_chunks(size: Size, starts: list[int], place: Place) -> Chunks:
     return Chunks(**named, table=torch.tensor(columns, dtype=torch.int64, device=place.device))
 
 
-def scores_of(positions: Tensor, mass: Tensor | None, now: int | Tensor, ranking: Ranking) -> Tensor:
+def scores_of(positions: Tensor, mass: Tensor | None, now: int | Tensor, ranking: EvictionOrder) -> Tensor:
     """What pairs are worth, by age where there is no mass; float32, as kernels have it; ``now`` broadcasts."""
     worth = positions.float() if mass is None else mass / (now - positions).clamp(min=1).float()
     worth = worth.masked_fill((positions < ranking.sink) | (positions >= now - ranking.recent), float("inf"))

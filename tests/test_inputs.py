@@ -23,7 +23,7 @@ from bmx.config import RunConfig
 from bmx.engine import prompt_lengths as lengths
 from bmx.engine.fake import FakeTokenizer
 from bmx.errors import BmxError, InputFileError
-from bmx.job.input_rows import NOT_SUPPORTED, Row
+from bmx.job.input_rows import NOT_SUPPORTED, InputRow
 from bmx.job.job import run as run_job
 from bmx.job.result_writer import ResultWriter
 from bmx.request import Result
@@ -925,9 +925,9 @@ def test_in_order_no_more_rows_are_read_than_the_window_holds_until_the_first_is
     monkeypatch.setattr("bmx.job.result_writer.WINDOW", 2)
     written: list[Any] = []
     outbox = ResultWriter(add=lambda record, failed: written.append(record["id"]), stats=Stats(), in_order=True)
-    outbox.expect(Row(1, "a", "00"))
+    outbox.expect(InputRow(1, "a", "00"))
     assert not outbox.full
-    outbox.expect(Row(2, "b", "00"))
+    outbox.expect(InputRow(2, "b", "00"))
     outbox.put(Result(id="b"))
     assert (outbox.full, written) == (True, [])
     outbox.put(Result(id="a"))

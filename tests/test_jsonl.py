@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bmx.errors import InputFileError, RowError, UsageError
-from bmx.job.input_rows import NOT_SUPPORTED, Reader, Row, strict_loads
+from bmx.job.input_rows import NOT_SUPPORTED, Reader, InputRow, strict_loads
 from bmx.job.line_reader import LineSet
 from bmx.job.output_records import as_record, read_record, strict_dumps
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
@@ -51,7 +51,7 @@ def read(tmp_path_factory):
     return read_lines
 
 
-def good(rows: list[Row]) -> Request:
+def good(rows: list[InputRow]) -> Request:
     """What the only row asks, which must be free of errors."""
     [row] = rows
     assert row.error is None
@@ -60,7 +60,7 @@ def good(rows: list[Row]) -> Request:
     return row.request
 
 
-def refusal(rows: list[Row], code: str = "invalid_request") -> str:
+def refusal(rows: list[InputRow], code: str = "invalid_request") -> str:
     """What is wrong with the only row, which must be an error of that code."""
     [row] = rows
     assert row.request is None
@@ -629,7 +629,7 @@ def test_a_huge_line_takes_no_more_memory_than_is_allowed(tmp_path, name, pack):
 # Files
 
 
-def rows_of(*paths: Path, **options: Any) -> list[Row]:
+def rows_of(*paths: Path, **options: Any) -> list[InputRow]:
     return list(Reader(paths=paths, **options).rows())
 
 

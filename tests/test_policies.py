@@ -26,7 +26,7 @@ from families import WINDOW, tiny_model
 
 from bmx import Engine, EngineConfig, PromptConfig
 from bmx.compress import attention_scorers as scorers
-from bmx.compress.scorer_api import Needs, Ranking, Seen
+from bmx.compress.scorer_api import Needs, ScorerDefaults, Seen
 from bmx.config import POLICIES
 from bmx.engine.runner import ModelRunner
 from bmx.errors import UsageError
@@ -550,14 +550,14 @@ def test_a_refusal_says_what_would_do(settings, hint):
 # ---- ways of other packages ----
 
 
-class Oldest(Ranking):
+class Oldest(ScorerDefaults):
     """Old tokens stay."""
 
     def __call__(self, seen):
         return -seen.positions.float()
 
 
-class Looking(Ranking):
+class Looking(ScorerDefaults):
     """What received much attention goes."""
 
     needs = Needs.MASS

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bmx import EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.fake import FakeEngine
-from bmx.engine.prefix_cache import LEAST, UNIT, Prefixes, Reuse, common_tokens
+from bmx.engine.prefix_cache import LEAST, UNIT, PrefixCache, Reuse, common_tokens
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
@@ -494,7 +494,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
     scheduler = Scheduler([SlotGroup(largest, slots)], StepSize(chunk_size=chunk_size, max_num_batched_tokens=80))
     places = JobPaths()
     reuse = Reuse(spec=SPEC, policy=policy, chunk_size=chunk_size, rows=10**6)
-    prefixes = Prefixes(reuse, [SlotGroup(10**6, spare)] if spare else [], 1, places.copy)
+    prefixes = PrefixCache(reuse, [SlotGroup(10**6, spare)] if spare else [], 1, places.copy)
     copied = computed = finished = 0
     dropped = []
     unread = list(rows)

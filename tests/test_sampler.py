@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from bmx import Request, SamplingParams
-from bmx.engine.sampler import NO_TOKEN, Row, sample
+from bmx.engine.sampler import NO_TOKEN, SamplingRow, sample
 
 VOCAB = 24
 SEEN = (3, 3, 7, 11, 20)
@@ -52,7 +52,7 @@ def tokens(logits, rows):
 
 def frequencies(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Share [V] of an even grid of draws that each token gets."""
-    rows = [Row(params, (i + 0.5) / GRID, SEEN) for i in range(GRID)]
+    rows = [SamplingRow(params, (i + 0.5) / GRID, SEEN) for i in range(GRID)]
     ids = tokens(logits.repeat(GRID, 1), rows)
     return torch.bincount(torch.tensor(ids), minlength=len(logits)) / GRID
 
@@ -108,13 +108,13 @@ def test_a_penalised_greedy_token_is_that_of_transformers(dtype, penalty):
     logits = normal(400, VOCAB, seed=1, scale=1.5).to(dtype)
     params = SamplingParams(repetition_penalty=penalty)
     expected = [reference(row, params).argmax().item() for row in logits]
-    assert tokens(logits.clone(), [Row(params, seen=SEEN)] * 400) == expected
+    assert tokens(logits.clone(), [SamplingRow(params, seen=SEEN)] * 400) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_greedy_is_the_largest_of_the_models_own_logits(dtype):
     logits = normal(100, 5000).to(dtype)
-    found = tokens(logits.clone(), [Row(SamplingParams())] * 100)
+    found = tokens(logits.clone(), [SamplingRow(SamplingParams())] * 100)
     assert found == logits.argmax(-1).tolist()
 
 
@@ -124,14 +124,14 @@ def test_no_draw_picks_what_was_filtered_out(params, draw):
     """Two tokens stay; the others are nearly as likely. random() does return the largest number below one."""
     logits = torch.full((VOCAB,), -1.0)
     logits[4], logits[9] = 3.0, 3.5
-    assert tokens(logits[None], [Row(SamplingParams(temperature=1.0, **params), draw)])[0] in {4, 9}
+    assert tokens(logits[None], [SamplingRow(SamplingParams(temperature=1.0, **params), draw)])[0] in {4, 9}
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-50])
 def test_a_temperature_near_zero_is_greedy(temperature):
     logits = normal(50, VOCAB, scale=2.0)
     logits[:, 0] = 0.0
-    found = tokens(logits.clone(), [Row(SamplingParams(temperature=temperature), 0.3)] * 50)
+    found = tokens(logits.clone(), [SamplingRow(SamplingParams(temperature=temperature), 0.3)] * 50)
     assert found == logits.argmax(-1).tolist()
 
 
@@ -142,7 +142,7 @@ BAD = {"nan": math.nan, "infinity": math.inf, "nothing allowed": -math.inf}
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}], ids=str)
 def test_logits_that_are_no_numbers_give_no_token_and_leave_the_others_alone(kind, params):
     logits = normal(5, VOCAB)
-    rows = [Row(SamplingParams(**params), 0.1 + 0.2 * i) for i in range(5)]
+    rows = [SamplingRow(SamplingParams(**params), 0.1 + 0.2 * i) for i in range(5)]
     expected = tokens(logits.clone(), rows)
     if kind == "nothing allowed":
         logits[2] = BAD[kind]
@@ -152,11 +152,11 @@ def test_logits_that_are_no_numbers_give_no_token_and_leave_the_others_alone(kin
     assert tokens(logits, rows) == expected
 
 
-def mixed_rows(number: int) -> list[Row]:
+def mixed_rows(number: int) -> list[SamplingRow]:
     """Rows of all kinds, each with a draw of its own."""
     kinds = [SamplingParams(), *(SamplingParams(**params) for params in SETTINGS.values())]
     draws = torch.rand(number, generator=torch.Generator().manual_seed(9)).tolist()
-    return [Row(kinds[i % len(kinds)], draws[i], SEEN) for i in range(number)]
+    return [SamplingRow(kinds[i % len(kinds)], draws[i], SEEN) for i in range(number)]
 
 
 def test_a_rows_token_depends_on_that_row_alone():

@@ -11,10 +11,10 @@ import torch
 triton_decode = pytest.importorskip("bmx.kernels.triton_decode")
 triton_keep = pytest.importorskip("bmx.kernels.triton_evict")
 
-from bmx.compress.policy import CompressionPolicy, Decoding, PrefillChunk
+from bmx.compress.policy import CompressionPolicy, EvictionRequest, PrefillChunk
 from bmx.config import EngineConfig
 from bmx.kernels import reference
-from bmx.kernels.ranking import Ranking
+from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import LayerSlots
@@ -40,7 +40,7 @@ def strided(tokens, heads, dim, seed, dtype):
 
 
 def ranked(by="average", sink=2, recent=3, window=None):
-    return Ranking(by=by, sink=sink, recent=recent, window=window)
+    return EvictionOrder(by=by, sink=sink, recent=recent, window=window)
 
 
 def make_rows(seen, limits, *, kv_heads=2, dim=16, breadth=16, dtype=F32, mass=True, capacities=CAPACITIES, seed=0):
@@ -540,7 +540,7 @@ def test_policy_and_pool_say_the_same(ranking):
     query, key, value = tokens_of(2)
     slots, now = torch.tensor([0, 1], device=DEVICE), torch.tensor([70, 22], device=DEVICE)
     output, found = decode(query, key, value, rows, [0, 1], [70, 22], [24, 24], **{**PLAIN, "ranking": ranking})
-    going = Decoding(slots=slots, now=now, homes=(0, 1), seen=(70, 22), limits=(24, 24))
+    going = EvictionRequest(slots=slots, now=now, homes=(0, 1), seen=(70, 22), limits=(24, 24))
     victims = torch.where(now.unsqueeze(1) >= 24, policy.victims(part, going), now.unsqueeze(1))
     part.write(slots, victims, key, value, now)
     hidden = torch.arange(24, device=DEVICE) > now.view(-1, 1, 1)
