@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bmx.errors import InputFileError, RowError, UsageError
-from bmx.job.input_rows import NOT_SUPPORTED, Reader, InputRow, strict_loads
+from bmx.job.input_rows import NOT_SUPPORTED, InputRow, Reader, strict_loads
 from bmx.job.line_reader import LineSet
 from bmx.job.output_records import as_record, read_record, strict_dumps
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage

@@ -412,7 +412,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     return {
         "slots": plan.slots,
         "groups": [{"capacity": group.capacity, "slots": group.slots} for group in plan.groups],
-        "prefix_slots": [{"capacity": group.capacity, "slots": group.slots} for group in plan.prefix_slots],
+        "spare": [{"capacity": group.capacity, "slots": group.slots} for group in plan.prefix_slots],
         "chunk_size": plan.step.chunk_size,
         "max_num_batched_tokens": plan.step.max_num_batched_tokens,
         "memory": {f.name: getattr(memory, f.name) for f in fields(memory)} | {"total": memory.total},
