@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from bmx import __version__
 from bmx.config import RunConfig
 from bmx.job.durable_files import me, replace_file
 from bmx.job.fingerprint import PRIVATE
@@ -18,7 +19,7 @@ from bmx.stats import Stats
 from bmx.units import now
 
 FORMAT = 2
-PACKAGES = ("bmx", "torch", "transformers", "tokenizers", "nvidia-ml-py")
+PACKAGES = ("torch", "transformers", "tokenizers", "nvidia-ml-py")
 State = Literal["running", "finished", "interrupted", "failed"]
 
 
@@ -53,7 +54,7 @@ def run_started(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any
         "fingerprint": fingerprint,
         "settings": {name: value for name, value in config.flat().items() if name not in PRIVATE},
         "inputs": list(config.inputs),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"bmx": __version__} | {name: _version(name) for name in PACKAGES},
     }
 
 
