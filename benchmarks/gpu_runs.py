@@ -22,7 +22,7 @@ from gpu_kernels import Note, Place, share, synchronize
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.measure.bench_sides import length_of, planned
-from bmx.model.random_models import SHAPES, IdTokenizer, make_shape
+from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model
 from bmx.plan.planner import Plan
 from bmx.plan.roofline import held_rows, weights_read
 from bmx.shutdown import Stop
@@ -131,7 +131,7 @@ def engine_of(name: str, place: Place, longest: int, **told: Any) -> Engine:
     dtype = str(place.dtype).removeprefix("torch.")
     told = {"prefix_reuse": False, "device": place.device, "dtype": dtype, "model": name} | told
     config = EngineConfig(**told)
-    return Engine(config, PromptConfig(), IdTokenizer(), make_shape(name, longest, config))
+    return Engine(config, PromptConfig(), IdTokenizer(), make_random_model(name, longest, config))
 
 
 def shape_of(name: str, place: Place, layers: int | None, **changes: Any) -> str:

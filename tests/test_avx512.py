@@ -23,7 +23,7 @@ from bmx.kernels.slot_views import Chunks
 from bmx.kv.layout import KVLayout, LayerLayout
 from bmx.kv.pool import KVPool
 from bmx.model.fused_modules import Int8Linear, taken_over
-from bmx.model.loader import prepare, quantised
+from bmx.model.loader import prepare, quantize_int8
 
 if isinstance(build.library(), str):
     pytest.skip(f"there are no compiled kernels: {build.library()}", allow_module_level=True)
@@ -359,7 +359,7 @@ def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, int8, cpu_ker
     """With these kernels no number depends on its company, so not even rounding does."""
     cpu_kernels("avx512")
     loaded = prepare(bfloat16_model())
-    loaded = quantised(loaded) if int8 else loaded
+    loaded = quantize_int8(loaded) if int8 else loaded
     settings = {"kv_policy": policy, "kv_budget": 40, "chunk_size": 24, "prefix_reuse": False}
     engine = Engine(EngineConfig(**settings), PromptConfig(), word_tokenizer(), loaded)
     requests = as_requests(random_prompts([90, 13, 61, 47, 100]), max_tokens=20)

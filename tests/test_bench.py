@@ -22,7 +22,7 @@ from bmx.measure.bench import mean_ratios, ratios
 from bmx.measure.bench_sides import Cell, Measured, run_bound
 from bmx.measure.decode_bound import free_decoding
 from bmx.model.loader import prepare
-from bmx.model.random_models import SHAPES, IdTokenizer, preview_shape, shape_config
+from bmx.model.random_models import SHAPES, IdTokenizer, preview_random_model, random_model_config
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.machine_speed import Rates
 from bmx.plan.planner import Length
@@ -115,7 +115,7 @@ def test_three_sides_of_the_same_work_stand_side_by_side(bench):
 def test_slots_are_what_the_memory_holds_of_whole_prompts_or_of_budgets(bench):
     bench(*CELL, "--kv-cache-memory", 50_000)
     [cell] = measured()["cells"]
-    spec = preview_shape("tiny", 65, "float32")
+    spec = preview_random_model("tiny", 65, "float32")
     full = CompressionPolicy.from_config(EngineConfig(kv_policy="none"))
     evicting = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
     assert cell["full_cache"]["slots"] == 50_000 // full.layout(spec, 65).nbytes
@@ -164,7 +164,9 @@ def test_the_preset_takes_a_quarter_of_weights_and_prompts(bmx, monkeypatch):
     small = ("--kv-sink", 2, "--kv-recent", 4, "--chunk-size", 16, "--dtype", "float32", "--device", "cpu")
     assert bmx("bench", "--shape", "tiny", "--preset", "paper", "--prompts", 3, *small).code == 0
     found = measured()
-    row = CompressionPolicy.from_config(EngineConfig(kv_policy="none")).layout(preview_shape("tiny", 82, "float32"), 82)
+    row = CompressionPolicy.from_config(EngineConfig(kv_policy="none")).layout(
+        preview_random_model("tiny", 82, "float32"), 82
+    )
     assert found["settings"]["kv_cache_memory"] == max(found["model"]["weight_bytes"] // 4, row.nbytes)
     assert [cell["kv_budget"] for cell in found["cells"]] == [15, 20]
     assert bmx("bench", "--shape", "tiny", "--preset", "paper", "--prompts", 3, *FLAGS, "-o", "own.json").code == 0
@@ -256,7 +258,7 @@ def test_shapes_have_the_parameters_of_their_models():
 
     for name, parameters in expected.items():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape_config(name, 4256))
+            model = AutoModelForCausalLM.from_config(random_model_config(name, 4256))
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3), name
         assert model.config.max_position_embeddings >= 4256
 

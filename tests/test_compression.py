@@ -13,7 +13,7 @@ from conftest import answers, as_requests, random_prompts, tiny_engine
 from families import WINDOW, tiny_model
 
 from bmx.engine.attention import SlotAttention
-from bmx.model.spec import attention_of
+from bmx.model.spec import use_attention
 
 SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 9
 SETTINGS = {"kv_sink": SINK, "kv_recent": RECENT, "kv_budget": BUDGET, "chunk_size": CHUNK}
@@ -95,7 +95,7 @@ def run_reference(model, prompt, ends, answer, budget=BUDGET):
     ends = [*ends, *range(ends[-1] + 1, len(tokens) + 1)]
     for start, stop in pairwise([0, *ends]):
         reference.layer, reference.seen = 0, start
-        with torch.inference_mode(), attention_of(model, reference):
+        with torch.inference_mode(), use_attention(model, reference):
             logits = model(
                 input_ids=torch.tensor([tokens[start:stop]]),
                 position_ids=torch.arange(start, stop).unsqueeze(0),

@@ -30,7 +30,7 @@ from bmx.compress.scorer_api import Needs, ScorerDefaults, Seen
 from bmx.config import POLICIES
 from bmx.engine.runner import ModelRunner
 from bmx.errors import UsageError
-from bmx.model.spec import sharing
+from bmx.model.spec import share_layers
 
 SINK, RECENT, NEW = 2, 4, 8
 FIXED = SINK + RECENT
@@ -493,9 +493,9 @@ def test_a_layer_that_reads_anothers_pairs_holds_none(policy, watched):
 
 def test_a_chain_of_readers_ends_at_the_one_that_holds():
     spec = tiny_engine("olmo2", kv_policy="none").loaded.spec
-    assert [layer.owner for layer in sharing(spec, "1:0,2:1").layers] == [0, 0, 0]
-    assert sharing(spec, None) == spec
-    assert sharing(spec, "2:0").last_reader(0) == 2
+    assert [layer.owner for layer in share_layers(spec, "1:0,2:1").layers] == [0, 0, 0]
+    assert share_layers(spec, None) == spec
+    assert share_layers(spec, "2:0").last_reader(0) == 2
 
 
 @pytest.mark.parametrize(("family", "pairs"), [("llama", "2:0"), ("gemma2", "1:0"), ("olmo2", "2:1,1:0")])

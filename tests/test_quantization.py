@@ -13,8 +13,8 @@ from families import tiny_model
 from bmx import Engine, EngineConfig, PromptConfig
 from bmx.errors import ModelError
 from bmx.model.fused_modules import Int8Linear
-from bmx.model.loader import load_model, prepare, quantised
-from bmx.model.preview import foresee
+from bmx.model.loader import load_model, prepare, quantize_int8
+from bmx.model.preview import preview_spec
 
 
 def logits_of(loaded, **config):
@@ -32,7 +32,7 @@ def test_logits_in_bytes_are_near_those_without(family, dtype):
     """Weights and inputs with seven bits each, through every layer."""
     model = tiny_model(family).to(dtype)
     before = logits_of(prepare(model))
-    after = logits_of(quantised(prepare(model)))
+    after = logits_of(quantize_int8(prepare(model)))
     assert any(isinstance(module, Int8Linear) for module in model.modules())
     assert not isinstance(model.get_output_embeddings(), Int8Linear)
     distance = (after - before).norm() / before.norm()
@@ -46,7 +46,7 @@ def test_weights_are_counted_as_the_bytes_they_are():
         module.weight.numel() for module in model.modules()
         if type(module) is torch.nn.Linear and module is not model.get_output_embeddings()
     )  # fmt: skip
-    small = quantised(loaded)
+    small = quantize_int8(loaded)
     held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     assert small.spec.weight_bytes == sum(held.values())
     outputs = sum(len(module.scales) for module in model.modules() if isinstance(module, Int8Linear))
@@ -56,17 +56,17 @@ def test_weights_are_counted_as_the_bytes_they_are():
 def test_what_is_foreseen_is_what_is_loaded(model):
     for quantization in ("none", "int8"):
         config = EngineConfig(model=model, quantization=quantization, device="cpu")
-        seen, loaded = foresee(config, "cpu"), load_model(model, config).spec
+        seen, loaded = preview_spec(config, "cpu"), load_model(model, config).spec
         assert seen.int8 == loaded.int8 == (quantization == "int8")
         assert seen.weight_bytes == pytest.approx(loaded.weight_bytes, rel=0.1)
-    assert seen.weight_bytes < foresee(replace(config, quantization="none"), "cpu").weight_bytes
+    assert seen.weight_bytes < preview_spec(replace(config, quantization="none"), "cpu").weight_bytes
 
 
 def test_a_gpu_and_a_model_without_linear_layers_are_refused(model):
     with pytest.raises(ModelError, match="CPU"):
-        foresee(EngineConfig(model=model, quantization="int8"), "cuda")
+        preview_spec(EngineConfig(model=model, quantization="int8"), "cuda")
     with pytest.raises(ModelError, match="no linear layers"):
-        quantised(prepare(tiny_model("gpt2")))
+        quantize_int8(prepare(tiny_model("gpt2")))
 
 
 def test_a_run_in_bytes_is_another_job(bmx, model, tmp_path):

@@ -20,7 +20,7 @@ from bmx.compress.attention_scorers import RKV, SCORERS, Random, RoCo, Window, s
 from bmx.compress.key_scorers import ExpectedAttention, KeyDiff, KeyNorm, LagKV
 from bmx.compress.scorer_api import RANK_EVERY, Seen, Votes
 from bmx.model.loader import prepare
-from bmx.model.spec import attention_of
+from bmx.model.spec import use_attention
 from bmx.units import POLICIES
 
 SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 26  # an answer in which pairs are ranked more than once
@@ -314,7 +314,7 @@ def read(model, reference, prompt, ends, answer, probe=()):
         asked = list(probe) if stop <= len(prompt) else []
         reference.begin(start, len(asked))
         ids = [*tokens[start:stop], *asked]
-        with torch.inference_mode(), attention_of(model, reference):
+        with torch.inference_mode(), use_attention(model, reference):
             logits = model(
                 input_ids=torch.tensor([ids]),
                 position_ids=torch.arange(start, start + len(ids)).unsqueeze(0),

@@ -21,9 +21,9 @@ from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.kv.layout import KVLayout
 from bmx.model.loader import RUNTIME_BYTES, LoadedModel, choose_device, find_source, load_model, load_tokenizer
-from bmx.model.preview import foresee
+from bmx.model.preview import preview_spec
 from bmx.model.prompt_encoder import PromptEncoder
-from bmx.model.spec import ModelSpec, sharing
+from bmx.model.spec import ModelSpec, share_layers
 from bmx.plan.device import Device
 from bmx.plan.forecast import fastest
 from bmx.plan.machine_speed import TYPICAL, Rates, machine_rates
@@ -50,7 +50,7 @@ class Engine:
     def __init__(self, config: EngineConfig, prompt: PromptConfig, tokenizer: Any, loaded: LoadedModel) -> None:
         self.config = config
         self._prompt, self._as_loaded = prompt, loaded
-        self.loaded = replace(loaded, spec=sharing(loaded.spec, config.kv_share_layers))
+        self.loaded = replace(loaded, spec=share_layers(loaded.spec, config.kv_share_layers))
         self.tokenizer = tokenizer
         self.policy = CompressionPolicy.from_config(config)
         self.kernels = kernels.choose(self.device_type)
@@ -78,7 +78,7 @@ class Engine:
         bound_kernel_caches()
         source = find_source(config)
         tokenizer = load_tokenizer(source, config)
-        check_memory(config, partial(foresee, config))
+        check_memory(config, partial(preview_spec, config))
         use_all_cores()
         return cls(config, prompt, tokenizer, load_model(source, config))
 
@@ -305,7 +305,7 @@ def check_memory(config: EngineConfig, foreseen: Callable[[str], ModelSpec]) -> 
     seen = hardware.visible_gpus() if kind == "cuda" else []
     if kind == "cuda" and (not seen or seen[0].free is None or seen[0].mig):
         return  # what is free is known when CUDA has begun
-    spec = sharing(foreseen(kind), config.kv_share_layers)
+    spec = share_layers(foreseen(kind), config.kv_share_layers)
     policy, held = CompressionPolicy.from_config(config), 0 if kind == "cuda" else hardware.resident_bytes()
     if kind == "cuda":
         memory = hardware.FreeMemory(seen[0].free or 0, seen[0].total or 0, "NVML", hardware.holders(seen[0]))

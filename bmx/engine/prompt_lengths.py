@@ -72,8 +72,8 @@ class PromptMeasurer:
         """
         prompt, answer = self.encoder.encode(request), request.params.max_tokens
         before = len(prompt)
-        if before + answer > self.max_length and self.encoder.cuts:
-            request, prompt = self.encoder.cut(request, max(1, self.max_length - answer, self.max_length // 2))
+        if before + answer > self.max_length and self.encoder.truncates:
+            request, prompt = self.encoder.truncate(request, max(1, self.max_length - answer, self.max_length // 2))
         room = self.max_length - len(prompt)
         if room < 1:
             message = f"the prompt has {before} tokens; prompt and answer together may have {self.max_length}"
@@ -90,7 +90,7 @@ class PromptMeasurer:
         answer = length.max_tokens
         if not self.policy.protects or not self.policy.evicts(length.prompt_tokens, answer):
             return ()
-        spans = self.encoder.spans(request, length.prompt_tokens)
+        spans = self.encoder.instruction_spans(request, length.prompt_tokens)
         kept = sum(stop - start for start, stop in spans) + self.policy.sink + self.policy.recent
         room = self.policy.least_rows(length.prompt_tokens, answer)
         if kept >= room:

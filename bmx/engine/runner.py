@@ -25,7 +25,7 @@ from bmx.kv.pool import KVPool
 from bmx.model.fused_modules import taken_over
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
-from bmx.model.spec import attention_of
+from bmx.model.spec import use_attention
 from bmx.plan.planner import SAMPLER_ROWS, Plan, StepSize
 from bmx.request import Request, SamplingParams
 
@@ -101,7 +101,7 @@ class ModelRunner:
         self._attached = ExitStack()
 
     def __enter__(self) -> ModelRunner:
-        self._attached.enter_context(attention_of(self._model, self._attention))
+        self._attached.enter_context(use_attention(self._model, self._attention))
         self._attached.enter_context(taken_over(self._model, self._kernels))
         return self
 

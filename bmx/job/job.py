@@ -97,7 +97,7 @@ def check_cache(config: RunConfig) -> None:
     """
     CompressionPolicy.from_config(config.engine)
     if config.engine.kv_probe == INSTRUCTIONS:
-        _ = Instructions.of(config.prompt).question
+        _ = Instructions.from_config(config.prompt).question
 
 
 def find_work(config: RunConfig, places: JobPaths, paths: tuple[Path, ...]) -> Work:

@@ -26,7 +26,7 @@ from bmx.job.paths import find_paths, input_paths
 from bmx.measure.bench_sides import Cell, Measured, length_of, plan_for, planned, run_bound, run_side
 from bmx.measure.plots import plot_bench
 from bmx.model.loader import dtype_name
-from bmx.model.random_models import SHAPES, IdTokenizer, make_shape, preview_shape
+from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, preview_random_model
 from bmx.plan.machine_speed import Rates, measure
 from bmx.plan.planner import Plan, limits
 from bmx.terminal.display import Display
@@ -155,10 +155,10 @@ def _opened(
     if asked.shape:
         bound_kernel_caches()
         check_memory(
-            config.engine, lambda kind: preview_shape(str(asked.shape), longest, dtype_name(config.engine, kind))
+            config.engine, lambda kind: preview_random_model(str(asked.shape), longest, dtype_name(config.engine, kind))
         )
         use_all_cores()
-        loaded = make_shape(asked.shape, longest, config.engine)
+        loaded = make_random_model(asked.shape, longest, config.engine)
         return Engine(config.engine, PromptConfig(), IdTokenizer(), loaded), []
     told = Engine.open(config.engine, config.prompt)
     most = max_length(config.engine, told.loaded.spec)

@@ -21,9 +21,9 @@ from bmx.job.input_rows import Reader, input_reader
 from bmx.job.journal import Ledger, Todo
 from bmx.job.paths import input_paths
 from bmx.model.loader import load_tokenizer
-from bmx.model.preview import foresee, peek
+from bmx.model.preview import locate_files, preview_spec
 from bmx.model.prompt_encoder import PromptEncoder
-from bmx.model.spec import sharing
+from bmx.model.spec import share_layers
 from bmx.plan.machine import Machine, machine
 from bmx.plan.planner import Length, plan_record
 from bmx.plan.scenarios import PlanQuery, Scenario, device_of
@@ -140,7 +140,7 @@ def build_query(
         max_input: prompt tokens of imagined rows.
         reader: the input, if there is one, and ``todo`` its rows.
     """
-    spec = sharing(foresee(config.engine, where.kind), config.engine.kv_share_layers)
+    spec = share_layers(preview_spec(config.engine, where.kind), config.engine.kv_share_layers)
     policy = CompressionPolicy.from_config(config.engine)
     longest = max_length(config.engine, spec)
     asked = partial(
@@ -154,7 +154,7 @@ def build_query(
         lengths = [Length(prompt, answer, policy.rows_needed(prompt, answer))]
         probe = len(config.engine.kv_probe or "") // CHARACTERS_OF_A_TOKEN
         return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS, probe=probe)
-    source, gguf = peek(config.engine)
+    source, gguf = locate_files(config.engine)
     encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
     every = sampling_step(todo.left)
     reuse = None

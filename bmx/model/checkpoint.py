@@ -92,7 +92,7 @@ def weight_bytes(headers: Mapping[str, TensorHeader], itemsize: int) -> int:
     )
 
 
-def find_sizes(headers: Mapping[str, TensorHeader], heads: int, kv_heads: int, head_dim: int) -> dict[str, float]:
+def sizes_in_headers(headers: Mapping[str, TensorHeader], heads: int, kv_heads: int, head_dim: int) -> dict[str, float]:
     """The sizes, by their keys in config.json, that the shapes of the tensors show; those of packed ones show none.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bmx.errors import ModelError
-from bmx.model.checkpoint import find_sizes, read_config, read_headers, weight_bytes
+from bmx.model.checkpoint import read_config, read_headers, sizes_in_headers, weight_bytes
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 
 HINT = "correct config.json, or download the model again"
@@ -86,7 +86,7 @@ _NO_ROPE = {"no_rope_layers": None, "no_rope_layer_interval": 4, "tie_word_embed
 _SMOLLM3 = {"attention_bias": False, "mlp_bias": False, **_QWEN2, "sliding_window": None, **_NO_ROPE}
 _PHI3 = {"sliding_window": None, "pad_token_id": 32000}
 _QWEN_SIZES = "151936 4096 22016 32 32 32 32768"
-FORMS = {
+ARCHITECTURES = {
     "llama": ArchitectureDefaults(name="LlamaForCausalLM", sizes="32000 4096 11008 32 32 - 2048", others=_LLAMA),
     "mistral": ArchitectureDefaults(
         name="MistralForCausalLM", sizes="32000 4096 14336 32 32 8 131072", others=_MISTRAL
@@ -131,7 +131,7 @@ class _Shape:
         return self.h * (2 * self.q + 2 * self.k + 3 * self.i)
 
 
-def outline(folder: Path, itemsize: int) -> ModelSpec | None:
+def spec_from_config(folder: Path, itemsize: int) -> ModelSpec | None:
     """The spec of the model in a folder, as ``read_spec`` would find it, or None where only that can tell.
 
     Args:
@@ -142,7 +142,7 @@ def outline(folder: Path, itemsize: int) -> ModelSpec | None:
         ModelError: config.json is not one, or contradicts itself or the weights.
     """
     config = read_config(folder)
-    form = FORMS.get(str(config.get("model_type")))
+    form = ARCHITECTURES.get(str(config.get("model_type")))
     if form is None or itemsize not in ITEMSIZES:
         return None
     read = form.read(config)
@@ -155,7 +155,7 @@ def outline(folder: Path, itemsize: int) -> ModelSpec | None:
     except NotCovered:
         return None
     headers = read_headers(folder)
-    found = find_sizes(headers, shape.heads, shape.kv_heads, shape.head_dim)
+    found = sizes_in_headers(headers, shape.heads, shape.kv_heads, shape.head_dim)
     for key, size in found.items():
         if sizes[key] != size:
             _refuse(folder, f"config.json says {key} = {sizes[key]}, and the weights have {size:.10g}")

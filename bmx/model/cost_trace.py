@@ -19,12 +19,12 @@ from torch.utils.flop_counter import flop_registry
 
 from bmx.errors import ModelError
 from bmx.model.rope import pin_rope
-from bmx.model.spec import Costs, attention_of
+from bmx.model.spec import Costs, use_attention
 
 FEW, MANY = 64, 128  # tokens of the two dry runs: what does not grow with the step cancels out
 
 
-def trace(model: Any) -> Costs:
+def trace_costs(model: Any) -> Costs:
     """The costs of a packed token.
 
     Args:
@@ -43,7 +43,7 @@ def trace(model: Any) -> Costs:
     )
 
 
-def costs_of(model: Any) -> Costs:
+def token_costs(model: Any) -> Costs:
     """What a token costs a model, whose weights may be anywhere.
 
     Raises:
@@ -51,13 +51,13 @@ def costs_of(model: Any) -> Costs:
     """
     for dtype in dict.fromkeys((model.dtype, torch.bfloat16)):  # experts take no other than the latter without contents
         with suppress(RuntimeError, NotImplementedError):
-            return trace(twin(model, dtype)).scaled(model.dtype.itemsize / dtype.itemsize)
+            return trace_costs(twin(model, dtype)).scaled(model.dtype.itemsize / dtype.itemsize)
     if model.device.type == "meta":
         raise ModelError(
             f"the memory of {type(model).__name__} cannot be foretold: it looks into its numbers",
             hint="bmx run --dry-run loads it and makes the plan",
         )
-    return trace(model)
+    return trace_costs(model)
 
 
 def twin(model: Any, dtype: Any) -> Any:
@@ -82,7 +82,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device = self._model.device
         ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         all_count = torch.ones_like(ids, dtype=torch.bool)  # so that nobody looks for padding in what has no contents
-        with attention_of(self._model, _no_attention, _no_mask), torch.no_grad(), self:
+        with use_attention(self._model, _no_attention, _no_mask), torch.no_grad(), self:
             self._model(
                 input_ids=ids,
                 position_ids=ids,

@@ -28,7 +28,7 @@ class Instructions:
     after: str
 
     @classmethod
-    def of(cls, config: PromptConfig) -> Instructions:
+    def from_config(cls, config: PromptConfig) -> Instructions:
         """Those of a configuration."""
         parts = list(string.Formatter().parse(config.prompt_template or ""))
         before = parts[0][0] if parts else ""

@@ -10,6 +10,7 @@ import hashlib
 import io
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,8 @@ def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -
     """
     from transformers import AutoTokenizer
 
-    quiet()
-    with Failures(config.model):
+    silence_transformers()
+    with loading_errors(config.model):
         return AutoTokenizer.from_pretrained(
             source,
             revision=config.revision,
@@ -88,17 +89,17 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    quiet()
+    silence_transformers()
     device = choose_device(config)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with Failures(config.model):
+    with loading_errors(config.model):
         model_config = AutoConfig.from_pretrained(source, **where)
     check_config(model_config)
     with contextlib.suppress(KeyError):  # code that comes with the model is not in the table
         _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, which is no part of its weights
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else _context_bytes(device)
-    with Failures(config.model):
+    with loading_errors(config.model):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=model_config,
@@ -112,10 +113,10 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     if device.type == "cpu":
         _touch(model)
     loaded = prepare(model.eval(), runtime)
-    return quantised(loaded) if config.int8 else loaded
+    return quantize_int8(loaded) if config.int8 else loaded
 
 
-def quantised(loaded: LoadedModel) -> LoadedModel:
+def quantize_int8(loaded: LoadedModel) -> LoadedModel:
     """The same model with its linear layers in bytes.
 
     Raises:
@@ -124,7 +125,7 @@ def quantised(loaded: LoadedModel) -> LoadedModel:
     from bmx.model.fused_modules import quantise
 
     if loaded.model.device.type != "cpu":
-        raise no_int8()
+        raise int8_refusal()
     if not quantise(loaded.model):
         raise ModelError(f"{loaded.spec.name} has no linear layers of its own to quantise", hint="leave it out")
     for parameter in loaded.model.parameters():  # what is left of the file would keep all of it in memory
@@ -132,7 +133,7 @@ def quantised(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, spec=replace(loaded.spec, weight_bytes=held_bytes(loaded.model), int8=True))
 
 
-def no_int8() -> ModelError:
+def int8_refusal() -> ModelError:
     """Why a GPU does not run in bytes."""
     return ModelError("--quantization int8 is for CPUs", hint="leave it out, or add --device cpu")
 
@@ -167,7 +168,7 @@ def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
     Raises:
         ModelError: bmx cannot run it rightly.
     """
-    from bmx.model.cost_trace import costs_of
+    from bmx.model.cost_trace import token_costs
     from bmx.model.rope import pin_rope
 
     check_config(model.config)
@@ -175,7 +176,7 @@ def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
     rope = pin_rope(model)
     return LoadedModel(
         model=model,
-        spec=read_spec(model, costs_of),
+        spec=read_spec(model, token_costs),
         end_token_ids=_end_tokens(model),
         rope=rope,
         runtime_bytes=runtime_bytes,
@@ -258,11 +259,11 @@ def _unpack(file: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    quiet()
+    silence_transformers()
     extra = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         extra["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
-    with Failures(str(file)), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
+    with loading_errors(str(file)), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **extra
@@ -291,33 +292,32 @@ def _check_complete(name: str, loading: dict[str, Any]) -> None:
         raise ModelError(f"model {name} is incomplete: {len(missing)} tensors are missing ({shown})", hint=SOURCES)
 
 
-class Failures:
-    """Turns what loading may raise into one ModelError with the cause in a line."""
+@contextlib.contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Turn whatever loading the model ``name`` raises into one ModelError with the cause in a line.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, ModelError):
-            return  # whatever a file's reader raises is the file's fault; Ctrl-C is not
+    Raises:
+        MemoryLimitError: the device has no room for the model.
+        ModelError: anything else went wrong. Whatever a file's reader raises is the file's fault; Ctrl-C is not.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
         import torch
 
         if isinstance(error, torch.OutOfMemoryError):
-            raise MemoryLimitError(
-                f"model {self.name} does not fit on the device", hint="choose a smaller one"
-            ) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise MemoryLimitError(f"model {name} does not fit on the device", hint="choose a smaller one") from error
         if "trust_remote_code" in str(error):
-            message, hint = "it comes with code of its own", "--trust-remote-code runs it; read it first, and pin it"
+            cause, hint = "it comes with code of its own", "--trust-remote-code runs it; read it first, and pin it"
         else:
-            message, hint = lines[0], SOURCES
-        raise ModelError(f"cannot load model {self.name}: {message}", hint=hint) from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            cause, hint = lines[0] if lines else type(error).__name__, SOURCES
+        raise ModelError(f"cannot load model {name}: {cause}", hint=hint) from error
 
 
-def quiet() -> None:
+def silence_transformers() -> None:
     """Keep transformers' bars and advice off the terminal: bmx shows its own."""
     from transformers.utils import logging as transformers_logging
 

@@ -12,9 +12,18 @@ from typing import Any
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.model.checkpoint import read_headers, weight_bytes
-from bmx.model.config_spec import outline
+from bmx.model.config_spec import spec_from_config
 from bmx.model.demo import local_path
-from bmx.model.loader import SOURCES, Failures, dtype_name, find_source, gguf_folder, no_int8, prepare, quiet
+from bmx.model.loader import (
+    SOURCES,
+    dtype_name,
+    find_source,
+    gguf_folder,
+    int8_refusal,
+    loading_errors,
+    prepare,
+    silence_transformers,
+)
 from bmx.model.spec import ModelSpec, check_config
 
 TOKENIZER_SIZE = 25  # times its file, measured on one vocabulary of 49,000
@@ -22,7 +31,7 @@ OUTPUT_BYTES = 8  # of a layer in bytes: a scale and a sum
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def foresee(config: EngineConfig, device: str) -> ModelSpec:
+def preview_spec(config: EngineConfig, device: str) -> ModelSpec:
     """What the configured model would be once loaded, without its weights.
 
     From a local folder's config.json where that says it all, without torch; else from a model of transformers on
@@ -35,7 +44,7 @@ def foresee(config: EngineConfig, device: str) -> ModelSpec:
         ModelError: not to be found or read, or bmx cannot run it.
     """
     if config.int8 and device != "cpu":
-        raise no_int8()
+        raise int8_refusal()
     spec = _as_it_is(config, device)
     return _in_bytes(spec) if config.int8 else spec
 
@@ -49,20 +58,20 @@ def _in_bytes(spec: ModelSpec) -> ModelSpec:
 
 
 def _as_it_is(config: EngineConfig, device: str) -> ModelSpec:
-    source, gguf = peek(config)
+    source, gguf = locate_files(config)
     dtype = dtype_name(config, device)
     known = not gguf and not config.trust_remote_code and Path(source).is_dir()
-    spec = outline(Path(source), ITEMSIZE[dtype]) if known else None
+    spec = spec_from_config(Path(source), ITEMSIZE[dtype]) if known else None
     return spec or _foreseen_by_transformers(source, gguf, config, dtype)
 
 
 def _foreseen_by_transformers(source: str, gguf: str | None, config: EngineConfig, dtype: str) -> ModelSpec:
     from transformers import AutoConfig
 
-    quiet()
+    silence_transformers()
     trust = {"trust_remote_code": config.trust_remote_code}
     named = {"gguf_file": gguf} if gguf else {}
-    with Failures(config.model):
+    with loading_errors(config.model):
         model_config = AutoConfig.from_pretrained(source, revision=config.revision, **named, **trust)
     check_config(model_config)
     quantised = getattr(model_config, "quantization_config", None) is not None
@@ -90,14 +99,14 @@ def _spec_without_contents(model_config: Any, dtype: str, config: EngineConfig) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    with Failures(config.model), torch.device("meta"):
+    with loading_errors(config.model), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=getattr(torch, dtype), trust_remote_code=config.trust_remote_code
         )
     return prepare(model.eval()).spec
 
 
-def peek(config: EngineConfig) -> tuple[str, str | None]:
+def locate_files(config: EngineConfig) -> tuple[str, str | None]:
     """The folder or hub id of a model, and the name of its GGUF file where that has not been unpacked yet."""
     path = local_path(config.model)
     if path.suffix.lower() != ".gguf":
@@ -110,6 +119,6 @@ def peek(config: EngineConfig) -> tuple[str, str | None]:
 
 def tokenizer_bytes(config: EngineConfig) -> int:
     """About what a local model's tokenizer takes in memory; 0 where its file is not to be seen."""
-    source, _ = peek(config)
+    source, _ = locate_files(config)
     file = Path(source) / "tokenizer.json"
     return TOKENIZER_SIZE * file.stat().st_size if file.is_file() else 0

@@ -37,7 +37,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         self._tokenizer = tokenizer
         self._config = config
-        self._instructions = Instructions.of(config)
+        self._instructions = Instructions.from_config(config)
         self._control = () if config.parse_special_tokens else _control_tokens(tokenizer)
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         if config.system_prompt is not None and not (self._has_template and config.chat_template):
@@ -71,7 +71,7 @@ class PromptEncoder:
         words = self._instructions.question if text == INSTRUCTIONS else text
         return tuple(self._tokens(*self._hide(f"\n\n{words}"), add_special_tokens=False))
 
-    def spans(self, request: Request, length: int) -> tuple[tuple[int, int], ...]:
+    def instruction_spans(self, request: Request, length: int) -> tuple[tuple[int, int], ...]:
         """The places of the job's own words among the tokens of a request, from .. to.
 
         A text that begins where a token ends may begin in its middle once both are put together: a place may be off
@@ -94,11 +94,11 @@ class PromptEncoder:
         return tuple(span for span in ((0, min(head, length)), (tail, length)) if span[0] < span[1])
 
     @property
-    def cuts(self) -> bool:
+    def truncates(self) -> bool:
         """Whether prompts that are too long are cut."""
         return self._config.on_too_long.startswith("truncate")
 
-    def cut(self, request: Request, tokens: int) -> tuple[Request, list[int]]:
+    def truncate(self, request: Request, tokens: int) -> tuple[Request, list[int]]:
         """A request whose longest text is cut, and its token ids: as many as are allowed, or a little fewer.
 
         It is cut at its beginning, or in its middle, as the job says; what stands around it (the template, other
@@ -216,7 +216,7 @@ def _with_text(request: Request, at: int | None, text: str) -> Request:
 class Detokenizer:
     """Text of a growing answer that never ends inside a character.
 
-    DecodeGroup the newest tokens together with a few before them, since what a token adds may depend on its neighbour.
+    Decodes the newest tokens together with a few before them, since what a token adds may depend on its neighbour.
 
     Args:
         tokenizer: a transformers tokenizer.

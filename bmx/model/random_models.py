@@ -12,13 +12,13 @@ from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.model.loader import (
     RUNTIME_BYTES,
-    Failures,
     LoadedModel,
     choose_device,
     choose_dtype,
+    loading_errors,
     prepare,
-    quantised,
-    quiet,
+    quantize_int8,
+    silence_transformers,
 )
 from bmx.model.spec import ModelSpec
 
@@ -119,7 +119,7 @@ class IdTokenizer:
         return " ".join(map(str, ids))
 
 
-def shape_config(name: str, longest: int) -> Any:
+def random_model_config(name: str, longest: int) -> Any:
     """The transformers config of a shape.
 
     Args:
@@ -128,18 +128,18 @@ def shape_config(name: str, longest: int) -> Any:
     """
     from transformers import AutoConfig
 
-    quiet()
+    silence_transformers()
     sizes = dict(SHAPES[name])
     sizes["max_position_embeddings"] = max(sizes["max_position_embeddings"], longest)
     return AutoConfig.for_model(**sizes)
 
 
-def preview_shape(name: str, longest: int, dtype: str) -> ModelSpec:
+def preview_random_model(name: str, longest: int, dtype: str) -> ModelSpec:
     """What a shape would be once made, from tensors that hold nothing."""
     return prepare(_made(name, longest, "meta", dtype)).spec
 
 
-def make_shape(name: str, longest: int, config: EngineConfig) -> LoadedModel:
+def make_random_model(name: str, longest: int, config: EngineConfig) -> LoadedModel:
     """A model of that shape on its device, its weights drawn at transformers' own small scale.
 
     Raises:
@@ -151,11 +151,11 @@ def make_shape(name: str, longest: int, config: EngineConfig) -> LoadedModel:
     device = choose_device(config)
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else RUNTIME_BYTES["cuda"]
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), Failures(name):
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), loading_errors(name):
         torch.manual_seed(0)
         model = _made(name, longest, device, str(choose_dtype(config, device)).removeprefix("torch."))
     made = prepare(model, runtime)
-    return quantised(made) if config.int8 else made
+    return quantize_int8(made) if config.int8 else made
 
 
 def _made(name: str, longest: int, device: Any, dtype: str) -> Any:
@@ -163,4 +163,4 @@ def _made(name: str, longest: int, device: Any, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(shape_config(name, longest), dtype=getattr(torch, dtype)).eval()
+        return AutoModelForCausalLM.from_config(random_model_config(name, longest), dtype=getattr(torch, dtype)).eval()

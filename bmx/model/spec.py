@@ -83,7 +83,7 @@ class ModelSpec:
         return max(i for i, layer in enumerate(self.layers) if layer.owner == owner)
 
 
-def sharing(spec: ModelSpec, pairs: str | None) -> ModelSpec:
+def share_layers(spec: ModelSpec, pairs: str | None) -> ModelSpec:
     """A spec in which some layers read the keys and values of earlier ones (KVSharer, arXiv 2410.18517, section 3).
 
     Args:
@@ -128,7 +128,7 @@ def check_config(config: Any) -> None:
 
 
 @contextmanager
-def attention_of(model: Any, function: Callable[..., Any], mask: Callable[..., Any] | None = None) -> Iterator[None]:
+def use_attention(model: Any, function: Callable[..., Any], mask: Callable[..., Any] | None = None) -> Iterator[None]:
     """Make ``function`` the attention of this one model, for as long as the body runs.
 
     Without a mask function of the same name, transformers builds no mask.
@@ -163,7 +163,7 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
             model on the meta device, the last cannot be seen.
     """
     watch = _Watch(model.device)
-    with attention_of(model, watch, watch.note):
+    with use_attention(model, watch, watch.note):
         try:
             first = _numbers(model, watch, tokens=(1, 2, 3), positions=(3, 7, 1))
             other = _numbers(model, watch, tokens=(5, 2, 4), positions=(4, 7, 9))

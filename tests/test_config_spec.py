@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bmx.errors import ModelError
 from bmx.model.checkpoint import TensorHeader, read_headers, weight_bytes
-from bmx.model.config_spec import outline
-from bmx.model.cost_trace import trace
+from bmx.model.config_spec import spec_from_config
+from bmx.model.cost_trace import trace_costs
 from bmx.model.loader import prepare
 
 TYPES = ["llama", "mistral", "smollm3", "qwen2", "qwen3", "phi3"]
@@ -54,7 +54,7 @@ def build(folder, dtype, device="cpu"):
 
 def check_equal(folder, dtype):
     """The outline is what a forward of the real model finds."""
-    found, real = outline(folder, dtype.itemsize), prepare(build(folder, dtype)).spec
+    found, real = spec_from_config(folder, dtype.itemsize), prepare(build(folder, dtype)).spec
     if not COSTS_AS_FITTED:
         found = dataclasses.replace(found, costs=real.costs)
     assert found == real
@@ -148,19 +148,19 @@ REAL = {
 def test_an_outline_of_real_sizes_takes_missing_keys_as_transformers_does(tmp_path, model_type, dtype):
     keys = dict(num_hidden_layers=3) | REAL[model_type]
     folder = write(tmp_path, model_type, *(TINY.keys() - keys.keys()), **keys)
-    found, model = outline(folder, dtype.itemsize), build(folder, dtype, "meta")
+    found, model = spec_from_config(folder, dtype.itemsize), build(folder, dtype, "meta")
     assert found.weight_bytes == sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
     assert (found.vocab, found.max_length) == (model.config.vocab_size, model.config.max_position_embeddings)
     assert found.head_bytes == model.lm_head.weight.nbytes
     assert found.layers[0].kv_heads == model.config.num_key_value_heads
     if COSTS_AS_FITTED:
-        assert found.costs == trace(model)
+        assert found.costs == trace_costs(model)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_config_of_defaults_alone_means_what_transformers_means(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type=model_type)), encoding="utf-8")
-    found, config = outline(tmp_path, 2), AutoConfig.from_pretrained(tmp_path)
+    found, config = spec_from_config(tmp_path, 2), AutoConfig.from_pretrained(tmp_path)
     first = found.layers[0]
     assert len(found.layers) == config.num_hidden_layers
     assert (first.query_heads, first.kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
@@ -206,11 +206,11 @@ UNUSUAL = [
 
 @pytest.mark.parametrize(("model_type", "keys"), UNUSUAL, ids=str)
 def test_what_the_closed_forms_do_not_cover_is_left_to_the_model(tmp_path, model_type, keys):
-    assert outline(write(tmp_path, model_type, **keys), 2) is None
+    assert spec_from_config(write(tmp_path, model_type, **keys), 2) is None
 
 
 def test_types_of_other_sizes_are_left_to_the_model(tmp_path):
-    assert outline(write(tmp_path, "llama"), 8) is None
+    assert spec_from_config(write(tmp_path, "llama"), 8) is None
 
 
 LIES = [
@@ -229,7 +229,7 @@ LIES = [
 @pytest.mark.parametrize(("keys", "told"), LIES, ids=str)
 def test_a_config_that_contradicts_itself_is_refused(tmp_path, keys, told):
     with pytest.raises(ModelError) as caught:
-        outline(write(tmp_path, "llama", **keys), 2)
+        spec_from_config(write(tmp_path, "llama", **keys), 2)
     assert all(words in caught.value.message for words in [*told, str(tmp_path)])
     assert "config.json" in caught.value.hint
 
@@ -239,7 +239,7 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ModelError, match=f"cannot load model {tmp_path}: config.json"):
-        outline(tmp_path, 2)
+        spec_from_config(tmp_path, 2)
 
 
 @pytest.fixture(params=["llama", "phi3"])
@@ -258,9 +258,9 @@ def change(folder, **keys):
 
 
 def test_weights_that_fit_the_config_change_nothing(saved):
-    with_weights = outline(saved, 2)
+    with_weights = spec_from_config(saved, 2)
     (saved / "model.safetensors").unlink()
-    assert with_weights == outline(saved, 2) is not None
+    assert with_weights == spec_from_config(saved, 2) is not None
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_weights_that_fit_the_config_change_nothing(saved):
 def test_weights_that_contradict_the_config_are_named(saved, key, value, right):
     change(saved, **{key: value})
     with pytest.raises(ModelError, match=rf"config.json says {key} = {value}, and the weights have {right}") as caught:
-        outline(saved, 2)
+        spec_from_config(saved, 2)
     assert caught.value.hint
 
 
@@ -287,10 +287,10 @@ def test_a_wrong_head_dim_is_named(tmp_path):
     build(folder, torch.bfloat16).save_pretrained(folder)
     change(folder, head_dim=32)
     with pytest.raises(ModelError, match="head_dim = 32, and the weights have 16"):
-        outline(folder, 2)
+        spec_from_config(folder, 2)
     change(folder, head_dim=16, num_attention_heads=8)
     with pytest.raises(ModelError, match="num_attention_heads = 8, and the weights have 4"):
-        outline(folder, 2)
+        spec_from_config(folder, 2)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -304,9 +304,9 @@ def test_quantised_weights_count_as_they_are_stored(tmp_path, tied):
         "model.layers.1.mlp.down_proj.weight_scale": torch.zeros(32),
     }
     save_file(tensors, folder / "model.safetensors")
-    spec = outline(folder, 2)
+    spec = spec_from_config(folder, 2)
     assert spec.weight_bytes == (1 if tied else 2) * 96 * 32 * 2 + 32 * 32 + 32 * 8 * 4 + 32 * 2 + 4 * 8
-    assert spec.costs == outline(write(tmp_path / "plain", "llama"), 2).costs
+    assert spec.costs == spec_from_config(write(tmp_path / "plain", "llama"), 2).costs
 
 
 def shard(path, header, data=b"", length=None):
@@ -394,7 +394,6 @@ def test_a_weight_file_too_short_for_a_length_is_refused(tmp_path):
 
 def test_an_outline_loads_neither_torch_nor_transformers(tmp_path):
     folder = str(write(tmp_path, "llama"))
-    code = (
-        f"from pathlib import Path; from bmx.model.config_spec import outline; outline(Path({folder!r}), 2).layers[0]"
-    )
+    imports = "from pathlib import Path; from bmx.model.config_spec import spec_from_config"
+    code = f"{imports}; spec_from_config(Path({folder!r}), 2).layers[0]"
     assert heavy_after(code) == ""

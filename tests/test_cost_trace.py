@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bmx.model.cost_trace import trace
+from bmx.model.cost_trace import trace_costs
 from bmx.model.loader import prepare
 
 S, F = "sliding_attention", "full_attention"
@@ -51,7 +51,7 @@ def hollow(family, dtype=torch.bfloat16, layers=2, **config):
 
 @cache
 def traced(family, dtype=torch.bfloat16, layers=2):
-    return trace(hollow(family, dtype, layers, **(DENSE | MOE)[family][0]))
+    return trace_costs(hollow(family, dtype, layers, **(DENSE | MOE)[family][0]))
 
 
 def linear_parameters(model):
@@ -75,7 +75,7 @@ def test_a_token_holds_the_mlp_the_residuals_and_the_rotary_tables(family, dtype
 def test_where_the_mlp_is_narrow_attention_decides(family):
     """Then the closed form is too little: what the dry run finds is more than it, and less than twice as much."""
     config, head_dim, _, tables = DENSE[family]
-    found = trace(hollow(family, **config | {"intermediate_size": 256})).activation_bytes
+    found = trace_costs(hollow(family, **config | {"intermediate_size": 256})).activation_bytes
     assert 2 * (4 * 256 + 4 * H + 2 * head_dim * tables) < found < 2 * (20 * H)
 
 
@@ -95,7 +95,7 @@ def test_flops_are_two_for_each_parameter_of_a_product(family, dtype):
 
 
 def test_biases_are_no_products():
-    assert trace(hollow("llama", attention_bias=True, mlp_bias=True)).flops == trace(hollow("llama")).flops
+    assert trace_costs(hollow("llama", attention_bias=True, mlp_bias=True)).flops == trace_costs(hollow("llama")).flops
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -105,14 +105,14 @@ def test_of_experts_those_that_are_active_count_and_the_router(family, layers):
     number = config.get("num_experts") or config["num_local_experts"]
     model = hollow(family, layers=layers, **config)
     experts = config["num_experts_per_tok"] * 3 * H * width
-    assert trace(model).flops == 2 * (linear_parameters(model) + layers * (experts + number * H))
+    assert trace_costs(model).flops == 2 * (linear_parameters(model) + layers * (experts + number * H))
 
 
 @pytest.mark.parametrize("family", MOE)
 def test_more_experts_cost_no_more_but_the_router(family):
     config, _ = MOE[family]
     name = "num_experts" if "num_experts" in config else "num_local_experts"
-    few, many = (trace(hollow(family, **config | {name: number})) for number in (16, 64))
+    few, many = (trace_costs(hollow(family, **config | {name: number})) for number in (16, 64))
     assert many.flops - few.flops == 2 * 2 * 48 * H  # of both layers
     assert abs(many.activation_bytes - few.activation_bytes) < 48 * 100  # the router's scores
 
@@ -134,14 +134,16 @@ def test_wider_numbers_hold_twice_the_bytes_and_cost_the_same_flops(family):
 
 
 def test_a_wider_model_moves_more():
-    narrow, wide = (trace(hollow("llama", hidden_size=width, intermediate_size=4 * width)) for width in (1024, 2048))
+    narrow, wide = (
+        trace_costs(hollow("llama", hidden_size=width, intermediate_size=4 * width)) for width in (1024, 2048)
+    )
     assert wide.traffic_bytes > 1.8 * narrow.traffic_bytes
     assert wide.operators == narrow.operators
 
 
 def test_a_vocabulary_costs_a_step_nothing():
     """No logits are computed for tokens that are not sampled."""
-    assert trace(hollow("llama", vocab_size=1000)) == trace(hollow("llama", vocab_size=100_000))
+    assert trace_costs(hollow("llama", vocab_size=1000)) == trace_costs(hollow("llama", vocab_size=100_000))
 
 
 LONGROPE = {
@@ -160,7 +162,7 @@ def test_a_model_is_left_as_it_was_and_costs_the_same_again(family, rope):
     """What a model computes once and keeps is no cost of a step."""
     model = hollow(family, **(DENSE | MOE)[family][0], **rope)
     before = model.config._attn_implementation
-    assert trace(model) == trace(model)
+    assert trace_costs(model) == trace_costs(model)
     assert model.config._attn_implementation == before
 
 

@@ -268,7 +268,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_or_its_middle_and_no_more
         "raw": Request(id=0, prompt=LONG, raw=True),
         "messages": Request(id=0, messages=turns),
     }[place]
-    _, ids = encoder.cut(request, allowed)
+    _, ids = encoder.truncate(request, allowed)
     assert 0.9 * allowed <= len(ids) <= allowed
     text = TOKENIZER.decode(ids)
     whole = TOKENIZER.decode(encoder.encode(request))
@@ -284,7 +284,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_or_its_middle_and_no_more
 def test_where_the_template_alone_is_too_long_nothing_is_cut():
     encoder = PromptEncoder(TOKENIZER, PromptConfig(system_prompt=LONG, on_too_long="truncate-left"))
     request = Request(id=0, prompt="a document")
-    assert encoder.cut(request, 50)[1] == encoder.encode(request)
+    assert encoder.truncate(request, 50)[1] == encoder.encode(request)
 
 
 # Answers: whole characters
