@@ -236,7 +236,7 @@ def attention_of(kind, policy, window=None, sizes=((48, 5),)):
         KVLayout((
             LayerLayout(
                 capacity=rows, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
-                by_age=False, notes=made.sums if made.scorer else (),
+                by_age=False, row_stats=made.sums if made.scorer else (),
             ),
         ))
         for rows, _ in sizes
@@ -253,7 +253,7 @@ def fill(part, slot, tokens, rows):
     for head in range(2):
         left = torch.randperm(tokens, generator=random) if tokens > rows else torch.arange(tokens)
         part.positions[slot, head, : min(tokens, rows)] = left[:rows].int()
-    for note in part.notes.values():
+    for note in part.row_stats.values():
         note[slot] = torch.rand(note[slot].shape, generator=random) * (part.positions[slot] >= 0)
 
 
@@ -287,8 +287,8 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, 
     found, now, seen = [], (100, 30, 60, 47), (20, 7)
     for kind in KINDS:
         attention, pool = attention_of(kind, policy, window, sizes=((31, 3), (48, 5)))
-        homes, groups = ((2, 0), (4, 0, 2, 3)), []
-        for group, (slots, asked, rows) in enumerate(zip(homes, (seen, now), ((31, 31), limits), strict=True)):
+        slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
+        for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
             tokens = asked
             if policy == "none":
                 tokens = tuple(min(n, limit - 1) for n, limit in zip(tokens, rows, strict=True))
@@ -296,16 +296,20 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, 
                 fill(pool.layer(group, 0), slot, count, limit)
             groups.append(
                 DecodeGroup(
-                    rows=slice(2 * group, 2 + 4 * group), group=group, slots=torch.tensor(slots), homes=slots,
-                    seen=tokens, positions=torch.tensor(tokens), limits=rows, limited=torch.tensor(rows),
+                    rows=slice(2 * group, 2 + 4 * group), group=group, slots=torch.tensor(slots), slots_host=slots,
+                    positions=torch.tensor(tokens), positions_host=tokens,
+                    row_limits=torch.tensor(rows), row_limits_host=rows,
                     totals=tuple(n + 90 * (policy != "none") for n in tokens),
                 )
             )  # fmt: skip
-        everyone = DecodeBatch(
+        decode_batch = DecodeBatch(
             slots=torch.cat([groups[0].slots, 3 + groups[1].slots]), evicting=policy != "none",
-            positions=torch.cat([one.positions for one in groups]), limits=torch.cat([one.limited for one in groups]),
+            positions=torch.cat([one.positions for one in groups]),
+            row_limits=torch.cat([one.row_limits for one in groups]),
         )  # fmt: skip
-        step = PackedStep(input_ids=None, positions=None, logits_at=0, everyone=everyone, decodes=tuple(groups))
+        step = PackedStep(
+            input_ids=None, positions=None, logits_at=0, decode_batch=decode_batch, decode_groups=tuple(groups)
+        )
         found.append((attended(attention, step, 6), pool))
     assert_same(found)
 
@@ -321,14 +325,14 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(policy, start,
         attention, pool = attention_of(kind, policy, window)
         fill(pool.layer(0, 0), 1, start, limit)
         prompts = (
-            PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, limit=limit),
-            PromptChunk(rows=slice(1 + tokens, 13 + tokens), group=0, slot=4, start=0, total=40, limit=40),
+            PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),
+            PromptChunk(rows=slice(1 + tokens, 13 + tokens), group=0, slot=4, start=0, total=40, row_limit=40),
         )
         table = [[1, 1 + tokens], [tokens, 12], [1, 4], [start, 0], [limit, 40], [900, 40]]
         weights, old = torch.zeros(13 + tokens), torch.ones(2)
         for n, (at, length) in enumerate(((1, tokens), (1 + tokens, 12))):
-            weights[at : at + length] = torch.tensor(attention._policy.votes(length, 0)[0])
-            old[n] = attention._policy.old(length)
+            weights[at : at + length] = torch.tensor(attention._policy.query_weights(length, 0)[0])
+            old[n] = attention._policy.decay_over(length)
         chunks = Chunks(
             **dict(zip(("at", "lengths", "slots", "starts", "limits", "totals"), map(tuple, table), strict=True)),
             table=torch.tensor(table), votes=weights, old=old,

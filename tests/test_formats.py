@@ -181,7 +181,7 @@ def test_numbers_that_are_none_go_with_the_slot(name):
 # ---- layers of a pool ----
 
 
-def layer(name, capacity, *, exact=0, by_channel=False, heads=2, dim=6, notes=()):
+def layer(name, capacity, *, exact=0, by_channel=False, heads=2, dim=6, row_stats=()):
     return LayerLayout(
         capacity=capacity,
         kv_heads=heads,
@@ -195,7 +195,7 @@ def layer(name, capacity, *, exact=0, by_channel=False, heads=2, dim=6, notes=()
         format=name,
         exact=exact,
         by_channel=by_channel,
-        notes=notes,
+        row_stats=row_stats,
     )
 
 
@@ -351,12 +351,14 @@ def test_a_chunk_that_replaces_others_leaves_the_newest_exact(name):
 
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_the_next_sequence_of_a_slot_finds_nothing_of_the_last(by_channel):
-    part = allocated(layer("int8", 40, exact=KEY_GROUP if by_channel else 4, by_channel=by_channel, notes=("mass",)))
+    part = allocated(
+        layer("int8", 40, exact=KEY_GROUP if by_channel else 4, by_channel=by_channel, row_stats=("mass",))
+    )
     key, value = drawn(40, 2, 6), drawn(40, 2, 8, seed=1)
     part.append(0, 0, key, torch.full_like(value, math.nan), torch.arange(40), {"mass": torch.ones(2, 40)})
     part.reset(0)
     assert (part.positions[0] == -1).all()
-    assert (part.notes["mass"][0] == 0).all()
+    assert (part.row_stats["mass"][0] == 0).all()
     assert (part.read_slots(slice(0, 1))[1] == 0).all()
     other = allocated(part.layout)
     for here, slot in ((part, 0), (other, 1)):
@@ -391,7 +393,7 @@ def test_a_short_sequence_is_not_overlaid_by_the_newest_pairs_of_the_last_one(na
     [("auto", 0, False), *[(n, e, False) for n in FEW for e in (1, 5)], *[(n, 32, True) for n in ("int8", "int4")]],
 )
 def test_what_is_held_is_what_the_layout_promises(name, exact, by_channel, dim, capacity):
-    layout = layer(name, capacity, exact=exact, by_channel=by_channel, dim=dim, notes=("mass", "rank"))
+    layout = layer(name, capacity, exact=exact, by_channel=by_channel, dim=dim, row_stats=("mass", "rank"))
     part = allocated(layout, slots=4)
     assert part.nbytes == 4 * (layout.kv_bytes + layout.score_bytes)
 

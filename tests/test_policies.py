@@ -68,7 +68,7 @@ def held(store):
 def tensors(part):
     """All that a layer holds."""
     newest = [] if part.newest is None else held(part.newest)
-    return [part.positions, *part.notes.values(), *held(part.keys), *held(part.values), *newest]
+    return [part.positions, *part.row_stats.values(), *held(part.keys), *held(part.values), *newest]
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Watch:
     def after(self, runner, step, run):
         """Run a step, and look."""
         pool = runner.pool
-        there = {chunk.sequence.home for chunk in step.chunks}
+        there = {chunk.sequence.slot_index for chunk in step.chunks}
         before = {}
         for group, parts in enumerate(pool.groups):
             for part in set(parts):
@@ -105,7 +105,7 @@ class Watch:
     def look(self, pool, chunk):
         """Counts, and tokens that must not go."""
         sequence, now = chunk.sequence, chunk.start + chunk.length
-        group, slot = sequence.home
+        group, slot = sequence.slot_index
         layers = self.engine.loaded.spec.layers
         for index, layer in enumerate(layers):
             if layer.owner != index:
@@ -127,8 +127,8 @@ class Watch:
                 assert self.engine.policy.scorer is None or positions[len(kept) :] == [-1] * (
                     len(positions) - len(kept)
                 )
-            if "probe" in part.notes:
-                noted = part.notes["probe"][slot]
+            if "probe" in part.row_stats:
+                noted = part.row_stats["probe"][slot]
                 late = part.positions[slot] >= len(sequence.prompt)
                 assert (noted[late] == -1).all()
 
@@ -322,8 +322,8 @@ def instructions_kept(monkeypatch, engine, prompt):
             now = chunk.start + chunk.length
             places = {p for p in (0, 1, *range(len(prompt) - 5, len(prompt))) if p < now}
             kept[:] = []
-            for part in runner.pool.groups[chunk.sequence.home[0]]:
-                for row in part.positions[chunk.sequence.home[1]].tolist():
+            for part in runner.pool.groups[chunk.sequence.slot_index.group]:
+                for row in part.positions[chunk.sequence.slot_index.slot].tolist():
                     assert set(range(max(0, now - RECENT), now)) <= set(row)
                     kept.append(places <= set(row))
         return told
@@ -560,10 +560,10 @@ class Oldest(ScorerDefaults):
 class Looking(ScorerDefaults):
     """What received much attention goes."""
 
-    needs = Needs.MASS
+    needs = Needs.ATTENTION_MASS
 
     def __call__(self, seen):
-        return -seen.mass
+        return -seen.attention_mass
 
 
 @dataclass
@@ -622,7 +622,7 @@ def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes
     shown = []
 
     class Asking(Looking):
-        needs = Needs.MASS | Needs.QUERIES
+        needs = Needs.ATTENTION_MASS | Needs.QUERIES
 
         def __call__(self, seen):
             if "queries" in seen.shown:  # only while a prompt is read

@@ -514,7 +514,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
             assert not scheduler.running, "those that have slots wait for nobody"
             continue
         for chunk in step.chunks:
-            held = places.held[chunk.sequence.home]
+            held = places.held[chunk.sequence.slot_index]
             if not chunk.start:
                 held.clear()
             if chunk.start < len(chunk.sequence.prompt):

@@ -18,7 +18,7 @@ from test_compression import Spy, chunk_ends
 from bmx import Engine, EngineConfig, PromptConfig
 from bmx.compress.attention_scorers import RKV, SCORERS, Random, RoCo, Window, scorer_named
 from bmx.compress.key_scorers import ExpectedAttention, KeyDiff, KeyNorm, LagKV
-from bmx.compress.scorer_api import RANK_EVERY, Seen, Votes
+from bmx.compress.scorer_api import RANK_EVERY, QueryWeights, Seen
 from bmx.model.loader import prepare
 from bmx.model.spec import use_attention
 from bmx.units import POLICIES
@@ -367,10 +367,10 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
         assert [set(row) for row in rows] == kept
         part = spy.pool.layer(0, owner)
         for name, told in (("mass", reference.mass), ("squares", reference.squares), ("probe", reference.probed)):
-            if name not in part.notes:
+            if name not in part.row_stats:
                 continue
             for head, expected in enumerate(told[owner]):
-                held = dict(zip(part.positions[0, head].tolist(), part.notes[name][0, head].tolist(), strict=True))
+                held = dict(zip(part.positions[0, head].tolist(), part.row_stats[name][0, head].tolist(), strict=True))
                 wanted = {p: expected.get(p, -1.0 if name == "probe" else 0.0) for p in kept[head]}
                 assert {p: held[p] for p in kept[head]} == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     assert list(result.token_ids) == greedy
@@ -613,21 +613,21 @@ def test_the_order_of_rows_changes_no_score(name):
 
 
 def test_votes_are_weights_of_queries_and_what_is_left_of_the_old():
-    assert (Votes().weights(3), Votes().old(3)) == ([1.0, 1.0, 1.0], 1.0)
-    fading = Votes(decay=0.5)
-    assert (fading.weights(3), fading.old(3)) == ([0.25, 0.5, 1.0], 0.125)
-    newest = Votes(window=4)
-    assert (newest.weights(3), newest.old(3)) == ([1.0, 1.0, 1.0], 0.25)
-    assert (newest.weights(6), newest.old(6)) == ([0.0, 0.0, 1.0, 1.0, 1.0, 1.0], 0.0)
-    assert newest.old(4) == 0.0
-    assert (Votes(window=1).weights(2), Votes(window=1).old(1)) == ([0.0, 1.0], 0.0)
+    assert (QueryWeights().weights(3), QueryWeights().decay_over(3)) == ([1.0, 1.0, 1.0], 1.0)
+    fading = QueryWeights(decay=0.5)
+    assert (fading.weights(3), fading.decay_over(3)) == ([0.25, 0.5, 1.0], 0.125)
+    newest = QueryWeights(window=4)
+    assert (newest.weights(3), newest.decay_over(3)) == ([1.0, 1.0, 1.0], 0.25)
+    assert (newest.weights(6), newest.decay_over(6)) == ([0.0, 0.0, 1.0, 1.0, 1.0, 1.0], 0.0)
+    assert newest.decay_over(4) == 0.0
+    assert (QueryWeights(window=1).weights(2), QueryWeights(window=1).decay_over(1)) == ([0.0, 1.0], 0.0)
 
 
 @pytest.mark.parametrize("window", [1, 8, 32])
 def test_a_window_always_holds_about_as_many_votes_as_its_queries(window):
-    votes, total = Votes(window=window), 0.0
+    votes, total = QueryWeights(window=window), 0.0
     for queries in (12, 12, 5, *[1] * 50):
-        total = total * votes.old(queries) + sum(votes.weights(queries))
+        total = total * votes.decay_over(queries) + sum(votes.weights(queries))
         assert total <= window + 1e-9
     assert total > 0.85 * window
 

@@ -493,7 +493,7 @@ def twin_of(rows, slots, ranking):
     policy = CompressionPolicy.from_config(config)
     layout = LayerLayout(
         capacity=24, kv_heads=2, key_dim=16, value_dim=16, itemsize=4, window=ranking.window, owner=0, last_reader=0,
-        by_age=ranking.by == "age", notes=() if ranking.by == "age" else ("mass",),
+        by_age=ranking.by == "age", row_stats=() if ranking.by == "age" else ("mass",),
     )  # fmt: skip
     part = LayerSlots.allocate(layout, slots, F32, torch.device(DEVICE))
     for slot in range(slots):
@@ -502,7 +502,7 @@ def twin_of(rows, slots, ranking):
         part.keys.vectors[slot] = rows.keys[there].view(2, 24, 16)
         part.values.vectors[slot] = rows.values[there].view(2, 24, 16)
         part.positions[slot] = rows.positions[there].view(2, 24)
-        for note in part.notes.values():
+        for note in part.row_stats.values():
             note[slot] = rows.mass[there].view(2, 24)
     return policy, part
 
@@ -514,7 +514,7 @@ def assert_is_twin(rows, part, tolerance):
         assert torch.equal(rows.positions[there].view(2, 24), part.positions[slot])
         assert torch.equal(rows.keys[there].view(2, 24, 16), part.keys.vectors[slot])
         assert torch.equal(rows.values[there].view(2, 24, 16), part.values.vectors[slot])
-        for note in part.notes.values():
+        for note in part.row_stats.values():
             torch.testing.assert_close(rows.mass[there].view(2, 24), note[slot], **tolerance)
 
 
@@ -526,13 +526,13 @@ def test_policy_and_pool_say_the_same(ranking):
     chunks, packed = make_chunks([(50, 20, 24), (10, 12, 24)], slots=(0, 1))
     sums = uniform(2, packed)
     key, value = (strided(packed, 2, 16, seed, F32) for seed in (1, 2))
-    assert triton_keep.keep(key, value, rows, chunks, sums if part.notes else None, ranking=ranking)
+    assert triton_keep.keep(key, value, rows, chunks, sums if part.row_stats else None, ranking=ranking)
     for slot, (at, tokens, start) in enumerate(zip(chunks.at, chunks.lengths, chunks.starts, strict=True)):
         packing, used = slice(at, at + tokens), min(start, 24)
         received = torch.cat([torch.zeros(2, used, device=DEVICE), sums[:, packing]], 1).unsqueeze(0)
         policy.compress(part, PrefillChunk(
-            slot=slot, start=start, limit=24, spans=(), key=key[packing], value=value[packing],
-            queries=torch.zeros(tokens, 2, 1, 16, device=DEVICE), scale=1.0, sums=received if part.notes else None,
+            slot=slot, start=start, row_limit=24, spans=(), key=key[packing], value=value[packing],
+            queries=torch.zeros(tokens, 2, 1, 16, device=DEVICE), scale=1.0, sums=received if part.row_stats else None,
         ))  # fmt: skip
     mass_before = rows.mass.clone()
     assert_is_twin(rows, part, {"atol": 0, "rtol": 0})
@@ -540,7 +540,9 @@ def test_policy_and_pool_say_the_same(ranking):
     query, key, value = tokens_of(2)
     slots, now = torch.tensor([0, 1], device=DEVICE), torch.tensor([70, 22], device=DEVICE)
     output, found = decode(query, key, value, rows, [0, 1], [70, 22], [24, 24], **{**PLAIN, "ranking": ranking})
-    going = EvictionRequest(slots=slots, now=now, homes=(0, 1), seen=(70, 22), limits=(24, 24))
+    going = EvictionRequest(
+        slots=slots, positions=now, slots_host=(0, 1), positions_host=(70, 22), row_limits_host=(24, 24)
+    )
     victims = torch.where(now.unsqueeze(1) >= 24, policy.victims(part, going), now.unsqueeze(1))
     part.write(slots, victims, key, value, now)
     hidden = torch.arange(24, device=DEVICE) > now.view(-1, 1, 1)
@@ -549,7 +551,7 @@ def test_policy_and_pool_say_the_same(ranking):
     answer, received = reference.attend_slots(
         query, part.keys.vectors, part.values.vectors, slots, scale=0.3, hidden=hidden, want_mass=True
     )
-    if part.notes:
+    if part.row_stats:
         policy.observe(part, slots, received, first=True)
     torch.testing.assert_close(output, answer, **NEAR[F32])
     assert_is_twin(found, part, NEAR[F32])

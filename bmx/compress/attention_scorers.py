@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar
 
 from bmx.compress.key_scorers import ExpectedAttention, KeyDiff, KeyNorm, LagKV, mean_similarity
-from bmx.compress.scorer_api import RANK_EVERY, Needs, Scorer, ScorerDefaults, Seen, Votes
+from bmx.compress.scorer_api import RANK_EVERY, Needs, QueryWeights, Scorer, ScorerDefaults, Seen
 from bmx.errors import UsageError
 from bmx.units import SCORER_GROUP
 
@@ -29,26 +29,26 @@ class AverageAttention(ScorerDefaults):
     sum (H2O) prefers the oldest to the newest by four orders of magnitude, the average by one.
     """
 
-    needs: ClassVar[Needs] = Needs.MASS
+    needs: ClassVar[Needs] = Needs.ATTENTION_MASS
 
     def __call__(self, seen: Seen) -> Tensor:
         """mass / lifetime."""
-        return seen.mass / seen.lifetime
+        return seen.attention_mass / seen.lifetime
 
 
 @dataclass(frozen=True, slots=True)
-class Mass(ScorerDefaults):
-    """Attention received, added up as the votes say.
+class AttentionMass(ScorerDefaults):
+    """The attention that a key received, summed over queries with ``query_weights``.
 
-    All votes alike: H2O (arXiv 2306.14048, section 4). Votes that fade with age: A2SF (arXiv 2407.20485, section 3).
-    The newest query's alone: TOVA (arXiv 2401.06104, section 3), here for each kv head by itself.
+    All queries weighted alike: H2O (arXiv 2306.14048, section 4). Weights that decay with age: A2SF (arXiv 2407.20485,
+    section 3). The newest query alone: TOVA (arXiv 2401.06104, section 3), here for each kv head by itself.
     """
 
-    needs: ClassVar[Needs] = Needs.MASS
+    needs: ClassVar[Needs] = Needs.ATTENTION_MASS
 
     def __call__(self, seen: Seen) -> Tensor:
         """The mass itself."""
-        return seen.mass
+        return seen.attention_mass
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,11 @@ class RoCo(ScorerDefaults):
     As many tokens as must go are safe for the spread of what they received; of the rest, the average decides.
     """
 
-    needs: ClassVar[Needs] = Needs.MASS | Needs.SQUARES
+    needs: ClassVar[Needs] = Needs.ATTENTION_MASS | Needs.SQUARES
 
     def __call__(self, seen: Seen) -> Tensor:
         """mass / lifetime, and the greatest of all on top for the ``surplus`` rows that vary most."""
-        mean = seen.mass / seen.lifetime
+        mean = seen.attention_mass / seen.lifetime
         variance = seen.squares / seen.lifetime - mean.square()
         safe = variance.topk(min(seen.surplus, variance.shape[-1]), dim=-1).indices
         return mean.scatter_add(-1, safe, mean.amax(-1, keepdim=True).expand(safe.shape))
@@ -78,9 +78,9 @@ class Window(ScorerDefaults):
         pool: neighbours, in the order of the tokens that are left, whose votes are averaged.
     """
 
-    needs: ClassVar[Needs] = Needs.MASS
+    needs: ClassVar[Needs] = Needs.ATTENTION_MASS
     every: ClassVar[int] = RANK_EVERY  # rows must be sorted to know neighbours
-    votes: Votes = Votes(window=32)
+    query_weights: QueryWeights = QueryWeights(window=32)
     pool: int = 5
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -88,7 +88,7 @@ class Window(ScorerDefaults):
         from torch.nn.functional import avg_pool1d
 
         order = seen.positions.argsort(dim=-1)
-        votes = seen.mass.gather(-1, order)
+        votes = seen.attention_mass.gather(-1, order)
         pooled = avg_pool1d(votes.flatten(0, -2).unsqueeze(1), self.pool, stride=1, padding=self.pool // 2)
         return votes.scatter(-1, order, pooled.view_as(votes))
 
@@ -105,14 +105,14 @@ class RKV(ScorerDefaults):
         importance: weight of attention; the rest is redundancy's.
     """
 
-    needs: ClassVar[Needs] = Needs.MASS | Needs.KEYS
+    needs: ClassVar[Needs] = Needs.ATTENTION_MASS | Needs.KEYS
     every: ClassVar[int] = RANK_EVERY
-    votes: Votes = Votes(window=8)
+    query_weights: QueryWeights = QueryWeights(window=8)
     importance: float = 0.1
 
     def __call__(self, seen: Seen) -> Tensor:
         """importance * attention + (1 - importance) * novelty, the greatest redundancy less the key's own."""
-        attention = seen.mass / seen.mass.sum(-1, keepdim=True).clamp(min=1e-20)
+        attention = seen.attention_mass / seen.attention_mass.sum(-1, keepdim=True).clamp(min=1e-20)
         redundancy = mean_similarity(seen).masked_fill(~seen.valid, float("-inf")).softmax(-1)
         novelty = redundancy.amax(-1, keepdim=True) - redundancy
         return self.importance * attention + (1 - self.importance) * novelty
@@ -147,11 +147,11 @@ class Random(ScorerDefaults):
 
 SCORERS: dict[str, Scorer] = {
     "average-attention": AverageAttention(),
-    "h2o": Mass(),
-    "decay": Mass(votes=Votes(decay=0.98)),
+    "h2o": AttentionMass(),
+    "decay": AttentionMass(query_weights=QueryWeights(decay=0.98)),
     "roco": RoCo(),
     "window": Window(),
-    "tova": Mass(votes=Votes(window=1)),
+    "tova": AttentionMass(query_weights=QueryWeights(window=1)),
     "r-kv": RKV(),
     "keydiff": KeyDiff(),
     "knorm": KeyNorm(),
@@ -178,6 +178,6 @@ def scorer_named(name: str) -> Scorer | None:
         scorer = loaded() if isinstance(loaded, type) else loaded
     except Exception as error:  # another's code may raise anything
         raise UsageError(f"the policy {name!r} ({found.value}) cannot be loaded: {error}") from error
-    if not (callable(scorer) and all(hasattr(scorer, part) for part in ("needs", "votes", "every"))):
+    if not (callable(scorer) and all(hasattr(scorer, part) for part in ("needs", "query_weights", "every"))):
         raise UsageError(f"the policy {name!r} ({found.value}) is no scorer", hint="see bmx.compress.scorer_api.Scorer")
     return scorer  # type: ignore[no-any-return]

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bmx.compress.attention_scorers import AverageAttention, Mass, Recency, scorer_named
+from bmx.compress.attention_scorers import AttentionMass, AverageAttention, Recency, scorer_named
 from bmx.compress.budgets import Budget
-from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, Scorer, Seen, Votes
+from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, QueryWeights, Scorer, Seen
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kv.layout import KEY_GROUP, NOTES, FormatName, KVLayout, LayerLayout
+from bmx.kv.layout import KEY_GROUP, ROW_STATS, FormatName, KVLayout, LayerLayout
 from bmx.model.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PrefillChunk:
     Attributes:
         slot: the sequence's row of the batch.
         start: tokens of the sequence before the chunk.
-        limit: rows of the slot that the sequence may use.
+        row_limit: rows of the slot that the sequence may use.
         spans: positions from .. to that are never evicted.
         key: [T, K, D]; value [T, K, E]: the chunk's own.
         queries: [T, K, G, D].
@@ -47,7 +47,7 @@ class PrefillChunk:
 
     slot: int
     start: int
-    limit: int
+    row_limit: int
     spans: tuple[tuple[int, int], ...]
     key: Tensor
     value: Tensor
@@ -61,18 +61,19 @@ class EvictionRequest:
     """Decoding tokens of a group, one per slot, each about to take a row.
 
     Attributes:
-        slots: [B]; now [B], tokens seen by each before.
-        homes, seen: the same numbers, on the host; ``limits``: rows of its slot that each sequence may use.
-        rows: [B] those limits, or None where they are all of the slot.
+        slots: [B] slots of the group; ``positions`` [B]: of the tokens, equal to the tokens seen before.
+        slots_host, positions_host: the same numbers on the host.
+        row_limits_host: rows of its slot that each sequence may use.
+        row_limits: [B] the same, or None where each may use all of its slot.
         spans: [B, N, 2] positions that are never evicted, or None.
     """
 
     slots: Tensor
-    now: Tensor
-    homes: tuple[int, ...]
-    seen: tuple[int, ...]
-    limits: tuple[int, ...]
-    rows: Tensor | None = None
+    positions: Tensor
+    slots_host: tuple[int, ...]
+    positions_host: tuple[int, ...]
+    row_limits_host: tuple[int, ...]
+    row_limits: Tensor | None = None
     spans: Tensor | None = None
 
 
@@ -108,7 +109,7 @@ class CompressionPolicy:
             UsageError: no such scorer, or one that cannot be combined with the rest.
         """
         scorer = scorer_named(config.kv_policy)
-        adds_up = scorer is not None and Needs.MASS in scorer.needs
+        adds_up = scorer is not None and Needs.ATTENTION_MASS in scorer.needs
         for name, asked in (("kv_probe", config.kv_probe), ("kv_value_norm", config.kv_value_norm)):
             if asked and not adds_up:
                 hint = "average-attention, h2o, decay, roco, window, tova and r-kv do"
@@ -164,7 +165,7 @@ class CompressionPolicy:
             format=self.format,
             exact=0 if self.format == "auto" else KEY_GROUP if by_channel else min(self.recent, rows),
             by_channel=by_channel,
-            notes=() if by_age or self.scorer is None else self._notes,
+            row_stats=() if by_age or self.scorer is None else self._row_stats,
         )
 
     @property
@@ -182,36 +183,36 @@ class CompressionPolicy:
     @property
     def sums(self) -> tuple[str, ...]:
         """The notes that are sums of attention, in the order in which kernels give them."""
-        named = (("mass", Needs.MASS), ("probe", Needs.PROBE), ("squares", Needs.SQUARES))
+        named = (("mass", Needs.ATTENTION_MASS), ("probe", Needs.PROBE), ("squares", Needs.SQUARES))
         return tuple(name for name, need in named if need in self.needs)
 
     @property
-    def _notes(self) -> tuple[str, ...]:
+    def _row_stats(self) -> tuple[str, ...]:
         return self.sums + (() if self.every == 1 else ("rank",))
 
     def ranking(self, layout: LayerLayout) -> EvictionOrder | None:
         """How a layer's pairs are ranked, if it is so simple that a kernel can do it by itself; else None."""
         by = "age" if layout.by_age else _simply_by(self.scorer)
-        if by != "age" and (layout.notes != ("mass",) or self.value_norm):
+        if by != "age" and (layout.row_stats != ("mass",) or self.value_norm):
             return None
         return EvictionOrder(by=by, sink=self.sink, recent=self.recent, window=layout.window) if by else None
 
-    def old(self, queries: int) -> float:
+    def decay_over(self, queries: int) -> float:
         """What is left of the attention added up before, once that of so many queries comes on top."""
-        return 1.0 if self.scorer is None else self.scorer.votes.old(queries)
+        return 1.0 if self.scorer is None else self.scorer.query_weights.decay_over(queries)
 
     @property
-    def votes_differ(self) -> bool:
+    def weights_queries(self) -> bool:
         """Whether the attention of some queries counts for more than that of others."""
         scorer = self.scorer
-        return scorer is not None and Needs.MASS in scorer.needs and scorer.votes != Votes()
+        return scorer is not None and Needs.ATTENTION_MASS in scorer.needs and scorer.query_weights != QueryWeights()
 
-    def votes(self, queries: int, probes: int) -> list[list[float]]:
+    def query_weights(self, queries: int, probes: int) -> list[list[float]]:
         """The weight of each query in each way of adding up attention [M][T + probes]; squares are extra."""
         scorer = self.scorer
-        if scorer is None or Needs.MASS not in scorer.needs:
+        if scorer is None or Needs.ATTENTION_MASS not in scorer.needs:
             return []
-        mass = scorer.votes.weights(queries) + [0.0] * probes
+        mass = scorer.query_weights.weights(queries) + [0.0] * probes
         return [mass, [0.0] * queries + [1.0] * probes] if self.probe else [mass]
 
     def _score(self, seen: Seen) -> Tensor:
@@ -237,7 +238,7 @@ class CompressionPolicy:
             [..., K, R]: +inf for sink and recent tokens; -inf for empty rows and for tokens that no later query can
             see through the layer's window; else the scores, those of unranked tokens above all others.
         """
-        if "rank" in layout.notes:
+        if "rank" in layout.row_stats:
             scores = scores.where(scores != float("inf"), UNRANKED * (1 + positions / POSITIONS))
         scores = scores.masked_fill((positions < self.sink) | (positions >= now - self.recent), float("inf"))
         gone = positions < 0
@@ -249,63 +250,64 @@ class CompressionPolicy:
         """After a chunk has attended: note what it saw of the slot's rows, keep the best, drop the rest."""
         import torch  # here, since plans are made with policies and without torch
 
-        capacity, tokens = min(new.limit, part.layout.capacity), new.key.shape[0]
+        capacity, tokens = min(new.row_limit, part.layout.capacity), new.key.shape[0]
         used, now = min(new.start, capacity), new.start + tokens
         positions = torch.arange(new.start, now, device=new.key.device)
-        notes = self._add_up(part, new, used)
+        row_stats = self._add_up(part, new, used)
         if used + tokens <= capacity:
-            part.append(new.slot, used, new.key, new.value, positions, notes)
+            part.append(new.slot, used, new.key, new.value, positions, row_stats)
             return
         heads = new.key.shape[1]
-        rivals = torch.cat([part.positions[new.slot, :, :used], positions.expand(heads, -1)], dim=1)  # [K, P+T]
-        scores = self._scores_of_chunk(part, new, used, rivals, notes)
-        if "rank" in notes:
-            part.notes["rank"][new.slot, :, :used] = scores[:, :used]
-            notes["rank"] = scores[:, used:]
-        scores = self.protected(part.layout, scores, rivals, now)
+        candidates = torch.cat([part.positions[new.slot, :, :used], positions.expand(heads, -1)], dim=1)  # [K, P+T]
+        scores = self._scores_of_chunk(part, new, used, candidates, row_stats)
+        if "rank" in row_stats:
+            part.row_stats["rank"][new.slot, :, :used] = scores[:, :used]
+            row_stats["rank"] = scores[:, used:]
+        scores = self.protected(part.layout, scores, candidates, now)
         for start, stop in new.spans:
-            scores = scores.masked_fill((rivals >= start) & (rivals < stop), float("inf"))
+            scores = scores.masked_fill((candidates >= start) & (candidates < stop), float("inf"))
         best = scores.topk(capacity, dim=-1).indices
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
         free = keep.new_zeros(heads, capacity - used)  # rows that nothing was in are nothing to keep
         keep = torch.cat([keep[:, :used], free, keep[:, used:]], dim=1)
-        part.replace(new.slot, keep, new.key, new.value, positions, notes)
+        part.replace(new.slot, keep, new.key, new.value, positions, row_stats)
 
     def _add_up(self, part: LayerSlots, new: PrefillChunk, used: int) -> dict[str, Tensor]:
         """Add a chunk's attention to the notes of the rows in use; returns the notes of the chunk itself, [K, T]."""
         tokens, heads = new.key.shape[:2]
         own = {
-            name: new.key.new_full((heads, tokens), NOTES[name], dtype=note.dtype) for name, note in part.notes.items()
+            name: new.key.new_full((heads, tokens), ROW_STATS[name], dtype=stat.dtype)
+            for name, stat in part.row_stats.items()
         }
-        if new.sums is None or not part.notes:
+        if new.sums is None or not part.row_stats:
             return own
-        old = self.scorer.votes.old(tokens)  # type: ignore[union-attr]
+        old = self.scorer.query_weights.decay_over(tokens)  # type: ignore[union-attr]
         for name, seen in zip(self.sums, new.sums, strict=True):
-            row = part.notes[name][new.slot, :, :used]
+            row = part.row_stats[name][new.slot, :, :used]
             row.mul_(0.0 if name == "probe" else old).add_(seen[:, :used])
             own[name] = seen[:, used:]
         return own
 
     def _scores_of_chunk(
-        self, part: LayerSlots, new: PrefillChunk, used: int, rivals: Tensor, notes: Mapping[str, Tensor]
+        self, part: LayerSlots, new: PrefillChunk, used: int, candidates: Tensor, row_stats: Mapping[str, Tensor]
     ) -> Tensor:
         """Scores [K, P + T] of the rows in use and the chunk's tokens."""
         import torch
 
         if part.layout.by_age or self.scorer is None:
-            return rivals.float()
-        old = {name: part.notes[name][new.slot, :, :used] for name in self.sums}
-        shown = {name: torch.cat([old[name], notes[name]], dim=1) for name in self.sums}
+            return candidates.float()
+        old = {name: part.row_stats[name][new.slot, :, :used] for name in self.sums}
+        shown = {name: torch.cat([old[name], row_stats[name]], dim=1) for name in self.sums}
         if self.needs & (Needs.KEYS | Needs.VALUES):
             keys, values = part.read(new.slot, used)
             shown["keys"] = torch.cat([keys, new.key.transpose(0, 1)], dim=1)
             shown["values"] = torch.cat([values, new.value.transpose(0, 1)], dim=1)
         if Needs.QUERIES in self.needs:
             shown["queries"] = new.queries
-        now, surplus = new.start + new.key.shape[0], rivals.shape[1] - min(new.limit, part.layout.capacity)
+        now, surplus = new.start + new.key.shape[0], candidates.shape[1] - min(new.row_limit, part.layout.capacity)
         window = part.layout.window
         return self._score(
-            Seen(positions=rivals, now=now, shown=shown, surplus=surplus, window=window, scale=new.scale)
+            Seen(positions=candidates, now=now, shown=shown, surplus=surplus, window=window, scale=new.scale)
         )
 
     def victims(self, part: LayerSlots, going: EvictionRequest) -> Tensor:
@@ -316,22 +318,22 @@ class CompressionPolicy:
         Returns:
             [B, K] rows.
         """
-        positions, now = part.positions[going.slots], going.now.view(-1, 1, 1)
+        positions, now = part.positions[going.slots], going.positions.view(-1, 1, 1)
         if part.layout.by_age:
             scores = positions.float()
         elif self.every == 1:
-            notes = {name: part.notes[name][going.slots] for name in self.sums}
-            scores = self._score(Seen(positions=positions, now=now, shown=notes, window=part.layout.window))
+            row_stats = {name: part.row_stats[name][going.slots] for name in self.sums}
+            scores = self._score(Seen(positions=positions, now=now, shown=row_stats, window=part.layout.window))
         else:
             self._rank_again(part, going)
-            scores = part.notes["rank"][going.slots]
+            scores = part.row_stats["rank"][going.slots]
         scores = self.protected(part.layout, scores, positions, now)
         if going.spans is not None:
             first, stop = going.spans.unbind(-1)  # [B, N]
             inside = (positions.unsqueeze(-1) >= first[:, None, None]) & (positions.unsqueeze(-1) < stop[:, None, None])
             scores = scores.masked_fill(inside.any(-1), float("inf"))
-        if going.rows is not None:
-            beyond = _rows(scores) >= going.rows.view(-1, 1, 1)
+        if going.row_limits is not None:
+            beyond = _rows(scores) >= going.row_limits.view(-1, 1, 1)
             scores = scores.masked_fill(beyond, float("inf"))
         return scores.argmin(-1)
 
@@ -339,15 +341,15 @@ class CompressionPolicy:
         """Rank the pairs of the slots whose turn it is: when they have become full, and each so many tokens after."""
         if not self.every:
             return
-        for slot, now, limit in zip(going.homes, going.seen, going.limits, strict=True):
+        for slot, now, limit in zip(going.slots_host, going.positions_host, going.row_limits_host, strict=True):
             rows = min(limit, part.layout.capacity)
             if now < rows or (now - rows) % self.every:
                 continue
-            shown = {name: part.notes[name][slot, :, :rows] for name in self.sums}
+            shown = {name: part.row_stats[name][slot, :, :rows] for name in self.sums}
             if self.needs & (Needs.KEYS | Needs.VALUES):
                 shown["keys"], shown["values"] = part.read(slot, rows)
             seen = Seen(positions=part.positions[slot, :, :rows], now=now, shown=shown, window=part.layout.window)
-            part.notes["rank"][slot, :, :rows] = self._score(seen)
+            part.row_stats["rank"][slot, :, :rows] = self._score(seen)
 
     def observe(self, part: LayerSlots, slots: Tensor, sums: Tensor, first: bool) -> None:
         """Add what decoding tokens have attended to.
@@ -356,13 +358,13 @@ class CompressionPolicy:
             slots: [B]; sums [M, B, K, C], without the probe's.
             first: whether this layer is the first that reads these rows: what was before fades once for each token.
         """
-        old = self.scorer.votes.old(1) if first else 1.0  # type: ignore[union-attr]
+        old = self.scorer.query_weights.decay_over(1) if first else 1.0  # type: ignore[union-attr]
         for name, seen in zip((name for name in self.sums if name != "probe"), sums, strict=True):
-            note = part.notes[name]
+            stat = part.row_stats[name]
             if old == 1:
-                note.index_add_(0, slots, seen)
+                stat.index_add_(0, slots, seen)
             else:
-                note[slots] = note[slots] * old + seen
+                stat[slots] = stat[slots] * old + seen
 
 
 def left_to_kernels(config: EngineConfig) -> bool:
@@ -373,7 +375,7 @@ def left_to_kernels(config: EngineConfig) -> bool:
 
 def _simply_by(scorer: Scorer | None) -> str:
     """What a ``EvictionOrder`` calls the way of a scorer; nothing if it has no word for it."""
-    if isinstance(scorer, Mass):
+    if isinstance(scorer, AttentionMass):
         return "mass"
     if isinstance(scorer, AverageAttention):
         return "average"

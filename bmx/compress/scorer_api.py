@@ -20,7 +20,7 @@ class Needs(Flag):
     """What a scorer must see beside positions; nothing that no scorer needs is computed or remembered."""
 
     NOTHING = 0
-    MASS = auto()  # attention that each key received from the queries so far
+    ATTENTION_MASS = auto()  # attention that each key received from the queries so far
     SQUARES = auto()  # squares of those probabilities, added up
     PROBE = auto()  # attention from the queries of the probe text
     KEYS = auto()
@@ -32,7 +32,7 @@ TENSORS = Needs.KEYS | Needs.VALUES | Needs.QUERIES
 
 
 @dataclass(frozen=True, slots=True)
-class Votes:
+class QueryWeights:
     """How the attention of many queries becomes one number per key: with which weight each query's counts.
 
     Attributes:
@@ -44,7 +44,7 @@ class Votes:
     decay: float = 1.0
     window: int | None = None
 
-    def old(self, queries: int) -> float:
+    def decay_over(self, queries: int) -> float:
         """The weight of what was added up before, once so many queries come on top."""
         return self.decay**queries if self.window is None else max(0.0, 1 - queries / self.window)
 
@@ -75,7 +75,7 @@ class Seen:
     scale: float = 1.0
 
     @property
-    def mass(self) -> Tensor:
+    def attention_mass(self) -> Tensor:
         """[..., K, R] float32, attention received: weighted by the votes, averaged over the heads of the group."""
         return self.shown["mass"]
 
@@ -129,7 +129,7 @@ class Scorer(Protocol):
     every: ClassVar[int]
 
     @property
-    def votes(self) -> Votes:
+    def query_weights(self) -> QueryWeights:
         """How attention is added up."""
         ...
 
@@ -144,4 +144,4 @@ class ScorerDefaults:
 
     needs: ClassVar[Needs] = Needs.NOTHING
     every: ClassVar[int] = 1
-    votes: Votes = Votes()
+    query_weights: QueryWeights = QueryWeights()

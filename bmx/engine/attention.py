@@ -88,10 +88,10 @@ class SlotAttention:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, H or K, D or E]
         output = torch.empty(q.shape[0], q.shape[1], v.shape[-1], dtype=q.dtype, device=q.device)
         if not self._decoded(step, output, q, k, v, details):
-            if step.everyone is not None and not step.decodes:
+            if step.decode_batch is not None and not step.decode_groups:
                 raise RuntimeError("no kernel takes this step")
-            for decodes in step.decodes:
-                output[decodes.rows] = self._decode(step, decodes, q, k, v, details)
+            for group in step.decode_groups:
+                output[group.rows] = self._decode(step, group, q, k, v, details)
         if not self._read(step, output, q, k, v, details):
             for index, chunk in enumerate(step.prompts):
                 output[chunk.rows] = self._prompt(step, index, chunk, q, k, v, details)
@@ -113,24 +113,24 @@ class SlotAttention:
 
     def _decoded(self, step: PackedStep, output: Tensor, q: Tensor, k: Tensor, v: Tensor, details: Details) -> bool:
         """Have the kernels do all that decoding tokens need in a layer; False, and nothing is done, if they cannot."""
-        alone, everyone = self._alone[step.layer], step.everyone
+        alone, decode_batch = self._alone[step.layer], step.decode_batch
         if alone is None or not step.plain:
             return False
-        if everyone is None:
+        if decode_batch is None:
             return True
-        (rows, ranking), mine = alone, slice(len(everyone.slots))
+        (rows, ranking), mine = alone, slice(len(decode_batch.slots))
         return self._kernels.decode(  # type: ignore[no-any-return]
             output[mine],
             q[mine],
             k[mine],
             v[mine],
             rows,
-            everyone.slots,
-            everyone.positions,
-            everyone.limits,
+            decode_batch.slots,
+            decode_batch.positions,
+            decode_batch.row_limits,
             ranking=ranking,
-            old=self._policy.old(1),
-            count=rows.mass is not None and everyone.evicting,
+            old=self._policy.decay_over(1),
+            count=rows.mass is not None and decode_batch.evicting,
             **details.options,
         )
 
@@ -150,11 +150,11 @@ class SlotAttention:
         """A chunk attends to its slot and itself, and its survivors move in: output [T, H, E]."""
         part = self._pool.layer(chunk.group, step.layer)
         layout, tokens = part.layout, chunk.length
-        used = min(chunk.start, chunk.limit, layout.capacity)
+        used = min(chunk.start, chunk.row_limit, layout.capacity)
         shared = step.shared.get((layout.owner, index)) or Shared(k[chunk.rows], v[chunk.rows], None)
         keys, values = part.read(chunk.slot, used)
-        evicting = chunk.total > min(chunk.limit, layout.capacity)
-        votes = self._votes(tokens, chunk.probes, q.device) if evicting and layout.notes else None
+        evicting = chunk.total > min(chunk.row_limit, layout.capacity)
+        votes = self._votes(tokens, chunk.probes, q.device) if evicting and layout.row_stats else None
         output, sums = self._kernels.attend_chunk(
             q[chunk.rows],
             shared.key,
@@ -177,7 +177,7 @@ class SlotAttention:
         arrived = PrefillChunk(
             slot=chunk.slot,
             start=chunk.start,
-            limit=chunk.limit,
+            row_limit=chunk.row_limit,
             spans=chunk.spans,
             key=shared.key[:tokens],
             value=shared.value[:tokens],
@@ -194,68 +194,69 @@ class SlotAttention:
         if found is None:
             if len(self._weights) >= KEPT_VOTES:
                 self._weights.clear()
-            votes = self._policy.votes(tokens, probes)
+            votes = self._policy.query_weights(tokens, probes)
             sent = upload(votes, device, torch.float32) if votes else None
             found = self._weights[tokens, probes] = sent
         return found
 
     def _decode(
-        self, step: PackedStep, decodes: DecodeGroup, q: Tensor, k: Tensor, v: Tensor, details: Details
+        self, step: PackedStep, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor, details: Details
     ) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
-        part = self._pool.layer(decodes.group, step.layer)
+        part = self._pool.layer(group.group, step.layer)
         if part.layout.owner == step.layer:
-            self._insert(part, decodes, k[decodes.rows], v[decodes.rows])
-        output, sums = self._attend(part, decodes, q[decodes.rows], details)
+            self._insert(part, group, k[group.rows], v[group.rows])
+        output, sums = self._attend(part, group, q[group.rows], details)
         if sums is not None:
-            self._policy.observe(part, decodes.slots, sums, first=part.layout.owner == step.layer)
+            self._policy.observe(part, group.slots, sums, first=part.layout.owner == step.layer)
         return output
 
     def _attend(
-        self, part: LayerSlots, decodes: DecodeGroup, query: Tensor, details: Details
+        self, part: LayerSlots, group: DecodeGroup, query: Tensor, details: Details
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C]."""
         options, layout = details.options, part.layout
-        options["want_mass"] = "mass" in layout.notes and decodes.evicting(layout.capacity)
-        options["squares"] = "squares" in layout.notes
-        options["hidden"] = _hidden_from_decodes(part, decodes)
+        options["want_mass"] = "mass" in layout.row_stats and group.evicting(layout.capacity)
+        options["squares"] = "squares" in layout.row_stats
+        options["hidden"] = _hidden_from_decodes(part, group)
         if part.as_they_are:
-            return self._kernels.attend_slots(query, *part.read_slots(slice(None)), decodes.slots, **options)  # type: ignore[no-any-return]
-        return self._kernels.attend_slots(query, *part.read_slots(decodes.slots), **options)  # type: ignore[no-any-return]
+            return self._kernels.attend_slots(query, *part.read_slots(slice(None)), group.slots, **options)  # type: ignore[no-any-return]
+        return self._kernels.attend_slots(query, *part.read_slots(group.slots), **options)  # type: ignore[no-any-return]
 
-    def _insert(self, part: LayerSlots, decodes: DecodeGroup, k: Tensor, v: Tensor) -> None:
+    def _insert(self, part: LayerSlots, group: DecodeGroup, k: Tensor, v: Tensor) -> None:
         """Write the tokens' own keys: into the next empty row, or over the lowest-ranked unprotected one."""
         capacity = part.layout.capacity
-        full = [now >= min(limit, capacity) for now, limit in zip(decodes.seen, decodes.limits, strict=True)]
-        rows = decodes.positions.unsqueeze(1)  # [B, 1]
+        limits = zip(group.positions_host, group.row_limits_host, strict=True)
+        full = [position >= min(limit, capacity) for position, limit in limits]
+        rows = group.positions.unsqueeze(1)  # [B, 1]
         if any(full):
-            limited = decodes.limited if decodes.limited is None else decodes.limited.clamp(max=capacity)
+            row_limits = group.row_limits if group.row_limits is None else group.row_limits.clamp(max=capacity)
             going = EvictionRequest(
-                slots=decodes.slots,
-                homes=decodes.homes,
-                now=decodes.positions,
-                seen=decodes.seen,
-                limits=decodes.limits,
-                rows=limited,
-                spans=decodes.spans,
+                slots=group.slots,
+                slots_host=group.slots_host,
+                positions=group.positions,
+                positions_host=group.positions_host,
+                row_limits_host=group.row_limits_host,
+                row_limits=row_limits,
+                spans=group.spans,
             )
             victims = self._policy.victims(part, going)
-            least = capacity if limited is None else limited.unsqueeze(1)
+            least = capacity if row_limits is None else row_limits.unsqueeze(1)
             rows = victims if all(full) else torch.where(rows >= least, victims, rows)
-        part.write(decodes.slots, rows, k, v, decodes.positions)
+        part.write(group.slots, rows, k, v, group.positions)
 
 
-def _hidden_from_decodes(part: LayerSlots, decodes: DecodeGroup) -> Tensor | None:
+def _hidden_from_decodes(part: LayerSlots, group: DecodeGroup) -> Tensor | None:
     """Broadcastable to [B, K, C]: rows not in use yet or out of a sliding window; None if all count."""
     layout = part.layout
-    last = decodes.positions.view(-1, 1, 1)
+    last = group.positions.view(-1, 1, 1)
     hidden = None
-    if decodes.limited is not None or min(decodes.seen) + 1 < layout.capacity:
+    if group.row_limits is not None or min(group.positions_host) + 1 < layout.capacity:
         rows = torch.arange(layout.capacity, device=last.device)
         hidden = rows > last
-        if decodes.limited is not None:
-            hidden = hidden | (rows >= decodes.limited.view(-1, 1, 1))
+        if group.row_limits is not None:
+            hidden = hidden | (rows >= group.row_limits.view(-1, 1, 1))
     if layout.window is not None and not layout.by_age:
-        old = part.positions[decodes.slots] <= last - layout.window
+        old = part.positions[group.slots] <= last - layout.window
         hidden = old if hidden is None else hidden | old
     return hidden

@@ -37,7 +37,7 @@ class GraphRow:
     """One sequence that decodes.
 
     Attributes:
-        slot: the number of its slot; position: of the token that is computed next; limit: rows it may use.
+        slot: the number of its slot; position: of the token that is computed next; row_limit: rows it may use.
         tokens: that it shall decode, at most the rounds.
         ends: tokens that end it.
         long: whether it is longer than the positions that a model with two sets of frequencies was trained on first.
@@ -46,7 +46,7 @@ class GraphRow:
 
     slot: int
     position: int
-    limit: int
+    row_limit: int
     tokens: int
     ends: tuple[int, ...] = ()
     long: bool = False
@@ -150,7 +150,7 @@ class Round:
         lists = [
             [row.slot for row in rows],
             [row.position for row in rows],
-            [row.limit for row in rows],
+            [row.row_limit for row in rows],
             [row.tokens for row in rows],
             [int(row.long) for row in rows],
             *([row.ends[i] if i < len(row.ends) else NO_TOKEN for row in rows] for i in range(ENDS)),
@@ -185,7 +185,7 @@ class Round:
             input_ids=self._next_ids[mine].unsqueeze(0),
             positions=positions.unsqueeze(0),
             logits_at=0,
-            everyone=DecodeBatch(slots=mine, positions=positions, limits=limits, evicting=True),
+            decode_batch=DecodeBatch(slots=mine, positions=positions, row_limits=limits, evicting=True),
         )
         logits = self._forward(step, long)
         if self._drawn:

@@ -30,7 +30,7 @@ class PromptChunk:
         group, slot: where its sequence lives; ``start``: tokens of it before the chunk.
         probes: how many of the packed rows are the probe's: they see the chunk, and leave nothing behind.
         total: tokens of the sequence when its answer is as long as it may get.
-        limit: rows of the slot that it may use.
+        row_limit: rows of the slot that it may use.
         spans: positions from .. to that are never evicted.
     """
 
@@ -39,7 +39,7 @@ class PromptChunk:
     slot: int
     start: int
     total: int
-    limit: int
+    row_limit: int
     probes: int = 0
     spans: tuple[tuple[int, int], ...] = ()
 
@@ -56,8 +56,9 @@ class DecodeGroup:
     Attributes:
         rows: their packed rows.
         slots: [B]; positions [B]: the tokens' positions, equal to the tokens of their sequences seen before.
-        homes, seen: the same on the host; ``totals`` and ``limits`` as in ``PromptChunk``.
-        limited: [B] the limits, where some sequence may not use all of its slot; else None.
+        slots_host, positions_host: the same on the host; ``totals`` as in ``PromptChunk``.
+        row_limits_host: rows of its slot that each sequence may use.
+        row_limits: [B] the same, where some sequence may not use all of its slot; else None.
         spans: [B, N, 2] positions that are never evicted, or None.
     """
 
@@ -65,16 +66,16 @@ class DecodeGroup:
     group: int
     slots: Tensor
     positions: Tensor
-    homes: tuple[int, ...]
-    seen: tuple[int, ...]
+    slots_host: tuple[int, ...]
+    positions_host: tuple[int, ...]
     totals: tuple[int, ...]
-    limits: tuple[int, ...]
-    limited: Tensor | None = None
+    row_limits_host: tuple[int, ...]
+    row_limits: Tensor | None = None
     spans: Tensor | None = None
 
     def evicting(self, capacity: int) -> bool:
         """Whether any of these sequences will ever evict in a layer of so many rows."""
-        return any(total > min(limit, capacity) for total, limit in zip(self.totals, self.limits, strict=True))
+        return any(total > min(limit, capacity) for total, limit in zip(self.totals, self.row_limits_host, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +83,14 @@ class DecodeBatch:
     """The decoding tokens of all groups, the first ones of the packing.
 
     Attributes:
-        slots: [B] numbers of slots, -1 where a packed row is idle; ``positions`` [B]; ``limits`` [B].
+        slots: [B] numbers of slots, -1 where a packed row is idle; ``positions`` [B].
+        row_limits: [B] rows of its slot that each sequence may use.
         evicting: whether any of their sequences will ever evict in some layer.
     """
 
     slots: Tensor
     positions: Tensor
-    limits: Tensor
+    row_limits: Tensor
     evicting: bool
 
 
@@ -99,7 +101,8 @@ class PackedStep:
     Attributes:
         input_ids, positions: [1, T].
         logits_at: packed rows whose logits are wanted; 0 for all.
-        everyone: the decoding tokens, or None; ``decodes`` the same by group, empty if only the former may be used.
+        decode_batch: the decoding tokens, or None.
+        decode_groups: the same by group; empty if only ``decode_batch`` may be used.
         chunks: the prompt chunks behind them, or None; ``prompts`` the same one by one.
         plain: no chunk and no sequence asks for more than kernels know: no probe, no spans.
         layer: the layer whose turn it is.
@@ -109,8 +112,8 @@ class PackedStep:
     input_ids: Tensor
     positions: Tensor
     logits_at: Tensor | int
-    everyone: DecodeBatch | None = None
-    decodes: tuple[DecodeGroup, ...] = ()
+    decode_batch: DecodeBatch | None = None
+    decode_groups: tuple[DecodeGroup, ...] = ()
     chunks: Chunks | None = None
     prompts: tuple[PromptChunk, ...] = ()
     plain: bool = True
@@ -133,22 +136,22 @@ class Packer:
 
     Attributes:
         policy: says how chunks vote.
-        before: slots of the groups before each.
+        slot_offsets: slots of the groups before each.
         probe: token ids behind a chunk whose sequence evicts.
         max_length: most positions that the model knows.
         device: where the step is computed.
     """
 
     policy: CompressionPolicy
-    before: tuple[int, ...]
+    slot_offsets: tuple[int, ...]
     probe: tuple[int, ...]
     max_length: int
     device: torch.device
 
     def number(self, sequence: Sequence) -> int:
         """The number of a sequence's slot among those of all groups."""
-        group, slot = sequence.home
-        return self.before[group] + slot
+        group, slot = sequence.slot_index
+        return self.slot_offsets[group] + slot
 
     def asked(self, chunk: Chunk) -> tuple[int, ...]:
         """The probe's tokens behind a chunk: none for a sequence that keeps all it has."""
@@ -194,9 +197,9 @@ class Packer:
             decoding: chunks of decoding sequences, the first of the packing.
         """
         members = [chunk.sequence for chunk in decoding]
-        table = _table(prompts, self.before)
+        table = _table(prompts, self.slot_offsets)
         numbers, limited = [self.number(s) for s in members], [s.rows_needed for s in members]
-        lists = (ids, positions, logits_at, numbers, limited, *table, [s.home[1] for s in members])
+        lists = (ids, positions, logits_at, numbers, limited, *table, [s.slot_index.slot for s in members])
         there = _uploaded(lists, self.device)
         input_ids, everywhere, wanted, slots, limits = there[:5]
         if members:
@@ -207,27 +210,27 @@ class Packer:
             input_ids=input_ids.unsqueeze(0),
             positions=everywhere.unsqueeze(0),
             logits_at=wanted,
-            everyone=self._everyone(members, slots, starts, limits) if members else None,
-            decodes=self._by_group(decoding, there[-1], starts, limits),
+            decode_batch=self._decode_batch(members, slots, starts, limits) if members else None,
+            decode_groups=self._by_group(decoding, there[-1], starts, limits),
             chunks=self._chunks(table, torch.stack(there[5:11]), prompts, len(ids)) if prompts else None,
             prompts=tuple(prompts),
             plain=not spans and not any(chunk.probes for chunk in prompts),
         )
 
-    def _everyone(self, members: list[Sequence], slots: Tensor, starts: Tensor, limits: Tensor) -> DecodeBatch:
+    def _decode_batch(self, members: list[Sequence], slots: Tensor, starts: Tensor, limits: Tensor) -> DecodeBatch:
         evicting = any(self.policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in members)
-        return DecodeBatch(slots=slots, positions=starts, limits=limits, evicting=evicting)
+        return DecodeBatch(slots=slots, positions=starts, row_limits=limits, evicting=evicting)
 
     def _chunks(self, table: list[list[int]], sent: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
         at, lengths, slots, starts, limits, totals = map(tuple, table)
         votes = old = None
-        if self.policy.votes_differ:
+        if self.policy.weights_queries:
             weights = [0.0] * tokens
             for chunk in prompts:
                 begin = chunk.rows.start
-                weights[begin : begin + chunk.length] = self.policy.votes(chunk.length, 0)[0]
+                weights[begin : begin + chunk.length] = self.policy.query_weights(chunk.length, 0)[0]
             votes = upload(weights, self.device, torch.float32)
-            old = upload([self.policy.old(length) for length in lengths], self.device, torch.float32)
+            old = upload([self.policy.decay_over(length) for length in lengths], self.device, torch.float32)
         return Chunks(
             at=at,
             lengths=lengths,
@@ -244,7 +247,7 @@ class Packer:
         self, decoding: list[Chunk], slots: Tensor, starts: Tensor, limits: Tensor
     ) -> tuple[DecodeGroup, ...]:
         found, row = [], 0
-        for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.home[0]):
+        for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.slot_index.group):
             chunks = list(members)
             rows = slice(row, row + len(chunks))
             sequences = [chunk.sequence for chunk in chunks]
@@ -254,11 +257,11 @@ class Packer:
                     group=group,
                     slots=slots[rows],
                     positions=starts[rows],
-                    homes=tuple(sequence.home[1] for sequence in sequences),
-                    seen=tuple(chunk.start for chunk in chunks),
+                    slots_host=tuple(sequence.slot_index.slot for sequence in sequences),
+                    positions_host=tuple(chunk.start for chunk in chunks),
                     totals=tuple(sequence.total for sequence in sequences),
-                    limits=tuple(sequence.rows_needed for sequence in sequences),
-                    limited=limits[rows] if self.policy.budget.share else None,
+                    row_limits_host=tuple(sequence.rows_needed for sequence in sequences),
+                    row_limits=limits[rows] if self.policy.budget.share else None,
                     spans=self._spans(sequences),
                 )
             )
@@ -285,20 +288,17 @@ def _prompt_chunk(chunk: Chunk, rows: slice, probes: int) -> PromptChunk:
     sequence = chunk.sequence
     return PromptChunk(
         rows=rows,
-        group=sequence.home[0],
-        slot=sequence.home[1],
+        group=sequence.slot_index.group,
+        slot=sequence.slot_index.slot,
         start=chunk.start,
         total=sequence.total,
-        limit=sequence.rows_needed,
+        row_limit=sequence.rows_needed,
         probes=probes,
         spans=sequence.spans,
     )
 
 
-def _table(prompts: list[PromptChunk], before: tuple[int, ...]) -> list[list[int]]:
+def _table(prompts: list[PromptChunk], slot_offsets: tuple[int, ...]) -> list[list[int]]:
     """What ``Chunks`` says of each, as six lists."""
-    rows = [
-        (chunk.rows.start, chunk.length, before[chunk.group] + chunk.slot, chunk.start, chunk.limit, chunk.total)
-        for chunk in prompts
-    ]
+    rows = [(c.rows.start, c.length, slot_offsets[c.group] + c.slot, c.start, c.row_limit, c.total) for c in prompts]
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(6)]

@@ -18,13 +18,13 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs
 from bmx.engine.scheduler import Step
 from bmx.engine.sequence import Prefix, Sequence
+from bmx.kv.layout import SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
 from bmx.plan.planner import SlotGroup
 
 LEAST = 64  # tokens that are worth a copy
 UNIT = 32  # prompts that may be cut anywhere are cut at multiples of it, though they share a little more by chance
-Home = tuple[int, int]  # group and slot
 
 
 class Prompt(Protocol):
@@ -49,7 +49,13 @@ class Prompt(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """A layer's part of a slot: its rows, whether all that it can still see fits in them, whether it keeps notes."""
+    """A layer's part of a slot.
+
+    Attributes:
+        rows: its capacity.
+        lossless: whether all that a later query can still see fits in them.
+        noted: whether eviction keeps statistics of each row.
+    """
 
     rows: int
     lossless: bool
@@ -133,13 +139,13 @@ class Reuse:
     def _votes(self) -> int:
         """Tokens that the next chunk must have to make what was noted of attention before it count for nothing."""
         scorer = self.policy.scorer
-        return 1 if scorer is None or Needs.MASS not in scorer.needs else scorer.votes.window or 1
+        return 1 if scorer is None or Needs.ATTENTION_MASS not in scorer.needs else scorer.query_weights.window or 1
 
     def _layers_of(self, one: Prompt) -> tuple[LayerRows, ...]:
         if one.rows_needed not in self._layers:
             layout = self.policy.layout(self.spec, one.rows_needed)
             self._layers[one.rows_needed] = tuple(
-                LayerRows(layer.capacity, layer.by_age and layer.capacity == layer.window, bool(layer.notes))
+                LayerRows(layer.capacity, layer.by_age and layer.capacity == layer.window, bool(layer.row_stats))
                 for i, layer in enumerate(layout.layers)
                 if layer.owner == i
             )
@@ -148,9 +154,9 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class CachedPrefix:
-    """A copy of a prefix's state: the spare slot it is in, and the layers in which attention was added up for it."""
+    """A copy of a prefix's state: the slot it is in, and the layers in which attention was added up for it."""
 
-    home: Home
+    slot_index: SlotIndex
     scored: int
 
 
@@ -159,16 +165,17 @@ class PrefixCache:
 
     Args:
         reuse: what may be shared.
-        spare: slots for copies; ``group`` is the first one's number. None: nothing is shared.
+        prefix_slots: slots for copies; empty if nothing is shared.
+        group: the number of their first group.
         copy: puts the first tokens' state of a slot into another.
     """
 
     def __init__(
-        self, reuse: Reuse, spare: Seq[SlotGroup], group: int, copy: Callable[[Home, Home, int], None]
+        self, reuse: Reuse, prefix_slots: Seq[SlotGroup], group: int, copy: Callable[[SlotIndex, SlotIndex, int], None]
     ) -> None:
         self._reuse = reuse
         self._copy = copy
-        self._free = [(group + i, slot) for i, part in enumerate(spare) for slot in range(part.slots)]
+        self._free = [SlotIndex(group + i, slot) for i, part in enumerate(prefix_slots) for slot in range(part.slots)]
         self._known: WeakValueDictionary[tuple[object, ...], Prefix] = WeakValueDictionary()
         self._kept: dict[Prefix, CachedPrefix] = {}  # the least recently used first
         self._before: Sequence | None = None  # the one that was read last
@@ -225,7 +232,7 @@ class PrefixCache:
     def _begin(self, sequence: Sequence, prefix: Prefix) -> int:
         """Put the copy of a prefix into a sequence's slot; returns its tokens."""
         kept = self._kept[prefix] = self._kept.pop(prefix)  # now the most recently used
-        self._copy(kept.home, sequence.home, prefix.length)
+        self._copy(kept.slot_index, sequence.slot_index, prefix.length)
         sequence.computed = prefix.length
         return prefix.length
 
@@ -235,16 +242,16 @@ class PrefixCache:
             one, end = chunk.sequence, chunk.start + chunk.length
             if end in one.stops:
                 prefix = next(p for p in one.prefixes if p.length == end)
-                home = self._home_for(prefix)
-                self._copy(one.home, home, end)
-                self._kept[prefix] = CachedPrefix(home, self._reuse.scored(one))
+                slot_index = self._slot_for(prefix)
+                self._copy(one.slot_index, slot_index, end)
+                self._kept[prefix] = CachedPrefix(slot_index, self._reuse.scored(one))
 
-    def _home_for(self, prefix: Prefix) -> Home:
-        """A spare slot; whatever was in it is a copy no longer."""
+    def _slot_for(self, prefix: Prefix) -> SlotIndex:
+        """A slot for the copy; whatever was in it is a copy no longer."""
         if prefix not in self._kept and self._free:
             return self._free.pop()
         going = prefix if prefix in self._kept else next(iter(self._kept))
-        return self._kept.pop(going).home
+        return self._kept.pop(going).slot_index
 
 
 def common_tokens(one: list[int], other: list[int]) -> int:

@@ -86,7 +86,7 @@ class ModelRunner:
         self._kernels = kernels
         self._packer = Packer(
             policy=policy,
-            before=self.pool.before,
+            slot_offsets=self.pool.slot_offsets,
             probe=probe,
             max_length=self._max_length,
             device=self._model.device,
@@ -118,7 +118,7 @@ class ModelRunner:
             return self._graphs.decode([self._decoding_row(chunk) for chunk in step.chunks])
         for chunk in step.chunks:
             if chunk.start == 0 and not self._masked:
-                self.pool.reset(*chunk.sequence.home)
+                self.pool.reset(*chunk.sequence.slot_index)
         logits = self._logits(self._packer.packed(step, self._next_ids), self._segments(step))
         return self._sampled([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
 
@@ -134,7 +134,7 @@ class ModelRunner:
         return GraphRow(
             slot=self._packer.number(sequence),
             position=chunk.start,
-            limit=sequence.rows_needed,
+            row_limit=sequence.rows_needed,
             tokens=chunk.length,
             ends=sequence.last_ids,
             long=self._rope is not None and self._rope.is_long(sequence.total),
@@ -195,7 +195,7 @@ class ModelRunner:
                 slot=0,
                 start=start,
                 total=start + chunk + evicts,
-                limit=capacity,
+                row_limit=capacity,
                 probes=min(size.probe, rows.stop - rows.start - 1),
             )
             for rows in spots

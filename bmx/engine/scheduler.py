@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from bmx.engine.sequence import Sequence
+from bmx.kv.layout import SlotIndex
 from bmx.plan.planner import SlotGroup, StepSize
 
 
@@ -137,7 +138,7 @@ class Scheduler:
         if not fitting:
             return False
         _, group = min(fitting)
-        sequence.slot = (group, self._free[group].pop())
+        sequence.slot = SlotIndex(group, self._free[group].pop())
         self._running.append(sequence)
         return True
 
@@ -149,7 +150,7 @@ class Scheduler:
         Args:
             rounds: most tokens that sequences decode where there is no prompt to read.
         """
-        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.home)
+        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.slot_index)
         reading = any(not (s.decoding or s.waits) for s in self._running)
         chunks = [Chunk(s, s.computed, 1 if reading else min(rounds, s.left)) for s in decodes]
         tokens = len(chunks)
@@ -202,9 +203,9 @@ class Scheduler:
         gone = set(map(id, sequences))
         self._running = [s for s in self._running if id(s) not in gone]
         for sequence in sequences:
-            group, slot = sequence.home
+            group, slot = sequence.slot_index
             self._free[group].append(slot)
 
     def capacity(self, sequence: Sequence) -> int:
         """Rows of the slot that a sequence has or had."""
-        return self._groups[sequence.home[0]].capacity
+        return self._groups[sequence.slot_index.group].capacity

@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from bmx.kv.layout import SlotIndex
 from bmx.model.prompt_encoder import Detokenizer, decode
 from bmx.plan.chunks import chunk_ends
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
@@ -60,7 +61,7 @@ class Sequence:
     started: float | None = None
     computed: int = 0
     promised: int = 0
-    slot: tuple[int, int] | None = None
+    slot: SlotIndex | None = None
     prefixes: list[Prefix] = field(default_factory=list)
     stops: tuple[int, ...] = ()
     waits: bool = False
@@ -92,7 +93,7 @@ class Sequence:
         return self.request.params
 
     @property
-    def home(self) -> tuple[int, int]:
+    def slot_index(self) -> SlotIndex:
         """(group, slot) of a sequence that has or had one."""
         if self.slot is None:
             raise RuntimeError(f"sequence {self.request.id!r} was never given a slot")

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FormatName = Literal["auto", "fp8", "int8", "int4"]
 BITS: Mapping[str, int] = {"fp8": 8, "int8": 8, "int4": 4}
 SCALE_BYTES = 2  # of a float16 scale or offset
 KEY_GROUP = 32  # tokens whose keys share the scales of their channels, where nothing is evicted
 POSITION_BYTES = 4  # of an int32 position
-NOTE_BYTES = 4  # of one float32 note
-NOTES: Mapping[str, float] = {  # what eviction may remember of each pair, and what is noted of a new one
+ROW_STAT_BYTES = 4  # of one float32 note
+ROW_STATS: Mapping[str, float] = {  # what eviction may remember of each pair, and what is noted of a new one
     "mass": 0.0,  # attention received
     "probe": -1.0,  # attention received from the probe; of a later token, none
     "squares": 0.0,  # squared attention received
     "rank": float("inf"),  # what it was ranked at; a new one goes after all that were
 }
+
+
+class SlotIndex(NamedTuple):
+    """Where a sequence's KV cache is: the group of slots, and the slot in it."""
+
+    group: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +41,7 @@ class LayerLayout:
         format: how pairs are stored: ``auto`` in the model's own type, else in fewer bits.
         exact: newest pairs that are kept in the model's own type as well, where others are not (W).
         by_channel: keys are scaled by channel and group of tokens, which works only where nothing is evicted.
-        notes: what eviction remembers of each pair, by name.
+        row_stats: what eviction remembers of each pair, by name.
         window: newest keys that a query may see, or None.
         owner: the layer that holds the rows; a layer that is not its own owner holds nothing.
         last_reader: the last layer that reads this owner's rows.
@@ -53,7 +60,7 @@ class LayerLayout:
     format: FormatName = "auto"
     exact: int = 0
     by_channel: bool = False
-    notes: tuple[str, ...] = ()
+    row_stats: tuple[str, ...] = ()
 
     @property
     def kv_bytes(self) -> int:
@@ -81,7 +88,7 @@ class LayerLayout:
     @property
     def score_bytes(self) -> int:
         """Bytes of what eviction needs to remember."""
-        return self.capacity * self.kv_heads * (POSITION_BYTES + NOTE_BYTES * len(self.notes))
+        return self.capacity * self.kv_heads * (POSITION_BYTES + ROW_STAT_BYTES * len(self.row_stats))
 
 
 @dataclass(frozen=True, slots=True)

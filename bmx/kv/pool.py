@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bmx.kernels.slot_views import Rows
 from bmx.kv.formats import ByChannel, Plain, Store, allocate
-from bmx.kv.layout import KEY_GROUP, NOTES, KVLayout, LayerLayout
+from bmx.kv.layout import KEY_GROUP, ROW_STATS, KVLayout, LayerLayout
 
 EMPTY = -1
 
@@ -58,7 +58,7 @@ class LayerSlots:
     Attributes:
         keys, values: stores of [S, K, C] vectors.
         positions: [S, K, C] int32, the token's position in its sequence, -1 where the row is empty.
-        notes: by name, [S, K, C] float32: what eviction remembers.
+        row_stats: by name, [S, K, C] float32: what eviction remembers.
         newest: exact copies of the newest pairs, where others are stored in fewer bits.
     """
 
@@ -66,7 +66,7 @@ class LayerSlots:
     keys: Store
     values: Store
     positions: Tensor
-    notes: Mapping[str, Tensor]
+    row_stats: Mapping[str, Tensor]
     newest: ExactWindow | None
 
     @classmethod
@@ -86,7 +86,7 @@ class LayerSlots:
             allocate(layout.format, shape, layout.key_dim, dtype, device, layout.by_channel),
             allocate(layout.format, shape, layout.value_dim, dtype, device, by_channel=False),
             torch.full(shape, EMPTY, dtype=torch.int32, device=device),
-            {name: torch.full(shape, NOTES[name], device=device) for name in layout.notes},
+            {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats},
             newest,
         )
 
@@ -94,8 +94,8 @@ class LayerSlots:
     def nbytes(self) -> int:
         """Bytes of all of it."""
         newest = self.newest.nbytes if self.newest else 0
-        notes = sum(note.nbytes for note in self.notes.values())
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + notes + newest
+        row_stats = sum(stat.nbytes for stat in self.row_stats.values())
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + row_stats + newest
 
     @property
     def slots(self) -> int:
@@ -132,8 +132,8 @@ class LayerSlots:
         at = (slots.unsqueeze(1), heads, rows)
         self.values.write(at, value)
         self.positions[at] = positions.unsqueeze(1).to(torch.int32)
-        for name, note in self.notes.items():
-            note[at] = NOTES[name]
+        for name, stat in self.row_stats.items():
+            stat[at] = ROW_STATS[name]
         if self.newest is not None:
             near = (slots.unsqueeze(1), heads, (positions % self.layout.exact).unsqueeze(1))
             self.newest.keys[near], self.newest.values[near] = key, value
@@ -145,7 +145,7 @@ class LayerSlots:
         self.keys.write_some((slots.unsqueeze(1), heads, group.unsqueeze(1)), self._near.keys[slots], ends)
 
     def append(
-        self, slot: int, used: int, key: Tensor, value: Tensor, positions: Tensor, notes: Mapping[str, Tensor]
+        self, slot: int, used: int, key: Tensor, value: Tensor, positions: Tensor, row_stats: Mapping[str, Tensor]
     ) -> None:
         """Put a chunk into the empty rows behind the ``used`` ones.
 
@@ -160,8 +160,8 @@ class LayerSlots:
             self.keys.write(at, key.transpose(0, 1))
         self.values.write(at, value.transpose(0, 1))
         self.positions[at] = positions.to(torch.int32)
-        for name, note in self.notes.items():
-            note[at] = notes[name]
+        for name, stat in self.row_stats.items():
+            stat[at] = row_stats[name]
         self._copy_newest(slot, key, value, positions)
 
     def _append_groups(self, slot: int, used: int, key: Tensor) -> None:
@@ -180,7 +180,7 @@ class LayerSlots:
         key: Tensor,
         value: Tensor,
         positions: Tensor,
-        notes: Mapping[str, Tensor],
+        row_stats: Mapping[str, Tensor],
     ) -> None:
         """Put the surviving tokens of a chunk into the rows of the slot that do not survive.
 
@@ -197,9 +197,9 @@ class LayerSlots:
         rows = going.shape[1]
         lies = self.positions[slot, :, :rows]
         lies.copy_(torch.where(going, positions[chosen].to(torch.int32), lies))
-        for name, note in self.notes.items():
-            mine = note[slot, :, :rows]
-            mine.copy_(torch.where(going, notes[name].gather(1, chosen), mine))
+        for name, stat in self.row_stats.items():
+            mine = stat[slot, :, :rows]
+            mine.copy_(torch.where(going, row_stats[name].gather(1, chosen), mine))
         self._copy_newest(slot, key, value, positions)
 
     def _copy_newest(self, slot: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
@@ -224,8 +224,8 @@ class LayerSlots:
         """Empty one slot. Values go too: a NaN among them would outlive any weight of zero."""
         self.values.clear(slot)
         self.positions[slot] = EMPTY
-        for name, note in self.notes.items():
-            note[slot] = NOTES[name]
+        for name, stat in self.row_stats.items():
+            stat[slot] = ROW_STATS[name]
         if self.newest is not None:
             self.newest.rows[slot] = EMPTY
             self.newest.values[slot] = 0.0
@@ -243,8 +243,8 @@ class LayerSlots:
             for to, what in zip(_tensors(mine), _tensors(theirs), strict=True):
                 to[slot, :, :units] = what[other, :, :units]
         self.positions[slot, :, :rows] = source.positions[other, :, :rows]
-        for name in self.notes.keys() & source.notes.keys():
-            self.notes[name][slot, :, :rows] = source.notes[name][other, :, :rows]
+        for name in self.row_stats.keys() & source.row_stats.keys():
+            self.row_stats[name][slot, :, :rows] = source.row_stats[name][other, :, :rows]
         if self.newest is None or source.newest is None:
             return
         exact, theirs_exact = self.layout.exact, source.layout.exact
@@ -269,7 +269,7 @@ def _allocate(
     parts: Parts, dtype: torch.dtype, device: torch.device, tables: Tables
 ) -> tuple[tuple[LayerSlots, ...], Rows | None]:
     """One layer's slots in all groups; in one piece where they are ranked alike and stored as they are."""
-    alike = len({(part.notes, part.by_age) for part, _ in parts}) == 1
+    alike = len({(part.row_stats, part.by_age) for part, _ in parts}) == 1
     if alike and parts[0][0].format == "auto":
         return _in_one_piece(parts, dtype, device, tables)
     return tuple(LayerSlots.allocate(part, count, dtype, device) for part, count in parts), None
@@ -284,7 +284,7 @@ def _in_one_piece(
     total = sum(sizes)
     keys, values = (torch.zeros(total, dim, dtype=dtype, device=device) for dim in (layout.key_dim, layout.value_dim))
     positions = torch.full((total,), EMPTY, dtype=torch.int32, device=device)
-    notes = {name: torch.full((total,), NOTES[name], device=device) for name in layout.notes}
+    row_stats = {name: torch.full((total,), ROW_STATS[name], device=device) for name in layout.row_stats}
     found = []
     for (part, count), stop in zip(parts, accumulate(sizes), strict=True):
         shape, rows = (count, heads, part.capacity), slice(stop - count * heads * part.capacity, stop)
@@ -294,7 +294,7 @@ def _in_one_piece(
                 Plain(keys[rows].view(*shape, -1)),
                 Plain(values[rows].view(*shape, -1)),
                 positions[rows].view(shape),
-                {name: note[rows].view(shape) for name, note in notes.items()},
+                {name: stat[rows].view(shape) for name, stat in row_stats.items()},
                 None,
             )
         )
@@ -307,7 +307,7 @@ def _in_one_piece(
         keys=keys,
         values=values,
         positions=positions,
-        mass=notes.get("mass"),
+        mass=row_stats.get("mass"),
         first=first,
         capacity=capacity,
         kv_heads=heads,
@@ -328,14 +328,14 @@ class KVPool:
 
     Attributes:
         groups: by group, each layer's slots.
-        before: slots of the groups before each; slot s of group g is number before[g] + s.
+        slot_offsets: slots of the groups before each; slot s of group g is number slot_offsets[g] + s.
         rows: by layer, the slots of all groups in one piece, where they are ranked alike and stored as they are.
     """
 
     def __init__(
         self, layouts: tuple[KVLayout, ...], slots: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.before = tuple(accumulate(slots, initial=0))
+        self.slot_offsets = tuple(accumulate(slots, initial=0))
         own: dict[int, tuple[tuple[LayerSlots, ...], Rows | None]] = {}
         tables: Tables = {}
         for i, layer in enumerate(layouts[0].layers):
