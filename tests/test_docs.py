@@ -1,47 +1,112 @@
-"""What the README and the samples say is true of the program."""
+"""What the documentation and the samples say is true of the program."""
 
 from __future__ import annotations
 
 import configparser
 import json
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import typer
+from test_structure import ROOMS
 
-from bmx.cli.commands import EXIT_SOME_FAILED
-from bmx.config import JobConfig, RunConfig, all_settings
+from bmx.cli.commands import EXIT_SOME_FAILED, app
+from bmx.config import JobConfig, RunConfig
 from bmx.errors import BmxError
 from bmx.shutdown import STOPPING, Interrupted
 
 ROOT = Path(__file__).parent.parent
 SERVED = ("--served-model-name", "SmolLM2-135M-Instruct")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+COMMANDS = typer.main.get_command(app)
 
 
-def test_every_flag_in_the_readme_exists():
-    known = {f"--{setting.name.replace('_', '-')}" for _, setting in all_settings()}
-    known |= {"--max-input", "--gpu", "--gpu-memory", "--check", "--measure", "--json"}  # of plan-batch alone
-    known |= {"--min-agreement", "--rows", "--share-layers"}  # of calibrate alone
-    known |= {"--shape", "--input-tokens", "--output-tokens", "--prompts", "--preset"}  # of bench alone
-    known |= {f"--no-{name[2:]}" for name in known}  # switches that are on
-    known |= {"--config", "--print-config", "--help", "--version", "--no-deps"}
-    named = set(re.findall(r"--[a-z][a-z-]+", README))
-    assert named
-    assert named <= known
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_every_file_in_the_readme_exists():
-    named = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.(?:py|md|yaml|jsonl))`", README)) - {
-        "prompts.out.jsonl",
-        "bmx.yaml",
-    }
-    assert named
-    missing = {name for name in named if not (ROOT / name).exists() and not list((ROOT / "bmx").rglob(name))}
-    assert missing == set()
+def flags_of(command: str | None = None) -> set[str]:
+    """The long flags of one command, or of all of them."""
+    commands = [COMMANDS.commands[command]] if command else [COMMANDS, *COMMANDS.commands.values()]
+    options = [param for each in commands for param in each.params]
+    return {flag for param in options for flag in (*param.opts, *param.secondary_opts)} | {"--help"}
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w/#-])--[a-z][a-z-]+", text))
+
+
+def blocks(text: str, section: str) -> list[str]:
+    """The indented blocks of a section of a page."""
+    body = text[text.index(f"## {section}\n") :].split("\n## ", maxsplit=1)[0]
+    return [textwrap.dedent(block).strip("\n") for block in re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", body)]
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).replace(" ", "-")
+
+
+@EVERY_PAGE
+def test_every_flag_exists(page):
+    assert flags_in(page.read_text(encoding="utf-8")) <= flags_of()
+
+
+@EVERY_PAGE
+def test_every_command_has_the_flags_that_it_is_shown_with(page):
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"(?m)^    bmx ([a-z][a-z-]+)(.*)$", text) + re.findall(r"`bmx ([a-z][a-z-]+)([^`]*)`", text)
+    assert {name for name, _ in shown} <= COMMANDS.commands.keys()
+    assert [(name, rest) for name, rest in shown if not flags_in(rest) <= flags_of(name)] == []
+
+
+@EVERY_PAGE
+def test_every_file_and_every_link_exists(page):
+    text = page.read_text(encoding="utf-8")
+    files = set(re.findall(r"`((?:[a-z_]+/)+[a-z0-9_]+\.(?:py|md|yaml|jsonl|sh))`", text))
+    assert {name for name in files if not (ROOT / name).exists()} == set()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        headings = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8")) if anchor else []
+        assert not anchor or anchor in map(slug, headings), target
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=[page.name for page in PAGES[1:]])
+def test_python_that_is_shown_runs(page, tmp_path):
+    """With the fake model in place of a real one."""
+    for number, block in enumerate(re.findall(r"(?ms)^```python\n(.*?)^```", page.read_text(encoding="utf-8"))):
+        file = tmp_path / f"shown{number}.py"
+        file.write_text(block.replace('"demo"', '"fake"'))
+        runpy.run_path(str(file), {"texts": ["w1 w2", "w3"]}, "shown")
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 150
+
+
+def test_the_import_rule_is_that_of_the_test():
+    [rule] = re.findall(r"\*\*The import rule:\*\* `(.*?)`", read("docs/architecture.md"))
+    assert tuple(rule.replace("ground files", "ground").split(", ")) == ROOMS
+
+
+def test_every_fault_in_a_tests_name_is_explained():
+    named = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for name in re.findall(r"def test_(\w+)", file.read_text(encoding="utf-8")):
+            named |= set(re.match(r"(?:[a-z]\d+_(?:and_)?)*", name)[0].replace("_and_", "_").strip("_").split("_"))
+    rows = re.findall(r"(?m)^\| ([a-z]\d+) \|.*\| (.*) \|$", read("docs/faults.md"))
+    assert named - {""} <= {name for name, _ in rows}
+    assert len(rows) == len(dict(rows))
+    files = {file for _, cell in rows for file in re.findall(r"`(.*?)`", cell)}
+    assert {file for file in files if not (ROOT / file).exists()} == set()
 
 
 @pytest.mark.parametrize("name", ["documents", "messages", "openai_batch"])
@@ -49,12 +114,6 @@ def test_the_sample_inputs_are_read_without_an_error(bmx, name):
     ended = bmx("run", ROOT / "sample_inputs" / f"{name}.jsonl", "-m", "fake", "-o", "out.jsonl", *SERVED)
     assert (ended.code, Path("out.jsonl.errors.jsonl").exists()) == (0, False)
     assert len(Path("out.jsonl").read_text(encoding="utf-8").splitlines()) >= 5
-
-
-def blocks(section: str) -> list[str]:
-    """The indented blocks of a section of the README."""
-    text = README[README.index(f"## {section}\n") :].split("\n## ")[0]
-    return [textwrap.dedent(block).strip("\n") for block in re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", text)]
 
 
 @pytest.fixture
@@ -66,7 +125,7 @@ def nightly(tmp_path):
     def here(text: str) -> str:
         return text.replace("/data/nightly", str(folder)).replace("/opt/bmx/bin/bmx", f"{sys.executable} -m bmx")
 
-    [script] = [block for block in blocks("At night") if block.startswith("#!/bin/sh")]
+    [script] = [block for block in recipes() if block.startswith("#!/bin/sh")]
     (folder / "tonight").write_text(here(script) + "\n")
     (folder / "tonight").chmod(0o755)
     (folder / "bmx.yaml").write_text("model: fake\n")
@@ -82,8 +141,12 @@ def nightly(tmp_path):
     return call
 
 
+def recipes() -> list[str]:
+    return blocks(read("docs/guide.md"), "At night")
+
+
 def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_rows(nightly):
-    [crontab] = [block.splitlines() for block in blocks("At night") if "@reboot" in block]
+    [crontab] = [block.splitlines() for block in recipes() if "@reboot" in block]
     assert re.match(r"15 1 \* \* \*  /", crontab[0])
     assert re.match(r"@reboot     /", crontab[1])
     assert "%" not in "".join(crontab)  # which would end a command of a crontab
@@ -94,7 +157,7 @@ def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_
     assert nightly(crontab[1].split(maxsplit=1)[1]) == 3
     assert len(nightly.output.read_text().splitlines()) == 5
     nightly.source.write_text(nightly.source.read_text().replace("bad", '{"prompt": "good"}'))
-    [retry] = [block for block in blocks("At night") if "--retry-failed" in block]
+    [retry] = [block for block in recipes() if "--retry-failed" in block]
     assert nightly(retry) == 0
     assert len(nightly.output.read_text().splitlines()) == 6
     nightly.log.write_text("")
@@ -103,7 +166,7 @@ def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_
 
 
 def test_the_systemd_timer_is_made_of_two_units_and_a_command_that_runs(nightly):
-    service, timer = (block for block in blocks("At night") if block.startswith("["))
+    service, timer = (block for block in recipes() if block.startswith("["))
     units = []
     for text in (service, timer):
         unit = configparser.ConfigParser()
@@ -114,18 +177,35 @@ def test_the_systemd_timer_is_made_of_two_units_and_a_command_that_runs(nightly)
     assert float(units[0]["Service"]["TimeoutStopSec"]) > JobConfig().shutdown_timeout
     assert nightly(units[0]["Service"]["ExecStart"]) == 3
     stats = json.loads((nightly.source.parent / "stats.json").read_text())
-    schema = re.search(r"`--stats-file` keeps.*?meaning\.", README, re.DOTALL)[0]
+    schema = re.search(r"`--stats-file` keeps.*?meaning\.", read("docs/reference.md"), re.DOTALL)[0]
     named = set(re.findall(r"`([a-z_]+)`", schema)) - {"running", "finished", "interrupted", "failed"}
     deep = {"rows", "throughput", "slots", "memory"}
     assert named | {"failed"} == set(stats) | set().union(*(stats[name] for name in deep))
 
 
 def test_the_table_of_exit_codes_is_that_of_the_errors():
-    table = README[README.index("| exit code |") :].split("\n\n")[0]
+    table = read("docs/reference.md").split("| exit code |")[1].split("\n\n")[0]
     codes = {int(code) for cell in re.findall(r"(?m)^\| ([\d, ]+) \|", table) for code in cell.split(",")}
     raised = {error.exit_code for error in [BmxError, *BmxError.__subclasses__()]}
     stopped = {Interrupted(number).exit_code for number in STOPPING}
     assert codes == {0, EXIT_SOME_FAILED} | raised | stopped
+
+
+def documented(section: str) -> set[str]:
+    """Names in the first columns of a section's table of fields."""
+    body = read("docs/reference.md").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return {name for cell in re.findall(r"(?m)^\| (`.*?) \|", body) for name in re.findall(r"`(\w+)`", cell)}
+
+
+def test_the_tables_of_fields_are_those_of_a_run(bmx):
+    Path("in.jsonl").write_text('{"id": "a", "prompt": "x"}\nbad\n')
+    assert bmx("run", "in.jsonl", "-m", "fake").code == EXIT_SOME_FAILED
+    record = json.loads(Path("in.out.jsonl").read_text())
+    manifest = json.loads(Path("in.out.jsonl.run.json").read_text())
+    failed = json.loads(Path("in.out.jsonl.errors.jsonl").read_text())
+    assert documented("The output") == set(record) | {"max_tokens"}  # which is there only where it was lowered
+    assert documented("The manifest") == set(manifest)
+    assert failed["error"]["code"] in documented("The error file")
 
 
 def test_the_sample_config_is_valid():
