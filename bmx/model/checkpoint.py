@@ -1,6 +1,6 @@
-"""What a model's files say of it: config.json, and of every tensor in safetensors files the name, type and shape.
+"""A checkpoint's description of itself: config.json, and the names, types and shapes of its safetensors tensors.
 
-Reads headers alone, never weights, and needs no torch; of architectures it knows the usual names of tensors.
+Reads headers, never weights, and needs no torch; of architectures, it knows the usual names of tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bmx.errors import ModelError
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LENGTH_BYTES = 8  # little-endian, before the header
-FLOATS = {"F64", "F32", "F16", "BF16"}  # loading turns these into the type of the activations
+FLOATS = {"F64", "F32", "F16", "BF16"}  # loading converts these to the type of the activations
 UNPACKED = {*FLOATS, "F8_E4M3", "F8_E5M2"}  # stored in the shape that the tensor has in the model
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 DAMAGED = "the file is damaged, an unfinished download or a git-lfs pointer: download it again"
@@ -25,22 +25,27 @@ DAMAGED = "the file is damaged, an unfinished download or a git-lfs pointer: dow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorHeader:
-    """One tensor of a checkpoint: its type as safetensors writes it (``BF16``, ``F8_E4M3``, ...) and its shape."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        dtype: its type by the name that safetensors uses: ``BF16``, ``F8_E4M3``, ...
+        shape: its sizes; quantised tensors may be packed.
+    """
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What is written in a folder's config.json.
+    """The contents of a folder's config.json.
 
     Raises:
-        ModelError: it is missing, or no JSON object.
+        ModelError: the file is missing, or is not a JSON object.
     """
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -57,13 +62,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """The tensors of a folder's safetensors files by name; none where it has no such file.
+    """The tensors of a folder's safetensors files by name; empty for a folder without such files.
 
-    As transformers does, it takes ``model.safetensors`` where there is one, else the shards that
-    ``model.safetensors.index.json`` names; failing both, every safetensors file.
+    As transformers does, it reads ``model.safetensors`` if it exists, else the shards that
+    ``model.safetensors.index.json`` names, else every safetensors file.
 
     Raises:
-        ModelError: a file is missing, or is not what its header promises.
+        ModelError: a file is missing, damaged, or shorter than its header says.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files: Iterable[Path]
@@ -84,7 +89,7 @@ def weight_bytes(headers: Mapping[str, TensorHeader], itemsize: int) -> int:
 
     Args:
         headers: the tensors by name.
-        itemsize: bytes of an activation; floating tensors are turned into its type, quantised ones stay as they are.
+        itemsize: bytes of an activation; floating tensors are converted to its type, quantised ones stay as they are.
     """
     return sum(
         tensor.size * itemsize if tensor.dtype in FLOATS else math.ceil(tensor.size * _bits(tensor.dtype) / 8)
@@ -93,13 +98,15 @@ def weight_bytes(headers: Mapping[str, TensorHeader], itemsize: int) -> int:
 
 
 def sizes_in_headers(headers: Mapping[str, TensorHeader], heads: int, kv_heads: int, head_dim: int) -> dict[str, float]:
-    """The sizes, by their keys in config.json, that the shapes of the tensors show; those of packed ones show none.
+    """The sizes that follow from the shapes of the tensors, by their keys in config.json.
+
+    Packed tensors tell nothing. A width alone does not tell how many heads share it, so config.json's heads are taken.
 
     Args:
         headers: the tensors by name.
-        heads: of queries, as config.json has them, like the next two: a width alone does not tell how it is divided.
-        kv_heads: of keys.
-        head_dim: of both.
+        heads: query heads, by config.json.
+        kv_heads: key and value heads, by config.json.
+        head_dim: size of a head, by config.json.
     """
     names = {name.removeprefix("model."): tensor for name, tensor in headers.items()}
     layers = [int(name.split(".")[1]) for name in names if re.match(r"layers\.\d+\.", name)]
@@ -108,22 +115,22 @@ def sizes_in_headers(headers: Mapping[str, TensorHeader], heads: int, kv_heads: 
         for name, tensor in names.items()
         if len(tensor.shape) == 2 and tensor.dtype in UNPACKED
     }
-    found: dict[str, float] = {"num_hidden_layers": max(layers) + 1} if layers else {}
+    sizes: dict[str, float] = {"num_hidden_layers": max(layers) + 1} if layers else {}
     if "embed_tokens" in weights:
-        found |= dict(zip(("vocab_size", "hidden_size"), weights["embed_tokens"], strict=True))
+        sizes |= dict(zip(("vocab_size", "hidden_size"), weights["embed_tokens"], strict=True))
     if "mlp.down_proj" in weights:
-        found["intermediate_size"] = weights["mlp.down_proj"][1]
+        sizes["intermediate_size"] = weights["mlp.down_proj"][1]
     if "self_attn.o_proj" not in weights or not weights.keys() & {"self_attn.k_proj", "self_attn.qkv_proj"}:
-        return found
+        return sizes
     q = weights["self_attn.o_proj"][1]
     k = weights["self_attn.k_proj"][0] if "self_attn.k_proj" in weights else (weights["self_attn.qkv_proj"][0] - q) / 2
     if q / heads == k / kv_heads:
-        return found | {"head_dim": q / heads}
-    return found | {"num_attention_heads": q / head_dim, "num_key_value_heads": k / head_dim}
+        return sizes | {"head_dim": q / heads}
+    return sizes | {"num_attention_heads": q / head_dim, "num_key_value_heads": k / head_dim}
 
 
 def _bits(dtype: str) -> int:
-    """Bits of an element: the number in the type's name, but for the types below a byte."""
+    """Bits of an element: the number in the type's name, except for types smaller than a byte."""
     if dtype in BITS:
         return BITS[dtype]
     digits = dtype.partition("_")[0].lstrip("BFIUC")
@@ -152,7 +159,7 @@ def _read_file(file: Path) -> dict[str, TensorHeader]:
             size = file.stat().st_size
             length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
             if size < LENGTH_BYTES or length > min(MAX_HEADER, size - LENGTH_BYTES):
-                raise ModelError(_problem(file, size, length), hint=DAMAGED)
+                raise ModelError(_header_problem(file, size, length), hint=DAMAGED)
             entries = json.loads(stream.read(length))
         entries.pop("__metadata__", None)
         headers = {name: _tensor(entry) for name, entry in entries.items()}
@@ -161,29 +168,29 @@ def _read_file(file: Path) -> dict[str, TensorHeader]:
         raise ModelError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(f"cannot read {file}: its safetensors header is corrupt", hint=DAMAGED) from error
-    promised = LENGTH_BYTES + length + end
-    if size < promised:
+    expected = LENGTH_BYTES + length + end
+    if size < expected:
         raise ModelError(
-            f"cannot read {file}: it has {size:,} bytes, and its header promises {promised:,}", hint=DAMAGED
+            f"cannot read {file}: it has {size:,} bytes, and its header promises {expected:,}", hint=DAMAGED
         )
     return headers
 
 
-def _problem(file: Path, size: int, length: int) -> str:
+def _header_problem(file: Path, size: int, length: int) -> str:
     if size >= LENGTH_BYTES and length > MAX_HEADER:
         return f"cannot read {file}: its header would be {length:,} bytes long, and safetensors allows {MAX_HEADER:,}"
     return f"cannot read {file}: it ends within its header"
 
 
 def _tensor(entry: Any) -> TensorHeader:
-    """A header's entry, checked.
+    """A checked entry of a header.
 
     Raises:
-        ValueError: a number is not one, or is negative.
+        ValueError: a size is not a number, or is negative.
         KeyError: a part is missing.
     """
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     sizes = [*shape, begin, end - begin]
     if type(dtype) is not str or any(type(size) is not int or size < 0 for size in sizes):
-        raise ValueError(f"not a tensor: {entry}")
+        raise ValueError(f"not a tensor's entry: {entry}")
     return TensorHeader(dtype=dtype, shape=tuple(shape))

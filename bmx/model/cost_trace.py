@@ -1,7 +1,7 @@
-"""What a packed token costs a model, found by running it on tensors that have shapes but no contents.
+"""What a packed token costs a model, measured by running it on meta tensors, which have shapes but no contents.
 
-Knows torch's operators and how long tensors live; knows nothing of particular architectures. The closed forms in
-``outline`` say the same for the common ones, without torch.
+Knows torch's operators and how long tensors live; knows nothing of particular architectures. For common ones, the
+closed formulas of ``config_spec`` give the same numbers without torch.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from bmx.errors import ModelError
 from bmx.model.rope import pin_rope
 from bmx.model.spec import Costs, use_attention
 
-FEW, MANY = 64, 128  # tokens of the two dry runs: what does not grow with the step cancels out
+FEW, MANY = 64, 128  # tokens of the two runs; costs that do not grow with the tokens cancel out
 
 
 def trace_costs(model: Any) -> Costs:
-    """The costs of a packed token.
+    """The costs of a packed token, without attention.
 
     Args:
-        model: a transformers model, best on the meta device; attention itself is left out.
+        model: a transformers model, best on the meta device.
     """
-    _Meter(model).run(1)  # what is computed once and kept (tables of frequencies) is no cost of a step
-    few, many = _Meter(model), _Meter(model)
+    _CostMeter(model).run(1)  # frequency tables are computed once and kept: no cost of a step
+    few, many = _CostMeter(model), _CostMeter(model)
     few.run(FEW)
     many.run(MANY)
     tokens = MANY - FEW
@@ -44,31 +44,31 @@ def trace_costs(model: Any) -> Costs:
 
 
 def token_costs(model: Any) -> Costs:
-    """What a token costs a model, whose weights may be anywhere.
+    """The costs of a packed token, traced on a copy of the model without contents where that runs.
 
     Raises:
-        ModelError: it looks into its numbers, and has none.
+        ModelError: the model is on the meta device and its code reads the values of tensors.
     """
-    for dtype in dict.fromkeys((model.dtype, torch.bfloat16)):  # experts take no other than the latter without contents
+    for dtype in dict.fromkeys((model.dtype, torch.bfloat16)):  # on the meta device, experts take bfloat16 alone
         with suppress(RuntimeError, NotImplementedError):
-            return trace_costs(twin(model, dtype)).scaled(model.dtype.itemsize / dtype.itemsize)
+            return trace_costs(meta_copy(model, dtype)).scaled(model.dtype.itemsize / dtype.itemsize)
     if model.device.type == "meta":
         raise ModelError(
-            f"the memory of {type(model).__name__} cannot be foretold: it looks into its numbers",
-            hint="bmx run --dry-run loads it and makes the plan",
+            f"the memory of {type(model).__name__} cannot be predicted: its code reads the values of tensors",
+            hint="bmx run --dry-run loads the model and makes the plan",
         )
     return trace_costs(model)
 
 
-def twin(model: Any, dtype: Any) -> Any:
-    """A model of the same class and sizes whose tensors hold nothing."""
+def meta_copy(model: Any, dtype: Any) -> Any:
+    """A model of the same class and sizes on the meta device, in torch's type ``dtype``."""
     with torch.device("meta"):
         copy = type(model)._from_config(model.config, dtype=dtype).eval()
     pin_rope(copy)
     return copy
 
 
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CostMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, while active, live bytes that operators made, the bytes they touched, and the FLOPs of products."""
 
     def __init__(self, model: Any) -> None:
@@ -78,34 +78,34 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live = self.peak = self.traffic = self.flops = self.operators = 0
 
     def run(self, tokens: int) -> None:
-        """Measure a step of so many tokens."""
+        """Measure a step of ``tokens`` tokens."""
         device = self._model.device
         ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        all_count = torch.ones_like(ids, dtype=torch.bool)  # so that nobody looks for padding in what has no contents
+        no_padding = torch.ones_like(ids, dtype=torch.bool)  # so that no code looks for padding in the values of ids
         with use_attention(self._model, _no_attention, _no_mask), torch.no_grad(), self:
             self._model(
                 input_ids=ids,
                 position_ids=ids,
-                attention_mask=all_count,
+                attention_mask=no_padding,
                 past_key_values=None,
                 use_cache=False,
                 logits_to_keep=torch.zeros(0, dtype=torch.long, device=device),
             )
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator and write down what it made and touched."""
+        """Run one operator and count what it made and touched."""
         output = operator(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        for tensor in made:
-            if not operator.is_view or self._holders[tensor.untyped_storage()._cdata]:  # a weight's view is no work
+        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        for tensor in outputs:
+            if not operator.is_view or self._holders[tensor.untyped_storage()._cdata]:  # views of weights do not count
                 self._hold(tensor)
         flops = _flops(operator, args, kwargs or {}, output)
         self.operators += not operator.is_view
         if flops:
             self.flops += flops
         elif not operator.is_view:
-            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            self.traffic += sum(_bytes(t) for t in (*read, *made))
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self.traffic += sum(_bytes(t) for t in (*inputs, *outputs))
         return output
 
     def _hold(self, tensor: Tensor) -> None:
@@ -133,14 +133,14 @@ def _flops(operator: Any, args: Any, kwargs: Any, output: Any) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Bytes that an operator touches of a tensor: a broadcast one only as often as it is stored."""
+    """Bytes of a tensor that an operator touches: of a broadcast tensor, those that are stored."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """None, as where transformers makes no mask."""
+    """No mask."""
 
 
 def _no_attention(_module: Any, query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """An output of the right shape [1, N, H, E]."""
+    """An uninitialised output of the right shape [1, N, H, E]: N tokens, H query heads, E value dim."""
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), None

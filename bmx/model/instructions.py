@@ -1,6 +1,6 @@
-"""The job's own words around the documents: the system prompt and the text of the prompt template.
+"""The job's instructions: the system prompt, and the text of the prompt template around a document.
 
-Knows settings and texts; knows nothing of rows' ids, models or caches.
+Knows settings and texts; knows nothing of row ids, models or caches.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from bmx.config import PromptConfig
 from bmx.errors import UsageError
 
-INSTRUCTIONS = "instructions"  # the word that stands for them in settings
+INSTRUCTIONS = "instructions"  # the value of kv_probe that stands for the job's own instructions
 
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """What a job says in each of its prompts.
+    """Text that a job repeats in each of its prompts.
 
     Attributes:
-        system: the system prompt, or nothing.
-        before, after: the template's text before its first field and after its last one.
+        system: the system prompt; empty if the job has none.
+        before: the template's text before its first field.
+        after: the template's text after its last field.
     """
 
     system: str
@@ -29,7 +30,7 @@ class Instructions:
 
     @classmethod
     def from_config(cls, config: PromptConfig) -> Instructions:
-        """Those of a configuration."""
+        """The instructions of a configuration."""
         parts = list(string.Formatter().parse(config.prompt_template or ""))
         before = parts[0][0] if parts else ""
         after = parts[-1][0] if parts and parts[-1][1] is None and len(parts) > 1 else ""
@@ -37,10 +38,10 @@ class Instructions:
 
     @property
     def question(self) -> str:
-        """What is asked of each document: the template's words, else those of the system prompt.
+        """The question about each document: the template's text, else the system prompt.
 
         Raises:
-            UsageError: there is neither.
+            UsageError: the job has neither.
         """
         words = " ".join(filter(None, (self.before, self.after))) or self.system
         if not words:
@@ -49,15 +50,15 @@ class Instructions:
         return words
 
     def spans(self, text: str, system: str) -> tuple[int, int]:
-        """Where the instructions of a rendered prompt end and begin again, in characters.
+        """The instructions of a rendered prompt, in characters: where the first end, and where the last begin.
 
         Args:
-            text: the whole prompt, with what a chat template puts around it.
-            system: this prompt's own system message, or nothing.
+            text: the whole prompt, as the chat template renders it.
+            system: this prompt's own system message; empty for none.
 
         Returns:
-            The end of what stands before the document, from the prompt's first character on; and the beginning of
-            what stands behind it, up to the prompt's last.
+            The end of the instructions before the document, which begin with the prompt; and the beginning of those
+            after it, which end with the prompt.
         """
         ends = [text.find(words) + len(words) for words in (system.strip(), self.before) if words and words in text]
         after = text.rfind(self.after) if self.after else -1

@@ -1,6 +1,6 @@
-"""From a name to a model ready for packed tokens: hub ids, local folders, GGUF files and the demo model.
+"""Loads a model for packed tokens by its name: a hub id, a local folder, a GGUF file or the demo model.
 
-Knows transformers' loading and the cache of dequantised GGUF files; knows nothing of caches, plans or requests.
+Knows transformers' loading and the folder of unpacked GGUF files; knows nothing of KV caches, plans or requests.
 """
 
 from __future__ import annotations
@@ -24,15 +24,23 @@ from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
 
-CACHE_VERSION = "1"
-PAGE = 4096
-RUNTIME_BYTES = {"cpu": 292 * 10**6, "cuda": 750 * 10**6}  # libraries; a CUDA context: where it cannot be measured
+CACHE_VERSION = "1"  # of unpacked GGUF files
+PAGE = 4096  # bytes
+RUNTIME_BYTES = {"cpu": 292 * 10**6, "cuda": 750 * 10**6}  # of libraries and a CUDA context, if they are not measured
 SOURCES = "--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model, its sizes, its end tokens, and its rotary embedding where that depends on a sequence's length."""
+    """A model that is ready for packed tokens.
+
+    Attributes:
+        model: the transformers model, in eval mode on its device.
+        spec: its sizes.
+        end_token_ids: tokens that end an answer.
+        rope: its rotary embedding, if that depends on the length of a sequence.
+        runtime_bytes: host memory of the process before the model was loaded, or GPU memory of the CUDA context.
+    """
 
     model: Any
     spec: ModelSpec
@@ -42,17 +50,17 @@ class LoadedModel:
 
 
 def find_source(config: EngineConfig) -> str:
-    """The folder or hub id to load from; a GGUF file is dequantised into a cached folder first.
+    """The folder or hub id to load from; a GGUF file is first unpacked into a folder that is kept.
 
     Raises:
-        ModelError: the demo model is not installed, or there is no such file.
+        ModelError: the demo model is not installed, or the file or folder does not exist.
     """
     path = local_path(config.model)
     name = str(path) if config.model == "demo" else config.model
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"no such model file: {name}", hint=SOURCES)
-        return str(_dequantised(path))
+        return str(_unpacked_folder(path))
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{name} is not a model folder: it has no config.json", hint=SOURCES)
     if not path.exists() and name.startswith(("/", "./", "../", "~")):
@@ -64,10 +72,12 @@ def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -
     """The tokenizer of a model.
 
     Args:
-        gguf: the name of the GGUF file in the folder ``source`` that holds it, if one does.
+        source: folder or hub id.
+        config: says how to load it.
+        gguf: name of the GGUF file in the folder ``source`` that holds the tokenizer; None if it has its own files.
 
     Raises:
-        ModelError: not to be found or read.
+        ModelError: the tokenizer cannot be found or read.
     """
     from transformers import AutoTokenizer
 
@@ -82,10 +92,11 @@ def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -
 
 
 def load_model(source: str, config: EngineConfig) -> LoadedModel:
-    """The model on its device, probed and ready.
+    """Load a model to its device and inspect it.
 
     Raises:
-        ModelError: not to be found, read, or run rightly by bmx.
+        MemoryLimitError: the device has no room for it.
+        ModelError: the model cannot be found or read, or bmx cannot run it correctly.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -95,8 +106,8 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     with loading_errors(config.model):
         model_config = AutoConfig.from_pretrained(source, **where)
     check_config(model_config)
-    with contextlib.suppress(KeyError):  # code that comes with the model is not in the table
-        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, which is no part of its weights
+    with contextlib.suppress(KeyError):  # a model with code of its own is not in the table
+        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, so that it counts as runtime
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else _context_bytes(device)
     with loading_errors(config.model):
@@ -111,41 +122,41 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
         )
     _check_complete(config.model, loading)
     if device.type == "cpu":
-        _touch(model)
+        _read_pages(model)
     loaded = prepare(model.eval(), runtime)
     return quantize_int8(loaded) if config.int8 else loaded
 
 
 def quantize_int8(loaded: LoadedModel) -> LoadedModel:
-    """The same model with its linear layers in bytes.
+    """The same model with int8 weights in its linear layers.
 
     Raises:
-        ModelError: on a GPU, or there are none.
+        ModelError: the model is on a GPU, or has no linear layers.
     """
     from bmx.model.fused_modules import quantise
 
     if loaded.model.device.type != "cpu":
         raise int8_refusal()
     if not quantise(loaded.model):
-        raise ModelError(f"{loaded.spec.name} has no linear layers of its own to quantise", hint="leave it out")
-    for parameter in loaded.model.parameters():  # what is left of the file would keep all of it in memory
+        raise ModelError(f"{loaded.spec.name} has no linear layers to quantize", hint="leave out --quantization")
+    for parameter in loaded.model.parameters():  # a view of the mapped file would keep all of it in memory
         parameter.data = parameter.data.clone()
     return replace(loaded, spec=replace(loaded.spec, weight_bytes=held_bytes(loaded.model), int8=True))
 
 
 def int8_refusal() -> ModelError:
-    """Why a GPU does not run in bytes."""
-    return ModelError("--quantization int8 is for CPUs", hint="leave it out, or add --device cpu")
+    """The error that refuses int8 weights on a GPU."""
+    return ModelError("--quantization int8 works on CPUs only", hint="leave it out, or add --device cpu")
 
 
-def _touch(model: Any) -> None:
-    """Read a byte of every page of the weights, so that what is mapped from a file is in memory and is measured."""
+def _read_pages(model: Any) -> None:
+    """Read an element of every page of the weights, so that weights mapped from a file are in memory when measured."""
     for parameter in model.parameters():
         parameter.detach().flatten()[:: PAGE // parameter.element_size()].sum()
 
 
 def _context_bytes(device: Any) -> int:
-    """What CUDA itself takes of the GPU for this process: what is gone once it has begun, others' memory left out."""
+    """GPU memory that the CUDA context of this process takes: the free memory that disappears when CUDA starts."""
     import torch
 
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -159,14 +170,14 @@ def _context_bytes(device: Any) -> int:
 
 
 def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
-    """A transformers model, ready for packed tokens.
+    """Make a transformers model ready for packed tokens.
 
     Args:
         model: in eval mode, on its device.
-        runtime_bytes: what the process held before the model was loaded, or a GPU's context.
+        runtime_bytes: host memory of the process before the model was loaded, or GPU memory of the CUDA context.
 
     Raises:
-        ModelError: bmx cannot run it rightly.
+        ModelError: bmx cannot run it correctly.
     """
     from bmx.model.cost_trace import token_costs
     from bmx.model.rope import pin_rope
@@ -184,10 +195,10 @@ def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
 
 
 def choose_device(config: EngineConfig) -> Any:
-    """The torch device that the configuration means.
+    """The torch device to run on.
 
     Raises:
-        ModelError: a GPU was asked for and there is none.
+        ModelError: the configuration asks for a GPU, and torch finds none.
     """
     import torch
 
@@ -198,7 +209,7 @@ def choose_device(config: EngineConfig) -> Any:
 
 
 def choose_dtype(config: EngineConfig, device: Any) -> Any:
-    """The type to compute in: as asked, else bfloat16 where the device has it in hardware."""
+    """The torch type to compute in: the configured one, else bfloat16 if the device has it in hardware."""
     import torch
 
     if config.dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -207,21 +218,21 @@ def choose_dtype(config: EngineConfig, device: Any) -> Any:
 
 
 def dtype_name(config: EngineConfig, device: str) -> str:
-    """The type to compute in on this kind of device (of GPUs, one of Ampere or later), by its name in torch."""
+    """torch's name of the type to compute in on a ``cpu`` or ``cuda`` device; a GPU is taken for Ampere or later."""
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if device == "cuda" or hardware.fast_bfloat16_cpu() else "float32"
 
 
 def _end_tokens(model: Any) -> frozenset[int]:
-    """Ids that end an answer: the generation config's, else the model config's; one, several or none."""
+    """Token ids that end an answer: the generation config's, else the model config's."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = model.config.get_text_config(decoder=True).eos_token_id if ids is None else ids
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
-def _dequantised(file: Path) -> Path:
-    """A folder with the GGUF file's model in bfloat16 and its tokenizer, made once per content of the file."""
+def _unpacked_folder(file: Path) -> Path:
+    """The folder of a GGUF file's model in bfloat16 and its tokenizer, unpacked once for each content of the file."""
     folder = gguf_folder(file)
     if (folder / "config.json").is_file():
         return folder
@@ -239,7 +250,7 @@ def _dequantised(file: Path) -> Path:
         try:
             work.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # another run was not faster: the rename itself failed
+            if not (folder / "config.json").is_file():  # no other run unpacked it first: the rename itself failed
                 raise
     except OSError as error:
         raise ModelError(f"cannot write the model cache {folder.parent}: {error.strerror or error}") from None
@@ -249,7 +260,7 @@ def _dequantised(file: Path) -> Path:
 
 
 def gguf_folder(file: Path) -> Path:
-    """Where a GGUF file's model is kept once it has been unpacked."""
+    """The folder in which a GGUF file's unpacked model is kept."""
     from platformdirs import user_cache_path
 
     return user_cache_path("bmx") / "gguf" / f"{_digest(file)}-{CACHE_VERSION}"
@@ -261,7 +272,7 @@ def _unpack(file: Path, folder: Path) -> None:
 
     silence_transformers()
     extra = {}
-    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed by default
         extra["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
     with loading_errors(str(file)), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -281,10 +292,10 @@ def _digest(file: Path) -> str:
 
 
 def _check_complete(name: str, loading: dict[str, Any]) -> None:
-    """Refuse weights with holes, which transformers would fill with random numbers.
+    """Refuse a checkpoint with missing tensors, which transformers would fill with random numbers.
 
     Raises:
-        ModelError: names the first tensors that are missing.
+        ModelError: tensors are missing; it names the first ones.
     """
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -318,7 +329,7 @@ def loading_errors(name: str) -> Iterator[None]:
 
 
 def silence_transformers() -> None:
-    """Keep transformers' bars and advice off the terminal: bmx shows its own."""
+    """Turn off transformers' progress bars and advice: bmx shows its own."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""A model's sizes before it is loaded: from its config alone, or from transformers' model of tensors without contents.
+"""Preview of a model's spec before it is loaded: from its config alone, or from its model on the meta device.
 
-Knows where configs lie; reads no weights.
+Knows where configs are; reads no weights.
 """
 
 from __future__ import annotations
@@ -26,63 +26,64 @@ from bmx.model.loader import (
 )
 from bmx.model.spec import ModelSpec, check_config
 
-TOKENIZER_SIZE = 25  # times its file, measured on one vocabulary of 49,000
-OUTPUT_BYTES = 8  # of a layer in bytes: a scale and a sum
+TOKENIZER_SIZE = 25  # bytes in memory for each byte of tokenizer.json, measured with one vocabulary of 49,000 tokens
+OUTPUT_BYTES = 8  # an int8 layer keeps a scale and a sum for each output
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def preview_spec(config: EngineConfig, device: str) -> ModelSpec:
-    """What the configured model would be once loaded, without its weights.
+    """The spec that the configured model will have once loaded; no weights are read.
 
-    From a local folder's config.json where that says it all, without torch; else from a model of transformers on
-    tensors that hold nothing.
+    A local folder's config.json is enough for common architectures, without torch. For others, transformers builds
+    the model on the meta device, where tensors have no contents.
 
     Args:
-        device: ``cpu`` or ``cuda``, which decides on the type if the configuration does not.
+        config: names the model.
+        device: ``cpu`` or ``cuda``; decides on the type of numbers if the configuration does not.
 
     Raises:
-        ModelError: not to be found or read, or bmx cannot run it.
+        ModelError: the model cannot be found or read, or bmx cannot run it.
     """
     if config.int8 and device != "cpu":
         raise int8_refusal()
-    spec = _as_it_is(config, device)
-    return _in_bytes(spec) if config.int8 else spec
+    spec = _unquantized_spec(config, device)
+    return _with_int8_weights(spec) if config.int8 else spec
 
 
-def _in_bytes(spec: ModelSpec) -> ModelSpec:
-    """About what a model would be with its linear layers in bytes: a byte a weight, and eight for each output."""
+def _with_int8_weights(spec: ModelSpec) -> ModelSpec:
+    """About the spec of the model with int8 linear layers: a byte for each weight, eight for each output."""
     weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
     hidden = spec.head_bytes // spec.itemsize // spec.vocab
-    less = weights * (spec.itemsize - 1) - OUTPUT_BYTES * weights // hidden
-    return replace(spec, weight_bytes=spec.weight_bytes - less, int8=True)
+    saved = weights * (spec.itemsize - 1) - OUTPUT_BYTES * weights // hidden
+    return replace(spec, weight_bytes=spec.weight_bytes - saved, int8=True)
 
 
-def _as_it_is(config: EngineConfig, device: str) -> ModelSpec:
+def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:
     source, gguf = locate_files(config)
     dtype = dtype_name(config, device)
-    known = not gguf and not config.trust_remote_code and Path(source).is_dir()
-    spec = spec_from_config(Path(source), ITEMSIZE[dtype]) if known else None
-    return spec or _foreseen_by_transformers(source, gguf, config, dtype)
+    plain_folder = not gguf and not config.trust_remote_code and Path(source).is_dir()
+    spec = spec_from_config(Path(source), ITEMSIZE[dtype]) if plain_folder else None
+    return spec or _spec_from_transformers(source, gguf, config, dtype)
 
 
-def _foreseen_by_transformers(source: str, gguf: str | None, config: EngineConfig, dtype: str) -> ModelSpec:
+def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig, dtype: str) -> ModelSpec:
     from transformers import AutoConfig
 
     silence_transformers()
     trust = {"trust_remote_code": config.trust_remote_code}
-    named = {"gguf_file": gguf} if gguf else {}
+    file = {"gguf_file": gguf} if gguf else {}
     with loading_errors(config.model):
-        model_config = AutoConfig.from_pretrained(source, revision=config.revision, **named, **trust)
+        model_config = AutoConfig.from_pretrained(source, revision=config.revision, **file, **trust)
     check_config(model_config)
-    quantised = getattr(model_config, "quantization_config", None) is not None
-    if quantised:
+    quantized = getattr(model_config, "quantization_config", None) is not None
+    if quantized:
         del model_config.quantization_config
     try:
-        spec = _spec_without_contents(model_config, dtype, config)
+        spec = _meta_spec(model_config, dtype, config)
     except ModelError:
         if dtype == "bfloat16":
             raise
-        spec = _spec_without_contents(model_config, "bfloat16", config)  # the only type that experts take there
+        spec = _meta_spec(model_config, "bfloat16", config)  # on the meta device, experts take this type alone
         factor = ITEMSIZE[dtype] / spec.itemsize
         spec = replace(
             spec,
@@ -91,11 +92,11 @@ def _foreseen_by_transformers(source: str, gguf: str | None, config: EngineConfi
             head_bytes=round(factor * spec.head_bytes),
             itemsize=ITEMSIZE[dtype],
         )
-    headers = read_headers(Path(source)) if quantised and not gguf and Path(source).is_dir() else {}
+    headers = read_headers(Path(source)) if quantized and not gguf and Path(source).is_dir() else {}
     return replace(spec, weight_bytes=weight_bytes(headers, spec.itemsize)) if headers else spec
 
 
-def _spec_without_contents(model_config: Any, dtype: str, config: EngineConfig) -> ModelSpec:
+def _meta_spec(model_config: Any, dtype: str, config: EngineConfig) -> ModelSpec:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +108,11 @@ def _spec_without_contents(model_config: Any, dtype: str, config: EngineConfig) 
 
 
 def locate_files(config: EngineConfig) -> tuple[str, str | None]:
-    """The folder or hub id of a model, and the name of its GGUF file where that has not been unpacked yet."""
+    """The folder or hub id of a model, and the name of its GGUF file if that has not been unpacked yet.
+
+    Raises:
+        ModelError: there is no such file, or the demo model is not installed.
+    """
     path = local_path(config.model)
     if path.suffix.lower() != ".gguf":
         return find_source(config), None
@@ -118,7 +123,7 @@ def locate_files(config: EngineConfig) -> tuple[str, str | None]:
 
 
 def tokenizer_bytes(config: EngineConfig) -> int:
-    """About what a local model's tokenizer takes in memory; 0 where its file is not to be seen."""
+    """Estimated bytes of a local model's tokenizer in memory; 0 without a tokenizer.json to go by."""
     source, _ = locate_files(config)
     file = Path(source) / "tokenizer.json"
     return TOKENIZER_SIZE * file.stat().st_size if file.is_file() else 0

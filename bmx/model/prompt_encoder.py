@@ -1,4 +1,4 @@
-"""Text in, token ids out, and back: chat templates, control tokens in documents, decoding piece by piece.
+"""Prompts to token ids and answers to text: chat templates, control tokens in documents, truncation, detokenizing.
 
 Knows a tokenizer; knows nothing of models, slots or files.
 """
@@ -15,23 +15,23 @@ from bmx.errors import RowError, UsageError
 from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.request import Request
 
-GUESSES = 12  # at where to cut a text that is too long
-FILLED = 0.98  # of the tokens that are allowed, from which no better place is looked for
+GUESSES = 12  # lengths that are tried for a text that is too long
+FILLED = 0.98  # share of the allowed tokens from which no better length is tried
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class PromptEncoder:
     """Turns a request into the token ids that the model reads.
 
-    Text that comes from the row never becomes a control token unless ``parse_special_tokens`` says so: where a
-    document spells one (``<|im_end|>``), that spelling is tokenised in two pieces, and the rest as always.
+    Text of a row never becomes a control token unless ``parse_special_tokens`` is set: where a document spells a
+    control token (``<|im_end|>``), that spelling is tokenised as two pieces of plain text, and the rest as usual.
 
     Args:
         tokenizer: a transformers tokenizer.
-        config: how rows become text.
+        config: how rows become prompts.
 
     Raises:
-        UsageError: a system prompt without a chat template to carry it.
+        UsageError: there is a system prompt, but no chat template to carry it.
     """
 
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
@@ -47,7 +47,7 @@ class PromptEncoder:
         """Token ids of a request's prompt.
 
         Raises:
-            RowError: ``invalid_request``, if there is no text, or the chat template cannot take the messages.
+            RowError: ``invalid_request``, if the prompt is empty, or the chat template refuses the messages.
         """
         messages = self._messages(request)
         if messages is None:
@@ -61,10 +61,13 @@ class PromptEncoder:
         return ids
 
     def probe(self, text: str | None) -> tuple[int, ...]:
-        """Token ids of a probe: a text of its own line; ``instructions`` stands for the job's own words.
+        """Token ids of a probe, which is a paragraph of its own; no ids without one.
+
+        Args:
+            text: the probe; ``instructions`` stands for the job's own instructions.
 
         Raises:
-            UsageError: there are no such words.
+            UsageError: the job has no instructions.
         """
         if text is None:
             return ()
@@ -72,12 +75,12 @@ class PromptEncoder:
         return tuple(self._tokens(*self._hide(f"\n\n{words}"), add_special_tokens=False))
 
     def instruction_spans(self, request: Request, length: int) -> tuple[tuple[int, int], ...]:
-        """The places of the job's own words among the tokens of a request, from .. to.
+        """The spans of the job's own instructions among the tokens of a prompt, as (first, end) places.
 
-        A text that begins where a token ends may begin in its middle once both are put together: a place may be off
-        by one token.
+        The text on both sides of a border is tokenised together in the prompt, so a border may be off by one token.
 
         Args:
+            request: the prompt's request.
             length: tokens of the whole prompt.
         """
         messages = self._messages(request)
@@ -95,48 +98,52 @@ class PromptEncoder:
 
     @property
     def truncates(self) -> bool:
-        """Whether prompts that are too long are cut."""
+        """Whether prompts that are too long are truncated."""
         return self._config.on_too_long.startswith("truncate")
 
     def truncate(self, request: Request, tokens: int) -> tuple[Request, list[int]]:
-        """A request whose longest text is cut, and its token ids: as many as are allowed, or a little fewer.
+        """Shorten the longest text of a request until its prompt fits; returns the request and the token ids.
 
-        It is cut at its beginning, or in its middle, as the job says; what stands around it (the template, other
-        messages) stays. Where nothing is left to cut, it is the whole request.
+        The text loses its beginning or its middle, as ``on_too_long`` says; all else (the template, other messages)
+        stays. A prompt that does not fit even without the text is returned whole.
+
+        Args:
+            request: whose prompt is too long.
+            tokens: most tokens of the prompt; the result has as many, or a few less.
 
         Raises:
             RowError: as ``encode``.
         """
         at, text = _longest_text(request)
         ids = self.encode(request)
-        best, least, most, kept = (request, ids), 0, len(text), len(text)
+        best, low, high, kept = (request, ids), 0, len(text), len(text)  # characters: low fits, high does not
         for _ in range(GUESSES):
-            kept = kept * tokens // len(ids) if ids else most
-            if not least < kept < most:
-                kept = (least + most) // 2
-            if kept == least:
+            kept = kept * tokens // len(ids) if ids else high
+            if not low < kept < high:
+                kept = (low + high) // 2
+            if kept == low:
                 break
-            shorter = _with_text(request, at, self._cut_text(text, kept))
+            shorter = _with_text(request, at, self._shorten(text, kept))
             try:
                 ids = self.encode(shorter)
-            except RowError:  # nothing but blanks is left: too little
-                least, ids = kept, []
+            except RowError:  # nothing but blanks is left
+                low, ids = kept, []
                 continue
             if len(ids) > tokens:
-                most = kept
+                high = kept
                 continue
-            best, least = (shorter, ids), kept
+            best, low = (shorter, ids), kept
             if len(ids) >= FILLED * tokens:
                 break
         return best
 
-    def _cut_text(self, text: str, kept: int) -> str:
-        """So many characters of a text: its end, or its beginning and its end."""
+    def _shorten(self, text: str, kept: int) -> str:
+        """``kept`` characters of a text: its end, or its beginning and its end."""
         head = kept // 2 if self._config.on_too_long == "truncate-middle" else 0
         return text[:head] + text[len(text) - (kept - head) :]
 
     def _messages(self, request: Request) -> list[dict[str, Any]] | None:
-        """The conversation to render, or None for a prompt that is read as it stands."""
+        """The conversation that the chat template renders; None for a prompt without a template."""
         if not request.messages and not request.prompt:
             raise RowError("invalid_request", "the prompt is empty")
         if not request.messages:
@@ -152,29 +159,29 @@ class PromptEncoder:
         return messages
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
-        """The chat template's text, with marks where a document spells a control token."""
+        """The chat template's text, and the control tokens that documents spell, by the marks in their place."""
         marks: dict[str, str] = {}
         try:
             hidden = [self._hide_all(message, marks) for message in messages]
             text = self._tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the model's author and may raise anything
+        except Exception as error:  # a template is code of the model's author and may raise anything
             raise RowError("invalid_request", f"the chat template refuses these messages: {error}") from error
         return str(text), marks
 
     def _hide_all(self, value: Any, marks: dict[str, str]) -> Any:
-        """``value`` with every text in it hidden: a template may print any field of a message."""
+        """``value`` with marks in all of its texts, since a template may print any field of a message."""
         if not self._control:
             return value
         if isinstance(value, str):
-            text, found = self._hide(value)
-            marks.update(found)
+            text, new = self._hide(value)
+            marks.update(new)
             return text
         if isinstance(value, dict):
             return {self._hide_all(key, marks): self._hide_all(part, marks) for key, part in value.items()}
         return [self._hide_all(part, marks) for part in value] if isinstance(value, list) else value
 
     def _hide(self, text: str) -> tuple[str, dict[str, str]]:
-        """``text`` with each spelled-out control token behind a mark that occurs nowhere else."""
+        """``text`` with each spelled control token replaced by a random mark, and the tokens by their marks."""
         marks: dict[str, str] = {}
         for token in self._control:
             if token in text:
@@ -184,21 +191,21 @@ class PromptEncoder:
         return text, marks
 
     def _tokens(self, text: str, marks: dict[str, str], *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, each marked spelling as two pieces of plain text."""
+        """Token ids of a text, with each mark read as the spelling of its token in two pieces of plain text."""
         pieces = [(text, True)]
         for mark, token in marks.items():
-            pieces = [part for piece, plain in pieces for part in _cut(piece, plain, mark, token)]
+            pieces = [part for piece, plain in pieces for part in _split_at(mark, piece, plain, token)]
         ids: list[int] = []
         for i, (piece, _) in enumerate(pieces):
             if i == 0:
                 ids += self._tokenizer(piece, add_special_tokens=add_special_tokens)["input_ids"]
-            elif piece:  # behind a control token, so that no blank is put before it as at the start of a text
+            elif piece:  # after a control token, so that the tokenizer adds no blank as at the start of a text
                 ids += self._tokenizer(self._control[0] + piece, add_special_tokens=False)["input_ids"][1:]
         return ids
 
 
 def _longest_text(request: Request) -> tuple[int | None, str]:
-    """The longest text of a request, and its message's place; None for a prompt."""
+    """The longest text of a request, and the place of its message; None in place of that for a plain prompt."""
     if not request.messages:
         return None, request.prompt or ""
     at = max(range(len(request.messages)), key=lambda i: len(str(request.messages[i].get("content") or "")))  # type: ignore[index]
@@ -206,7 +213,7 @@ def _longest_text(request: Request) -> tuple[int | None, str]:
 
 
 def _with_text(request: Request, at: int | None, text: str) -> Request:
-    """A request with another text in that place."""
+    """A request with another text in the message at ``at``, or in its prompt."""
     if at is None or request.messages is None:
         return replace(request, prompt=text)
     messages = (*request.messages[:at], {**request.messages[at], "content": text}, *request.messages[at + 1 :])
@@ -214,9 +221,9 @@ def _with_text(request: Request, at: int | None, text: str) -> Request:
 
 
 class Detokenizer:
-    """Text of a growing answer that never ends inside a character.
+    """The text of a growing answer, which never ends inside a character.
 
-    Decodes the newest tokens together with a few before them, since what a token adds may depend on its neighbour.
+    The newest tokens are decoded together with a few before them, since the text of a token may depend on them.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -225,12 +232,12 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = 0  # tokens from here on are decoded for context
-        self._done = 0  # tokens up to here are in the text
+        self._context = 0  # place of the first token that is decoded for context
+        self._done = 0  # number of tokens whose text is in ``text``
         self.text = ""
 
     def add(self, token_id: int) -> str:
-        """Take the next token; returns the text it completes, which may be none or several characters."""
+        """Take the next token; returns the text that it completes: no, one or several characters."""
         self._ids.append(token_id)
         before = self._decode(self._ids[self._context : self._done])
         after = self._decode(self._ids[self._context :])
@@ -245,25 +252,35 @@ class Detokenizer:
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of a whole answer, without special tokens and without half a character at its end."""
+    """The text of a whole answer, without special tokens and without an incomplete character at its end."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.rstrip(REPLACEMENT)
 
 
 def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Spellings that act as control tokens: special ones, and those that the chat template speaks. Longest first."""
+    """Spellings of control tokens, the longest first: special tokens, and added tokens that the chat template uses."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    spoken = {t.content for t in added if len(t.content.strip()) > 1 and (t.special or t.content in template)}
-    return tuple(sorted(spoken, key=len, reverse=True))
+    spellings = {t.content for t in added if len(t.content.strip()) > 1 and (t.special or t.content in template)}
+    return tuple(sorted(spellings, key=len, reverse=True))
 
 
-def _cut(piece: str, plain: bool, mark: str, token: str) -> list[tuple[str, bool]]:
-    """``piece`` cut at ``mark``, with the token's spelling, broken after its first character, in between."""
+def _split_at(mark: str, piece: str, plain: bool, token: str) -> list[tuple[str, bool]]:
+    """A piece split at a mark, with the token's spelling, broken after its first character, in place of the mark.
+
+    Args:
+        mark: stands for the spelling of ``token``.
+        piece: a part of a prompt.
+        plain: whether the piece may contain marks; a part of a spelling contains none.
+        token: a control token.
+
+    Returns:
+        The new pieces, each with whether it may contain marks.
+    """
     if not plain or mark not in piece:
         return [(piece, plain)]
     head, *tails = piece.split(mark)
-    cut = [(head, True)]
+    pieces = [(head, True)]
     for tail in tails:
-        cut += [(token[0], False), (token[1:], False), (tail, True)]
-    return cut
+        pieces += [(token[0], False), (token[1:], False), (tail, True)]
+    return pieces

@@ -1,6 +1,6 @@
-"""Models that are known by their sizes alone: random weights, made on the device, with nothing to download.
+"""Models with random weights in the shapes of well-known ones, made on the device: nothing is downloaded.
 
-Knows the public configs of a few models, and a tokenizer that has no files; knows nothing of caches or measurements.
+Knows the public configs of a few models, and a tokenizer without files; knows nothing of caches or measurements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LLAMA_3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_PHI_ROPE = {  # the real factors differ from 1, which changes numbers and no work
+_PHI_ROPE = {  # the real factors differ from 1, which changes results but not the work
     "rope_type": "longrope",
     "rope_theta": 10_000.0,
     "short_factor": [1.0] * 48,
@@ -108,7 +108,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class IdTokenizer:
-    """A token per decimal number: a text is its token ids, written out."""
+    """A tokenizer whose texts are token ids in decimal, separated by blanks."""
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         """Token ids of a text."""
@@ -120,11 +120,12 @@ class IdTokenizer:
 
 
 def random_model_config(name: str, longest: int) -> Any:
-    """The transformers config of a shape.
+    """The transformers config of a random model.
 
     Args:
-        name: one of ``SHAPES``.
-        longest: tokens that a sequence will have; a model of fewer positions gets so many, which changes no work.
+        name: its shape, one of ``SHAPES``.
+        longest: tokens of the longest sequence; a shape with fewer positions is given that many, which changes no
+            work.
     """
     from transformers import AutoConfig
 
@@ -135,12 +136,23 @@ def random_model_config(name: str, longest: int) -> Any:
 
 
 def preview_random_model(name: str, longest: int, dtype: str) -> ModelSpec:
-    """What a shape would be once made, from tensors that hold nothing."""
-    return prepare(_made(name, longest, "meta", dtype)).spec
+    """The spec that a random model will have, from a model on the meta device.
+
+    Args:
+        name: its shape, one of ``SHAPES``.
+        longest: tokens of the longest sequence.
+        dtype: torch's name of the type of its weights.
+    """
+    return prepare(_build(name, longest, "meta", dtype)).spec
 
 
 def make_random_model(name: str, longest: int, config: EngineConfig) -> LoadedModel:
-    """A model of that shape on its device, its weights drawn at transformers' own small scale.
+    """A random model on its device, its weights drawn at transformers' own small scale, the same ones each time.
+
+    Args:
+        name: its shape, one of ``SHAPES``.
+        longest: tokens of the longest sequence.
+        config: chooses the device, the type and the quantization.
 
     Raises:
         MemoryLimitError: the device has no room for it.
@@ -153,12 +165,12 @@ def make_random_model(name: str, longest: int, config: EngineConfig) -> LoadedMo
     runtime = hardware.resident_bytes() if device.type == "cpu" else RUNTIME_BYTES["cuda"]
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), loading_errors(name):
         torch.manual_seed(0)
-        model = _made(name, longest, device, str(choose_dtype(config, device)).removeprefix("torch."))
-    made = prepare(model, runtime)
-    return quantize_int8(made) if config.int8 else made
+        model = _build(name, longest, device, str(choose_dtype(config, device)).removeprefix("torch."))
+    loaded = prepare(model, runtime)
+    return quantize_int8(loaded) if config.int8 else loaded
 
 
-def _made(name: str, longest: int, device: Any, dtype: str) -> Any:
+def _build(name: str, longest: int, device: Any, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,10 @@
-"""Rotary embeddings that depend on a sequence's length, fixed for each sequence when it is admitted.
+"""Rotary embeddings that depend on the length of a sequence: each sequence keeps the frequencies of its final length.
 
-LongRoPE (Phi-3 and later) and dynamic NTK choose their frequencies from the longest position of a whole forward.
-In a packed step that would mix sequences, and a prompt read in chunks would get two kinds of keys. Here each
-sequence keeps the frequencies of its own final length. Knows rotary modules; knows nothing of steps or slots.
+LongRoPE (Phi-3 and later) and dynamic NTK choose their frequencies by the greatest position of a whole forward. In a
+packed step that position may belong to another sequence, and chunks of one prompt would get keys of different
+frequencies. Knows rotary modules; knows nothing of steps or slots.
+
+Shapes: T packed tokens, D rotated dimensions of a head.
 """
 
 from __future__ import annotations
@@ -23,14 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Neighbouring packed tokens of sequences with the same final length."""
+    """A run of packed tokens whose sequences have the same final length.
+
+    Attributes:
+        tokens: number of tokens in the run.
+        length: final length of their sequences, in tokens.
+    """
 
     tokens: int
     length: int
 
 
 class SequenceRope(nn.Module):
-    """Stands where the model's rotary module stood, and computes each segment with its own frequencies."""
+    """Takes the place of the model's rotary module, and rotates each segment with its own frequencies.
+
+    Args:
+        original: the model's rotary module.
+    """
 
     def __init__(self, original: Any) -> None:
         super().__init__()
@@ -41,16 +52,21 @@ class SequenceRope(nn.Module):
         self._compute: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(type(original).forward)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, T, D'] for positions [1, T], in the order of ``segments``."""
+        """cos and sin [1, T, D] of ``position_ids`` [1, T], which are in the order of ``segments``.
+
+        Args:
+            x: a tensor of the type and device that cos and sin get.
+            position_ids: [1, T] positions of the packed tokens.
+        """
         import torch
 
         if self.long is not None:
-            return self._either(x, position_ids, self.long)
+            return self._rotate_by_length(x, position_ids, self.long)
         if not self.segments:
             return self._rotate(x, position_ids, 0)
         if self.two_sets:
             long = [self.is_long(segment.length) for segment in self.segments for _ in range(segment.tokens)]
-            return self._either(x, position_ids, upload(long, x.device, torch.bool))
+            return self._rotate_by_length(x, position_ids, upload(long, x.device, torch.bool))
         parts, start = [], 0
         for segment in self.segments:
             parts.append(self._rotate(x, position_ids[:, start : start + segment.tokens], segment.length))
@@ -58,28 +74,28 @@ class SequenceRope(nn.Module):
         cos, sin = zip(*parts, strict=True)
         return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
 
-    def _either(self, x: Tensor, position_ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Of two sets of frequencies, those of long sequences where this is chosen [T]."""
+    def _rotate_by_length(self, x: Tensor, position_ids: Tensor, is_long: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin by the frequencies of long sequences where ``is_long`` [T], by those of short ones elsewhere."""
         import torch
 
-        limit, chosen = _trained_length(self.original.config), chosen.view(1, -1, 1)
+        limit, is_long = _trained_length(self.original.config), is_long.view(1, -1, 1)
         short, long = (self._rotate(x, position_ids, length) for length in (limit, limit + 1))
-        return torch.where(chosen, long[0], short[0]), torch.where(chosen, long[1], short[1])
+        return torch.where(is_long, long[0], short[0]), torch.where(is_long, long[1], short[1])
 
     @property
     def two_sets(self) -> bool:
-        """Whether there are but two sets of frequencies, for short and for long sequences."""
+        """Whether there are two sets of frequencies, for short and for long sequences, and no others."""
         return "dynamic" not in self.original.rope_type
 
     def is_long(self, length: int) -> bool:
-        """Whether a sequence of this final length has the second of two sets."""
+        """Whether a sequence of this final length takes the second of two sets."""
         return length > _trained_length(self.original.config)
 
     def _rotate(self, x: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        self.original.inv_freq, self.original.attention_scaling = self._of_length(length, x.device)
+        self.original.inv_freq, self.original.attention_scaling = self._frequencies_of(length, x.device)
         return self._compute(self.original, x, position_ids)
 
-    def _of_length(self, length: int, device: Any) -> tuple[Tensor, float]:
+    def _frequencies_of(self, length: int, device: Any) -> tuple[Tensor, float]:
         """Frequencies and scaling for sequences of this final length."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -92,16 +108,16 @@ class SequenceRope(nn.Module):
 
 
 def pin_rope(model: Any) -> SequenceRope | None:
-    """Replace the rotary module of a LongRoPE or dynamic-NTK model; None where there is no need.
+    """Replace the rotary module of a LongRoPE or dynamic-NTK model; None for any other model.
 
     Raises:
-        ModelError: the module has a form that cannot be pinned.
+        ModelError: the model has several such modules, or one with several types.
     """
-    found = [(name, m) for name, m in model.named_modules() if _depends_on_length(getattr(m, "rope_type", ""))]
-    if not found:
+    modules = [(name, m) for name, m in model.named_modules() if _depends_on_length(getattr(m, "rope_type", ""))]
+    if not modules:
         return None
-    name, module = found[0]
-    if len(found) > 1 or not isinstance(module.rope_type, str):
+    name, module = modules[0]
+    if len(modules) > 1 or not isinstance(module.rope_type, str):
         raise ModelError(f"bmx cannot run {type(model).__name__}: it scales its rotary embedding by layer and length")
     rope = SequenceRope(module)
     model.set_submodule(name, rope)

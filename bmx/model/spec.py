@@ -1,6 +1,6 @@
-"""What a model is to bmx: its attention layers as they really are, found by watching one tiny forward.
+"""The spec of a model: its attention layers, found by watching small forwards, and its sizes and costs.
 
-Knows how to read a loaded model and when to refuse it; knows nothing of caches, plans or requests.
+Knows how to inspect a loaded model and when to refuse it; knows nothing of caches, plans or requests.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ _names = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """One call of the attention function, in the order of the calls.
+    """One attention layer; layers are numbered in the order in which they call the attention function.
 
-    ``window`` is the number of newest keys that a query sees (itself among them), or None for all. ``owner`` is
-    the layer whose keys this one reads: itself, but for layers that share.
+    Attributes:
+        query_heads: number of query heads.
+        kv_heads: number of key and value heads.
+        key_dim: size of a query or key of one head.
+        value_dim: size of a value of one head.
+        window: number of newest keys that a query sees, its own included; None for all.
+        owner: number of the layer whose keys and values this one reads; its own, unless it shares another's.
     """
 
     query_heads: int
@@ -38,13 +43,13 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What one packed token costs a model beside attention and the output head.
+    """What one packed token costs a model; attention and the output head are not included.
 
     Attributes:
-        activation_bytes: live between operations, at the widest moment of a step.
-        traffic_bytes: read and written by operations other than products.
-        flops: of products.
-        operators: started in a step, however many tokens it has.
+        activation_bytes: bytes alive between operations, at the widest moment of a step.
+        traffic_bytes: bytes read and written by operations other than matrix products.
+        flops: floating-point operations of matrix products.
+        operators: operators started in a step; their number does not depend on its tokens.
     """
 
     activation_bytes: int
@@ -53,18 +58,26 @@ class Costs:
     operators: int
 
     def scaled(self, factor: float) -> Costs:
-        """The same in a type whose numbers are ``factor`` times as large."""
+        """The costs in a type whose elements have ``factor`` times as many bytes."""
         activations, traffic = round(factor * self.activation_bytes), round(factor * self.traffic_bytes)
         return replace(self, activation_bytes=activations, traffic_bytes=traffic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Sizes of a model: what memory and the planner need to know.
+    """Sizes of a model, as memory and the planner need them.
 
-    ``weight_bytes`` counts tied tensors once; ``itemsize`` is the bytes of an activation; ``head_bytes`` those of
-    the output head, which is read for sampled tokens only; ``merged_bytes`` those of experts, which loading copies
-    together. ``int8`` says that linear layers work in bytes.
+    Attributes:
+        name: the model's class in transformers.
+        layers: attention layers, in the order of their calls.
+        costs: what a packed token costs.
+        vocab: tokens of the vocabulary.
+        max_length: tokens that a sequence may have.
+        weight_bytes: bytes of all weights and buffers, tied tensors counted once.
+        head_bytes: bytes of the output head, which is read for sampled tokens only.
+        itemsize: bytes of an activation.
+        merged_bytes: bytes of experts, which loading copies into one tensor.
+        int8: whether linear layers have int8 weights.
     """
 
     name: str
@@ -79,35 +92,36 @@ class ModelSpec:
     int8: bool = False
 
     def last_reader(self, owner: int) -> int:
-        """The last layer that reads this owner's keys."""
+        """The number of the last layer that reads the keys and values of layer ``owner``."""
         return max(i for i, layer in enumerate(self.layers) if layer.owner == owner)
 
 
 def share_layers(spec: ModelSpec, pairs: str | None) -> ModelSpec:
-    """A spec in which some layers read the keys and values of earlier ones (KVSharer, arXiv 2410.18517, section 3).
+    """The spec with some layers reading the keys and values of earlier ones (KVSharer, arXiv 2410.18517, section 3).
 
     Args:
-        pairs: reader and owner, as in ``7:3,12:5``.
+        spec: of the model as it is.
+        pairs: numbers of reader and owner, as in ``7:3,12:5``; None for no pair.
 
     Raises:
-        UsageError: there is no such layer, or the two differ in sizes or window.
+        UsageError: a layer does not exist, or the two of a pair differ in sizes or window.
     """
     layers = list(spec.layers)
     for pair in pairs.split(",") if pairs else ():
         reader, owner = map(int, pair.split(":"))
         if reader >= len(layers):
-            raise UsageError(f"kv_share_layers names layer {reader}; {spec.name} has {len(layers)}, from 0 on")
-        new = replace(layers[reader], owner=layers[owner].owner)
-        if new != replace(layers[owner], query_heads=new.query_heads):
+            raise UsageError(f"kv_share_layers names layer {reader}; {spec.name} has layers 0 to {len(layers) - 1}")
+        sharing = replace(layers[reader], owner=layers[owner].owner)
+        if sharing != replace(layers[owner], query_heads=sharing.query_heads):
             raise UsageError(f"kv_share_layers: layers {reader} and {owner} of {spec.name} have different caches")
         if any(layer.owner == reader for layer in layers[reader + 1 :]):
-            raise UsageError(f"kv_share_layers: other layers read those of layer {reader} already")
-        layers[reader] = new
+            raise UsageError(f"kv_share_layers: other layers already read the cache of layer {reader}")
+        layers[reader] = sharing
     return replace(spec, layers=tuple(layers))
 
 
 def check_config(config: Any) -> None:
-    """Refuse, from its config alone, what packed tokens would compute wrongly.
+    """Refuse, from its config alone, a model that would compute packed tokens wrongly.
 
     Raises:
         ModelError: names the architecture and the reason.
@@ -129,13 +143,16 @@ def check_config(config: Any) -> None:
 
 @contextmanager
 def use_attention(model: Any, function: Callable[..., Any], mask: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Make ``function`` the attention of this one model, for as long as the body runs.
+    """Make ``function`` the attention of this one model while the body runs.
 
-    Without a mask function of the same name, transformers builds no mask.
+    Args:
+        model: a transformers model.
+        function: takes and returns what transformers' attention functions do.
+        mask: makes the attention mask; without it, transformers makes none.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    name, before = f"bmx_{next(_names)}", model.config._attn_implementation
+    name, original = f"bmx_{next(_names)}", model.config._attn_implementation
     AttentionInterface.register(name, function)
     if mask is not None:
         AttentionMaskInterface.register(name, mask)
@@ -143,77 +160,84 @@ def use_attention(model: Any, function: Callable[..., Any], mask: Callable[..., 
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(original)
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
-    """Look at a loaded model's attention through forwards of three tokens, and check that it can be served.
+    """Inspect a loaded model's attention through forwards of three tokens, and check that it can be run.
 
     What a model computes for a token may depend only on the token, its position and what the attention function
-    returns. The same token among others, and at another place of the pack, must give the same numbers; so a model
-    that mixes tokens elsewhere (a convolution, a recurrent state) or counts positions itself is refused.
+    returns. The same token with other neighbours, and at another place in the pack, must give the same numbers. So a
+    model that mixes tokens elsewhere (a convolution, a recurrent state) or counts positions itself is refused.
 
     Args:
-        costs: finds what a token costs a model that is not refused.
+        model: a transformers model in eval mode; on the meta device, its numbers cannot be compared.
+        costs: measures what a token costs the model, if it is not refused.
 
     Raises:
-        ModelError: the attention function is never called, sees the future, or is not all that mixes tokens. Of a
-            model on the meta device, the last cannot be seen.
+        ModelError: the attention function is never called or sees the future, or tokens mix outside it.
     """
-    watch = _Watch(model.device)
-    with use_attention(model, watch, watch.note):
+    probe = _AttentionProbe(model.device)
+    with use_attention(model, probe, probe.placeholder_mask):
         try:
-            first = _numbers(model, watch, tokens=(1, 2, 3), positions=(3, 7, 1))
-            other = _numbers(model, watch, tokens=(5, 2, 4), positions=(4, 7, 9))
-            swapped = _numbers(model, watch, tokens=(2, 1, 3), positions=(7, 3, 1))
+            first = _outputs(model, probe, tokens=(1, 2, 3), positions=(3, 7, 1))
+            neighbours = _outputs(model, probe, tokens=(5, 2, 4), positions=(4, 7, 9))
+            swapped = _outputs(model, probe, tokens=(2, 1, 3), positions=(7, 3, 1))
         except ModelError as error:
             raise _refusal(type(model).__name__, error.message) from None
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             raise _refusal(type(model).__name__, f"it fails on packed tokens: {reason}") from error
-    if not watch.layers:
+    if not probe.layers:
         raise _refusal(type(model).__name__, "its layers do not call transformers' attention function")
     if model.device.type != "meta":
-        _check_numbers(model, first, other, swapped)
-    return _spec(model, tuple(watch.layers), costs(model))
+        _check_outputs(model, first, neighbours, swapped)
+    return _spec(model, tuple(probe.layers), costs(model))
 
 
-def _check_numbers(model: Any, first: Tensor, other: Tensor, swapped: Tensor) -> None:
-    """Refuse a model that computes no numbers, or others for the same token elsewhere."""
+def _check_outputs(model: Any, first: Tensor, neighbours: Tensor, swapped: Tensor) -> None:
+    """Refuse a model whose outputs are not finite, or depend on more than a token and its position.
+
+    Args:
+        model: that computed the outputs.
+        first: [2, F] outputs of tokens 1 and 2.
+        neighbours: [2, F] the second row is of the same token at the same position, with other neighbours.
+        swapped: [2, F] the rows of ``first`` in the other order, computed from tokens in the other order.
+    """
     if not first.isfinite().all():
-        raise _refusal(type(model).__name__, "what it computes is not a number: its weights are broken")
+        raise _refusal(type(model).__name__, "it computes NaN or infinity: its weights are broken")
     tolerance = 1e-3 if model.dtype.itemsize >= 4 else 2e-2
-    if not (_close(first[1], other[1], tolerance) and _close(first[1], swapped[0], tolerance)):
+    if not (_close(first[1], neighbours[1], tolerance) and _close(first[1], swapped[0], tolerance)):
         reason = "tokens would mix outside its attention, or it gives them positions of its own"
         raise _refusal(type(model).__name__, reason)
 
 
-class _Watch:
-    """An attention function that writes down what it is called with, and lets no token see another.
+class _AttentionProbe:
+    """An attention function that records its calls, and lets no token see another.
 
-    As a mask function it hands out empty notes in place of masks. A layer that is called with a note shows so how
-    transformers would have masked it; with anything else, that the model makes masks of its own.
+    As a mask function it returns placeholders. The placeholder that a layer is called with tells which window
+    transformers would have masked; a layer called with any other mask belongs to a model that makes its own.
     """
 
     def __init__(self, device: Any) -> None:
         self._device = device
         self.layers: list[LayerSpec] = []
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._notes: list[tuple[Tensor, int | None]] = []
+        self._masks: list[tuple[Tensor, int | None]] = []
 
-    def forget(self) -> None:
-        """Begin another forward."""
-        self.layers, self.calls, self._notes = [], [], []
+    def reset(self) -> None:
+        """Forget the calls of the last forward."""
+        self.layers, self.calls, self._masks = [], [], []
 
-    def note(self, *_: Any, local_size: int | None = None, **__: Any) -> Tensor:
-        """In place of a mask; ``local_size`` is the sliding window that the mask would have had."""
+    def placeholder_mask(self, *_: Any, local_size: int | None = None, **__: Any) -> Tensor:
+        """A tensor in place of a mask; ``local_size`` is the sliding window of the mask."""
         import torch
 
-        note = torch.empty(1, 1, 1, 1, device=self._device)
-        self._notes.append((note, local_size))
-        return note
+        mask = torch.empty(1, 1, 1, 1, device=self._device)
+        self._masks.append((mask, local_size))
+        return mask
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -242,26 +266,33 @@ class _Watch:
         group = query.shape[1] // value.shape[1]
         return value.repeat_interleave(group, dim=1).transpose(1, 2).contiguous(), None
 
-    def _window(self, mask: Any, told: int | None) -> int | None:
-        """The window that the mask would have; where no mask was asked for, the one that the layer tells."""
+    def _window(self, mask: Any, sliding_window: int | None) -> int | None:
+        """The window of a layer: that of its placeholder; without a mask, the layer's own ``sliding_window``."""
         if mask is None:
-            return told or None
-        for note, window in self._notes:
-            if mask is note:
+            return sliding_window or None
+        for placeholder, window in self._masks:
+            if mask is placeholder:
                 return window or None
         raise ModelError("it gives its attention a mask or bias of its own")
 
 
-def _numbers(model: Any, watch: _Watch, tokens: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:
-    """All that is computed for each of the first two of three packed tokens: queries, keys, values, logits [2, F]."""
+def _outputs(model: Any, probe: _AttentionProbe, tokens: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:
+    """Queries, keys, values and logits of the first two of three packed tokens: [2, F], one row for each token.
+
+    Args:
+        model: whose attention function is ``probe``.
+        probe: records queries, keys and values.
+        tokens: three token ids.
+        positions: their positions.
+    """
     import torch
 
-    watch.forget()
-    # Told that all tokens count, transformers does not look for the borders of sequences in the positions' values.
-    told = {"attention_mask": torch.ones(1, len(tokens), device="meta")} if model.device.type == "meta" else {}
+    probe.reset()
+    # With a mask, transformers does not look for the borders of sequences in the values of the positions.
+    mask = {"attention_mask": torch.ones(1, len(tokens), device="meta")} if model.device.type == "meta" else {}
     with torch.inference_mode():
         output = model(
-            **told,
+            **mask,
             input_ids=torch.tensor([tokens], device=model.device),
             position_ids=torch.tensor([positions], device=model.device),
             past_key_values=None,
@@ -269,8 +300,8 @@ def _numbers(model: Any, watch: _Watch, tokens: tuple[int, ...], positions: tupl
             logits_to_keep=torch.arange(2, device=model.device),
         )
     if output.logits.shape[1] != 2:
-        raise ModelError("it computes logits for every token, asked for or not")
-    parts = [t[0, :, :2].transpose(0, 1).flatten(1) for call in watch.calls for t in call]
+        raise ModelError("it computes logits for every token, not only for those that are asked for")
+    parts = [t[0, :, :2].transpose(0, 1).flatten(1) for call in probe.calls for t in call]
     return torch.cat([*parts, output.logits[0]], dim=1).float()
 
 
@@ -279,7 +310,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def held_bytes(model: Any) -> int:
-    """Bytes of a model's weights and buffers, tied ones counted once."""
+    """Bytes of a model's weights and buffers, tied tensors counted once."""
     return sum({id(t): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}.values())
 
 
@@ -299,7 +330,7 @@ def _spec(model: Any, layers: tuple[LayerSpec, ...], costs: Costs) -> ModelSpec:
 
 
 def _max_length(text: Any) -> int:
-    """Positions that the model can tell apart; dynamic NTK stretches those it was trained on."""
+    """Positions that the model can tell apart; dynamic NTK stretches the range that it was trained on."""
     trained = int(getattr(text, "max_position_embeddings", None) or 2**31)
     rope = getattr(text, "rope_parameters", None) or {}
     return int(trained * rope["factor"]) if rope.get("rope_type") == "dynamic" else trained
