@@ -21,6 +21,7 @@ import torch
 from gpu_kernels import Note, Place, share, synchronize
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
+from bmx.engine.backend import ModelBackend
 from bmx.measure.bench_sides import length_of, planned
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model
 from bmx.plan.planner import Plan
@@ -131,7 +132,7 @@ def engine_of(name: str, place: Place, longest: int, **told: Any) -> Engine:
     dtype = str(place.dtype).removeprefix("torch.")
     told = {"prefix_reuse": False, "device": place.device, "dtype": dtype, "model": name} | told
     config = EngineConfig(**told)
-    return Engine(config, PromptConfig(), IdTokenizer(), make_random_model(name, longest, config))
+    return Engine(config, PromptConfig(), IdTokenizer(), ModelBackend(make_random_model(name, longest, config)))
 
 
 def shape_of(name: str, place: Place, layers: int | None, **changes: Any) -> str:
@@ -162,15 +163,15 @@ def beside_torch(place: Place) -> int:
 
 def run_rows(engine: Engine, plan: Plan, lengths: list[int], answer: int, place: Place, seconds: float = 1e9) -> Ran:
     """Answer random prompts of these lengths under a plan, for so many seconds at most."""
-    stats = engine.stats = Steps()
-    stop, asked = Until(time.monotonic() + seconds), requests_of(lengths, answer, engine.loaded.spec.vocab)
+    stats = Steps()
+    stop, asked = Until(time.monotonic() + seconds), requests_of(lengths, answer, engine.spec.vocab)
     started, answers = time.monotonic(), {}
-    for result in engine.generate(asked, plan, stop=stop):
+    for result in engine.run(asked, plan, stats=stats, stop=stop):
         if result.error:
             raise RuntimeError(f"row {result.id}: {result.error.message}")
         answers[result.id] = result.token_ids
     synchronize(place)
-    taken, peak = time.monotonic() - started, engine.meter.peak
+    taken, peak = time.monotonic() - started, engine.backend.meter.peak
     seen = peak if place.tried else torch.cuda.max_memory_reserved() + beside_torch(place)
     return Ran(plan, stats, taken, len(lengths), len(answers) < len(lengths), seen, answers)
 
@@ -270,7 +271,7 @@ def memory(note: Note, place: Place) -> None:
     def work() -> dict[str, Any]:
         engine = engine_of(shape_of(LLAMA, place, 4), place, tokens + answer, memory_limit=limit, **told)
         plan = plan_of(engine, [tokens] * (4 if place.tried else 1024), answer)
-        rehearsed = engine.stats.rehearsed
+        profiled = plan.profiled
         rows = math.ceil(MORE * plan.slots)
         ran = run_rows(engine, plan, [tokens] * rows, answer, place)
         items = {name: getattr(plan.memory, name) for name in plan.memory.__dataclass_fields__}
@@ -279,9 +280,9 @@ def memory(note: Note, place: Place) -> None:
             "ratio": ran.seen / plan.memory.total,
             "held": ran.seen <= plan.memory.total,
             "items": items,
-            "rehearsed_planned_and_seen": rehearsed,
+            "profiled_step_planned_and_measured": profiled and [profiled.predicted, profiled.measured],
             "beside_torch_bytes": beside_torch(place),
-            "beside_torch_planned": engine.loaded.runtime_bytes,
+            "beside_torch_planned": engine.backend.runtime_bytes,
             "reserved_bytes": 0 if place.tried else torch.cuda.max_memory_reserved(),
             "allocated_bytes": 0 if place.tried else torch.cuda.max_memory_allocated(),
             **ran.record,
@@ -324,7 +325,7 @@ class Throughput:
     @property
     def parameters(self) -> int:
         """Of the layers: neither the embedding nor the head."""
-        model = self.engine.loaded.model
+        model = self.engine.backend.model
         ends = {id(p): p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
         return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in ends.values())
 
@@ -366,8 +367,8 @@ class Throughput:
             raise RuntimeError(f"no steps in which all slots decode: {ran.record}")
         active = steps[0]["active"]
         self.decoded = active / seconds
-        spec, policy = self.engine.loaded.spec, self.engine.policy
-        weights = weights_read(spec, self.engine.loaded.model, active)
+        spec, policy = self.engine.spec, self.engine.policy
+        weights = weights_read(spec, self.engine.backend.model, active)
         pairs = active * policy.layout(spec, held_rows(policy, tokens, answer)).kv_bytes
         return {
             "prompt": tokens,

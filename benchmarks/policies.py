@@ -28,7 +28,7 @@ def measure(engine: Engine, requests: list[Request], answer: int) -> tuple[float
     """Prompt tokens and decoded tokens a second."""
     asked = [replace(r, params=SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)) for r in requests]
     plan = engine.plan(engine.measure(asked))
-    for result in engine.generate(asked, plan):
+    for result in engine.run(asked, plan):
         if result.error:
             raise result.error
     return engine.stats.prefill_rate, engine.stats.decode_rate

@@ -41,7 +41,7 @@ def answered(engine, requests):
     """Seconds that the run takes, the plan left out, and the answers."""
     plan = engine.plan(engine.measure(requests))
     before = time.perf_counter()
-    found = {result.id: result.token_ids for result in engine.generate(requests, plan)}
+    found = {result.id: result.token_ids for result in engine.run(requests, plan)}
     seconds = time.perf_counter() - before
     stats, spare = engine.stats, sum(part.slots for part in plan.prefix_slots)
     print(
@@ -64,7 +64,7 @@ def main() -> None:
         f"{args.rows} rows of 60 tokens behind a system prompt of 400": (400, 60, args.rows),
         "8 questions of 20 tokens about a document of 3,000": (3000, 20, 8),
     }
-    list(engine.generate(rows_of(engine.tokenizer, ids[5000:], 100, 20, 2, 2)))  # warm up
+    list(engine.stream(rows_of(engine.tokenizer, ids[5000:], 100, 20, 2, 2)))  # warm up
     for name, (shared, own, count) in sets.items():
         requests = rows_of(engine.tokenizer, ids, shared, own, count, args.new_tokens)
         print(f"{name}, {args.new_tokens} new tokens each, KV budget {args.kv_budget}:", flush=True)

@@ -34,15 +34,18 @@ FACT = (
 PLACES = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Hanoi", "Riga", "Quito", "Tunis", "Perth", "Kyoto", "Delhi")
 
 
-def news(engine: Engine, data: Path, rows: int, least: int, most: int) -> list[Request]:
+Row = tuple[Request, tuple[str, ...]]  # with its reference answers
+
+
+def news(engine: Engine, data: Path, rows: int, least: int, most: int) -> list[Row]:
     """Articles whose prompts have a number of tokens between the two."""
     found = []
     for line in (data / "multi_news/multi_news.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         text = NEWS.format(text=row["context"].replace("NEWLINE_CHAR ", "\n").strip())
-        request = Request(id=str(len(found)), prompt=text, references=tuple(row["answers"]))
+        request = Request(id=str(len(found)), prompt=text)
         if least <= len(engine.encode(request)) <= most:
-            found.append(request)
+            found.append((request, tuple(row["answers"])))
         if len(found) == rows:
             break
     return found
@@ -59,15 +62,15 @@ def windows(data: Path, characters: int, rows: int) -> list[str]:
     return parts[::step][:rows]
 
 
-def book(data: Path, rows: int, tokens: int) -> list[Request]:
+def book(data: Path, rows: int, tokens: int) -> list[Row]:
     """Windows of books to be summarised."""
     return [
-        Request(id=str(i), prompt=BOOK.format(text=text))
+        (Request(id=str(i), prompt=BOOK.format(text=text)), ())
         for i, text in enumerate(windows(data, int(4.1 * tokens), rows))
     ]
 
 
-def facts(data: Path, rows: int, tokens: int) -> list[Request]:
+def facts(data: Path, rows: int, tokens: int) -> list[Row]:
     """A question about one sentence that was put somewhere into a part of a book."""
     draw = random.Random(0)
     found = []
@@ -76,11 +79,11 @@ def facts(data: Path, rows: int, tokens: int) -> list[Request]:
         sentences = text.split(". ")
         sentences.insert(draw.randrange(1, len(sentences)), f"The secret code of the {place} archive is {code}")
         prompt = FACT.format(text=". ".join(sentences), place=place)
-        found.append(Request(id=str(i), prompt=prompt, references=(str(code),)))
+        found.append((Request(id=str(i), prompt=prompt), (str(code),)))
     return found
 
 
-def requests_of(engine: Engine, args: argparse.Namespace) -> list[Request]:
+def rows_of(engine: Engine, args: argparse.Namespace) -> list[Row]:
     """The prompts of a set, all to be answered greedily."""
     if args.set == "news":
         found = news(engine, args.data, args.rows, args.least, args.most)
@@ -88,7 +91,8 @@ def requests_of(engine: Engine, args: argparse.Namespace) -> list[Request]:
         found = book(args.data, args.rows, args.most)
     else:
         found = facts(args.data, args.rows, args.most)
-    return [replace(r, params=SamplingParams(temperature=0, max_tokens=args.max_tokens)) for r in found]
+    params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
+    return [(replace(request, params=params), references) for request, references in found]
 
 
 def settings_of(cell: str) -> dict[str, object]:
@@ -118,7 +122,8 @@ def main() -> None:
     engine = Engine.open(base)
     if args.threads:
         torch.set_num_threads(args.threads)
-    requests = requests_of(engine, args)
+    rows = rows_of(engine, args)
+    requests, references = [request for request, _ in rows], {place: texts for place, (_, texts) in enumerate(rows)}
     lengths = [len(engine.encode(request)) for request in requests]
     print(
         f"{args.set}: {len(requests)} prompts of {min(lengths)} to {max(lengths)} tokens", file=sys.stderr, flush=True
@@ -136,7 +141,7 @@ def main() -> None:
             continue
         before = time.monotonic()
         other = engine.with_config(replace(EngineConfig(), **settings_of(cell)))
-        found = teacher.examine(other, Stop(), freely=args.freely)
+        found = teacher.examine(other, Stop(), references, freely=args.freely)
         record = {"set": args.set, "cell": cell, "prompts": len(requests), "mean_prompt": sum(lengths) / len(lengths)}
         record |= found.record() | {"seconds": round(time.monotonic() - before, 1)}
         with args.out.open("a") as out:

@@ -100,15 +100,15 @@ def attention_flops(spec, length: int, chunk: int, budget: int) -> int:
 
 
 def run_generate(engine: Engine, prompts: list[list[int]], new: int, kv_bytes: int) -> tuple[Timing, int]:
-    model = engine.loaded.model
-    per_token = engine.policy.layout(engine.loaded.spec, 1).kv_bytes
+    model = engine.backend.model
+    per_token = engine.policy.layout(engine.spec, 1).kv_bytes
     todo = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = []
     while todo:
         fit = max(1, int(kv_bytes // (per_token * (len(prompts[todo[0]]) + new))))
         batches.append(todo[:fit])
         todo = todo[fit:]
-    if engine.loaded.rope is not None:
+    if not engine.backend.shares_prefixes:
         raise SystemExit("generate cannot be the judge here: bmx has pinned this model's rotary embedding")
     model.set_attn_implementation("sdpa")
     model.generation_config.eos_token_id = None
@@ -157,22 +157,21 @@ def main() -> None:
     requests = [Request(id=str(i), prompt=text, params=params) for i, text in enumerate(texts)]
     prompts = [engine.encode(request) for request in requests]
     total = sum(map(len, prompts))
-    print(f"{engine.loaded.spec.name} {args.dtype}, {torch.get_num_threads()} threads, {len(prompts)} prompts, "
+    print(f"{engine.spec.name} {args.dtype}, {torch.get_num_threads()} threads, {len(prompts)} prompts, "
           f"{total:,} prompt tokens, {args.new} new each, {args.kv / 1e6:.0f} MB of KV")  # fmt: skip
 
-    list(engine.generate(requests[:2]))  # warm up
-    engine.stats = type(engine.stats)()
+    list(engine.stream(requests[:2]))  # warm up
     before, bandwidth = matmul_rate(getattr(torch, args.dtype)), read_rate()
     plan = engine.plan(engine.measure(requests))
     with timed() as ours:
-        results = list(engine.generate(requests, plan))
+        results = list(engine.run(requests, plan))
     if any(r.error or r.usage.completion_tokens != args.new for r in results):
         raise SystemExit("bmx did not answer every prompt in full")
     stats = engine.stats
     rate = (before + matmul_rate(getattr(torch, args.dtype))) / 2
-    flops = total * linear_flops(engine.loaded.model)
+    flops = total * linear_flops(engine.backend.model)
     budget = args.budget if args.policy != "none" else 1 << 40
-    flops += sum(attention_flops(engine.loaded.spec, len(p), plan.step.chunk_size, budget) for p in prompts)
+    flops += sum(attention_flops(engine.spec, len(p), plan.step.chunk_size, budget) for p in prompts)
     bound = total * rate / flops
     print(f"matmul {rate / 1e9:.0f} GFLOP/s allows {bound:,.0f} prompt tok/s")
     mine = 60 * len(prompts) / ours.seconds
@@ -183,9 +182,9 @@ def main() -> None:
     if stats.pure_steps:  # in which nothing but decoding was done
         active = stats.pure_tokens / stats.pure_steps
         held = sum(min(budget, len(p) + args.new // 2) for p in prompts) / len(prompts)
-        pairs = engine.policy.layout(engine.loaded.spec, 1).kv_bytes * held
-        read = weights_read(engine.loaded.spec, engine.loaded.model, round(active)) + active * pairs
-        flops = active * (linear_flops(engine.loaded.model) + 2 * engine.loaded.spec.head_bytes / 2)
+        pairs = engine.policy.layout(engine.spec, 1).kv_bytes * held
+        read = weights_read(engine.spec, engine.backend.model, round(active)) + active * pairs
+        flops = active * (linear_flops(engine.backend.model) + 2 * engine.spec.head_bytes / 2)
         step = stats.pure_seconds / stats.pure_steps
         print(f"  steps that only decode: {active:.1f} tokens in {1e3 * step:.1f} ms; {bandwidth / 1e9:.1f} GB/s allow "
               f"{1e3 * read / bandwidth:.1f} ms ({read / bandwidth / step:.0%} of the bandwidth bound), products alone "

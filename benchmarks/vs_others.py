@@ -43,7 +43,7 @@ def answer(args: argparse.Namespace, given: dict) -> dict:
     plan = engine.plan(engine.measure(requests))
     planned = time.perf_counter() - begun
     with timed() as timing:
-        results = list(engine.generate(requests, plan))
+        results = list(engine.run(requests, plan))
     if any(r.error or r.usage.completion_tokens != args.new for r in results):
         raise SystemExit("bmx did not answer every prompt in full")
     stats = engine.stats
@@ -58,7 +58,7 @@ def answer(args: argparse.Namespace, given: dict) -> dict:
         "prefill_tok_s": round(stats.prefill_rate),
         "decode_tok_s": round(stats.decode_rate),
         "peak_rss_mb": round(stats.peak_memory_bytes / 1e6),
-        "kernels": engine.kernels.name,
+        "kernels": engine.backend.kernels.name,
     }
 
 

@@ -51,8 +51,6 @@ class Request:
 
     ``raw`` marks a prompt that is continued as it stands, without the model's chat template.
     ``seeded`` marks a seed of the row's own; otherwise the row's id is mixed into the job's seed.
-    ``references`` are good answers, where the row says so, for whoever judges.
-    ``forced`` are the answer's token ids, where the model is not to choose them but to be watched reading them.
     """
 
     id: str | int
@@ -61,8 +59,6 @@ class Request:
     params: SamplingParams = SamplingParams()
     raw: bool = False
     seeded: bool = False
-    references: tuple[str, ...] = ()
-    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,6 @@ class Stats:
     kv_bytes: int = 0
     full_cache_peak_bytes: int = 0
     peak_active_slots: int = 0
-    rehearsed: tuple[int, int] | None = None  # bytes of the largest step without slots: planned, measured
     shrunk_to: list[tuple[int, int]] = field(default_factory=list)  # after running out of memory: slots, step tokens
     eager: str = ""  # why decoding could not be captured as CUDA graphs, if that was tried in vain
     started: float = field(default_factory=time.monotonic)

@@ -6,7 +6,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,6 +26,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.cli.commands import main
+from bmx.engine.backend import ModelBackend
+from bmx.engine.scheduler import Step
 from bmx.model.loader import LoadedModel, prepare
 
 torch.set_num_threads(1)  # tiny models are slower with more, and much slower on a busy machine
@@ -65,12 +68,68 @@ def tiny_loaded(family: str) -> LoadedModel:
 def tiny_engine(model: Any, **config: Any) -> Engine:
     """An engine around a tiny model, given as such or by the name of its family."""
     loaded = tiny_loaded(model) if isinstance(model, str) else prepare(model)
-    return Engine(EngineConfig(**config), PromptConfig(), word_tokenizer(), loaded)
+    return Engine(EngineConfig(**config), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
 
 
-def answers(engine: Engine, requests: Sequence[Request]) -> dict[str, tuple[int, ...]]:
-    """Token ids by request id; fails on any error."""
-    results = list(engine.generate(requests))
+StepHook = Callable[[Any, Step], None]  # of a runner and a step
+
+
+class WatchedRunner:
+    """A runner that shows each step before and after it is launched; all else as it is."""
+
+    def __init__(self, inner: Any, before: StepHook, after: StepHook) -> None:
+        self._inner, self._before, self._after = inner, before, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def run(self, step: Step) -> Any:
+        self._before(self._inner, step)
+        sampled = self._inner.run(step)
+        self._after(self._inner, step)
+        return sampled
+
+
+class WatchedBackend:
+    """A backend with such runners; all else as it is."""
+
+    def __init__(self, inner: Any, before: StepHook, after: StepHook) -> None:
+        self._inner, self._before, self._after = inner, before, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    @contextmanager
+    def runner(self, *args: Any, **kwargs: Any) -> Iterator[WatchedRunner]:
+        with self._inner.runner(*args, **kwargs) as runner:
+            yield WatchedRunner(runner, self._before, self._after)
+
+
+def _nothing(runner: Any, step: Step) -> None:
+    pass
+
+
+def watched(engine: Engine, before: StepHook = _nothing, after: StepHook = _nothing) -> Engine:
+    """The same engine, whose steps are shown before and after they are launched."""
+    return engine.with_backend(WatchedBackend(engine.backend, before, after))
+
+
+def one_first(requests: Sequence[Request]) -> tuple[Iterator[Request], Callable[[], bool]]:
+    """Requests, and whether reading is paused: once, after the first of them."""
+    source, read = iter(requests), []
+
+    def reading() -> Iterator[Request]:
+        for request in source:
+            read.append(request)
+            yield request
+
+    pauses = iter([True])
+    return reading(), lambda: len(read) == 1 and next(pauses, False)
+
+
+def answers(engine: Engine, requests: Sequence[Request], **options: Any) -> dict[str, tuple[int, ...]]:
+    """Token ids by request id; fails on any error. Options are those of ``Engine.run``."""
+    results = list(engine.run(requests, **options))
     assert [r.error for r in results if r.error] == []
     assert sorted(r.id for r in results) == sorted(r.id for r in requests)
     return {r.id: r.token_ids for r in results}

@@ -228,7 +228,7 @@ class OneByOne(kernels.Kernels):
 KINDS = {"one by one": OneByOne("avx512", ""), "in one call": kernels.Kernels("avx512", "")}
 
 
-def attention_of(kind, policy, window=None, sizes=((48, 5),)):
+def use_attention(kind, policy, window=None, sizes=((48, 5),)):
     """One layer's attention and its pool, with the same random pairs each time; K 2, D 32; groups of (C, S)."""
     capacity = sizes[-1][0]
     made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
@@ -286,7 +286,7 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, 
     """Two groups of slots, of which the second one's have sequences that evict."""
     found, now, seen = [], (100, 30, 60, 47), (20, 7)
     for kind in KINDS:
-        attention, pool = attention_of(kind, policy, window, sizes=((31, 3), (48, 5)))
+        attention, pool = use_attention(kind, policy, window, sizes=((31, 3), (48, 5)))
         slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
         for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
             tokens = asked
@@ -322,7 +322,7 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(policy, start,
     """One that evicts, behind a decoding token, and one that never will."""
     found = []
     for kind in KINDS:
-        attention, pool = attention_of(kind, policy, window)
+        attention, pool = use_attention(kind, policy, window)
         fill(pool.layer(0, 0), 1, start, limit)
         prompts = (
             PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),
@@ -382,8 +382,8 @@ def test_compiled_and_plain_kernels_say_the_same_of_a_model(family, cpu_kernels)
         cpu_kernels(name)
         engine = tiny_engine(model, kv_policy="none")
         seen = logits[name] = []
-        engine.watch = lambda request, place, row, seen=seen: seen.append(row.float())
-        answers(engine, as_requests(random_prompts([70]), max_tokens=1))
+        requests = as_requests(random_prompts([70]), max_tokens=1)
+        answers(engine, requests, watch=lambda request, place, row, seen=seen: seen.append(row.float()))
     [found], [expected] = logits["avx512"], logits["reference"]
     assert (found - expected).norm() < 2e-2 * expected.norm()
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_prompts, words
+from conftest import random_prompts, watched, words
 from families import tiny_model
 
 from bmx import Engine, PromptConfig
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
+from bmx.engine.backend import ModelBackend
 from bmx.errors import MemoryLimitError
 from bmx.measure import bench as bench_module
 from bmx.measure import bench_sides as sides_module
@@ -78,7 +79,8 @@ def measured(path="bench.json"):
 
 def id_engine(**config):
     """A tiny engine that reads token ids."""
-    return Engine(EngineConfig(device="cpu", **config), PromptConfig(), IdTokenizer(), prepare(tiny_model("llama")))
+    backend = ModelBackend(prepare(tiny_model("llama")))
+    return Engine(EngineConfig(device="cpu", **config), PromptConfig(), IdTokenizer(), backend)
 
 
 # What is measured
@@ -129,7 +131,7 @@ def test_a_bound_has_as_many_slots_as_hold_whole_prompts(monkeypatch):
     engine = id_engine(kv_policy="none", kv_cache_memory=65_000)
     policy = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
     cell = Cell(prompts=random_prompts([60] * 9), answer=5)
-    row = engine.policy.layout(engine.loaded.spec, 60).nbytes
+    row = engine.policy.layout(engine.spec, 60).nbytes
     fits = engine.config.kv_cache_memory // row
     bound = run_bound(engine, policy, cell, MemoryLimitError("no"), Display("none"))
     assert bound.slots == fits < 9
@@ -233,13 +235,10 @@ def test_shares_and_ratios_by_hand():
     assert mean_ratios([{"ratios": ratios(cell)}, half]) == {"full_cache": 3.0, "decode_only": 1.5}
 
 
-def test_the_bound_decodes_in_slots_that_never_evict(monkeypatch):
-    from bmx.engine.runner import ModelRunner
-
-    engine = id_engine(kv_policy="none")
+def test_the_bound_decodes_in_slots_that_never_evict():
+    steps = []
+    engine = watched(id_engine(kv_policy="none"), before=lambda _, step: steps.append(step))
     plan = engine.plan([Length(40, 5, 45)] * 3)
-    steps, run = [], ModelRunner.run
-    monkeypatch.setattr(ModelRunner, "run", lambda self, step: steps.append(step) or run(self, step))
     assert free_decoding(engine, plan, slots=3, rows=24, steps=2) > 0
     decoding = [step for step in steps if all(chunk.sequence.decoding for chunk in step.chunks)][-3:]
     assert [[chunk.start for chunk in step.chunks] for step in decoding] == [[20] * 3, [21] * 3, [22] * 3]

@@ -214,7 +214,9 @@ def test_what_is_measured_is_kept_and_not_measured_again(given, monkeypatch):
     monkeypatch.setattr(
         Teacher,
         "examine",
-        lambda self, engine, stop: examined.append(engine.config.kv_budget) or examine(self, engine, stop),
+        lambda self, engine, *args, **kwargs: (
+            examined.append(engine.config.kv_budget) or examine(self, engine, *args, **kwargs)
+        ),
     )
     monkeypatch.setattr(Teacher, "hear", lambda *args: heard.append(1) or hear(*args))
     given("--kv-budget", "24,200")
@@ -229,10 +231,10 @@ def test_a_stopped_calibration_keeps_what_is_finished(given, monkeypatch):
 
     examine = Teacher.examine
 
-    def stopped(self, engine, stop):
+    def stopped(self, engine, *args, **kwargs):
         if engine.config.kv_budget == 40:
             signal.raise_signal(signal.SIGINT)
-        return examine(self, engine, stop)
+        return examine(self, engine, *args, **kwargs)
 
     monkeypatch.setattr(Teacher, "examine", stopped)
     assert given("--kv-budget", "24,40,200").code == 130
@@ -326,8 +328,8 @@ def test_layers_that_could_share_are_found_and_hold(given):
     assert len(pairs.split(",")) == 2
     assert shared_layers(engine, requests, 2, least=1.1) == ""
     other = engine.with_config(engine.config.__class__(kv_policy="none", kv_share_layers=pairs))
-    assert [r.error for r in other.generate(requests)] == [None, None]
-    assert other.policy.layout(other.loaded.spec, 40).nbytes * 2 == engine.policy.layout(engine.loaded.spec, 40).nbytes
+    assert [r.error for r in other.stream(requests)] == [None, None]
+    assert other.policy.layout(other.spec, 40).nbytes * 2 == engine.policy.layout(engine.spec, 40).nbytes
     windowed = tiny_engine("gemma2", kv_policy="none")  # one of its two layers has a window: they cannot share
     assert shared_layers(windowed, requests, 1, least=-1.0) == ""
 

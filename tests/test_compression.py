@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import answers, as_requests, random_prompts, tiny_engine
+from conftest import answers, as_requests, random_prompts, tiny_engine, watched
 from families import WINDOW, tiny_model
 
 from bmx.engine.attention import SlotAttention
@@ -150,7 +150,7 @@ def test_kept_tokens_scores_and_answers_equal_the_plain_reference(family, kernel
     cpu_kernels(kernels)
     prompt = random_prompts((50,), seed=3)[0]
     engine = tiny_engine(tiny_model(family), **SETTINGS)
-    result = next(engine.generate(as_requests([prompt], max_tokens=NEW)))
+    result = next(engine.stream(as_requests([prompt], max_tokens=NEW)))
     answer = result.token_ids[:-1]  # the last token was never fed back
     reference, greedy = run_reference(tiny_model(family), prompt, chunk_ends(50, CHUNK), answer)
     assert list(result.token_ids) == greedy
@@ -168,9 +168,9 @@ def test_scores_equal_a_float64_full_matrix_while_nothing_is_evicted(spy):
     """Column sums over all queries, mean over the group, of attention computed in one piece."""
     prompt = random_prompts((40,), seed=1)[0]
     engine = tiny_engine("llama", kv_budget=45, kv_recent=RECENT, chunk_size=CHUNK)
-    answer = next(engine.generate(as_requests([prompt], max_tokens=10))).token_ids
+    answer = next(engine.stream(as_requests([prompt], max_tokens=10))).token_ids
     early = as_requests([prompt], max_tokens=10, stop_token_ids=(answer[4],))  # might evict, but stops before
-    result = next(engine.generate(early))
+    result = next(engine.stream(early))
     assert result.kv.evicted == 0
     tokens = [*prompt, *result.token_ids[:-1]]
     reference, _ = run_reference(tiny_model("llama"), tokens, [len(tokens)], [], budget=45)
@@ -180,19 +180,15 @@ def test_scores_equal_a_float64_full_matrix_while_nothing_is_evicted(spy):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3n_text", "phi3"])
-def test_sinks_and_recent_tokens_stay_and_slots_never_exceed_the_budget(family, spy, monkeypatch):
+def test_sinks_and_recent_tokens_stay_and_slots_never_exceed_the_budget(family, spy):
     """Looked at after every step of a crowded run, in every layer, head and slot."""
-    from bmx.engine.runner import ModelRunner
+    looked = []
 
-    engine = tiny_engine(family, **SETTINGS, max_num_seqs=3)
-    original, looked = ModelRunner.run, []
-
-    def run(runner, step):
-        tokens = original(runner, step)
+    def look(runner, step):
         for chunk in step.chunks:
             group, slot = chunk.sequence.slot
             now = chunk.start + chunk.length
-            for layer in range(len(engine.loaded.spec.layers)):
+            for layer in range(len(engine.spec.layers)):
                 layout = runner.pool.layer(group, layer).layout
                 for row in spy.rows(layer, slot, group):
                     looked.append(now)
@@ -200,17 +196,16 @@ def test_sinks_and_recent_tokens_stay_and_slots_never_exceed_the_budget(family, 
                     if layout.window is None:
                         wanted = {*range(min(SINK, now)), *range(max(0, now - RECENT), now)}
                         assert wanted <= set(row)
-        return tokens
 
-    monkeypatch.setattr(ModelRunner, "run", run)
-    list(engine.generate(as_requests(random_prompts((50, 7, 33, 26, 61)), max_tokens=NEW)))
+    engine = watched(tiny_engine(family, **SETTINGS, max_num_seqs=3), after=look)
+    list(engine.stream(as_requests(random_prompts((50, 7, 33, 26, 61)), max_tokens=NEW)))
     assert max(looked) == 61 + NEW - 1
 
 
 def test_a_window_keeps_exactly_what_a_later_query_can_see(spy):
     prompt = random_prompts((40,))[0]
     engine = tiny_engine("mistral", **SETTINGS)
-    next(engine.generate(as_requests([prompt], max_tokens=4)))
+    next(engine.stream(as_requests([prompt], max_tokens=4)))
     now = 40 + 4 - 1
     for row in spy.rows(0):
         assert set(row) == set(range(now - WINDOW, now))
@@ -238,12 +233,12 @@ def test_unscored_work_is_not_done(monkeypatch):
         engine, requests = tiny_engine("llama", **settings), as_requests(kept, max_tokens=3)
         plan = engine.plan(engine.measure(requests))
         asked.clear()  # what was rehearsed is another matter
-        list(engine.generate(requests, plan))
+        list(engine.run(requests, plan))
         assert asked
         assert not any(asked)
     for policy, wanted in (("average-attention", True), ("keydiff", False), ("streaming", False)):
         asked.clear()
-        list(tiny_engine("llama", kv_budget=40, kv_policy=policy).generate(as_requests(prompts[1:], max_tokens=3)))
+        list(tiny_engine("llama", kv_budget=40, kv_policy=policy).stream(as_requests(prompts[1:], max_tokens=3)))
         assert asked[-4:] == [wanted] * 4  # the decoding steps' two layers
 
 
@@ -255,4 +250,4 @@ def test_a_plan_made_from_shorter_rows_changes_no_answer():
     short = engine.measure(as_requests(random_prompts((5, 7)), max_tokens=12))
     plan = engine.plan(short)
     assert plan.step.chunk_size == 7
-    assert {result.id: result.token_ids for result in engine.generate(long, plan)} == expected
+    assert {result.id: result.token_ids for result in engine.run(long, plan)} == expected

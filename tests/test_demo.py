@@ -41,10 +41,10 @@ def test_real_prompts_get_the_tokens_that_generate_gives(exact):
     [other] = sample_requests("notice-quay-road", characters=600, max_tokens=16)
     requests = [one, other]
     prompts = [exact.encode(request) for request in requests]
-    found = {r.id: r.token_ids for r in exact.generate(requests)}
-    exact.loaded.model.set_attn_implementation("sdpa")
+    found = {r.id: r.token_ids for r in exact.stream(requests)}
+    exact.backend.model.set_attn_implementation("sdpa")
     assert 96 < len(prompts[1]) < len(prompts[0])
-    expected = reference_answers(exact.loaded.model, prompts, 16)
+    expected = reference_answers(exact.backend.model, prompts, 16)
     assert [found[request.id] for request in requests] == [expected[str(i)][:16] for i in range(len(requests))]
 
 
@@ -59,7 +59,7 @@ def test_a_long_document_is_answered_from_a_small_cache():
     """Eviction with trained weights: the first tokens are kept, or a trained model would fall silent."""
     engine = Engine.open(EngineConfig(kv_budget=384))
     request = sample_requests("postmortem-checkout", max_tokens=24)[0]
-    result = next(engine.generate([request]))
+    result = next(engine.stream([request]))
     assert result.usage.prompt_tokens > 1000
     assert (result.kv.kept, result.finish_reason) == (384, "length")
     words = result.text.lower().split()
@@ -84,7 +84,7 @@ def test_without_the_demo_model_the_error_says_the_line_that_installs_it(monkeyp
 def test_seeds_give_the_same_text_in_any_company(exact):
     ids = ("recipe-haddock-pie", "notice-quay-road")
     requests = sample_requests(*ids, characters=600, max_tokens=8, temperature=0.8, seed=3)
-    alone = [next(exact.generate([request])).text for request in requests]
-    together = {r.id: r.text for r in exact.generate(requests[::-1])}
+    alone = [next(exact.stream([request])).text for request in requests]
+    together = {r.id: r.text for r in exact.stream(requests[::-1])}
     assert [together[request.id] for request in requests] == alone
     assert all(alone)

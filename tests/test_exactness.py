@@ -40,7 +40,7 @@ def test_same_greedy_tokens_as_generate(family, kernels, cpu_kernels):
 @pytest.mark.parametrize("family", KINDS)
 def test_a_budget_that_holds_everything_changes_nothing(family):
     engine = tiny_engine(family, kv_budget=30 + 8, kv_recent=4, **CROWDED)
-    results = list(engine.generate(as_requests(PROMPTS, max_tokens=8)))
+    results = list(engine.stream(as_requests(PROMPTS, max_tokens=8)))
     assert {r.id: r.token_ids for r in results} == generated(family)
     assert all(r.kv.evicted == 0 for r in results)
 
@@ -78,7 +78,7 @@ def test_a_sliding_window_larger_than_the_budget_is_compressed_too(window_over_b
     model = tiny_model("mistral")
     model.config.sliding_window = 30 if window_over_budget else 8
     engine = tiny_engine(model, kv_budget=20, kv_recent=6, chunk_size=16)
-    layer = engine.policy.layout(engine.loaded.spec, 20).layers[0]
+    layer = engine.policy.layout(engine.spec, 20).layers[0]
     assert (layer.capacity, layer.by_age) == ((20, False) if window_over_budget else (8, True))
     found = answers(engine, as_requests(prompts, max_tokens=8))
     assert (found == reference_answers(model, prompts, 8)) is not window_over_budget
@@ -128,7 +128,7 @@ def test_models_with_several_end_tokens_stop_at_any_of_them():
     free = reference_answers(model, [prompt], 12)["0"]
     model.generation_config.eos_token_id = [free[3], free[6]]
     engine = tiny_engine(model, kv_policy="none")
-    result = next(engine.generate([Request(id="a", prompt=words(prompt), params=SamplingParams(max_tokens=12))]))
+    result = next(engine.stream([Request(id="a", prompt=words(prompt), params=SamplingParams(max_tokens=12))]))
     assert result.token_ids == free[: 1 + min(free.index(free[3]), free.index(free[6]))]
     assert result.finish_reason == "stop"
 
@@ -136,7 +136,7 @@ def test_models_with_several_end_tokens_stop_at_any_of_them():
 def test_a_prompt_longer_than_the_model_is_an_error_and_a_long_answer_is_cut():
     engine = tiny_engine("llama", kv_policy="none")
     too_long, almost = random_prompts((256, 250))
-    results = {r.id: r for r in engine.generate(as_requests([too_long, almost], max_tokens=50))}
+    results = {r.id: r for r in engine.stream(as_requests([too_long, almost], max_tokens=50))}
     assert results["0"].error.code == "context_length_exceeded"
     assert results["1"].usage.completion_tokens == 6
     assert results["1"].finish_reason == "length"
@@ -151,7 +151,7 @@ def test_a_row_of_broken_numbers_leaves_nothing_behind_in_its_slot():
     with torch.no_grad():
         model.model.embed_tokens.weight[poison] = float("nan")
     engine = tiny_engine(model, kv_policy="none", max_num_seqs=1)
-    results = {r.id: r for r in engine.generate(as_requests([poisoned, healthy], max_tokens=6))}
+    results = {r.id: r for r in engine.stream(as_requests([poisoned, healthy], max_tokens=6))}
     assert results["0"].error.code == "nan_logits"
     assert results["1"].token_ids == expected
 
@@ -159,10 +159,10 @@ def test_a_row_of_broken_numbers_leaves_nothing_behind_in_its_slot():
 def test_an_engine_answers_one_run_at_a_time_and_many_after_each_other():
     prompts = random_prompts((9, 14))
     engine = tiny_engine("llama", kv_policy="none")
-    first = engine.generate(as_requests(prompts, max_tokens=4))
+    first = engine.stream(as_requests(prompts, max_tokens=4))
     one = next(first)
     with pytest.raises(UsageError):
-        next(engine.generate(as_requests(prompts, max_tokens=4)))
+        next(engine.stream(as_requests(prompts, max_tokens=4)))
     first.close()
     again = answers(engine, as_requests(prompts, max_tokens=4))
     assert again[one.id] == one.token_ids
@@ -171,7 +171,7 @@ def test_an_engine_answers_one_run_at_a_time_and_many_after_each_other():
 def test_a_row_that_would_not_fit_even_alone_is_an_error_and_the_others_are_answered():
     prompts = random_prompts((200, 12, 15))
     engine = tiny_engine("llama", kv_policy="none", kv_cache_memory=30_000)
-    results = {r.id: r for r in engine.generate(as_requests(prompts, max_tokens=4))}
+    results = {r.id: r for r in engine.stream(as_requests(prompts, max_tokens=4))}
     assert results["0"].error.code == "out_of_memory"
     assert (results["1"].token_ids, results["2"].token_ids) == tuple(
         reference_answers(tiny_model("llama"), prompts[1:], 4).values()

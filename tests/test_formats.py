@@ -403,7 +403,7 @@ def test_what_is_held_is_what_the_layout_promises(name, exact, by_channel, dim, 
 @pytest.mark.parametrize("family", ["llama", "gemma3n_text", "deepseek_v3"])
 def test_a_pool_holds_what_its_layouts_promise(family, policy, name):
     engine = tiny_engine(family, kv_policy=policy, kv_format=name, kv_budget=20, kv_recent=5, kv_sink=3)
-    layouts = tuple(engine.policy.layout(engine.loaded.spec, capacity) for capacity in (9, 20, 41))
+    layouts = tuple(engine.policy.layout(engine.spec, capacity) for capacity in (9, 20, 41))
     pool = KVPool(layouts, (2, 3, 1), torch.float32, CPU)
     assert pool.nbytes == sum(count * one.nbytes for count, one in zip((2, 3, 1), layouts, strict=True))
 
@@ -411,7 +411,7 @@ def test_a_pool_holds_what_its_layouts_promise(family, policy, name):
 def pair_bytes(name, policy, dtype_bytes=2):
     """Bytes of a pair in a slot of 4,096 of a model with heads of 128."""
     chosen = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_format=name, kv_budget=4096))
-    spec = tiny_engine("llama").loaded.spec
+    spec = tiny_engine("llama").spec
     wide = replace(spec.layers[0], key_dim=128, value_dim=128)
     spec = replace(spec, layers=(wide,), itemsize=dtype_bytes)
     return chosen.layout(spec, 4096).kv_bytes / (4096 * wide.kv_heads)
@@ -431,5 +431,5 @@ def test_a_slot_takes_less_of_the_memory_with_all_that_belongs_to_it(name, more)
     engines = [
         tiny_engine("gemma", kv_policy="streaming", kv_format=f, kv_budget=200, kv_recent=4) for f in ("auto", name)
     ]
-    plain, few = (engine.policy.layout(engine.loaded.spec, 150).nbytes for engine in engines)
+    plain, few = (engine.policy.layout(engine.spec, 150).nbytes for engine in engines)
     assert plain / few > more

@@ -164,9 +164,8 @@ def test_greedy_and_drawn_rows_and_penalties_share_steps():
 def test_repeated_runs_are_equal_to_the_last_bit():
     seen = []
     engine = engine_of("llama", **TIGHT)
-    engine.watch = lambda request, place, row: seen.append((request.id, place, row.clone()))
     for _ in range(2):
-        answers(engine, drawn(0.9))
+        answers(engine, drawn(0.9), watch=lambda request, place, row: seen.append((request.id, place, row.clone())))
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(first) == 20 * len(PROMPTS)
     assert [one[:2] for one in first] == [one[:2] for one in second]
@@ -193,7 +192,7 @@ def test_a_row_of_broken_numbers_is_an_error_and_leaves_nothing_behind():
     with torch.no_grad():
         model.model.embed_tokens.weight[poison] = float("nan")
     engine = tiny_engine(model.to(DEVICE), kv_policy="none", chunk_size=10, max_num_seqs=1)
-    results = {r.id: r for r in engine.generate(as_requests([poisoned, healthy], max_tokens=12))}
+    results = {r.id: r for r in engine.stream(as_requests([poisoned, healthy], max_tokens=12))}
     assert results["0"].error.code == "nan_logits"
     assert results["1"].token_ids == expected
 
@@ -210,7 +209,7 @@ def test_the_plan_holds_on_the_device(eager):
     before = torch.cuda.memory_reserved()
     plan = engine.plan(engine.measure(as_requests(prompts, max_tokens=20)))
     requests = [*as_requests(prompts[:20], max_tokens=20), *hot(prompts[20:])]
-    assert [result.error for result in engine.generate(requests, plan) if result.error] == []
+    assert [result.error for result in engine.run(requests, plan) if result.error] == []
     assert engine.stats.shrunk_to == []
     reserved = torch.cuda.max_memory_reserved()  # counted from the run's beginning
     assert before <= reserved <= before + plan.memory.total - plan.memory.runtime

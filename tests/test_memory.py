@@ -20,16 +20,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_requests, random_prompts, tiny_engine, words
+from conftest import as_requests, random_prompts, tiny_engine, word_tokenizer, words
 from families import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from bmx import Engine, PromptConfig, Request, SamplingParams
+from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
+from bmx.engine.backend import ModelBackend
 from bmx.errors import DeviceError, MemoryLimitError
-from bmx.plan.planner import Plan
+from bmx.hardware import free_host_memory
+from bmx.model.loader import prepare
+from bmx.plan.planner import Plan, ProfiledStep
 from bmx.request import Result
-from bmx.stats import Stats
 
 OFTEN = SamplingParams(max_tokens=180, stop_token_ids=tuple(range(64)))  # large slots, and answers that end soon
 
@@ -183,9 +185,8 @@ def answer(result: Result) -> Any:
 
 def run(engine: Engine, requests: list[Request], plan: Plan, allocator: Allocator | None = None) -> dict[Any, Any]:
     """Answers by id, each id exactly once."""
-    engine.stats = Stats()
     with allocator or Allocator():
-        results = list(engine.generate(iter(requests), plan))
+        results = list(engine.run(iter(requests), plan))
     assert sorted(result.id for result in results) == sorted(request.id for request in requests)
     return {result.id: answer(result) for result in results}
 
@@ -267,9 +268,9 @@ def interrupted(engine: Engine, plan: Plan, refuses: Callable[[Allocator], Any])
     requests = as_requests(random_prompts((9, 12, 10, 8)), max_tokens=5)
     requests[2] = Request(id="2", prompt=requests[2].prompt, params=SamplingParams(max_tokens=1))
     expected = run(engine, requests, plan)
-    engine.stats, allocator = Stats(), Allocator()
+    allocator = Allocator()
     with allocator:
-        results = engine.generate(iter(requests), plan)
+        results = engine.run(iter(requests), plan)
         found, before = [next(results)], engine.stats.prompt_tokens
         assert found[0].id == "2"
         allocator.refuses = refuses(allocator)
@@ -370,7 +371,7 @@ def test_a_dead_gpu_ends_the_run_at_once(said, kind):
     plan = planned(engine, requests)
     allocator = Allocator(error=lambda: kind(f"CUDA error: {said}\nCUDA kernel errors might be reported later\n"))
     with allocator:
-        results = engine.generate(iter(requests), plan)
+        results = engine.run(iter(requests), plan)
         assert next(results).error is None
         allocator.refuses, before = always, allocator.made
         with pytest.raises(DeviceError) as raised:
@@ -394,7 +395,7 @@ def test_any_other_error_comes_through_as_it_is(error):
     plan = planned(engine, requests)
     allocator = Allocator(failing(50), lambda: error)
     with allocator, pytest.raises(type(error)) as raised:
-        list(engine.generate(iter(requests), plan))
+        list(engine.run(iter(requests), plan))
     assert raised.value is error
     assert allocator.made == 50
     assert run(engine, requests, plan)  # the engine is of use again
@@ -436,6 +437,7 @@ class Meter:
     """Measures what it is told to."""
 
     now = 0
+    free_memory = staticmethod(free_host_memory)
 
     def __init__(self, peak: int, exact: bool = True) -> None:
         self.peak, self.exact = peak, exact
@@ -446,8 +448,9 @@ class Meter:
 
 def rehearsed(peak: int, exact: bool = True, **config: Any) -> tuple[Engine, Plan]:
     """Six equal requests planned by an engine that measures this much in the rehearsal."""
-    engine = tiny_engine(one_layer(), kv_policy="none", chunk_size=6, max_num_batched_tokens=12, **config)
-    engine.meter = Meter(peak, exact)
+    settings = EngineConfig(kv_policy="none", chunk_size=6, max_num_batched_tokens=12, **config)
+    backend = ModelBackend(prepare(one_layer()), meter=Meter(peak, exact))
+    engine = Engine(settings, PromptConfig(), word_tokenizer(), backend)
     requests = [Request(id=str(i), prompt=words(p), params=OFTEN) for i, p in enumerate(random_prompts((9,) * 6))]
     return engine, planned(engine, requests)
 
@@ -456,12 +459,12 @@ def test_a_step_that_takes_more_than_predicted_gets_room_from_the_slots():
     """G12."""
     _, free = rehearsed(0, max_num_seqs=6)
     limit, slot = free.memory.total, free.memory.pool // 6
-    engine, exact = rehearsed(limit - free.memory.pool + slot, memory_limit=limit)
+    _, exact = rehearsed(limit - free.memory.pool + slot, memory_limit=limit)
     assert exact.slots == 6
-    predicted, measured = engine.stats.rehearsed
-    assert (predicted, measured) == (limit - free.memory.pool, predicted)
-    engine, tight = rehearsed(limit - free.memory.pool + slot + 2 * slot, memory_limit=limit)
-    assert engine.stats.rehearsed == (predicted, predicted + 2 * slot)
+    predicted = limit - free.memory.pool
+    assert exact.profiled == ProfiledStep(predicted=predicted, measured=predicted)
+    _, tight = rehearsed(limit - free.memory.pool + slot + 2 * slot, memory_limit=limit)
+    assert tight.profiled == ProfiledStep(predicted=predicted, measured=predicted + 2 * slot)
     assert 4 <= tight.slots < 6
     assert tight.memory.total <= limit
     assert tight.memory.slack > free.memory.slack
@@ -470,9 +473,9 @@ def test_a_step_that_takes_more_than_predicted_gets_room_from_the_slots():
 def test_a_rehearsal_that_cannot_be_measured_changes_nothing():
     """G12."""
     _, free = rehearsed(0, max_num_seqs=6)
-    engine, plan = rehearsed(10**12, exact=False, memory_limit=free.memory.total)
+    _, plan = rehearsed(10**12, exact=False, memory_limit=free.memory.total)
     assert plan.slots == 6
-    assert engine.stats.rehearsed is None
+    assert plan.profiled is None
 
 
 # Memory of the host
@@ -513,7 +516,7 @@ def test_host_memory_that_runs_out_once_in_the_tokenizer_changes_no_answer(work)
     while left <= 0:
         at += 1
         tokenizer = Stumbling(engine.tokenizer, **{work: at})
-        assert run(Engine(engine.config, PromptConfig(), tokenizer, engine.loaded), requests, plan) == expected, at
+        assert run(Engine(engine.config, PromptConfig(), tokenizer, engine.backend), requests, plan) == expected, at
         left = getattr(tokenizer, work)
     assert at > len(requests)
 
@@ -528,7 +531,7 @@ def test_host_memory_that_runs_out_in_reading_rows_is_not_their_end():
         raise MemoryError
 
     with pytest.raises(MemoryLimitError):
-        list(engine.generate(rows(), plan))
+        list(engine.run(rows(), plan))
 
 
 # Real memory
@@ -539,18 +542,16 @@ import json, resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_memory import answer, hungry
-from bmx.stats import Stats
 
 def allow(pools):  # more than what is taken now, or less
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + int(pools * plan.memory.pool), -1))
 
 engine, requests, plan = hungry()
-expected = {result.id: answer(result) for result in engine.generate(requests, plan)}
+expected = {result.id: answer(result) for result in engine.run(requests, plan)}
 report = [plan.memory.pool]
 for pools, results in ((0.6, 0), (-0.4, 1)):
-    engine.stats = Stats()
-    answering = engine.generate(requests, plan)
+    answering = engine.run(requests, plan)
     found = [next(answering) for _ in range(results)]
     allow(pools)
     found += answering

@@ -333,7 +333,7 @@ def test_a_tiny_shortage_is_not_called_none():
 def test_an_engine_refuses_before_it_answers_a_row(config):
     engine = tiny_engine("llama", **config)
     with pytest.raises(MemoryLimitError, match="MB are missing"):
-        next(engine.generate(as_requests(random_prompts([9]))))
+        next(engine.stream(as_requests(random_prompts([9]))))
 
 
 # ---- groups of slots ----
@@ -771,7 +771,7 @@ def test_a_run_holds_the_bytes_of_its_plan(family):
     engine = tiny_engine(family, kv_budget=32, kv_recent=4, chunk_size=16)
     requests = as_requests(random_prompts((5, 40, 70, 12)), max_tokens=3)
     made = engine.plan(engine.measure(requests))
-    assert {r.id for r in engine.generate(requests, made)} == {"0", "1", "2", "3"}
+    assert {r.id for r in engine.run(requests, made)} == {"0", "1", "2", "3"}
     assert engine.stats.kv_bytes == made.memory.pool
     assert engine.stats.slots == made.slots
 
@@ -780,6 +780,6 @@ def test_a_sequence_longer_than_the_plan_fails_alone():
     engine = tiny_engine("llama", kv_policy="none")
     short, long = as_requests(random_prompts((6, 60)), max_tokens=3)
     made = engine.plan(engine.measure([short]))
-    found = {result.id: result for result in engine.generate([short, long], made)}
+    found = {result.id: result for result in engine.run([short, long], made)}
     assert found["1"].error.code == "out_of_memory"
     assert found["0"].token_ids == answers(tiny_engine("llama"), [short])["0"]

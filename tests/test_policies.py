@@ -22,13 +22,13 @@ from conftest import (
     word_tokenizer,
     words,
 )
+from conftest import watched as watched_engine
 from families import WINDOW, tiny_model
 
 from bmx import Engine, EngineConfig, PromptConfig
 from bmx.compress import attention_scorers as scorers
 from bmx.compress.scorer_api import Needs, ScorerDefaults, Seen
 from bmx.config import POLICIES
-from bmx.engine.runner import ModelRunner
 from bmx.errors import UsageError
 from bmx.model.spec import share_layers
 
@@ -84,29 +84,30 @@ class Watch:
     budget: str | None
     steps: int = 0
 
-    def after(self, runner, step, run):
-        """Run a step, and look."""
+    def before(self, runner, step):
+        """Remember what slots hold that have no part in the step."""
         pool = runner.pool
         there = {chunk.sequence.slot_index for chunk in step.chunks}
-        before = {}
+        self.others = []
         for group, parts in enumerate(pool.groups):
             for part in set(parts):
                 away = [slot for slot in range(part.slots) if (group, slot) not in there]
-                before[group, id(part)] = part, away, [t[away].clone() for t in tensors(part)]
-        told = run(runner, step)
-        for part, away, old in before.values():
+                self.others.append((part, away, [t[away].clone() for t in tensors(part)]))
+
+    def after(self, runner, step):
+        """Look at the pool."""
+        for part, away, old in self.others:
             for was, now in zip(old, tensors(part), strict=True):
                 assert torch.equal(was.nan_to_num(), now[away].nan_to_num())
         for chunk in step.chunks:
-            self.look(pool, chunk)
+            self.look(runner.pool, chunk)
         self.steps += 1
-        return told
 
     def look(self, pool, chunk):
         """Counts, and tokens that must not go."""
         sequence, now = chunk.sequence, chunk.start + chunk.length
         group, slot = sequence.slot_index
-        layers = self.engine.loaded.spec.layers
+        layers = self.engine.spec.layers
         for index, layer in enumerate(layers):
             if layer.owner != index:
                 continue
@@ -134,14 +135,12 @@ class Watch:
 
 
 @pytest.fixture
-def watched(monkeypatch):
+def watched():
     """Answer requests under watch; the answers by id, and how many pairs were evicted in all."""
 
     def answer(engine, requests, plan=None, budget=None):
-        watch, run = Watch(engine, budget), ModelRunner.run
-        with monkeypatch.context() as patch:
-            patch.setattr(ModelRunner, "run", lambda runner, step: watch.after(runner, step, run))
-            results = list(engine.generate(requests, plan))
+        watch = Watch(engine, budget)
+        results = list(watched_engine(engine, watch.before, watch.after).run(requests, plan))
         assert [result.error for result in results if result.error] == []
         assert watch.steps > 0
         return {r.id: r.token_ids for r in results}, sum(r.kv.evicted for r in results)
@@ -307,17 +306,16 @@ def test_the_jobs_own_words_are_never_lost(policy, budget, watched):
 
 def test_words_that_would_fill_the_budget_are_an_error_of_the_row():
     engine = protecting("h2o", "few", kv_sink=1, kv_recent=9)
-    (result,) = engine.generate(as_requests([instructed(random_prompts((40,))[0])], max_tokens=NEW))
+    (result,) = engine.stream(as_requests([instructed(random_prompts((40,))[0])], max_tokens=NEW))
     assert result.error is not None
     assert "14" in result.error.message
 
 
-def instructions_kept(monkeypatch, engine, prompt):
+def instructions_kept(engine, prompt):
     """Whether the words stay to the last step, layer by layer; fails if the newest tokens do not."""
-    kept, run = [], ModelRunner.run
+    kept = []
 
     def watching(runner, step):
-        told = run(runner, step)
         for chunk in step.chunks:
             now = chunk.start + chunk.length
             places = {p for p in (0, 1, *range(len(prompt) - 5, len(prompt))) if p < now}
@@ -326,10 +324,8 @@ def instructions_kept(monkeypatch, engine, prompt):
                 for row in part.positions[chunk.sequence.slot_index.slot].tolist():
                     assert set(range(max(0, now - RECENT), now)) <= set(row)
                     kept.append(places <= set(row))
-        return told
 
-    monkeypatch.setattr(ModelRunner, "run", watching)
-    (result,) = engine.generate(as_requests([prompt], max_tokens=NEW))
+    (result,) = watched_engine(engine, after=watching).stream(as_requests([prompt], max_tokens=NEW))
     return result, kept
 
 
@@ -337,8 +333,8 @@ def test_words_are_kept_in_layers_of_smaller_budgets_too(monkeypatch):
     """The first layer holds the whole sequence, the second does not."""
     prompt = instructed(random_prompts((20,))[0])
     engine = protecting("streaming", kv_sink=1, kv_budget=20, kv_layer_budgets=(2.0, 0.5))
-    assert engine.policy.layout(engine.loaded.spec, 40).layers[0].capacity >= len(prompt) + NEW
-    result, kept = instructions_kept(monkeypatch, engine, prompt)
+    assert engine.policy.layout(engine.spec, 40).layers[0].capacity >= len(prompt) + NEW
+    result, kept = instructions_kept(engine, prompt)
     assert result.error is None
     assert all(kept)
 
@@ -346,7 +342,7 @@ def test_words_are_kept_in_layers_of_smaller_budgets_too(monkeypatch):
 def test_words_that_would_fill_the_smallest_layer_are_an_error_or_cost_no_newest_token(monkeypatch):
     prompt = instructed(random_prompts((40,))[0])
     engine = protecting("h2o", kv_budget=20, kv_layer_budgets=(1.9, 0.1))
-    result, kept = instructions_kept(monkeypatch, engine, prompt)
+    result, kept = instructions_kept(engine, prompt)
     assert result.error is not None or all(kept)
 
 
@@ -404,18 +400,15 @@ def test_a_probe_is_asked_where_only_layers_of_smaller_budgets_evict(monkeypatch
         )
         for p in ("w5 w6 w7", "w90 w17 w33 w21")
     ]
-    assert engines[0].policy.layout(engines[0].loaded.spec, 99).layers[0].capacity >= 30 + NEW
-    kept, run = [], ModelRunner.run
+    assert engines[0].policy.layout(engines[0].spec, 99).layers[0].capacity >= 30 + NEW
+    kept = []
 
     def watching(runner, step):
-        told = run(runner, step)
         if not step.chunks[0].sequence.answer:
             kept.append({frozenset(row) for row in runner.pool.layer(0, 1).positions[0].tolist()})
-        return told
 
-    monkeypatch.setattr(ModelRunner, "run", watching)
     for engine in engines:
-        list(engine.generate(as_requests(prompt, max_tokens=NEW)))
+        list(watched_engine(engine, after=watching).stream(as_requests(prompt, max_tokens=NEW)))
     half = len(kept) // 2
     assert kept[half - 1] != kept[-1]
 
@@ -429,19 +422,16 @@ def test_the_value_norm_keeps_long_values(policy):
 
     def kept_length(**others):
         engine = tiny_engine("llama", **config(policy, "few", **others))
-        lengths, run = [], ModelRunner.run
+        lengths = []
 
         def watching(runner, step):
-            told = run(runner, step)
             part = runner.pool.layer(0, 1)
             if len(step.chunks[0].sequence.prompt) == step.chunks[0].start + step.chunks[0].length:
                 lengths.append(float(part.read(0, 14)[1].abs().sum(-1).mean()))
-            return told
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ModelRunner, "run", watching)
-            for request in as_requests(random_prompts((60,) * 4, seed=5), max_tokens=2):
-                list(engine.generate([request]))
+        watched = watched_engine(engine, after=watching)
+        for request in as_requests(random_prompts((60,) * 4, seed=5), max_tokens=2):
+            list(watched.stream([request]))
         return sum(lengths) / len(lengths)
 
     assert kept_length(kv_value_norm=True) > kept_length()
@@ -449,9 +439,9 @@ def test_the_value_norm_keeps_long_values(policy):
 
 def test_factors_share_the_budget_out_over_the_layers(watched):
     engine = tiny_engine("llama", **config("h2o", kv_layer_budgets=(1.5, 0.5)))
-    layout = engine.policy.layout(engine.loaded.spec, 400)
+    layout = engine.policy.layout(engine.spec, 400)
     assert [layer.capacity for layer in layout.layers] == [FIXED + 12, FIXED + 4]
-    uniform = tiny_engine("llama", **config("h2o")).policy.layout(engine.loaded.spec, 400)
+    uniform = tiny_engine("llama", **config("h2o")).policy.layout(engine.spec, 400)
     assert layout.kv_bytes == uniform.kv_bytes
     _, evicted = watched(engine, as_requests(random_prompts((30,)), max_tokens=NEW))
     assert evicted > 0
@@ -461,7 +451,7 @@ def test_factors_share_the_budget_out_over_the_layers(watched):
 def test_a_pyramid_falls_from_layer_to_layer_and_costs_what_the_even_share_does(layers):
     family = {2: "llama", 4: "olmo3"}[layers]
     engine = tiny_engine(family, kv_layer_budgets="pyramid", kv_budget=106, kv_sink=2, kv_recent=4)
-    spec = engine.loaded.spec
+    spec = engine.spec
     spec = type(spec)(**{f.name: getattr(spec, f.name) for f in fields(spec)} | {"layers": unbounded(spec.layers)})
     rows = [layer.capacity for layer in engine.policy.layout(spec, 10**6).layers]
     assert rows == [6 + round(100 * (1.95 - 1.9 * i / (layers - 1))) for i in range(layers)]
@@ -482,8 +472,8 @@ def test_a_layer_that_reads_anothers_pairs_holds_none(policy, watched):
     requests = as_requests(random_prompts(LENGTHS, seed=1), max_tokens=NEW)
     engine = tiny_engine("olmo2", **settings, kv_share_layers="2:1", max_num_seqs=3)
     own = tiny_engine("olmo2", **settings)
-    assert [layer.owner for layer in engine.loaded.spec.layers] == [0, 1, 1]
-    sizes = [e.policy.layout(e.loaded.spec, 14).nbytes for e in (engine, own)]
+    assert [layer.owner for layer in engine.spec.layers] == [0, 1, 1]
+    sizes = [e.policy.layout(e.spec, 14).nbytes for e in (engine, own)]
     assert sizes[0] * 3 == sizes[1] * 2
     found, _ = watched(engine, requests)
     alone, _ = watched(tiny_engine("olmo2", **settings, kv_share_layers="2:1"), requests[:1])
@@ -492,7 +482,7 @@ def test_a_layer_that_reads_anothers_pairs_holds_none(policy, watched):
 
 
 def test_a_chain_of_readers_ends_at_the_one_that_holds():
-    spec = tiny_engine("olmo2", kv_policy="none").loaded.spec
+    spec = tiny_engine("olmo2", kv_policy="none").spec
     assert [layer.owner for layer in share_layers(spec, "1:0,2:1").layers] == [0, 0, 0]
     assert share_layers(spec, None) == spec
     assert share_layers(spec, "2:0").last_reader(0) == 2
@@ -533,7 +523,7 @@ def test_what_weighs_attention_needs_a_way_that_looks_at_it(policy, asked):
 )
 def test_what_contradicts_itself_is_refused(settings, said):
     with pytest.raises(UsageError, match=said):
-        list(tiny_engine("llama", **config("h2o") | settings).generate(as_requests([[5, 6]], max_tokens=1)))
+        list(tiny_engine("llama", **config("h2o") | settings).stream(as_requests([[5, 6]], max_tokens=1)))
 
 
 @pytest.mark.parametrize(
@@ -597,16 +587,12 @@ def offered(monkeypatch):
 def test_a_way_of_another_package_is_known_by_its_name(loaded, offered, watched):
     offered("oldest", loaded)
     engine = tiny_engine("llama", **config("oldest"))
-    prompt, kept, run = random_prompts((40,)), [], ModelRunner.run
+    prompt, kept = random_prompts((40,)), []
 
     def watching(runner, step):
-        told = run(runner, step)
         kept[:] = [set(row) for row in runner.pool.layer(0, 0).positions[0].tolist()]
-        return told
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelRunner, "run", watching)
-        list(engine.generate(as_requests(prompt, max_tokens=1)))
+    list(watched_engine(engine, after=watching).stream(as_requests(prompt, max_tokens=1)))
     assert kept == [{*range(14 - RECENT), *range(40 - RECENT, 40)}] * 2
     watched(engine, as_requests(random_prompts(LENGTHS), max_tokens=NEW), budget="few")
 
@@ -638,7 +624,7 @@ def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes
         )
         plan = engine.plan(engine.measure(requests))
         shown.clear()
-        list(engine.generate(requests, plan))
+        list(engine.run(requests, plan))
         first.append(shown[0])
     torch.testing.assert_close(first[0], first[1], atol=1e-4, rtol=1e-4)  # longer steps may round in another way
 

@@ -7,16 +7,14 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import answers, as_requests, random_prompts, tiny_engine, words
+from conftest import answers, as_requests, one_first, random_prompts, tiny_engine, watched, words
 from families import VOCAB, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmx import EngineConfig, PromptConfig, Request, SamplingParams
+from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.compress.policy import CompressionPolicy
-from bmx.engine.fake import FakeEngine
 from bmx.engine.prefix_cache import LEAST, UNIT, PrefixCache, Reuse, common_tokens
-from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
@@ -48,8 +46,11 @@ def engine_of(family="llama", **config):
 def listened(engine, requests):
     """Answers, and the logits of each of their tokens by request and place."""
     heard = {}
-    engine.watch = lambda request, place, logits: heard.update({(request.id, place): logits.clone()})
-    return answers(engine, requests), heard
+
+    def watch(request, place, logits):
+        heard[request.id, place] = logits.clone()
+
+    return answers(engine, requests, watch=watch), heard
 
 
 def with_and_without(family="llama", rows=ROWS, new_tokens=3, **config):
@@ -172,8 +173,8 @@ def test_a_row_that_will_not_evict_is_no_source_for_one_that_will(rows, reused):
     requests = as_requests([SHORT[i] for i in rows], max_tokens=3)
     engine = engine_of(kv_budget=70)
     found, expected = {}, answers(engine_of(kv_budget=70, prefix_reuse=False), requests)
-    source = iter([requests[0], None, *requests[1:]])
-    for result in engine.generate(source, engine.plan(engine.measure(requests))):
+    source, paused = one_first(requests)
+    for result in engine.run(source, engine.plan(engine.measure(requests)), paused=paused):
         found[result.id] = result.token_ids
     assert found == expected
     assert engine.stats.reused_prompt_tokens == reused
@@ -189,7 +190,7 @@ def test_protected_spans_and_templates_change_nothing():
         found = {}
         for reuse in (True, False):
             engine = engine_of(kv_budget=budget, kv_protect="instructions", prefix_reuse=reuse)
-            engine._measurer.encoder.__init__(engine.tokenizer, prompt)
+            engine = Engine(engine.config, prompt, engine.tokenizer, engine.backend)
             found[reuse] = answers(engine, requests)
         assert found[True] == found[False]
 
@@ -205,17 +206,18 @@ def test_the_same_prompt_several_times_is_read_once_but_for_its_end():
 
 
 @pytest.fixture
-def steps(monkeypatch):
-    """(request, start, stop) of every chunk that a model computes."""
-    seen = []
-    original = ModelRunner.run
+def steps():
+    """(request, start, stop) of every chunk that an engine computes that ``seen_by`` has made."""
+    return []
 
-    def run(runner, step):
-        seen.extend((c.sequence.request.id, c.start, c.start + c.length) for c in step.chunks)
-        return original(runner, step)
 
-    monkeypatch.setattr(ModelRunner, "run", run)
-    return seen
+def seen_by(steps, engine):
+    """The engine, whose chunks are noted."""
+
+    def note(_, step):
+        steps.extend((c.sequence.request.id, c.start, c.start + c.length) for c in step.chunks)
+
+    return watched(engine, before=note)
 
 
 def readers(steps, place):
@@ -224,7 +226,7 @@ def readers(steps, place):
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_what_is_shared_is_computed_once(steps, slots):
-    engine = engine_of(kv_policy="none", max_num_seqs=slots)
+    engine = seen_by(steps, engine_of(kv_policy="none", max_num_seqs=slots))
     answers(engine, as_requests(QUESTIONS, max_tokens=3))
     common = len(DOCUMENT) // UNIT * UNIT
     assert [len(readers(steps, place)) for place in (0, common - 1, common)] == [1, 1, 4]
@@ -235,7 +237,7 @@ def test_what_is_shared_is_computed_once(steps, slots):
 
 
 def test_of_a_document_beyond_the_budget_common_chunks_are_computed_once(steps):
-    engine = engine_of(kv_budget=24)
+    engine = seen_by(steps, engine_of(kv_budget=24))
     answers(engine, as_requests(QUESTIONS, max_tokens=3))
     ends = 120  # multiples of the chunk size until the last two chunks of the shortest
     assert len(readers(steps, ends - 1)) == 1
@@ -245,7 +247,7 @@ def test_of_a_document_beyond_the_budget_common_chunks_are_computed_once(steps):
 def test_one_prefix_may_go_on_in_another(steps):
     """A system prompt, then documents, then questions: each part once, since there is room for two."""
     rows = [SYSTEM + part for text in (OTHER[:70], DOCUMENT[:70]) for part in after(text, (8, 8, 8))]
-    engine = engine_of(kv_policy="none", max_num_seqs=1)
+    engine = seen_by(steps, engine_of(kv_policy="none", max_num_seqs=1))
     requests = as_requests(rows, max_tokens=2)
     answers(engine, requests)
     assert len(readers(steps, 100)) == 2  # documents
@@ -292,64 +294,68 @@ def test_a_row_that_fails_spoils_no_other():
         with torch.no_grad():
             model.model.embed_tokens.weight[poison] = float("nan")
         engine = engine_of(model, kv_policy="none", prefix_reuse=reuse)
-        found.append({r.id: (r.token_ids, r.error and r.error.code) for r in engine.generate(requests)})
+        found.append({r.id: (r.token_ids, r.error and r.error.code) for r in engine.stream(requests)})
     assert found[0] == found[1]
     assert found[0]["0"][1] == "nan_logits"
     assert [error for _, error in found[0].values()].count(None) == 4
 
 
 @pytest.mark.parametrize("at", [1, 4, 7, 12, 20])
-def test_rows_begin_again_when_memory_runs_out(at, monkeypatch):
+def test_rows_begin_again_when_memory_runs_out(at):
     requests = as_requests(ROWS, max_tokens=3)
     expected = answers(engine_of(kv_budget=24, prefix_reuse=False), requests)
-    original, count = ModelRunner.run, iter(range(10**6))
+    count = iter(range(10**6))
 
-    def run(runner, step):
+    def run_out(*_):
         if next(count) == at:
             raise MemoryError
-        return original(runner, step)
 
-    monkeypatch.setattr(ModelRunner, "run", run)
-    engine = engine_of(kv_budget=24, max_num_seqs=4)
+    engine = watched(engine_of(kv_budget=24, max_num_seqs=4), before=run_out)
     assert answers(engine, requests) == expected
     assert len(engine.stats.shrunk_to) == 1
 
 
+class Clock:
+    """A clock that goes on by so many seconds in each step of an engine, the last number from then on."""
+
+    def __init__(self):
+        self.now, self.seconds = 0.0, [1.0]
+
+    def tick(self, *_):
+        self.now += self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
+
+    def drives(self, engine, seconds):
+        """The engine, whose steps take these seconds."""
+        self.seconds = list(seconds)
+        return watched(engine, before=self.tick)
+
+
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes on by so many seconds in each step, the last number from then on."""
     from bmx.engine import run as module
 
-    seconds, now, original = [1.0], [0.0], ModelRunner.run
-
-    def run(runner, step):
-        now[0] += seconds.pop(0) if len(seconds) > 1 else seconds[0]
-        return original(runner, step)
-
-    monkeypatch.setattr(ModelRunner, "run", run)
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    return seconds
+    clock = Clock()
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock.now)
+    return clock
 
 
 def test_when_a_row_takes_too_long_another_computes_what_those_wait_for_that_share_it(clock, steps):
-    clock[:] = [50.0, 50.0, 1.0]
     requests = as_requests(QUESTIONS, max_tokens=2)
     expected = answers(engine_of(kv_policy="none", prefix_reuse=False), requests)
-    steps.clear()
-    clock[:] = [50.0, 50.0, 1.0]
-    engine = engine_of(kv_policy="none", chunk_size=64, max_num_seqs=4)
+    engine = seen_by(steps, engine_of(kv_policy="none", chunk_size=64, max_num_seqs=4))
+    engine = clock.drives(engine, [50.0, 50.0, 1.0])
     plan_ = engine.plan(engine.measure(requests))
-    source = iter([requests[0], None, *requests[1:]])
-    found = {r.id: r for r in engine.generate(source, plan_, row_timeout=60.0)}
+    source, paused = one_first(requests)
+    found = {r.id: r for r in engine.run(source, plan_, row_timeout=60.0, paused=paused)}
     assert found["0"].error.code == "timeout"
     assert {name: found[name].token_ids for name in "123"} == {name: expected[name] for name in "123"}
     assert readers(steps, 127) == ["1"]
 
 
 def test_rows_are_answered_though_all_that_had_slots_took_too_long(clock):
-    clock[:] = [100.0, 0.0]
     requests = as_requests(QUESTIONS, max_tokens=3)
-    found = {r.id: r.error for r in engine_of(kv_budget=24, max_num_seqs=2).generate(requests, row_timeout=50.0)}
+    engine = clock.drives(engine_of(kv_budget=24, max_num_seqs=2), [100.0, 0.0])
+    found = {r.id: r.error for r in engine.run(requests, row_timeout=50.0)}
     assert sorted(found) == ["0", "1", "2", "3"]
     assert [error and error.code for error in found.values()] == ["timeout", "timeout", None, None]
 
@@ -365,7 +371,7 @@ def test_a_stop_finishes_those_that_wait_in_their_slots():
         with stop.graceful():
             stop.request(2)
 
-    for result in engine.generate(source(), plan_, stop=stop):
+    for result in engine.run(source(), plan_, stop=stop):
         found[result.id] = result.token_ids
     assert found == {name: expected[name] for name in found}
 
@@ -377,7 +383,7 @@ def test_the_plan_counts_the_spare_slots():
     for config in ({"kv_policy": "none"}, {"kv_budget": 24}, {"kv_budget": 24, "kv_format": "int8"}):
         engine = engine_of(**config)
         made = engine.plan(engine.measure(as_requests(ROWS, max_tokens=3)))
-        with engine._runner(made) as runner:
+        with engine.backend.runner(made, engine.policy) as runner:
             assert runner.pool.nbytes == made.memory.pool
         [spare] = made.prefix_slots
         assert spare.slots == 2
@@ -428,7 +434,7 @@ def test_the_fake_engine_reuses_too():
     requests = [Request(id=str(i), prompt=f"{prompt} q{i}", params=SamplingParams(max_tokens=5)) for i in range(9)]
     found = []
     for reuse in (True, False):
-        engine = FakeEngine(EngineConfig(model="fake", prefix_reuse=reuse), PromptConfig())
+        engine = Engine.open(EngineConfig(model="fake", prefix_reuse=reuse))
         found.append(answers(engine, requests))
         assert (engine.stats.reused_prompt_tokens > 0) is reuse
     assert found[0] == found[1]

@@ -405,7 +405,7 @@ def test_a_stop_string_across_words_of_a_real_run():
     full = words(answers(engine, [request])[request.id])
     stop = full[len(full) // 2 - 3 : len(full) // 2 + 4]
     assert " " in stop
-    [result] = engine.generate(as_requests([[5, 9, 14]], max_tokens=12, stop=(stop,)))
+    [result] = engine.stream(as_requests([[5, 9, 14]], max_tokens=12, stop=(stop,)))
     assert result.text == full[: full.index(stop)]
     assert result.finish_reason == "stop"
     assert result.usage.completion_tokens < 12

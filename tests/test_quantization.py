@@ -11,6 +11,7 @@ from conftest import answers, as_requests, random_prompts, word_tokenizer
 from families import tiny_model
 
 from bmx import Engine, EngineConfig, PromptConfig
+from bmx.engine.backend import ModelBackend
 from bmx.errors import ModelError
 from bmx.model.fused_modules import Int8Linear
 from bmx.model.loader import load_model, prepare, quantize_int8
@@ -19,10 +20,10 @@ from bmx.model.preview import preview_spec
 
 def logits_of(loaded, **config):
     """The logits that follow a prompt of 60 tokens."""
-    engine = Engine(EngineConfig(kv_policy="none", **config), PromptConfig(), word_tokenizer(), loaded)
+    engine = Engine(EngineConfig(kv_policy="none", **config), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
     found = []
-    engine.watch = lambda request, place, row: found.append(row.float())
-    answers(engine, as_requests(random_prompts([60]), max_tokens=1))
+    requests = as_requests(random_prompts([60]), max_tokens=1)
+    answers(engine, requests, watch=lambda request, place, row: found.append(row.float()))
     return found[0]
 
 

@@ -235,7 +235,7 @@ def test_a_greedy_answer_has_no_seed(llama):
 
 
 def result(model, **params):
-    (found,) = tiny_engine(model).generate(as_requests(PROMPTS[:1], **params))
+    (found,) = tiny_engine(model).stream(as_requests(PROMPTS[:1], **params))
     assert found.error is None
     return found
 
@@ -307,6 +307,6 @@ def test_a_row_whose_logits_are_no_numbers_is_an_error_and_the_others_are_answer
     model.get_input_embeddings().weight.data[7] = math.nan
     healthy = [[i for i in prompt if i != 7] for prompt in PROMPTS[:3]]
     engine = tiny_engine(model)
-    found = {r.id: r for r in engine.generate(as_requests([*healthy, [5, 7, 9]], max_tokens=4))}
+    found = {r.id: r for r in engine.stream(as_requests([*healthy, [5, 7, 9]], max_tokens=4))}
     assert found["3"].error.code == "nan_logits"
     assert {name: found[name].token_ids for name in "012"} == ask(llama, as_requests(healthy, max_tokens=4))

@@ -19,6 +19,7 @@ from bmx import Engine, EngineConfig, PromptConfig
 from bmx.compress.attention_scorers import RKV, SCORERS, Random, RoCo, Window, scorer_named
 from bmx.compress.key_scorers import ExpectedAttention, KeyDiff, KeyNorm, LagKV
 from bmx.compress.scorer_api import RANK_EVERY, QueryWeights, Seen
+from bmx.engine.backend import ModelBackend
 from bmx.model.loader import prepare
 from bmx.model.spec import use_attention
 from bmx.units import POLICIES
@@ -347,10 +348,10 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
     settings = EngineConfig(**SETTINGS | {"kv_policy": policy} | config)
     around = f"{words(prompt[:3])} {{document}} {words(prompt[-4:])}" if spoken else None
     loaded = prepare(model()) if window else tiny_loaded(family)
-    engine = Engine(settings, PromptConfig(prompt_template=around), word_tokenizer(), loaded)
-    (result,) = engine.generate(as_requests([prompt], max_tokens=new_tokens))
+    engine = Engine(settings, PromptConfig(prompt_template=around), word_tokenizer(), ModelBackend(loaded))
+    (result,) = engine.stream(as_requests([prompt], max_tokens=new_tokens))
     assert result.error is None
-    spec = engine.loaded.spec
+    spec = engine.spec
     reference = Reference(
         policy,
         capacities if isinstance(capacities, list) else [capacities] * len(spec.layers),
@@ -663,7 +664,7 @@ def test_the_draw_is_fair():
 def test_what_random_keeps_is_drawn_by_position_and_head(spy):
     prompt = random_prompts((PROMPT,), seed=3)[0]
     engine = tiny_engine("llama", **SETTINGS, kv_policy="random")
-    list(engine.generate(as_requests([prompt], max_tokens=NEW)))
+    list(engine.stream(as_requests([prompt], max_tokens=NEW)))
     now = PROMPT + NEW - 1
     draw = Random()(Seen(positions=torch.arange(now).expand(2, -1), now=now)).tolist()
     for layer in range(2):

@@ -17,9 +17,9 @@ from test_exactness import LONGROPE
 from transformers import AutoModelForCausalLM
 
 import bmx
-from bmx import EngineConfig, Request, SamplingParams
+from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.compress.policy import CompressionPolicy
-from bmx.engine.fake import FakeEngine, FakeRunner
+from bmx.engine.fake import FakeBackend, FakeRunner, FakeTokenizer
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
@@ -76,7 +76,7 @@ def launches(monkeypatch):
         return sent
 
     parts = ("engine.runner", "engine.packed", "engine.attention", "engine.sampler", "engine.graphs")
-    for module in (*parts, "kernels.triton_read", "model.rope"):
+    for module in (*parts, "kernels.triton_prefill", "model.rope"):
         monkeypatch.setattr(f"bmx.{module}.upload", upload, raising=False)
     return names, lambda: monkeypatch.setattr(torch, "tensor", tensor)
 
@@ -211,20 +211,25 @@ class Given:
         return self.tokens
 
 
-class LateEngine(FakeEngine):
-    """The fake engine with late tokens."""
+class LateBackend(FakeBackend):
+    """The fake model with late tokens."""
 
-    late = (0, 1)
+    def __init__(self, ahead, rounds):
+        super().__init__()
+        self.late, self.last_runner = (ahead, rounds), None
 
-    def _runner(self, plan):
+    def runner(self, *_, **__):
         self.last_runner = Late(*self.late)
         return self.last_runner
 
 
-def late_answers(requests, ahead, rounds, **told):
-    engine = LateEngine.open(EngineConfig(model="fake", chunk_size=8, max_num_batched_tokens=16, **told))
-    engine.late = (ahead, rounds)
-    results = sorted(engine.generate(requests), key=lambda result: result.id)
+def late_engine(ahead, rounds, **config):
+    return Engine(EngineConfig(model="fake", **config), PromptConfig(), FakeTokenizer(), LateBackend(ahead, rounds))
+
+
+def late_answers(requests, ahead, rounds, **config):
+    engine = late_engine(ahead, rounds, chunk_size=8, max_num_batched_tokens=16, **config)
+    results = sorted(engine.stream(requests), key=lambda result: result.id)
     return results, engine
 
 
@@ -249,7 +254,7 @@ def test_late_tokens_change_no_answer(sizes, ahead, rounds, slots):
     expected, plain = late_answers(requests, 0, 1, max_num_seqs=slots)
     found, late = late_answers(requests, ahead, rounds, max_num_seqs=slots)
     assert found == expected
-    assert late.last_runner.most_unread <= ahead + 1
+    assert late.backend.last_runner.most_unread <= ahead + 1
     for name in ("prompt_tokens", "generated_tokens", "decode_tokens", "work_done"):
         assert getattr(late.stats, name) == getattr(plain.stats, name), name
 
@@ -257,23 +262,24 @@ def test_late_tokens_change_no_answer(sizes, ahead, rounds, slots):
 def test_the_next_step_is_launched_before_the_last_one_is_read():
     requests = [Request(id=i, prompt="a b c", params=SamplingParams(max_tokens=9)) for i in range(4)]
     _, engine = late_answers(requests, 1, 1)
-    assert engine.last_runner.most_unread == 2
-    assert not engine.last_runner.unread
+    assert engine.backend.last_runner.most_unread == 2
+    assert not engine.backend.last_runner.unread
 
 
 def test_prompts_are_read_and_answers_handed_out_while_the_device_works():
     """A step is on its way whenever the file is asked for another row, but for the first ones, and at every answer."""
     rows = [Request(id=i, prompt=f"a b {i}", params=SamplingParams(max_tokens=6, ignore_eos=True)) for i in range(300)]
-    engine = LateEngine.open(EngineConfig(model="fake", max_num_seqs=4))
-    engine.late = (1, 1)
+    engine = late_engine(1, 1, max_num_seqs=4)
     at_work = []
 
     def requests():
         for row in rows:
-            at_work.append(len(engine.last_runner.unread))
+            at_work.append(len(engine.backend.last_runner.unread))
             yield row
 
-    answers = [len(engine.last_runner.unread) for _ in engine.generate(requests(), engine.plan(engine.measure(rows)))]
+    answers = [
+        len(engine.backend.last_runner.unread) for _ in engine.run(requests(), engine.plan(engine.measure(rows)))
+    ]
     assert set(at_work[64:]) == {1}
     assert len(answers) == 300
     assert set(answers[:-4]) == {1}
@@ -283,11 +289,11 @@ def test_a_repetition_penalty_makes_the_host_wait():
     """What it counts against must be known."""
     params = SamplingParams(max_tokens=9, repetition_penalty=1.3)
     _, engine = late_answers([Request(id=0, prompt="a b c", params=params)], 2, 8)
-    assert engine.last_runner.most_unread == 1
+    assert engine.backend.last_runner.most_unread == 1
 
 
 def test_nothing_is_launched_ahead_on_a_cpu():
     engine = tiny_engine("llama", kv_policy="none")
     plan = engine.plan([])
-    with engine._runner(plan) as runner:
+    with engine.backend.runner(plan, engine.policy) as runner:
         assert (runner.ahead, runner.rounds) == (0, 1)

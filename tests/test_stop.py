@@ -29,7 +29,7 @@ def test_what_is_in_flight_is_finished_and_nothing_is_begun():
     requests = as_requests(PROMPTS, max_tokens=6)
     expected = answers(tiny_engine("llama"), requests)
     stop, found = Stop(1e9), {}
-    for result in tiny_engine("llama", max_num_seqs=2).generate(requests, stop=stop):
+    for result in tiny_engine("llama", max_num_seqs=2).run(requests, stop=stop):
         found[result.id] = result.token_ids
         if not stop.requested:
             with stop.graceful():
@@ -40,12 +40,12 @@ def test_what_is_in_flight_is_finished_and_nothing_is_begun():
 
 def test_what_is_in_flight_is_dropped_when_the_time_is_over():
     engine = tiny_engine("llama", max_num_seqs=2)
-    assert list(engine.generate(as_requests(PROMPTS, max_tokens=6), stop=requested(0.0))) == []
+    assert list(engine.run(as_requests(PROMPTS, max_tokens=6), stop=requested(0.0))) == []
     assert len(answers(engine, as_requests(PROMPTS, max_tokens=2))) == len(PROMPTS)
 
 
 def test_a_stop_before_the_first_step_begins_nothing():
-    assert list(tiny_engine("llama").generate(as_requests(PROMPTS, max_tokens=6), stop=requested(1e9))) == []
+    assert list(tiny_engine("llama").run(as_requests(PROMPTS, max_tokens=6), stop=requested(1e9))) == []
 
 
 def test_a_row_that_takes_too_long_is_an_error_and_the_others_are_as_without_it():
@@ -56,12 +56,12 @@ def test_a_row_that_takes_too_long_is_an_error_and_the_others_are_as_without_it(
     expected = answers(tiny_engine("llama"), requests)
     engine = tiny_engine("llama", max_num_seqs=3)
     plan = engine.plan(engine.measure([endless, *requests]))
-    found = {result.id: result for result in engine.generate([endless, *requests], plan, row_timeout=1e9)}
+    found = {result.id: result for result in engine.run([endless, *requests], plan, row_timeout=1e9)}
     assert len(found["endless"].token_ids) == 100
-    found = {result.id: result for result in engine.generate([endless], plan, row_timeout=1e-9)}
+    found = {result.id: result for result in engine.run([endless], plan, row_timeout=1e-9)}
     assert found["endless"].error.code == "timeout"
     assert "--row-timeout" in found["endless"].error.message
-    assert {r.id: r.token_ids for r in engine.generate(requests, plan, row_timeout=1e9)} == expected
+    assert {r.id: r.token_ids for r in engine.run(requests, plan, row_timeout=1e9)} == expected
 
 
 def test_a_source_that_has_nothing_for_now_is_asked_again():
@@ -70,7 +70,7 @@ def test_a_source_that_has_nothing_for_now_is_asked_again():
     engine = tiny_engine("llama", max_num_seqs=2)
     plan = engine.plan(engine.measure(requests))
     hesitant = (item for request in requests for item in (None, request, None, None))
-    assert {r.id: r.token_ids for r in engine.generate(hesitant, plan)} == expected
+    assert {r.id: r.token_ids for r in engine.run(hesitant, plan)} == expected
 
 
 def test_the_first_signal_is_taken_down_and_the_second_ends_it():

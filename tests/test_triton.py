@@ -118,7 +118,7 @@ def test_a_row_of_broken_numbers_is_an_error_and_leaves_nothing_behind():
     with torch.no_grad():
         model.model.embed_tokens.weight[poison] = float("nan")
     engine = tiny_engine(model.to(DEVICE), kv_policy="none", chunk_size=16, max_num_seqs=1)
-    results = {r.id: r for r in engine.generate(as_requests([poisoned, healthy], max_tokens=6))}
+    results = {r.id: r for r in engine.stream(as_requests([poisoned, healthy], max_tokens=6))}
     assert results["0"].error.code == "nan_logits"
     assert results["1"].token_ids == expected
 
@@ -140,7 +140,7 @@ def test_a_finished_run_leaves_no_slots_behind():
     gc.collect()
     gc.disable()
     try:
-        with engine._runner(plan) as runner:
+        with engine.backend.runner(plan, engine.policy, refused=pytest.fail) as runner:
             assert runner.rounds > 1
             slots = weakref.ref(runner.pool)
         del runner

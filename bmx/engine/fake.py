@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from bmx import hardware
-from bmx.config import FAKE, EngineConfig, PromptConfig
-from bmx.engine.engine import Engine
-from bmx.engine.run import Runner
+from bmx.engine.backend import Runner
+from bmx.engine.memory_meter import MemoryMeter
 from bmx.engine.scheduler import Step
-from bmx.model.loader import LoadedModel
+from bmx.kernels import choose
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.plan.device import Device
-from bmx.plan.planner import Length, Limits, Plan, limits, plan, step_sizes
+from bmx.plan.planner import StepSize
 
 END = 0  # the token that ends an answer
 WORDS = 5000
@@ -82,6 +79,9 @@ class FakeRunner(AbstractContextManager["FakeRunner"]):
     def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
         """Nothing is held."""
 
+    def profile_step(self, size: StepSize, sampled: int) -> None:
+        """Nothing is held."""
+
     def run(self, step: Step) -> FakeSampled:
         """The next token of each sampling chunk."""
         sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
@@ -93,35 +93,29 @@ def _next(prompt: list[int], place: int) -> int:
     return END if number % ENDS == 0 else number % (WORDS - 1) + 1
 
 
-class FakeEngine(Engine):
-    """The engine, with a fake for what it computes."""
+class FakeBackend:
+    """Stands in for a model: no weights, no device, an answer at once."""
 
-    def __init__(self, config: EngineConfig, prompt: PromptConfig) -> None:
-        loaded = LoadedModel(model=None, spec=SPEC, end_token_ids=frozenset({END}), rope=None, runtime_bytes=0)
-        super().__init__(config, prompt, FakeTokenizer(), loaded)
+    spec = SPEC
+    end_token_ids = frozenset({END})
+    device_type = "cpu"
+    measurable = False
+    shares_prefixes = True
+    model = None
+
+    def __init__(self) -> None:
+        self.kernels = choose(self.device_type)
+        self.meter = MemoryMeter(self.device_type, 0)
 
     @property
-    def device_type(self) -> str:
-        """It takes nothing of a GPU."""
-        return "cpu"
+    def runtime_bytes(self) -> int:
+        """All that this process holds."""
+        return self.meter.now
 
-    @classmethod
-    def open(cls, config: EngineConfig | None = None, prompt: PromptConfig | None = None) -> FakeEngine:
-        """There is nothing to load."""
-        return cls(config or EngineConfig(model=FAKE), prompt or PromptConfig())
-
-    def plan(self, lengths: Iterable[Length]) -> Plan:
-        """The planner's answer, without a rehearsal."""
-        lengths = list(lengths) or [Length(1, 1, 1)]
-        device = Device.of("cpu", SPEC, self.meter.now)
-        return plan(SPEC, self._layout, self._limits(), lengths, step_sizes(self.config, "cpu", lengths)[0], device)
+    def runner(self, *_: Any, **__: Any) -> AbstractContextManager[Runner]:
+        """Next tokens without slots."""
+        return FakeRunner()
 
     def describe(self) -> dict[str, Any]:
         """What computes the answers, for the record."""
         return {"architecture": SPEC.name, "commit": None, "dtype": "none", "device": "none", "attention": "none"}
-
-    def _limits(self) -> Limits:
-        return limits(self.config, hardware.free_host_memory(), held=self.meter.now)
-
-    def _runner(self, plan: Plan) -> AbstractContextManager[Runner]:  # noqa: ARG002
-        return FakeRunner()

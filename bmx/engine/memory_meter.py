@@ -8,12 +8,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from typing import Any
 
 from bmx import hardware
 from bmx.errors import DeviceError
+from bmx.hardware import FreeMemory
+from bmx.model.spec import ModelSpec
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 KEPT_KERNELS = "64"  # compiled products for as many shapes; torch's own 1,024 grow to 300 MB, and are no faster
@@ -82,6 +86,15 @@ class MemoryMeter:
             hardware.trim_heap()
             self._trimmed_to = self.now
 
+    def free_memory(self) -> FreeMemory:
+        """Memory that could be taken on the device now; what an earlier run left behind is given back first."""
+        if self._cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+            return hardware.free_gpu_memory()
+        return hardware.free_host_memory()
+
     @property
     def now(self) -> int:
         """Bytes held."""
@@ -90,6 +103,27 @@ class MemoryMeter:
         import torch
 
         return torch.cuda.memory_reserved() + self._context
+
+
+class FullCacheSize:
+    """What full caches would hold of sequences, for comparison with what is held.
+
+    Args:
+        spec: the model's sizes.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._pair_bytes: Counter[int | None] = Counter()  # bytes of a token's KV pairs, by the window of their layers
+        for index, layer in enumerate(spec.layers):
+            if layer.owner == index:
+                self._pair_bytes[layer.window] += layer.kv_heads * (layer.key_dim + layer.value_dim) * spec.itemsize
+
+    def nbytes(self, tokens: Seq[int]) -> int:
+        """Bytes of full caches with these numbers of tokens; layers with a window hold no more than that."""
+        return sum(
+            size * sum(min(count, window) for count in tokens) if window else size * sum(tokens)
+            for window, size in self._pair_bytes.items()
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,14 +7,14 @@ planner's.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.engine.memory_meter import MemoryMeter, device_errors, is_out_of_memory, release
+from bmx.engine.backend import Runner, Sampled
+from bmx.engine.memory_meter import FullCacheSize, MemoryMeter, device_errors, is_out_of_memory, release
 from bmx.engine.prefix_cache import PrefixCache, Reuse
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
@@ -28,45 +28,21 @@ from bmx.stats import Stats
 LOOKAHEAD = 64  # fewest requests that wait tokenised, so that a free slot of any size finds one
 
 
-class Sampled(Protocol):
-    """Tokens that a step gives, once it is done."""
-
-    def read(self) -> list[int | None]:
-        """Of each chunk that samples, in order, once they are there; None where the logits were no numbers."""
-
-
-class Runner(Protocol):
-    """What computes steps: the model on its device, or a fake.
-
-    Attributes:
-        kv_bytes: of the slots it holds.
-        ahead: steps that may be launched before the tokens of an earlier one are read.
-        rounds: most tokens that sequences should decode in one step.
-    """
-
-    kv_bytes: int
-    ahead: int
-    rounds: int
-
-    def run(self, step: Step) -> Sampled:
-        """Launch a step."""
-
-    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
-        """Put what a slot (group and slot) holds of the first tokens of a sequence into another."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What runs work with.
+    """What a run works with.
 
     Attributes:
-        spec, policy: what a slot holds.
-        meter, stats: what counts.
-        runner: what computes the steps of a plan.
-        read: a request as a sequence, or a RowError.
-        shrunk: a smaller plan for when memory ran out under one; None if there is none.
-        chunk_size: where chunks end, if that decides what is evicted: a plan made from other rows must not change it.
-        stop: whether to end early.
+        spec: the model's sizes.
+        policy: which KV pairs stay in a slot.
+        meter: measures the memory that is held.
+        stats: counts what is done.
+        runner: makes what computes the steps of a plan.
+        read: turns a request into a sequence, or raises a RowError.
+        shrunk: makes a smaller plan when memory ran out under one; None if there is no smaller one.
+        chunk_size: tokens of a chunk where its ends decide what is evicted; a plan made from other requests must not
+            change it. None where they decide nothing.
+        stop: says whether to end early.
         row_timeout: seconds that a sequence may have its slot, or None.
     """
 
@@ -84,51 +60,88 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFlightStep:
-    """A step on its way.
+    """A step that was launched and whose tokens have not been read.
 
     Attributes:
+        step: its chunks.
         sampled: the tokens it gives.
-        at: when it was launched, by the monotonic clock.
-        active: sequences that had a slot then; ``held``: tokens of each, with those of this step.
+        launched_at: when it was launched, by the monotonic clock.
+        active: sequences that had a slot then.
+        held: tokens computed by each of them, with those of this step.
     """
 
     step: Step
     sampled: Sampled
-    at: float
+    launched_at: float
     active: int
     held: list[int]
+
+
+class _Source:
+    """The requests of a run, read one at a time; the next one stays here until it is taken.
+
+    Args:
+        items: requests, and results of those that could not be read.
+        paused: whether nothing may be read for now.
+
+    Attributes:
+        exhausted: whether all were read.
+        broken: whether reading failed; another attempt would mistake that for the end.
+    """
+
+    def __init__(self, items: Iterable[Request | Result], paused: Callable[[], bool] | None) -> None:
+        self._items = iter(items)
+        self._paused = paused or (lambda: False)
+        self._next: Request | Result | None = None
+        self.exhausted = False
+        self.broken = False
+
+    def peek(self) -> Request | Result | None:
+        """The next item; None at the end, and while reading is paused."""
+        if self._next is None and not self.exhausted and not self._paused():
+            try:
+                self._next = next(self._items)
+            except StopIteration:
+                self.exhausted = True
+            except BaseException:
+                self.broken = True
+                raise
+        return self._next
+
+    def take(self) -> None:
+        """Go on to the item after the next."""
+        self._next = None
 
 
 class Run:
     """Answers requests under a plan, and under smaller ones when memory runs out.
 
     Args:
-        setup: the model, its policy and its counters.
-        requests: read as slots become free; None among them says that there is none for now, but after a step perhaps.
+        context: the model, its policy and its counters.
+        requests: read as slots become free; a Result among them is handed on.
+        paused: whether nothing more may be read for now.
     """
 
-    def __init__(self, setup: RunContext, requests: Iterable[Request | None]) -> None:
-        self._setup = setup
-        self._pair_bytes: Counter[int | None] = Counter()  # of one KV pair of all layers, by their windows
-        for index, layer in enumerate(setup.spec.layers):
-            if layer.owner == index:
-                size = layer.kv_heads * (layer.key_dim + layer.value_dim) * setup.spec.itemsize
-                self._pair_bytes[layer.window] += size
-        self._source = iter(requests)
-        self._exhausted = False
+    def __init__(
+        self,
+        context: RunContext,
+        requests: Iterable[Request | Result],
+        paused: Callable[[], bool] | None = None,
+    ) -> None:
+        self._context = context
+        self._source = _Source(requests, paused)
+        self._full_cache = FullCacheSize(context.spec)
         self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
-        self._finished: deque[tuple[Sequence, int]] = deque()  # and not handed out yet, with the rows of their slots
-        self._request: Request | None = None  # taken from the source and not read yet
-        self._collected = 0.0  # when the last step was done
-        self._broken = False  # the source has failed, and would seem to be at its end if it were asked again
+        self._finished: deque[tuple[Sequence, int]] = deque()  # not handed out yet, with the rows of their slots
+        self._collected_at = 0.0  # when the newest step was collected
 
     def results(self, plan: Plan) -> Iterator[Result]:
-        """All results. Each attempt leaves over what it could not finish for the next, smaller one."""
-        stats = self._setup.stats
+        """All results. Each attempt leaves what it could not finish to the next one, under a smaller plan."""
+        stats = self._context.stats
         stats.started = time.monotonic()
-        self._setup.meter.reset()
+        self._context.meter.reset()
         while not (yield from self._attempt(plan)):
-            smaller = self._setup.shrunk(plan)
+            smaller = self._context.shrunk(plan)
             if smaller is None:
                 yield from self._one_by_one(plan)
                 return
@@ -139,22 +152,23 @@ class Run:
         """Answer what is left, or until memory runs out; returns whether all was answered.
 
         Args:
-            alone: only what is left over, without reading on.
+            plan: the slots, and how large steps may get.
+            alone: answer only unfinished sequences, and read no further requests.
         """
-        setup = self._setup
-        chunk_size = setup.chunk_size or plan.step.chunk_size
+        context = self._context
+        chunk_size = context.chunk_size or plan.step.chunk_size
         scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size))
         scheduler.waiting, self._unfinished = self._unfinished, []
         try:
-            with device_errors(), setup.runner(plan) as runner:
-                setup.stats.slots, setup.stats.kv_bytes = plan.slots, runner.kv_bytes
+            with device_errors(), context.runner(plan) as runner:
+                context.stats.slots, context.stats.kv_bytes = plan.slots, runner.kv_bytes
                 rows = max((group.capacity for group in plan.prefix_slots), default=0)
-                reuse = Reuse(spec=setup.spec, policy=setup.policy, chunk_size=chunk_size, rows=rows)
+                reuse = Reuse(spec=context.spec, policy=context.policy, chunk_size=chunk_size, rows=rows)
                 prefixes = PrefixCache(reuse, plan.prefix_slots, len(plan.groups), runner.copy)
-                yield from self._loop(scheduler, runner, prefixes, alone, plan.memory.total)
+                yield from _Attempt(self, scheduler, runner, prefixes, plan.memory.total, alone).results()
             return True
         except Exception as error:
-            if self._broken or not is_out_of_memory(error):
+            if self._source.broken or not is_out_of_memory(error):
                 raise
         self._unfinished = scheduler.unfinished
         for sequence in self._unfinished:
@@ -162,139 +176,86 @@ class Run:
         return False
 
     def _one_by_one(self, plan: Plan) -> Iterator[Result]:
-        """The last resort: every row in the only slot, of its own size; one that fails even so is an error."""
-        setup, waiting = self._setup, self._unfinished
+        """The last resort: each sequence alone in one slot of its own size; one that fails even so is an error."""
+        context, waiting = self._context, self._unfinished
         largest = max(group.capacity for group in plan.groups)
         while True:
-            yield from self._drain_finished()
-            yield from self._read_ahead(waiting, 1, None)
-            if not waiting or self._setup.stop.requested:
+            yield from self.drain_finished()
+            yield from self.read_ahead(waiting, 1, None)
+            if not waiting or context.stop.requested:
                 return
-            row = waiting.pop(0)
-            if row.rows_needed > largest:
-                yield self._failed(row, "out_of_memory", _too_large(row, largest))
+            sequence = waiting.pop(0)
+            if sequence.rows_needed > largest:
+                yield failure(sequence, "out_of_memory", too_large(sequence, largest))
                 continue
-            self._unfinished = [row]
-            layout = setup.policy.layout(setup.spec, row.rows_needed)
-            own = replace(plan, groups=(SlotGroup(row.rows_needed, 1),), layouts=(layout,), prefix_slots=())
+            self._unfinished = [sequence]
+            layout = context.policy.layout(context.spec, sequence.rows_needed)
+            own = replace(plan, groups=(SlotGroup(sequence.rows_needed, 1),), layouts=(layout,), prefix_slots=())
             if not (yield from self._attempt(own, alone=True)):
                 release()
-                yield self._failed(row, "out_of_memory", "memory runs out even with nothing else in it")
+                yield failure(sequence, "out_of_memory", "memory runs out even with nothing else in it")
 
-    def _loop(
-        self, scheduler: Scheduler, runner: Runner, prefixes: PrefixCache, alone: bool, planned: int
-    ) -> Iterator[Result]:
-        on_their_way: deque[InFlightStep] = deque()
-        while True:
-            yield from self._drain_finished()
-            if self._setup.stop.requested:
-                scheduler.waiting.clear()
-                if self._setup.stop.overdue:
-                    return
-            elif not alone:
-                yield from self._read_ahead(scheduler.waiting, max(LOOKAHEAD, 2 * scheduler.slots), prefixes)
-                scheduler.draining = self._exhausted
-            for sequence in scheduler.reject_too_large():
-                yield self._failed(sequence, "out_of_memory", _too_large(sequence, scheduler.largest))
-            scheduler.admit_waiting()
-            yield from self._late(scheduler)
-            self._setup.stats.reused_prompt_tokens += prefixes.arrange(scheduler.in_slots)
-            looking_back = any(sequence.needs_host_tokens for sequence in scheduler.in_slots)
-            ahead, rounds = (0, 1) if looking_back else (runner.ahead, runner.rounds)
-            step = scheduler.schedule(rounds)
-            if step is not None:
-                on_their_way.append(self._launch(scheduler, runner, step))
-                prefixes.keep(step)
-            elif not on_their_way:
-                if scheduler.waiting:
-                    continue  # all that had slots were late
-                if alone or self._exhausted or self._setup.stop.requested:
-                    return
+    @property
+    def context(self) -> RunContext:
+        """What this run works with."""
+        return self._context
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every request was read."""
+        return self._source.exhausted
+
+    def read_ahead(self, waiting: list[Sequence], enough: int, prefixes: PrefixCache | None) -> Iterator[Result]:
+        """Tokenise requests until enough sequences wait; requests that cannot be answered are results at once.
+
+        Args:
+            waiting: sequences without a slot; new ones are added.
+            enough: how many should wait.
+            prefixes: is told of new sequences, so that they share what others compute.
+        """
+        while len(waiting) < enough and (item := self._source.peek()) is not None:
+            if isinstance(item, Result):
+                self._source.take()
+                yield item
                 continue
-            while len(on_their_way) > (0 if step is None else ahead):
-                self._collect(scheduler, on_their_way.popleft())
-            self._setup.meter.keep_to(planned)
-
-    def _read_ahead(self, waiting: list[Sequence], enough: int, prefixes: PrefixCache | None) -> Iterator[Result]:
-        """Tokenise requests until enough wait; those that cannot be answered are results at once."""
-        while len(waiting) < enough and not self._exhausted:
-            request = self._request = self._request or self._next_request()
-            if request is None:
-                return
             try:
-                waiting.append(self._setup.read(request))
-                self._request = None
-                if prefixes:
-                    prefixes.join(waiting[-1])
+                waiting.append(self._context.read(item))
             except RowError as error:
-                self._request = None
-                yield Result(id=request.id, error=error)
+                self._source.take()
+                yield Result(id=item.id, error=error)
+                continue
+            self._source.take()
+            if prefixes:
+                prefixes.join(waiting[-1])
 
-    def _next_request(self) -> Request | None:
-        try:
-            return next(self._source)
-        except StopIteration:
-            self._exhausted = True
-            return None
-        except BaseException:
-            self._broken = True
-            raise
+    def collect(self, scheduler: Scheduler, launched: InFlightStep) -> None:
+        """Wait for the tokens of a step, give them to their sequences, and count them.
 
-    def _late(self, scheduler: Scheduler) -> Iterator[Result]:
-        """End the sequences that have had their slot for too long."""
-        allowed = self._setup.row_timeout
-        if allowed is None:
-            return
-        now, late = time.monotonic(), []
-        for sequence in scheduler.in_slots:
-            if sequence.started is None:
-                sequence.started = now
-            elif now - sequence.started >= allowed:
-                late.append(sequence)
-        scheduler.drop(late)
-        self._setup.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in late)
-        for sequence in late:
-            yield self._failed(sequence, "timeout", f"not finished after {allowed:g} s (--row-timeout)")
-
-    @staticmethod
-    def _launch(scheduler: Scheduler, runner: Runner, step: Step) -> InFlightStep:
-        """Have one step begin."""
-        at, active = time.monotonic(), scheduler.running
-        sampled = runner.run(step)
-        scheduler.launched(step)
-        return InFlightStep(step=step, sampled=sampled, at=at, active=active, held=scheduler.held_tokens)
-
-    def _collect(self, scheduler: Scheduler, launched: InFlightStep) -> None:
-        """Take what a step gave, and count it."""
-        setup, step = self._setup, launched.step
+        Args:
+            scheduler: has launched the step.
+            launched: the oldest step in flight.
+        """
+        stats, meter, step = self._context.stats, self._context.meter, launched.step
         tokens = launched.sampled.read()
-        before, self._collected = self._collected, time.monotonic()
+        before, self._collected_at = self._collected_at, time.monotonic()
         known = [len(chunk.sequence.answer) for chunk in step.chunks]
         finished = scheduler.update(step, tokens)
         self._finished += [(sequence, scheduler.capacity(sequence)) for sequence in finished]
         taken = [len(chunk.sequence.answer) - n for chunk, n in zip(step.chunks, known, strict=True)]
-        setup.stats.count_step(
+        stats.count_step(
             prompt_tokens=sum(chunk.length for chunk in step.chunks if not chunk.decodes),
             decode_tokens=sum(n for chunk, n in zip(step.chunks, taken, strict=True) if chunk.decodes),
             sampled=sum(taken),
             rounds=step.rounds,
-            seconds=self._collected - max(before, launched.at),
+            seconds=self._collected_at - max(before, launched.launched_at),
             active=launched.active,
-            full_cache_bytes=self._full_cache_bytes(launched.held),
+            full_cache_bytes=self._full_cache.nbytes(launched.held),
         )
-        setup.stats.memory_bytes = setup.meter.now
-        setup.stats.peak_memory_bytes = setup.meter.peak
-        setup.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in finished)
+        stats.memory_bytes, stats.peak_memory_bytes = meter.now, meter.peak
+        stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in finished)
 
-    def _full_cache_bytes(self, held: list[int]) -> int:
-        """What full caches of so many tokens each hold; windowed layers hold their window."""
-        return sum(
-            size * sum(min(tokens, window) for tokens in held) if window else size * sum(held)
-            for window, size in self._pair_bytes.items()
-        )
-
-    def _drain_finished(self) -> Iterator[Result]:
-        """The results of what has finished."""
+    def drain_finished(self) -> Iterator[Result]:
+        """The results of finished sequences that were not handed out yet."""
         while self._finished:
             result = self._result(*self._finished[0])
             self._finished.popleft()
@@ -302,15 +263,120 @@ class Run:
 
     def _result(self, sequence: Sequence, capacity: int) -> Result:
         if sequence.error:
-            error = RowError(sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
-            return Result(id=sequence.request.id, error=error)
-        policy = self._setup.policy
+            return failure(sequence, sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
+        policy = self._context.policy
         return sequence.result(capacity if policy.scorer is None else policy.budget.pairs or sequence.rows_needed)
 
-    @staticmethod
-    def _failed(sequence: Sequence, code: str, why: str) -> Result:
-        return Result(id=sequence.request.id, error=RowError(code, why))
+
+class _Attempt:
+    """The steps of a run under one plan, until all requests are answered or memory runs out.
+
+    Args:
+        run: reads requests and takes results.
+        scheduler: gives out the plan's slots.
+        runner: computes steps.
+        prefixes: text that several prompts share.
+        planned: bytes that the plan may take.
+        alone: whether no further requests are read.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        scheduler: Scheduler,
+        runner: Runner,
+        prefixes: PrefixCache,
+        planned: int,
+        alone: bool,
+    ) -> None:
+        self._run, self._context = run, run.context
+        self._scheduler, self._runner, self._prefixes = scheduler, runner, prefixes
+        self._planned, self._alone = planned, alone
+        self._in_flight: deque[InFlightStep] = deque()
+
+    def results(self) -> Iterator[Result]:
+        """Results as sequences finish."""
+        while True:
+            yield from self._run.drain_finished()
+            if self._context.stop.overdue:
+                return
+            yield from self._admit()
+            may_stay = self._launch_next()
+            if not self._in_flight and self._nothing_left:
+                return
+            self._collect_due(may_stay)
+
+    def _admit(self) -> Iterator[Result]:
+        """Read requests and give them slots; those that can never have one, or had it too long, are results."""
+        scheduler = self._scheduler
+        if self._context.stop.requested:
+            scheduler.waiting.clear()
+        elif not self._alone:
+            enough = max(LOOKAHEAD, 2 * scheduler.slots)
+            yield from self._run.read_ahead(scheduler.waiting, enough, self._prefixes)
+            scheduler.draining = self._run.exhausted
+        for sequence in scheduler.reject_too_large():
+            yield failure(sequence, "out_of_memory", too_large(sequence, scheduler.largest))
+        scheduler.admit_waiting()
+        yield from self._end_late()
+
+    def _end_late(self) -> Iterator[Result]:
+        """End the sequences that have had their slot for too long."""
+        allowed = self._context.row_timeout
+        if allowed is None:
+            return
+        now, late = time.monotonic(), []
+        for sequence in self._scheduler.in_slots:
+            if sequence.started is None:
+                sequence.started = now
+            elif now - sequence.started >= allowed:
+                late.append(sequence)
+        self._scheduler.drop(late)
+        self._context.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in late)
+        for sequence in late:
+            yield failure(sequence, "timeout", f"not finished after {allowed:g} s (--row-timeout)")
+
+    def _launch_next(self) -> int:
+        """Launch the next step, if any sequence can run; returns how many steps may stay in flight."""
+        scheduler = self._scheduler
+        self._context.stats.reused_prompt_tokens += self._prefixes.arrange(scheduler.in_slots)
+        needs_tokens = any(sequence.needs_host_tokens for sequence in scheduler.in_slots)
+        step = scheduler.schedule(1 if needs_tokens else self._runner.rounds)
+        if step is None:
+            return 0
+        launched_at, active = time.monotonic(), scheduler.running
+        sampled = self._runner.run(step)
+        scheduler.launched(step)
+        self._in_flight.append(
+            InFlightStep(step=step, sampled=sampled, launched_at=launched_at, active=active, held=scheduler.held_tokens)
+        )
+        self._prefixes.keep(step)
+        return 0 if needs_tokens else self._runner.ahead
+
+    @property
+    def _nothing_left(self) -> bool:
+        """Whether no sequence waits and no request will come."""
+        ended = self._alone or self._run.exhausted or self._context.stop.requested
+        return ended and not self._scheduler.waiting
+
+    def _collect_due(self, may_stay: int) -> None:
+        """Collect the oldest steps in flight until no more than ``may_stay`` are left."""
+        while len(self._in_flight) > may_stay:
+            self._run.collect(self._scheduler, self._in_flight.popleft())
+        self._context.meter.keep_to(self._planned)
 
 
-def _too_large(sequence: Sequence, largest: int) -> str:
+def failure(sequence: Sequence, code: str, message: str) -> Result:
+    """The result of a sequence that cannot be answered.
+
+    Args:
+        sequence: the sequence.
+        code: of the error.
+        message: why, in one line.
+    """
+    return Result(id=sequence.request.id, error=RowError(code, message))
+
+
+def too_large(sequence: Sequence, largest: int) -> str:
+    """The error message of a sequence that fits in no slot; ``largest``: rows of the largest one."""
     return f"it needs a slot of {sequence.rows_needed} rows; the plan's largest has {largest}"

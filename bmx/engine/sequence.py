@@ -41,6 +41,7 @@ class Sequence:
         tokenizer: turns the answer into text.
         truncated: prompt tokens that were cut out to make it fit.
         spans: positions from .. to that are never evicted.
+        forced_answer: token ids of the answer, where the model is not to choose them.
         started: when it was given its slot, by the monotonic clock.
         computed: tokens whose keys and values have been computed, or will be by what was launched.
         promised: tokens of the answer that what was launched gives, and that have not been read yet.
@@ -58,6 +59,7 @@ class Sequence:
     tokenizer: Any
     truncated: int = 0
     spans: tuple[tuple[int, int], ...] = ()
+    forced_answer: tuple[int, ...] = ()
     started: float | None = None
     computed: int = 0
     promised: int = 0
@@ -111,14 +113,14 @@ class Sequence:
 
     @property
     def forced(self) -> int | None:
-        """The next token, where the request says what the answer is."""
-        told, place = self.request.forced, len(self.answer) + self.promised
-        return told[place] if place < len(told) else None
+        """The next token of a forced answer; None where the model chooses it."""
+        place = len(self.answer) + self.promised
+        return self.forced_answer[place] if place < len(self.forced_answer) else None
 
     @property
     def needs_host_tokens(self) -> bool:
         """Whether its next token depends on more than the tokens that the device knows."""
-        return self.params.repetition_penalty != 1 or bool(self.request.forced)
+        return self.params.repetition_penalty != 1 or bool(self.forced_answer)
 
     @property
     def decoding(self) -> bool:

@@ -58,6 +58,7 @@ class InputRow:
         key: a hash of what it says and of what else decides its answer.
         size: bytes of the line.
         request, error: one of them.
+        references: good answers, for `bmx calibrate`.
     """
 
     line: int
@@ -67,6 +68,7 @@ class InputRow:
     dialect: Dialect = "plain"
     request: Request | None = None
     error: RowError | None = None
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,11 +164,10 @@ class Reader:
             prompt = _filled(self.template, values)
         if prompt is not None and messages is not None:
             raise RowError("invalid_request", "give either 'prompt' or 'messages', not both")
-        request = self._request(row, prompt, messages, values)
         references = values.get(REFERENCE)
-        told = references if isinstance(references, list) else [references]
-        good = tuple(text for text in told if isinstance(text, str))
-        return replace(request, references=good) if good else request
+        texts = references if isinstance(references, list) else [references]
+        row.references = tuple(text for text in texts if isinstance(text, str))
+        return self._request(row, prompt, messages, values)
 
     def _openai(self, row: InputRow, values: dict[str, Any]) -> Request:
         body, url = values.get("body"), values.get("url")

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bmx.compress.policy import CompressionPolicy
-from bmx.config import FAKE, RunConfig
+from bmx.config import RunConfig
+from bmx.engine.engine import Engine
+from bmx.engine.open import check_cache
 from bmx.engine.prompt_lengths import sampling_step
 from bmx.errors import BmxError, InputFileError, UsageError
 from bmx.job.durable_files import locked
@@ -24,15 +25,11 @@ from bmx.job.manifest import State, read_manifest, run_finished, run_started, wr
 from bmx.job.paths import JobPaths, file_stamps, find_paths, input_paths
 from bmx.job.result_writer import TOO_LONG, ResultWriter
 from bmx.job.stats_file import updated_stats_file
-from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.plan.planner import Plan, plan_record
-from bmx.request import Request
+from bmx.request import Request, Result
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
-
-if TYPE_CHECKING:
-    from bmx.engine.engine import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +65,7 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
         BmxError: the job cannot start or go on.
         Interrupted: it was told to stop; what is finished is kept.
     """
-    check_cache(config)
+    check_cache(config.engine, config.prompt)
     places = find_paths(config)
     with ExitStack() as stack:
         for lock in () if config.job.dry_run else places.locks:
@@ -87,17 +84,6 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
             hint = "answers are kept; the same command finds out what has changed, and goes on"
             raise InputFileError("the input has changed while it was read", hint=hint)
         return stats
-
-
-def check_cache(config: RunConfig) -> None:
-    """Refuse settings of the cache that contradict each other, before anything is loaded.
-
-    Raises:
-        UsageError: they do.
-    """
-    CompressionPolicy.from_config(config.engine)
-    if config.engine.kv_probe == INSTRUCTIONS:
-        _ = Instructions.from_config(config.prompt).question
 
 
 def find_work(config: RunConfig, places: JobPaths, paths: tuple[Path, ...]) -> Work:
@@ -184,25 +170,9 @@ def _count_before(stats: Stats, config: RunConfig, work: Work) -> None:
         stats.rows_skipped = stats.errors.pop(TOO_LONG, 0)
 
 
-def open_engine(config: RunConfig) -> Engine:
-    """The engine that the settings name.
-
-    Raises:
-        BmxError: it cannot be loaded.
-    """
-    if config.engine.model == FAKE:
-        from bmx.engine.fake import FakeEngine
-
-        return FakeEngine.open(config.engine, config.prompt)
-    from bmx.engine.engine import Engine
-
-    return Engine.open(config.engine, config.prompt)
-
-
 def _answer(config: RunConfig, display: Display, stop: Stop, work: Work, stats: Stats) -> None:
     places, todo = work.places, work.todo
     engine = _loaded(config, display)
-    engine.stats = stats
     model = engine.describe()
     if work.found.output_bytes or work.found.error_bytes:
         _check_same_model(work, model)
@@ -225,8 +195,14 @@ def _answer(config: RunConfig, display: Display, stop: Stop, work: Work, stats: 
             max_errors=config.job.max_errors,
             tell=display.row if config.job.verbose else None,
         )
-        requests = _requests(work, outbox, stop)
-        results = engine.generate(requests, plan, stop=stop, row_timeout=config.job.row_timeout)
+        results = engine.run(
+            _requests(work, outbox, stop),
+            plan,
+            stats=stats,
+            stop=stop,
+            row_timeout=config.job.row_timeout,
+            paused=lambda: outbox.full,
+        )
         with closing(results), stop.graceful():
             for result in results:
                 outbox.put(result)
@@ -245,19 +221,16 @@ def _loaded(config: RunConfig, display: Display) -> Engine:
     unpacked = engine.model == "demo" or engine.model.lower().endswith(".gguf")
     once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
     with display.waiting(f"loading model {engine.model}{once}"):
-        return open_engine(config)
+        return Engine.open(config.engine, config.prompt)
 
 
-def _requests(work: Work, outbox: ResultWriter, stop: Stop) -> Iterator[Request | None]:
-    """Requests as the engine wants them; None while rows before them must be written first."""
+def _requests(work: Work, outbox: ResultWriter, stop: Stop) -> Iterator[Request | Result]:
+    """The rows as the engine wants them: requests, and results of the rows that cannot be answered."""
     for row in work.reader.rows(work.todo.skip):
-        while outbox.full:
-            yield None
         if stop.requested:
             return
         outbox.expect(row)
-        if row.request:
-            yield row.request
+        yield row.request or Result(id=row.id, error=row.error)
 
 
 def _check_complete(stats: Stats, todo: Todo, stop: Stop) -> None:

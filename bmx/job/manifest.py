@@ -68,7 +68,7 @@ def run_finished(state: State, plan: Plan | None, stats: Stats) -> dict[str, Any
             "predicted_bytes": predicted,
             "measured_bytes": measured,
             "measured_over_predicted": round(measured / predicted, 4) if predicted else None,
-            "largest_step_without_slots": _rehearsed(stats),
+            "largest_step_without_slots": _profiled(plan),
             "after_out_of_memory": [{"slots": s, "max_num_batched_tokens": t} for s, t in stats.shrunk_to],
         },
         **progress_record(stats),
@@ -97,8 +97,10 @@ def progress_record(stats: Stats) -> dict[str, Any]:
     }
 
 
-def _rehearsed(stats: Stats) -> dict[str, int] | None:
-    return dict(zip(("predicted_bytes", "measured_bytes"), stats.rehearsed, strict=True)) if stats.rehearsed else None
+def _profiled(plan: Plan | None) -> dict[str, int | None] | None:
+    if plan is None or plan.profiled is None:
+        return None
+    return {"predicted_bytes": plan.profiled.predicted, "measured_bytes": plan.profiled.measured}
 
 
 def _version(package: str) -> str | None:

@@ -54,7 +54,7 @@ class ResultWriter:
         return len(self._held)
 
     def expect(self, row: InputRow) -> None:
-        """Take a row that was read; one that cannot be answered is finished at once.
+        """Note that a row was read: its result is written in its dialect, and in its turn where the order counts.
 
         Raises:
             InputFileError: one of the same id is in flight, which was not so when the ids were read.
@@ -62,8 +62,6 @@ class ResultWriter:
         if row.id in self._rows:
             raise InputFileError("the input has changed while it was read: an id occurs twice")
         self._rows[row.id] = (row.key, row.dialect)
-        if row.error:
-            self.put(Result(id=row.id, error=row.error))
 
     def put(self, result: Result) -> None:
         """Take a result.

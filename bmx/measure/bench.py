@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from bmx import hardware
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import FAKE, EngineConfig, PromptConfig, RunConfig
+from bmx.engine.backend import ModelBackend
+from bmx.engine.engine import Engine
 from bmx.engine.memory_meter import bound_kernel_caches, is_out_of_memory
+from bmx.engine.open import check_memory, use_all_cores
 from bmx.engine.prompt_lengths import max_length
 from bmx.errors import MemoryLimitError, RowError, UsageError
 from bmx.job.durable_files import locked
@@ -32,9 +35,6 @@ from bmx.plan.planner import Plan, limits
 from bmx.terminal.display import Display
 from bmx.terminal.tables import BENCH_NAMES, bench_lines, bench_summary
 from bmx.units import now
-
-if TYPE_CHECKING:
-    from bmx.engine.engine import Engine
 
 FORMAT = 1
 OUTPUT = "bench.json"
@@ -149,8 +149,6 @@ def _opened(
     Raises:
         UsageError: prompts and answers are longer than the model takes, or there are none.
     """
-    from bmx.engine.engine import Engine, check_memory, use_all_cores
-
     longest = max(asked.outputs) + (0 if paths else max(asked.inputs))
     if asked.shape:
         bound_kernel_caches()
@@ -159,13 +157,13 @@ def _opened(
         )
         use_all_cores()
         loaded = make_random_model(asked.shape, longest, config.engine)
-        return Engine(config.engine, PromptConfig(), IdTokenizer(), loaded), []
+        return Engine(config.engine, PromptConfig(), IdTokenizer(), ModelBackend(loaded)), []
     told = Engine.open(config.engine, config.prompt)
-    most = max_length(config.engine, told.loaded.spec)
+    most = max_length(config.engine, told.spec)
     if longest >= most:
-        raise UsageError(f"{told.loaded.spec.name} takes {most:,} tokens, and {longest:,} are asked for")
+        raise UsageError(f"{told.spec.name} takes {most:,} tokens, and {longest:,} are asked for")
     prompts = _read(config, told, paths, most - longest, display) if paths else []
-    return Engine(config.engine, PromptConfig(), IdTokenizer(), told.loaded), prompts[: asked.prompts]
+    return Engine(config.engine, PromptConfig(), IdTokenizer(), told.backend), prompts[: asked.prompts]
 
 
 def _read(config: RunConfig, engine: Engine, paths: tuple[Path, ...], most: int, display: Display) -> list[list[int]]:
@@ -212,7 +210,7 @@ class _Bench:
     def _begun(self, config: RunConfig) -> dict[str, Any]:
         """The file before its first cell."""
         found = run_started(replace(config, engine=self._config), {})
-        spec = self._engine.loaded.spec
+        spec = self._engine.spec
         return {name: found[name] for name in ("host", "pid", "started", "settings", "inputs", "versions")} | {
             "bench_format": FORMAT,
             "state": "unfinished",
@@ -225,14 +223,14 @@ class _Bench:
 
     def _limited(self, config: EngineConfig) -> EngineConfig:
         """The settings with a limit that stays the same for all sides, whatever is free later."""
-        engine, spec = self._engine, self._engine.loaded.spec
-        memory = hardware.free_gpu_memory() if engine.device_type == "cuda" else hardware.free_host_memory()
+        engine, spec = self._engine, self._engine.spec
         pool = config.kv_cache_memory
         if self._asked.paper and pool is None:
             longest = max(map(len, self._given), default=max(self._asked.inputs)) + max(self._asked.outputs)
             row = CompressionPolicy.from_config(config.full_cache).layout(spec, longest).nbytes
             pool = max(spec.weight_bytes // PAPER_SHARE, row)
-        total = limits(config, memory, engine.meter.now).total
+        meter = engine.backend.meter
+        total = limits(config, meter.free_memory(), meter.now).total
         return replace(config, memory_limit=total, kv_cache_memory=pool)
 
     def run(self) -> None:
@@ -263,7 +261,7 @@ class _Bench:
 
     def _rates(self) -> Rates:
         self._display.note("measuring the machine ...")
-        return measure(self._engine.device_type, self._engine.describe()["dtype"])
+        return measure(self._engine.backend.device_type, self._engine.describe()["dtype"])
 
     def _cell(self, tokens: int, answer: int) -> tuple[Cell, dict[str, Measured | MemoryLimitError]]:
         """A cell, and each of its sides.
@@ -295,7 +293,7 @@ class _Bench:
         """So many prompts of random token ids, the same for the same seed."""
         import torch
 
-        draw, vocab = torch.Generator().manual_seed(self._seed), self._engine.loaded.spec.vocab
+        draw, vocab = torch.Generator().manual_seed(self._seed), self._engine.spec.vocab
         found: list[list[int]] = torch.randint(vocab, (count, tokens), generator=draw).tolist()
         return found
 

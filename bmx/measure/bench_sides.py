@@ -132,8 +132,8 @@ def planned(engine: Engine, lengths: list[Length]) -> Plan:
 def run_side(engine: Engine, plan: Plan, cell: Cell, display: Display) -> Measured:
     """Answer the prompts of a cell as a job would."""
     stats, seconds = _run(engine, plan, cell, display)
-    spec = engine.loaded.spec
-    weights = weights_read(spec, engine.loaded.model, stats.pure_tokens // max(1, stats.pure_steps))
+    spec = engine.spec
+    weights = weights_read(spec, engine.backend.model, stats.pure_tokens // max(1, stats.pure_steps))
     held = cell.held(engine.policy)
     pairs = sum(count * engine.policy.layout(spec, rows).kv_bytes for rows, count in held.items()) // len(cell.prompts)
     return Measured(
@@ -173,8 +173,8 @@ def run_bound(
     slots, decoding, step = _decoding(engine, plan, cell, rows)
     if isinstance(full, Measured) and full.seconds <= seconds + decoding:
         return replace(full, as_full_cache=True)
-    spec = engine.loaded.spec
-    read = weights_read(spec, engine.loaded.model, slots) + slots * engine.policy.layout(spec, rows).kv_bytes
+    spec = engine.spec
+    read = weights_read(spec, engine.backend.model, slots) + slots * engine.policy.layout(spec, rows).kv_bytes
     return Measured(
         slots=slots,
         kv_bytes=plan.memory.pool * slots // plan.slots,
@@ -198,7 +198,7 @@ def _whole(policy: CompressionPolicy, tokens: int, answer: int) -> Length:
 def _with_a_row_more(engine: Engine, plan: Plan) -> Plan:
     """Slots with room for the one token that a run must generate; the plan has room for prompts alone."""
     groups = tuple(SlotGroup(group.capacity + 1, group.slots) for group in plan.groups)
-    layouts = tuple(engine.policy.layout(engine.loaded.spec, group.capacity) for group in groups)
+    layouts = tuple(engine.policy.layout(engine.spec, group.capacity) for group in groups)
     return replace(plan, groups=groups, layouts=layouts)
 
 
@@ -219,7 +219,7 @@ def _decoding(engine: Engine, plan: Plan, cell: Cell, rows: int) -> tuple[int, f
 
 
 def _flops(engine: Engine, plan: Plan, cell: Cell) -> int:
-    spec, policy, chunk = engine.loaded.spec, engine.policy, plan.step.chunk_size
+    spec, policy, chunk = engine.spec, engine.policy, plan.step.chunk_size
     return sum(
         count * prefill_flops(spec, policy, tokens, policy.rows_needed(tokens, cell.answer), chunk)
         for tokens, count in cell.lengths.items()
@@ -233,11 +233,11 @@ def _run(engine: Engine, plan: Plan, cell: Cell, display: Display) -> tuple[Stat
         BmxError: a prompt was not answered in full.
     """
     short = [ids[: plan.step.chunk_size] for ids in cell.prompts[:2]]
-    list(engine.generate(_requests(short, min(2, cell.answer)), plan))
+    list(engine.run(_requests(short, min(2, cell.answer)), plan))
     count, answer = len(cell.prompts), cell.answer
-    stats = engine.stats = Stats(rows_total=count, work_total=cell.tokens + count * answer)
+    stats = Stats(rows_total=count, work_total=cell.tokens + count * answer)
     started = time.perf_counter()
-    with display.live(stats), closing(engine.generate(_requests(cell.prompts, answer), plan)) as results:
+    with display.live(stats), closing(engine.run(_requests(cell.prompts, answer), plan, stats=stats)) as results:
         for result in results:
             if result.error or len(result.token_ids) != answer:
                 why = result.error.message if result.error else f"{len(result.token_ids)} tokens"

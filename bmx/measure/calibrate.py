@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import FAKE, EngineConfig, RunConfig
+from bmx.engine.engine import Engine
+from bmx.engine.open import check_cache
 from bmx.errors import UsageError
 from bmx.job.durable_files import locked
 from bmx.job.fingerprint import differences, fingerprint
 from bmx.job.input_rows import Reader, input_reader
-from bmx.job.job import check_cache, open_engine
 from bmx.job.journal import Ledger, Todo
 from bmx.job.manifest import write_json
 from bmx.job.paths import input_paths
@@ -37,7 +38,6 @@ from bmx.terminal.tables import candidate_words
 from bmx.units import now
 
 if TYPE_CHECKING:
-    from bmx.engine.engine import Engine
     from bmx.measure.teacher import Teacher
 
 ROWS = 16  # prompts of the sample
@@ -95,7 +95,8 @@ def calibrate(config: RunConfig, asked: CalibrateOptions, display: Display, stop
         with closing(Ledger()) as ledger:
             ledger.read(reader, config.job.limit)
             todo = ledger.todo(config.job.share)
-        requests = sample(reader, todo, asked.rows)
+        rows = sample(reader, todo, asked.rows)
+        requests = [request for request, _ in rows]
         if not requests:
             raise UsageError(
                 "there is no row to calibrate on", hint="`bmx run` says what is wrong with the input's rows"
@@ -104,15 +105,25 @@ def calibrate(config: RunConfig, asked: CalibrateOptions, display: Display, stop
         question = build_query(
             replace(config, engine=reference(config.engine)), machine(config.engine, None, None), None, reader, todo
         )
-        _Calibration(config, asked, display, stop, requests, question, output, record).run()
+        references = {place: good for place, (_, good) in enumerate(rows)}
+        _Calibration(config, asked, display, stop, requests, references, question, output, record).run()
         return record["recommended"] is not None
 
 
-def sample(reader: Reader, todo: Todo, count: int) -> list[Request]:
-    """So many of the rows, evenly spread, answered greedily."""
+def sample(reader: Reader, todo: Todo, count: int) -> list[tuple[Request, tuple[str, ...]]]:
+    """Requests of ``count`` rows, evenly spread, to be answered greedily; each with its row's reference answers.
+
+    Args:
+        reader: reads the input.
+        todo: which rows are left to do.
+        count: most rows of the sample.
+    """
     every = max(1, todo.left // count)
-    found = (row.request for row in reader.rows(todo.skip, every) if row.request)
-    return [replace(r, params=replace(r.params, temperature=0.0, repetition_penalty=1.0)) for r in islice(found, count)]
+    found = ((row.request, row.references) for row in reader.rows(todo.skip, every) if row.request)
+    return [
+        (replace(r, params=replace(r.params, temperature=0.0, repetition_penalty=1.0)), references)
+        for r, references in islice(found, count)
+    ]
 
 
 def reference(config: EngineConfig) -> EngineConfig:
@@ -151,19 +162,21 @@ class _Calibration:
         display: Display,
         stop: Stop,
         requests: list[Request],
+        references: dict[int, tuple[str, ...]],
         question: PlanQuery,
         output: Path,
         record: dict[str, Any],
     ) -> None:
         self._config, self._asked, self._display, self._stop = config, asked, display, stop
-        self._requests, self._question, self._output, self._record = requests, question, output, record
+        self._requests, self._references = requests, references
+        self._question, self._output, self._record = question, output, record
 
     def run(self) -> None:
         """Everything, in order."""
         for candidate in self._candidates([], ""):
-            check_cache(replace(self._config, engine=candidate))
+            check_cache(candidate, self._config.prompt)
         with self._display.waiting(f"loading model {self._config.engine.model}"):
-            full = open_engine(replace(self._config, engine=reference(self._config.engine)))
+            full = Engine.open(reference(self._config.engine), self._config.prompt)
         factors, shared = self._measured_layers(full), self._shared_layers(full)
         candidates = self._candidates(factors, shared)
         waiting = [candidate for candidate in candidates if self._found(candidate) is None]
@@ -187,7 +200,7 @@ class _Calibration:
     def _quantised(self) -> Engine:
         """The model that answers with its linear layers in bytes, now that the one without has been heard."""
         with self._display.waiting(f"loading model {self._config.engine.model} with int8 weights"):
-            return open_engine(self._config)
+            return Engine.open(self._config.engine, self._config.prompt)
 
     def _candidates(self, factors: list[float], shared: str) -> list[EngineConfig]:
         """The settings to be measured, each once."""
@@ -214,8 +227,8 @@ class _Calibration:
             Teacher.load(path, self._requests) if self._record["candidates"] or "full_cache" in self._record else None
         )
         if found is None:
-            with self._working(full, f"full cache: {len(self._requests)} prompts"):
-                found = Teacher.hear(full, self._requests, self._stop)
+            with self._working(f"full cache: {len(self._requests)} prompts") as stats:
+                found = Teacher.hear(full, self._requests, self._stop, stats)
             self._check_stop()
             found.save(path)
         for place, why in found.failed.items():
@@ -227,8 +240,8 @@ class _Calibration:
     def _measure(self, full: Engine, teacher: Teacher, candidate: EngineConfig, what: str) -> None:
         """Measure one candidate and keep what was found."""
         engine = full.with_config(candidate)
-        with self._working(engine, what):
-            agreement = teacher.examine(engine, self._stop)
+        with self._working(what) as stats:
+            agreement = teacher.examine(engine, self._stop, self._references, stats=stats)
         self._check_stop()
         found = {"settings": settings_of(candidate)} | self._sizes(candidate) | agreement.record()
         self._record["candidates"].append(found)
@@ -236,12 +249,12 @@ class _Calibration:
         self._display.note(f"{candidate_words(settings_of(candidate))}: top-1 agreement {agreement.top1:.1%}")
 
     @contextmanager
-    def _working(self, engine: Engine, what: str) -> Iterator[None]:
-        """Show what is being done, and how far it is."""
+    def _working(self, what: str) -> Iterator[Stats]:
+        """Show what is being done, and how far it is by the counters that are handed out."""
         self._display.note(f"{what} ...")
-        engine.stats = Stats()
-        with self._display.live(engine.stats), self._stop.graceful():
-            yield
+        stats = Stats()
+        with self._display.live(stats), self._stop.graceful():
+            yield stats
 
     def _check_stop(self) -> None:
         if self._stop.signal is not None:
@@ -270,8 +283,8 @@ class _Calibration:
         from bmx.measure.layer_analysis import layer_factors, layer_needs
 
         if "halting_test" not in self._record:
-            with self._working(full, f"what layers need: {min(HALTING_ROWS, len(self._requests))} prompts"):
-                needs = layer_needs(full, self._requests[:HALTING_ROWS], TOLERANCE)
+            with self._working(f"what layers need: {min(HALTING_ROWS, len(self._requests))} prompts") as stats:
+                needs = layer_needs(full, self._requests[:HALTING_ROWS], TOLERANCE, stats)
             self._check_stop()
             mean = round(sum(needs) / len(needs))
             self._record["halting_test"] = {
@@ -293,8 +306,8 @@ class _Calibration:
             from bmx.measure.layer_analysis import shared_layers
 
             short = [Request(id=r.id, prompt=_beginning(r), raw=True) for r in self._requests]
-            with self._working(full, f"which {count} of {len(full.loaded.spec.layers)} layers could share"):
-                pairs = shared_layers(full, short, count, LEAST_ALIKE)
+            with self._working(f"which {count} of {len(full.spec.layers)} layers could share") as stats:
+                pairs = shared_layers(full, short, count, LEAST_ALIKE, stats)
             self._check_stop()
             self._record["shared_layers"] = {"asked": count, "least_cosine": LEAST_ALIKE, "pairs": pairs}
             self._save()

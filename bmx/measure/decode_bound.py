@@ -9,10 +9,9 @@ import time
 from collections import deque
 from dataclasses import replace
 
+from bmx.engine.backend import Runner, Sampled
 from bmx.engine.engine import Engine
 from bmx.engine.memory_meter import device_errors
-from bmx.engine.run import Runner, Sampled
-from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Chunk, Scheduler, Step
 from bmx.engine.sequence import Sequence
 from bmx.plan.planner import Plan, SlotGroup
@@ -35,21 +34,20 @@ def free_decoding(engine: Engine, plan: Plan, slots: int, rows: int, steps: int)
     steps = min(steps, max(1, rows // PART))
     tokens = max(1, rows - steps - 2)
     group = SlotGroup(tokens + steps + 2, slots)
-    layout = engine.policy.layout(engine.loaded.spec, group.capacity)
+    layout = engine.policy.layout(engine.spec, group.capacity)
     alone = replace(plan, groups=(group,), layouts=(layout,), prefix_slots=())
     scheduler = Scheduler(alone.groups, alone.step)
     for number in range(slots):
         scheduler.admit(_sequence(engine, number, tokens, steps + 2))
     refused = None if engine.config.enforce_eager else engine.stats.note_eager
-    attached = ModelRunner(engine.loaded, engine.policy, alone, engine.kernels, refused=refused)
-    with device_errors(), attached as runner:
+    with device_errors(), engine.backend.runner(alone, engine.policy, refused=refused) as runner:
         _fill(scheduler, runner, alone.step.chunk_size)
         return _seconds(scheduler, runner, steps)
 
 
 def _sequence(engine: Engine, number: int, tokens: int, answer: int) -> Sequence:
     """A prompt of tokens that mean nothing, and differ from sequence to sequence."""
-    vocab = engine.loaded.spec.vocab
+    vocab = engine.spec.vocab
     return Sequence(
         request=Request(id=number, params=SamplingParams(max_tokens=answer, ignore_eos=True)),
         prompt=[(7919 * number + 31 * place) % vocab for place in range(tokens)],

@@ -7,50 +7,45 @@ Shapes: H query heads, K kv heads, T chunk tokens, P rows in use, D key dim, E v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bmx.compress.budgets import halting_count
+from bmx.engine.backend import ModelBackend
 from bmx.engine.engine import Engine
 from bmx.errors import BmxError
 from bmx.kernels import Kernels
 from bmx.request import Request
+from bmx.stats import Stats
 
 FIRST = 4
 LEAST_FACTOR = 0.25  # of the even share, that any layer gets
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listener:
-    """Kernels that tell what they are asked before they answer; as ``Kernels`` and as their module."""
+@dataclass(frozen=True, slots=True)
+class Listener(Kernels):
+    """Kernels that note what attention is asked before they answer.
+
+    Attributes:
+        inner: the kernels that answer.
+        heard: of each chunk: its last query, all keys and values, and the scale of scores.
+    """
 
     inner: Kernels
-    heard: list[dict[str, Tensor | float]]
+    heard: list[dict[str, Any]]
 
     @property
-    def module(self) -> Listener:
-        """Itself."""
-        return self
+    def module(self) -> ModuleType:
+        """The functions of the kernels that answer; chunks come one by one, so that each can be heard."""
+        module = ModuleType("listening")
+        vars(module).update(vars(self.inner.module), attend_chunk=self._attend_chunk, read=None)
+        return module
 
-    @property
-    def name(self) -> str:
-        """Of the kernels that answer."""
-        return self.inner.name
-
-    @property
-    def read(self) -> None:
-        """Chunks one by one, so that each can be heard."""
-
-    def __getattr__(self, name: str) -> Any:
-        """All else as the kernels that answer."""
-        return getattr(self.inner.module, name)
-
-    def attend_chunk(
+    def _attend_chunk(
         self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, **details: Any
     ) -> Any:
         """As the kernel, and note the last query and all keys and values."""
@@ -60,32 +55,32 @@ class Listener:
         return self.inner.module.attend_chunk(query, key, value, past_key, past_value, **details)
 
 
-@contextmanager
-def listening(engine: Engine) -> Iterator[list[dict[str, Any]]]:
-    """All that the engine's attention is asked about prompts while the body runs, in order."""
-    inner = engine.kernels
-    heard: list[dict[str, Any]] = []
-    engine.kernels = Listener(inner=inner, heard=heard)  # type: ignore[assignment]
-    try:
-        yield heard
-    finally:
-        engine.kernels = inner
+def listening(engine: Engine) -> tuple[Engine, list[dict[str, Any]]]:
+    """The same engine with kernels that are listened to, and what its attention is asked, in order."""
+    backend = engine.backend
+    if not isinstance(backend, ModelBackend):
+        raise BmxError("only the attention of a loaded model can be listened to")
+    kernels, heard = backend.kernels, list[dict[str, Any]]()
+    listener = Listener(kernels.name, kernels.why, kernels, heard)
+    return engine.with_backend(backend.with_kernels(listener)), heard
 
 
-def layer_needs(engine: Engine, requests: list[Request], tolerance: float) -> list[float]:
+def layer_needs(engine: Engine, requests: list[Request], tolerance: float, stats: Stats | None = None) -> list[float]:
     """Tokens that each layer must remember of a prompt so that its last query hardly notices; on average.
 
     The halting test of DBudgetKV (see ``halting_count``) on each prompt, read whole under the full cache.
 
     Args:
         engine: with the full cache.
+        requests: prompts to measure on.
         tolerance: share of the norm of attention that may be lost.
+        stats: counts what is read.
     """
-    layers = len(engine.loaded.spec.layers)
+    layers = len(engine.spec.layers)
     sums = [0.0] * layers
     for request in requests:
-        with listening(engine) as heard:
-            _read(engine, request)
+        listened, heard = listening(engine)
+        _read(listened, request, stats)
         for layer, asked in enumerate(heard[-layers:]):
             sums[layer] += halting_count(_last_attention(**asked).tolist(), FIRST, tolerance)
     return [total / len(requests) for total in sums]
@@ -105,7 +100,7 @@ def _last_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -
     return (grouped @ keys.float().transpose(-1, -2) * scale).softmax(-1).flatten(0, 1)
 
 
-def _read(engine: Engine, request: Request) -> Tensor:
+def _read(engine: Engine, request: Request, stats: Stats | None) -> Tensor:
     """Read one prompt alone; returns what enters the output head for its last token [hidden]."""
     entered: list[Tensor] = []
 
@@ -113,10 +108,10 @@ def _read(engine: Engine, request: Request) -> Tensor:
         if inputs[0].numel():  # a chunk that samples nothing sends nothing
             entered.append(inputs[0].flatten(0, -2)[-1].float())
 
-    hook = engine.loaded.model.get_output_embeddings().register_forward_pre_hook(note)
+    hook = engine.backend.model.get_output_embeddings().register_forward_pre_hook(note)
     try:
         one = replace(request, params=replace(request.params, max_tokens=1))
-        for result in engine.generate([one]):
+        for result in engine.run([one], stats=stats):
             if result.error:
                 raise BmxError(f"row {request.id} cannot be read: {result.error.message}")
     finally:
@@ -124,7 +119,7 @@ def _read(engine: Engine, request: Request) -> Tensor:
     return entered[-1]
 
 
-def shared_layers(engine: Engine, requests: list[Request], count: int, least: float) -> str:
+def shared_layers(engine: Engine, requests: list[Request], count: int, least: float, stats: Stats | None = None) -> str:
     """Layers that could read the keys and values of an earlier one: KVSharer (arXiv 2410.18517, section 3).
 
     Pairs are tried from the most unlike caches to the most alike, and kept as long as what the model computes for
@@ -135,20 +130,20 @@ def shared_layers(engine: Engine, requests: list[Request], count: int, least: fl
         requests: short ones, that are read again for each pair that is tried.
         count: how many layers are to be saved.
         least: cosine that must be left between what is computed with and without.
+        stats: counts what is read.
 
     Returns:
         As ``kv_share_layers`` takes it; fewer pairs where no more can be had.
     """
     before: list[Tensor] = []
     means: list[Tensor] = []
-    layers = len(engine.loaded.spec.layers)
+    layers = len(engine.spec.layers)
     for request in requests:
-        with listening(engine) as heard:
-            before.append(_read(engine, request))
+        listened, heard = listening(engine)
+        before.append(_read(listened, request, stats))
         parts = [torch.cat([_mean(asked["keys"]), _mean(asked["values"])]) for asked in heard[-layers:]]
         means = [a + b for a, b in zip(means, parts, strict=True)] if means else parts
-    # a + b for a, b in zip(means, parts, strict=True)]
-    specs = engine.loaded.spec.layers
+    specs = engine.spec.layers
     pairs = [(i, j) for i in range(layers) for j in range(i) if replace(specs[i], owner=j) == specs[j]]
     pairs.sort(key=lambda pair: -float((means[pair[0]] - means[pair[1]]).norm()))
     chosen: dict[int, int] = {}
@@ -158,7 +153,7 @@ def shared_layers(engine: Engine, requests: list[Request], count: int, least: fl
         if reader in chosen or owner in chosen or reader in chosen.values() or _is_read(engine, reader):
             continue
         trial = chosen | {reader: owner}
-        if _alike(engine, requests, before, trial) >= least:
+        if _alike(engine, requests, before, trial, stats) >= least:
             chosen = trial
     return _text(chosen)
 
@@ -170,16 +165,18 @@ def _mean(vectors: Tensor) -> Tensor:
 
 def _is_read(engine: Engine, owner: int) -> bool:
     """Whether later layers of the model itself read this one's."""
-    return engine.loaded.spec.last_reader(owner) != owner
+    return engine.spec.last_reader(owner) != owner
 
 
 def _text(chosen: dict[int, int]) -> str:
     return ",".join(f"{reader}:{owner}" for reader, owner in sorted(chosen.items()))
 
 
-def _alike(engine: Engine, requests: list[Request], before: list[Tensor], chosen: dict[int, int]) -> float:
+def _alike(
+    engine: Engine, requests: list[Request], before: list[Tensor], chosen: dict[int, int], stats: Stats | None
+) -> float:
     """Mean cosine between what was computed before and what is computed with layers shared."""
     config = replace(engine.config, kv_share_layers=_text(chosen))
     other = engine.with_config(config)
-    cosines = [torch.cosine_similarity(_read(other, r), b, dim=0) for r, b in zip(requests, before, strict=True)]
+    cosines = [torch.cosine_similarity(_read(other, r, stats), b, dim=0) for r, b in zip(requests, before, strict=True)]
     return float(torch.stack(cosines).mean())

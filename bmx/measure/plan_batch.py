@@ -119,15 +119,14 @@ def _measure(
         raise UsageError("--measure runs on this machine: it cannot be combined with --gpu or --gpu-memory")
     engine = Engine.open(config.engine, config.prompt)
     lengths = engine.measure(todo.sample(reader, question.every)) if reader and todo else question.lengths
-    engine.plan(lengths)
-    if engine.stats.rehearsed is None:
+    step = engine.plan(lengths).profiled
+    if step is None or step.measured is None:
         raise MemoryLimitError("this system does not tell what a step takes", hint="Linux and CUDA do")
-    predicted, measured = engine.stats.rehearsed
     foreseen = next(o for o in question.options([config.engine.kv_budget]) if o.plan).plan
     return {
         "before_loading_bytes": foreseen.memory.step if foreseen else 0,
-        "predicted_bytes": predicted,
-        "measured_bytes": measured,
+        "predicted_bytes": step.predicted,
+        "measured_bytes": step.measured,
     }
 
 

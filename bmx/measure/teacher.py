@@ -7,7 +7,7 @@ Shapes: V vocabulary, N tokens of an answer, L likeliest tokens that are remembe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from bmx.engine.engine import Engine
+from bmx.engine.runner import Watch
 from bmx.errors import BmxError
 from bmx.measure.metrics import Agreement
 from bmx.request import Request, Result
 from bmx.shutdown import Stop
+from bmx.stats import Stats
 
 LIKELIEST = 256  # tokens whose probabilities are remembered; the rest of the vocabulary counts as one
 
@@ -47,8 +49,15 @@ class Teacher:
     failed: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def hear(cls, engine: Engine, requests: list[Request], stop: Stop) -> Teacher:
-        """Let the full cache answer, and note how sure it was."""
+    def hear(cls, engine: Engine, requests: list[Request], stop: Stop, stats: Stats | None = None) -> Teacher:
+        """Let the full cache answer, and note how sure it was.
+
+        Args:
+            engine: with the full cache.
+            requests: the sample.
+            stop: says whether to end early.
+            stats: counts what is done.
+        """
         heard: dict[str | int, list[tuple[Tensor, Tensor]]] = {}
 
         def watch(request: Request, place: int, logits: Tensor) -> None:
@@ -58,7 +67,7 @@ class Teacher:
             said.append((best.indices.cpu(), best.values.cpu()))
 
         teacher = cls()
-        for result in answer(engine, [replace(r, id=i) for i, r in enumerate(requests)], stop, watch):
+        for result in answer(engine, [replace(r, id=i) for i, r in enumerate(requests)], stop, watch, stats=stats):
             place = int(result.id)
             if result.error:
                 teacher.failed[place] = result.error.message
@@ -67,13 +76,28 @@ class Teacher:
             teacher.lessons[place] = Lesson(requests[place], result, ids, logs)
         return teacher
 
-    def examine(self, engine: Engine, stop: Stop, *, freely: bool = True) -> Agreement:
+    def examine(
+        self,
+        engine: Engine,
+        stop: Stop,
+        references: Mapping[int, tuple[str, ...]] | None = None,
+        *,
+        freely: bool = True,
+        stats: Stats | None = None,
+    ) -> Agreement:
         """Let another cache read the full cache's answers and, unless only that is wanted, write its own.
+
+        Args:
+            engine: with the other cache.
+            stop: says whether to end early.
+            references: good answers by the request's place in the sample, where its row has some.
+            freely: whether the other cache also writes its own answers.
+            stats: counts what is done.
 
         Raises:
             BmxError: told to stop before all was answered.
         """
-        found = Agreement()
+        found, references = Agreement(), references or {}
         forced, free = "forced", "free"
 
         def watch(request: Request, place: int, logits: Tensor) -> None:
@@ -81,13 +105,14 @@ class Teacher:
             if str(request.id).endswith(forced) and place < len(lesson.ids):
                 found.count_token(*_distance(logits, lesson.ids[place], lesson.logs[place]))
 
-        requests = []
+        requests, told = [], {}
         for place, lesson in self.lessons.items():
             requests.append(replace(_told(lesson), id=f"{place}/{forced}"))
+            told[requests[-1].id] = lesson.result.token_ids
             if freely:
                 requests.append(replace(lesson.request, id=f"{place}/{free}"))
         seen = 0
-        for result in answer(engine, requests, stop, watch):
+        for result in answer(engine, requests, stop, watch, told, stats):
             row, _, kind = str(result.id).partition("/")
             seen += 1
             lesson = self.lessons[int(row)]
@@ -95,7 +120,9 @@ class Teacher:
                 found.failed += kind == forced
             elif kind == free:
                 full = lesson.result
-                found.count_answer(result.token_ids, result.text, full.token_ids, full.text, lesson.request.references)
+                found.count_answer(
+                    result.token_ids, result.text, full.token_ids, full.text, references.get(int(row), ())
+                )
         if seen < len(requests) and not stop.requested:
             raise BmxError("not all was compared")
         return found
@@ -134,25 +161,37 @@ def _lesson(place: int, said: dict[str, Any], request: Request) -> Lesson:
     return Lesson(request, result, said["ids"].long(), said["logs"])
 
 
-def answer(engine: Engine, requests: list[Request], stop: Stop, watch: Any) -> Iterable[Result]:
-    """Results of requests, every one of its logits shown to ``watch``."""
+def answer(
+    engine: Engine,
+    requests: list[Request],
+    stop: Stop,
+    watch: Watch,
+    forced: Mapping[str | int, tuple[int, ...]] | None = None,
+    stats: Stats | None = None,
+) -> Iterable[Result]:
+    """Results of requests, all of their logits shown to ``watch``.
+
+    Args:
+        engine: answers them.
+        requests: what is asked.
+        stop: says whether to end early.
+        watch: is shown the logits of each token.
+        forced: answers that are read instead of written, by the request's id.
+        stats: counts what is done.
+    """
     lengths = engine.measure(requests)
-    plan, stats = engine.plan(lengths), engine.stats
+    plan, stats = engine.plan(lengths), stats or Stats()
     stats.rows_total, stats.work_total = len(requests), sum(one.prompt_tokens + one.max_tokens for one in lengths)
-    engine.watch = watch
-    try:
-        for result in engine.generate(requests, plan, stop=stop):
-            stats.count_row(result.error.code if result.error else None)
-            yield result
-    finally:
-        engine.watch = None
+    for result in engine.run(requests, plan, stats=stats, stop=stop, watch=watch, forced=forced):
+        stats.count_row(result.error.code if result.error else None)
+        yield result
 
 
 def _told(lesson: Lesson) -> Request:
-    """The request with its answer given: nothing may end it early."""
+    """The request of a forced answer: nothing may end it early."""
     ids = lesson.result.token_ids
     params = replace(lesson.request.params, max_tokens=len(ids), ignore_eos=True, stop=(), stop_token_ids=())
-    return replace(lesson.request, params=params, forced=ids)
+    return replace(lesson.request, params=params)
 
 
 def _distance(logits: Tensor, ids: Tensor, logs: Tensor) -> tuple[bool, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from typing import Any
 
@@ -125,6 +125,29 @@ class StepSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProfiledStep:
+    """Bytes of a plan's largest step without slots: as predicted, and as measured.
+
+    Attributes:
+        predicted: bytes by the closed form.
+        measured: bytes at the peak of a real step; None if memory ran out in it.
+    """
+
+    predicted: int
+    measured: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step could be computed."""
+        return self.measured is not None
+
+    @property
+    def excess(self) -> int:
+        """Bytes by which the step took more than predicted; 0 if it did not."""
+        return max(0, (self.measured or 0) - self.predicted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What was decided: nothing of it changes during the run.
 
@@ -135,6 +158,7 @@ class Plan:
         too_large: sequences that would not fit even alone; they will be errors, the others are answered.
         needs: of the others, (rows of a slot, how many sequences need so many).
         prefix_slots: extra slots that hold the state of text that several prompts share; their layouts come last.
+        profiled: what the largest step was measured to take, if it was.
     """
 
     groups: tuple[SlotGroup, ...]
@@ -145,6 +169,7 @@ class Plan:
     too_large: int = 0
     needs: tuple[tuple[int, int], ...] = ()
     prefix_slots: tuple[SlotGroup, ...] = ()
+    profiled: ProfiledStep | None = field(default=None, compare=False)
 
     @property
     def slots(self) -> int:

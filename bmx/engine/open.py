@@ -1,0 +1,84 @@
+"""From settings to a loaded model: what is checked before weights are read, and what is set up for the process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from bmx import hardware
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import FAKE, EngineConfig, PromptConfig
+from bmx.engine.backend import Backend, ModelBackend
+from bmx.engine.fake import FakeBackend, FakeTokenizer
+from bmx.engine.memory_meter import bound_kernel_caches
+from bmx.model.instructions import INSTRUCTIONS, Instructions
+from bmx.model.loader import RUNTIME_BYTES, choose_device, find_source, load_model, load_tokenizer
+from bmx.model.preview import preview_spec
+from bmx.model.spec import ModelSpec, share_layers
+from bmx.plan.device import Device
+from bmx.plan.planner import Length, limits, plan, step_sizes
+
+
+def open_model(config: EngineConfig) -> tuple[Any, Backend]:
+    """The tokenizer and the model that the settings name.
+
+    Raises:
+        ModelError: it cannot be found, loaded, or run rightly.
+        MemoryLimitError: not even one short sequence would fit beside it.
+        UsageError: settings that this model cannot follow.
+    """
+    if config.model == FAKE:
+        return FakeTokenizer(), FakeBackend()
+    bound_kernel_caches()
+    source = find_source(config)
+    tokenizer = load_tokenizer(source, config)
+    check_memory(config, partial(preview_spec, config))
+    use_all_cores()
+    return tokenizer, ModelBackend(load_model(source, config))
+
+
+def check_cache(config: EngineConfig, prompt: PromptConfig) -> None:
+    """Refuse settings of the cache that contradict each other, before anything is loaded.
+
+    Raises:
+        UsageError: they do.
+    """
+    CompressionPolicy.from_config(config)
+    if config.kv_probe == INSTRUCTIONS:
+        _ = Instructions.from_config(prompt).question
+
+
+def use_all_cores() -> None:
+    """Let torch compute on every core that this process may use, unless the environment says how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(hardware.usable_cores())
+
+
+def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> None:
+    """Refuse, before weights are loaded, a model of which not one short sequence would fit.
+
+    Args:
+        config: the settings.
+        preview: the sizes that the model would have on a kind of device (``cpu`` or ``cuda``).
+
+    Raises:
+        MemoryLimitError: says what would be enough.
+    """
+    kind = choose_device(config).type
+    seen = hardware.visible_gpus() if kind == "cuda" else []
+    if kind == "cuda" and (not seen or seen[0].free is None or seen[0].mig):
+        return  # what is free is known when CUDA has begun
+    spec = share_layers(preview(kind), config.kv_share_layers)
+    policy, held = CompressionPolicy.from_config(config), 0 if kind == "cuda" else hardware.resident_bytes()
+    if kind == "cuda":
+        memory = hardware.FreeMemory(seen[0].free or 0, seen[0].total or 0, "NVML", hardware.holders(seen[0]))
+    else:
+        memory = hardware.free_host_memory()
+    shortest = Length(1, 1, policy.rows_needed(1, 1))
+    device = Device.of(kind, spec, held or RUNTIME_BYTES[kind], config)
+    step = step_sizes(config, kind, [shortest])[-1]
+    plan(spec, partial(policy.layout, spec), limits(config, memory, held), [shortest], step, device)

@@ -1,0 +1,123 @@
+"""Plans for a loaded model: made from its sizes, then checked against a run of the largest step.
+
+Knows the closed form and the measurement that corrects it; how requests are answered under a plan is the run's
+business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from functools import partial
+
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import EngineConfig
+from bmx.engine.backend import Backend
+from bmx.engine.memory_meter import device_errors, is_out_of_memory, release
+from bmx.kv.layout import KVLayout
+from bmx.model.spec import ModelSpec
+from bmx.plan.device import Device
+from bmx.plan.forecast import fastest
+from bmx.plan.machine_speed import TYPICAL, Rates, machine_rates
+from bmx.plan.planner import Length, Limits, Plan, ProfiledStep, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
+from bmx.stats import Stats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlanner:
+    """Makes the plans of an engine.
+
+    Attributes:
+        config: the settings.
+        spec: the model's sizes, with the layers that share their KV pairs.
+        policy: which KV pairs stay in a slot.
+        backend: the model on its device.
+        probe: token ids that are asked after each chunk.
+    """
+
+    config: EngineConfig
+    spec: ModelSpec
+    policy: CompressionPolicy
+    backend: Backend
+    probe: tuple[int, ...] = ()
+
+    def plan(self, lengths: Iterable[Length]) -> Plan:
+        """The plan that answers these lengths the fastest within the memory that may be used.
+
+        The largest step is run once, on made-up tokens, before the slots exist: where it takes more than the closed
+        form says, the plan makes room for it.
+
+        Raises:
+            MemoryLimitError: not even one slot fits.
+        """
+        lengths = list(lengths) or [Length(1, 1, 1)]
+        sizes = step_sizes(self.config, self.backend.device_type, lengths, len(self.probe))
+        allowed, device = self._limits(), self._device()
+        if not self.backend.measurable:
+            return self._fastest(lengths, allowed, device, sizes[:1])
+        plan = self._fastest(lengths, allowed, device, sizes)
+        while not (step := self._profile(plan)).fits:
+            smaller = self.shrunk(plan)
+            if smaller is None:
+                return plan  # its rows will fail one by one, or find that memory is back
+            plan = smaller
+            allowed = replace(plan.limits, slots=plan.slots)
+        if not self.backend.meter.exact:
+            return plan
+        if step.excess > 0:
+            device = replace(device, slack=device.slack + step.excess)
+            smaller_steps = [s for s in sizes if s.max_num_batched_tokens < plan.step.max_num_batched_tokens]
+            plan = self._fastest(lengths, allowed, device, [plan.step, *smaller_steps])
+        return replace(plan, profiled=step)
+
+    def shrunk(self, plan: Plan) -> Plan | None:
+        """A smaller plan, for when memory ran out under this one; None if this is the smallest."""
+        release()
+        return shrunk(plan, self.spec, self._layout, self._device())
+
+    def _fastest(self, lengths: list[Length], allowed: Limits, device: Device, sizes: Seq[StepSize]) -> Plan:
+        """The plan that is expected to be the fastest among those with these sizes of steps."""
+        plans: list[Callable[[], Plan]] = [
+            partial(plan, self.spec, self._layout, allowed, lengths, size, device) for size in sizes
+        ]
+        return fastest(plans, self.spec, lengths, self.backend.kernels.name, self._rates)
+
+    def _rates(self) -> Rates:
+        """The machine's rates; typical ones where there is no memory to measure them."""
+        try:
+            described = self.backend.describe()
+            return machine_rates(self.backend.device_type, described["dtype"], described["device"])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release()
+        return TYPICAL
+
+    def _profile(self, plan: Plan) -> ProfiledStep:
+        """Run the largest step of a plan beside the smallest pool that it can read."""
+        last = len(plan.groups) - 1
+        alone = replace(
+            plan, groups=(SlotGroup(plan.groups[last].capacity, 1),), layouts=(plan.layouts[last],), prefix_slots=()
+        )
+        meter = self.backend.meter
+        meter.reset()
+        refused = None if self.config.enforce_eager else Stats().note_eager
+        try:
+            with device_errors(), self.backend.runner(alone, self.policy, probe=self.probe, refused=refused) as runner:
+                runner.profile_step(plan.step, plan.slots)
+                return ProfiledStep(predicted=plan.memory.step, measured=meter.peak - runner.kv_bytes)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return ProfiledStep(predicted=plan.memory.step, measured=None)
+
+    def _device(self) -> Device:
+        return Device.of(self.backend.device_type, self.spec, self.backend.runtime_bytes, self.config)
+
+    def _layout(self, capacity: int) -> KVLayout:
+        return self.policy.layout(self.spec, capacity)
+
+    def _limits(self) -> Limits:
+        meter = self.backend.meter
+        return limits(self.config, meter.free_memory(), held=meter.now)
