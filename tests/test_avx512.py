@@ -228,7 +228,7 @@ class OneByOne(kernels.Kernels):
 KINDS = {"one by one": OneByOne("avx512", ""), "in one call": kernels.Kernels("avx512", "")}
 
 
-def use_attention(kind, policy, window=None, sizes=((48, 5),)):
+def attention_of(kind, policy, window=None, sizes=((48, 5),)):
     """One layer's attention and its pool, with the same random pairs each time; K 2, D 32; groups of (C, S)."""
     capacity = sizes[-1][0]
     made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
@@ -286,7 +286,7 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, 
     """Two groups of slots, of which the second one's have sequences that evict."""
     found, now, seen = [], (100, 30, 60, 47), (20, 7)
     for kind in KINDS:
-        attention, pool = use_attention(kind, policy, window, sizes=((31, 3), (48, 5)))
+        attention, pool = attention_of(kind, policy, window, sizes=((31, 3), (48, 5)))
         slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
         for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
             tokens = asked
@@ -322,7 +322,7 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(policy, start,
     """One that evicts, behind a decoding token, and one that never will."""
     found = []
     for kind in KINDS:
-        attention, pool = use_attention(kind, policy, window)
+        attention, pool = attention_of(kind, policy, window)
         fill(pool.layer(0, 0), 1, start, limit)
         prompts = (
             PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),

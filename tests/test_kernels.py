@@ -265,7 +265,7 @@ WAYS = (
 @pytest.mark.parametrize("tokens", [1, 33, 300])
 @pytest.mark.parametrize("kind", WAYS)
 def test_attention_is_added_up_as_the_votes_say(kernel, kind, tokens):
-    """QueryWeights of zero for whole tiles of queries are no reason to leave out the others."""
+    """Votes of zero for whole tiles of queries are no reason to leave out the others."""
     chunk, votes = operands(tokens, 20, group=2), some_votes(kind, tokens)
     found = kernel.attend_chunk(*chunk, scale=0.4, votes=votes, squares=True)
     assert found[1].shape == (len(votes) + 1, 2, 20 + tokens)

@@ -86,7 +86,7 @@ def test_the_first_signal_is_taken_down_and_the_second_ends_it():
 
 def test_a_signal_when_nothing_is_in_flight_ends_it_at_once():
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
-        with Stop().heard(), pytest.raises(Interrupted) as ended:
+        with Stop().install_handlers(), pytest.raises(Interrupted) as ended:
             signal.raise_signal(number)
         assert ended.value.exit_code == code
 
@@ -94,7 +94,7 @@ def test_a_signal_when_nothing_is_in_flight_ends_it_at_once():
 def test_a_signal_that_the_process_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stop().heard():
+        with Stop().install_handlers():
             signal.raise_signal(signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
