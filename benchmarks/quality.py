@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
-from bmx.config import setting_named
 from bmx.measure.teacher import Teacher
+from bmx.run_config import setting_named
 from bmx.shutdown import Stop
 
 NEWS = (

@@ -6,28 +6,84 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from bmx.errors import RowError
+from bmx.settings import ALWAYS, NOT_IN_BENCH, Setting
 
 MAX_STOP_STRINGS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one answer are chosen. The notes are the help texts of the command line.
+    """How the tokens of one answer are chosen.
 
     Raises:
         ValueError: a value out of range; the message names it.
     """
 
-    max_tokens: Annotated[int, "longest answer, in tokens"] = 256
-    temperature: Annotated[float, "0 is greedy: always the likeliest token"] = 0.0
-    top_p: Annotated[float, "sample among the likeliest tokens that hold this probability"] = 1.0
-    top_k: Annotated[int, "sample among this many likeliest tokens; 0 is all"] = 0
-    min_p: Annotated[float, "drop tokens less likely than this share of the likeliest one"] = 0.0
-    repetition_penalty: Annotated[float, "above 1 makes tokens of the prompt and the answer less likely"] = 1.0
-    stop: Annotated[tuple[str, ...], "end the answer before this text; may be given several times"] = ()
-    stop_token_ids: Annotated[tuple[int, ...], "end the answer at this token id; may be given several times"] = ()
-    seed: Annotated[int, "two runs with the same seed give the same answers"] = 0
-    ignore_eos: Annotated[bool, "go on to max_tokens past the model's own end token"] = False
+    max_tokens: Annotated[
+        int, Setting("Longest answer", decides_answers=ALWAYS, unit="tokens", commands=NOT_IN_BENCH)
+    ] = 256
+    temperature: Annotated[
+        float, Setting("0 is greedy: always the most likely token", decides_answers=ALWAYS, commands=NOT_IN_BENCH)
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        Setting(
+            "Sample among the most likely tokens that together have this probability",
+            decides_answers=ALWAYS,
+            commands=NOT_IN_BENCH,
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        Setting(
+            "Sample among this many most likely tokens; 0 is all",
+            decides_answers=ALWAYS,
+            unit="tokens",
+            commands=NOT_IN_BENCH,
+        ),
+    ] = 0
+    min_p: Annotated[
+        float,
+        Setting(
+            "Drop tokens less likely than this share of the most likely one",
+            decides_answers=ALWAYS,
+            commands=NOT_IN_BENCH,
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Setting(
+            "Above 1 makes tokens of the prompt and the answer less likely",
+            decides_answers=ALWAYS,
+            commands=NOT_IN_BENCH,
+        ),
+    ] = 1.0
+    stop: Annotated[
+        tuple[str, ...],
+        Setting(
+            "End the answer before this text; may be given several times", decides_answers=ALWAYS, commands=NOT_IN_BENCH
+        ),
+    ] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...],
+        Setting(
+            "End the answer at this token id; may be given several times", decides_answers=ALWAYS, commands=NOT_IN_BENCH
+        ),
+    ] = ()
+    seed: Annotated[
+        int,
+        Setting(
+            "Two runs with the same seed give the same answers",
+            decides_answers=ALWAYS,
+            help_in={"bench": "Seed of the random prompts"},
+        ),
+    ] = 0
+    ignore_eos: Annotated[
+        bool,
+        Setting(
+            "Continue past the model's own end token, up to max_tokens", decides_answers=ALWAYS, commands=NOT_IN_BENCH
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         checks = {

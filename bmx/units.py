@@ -11,8 +11,6 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from typing import Any
 
-from bmx.errors import UsageError
-
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 POLICIES = (
     *("average-attention", "h2o", "decay", "roco", "window", "tova", "r-kv"),
@@ -47,6 +45,15 @@ def parse_count(text: str | int) -> int:
     if not 1 <= number < 2**63 or number != int(number):
         raise ValueError(f"not a count: {text!r}")
     return int(number)
+
+
+def parse_counts(text: str | int) -> tuple[int, ...]:
+    """Counts from ``1000,2k``.
+
+    Raises:
+        ValueError: one of them is not a count.
+    """
+    return tuple(map(parse_count, str(text).split(",")))
 
 
 def parse_budget(text: str | float) -> int | float | str:
@@ -103,15 +110,6 @@ def parse_shared(text: str) -> str:
     return ",".join(f"{reader}:{owner}" for reader, owner in sorted(pairs))
 
 
-def parse_budgets(text: str | float) -> tuple[int | float | str, ...]:
-    """Budgets from ``512,1024,25%``.
-
-    Raises:
-        ValueError: one is none.
-    """
-    return tuple(parse_budget(part) for part in str(text).split(","))
-
-
 def parse_seconds(text: str | float) -> float:
     """Seconds from ``30``, ``0.5``, ``90s``, ``5m`` or ``2h``.
 
@@ -139,28 +137,17 @@ def parse_shard(text: str) -> str:
     return f"{int(match[1])}/{int(match[2])}"
 
 
-WANTED: Mapping[Callable[[Any], Any], str] = {
+EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or auto",
     parse_policy: f"one of {', '.join(POLICIES)}",
     parse_layers: "uniform, pyramid, or a factor per layer like 1.5,1,0.5",
     parse_shared: "pairs of layers like 7:3,12:5",
     parse_bytes: "a size like 300M, 8G or 8GiB",
     parse_count: "a count like 4096 or 32k",
+    parse_counts: "counts like 1000,2k",
     parse_seconds: "seconds, or a time like 90s, 5m or 2h",
     parse_shard: "a share like 2/8, the second of eight",
 }
-
-
-def parse_setting(name: str, text: str | None, parse: Callable[[str], Any]) -> Any:
-    """A command's own option, read like a setting; None if it was not given.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        return None if text is None else parse(text)
-    except ValueError as error:
-        raise UsageError(f"{name}: {error}") from None
 
 
 def now(ago: float = 0.0) -> str:

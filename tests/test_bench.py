@@ -272,7 +272,7 @@ def test_shapes_have_the_parameters_of_their_models():
         (("--shape", "tiny", "-m", "demo"), 2, "--shape stands for a model"),
         (("in.jsonl", "--shape", "tiny"), 2, "it cannot be combined with --shape"),
         (("in.jsonl", "--input-tokens", 60), 2, "it cannot be combined with --input-tokens"),
-        (("--shape", "tiny", "--input-tokens", "60,x"), 2, "input_tokens: not a count"),
+        (("--shape", "tiny", "--input-tokens", "60,x"), 2, "input_tokens cannot be '60,x'"),
         (("--shape", "tiny", "--preset", "book"), 2, "no preset is called book"),
         (("--shape", "tiny", "--kv-policy", "none"), 2, "the full cache is measured anyway"),
         (("--shape", "tiny", "-o", "-"), 2, "bench keeps what it measures in a file"),
@@ -308,7 +308,7 @@ def test_a_stopped_bench_keeps_the_cells_that_were_finished(bench, monkeypatch):
     grid = ("--shape", "tiny", "--input-tokens", "40,60", "--output-tokens", 2, "--prompts", 2)
     ended = bench(*grid)
     assert ended.code == 130
-    assert "cells that were finished are in the output file" in ended.err
+    assert "finished cells are in the output file" in ended.err
     assert (measured()["state"], len(measured()["cells"])) == ("unfinished", 1)
     monkeypatch.setattr(sides_module, "_run", run)
     assert bench(*grid).code == 2

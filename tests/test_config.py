@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -10,10 +11,13 @@ import yaml
 from typer.testing import CliRunner
 
 from bmx.cli.commands import app
-from bmx.config import RunConfig, all_settings
+from bmx.cli.reference import PAGE, reference
 from bmx.errors import UsageError
+from bmx.job.fingerprint import fingerprint
+from bmx.run_config import SECTIONS, RunConfig, all_settings
+from bmx.settings import COMMANDS, DecidesAnswers, Setting, settings_in
 
-SETTINGS = [setting for _, setting in all_settings()]
+SETTINGS = all_settings()
 
 
 @pytest.fixture(autouse=True)
@@ -178,11 +182,40 @@ def test_times_have_units(text, seconds):
 
 
 def test_every_setting_has_a_help_text():
-    text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "250", "TERMINAL_WIDTH": "250"}).stdout
+    text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "500", "TERMINAL_WIDTH": "500"}).stdout
     words = " ".join(text.split())
     for setting in SETTINGS:
         assert flag(setting.name) in words
-        assert setting.note[1:] in words
+        assert setting.help in words
+
+
+def test_each_command_takes_the_settings_that_say_so():
+    for command in COMMANDS:
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).stdout
+        flags = set(re.findall(r"--[a-z-]+", text))
+        assert {s.flag for s in SETTINGS if command in s.commands} == flags & {s.flag for s in SETTINGS}
+
+
+def test_the_reference_page_is_that_of_the_settings():
+    assert PAGE.read_text(encoding="utf-8") == reference(), "python -m bmx.cli.reference writes it"
+
+
+# What is declared about a setting
+
+
+def test_every_field_of_a_section_says_whether_it_decides_answers():
+    for section in SECTIONS.values():
+        for setting in settings_in(section):
+            assert isinstance(setting.decides_answers, DecidesAnswers)
+    with pytest.raises(TypeError, match="decides_answers"):
+        Setting("Something new")
+
+
+@pytest.mark.parametrize("name", sorted({s.name for s in SETTINGS if s.decides_answers is DecidesAnswers.IF_TRUE}))
+def test_a_setting_that_decides_answers_when_it_is_on_leaves_fingerprints_alone_when_it_is_off(name):
+    off, on = (fingerprint(RunConfig.gather(("x",), {"model": "fake", name: value})) for value in (False, True))
+    assert off == fingerprint(RunConfig.gather(("x",), {"model": "fake"}))
+    assert on == off | {name: True}
 
 
 # --print-config

@@ -17,8 +17,8 @@ import typer
 from test_structure import ROOMS
 
 from bmx.cli.commands import EXIT_SOME_FAILED, app
-from bmx.config import JobConfig, RunConfig
 from bmx.errors import BmxError
+from bmx.run_config import JobConfig, RunConfig
 from bmx.shutdown import STOPPING, Interrupted
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,6 @@ from conftest import Ended
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bmx.config import RunConfig
 from bmx.engine import prompt_lengths as lengths
 from bmx.engine.fake import FakeTokenizer
 from bmx.errors import BmxError, InputFileError
@@ -27,6 +26,7 @@ from bmx.job.input_rows import NOT_SUPPORTED, InputRow
 from bmx.job.job import run as run_job
 from bmx.job.result_writer import ResultWriter
 from bmx.request import Result
+from bmx.run_config import RunConfig
 from bmx.shutdown import Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display

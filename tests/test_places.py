@@ -202,4 +202,4 @@ def test_a_variable_that_looks_like_a_setting_and_is_none_is_warned_of(bmx, monk
     monkeypatch.setenv("BMX_KV_BUGDET", "5")
     ended = bmx("run", "in.jsonl", "-m", "fake", "-q")
     assert ended.code == 0
-    assert ended.log == ["warning: the variable BMX_KV_BUGDET is no setting of bmx"]
+    assert ended.log == ["warning: the variable BMX_KV_BUGDET is not a setting of bmx"]

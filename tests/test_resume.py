@@ -18,6 +18,8 @@ from forked import Fault, Work
 
 from bmx.errors import LockedError
 from bmx.job.durable_files import locked
+from bmx.run_config import all_settings
+from bmx.settings import DecidesAnswers
 
 SECRETS = ("Reply as Captain Nemo would", "Translate for the consul")
 
@@ -154,6 +156,7 @@ MATTERS = {
     "revision": ["--revision", "v2"],
     "dtype": ["--dtype", "float32"],
     "quantization": ["--quantization", "int8"],
+    "trust_remote_code": ["--trust-remote-code"],
     "kv_policy": ["--kv-policy", "none"],
     "kv_budget": ["--kv-budget", "2k"],
     "kv_sink": ["--kv-sink", "5"],
@@ -189,6 +192,10 @@ MATTERS = {
 @pytest.mark.parametrize("name", MATTERS)
 def test_o7_a_setting_that_decides_answers_is_refused_by_its_name_when_it_changes(begun, name):
     check_refused(begun, *MATTERS[name], says=f" {name} ")
+
+
+def test_o7_all_settings_that_decide_answers_are_tried():
+    assert set(MATTERS) == {s.name for s in all_settings() if s.decides_answers is not DecidesAnswers.NEVER}
 
 
 def test_o7_all_settings_that_have_changed_are_named(begun):

@@ -8,9 +8,9 @@ import signal
 import pytest
 from conftest import answers, as_requests, random_prompts, tiny_engine
 
-from bmx.config import RunConfig
 from bmx.job.job import run as run_job
 from bmx.request import Request, SamplingParams
+from bmx.run_config import RunConfig
 from bmx.shutdown import Interrupted, Stop
 from bmx.terminal.display import Display
 

@@ -1,4 +1,4 @@
-"""What decides the answers of a run, beside its rows: two runs that share it may share an output.
+"""What decides the answers of a run, beside its rows: two runs with the same fingerprint may share an output.
 
 Knows settings and the files of a model; loads nothing.
 """
@@ -8,23 +8,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from bmx.config import CHUNK_SIZE, FAKE, PromptConfig, RunConfig
+from bmx.config import CHUNK_SIZE, FAKE, EngineConfig, PromptConfig
 from bmx.model.demo import local_path
 from bmx.request import SamplingParams
+from bmx.run_config import JobConfig, RunConfig
+from bmx.settings import ALWAYS, IF_CHUNKED, IF_EVICTING, IF_TRUE, settings_in
 
 KEY_FORMAT = 1
-ENGINE = ("model", "revision", "dtype", "quantization", "kv_policy", "kv_format", "kv_share_layers", "max_model_len")
-COMPRESSION = (
-    *("kv_budget", "kv_sink", "kv_recent", "kv_protect", "kv_layer_budgets", "kv_value_norm", "kv_probe"),
-    "kv_probe_weight",
-)
-PRIVATE = ("system_prompt", "prompt_template", "kv_probe")  # may quote what the prompts say: only a hash is kept
+SECTIONS = (EngineConfig, SamplingParams, PromptConfig, JobConfig)  # in the order of a fingerprint's entries
+SETTINGS = tuple(setting for section in SECTIONS for setting in settings_in(section))
+PRIVATE = tuple(setting.name for setting in SETTINGS if setting.private)  # only hashes of them are kept
 MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py", "config.json", "generation_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model"),
@@ -33,32 +31,30 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """Names and values of all that decides an answer, for JSON.
+    """Names and values of everything that decides an answer, for JSON.
 
     Raises:
         ModelError: the demo model is not installed.
     """
-    flat = config.flat()
-    names = [*ENGINE, *(f.name for part in (SamplingParams, PromptConfig) for f in fields(part))]
-    names.append("shard")
-    if config.engine.kv_policy != "none":
-        names += COMPRESSION
-    found = {name: flat[name] for name in names}
-    if not config.engine.chunking_is_free:
-        found["chunk_size"] = config.engine.chunk_size or CHUNK_SIZE
+    values = config.flat() | {"chunk_size": config.engine.chunk_size or CHUNK_SIZE}
+    evicting, chunked = config.engine.kv_policy != "none", not config.engine.chunking_is_free
+    entries: dict[str, Any] = {}
+    for when, applies in {ALWAYS: True, IF_EVICTING: evicting, IF_CHUNKED: chunked}.items():
+        entries |= {s.name: values[s.name] for s in SETTINGS if s.decides_answers is when and applies}
+    entries |= {s.name: True for s in SETTINGS if s.decides_answers is IF_TRUE and values[s.name]}
     for name in PRIVATE:
-        found[name] = found.get(name) and _hash(found[name].encode())
-    found |= {"model_files": model_files(config.engine.model), "key_format": KEY_FORMAT}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        entries[name] = entries.get(name) and _hash(entries[name].encode())
+    entries |= {"model_files": model_files(config.engine.model), "key_format": KEY_FORMAT}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
 
 
-def seed(found: Mapping[str, Any]) -> bytes:
-    """A fingerprint as 16 bytes."""
-    return blake2b(json.dumps(found, sort_keys=True).encode(), digest_size=16).digest()
+def row_hash_key(fingerprint: Mapping[str, Any]) -> bytes:
+    """The key of the rows' hashes: 16 bytes that stand for the fingerprint."""
+    return blake2b(json.dumps(fingerprint, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What has changed, for people; nothing if all is the same."""
+    """What differs between two fingerprints, for people; empty if nothing does."""
     changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     return ", ".join(_difference(name, before.get(name), after.get(name)) for name in changed)
 

@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 
 import jsonlines
 
-from bmx.config import MAX_LINE_BYTES, RunConfig, setting_named
 from bmx.errors import RowError, UsageError
 from bmx.job.line_reader import LineSet, read_lines
 from bmx.job.output_records import Dialect
 from bmx.request import Request, SamplingParams
+from bmx.run_config import MAX_LINE_BYTES, RunConfig, setting_named
 
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
 OPENAI_URLS: dict[str, Dialect] = {

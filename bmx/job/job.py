@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bmx.config import RunConfig
 from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.engine.prompt_lengths import sampling_step
 from bmx.errors import BmxError, InputFileError, UsageError
 from bmx.job.durable_files import locked
-from bmx.job.fingerprint import differences, fingerprint, seed
+from bmx.job.fingerprint import differences, fingerprint, row_hash_key
 from bmx.job.input_rows import Reader, input_reader, model_names
 from bmx.job.journal import REMEDY, Found, Journal, Ledger, Todo, is_error_file
 from bmx.job.manifest import State, read_manifest, run_finished, run_started, write_json
@@ -27,6 +26,7 @@ from bmx.job.result_writer import TOO_LONG, ResultWriter
 from bmx.job.stats_file import updated_stats_file
 from bmx.plan.planner import Plan, plan_record
 from bmx.request import Request, Result
+from bmx.run_config import RunConfig
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
@@ -94,7 +94,7 @@ def find_work(config: RunConfig, places: JobPaths, paths: tuple[Path, ...]) -> W
         UsageError: the output is that of another job.
     """
     job, mark = config.job, fingerprint(config)
-    reader = input_reader(config, paths, seed(mark))
+    reader = input_reader(config, paths, row_hash_key(mark))
     if job.overwrite and places.errors and places.errors.is_file() and not is_error_file(places.errors):
         raise UsageError(f"the error file {places.errors} holds something else", hint="choose another")
     before = read_manifest(places.manifest) if places.manifest and not job.overwrite else None

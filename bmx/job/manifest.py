@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmx import __version__
-from bmx.config import RunConfig
 from bmx.job.durable_files import me, replace_file
 from bmx.job.fingerprint import PRIVATE
 from bmx.plan.planner import Plan
+from bmx.run_config import RunConfig
 from bmx.stats import Stats
 from bmx.units import now
 

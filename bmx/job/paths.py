@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bmx.config import RunConfig
 from bmx.errors import InputFileError, OutputError, UsageError
 from bmx.job.line_reader import COMPRESSED, open_input
 from bmx.job.stats_file import is_stats_file
+from bmx.run_config import RunConfig
 
 STDIO = "-"
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from bmx import hardware
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import FAKE, EngineConfig, PromptConfig, RunConfig
+from bmx.config import FAKE, EngineConfig, PromptConfig
 from bmx.engine.backend import ModelBackend
 from bmx.engine.engine import Engine
 from bmx.engine.memory_meter import bound_kernel_caches, is_out_of_memory
@@ -32,6 +32,7 @@ from bmx.model.loader import dtype_name
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, preview_random_model
 from bmx.plan.machine_speed import Rates, measure
 from bmx.plan.planner import Plan, limits
+from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
 from bmx.terminal.tables import BENCH_NAMES, bench_lines, bench_summary
 from bmx.units import now

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import FAKE, EngineConfig, RunConfig
+from bmx.config import FAKE, EngineConfig
 from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
@@ -25,12 +25,13 @@ from bmx.job.journal import Ledger, Todo
 from bmx.job.manifest import write_json
 from bmx.job.paths import input_paths
 from bmx.kv.layout import FormatName
-from bmx.measure.calibration_file import COMPRESSION, FORMAT, default_path, read_calibration
+from bmx.measure.calibration_file import CALIBRATED, FORMAT, default_path, read_calibration
 from bmx.measure.plan_batch import build_query
 from bmx.measure.plots import plot_calibration
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
 from bmx.request import Request
+from bmx.run_config import RunConfig
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
@@ -139,7 +140,7 @@ def begun(config: RunConfig, output: Path, requests: list[Request]) -> dict[str,
     Raises:
         UsageError: the file is about something else.
     """
-    mark = {name: value for name, value in fingerprint(config).items() if name not in COMPRESSION}
+    mark = {name: value for name, value in fingerprint(config).items() if name not in CALIBRATED}
     mark["rows"] = [str(request.id) for request in requests]
     found = None if config.job.overwrite else read_calibration(output)
     if found and found["fingerprint"] != mark:
@@ -327,7 +328,7 @@ class _Calibration:
 
 def settings_of(candidate: EngineConfig) -> dict[str, Any]:
     """The settings that make a candidate, as flags and files write them."""
-    found = {f.name: getattr(candidate, f.name) for f in fields(candidate) if f.name in COMPRESSION}
+    found = {f.name: getattr(candidate, f.name) for f in fields(candidate) if f.name in CALIBRATED}
     by_layer = found["kv_layer_budgets"]
     if not isinstance(by_layer, str):
         found["kv_layer_budgets"] = ",".join(f"{factor:g}" for factor in by_layer)

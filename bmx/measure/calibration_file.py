@@ -9,15 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bmx.config import EngineConfig, setting_named
+from bmx.config import EngineConfig
 from bmx.errors import UsageError
+from bmx.run_config import all_settings, setting_named
 
 FORMAT = 1
 REMEDY = "`bmx calibrate INPUT` makes one; name it with --calibration, or give --kv-budget a number"
-COMPRESSION = (  # the settings that candidates may differ in, and that decide what is evicted
-    *("kv_policy", "kv_budget", "kv_sink", "kv_recent", "kv_protect", "kv_layer_budgets", "kv_format"),
-    *("kv_value_norm", "kv_probe", "kv_probe_weight", "kv_share_layers", "chunk_size", "quantization"),
-)
+CALIBRATED = frozenset(setting.name for setting in all_settings() if setting.calibrated)  # what candidates differ in
 
 
 def default_path(name: str) -> Path:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import CHUNK_SIZE, RunConfig
+from bmx.config import CHUNK_SIZE
 from bmx.engine.prefix_cache import Reuse
 from bmx.engine.prompt_lengths import PromptMeasurer, max_length, sampling_step
 from bmx.errors import MemoryLimitError, UsageError
@@ -27,6 +27,7 @@ from bmx.model.spec import share_layers
 from bmx.plan.machine import Machine, machine
 from bmx.plan.planner import Length, plan_record
 from bmx.plan.scenarios import PlanQuery, Scenario, device_of
+from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
 
 CHARACTERS_OF_A_TOKEN = 3  # or more, in a probe that no tokenizer has seen yet

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bmx import hardware
 from bmx.errors import OutputError
 from bmx.periodic import periodically
 from bmx.terminal.tables import (
@@ -326,61 +325,6 @@ def _panel(stats: Stats) -> Group:
 
     bar = ProgressBar(total=max(1, stats.work_total), completed=min(stats.work_done, stats.work_total), width=60)
     return Group(bar, Text(status_line(stats)))
-
-
-def environment() -> list[tuple[str, str]]:
-    """What a bug report needs: versions, devices, memory, kernels and why."""
-    from importlib.metadata import PackageNotFoundError, version
-    from platform import platform, python_version
-
-    import torch
-
-    import bmx
-    from bmx import kernels
-
-    rows = [("bmx", bmx.__version__), ("python", f"{python_version()} on {platform()}")]
-    for package in ("torch", "transformers", "tokenizers", "accelerate", "gguf", "triton", "nvidia-ml-py", "jsonlines"):
-        try:
-            rows.append((package, version(package)))
-        except PackageNotFoundError:
-            rows.append((package, "not installed"))
-    bf16 = "bfloat16 in hardware" if hardware.fast_bfloat16_cpu() else "no bfloat16 in hardware"
-    rows.append(("cpu", f"{hardware.cpu_name()}, {hardware.usable_cores()} cores, {bf16}"))
-    rows.append(("memory", _free(hardware.free_host_memory())))
-    rows += [("gpu (NVML)", _gpu(gpu)) for gpu in hardware.gpus()]
-    if torch.cuda.is_available():
-        rows.append(("gpu (CUDA)", f"{torch.cuda.get_device_name()}, {_free(hardware.free_gpu_memory())}"))
-    chosen = kernels.choose("cuda" if torch.cuda.is_available() else "cpu")
-    rows.append(("attention", f"{chosen.name}: {chosen.why}"))
-    rows.append(("demo model", _demo()))
-    return rows
-
-
-def _free(memory: Any) -> str:
-    return f"{megabytes(memory.free)} free of {megabytes(memory.total)} ({memory.source})"
-
-
-def _gpu(gpu: hardware.Gpu) -> str:
-    if gpu.mig:
-        memory = "cut into MIG slices"
-    elif gpu.unified:
-        memory = "uses the host's memory"
-    elif gpu.free is None or gpu.total is None:
-        memory = "NVML may not say what is free"
-    else:
-        memory = f"{megabytes(gpu.free)} free of {megabytes(gpu.total)}"
-    others = hardware.holders(gpu)
-    return f"{gpu.name} at {gpu.pci or '?'}, {memory}" + (f"; {others}" if others else "")
-
-
-def _demo() -> str:
-    from bmx.errors import ModelError
-    from bmx.model.demo import local_path
-
-    try:
-        return local_path("demo").name
-    except ModelError as error:
-        return f"not installed: {error.hint}"
 
 
 def printable(text: str) -> str:

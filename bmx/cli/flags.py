@@ -1,0 +1,206 @@
+"""The flags of each command: one for every setting that the command takes, and those of its own options.
+
+Everything about a flag comes from its ``Setting``. Knows no command's work.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import GenericAlias
+from typing import Annotated, Any, get_args
+
+import typer
+
+from bmx.model.random_models import SHAPES
+from bmx.run_config import all_settings, setting_named
+from bmx.settings import NEVER, Setting
+from bmx.units import parse_bytes, parse_count, parse_counts
+
+CONFIG = Annotated[
+    str | None, typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings")
+]
+OTHER_VARIABLES = ("BMX_CONFIG", "BMX_KERNELS")  # variables that are not settings
+
+
+def _option(command: str, name: str, kind: Any, help_text: str, **more: Any) -> Setting:
+    """An option of one command alone, which neither a config file nor a variable can set."""
+    group = {"plan-batch": "Plan", "calibrate": "Calibration", "bench": "Bench"}.get(command, "")
+    default = False if kind is bool else None
+    return Setting(
+        help_text,
+        decides_answers=NEVER,
+        commands=(command,),
+        name=name,
+        type=kind,
+        default=default,
+        group=group,
+        **more,
+    )
+
+
+OPTIONS = (
+    _option("run", "print_config", bool, "Show the settings in force and exit"),
+    _option(
+        "plan-batch",
+        "max_input",
+        int | None,
+        "Plan for 1,000 imagined requests with this many prompt tokens each, instead of an INPUT (4k)",
+        parse=parse_count,
+        unit="tokens",
+    ),
+    _option("plan-batch", "gpu", str | None, "Plan for this card instead of this machine (H100, RTX-4090, ...)"),
+    _option(
+        "plan-batch",
+        "gpu_memory",
+        int | None,
+        "Plan for a GPU with this much memory (24G)",
+        parse=parse_bytes,
+        unit="bytes",
+    ),
+    _option("plan-batch", "check", bool, "Exit 4 when not every row fits, and say what would make it fit"),
+    _option(
+        "plan-batch",
+        "measure",
+        bool,
+        "Load the model, run the largest step, and show predicted and measured memory",
+    ),
+    _option("plan-batch", "json", bool, "Print JSON"),
+    _option(
+        "calibrate",
+        "min_agreement",
+        float | None,
+        "Share of next tokens that must be the same as with the full cache (default 0.95)",
+    ),
+    _option("calibrate", "rows", int | None, "Prompts to measure on, evenly spread over the input (default 16)"),
+    _option(
+        "calibrate",
+        "share_layers",
+        int | None,
+        "Look for this many layers that can read the keys and values of another layer (KVSharer)",
+    ),
+    _option(
+        "bench",
+        "shape",
+        str | None,
+        f"Random weights in the shape of a model, without a download: {', '.join(SHAPES)}",
+    ),
+    _option(
+        "bench",
+        "input_tokens",
+        tuple[int, ...] | None,
+        "Lengths of random prompts, each measured on its own: 1000,2000 (default 2000)",
+        parse=parse_counts,
+        unit="tokens",
+    ),
+    _option(
+        "bench",
+        "output_tokens",
+        tuple[int, ...] | None,
+        "Tokens generated for each prompt, each number measured on its own: 128,256 (default 128)",
+        parse=parse_counts,
+        unit="tokens",
+    ),
+    _option(
+        "bench",
+        "prompts",
+        int | None,
+        "Largest number of prompts in a measurement (default: twice the slots of Batch-Max, at least 8)",
+        parse=parse_count,
+        unit="prompts",
+    ),
+    _option(
+        "bench",
+        "preset",
+        str | None,
+        "paper: 1000,2000,4000 in, 128,256 out, KV memory a quarter of the weights, budgets a quarter of prompts",
+    ),
+)
+
+
+def flags_of(command: str) -> list[Setting]:
+    """The command's own options and the settings that it takes, in the order of its help text."""
+    settings = (setting.in_command(command) for setting in all_settings() if command in setting.commands)
+    return [*(option for option in OPTIONS if command in option.commands), *settings]
+
+
+def take_options(command: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """The values of a command's own options, which are removed from its flags; None where one was not given.
+
+    Raises:
+        UsageError: a value cannot be read.
+    """
+    options = [option for option in OPTIONS if command in option.commands]
+    given = {option.name: flags.pop(option.name) for option in options}
+    return {option.name: given[option.name] and option.coerce(given[option.name]) for option in options}
+
+
+def values_to_compare(name: str, text: str | None) -> tuple[Any, ...]:
+    """The values in a text like ``int8,int4``, of a setting that holds one of them; nothing for None.
+
+    Raises:
+        UsageError: one cannot be a value of that setting.
+    """
+    setting = setting_named(name)
+    return () if text is None else tuple(setting.coerce(part) for part in text.split(","))
+
+
+def known_variables() -> set[str]:
+    """The environment variables that mean something to bmx."""
+    return {setting.variable for setting in all_settings()} | set(OTHER_VARIABLES)
+
+
+def with_flags(command: str, function: Any, inputs: Any) -> Any:
+    """``function`` with the command's flags in its signature, where typer looks for them.
+
+    Args:
+        command: its name on the command line.
+        function: takes ``inputs``, ``config`` and a keyword for each flag.
+        inputs: the annotation of the input files; one that allows None makes them optional.
+    """
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    needed = inspect.Parameter("inputs", keyword, annotation=inputs)
+    parameters = [
+        needed.replace(default=None) if type(None) in get_args(get_args(inputs)[0]) else needed,
+        inspect.Parameter("config", keyword, default=None, annotation=CONFIG),
+        *map(_parameter, flags_of(command)),
+    ]
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """A setting or an option as a parameter. One that was not given is None, so that the config file can set it."""
+    is_option = setting in OPTIONS
+    option = typer.Option(
+        *filter(None, (setting.short, setting.spelling)),
+        help=help_text(setting),
+        rich_help_panel=setting.group or None,
+        envvar=None if is_option else setting.variable,
+        show_envvar=False,
+        show_default=False,
+    )
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if is_option and setting.type is bool else None,
+        annotation=Annotated[_typer_type(setting), option],
+    )
+
+
+def help_text(setting: Setting) -> str:
+    """What a setting does, and its default unless that is nothing or the text says it."""
+    if isinstance(setting.default, bool) or setting.default in (None, ()) or "(default" in setting.help:
+        return setting.help
+    unit = f" {setting.unit}" if setting.unit else ""
+    default = f"{setting.default:g}" if isinstance(setting.default, float) else setting.default
+    return f"{setting.help} (default {default}{unit})"
+
+
+def _typer_type(setting: Setting) -> Any:
+    """How typer reads a setting: a value with a notation of its own as text, everything else as what it is."""
+    if setting.parse or setting.choices:
+        return str | None
+    if setting.is_list:
+        return GenericAlias(list, (setting.item_type,)) | None
+    return setting.type | None

@@ -1,0 +1,323 @@
+"""All settings of a command, those of the job included, gathered from where the user gave them.
+
+Flags and environment variables override the YAML file, which overrides the defaults. This file knows which values
+contradict each other; it decides nothing and loads nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from bmx.config import EngineConfig, PromptConfig
+from bmx.errors import UsageError
+from bmx.request import SamplingParams
+from bmx.settings import ALWAYS, NEVER, NOT_IN_BENCH, NOT_IN_PLAN, RUN, Setting, settings_in
+from bmx.units import parse_bytes, parse_count, parse_seconds, parse_shard
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+MAX_CONFIG_BYTES = 1_000_000
+MAX_LINE_BYTES = 16 * 10**6
+
+Section = TypeVar("Section", bound="DataclassInstance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """The files of a job, and how it behaves.
+
+    Raises:
+        UsageError: values that contradict each other.
+    """
+
+    output_file: Annotated[
+        str | None,
+        Setting(
+            "Where answers go (default <input>.out.jsonl; '-' is stdout)",
+            decides_answers=NEVER,
+            commands=NOT_IN_PLAN,
+            help_in={
+                "calibrate": "Where the measurements go (default <input>.calibration.json)",
+                "bench": "Where the measurements go (default bench.json)",
+            },
+            is_path=True,
+            short="-o",
+        ),
+    ] = None
+    error_file: Annotated[
+        str | None,
+        Setting(
+            "Where failed rows go (default <output>.errors.jsonl)", decides_answers=NEVER, commands=RUN, is_path=True
+        ),
+    ] = None
+    resume: Annotated[
+        bool,
+        Setting("Resume where an earlier run of the same command ended", decides_answers=NEVER, commands=RUN),
+    ] = True
+    overwrite: Annotated[
+        bool,
+        Setting(
+            "Start over: replace an existing output and its errors",
+            decides_answers=NEVER,
+            commands=NOT_IN_PLAN,
+            help_in={
+                "calibrate": "Start over: replace an existing calibration file",
+                "bench": "Replace an existing output",
+            },
+        ),
+    ] = False
+    retry_failed: Annotated[
+        bool, Setting("Answer the rows in the error file again", decides_answers=NEVER, commands=RUN)
+    ] = False
+    limit: Annotated[
+        int | None,
+        Setting("Only the first N rows", decides_answers=NEVER, unit="rows", parse=parse_count, commands=NOT_IN_BENCH),
+    ] = None
+    shard: Annotated[
+        str | None,
+        Setting(
+            "Only the I-th of N shares of the rows, as I/N; each share has an output of its own",
+            decides_answers=ALWAYS,
+            parse=parse_shard,
+            commands=NOT_IN_BENCH,
+        ),
+    ] = None
+    order: Annotated[
+        Literal["completion", "input"],
+        Setting(
+            "completion: write each answer as soon as it is finished; input: in the order of the input",
+            decides_answers=NEVER,
+            commands=RUN,
+        ),
+    ] = "completion"
+    max_errors: Annotated[
+        int | None,
+        Setting("Give up when more rows than this have failed", decides_answers=NEVER, unit="rows", commands=RUN),
+    ] = None
+    row_timeout: Annotated[
+        float | None,
+        Setting(
+            "A row that takes longer than this is an error (30, 5m)",
+            decides_answers=NEVER,
+            unit="seconds",
+            parse=parse_seconds,
+            commands=RUN,
+        ),
+    ] = None
+    shutdown_timeout: Annotated[
+        float,
+        Setting(
+            "After a signal, the time to finish the rows in flight; then they are dropped",
+            decides_answers=NEVER,
+            unit="seconds",
+            parse=parse_seconds,
+            commands=("run", "calibrate"),
+        ),
+    ] = 10.0
+    lock_wait: Annotated[
+        float,
+        Setting(
+            "How long to wait for another run that uses the same output",
+            decides_answers=NEVER,
+            unit="seconds",
+            parse=parse_seconds,
+            commands=NOT_IN_PLAN,
+        ),
+    ] = 0.0
+    max_line_bytes: Annotated[
+        int,
+        Setting("A longer line of the input is an error", decides_answers=NEVER, unit="bytes", parse=parse_bytes),
+    ] = MAX_LINE_BYTES
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Name that OpenAI rows may ask for beside the model's own; may be given several times",
+            decides_answers=NEVER,
+        ),
+    ] = ()
+    dry_run: Annotated[bool, Setting("Show the plan and stop", decides_answers=NEVER, commands=RUN)] = False
+    progress: Annotated[
+        Literal["auto", "rich", "plain", "none"],
+        Setting(
+            "rich, plain, none, or auto: live on a terminal, otherwise a line every few seconds",
+            decides_answers=NEVER,
+            commands=NOT_IN_PLAN,
+        ),
+    ] = "auto"
+    quiet: Annotated[
+        bool,
+        Setting("Print nothing unless something failed", decides_answers=NEVER, commands=NOT_IN_PLAN, short="-q"),
+    ] = False
+    verbose: Annotated[
+        bool,
+        Setting(
+            "Report each finished row: its id and its lengths, never its text",
+            decides_answers=NEVER,
+            commands=RUN,
+            short="-v",
+        ),
+    ] = False
+    log_format: Annotated[
+        Literal["text", "json"],
+        Setting("text, or json: one object per line", decides_answers=NEVER, commands=NOT_IN_PLAN),
+    ] = "text"
+    stats_file: Annotated[
+        str | None,
+        Setting(
+            "Keep the counters in this JSON file during the run", decides_answers=NEVER, commands=RUN, is_path=True
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.retry_failed:
+            raise UsageError("--overwrite answers all rows again, --retry-failed only some: choose one")
+        if self.quiet and self.verbose:
+            raise UsageError("--quiet and --verbose contradict each other")
+        if self.max_errors is not None and self.max_errors < 0:
+            raise UsageError("max_errors must be at least 0")
+        if self.row_timeout is not None and self.row_timeout <= 0:
+            raise UsageError("row_timeout must be above 0")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n): the i-th of n shares of the rows."""
+        first, shares = map(int, (self.shard or "1/1").split("/"))
+        return first, shares
+
+
+SECTIONS: Mapping[str, type] = {
+    "Job": JobConfig,
+    "Model, cache and memory": EngineConfig,
+    "Sampling (a row's own values win)": SamplingParams,
+    "Prompts": PromptConfig,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """All settings of a command, and its inputs."""
+
+    inputs: tuple[str, ...]
+    job: JobConfig = JobConfig()
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingParams = SamplingParams()
+    prompt: PromptConfig = PromptConfig()
+
+    @classmethod
+    def gather(cls, inputs: tuple[str, ...], flags: Mapping[str, Any], config_file: str | None = None) -> RunConfig:
+        """Flags and variables override the config file, which overrides the defaults.
+
+        Args:
+            inputs: input paths, ``-`` for stdin.
+            flags: settings that were given, by name; ``None`` means not given.
+            config_file: a YAML file of settings.
+
+        Raises:
+            UsageError: an unknown name, a wrong type or a value out of range.
+        """
+        return cls.of(inputs, given_settings(flags, config_file))
+
+    @classmethod
+    def of(cls, inputs: tuple[str, ...], values: Mapping[str, Any]) -> RunConfig:
+        """The configuration with these values of settings, by name, and defaults for the others.
+
+        Raises:
+            UsageError: a value out of range, or values that contradict each other.
+        """
+        return cls(
+            inputs=inputs,
+            job=_section(JobConfig, values),
+            engine=_section(EngineConfig, values),
+            sampling=_section(SamplingParams, values),
+            prompt=_section(PromptConfig, values),
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by name, as ``--print-config`` shows them."""
+        parts = (self.job, self.engine, self.sampling, self.prompt)
+        return {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
+
+
+def _section(section: type[Section], values: Mapping[str, Any]) -> Section:
+    """One section of the configuration, with those of the values that are its own."""
+    try:
+        return section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def given_settings(flags: Mapping[str, Any], config_file: str | None = None) -> dict[str, Any]:
+    """The values that the user gave, by name: flags and variables override the config file.
+
+    Args:
+        flags: settings that were given, by name; ``None`` means not given.
+        config_file: a YAML file of settings.
+
+    Raises:
+        UsageError: an unknown name or a wrong type.
+    """
+    given = dict(read_yaml(config_file)) if config_file else {}
+    given.update({name: value for name, value in flags.items() if value is not None})
+    return {name: setting_named(name).coerce(value) for name, value in given.items()}
+
+
+@cache
+def all_settings() -> tuple[Setting, ...]:
+    """Every setting, section by section."""
+    return tuple(setting for title, section in SECTIONS.items() for setting in settings_in(section, title))
+
+
+@cache
+def _settings_by_name() -> dict[str, Setting]:
+    return {setting.name: setting for setting in all_settings()}
+
+
+def setting_named(name: str) -> Setting:
+    """The setting of that name.
+
+    Raises:
+        UsageError: no setting has that name; the hint names the closest one.
+    """
+    known = _settings_by_name()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(f"unknown setting {name!r}", hint=f"did you mean {near[0]!r}?" if near else None)
+    return known[name]
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Settings from a YAML file: flat keys, safe loader, each key once.
+
+    Raises:
+        UsageError: no such file, no YAML, not a mapping, or a key twice.
+    """
+    import yaml
+
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise UsageError(f"config file {path} is larger than {MAX_CONFIG_BYTES} bytes")
+        node = yaml.compose(raw, Loader=yaml.SafeLoader)
+        keys = [_key(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        values = {} if node is None else yaml.safe_load(raw)
+    except OSError as error:
+        raise UsageError(f"cannot read config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
+    repeated = {key for key in keys if keys.count(key) > 1}
+    if repeated:
+        raise UsageError(f"config file {path} sets {', '.join(sorted(repeated))} twice")
+    if not isinstance(values, dict):
+        raise UsageError(f"config file {path} must hold 'name: value' lines")
+    return {_key(key): value for key, value in values.items()}
+
+
+def _key(key: Any) -> str:
+    return str(key).replace("-", "_")

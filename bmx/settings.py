@@ -1,0 +1,182 @@
+"""One setting, described once: how it is read and explained, which commands take it, and what depends on it.
+
+A field of ``EngineConfig`` and the like carries its ``Setting`` as an annotation. The command line, YAML files, the
+environment, the fingerprint of a run, calibration files and ``docs/settings.md`` are derived from it. This file knows
+no setting by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bmx.errors import UsageError
+from bmx.units import EXPECTED
+
+COMMANDS = ("run", "plan-batch", "calibrate", "bench")
+RUN = ("run",)
+NOT_IN_BENCH = ("run", "plan-batch", "calibrate")
+NOT_IN_PLAN = ("run", "calibrate", "bench")
+
+
+class DecidesAnswers(Enum):
+    """When the value of a setting can change an answer; then it is part of the run's fingerprint."""
+
+    ALWAYS = "yes"
+    IF_EVICTING = "where KV pairs are evicted"
+    IF_CHUNKED = "where KV pairs are evicted or stored in fewer bits"
+    IF_TRUE = "when it is on"
+    NEVER = "no"
+
+
+ALWAYS, IF_EVICTING, IF_CHUNKED, IF_TRUE, NEVER = DecidesAnswers
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The description of one setting.
+
+    Attributes:
+        help: what it does, for people.
+        decides_answers: when its value can change an answer. There is no default: each setting must say.
+        unit: what a number counts, such as tokens or seconds.
+        parse: reads values in a notation of its own, and raises ValueError for others.
+        commands: the commands that take it.
+        help_in: other help texts, by command.
+        compared_in: commands that take several values and compare them, with an example for each.
+        calibrated: whether candidates of ``bmx calibrate`` may differ in it; then a calibration file sets it.
+        private: whether it may quote what prompts say; then records keep only a hash of it.
+        is_path: whether it names a file or folder, which may be any bytes.
+        short: its short flag.
+        name, type, default, group: of the field that it describes, and the title of the field's section.
+    """
+
+    help: str
+    _: KW_ONLY
+    decides_answers: DecidesAnswers
+    unit: str | None = None
+    parse: Callable[[Any], Any] | None = None
+    commands: tuple[str, ...] = COMMANDS
+    help_in: Mapping[str, str] | None = None
+    compared_in: Mapping[str, str] | None = None
+    calibrated: bool = False
+    private: bool = False
+    is_path: bool = False
+    short: str | None = None
+    name: str = ""
+    type: Any = str
+    default: Any = None
+    group: str = ""
+
+    @property
+    def flag(self) -> str:
+        """Its flag on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def spelling(self) -> str:
+        """Its flag, with the one that turns it off where it is on by default."""
+        return f"{self.flag}/--no-{self.flag[2:]}" if self.type is bool and self.default else self.flag
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it."""
+        return f"BMX_{self.name.upper()}"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words; empty if any value of the type is allowed."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it holds several values."""
+        return get_origin(self.type) is tuple
+
+    @property
+    def expected(self) -> str:
+        """What values look like, for people."""
+        if self.parse:
+            return EXPECTED[self.parse]
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        kind = " or ".join(self.choices) or words.get(self.item_type, str(self.item_type))
+        return f"{kind}, or a list of such" if self.is_list else kind
+
+    @property
+    def item_type(self) -> Any:
+        """The plain type: without None, and of one item of a list."""
+        return next((t for t in get_args(self.type) if t not in (type(None), ...)), self.type)
+
+    def in_command(self, command: str) -> Setting:
+        """The setting as a command shows it: with that command's help text, and as text where it compares values."""
+        words = (self.help_in or {}).get(command, self.help)
+        several = (self.compared_in or {}).get(command)
+        if several is None:
+            return replace(self, help=words)
+        return replace(self, help=f"{words}; several values to compare: {several}", type=str | None, parse=None)
+
+    def coerce(self, value: Any) -> Any:
+        """``value`` as this setting's type.
+
+        Raises:
+            UsageError: it cannot be converted.
+        """
+        try:
+            return self._coerced(value)
+        except UnicodeEncodeError:
+            raise UsageError(f"{self.name} is not UTF-8") from None
+        except (ValueError, TypeError, OverflowError):
+            shown = repr(value)[:80] if value is None or isinstance(value, str | int | float) else "a list or mapping"
+            raise UsageError(f"{self.name} cannot be {shown}", hint=f"it takes {self.expected}") from None
+
+    def _coerced(self, value: Any) -> Any:
+        if value is None and type(None) in get_args(self.type):
+            return None
+        if self.parse:
+            return self.parse(_converted(type(value) if type(value) in (int, float) else str, value))
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError
+            return value
+        if self.is_list:
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            return tuple(self._item(item) for item in items)
+        return self._item(value)
+
+    def _item(self, value: Any) -> Any:
+        item = _converted(self.item_type, value)
+        if isinstance(item, str) and not self.is_path:
+            item.encode()
+        return item
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """``value`` as ``kind``: a number's text is read, and a whole number may become a float; nothing else is converted.
+
+    Raises:
+        TypeError, ValueError, OverflowError: another type, or text that is not such a number.
+    """
+    allowed = {str: (str,), bool: (bool,), int: (int, str), float: (int, float, str)}[kind]
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        raise TypeError
+    return kind(value)
+
+
+@cache
+def settings_in(section: type, group: str = "") -> tuple[Setting, ...]:
+    """The settings that a dataclass declares, in the order of its fields.
+
+    Args:
+        section: a dataclass whose fields are annotated with a ``Setting``.
+        group: the title under which help texts show them.
+    """
+    hints = get_type_hints(section, include_extras=True)
+    described = []
+    for field in fields(section):
+        kind, setting = get_args(hints[field.name])
+        default = None if field.default is MISSING else field.default
+        described.append(replace(setting, name=field.name, type=kind, default=default, group=group))
+    return tuple(described)
