@@ -20,7 +20,8 @@ This page is written by `python -m bmx.cli.reference` from the settings' own des
 A setting is a flag (`--kv-budget`), a key in the YAML file of `--config` (`kv_budget`; `kv-budget` works too) and an
 environment variable (`BMX_KV_BUDGET`). Flags override variables, variables override the file, and the file overrides
 the default. `bmx run --print-config` shows the settings in force, as such a file. A switch that is on by default is
-turned off by a flag like `--no-resume`. Sampling settings may also be fields of an input row; then they hold for that row.
+turned off by a flag like `--no-resume`. Sampling settings may also be fields of an input row; then they hold for
+that row.
 
 *Answers* says whether a setting decides answers. If it does, a run with another value does not resume the same output.
 *Calibrated* settings may be set by the file of `bmx calibrate`. Sizes are written like `300M`, `8G` (powers of ten) or
