@@ -322,4 +322,4 @@ def test_without_matplotlib_the_rest_is_done_and_the_way_to_plots_is_told(bench,
     monkeypatch.setattr(report, "find_spec", lambda _: None)
     ended = bench(*CELL, "--prompts", 2)
     assert ended.code == 0
-    assert "pip install 'bmx[plot]'" in ended.err
+    assert "pip install matplotlib" in ended.err

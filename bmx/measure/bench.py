@@ -27,7 +27,7 @@ from bmx.job.journal import Ledger
 from bmx.job.manifest import run_started, write_json
 from bmx.job.paths import find_paths, input_paths
 from bmx.measure.bench_sides import Cell, Measured, length_of, plan_for, planned, run_bound, run_side
-from bmx.measure.plots import plot_bench
+from bmx.measure.plots import plot_bench, plots_note
 from bmx.model.loader import dtype_name
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, preview_random_model
 from bmx.plan.machine_speed import Rates, measure
@@ -256,9 +256,8 @@ class _Bench:
         write_json(self._output, self._record)
         for line in bench_summary(self._record):
             self._display.data(line)
-        drawn = plot_bench(self._record, self._output)
-        told = f"plots: {', '.join(map(str, drawn))}" if drawn else "no plots were drawn: pip install 'bmx[plot]'"
-        self._display.note(f"measurements: {self._output}; {told}")
+        plots = plot_bench(self._record, self._output)
+        self._display.note(f"measurements: {self._output}; {plots_note(plots)}")
 
     def _rates(self) -> Rates:
         self._display.note("measuring the machine ...")

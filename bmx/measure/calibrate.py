@@ -27,7 +27,7 @@ from bmx.job.paths import input_paths
 from bmx.kv.layout import FormatName
 from bmx.measure.calibration_file import CALIBRATED, FORMAT, default_path, read_calibration
 from bmx.measure.plan_batch import build_query
-from bmx.measure.plots import plot_calibration
+from bmx.measure.plots import plot_calibration, plots_note
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
 from bmx.request import Request
@@ -192,11 +192,7 @@ class _Calibration:
                 )
         self._recommend()
         self._display.calibration(self._record, self._output)
-        drawn = plot_calibration(self._record, self._output)
-        if drawn:
-            self._display.note(f"plots: {', '.join(map(str, drawn))}")
-        else:
-            self._display.note("no plots were drawn: pip install 'bmx[plot]' brings what draws them")
+        self._display.note(plots_note(plot_calibration(self._record, self._output)))
 
     def _quantised(self) -> Engine:
         """The model that answers with its linear layers in bytes, now that the one without has been heard."""

@@ -1,6 +1,6 @@
-"""Plots from saved measurements, drawn by matplotlib where it is installed.
+"""Plots of saved measurements, drawn by matplotlib if it is installed.
 
-Knows the measurements' files; measures nothing.
+Knows the records of calibrations and benches; measures nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from typing import Any
 
 from bmx.terminal.tables import BENCH_NAMES, budget_text, candidate_words
 
-MARKERS = {"auto": "o", "fp8": "^", "int8": "s", "int4": "D"}
+MARKERS = {"auto": "o", "fp8": "^", "int8": "s", "int4": "D"}  # by KV format
+OTHER_MARKER = "x"
 
 
 def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
-    """Agreement against memory, a line per policy, as PNG and SVG beside a calibration's file.
+    """Plot agreement against memory, with a line for each group of candidates that differ in budgets alone.
+
+    Args:
+        record: the calibration's.
+        beside: the calibration's file; the plots are PNG and SVG files of the same name.
 
     Returns:
         The files; none if matplotlib is not installed.
@@ -23,16 +28,16 @@ def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
     if find_spec("matplotlib") is None:
         return []
     figure, axes = _canvas()
-    for number, (name, points) in enumerate(_lines(record).items()):
-        points.sort(key=lambda one: one["kv_bytes_per_sequence"])
-        sizes = [one["kv_bytes_per_sequence"] / 1e6 for one in points]
-        shares = [100 * one["top1_agreement"] for one in points]
-        errors = [100 * one["top1_standard_error"] for one in points]
-        marker = MARKERS[points[0]["settings"]["kv_format"]]
+    for number, (name, candidates) in enumerate(_lines(record).items()):
+        candidates.sort(key=lambda candidate: candidate["kv_bytes_per_sequence"])
+        sizes = [candidate["kv_bytes_per_sequence"] / 1e6 for candidate in candidates]
+        shares = [100 * candidate["top1_agreement"] for candidate in candidates]
+        errors = [100 * candidate["top1_standard_error"] for candidate in candidates]
+        marker = MARKERS.get(candidates[0]["settings"]["kv_format"], OTHER_MARKER)
         axes.errorbar(sizes, shares, errors, label=name, marker=marker, capsize=2, color=f"C{number % 10}")
     full = record["full_cache"]["kv_bytes_per_sequence"] / 1e6
     axes.axvline(full, color="0.6", linestyle=":", label="full cache")
-    axes.axhline(100 * record["min_agreement"], color="0.6", linestyle="--", label="asked for")
+    axes.axhline(100 * record["min_agreement"], color="0.6", linestyle="--", label="least agreement")
     axes.set_xlabel("memory of a sequence's KV cache (MB, mean)")
     axes.set_ylabel("next tokens equal to the full cache's (%)")
     axes.set_title(f"{record['model']}: {record['full_cache']['rows']} prompts")
@@ -42,7 +47,11 @@ def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
 
 
 def plot_bench(record: dict[str, Any], beside: Path) -> list[Path]:
-    """Generated tokens a second, a group of bars per cell, as PNG and SVG beside a bench's file.
+    """Plot generated tokens a second, with a group of bars for each cell.
+
+    Args:
+        record: the bench's.
+        beside: the bench's file; the plots are PNG and SVG files of the same name.
 
     Returns:
         The files; none if matplotlib is not installed.
@@ -56,14 +65,19 @@ def plot_bench(record: dict[str, Any], beside: Path) -> list[Path]:
         heights = [cell[side].get("generated_tokens_per_second", 0.0) for cell in cells]
         places = [place + (number - 1) * width for place in range(len(cells))]
         bars = axes.bar(places, heights, width, label=label, color=f"C{number}")
-    over = [cell["ratios"]["decode_only"] for cell in cells]
-    axes.bar_label(bars, [f"{ratio:.2f} x" if ratio else "" for ratio in over], fontsize="small", padding=2)
+    ratios = [cell["ratios"]["decode_only"] for cell in cells]
+    axes.bar_label(bars, [f"{ratio:.2f} x" if ratio else "" for ratio in ratios], fontsize="small", padding=2)
     names = [f"{cell['input_tokens']:,.0f} in\n{cell['output_tokens']:,} out" for cell in cells]
     axes.set_xticks(range(len(cells)), names)
     axes.set_ylabel("generated tokens a second")
     axes.set_title(f"{record['model']['name']}; above batch-max: times decode-only")
     axes.legend(fontsize="small")
     return _saved(figure, beside)
+
+
+def plots_note(files: list[Path]) -> str:
+    """Says which plots were drawn, or how to get them drawn."""
+    return f"plots: {', '.join(map(str, files))}" if files else "no plots were drawn: pip install matplotlib"
 
 
 def _canvas() -> tuple[Any, Any]:
@@ -84,10 +98,10 @@ def _saved(figure: Any, beside: Path) -> list[Path]:
 
 
 def _lines(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Candidates that differ in their budgets alone, together."""
+    """Candidates grouped by their names without the budget."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    for one in record["candidates"]:
-        settings = one["settings"]
-        words = candidate_words(settings).replace(f" {budget_text(settings['kv_budget'])}", "", 1)
-        lines.setdefault(words, []).append(one)
+    for candidate in record["candidates"]:
+        settings = candidate["settings"]
+        name = candidate_words(settings).replace(f" {budget_text(settings['kv_budget'])}", "", 1)
+        lines.setdefault(name, []).append(candidate)
     return lines

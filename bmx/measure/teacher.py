@@ -119,10 +119,7 @@ class Teacher:
             if result.error:
                 found.failed += kind == forced
             elif kind == free:
-                full = lesson.result
-                found.count_answer(
-                    result.token_ids, result.text, full.token_ids, full.text, references.get(int(row), ())
-                )
+                found.count_answer(result, lesson.result, references.get(int(row), ()))
         if seen < len(requests) and not stop.requested:
             raise BmxError("not all was compared")
         return found
