@@ -66,7 +66,7 @@ class Size:
         return self.kv_heads * self.capacity * self.dim * 4
 
     @property
-    def ranking(self) -> EvictionOrder:
+    def order(self) -> EvictionOrder:
         return RANKING if self.capacity >= 512 else replace(RANKING, sink=2, recent=4)
 
 
@@ -142,7 +142,7 @@ def make_rows(size: Size, seen: list[int], place: Place, poison: bool = True) ->
         first=torch.arange(count, device=place.device) * size.kv_heads * c,
         capacity=torch.full((count,), c, device=place.device),
         kv_heads=size.kv_heads,
-        sizes=(c,) * count,
+        capacities=(c,) * count,
         largest=c,
     )
 
@@ -163,15 +163,15 @@ def make_chunks(size: Size, starts: list[int], place: Place) -> Chunks:
     n, t = len(starts), size.chunk
     columns = [[i * t for i in range(n)], [t] * n, list(range(n)), starts]
     columns += [[size.capacity] * n, [start + 2 * t + size.capacity for start in starts]]
-    names = ("at", "lengths", "slots", "starts", "limits", "totals")
+    names = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
     named = {name: tuple(column) for name, column in zip(names, columns, strict=True)}
     return Chunks(**named, table=torch.tensor(columns, dtype=torch.int64, device=place.device))
 
 
-def scores_of(positions: Tensor, mass: Tensor | None, now: int | Tensor, ranking: EvictionOrder) -> Tensor:
+def scores_of(positions: Tensor, mass: Tensor | None, now: int | Tensor, order: EvictionOrder) -> Tensor:
     """What pairs are worth, by age where there is no mass; float32, as kernels have it; ``now`` broadcasts."""
     worth = positions.float() if mass is None else mass / (now - positions).clamp(min=1).float()
-    worth = worth.masked_fill((positions < ranking.sink) | (positions >= now - ranking.recent), float("inf"))
+    worth = worth.masked_fill((positions < order.sink) | (positions >= now - order.recent), float("inf"))
     return worth.masked_fill(positions < 0, float("-inf"))
 
 
@@ -193,14 +193,14 @@ def decode(tokens: list[Tensor], rows: Rows, now: list[int], size: Size, counted
     from bmx.kernels import triton_decode
 
     device, count = rows.keys.device, len(rows.first)
-    told_now = torch.tensor(now, device=device)
-    slots, limits = torch.arange(count, device=device), torch.full((count,), size.capacity, device=device)
+    positions = torch.tensor(now, device=device)
+    slots, row_limits = torch.arange(count, device=device), torch.full((count,), size.capacity, device=device)
     output = torch.full(tuple(tokens[0].shape), float("nan"), dtype=tokens[0].dtype, device=device)
-    ranking = size.ranking if counted else replace(size.ranking, by="age")
-    told = dict(scale=size.dim**-0.5, ranking=ranking, old=1.0, count=counted)
+    order = size.order if counted else replace(size.order, by="age")
+    options = dict(scale=size.dim**-0.5, order=order, decay=1.0, accumulate=counted)
 
     def step() -> Tensor:
-        triton_decode.decode(output, *tokens, rows, slots, told_now, limits, **told)
+        triton_decode.decode_step(output, *tokens, rows, slots, positions, row_limits, **options)
         return output
 
     return step
@@ -213,7 +213,7 @@ def true_decode(tokens: list[Tensor], rows: Rows, now: list[int], size: Size, co
     at = torch.tensor(now, device=query.device)[:, None, None]
     keys, values, positions = (by_head(rows, part) for part in (rows.keys, rows.values, rows.positions))
     mass = None if rows.mass is None else by_head(rows, rows.mass)
-    worth = scores_of(positions, mass if counted else None, at, size.ranking)
+    worth = scores_of(positions, mass if counted else None, at, size.order)
     victim = torch.where(at[..., 0] < size.capacity, at[..., 0], worth.argmin(-1))[..., None]  # the first of equals
     keys.scatter_(2, victim[..., None].expand(s, k, 1, size.dim), key.unsqueeze(2))
     values.scatter_(2, victim[..., None].expand(s, k, 1, size.dim), value.unsqueeze(2))
@@ -292,22 +292,22 @@ class Reading:
         return output, torch.full(tuple(query.shape[:2]), float("nan"), device=query.device) if logged else None
 
     def attend(self, into: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        from bmx.kernels import triton_prefill as triton_read
+        from bmx.kernels import triton_prefill
 
         scale = self.size.dim**-0.5
-        triton_read.attend(into[0], *self.tokens, self.rows, self.chunks, scale=scale, logsums=into[1])
+        triton_prefill.attend(into[0], *self.tokens, self.rows, self.chunks, scale=scale, logsums=into[1])
         return into
 
     def add_up(self, logsums: Tensor) -> Tensor:
-        from bmx.kernels import triton_prefill as triton_read
+        from bmx.kernels import triton_prefill
 
-        return triton_read.add_up(*self.tokens[:2], self.rows, self.chunks, logsums, scale=self.size.dim**-0.5)
+        return triton_prefill.add_up(*self.tokens[:2], self.rows, self.chunks, logsums, scale=self.size.dim**-0.5)
 
-    def keep(self, sums: Tensor) -> None:
-        from bmx.kernels import triton_evict as triton_keep
+    def evict(self, sums: Tensor) -> None:
+        from bmx.kernels import triton_evict
 
-        if not triton_keep.keep(*self.tokens[1:], self.rows, self.chunks, sums, ranking=self.size.ranking):
-            raise RuntimeError("keep refused")
+        if not triton_evict.evict(*self.tokens[1:], self.rows, self.chunks, sums, order=self.size.order):
+            raise RuntimeError("evict refused")
 
     def true(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output [T, H, D], logarithms [T, H], the mass afterwards [R] and own sums [K, T], in float64."""
@@ -331,7 +331,7 @@ class Reading:
             owns.append(seen[:, used:])
         return torch.cat(outputs), torch.cat(logs), mass.flatten(), torch.cat(owns, 1)
 
-    def true_keep(self, sums: Tensor) -> Rows:
+    def true_evict(self, sums: Tensor) -> Rows:
         """The rows afterwards: the best of equals the first, survivors in the rows of what went, both in order."""
         rows, size, t = copied(self.rows), self.size, self.size.chunk
         for n, start in enumerate(self.chunks.starts):
@@ -340,11 +340,11 @@ class Reading:
             for head in range(size.kv_heads):
                 parts = [by_head(rows, part)[n, head] for part in (rows.keys, rows.values, rows.positions, rows.mass)]
                 used = min(start, size.capacity)
-                rivals = torch.cat([parts[2][:used], own])
+                candidates = torch.cat([parts[2][:used], own])
                 received = torch.cat([parts[3][:used], sums[head, mine]])
-                worth = scores_of(rivals, received, start + t, size.ranking)
+                worth = scores_of(candidates, received, start + t, size.order)
                 best = worth.sort(descending=True, stable=True).indices[: size.capacity]
-                stays = torch.zeros(len(rivals), dtype=torch.bool, device=sums.device)
+                stays = torch.zeros(len(candidates), dtype=torch.bool, device=sums.device)
                 stays[best] = True
                 kept = torch.zeros(size.capacity, dtype=torch.bool, device=sums.device)
                 kept[:used] = stays[:used]
@@ -384,10 +384,10 @@ def check_reading(size: Size, place: Place) -> dict[str, Any]:
     }
     reading.rows = replace(copied(before), mass=summed[0][1])
     sums, after, kept = summed[0][0], reading.rows, []
-    wanted = reading.true_keep(sums)
+    wanted = reading.true_evict(sums)
     for _ in range(2):
         reading.rows = copied(after)
-        reading.keep(sums)
+        reading.evict(sums)
         kept.append(reading.rows)
     found["keep"] = {"survivors_exact": same(kept[0], wanted), "bit_equal": same(*kept)}
     return found
@@ -412,7 +412,7 @@ def time_reading(size: Size, place: Place, rates: dict[str, float]) -> dict[str,
         }
     logsums = reading.attend(reading.poisoned(True))[1]
     sums = reading.add_up(logsums)
-    for name, work in (("add_up", lambda: reading.add_up(logsums)), ("keep", lambda: reading.keep(sums))):
+    for name, work in (("add_up", lambda: reading.add_up(logsums)), ("evict", lambda: reading.evict(sums))):
         seconds = median_seconds(work, place)
         found[name] = {"microseconds": 1e6 * seconds, "share_of_layer": seconds / layer if layer else None}
     return found
@@ -429,7 +429,7 @@ def layer_parameters(size: Size) -> int:
 
 def small_parts(size: Size, place: Place, rates: dict[str, float]) -> dict[str, Any]:
     """RMSNorm, gate and rotation: error, bits and speed."""
-    from bmx.kernels import triton_pointwise as triton_parts
+    from bmx.kernels import triton_pointwise
 
     tokens = size.chunk * size.chunks if not place.tried else 3
     hidden = size.heads * size.dim
@@ -444,9 +444,9 @@ def small_parts(size: Size, place: Place, rates: dict[str, float]) -> dict[str, 
     }
     found = {}
     for name, (work, tensors) in works.items():
-        made, again = work(triton_parts, *tensors), work(triton_parts, *tensors)
+        made, again = work(triton_pointwise, *tensors), work(triton_pointwise, *tensors)
         wanted = true_norm(*tensors) if name == "rms_norm" else work(reference, *(t.double() for t in tensors))
-        seconds = median_seconds(lambda: work(triton_parts, *tensors), place)  # noqa: B023
+        seconds = median_seconds(lambda: work(triton_pointwise, *tensors), place)  # noqa: B023
         moved = sum(t.nbytes for t in (*tensors, made))
         found[name] = {
             "error": error(made, wanted),

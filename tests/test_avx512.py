@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from types import SimpleNamespace
+import sys
 
 import pytest
 import torch
@@ -14,15 +14,9 @@ from test_kernels import dense_chunk, dense_slots, normal, window_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bmx import Engine, EngineConfig, PromptConfig, kernels
-from bmx.compress.policy import CompressionPolicy
-from bmx.engine.attention import SlotAttention
-from bmx.engine.packed import DecodeBatch, DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import build, reference
 from bmx.kernels.linear import Linear
-from bmx.kernels.slot_views import Chunks
-from bmx.kv.layout import KVLayout, LayerLayout
-from bmx.kv.pool import KVPool
-from bmx.model.fused_modules import Int8Linear, taken_over
+from bmx.model.fused_modules import Int8Linear, fused_modules
 from bmx.model.loader import prepare, quantize_int8
 
 if isinstance(build.library(), str):
@@ -172,8 +166,8 @@ def test_a_chunk_of_a_prompt_attends_as_float64_does(tokens, past, group, dim, d
     if details in ("sinks", "both"):
         told["sinks"] = normal(2 * group, dtype=BF16)
     votes = torch.stack([torch.ones(tokens), (torch.arange(tokens) >= tokens - 9).float()])
-    output, sums = avx512.attend_chunk(*chunk, votes=votes, **told)
-    expected, columns = dense_chunk(*chunk, votes=votes, **told)
+    output, sums = avx512.attend_chunk(*chunk, query_weights=votes, **told)
+    expected, columns = dense_chunk(*chunk, query_weights=votes, **told)
     torch.testing.assert_close(output.double(), expected, **NEAR)
     torch.testing.assert_close(sums.double(), columns[:-1], **NEAR)
     unasked, none = avx512.attend_chunk(*chunk, **told)
@@ -217,129 +211,6 @@ def test_what_is_no_number_stays_none():
         [y] = avx512.product((linear(16, 64, int8=int8),))(x)
         assert y[0].isfinite().all()
         assert not y[1].isfinite().any()
-
-
-class OneByOne(kernels.Kernels):
-    """The compiled kernels, but for what they do in one call: policy and pool do that."""
-
-    module = SimpleNamespace(attend_chunk=avx512.attend_chunk, attend_slots=avx512.attend_slots, decode=None, read=None)
-
-
-KINDS = {"one by one": OneByOne("avx512", ""), "in one call": kernels.Kernels("avx512", "")}
-
-
-def attention_of(kind, policy, window=None, sizes=((48, 5),)):
-    """One layer's attention and its pool, with the same random pairs each time; K 2, D 32; groups of (C, S)."""
-    capacity = sizes[-1][0]
-    made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
-    layouts = tuple(
-        KVLayout((
-            LayerLayout(
-                capacity=rows, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
-                by_age=False, row_stats=made.sums if made.scorer else (),
-            ),
-        ))
-        for rows, _ in sizes
-    )  # fmt: skip
-    pool = KVPool(layouts, tuple(slots for _, slots in sizes), BF16, torch.device("cpu"))
-    pool.rows[0].keys.copy_(normal(*pool.rows[0].keys.shape, seed=1))
-    pool.rows[0].values.copy_(normal(*pool.rows[0].values.shape, seed=2))
-    return SlotAttention(pool, made, KINDS[kind]), pool
-
-
-def fill(part, slot, tokens, rows):
-    """The slot has seen so many tokens, of which ``rows`` are left, in any order, and all have been attended to."""
-    random = torch.Generator().manual_seed(slot)
-    for head in range(2):
-        left = torch.randperm(tokens, generator=random) if tokens > rows else torch.arange(tokens)
-        part.positions[slot, head, : min(tokens, rows)] = left[:rows].int()
-    for note in part.row_stats.values():
-        note[slot] = torch.rand(note[slot].shape, generator=random) * (part.positions[slot] >= 0)
-
-
-def attended(attention, step, tokens):
-    """What a layer says of random queries, keys and values; H 6, K 2, D 32."""
-    attention.step = step
-    q, k, v = (normal(1, heads, tokens, 32, seed=heads + i, dtype=BF16) for i, heads in enumerate((6, 2, 2)))
-    return attention(None, q, k, v, scaling=0.2)[0]
-
-
-def assert_same(found):
-    """The same output, and the same pairs in the same rows."""
-    (slow, generic), (fast, fused) = found
-    torch.testing.assert_close(fast, slow, **NEAR)
-    one, other = fused.rows[0], generic.rows[0]
-    assert torch.equal(one.positions, other.positions)
-    assert torch.equal(one.keys, other.keys)
-    assert torch.equal(one.values, other.values)
-    if one.mass is not None:
-        torch.testing.assert_close(one.mass, other.mass, **NEAR)
-
-
-POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova"])
-
-
-@pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova", "streaming", "none"])
-@pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
-@pytest.mark.parametrize("window", [None, 20])
-def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(policy, window, limits):
-    """Two groups of slots, of which the second one's have sequences that evict."""
-    found, now, seen = [], (100, 30, 60, 47), (20, 7)
-    for kind in KINDS:
-        attention, pool = attention_of(kind, policy, window, sizes=((31, 3), (48, 5)))
-        slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
-        for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
-            tokens = asked
-            if policy == "none":
-                tokens = tuple(min(n, limit - 1) for n, limit in zip(tokens, rows, strict=True))
-            for slot, count, limit in zip(slots, tokens, rows, strict=True):
-                fill(pool.layer(group, 0), slot, count, limit)
-            groups.append(
-                DecodeGroup(
-                    rows=slice(2 * group, 2 + 4 * group), group=group, slots=torch.tensor(slots), slots_host=slots,
-                    positions=torch.tensor(tokens), positions_host=tokens,
-                    row_limits=torch.tensor(rows), row_limits_host=rows,
-                    totals=tuple(n + 90 * (policy != "none") for n in tokens),
-                )
-            )  # fmt: skip
-        decode_batch = DecodeBatch(
-            slots=torch.cat([groups[0].slots, 3 + groups[1].slots]), evicting=policy != "none",
-            positions=torch.cat([one.positions for one in groups]),
-            row_limits=torch.cat([one.row_limits for one in groups]),
-        )  # fmt: skip
-        step = PackedStep(
-            input_ids=None, positions=None, logits_at=0, decode_batch=decode_batch, decode_groups=tuple(groups)
-        )
-        found.append((attended(attention, step, 6), pool))
-    assert_same(found)
-
-
-@POLICIES
-@pytest.mark.parametrize("window", [None, 60])
-@pytest.mark.parametrize("limit", [48, 40])
-@pytest.mark.parametrize(("start", "tokens"), [(0, 30), (0, 60), (20, 30), (48, 17), (100, 64), (40, 8)])
-def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(policy, start, tokens, limit, window):
-    """One that evicts, behind a decoding token, and one that never will."""
-    found = []
-    for kind in KINDS:
-        attention, pool = attention_of(kind, policy, window)
-        fill(pool.layer(0, 0), 1, start, limit)
-        prompts = (
-            PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),
-            PromptChunk(rows=slice(1 + tokens, 13 + tokens), group=0, slot=4, start=0, total=40, row_limit=40),
-        )
-        table = [[1, 1 + tokens], [tokens, 12], [1, 4], [start, 0], [limit, 40], [900, 40]]
-        weights, old = torch.zeros(13 + tokens), torch.ones(2)
-        for n, (at, length) in enumerate(((1, tokens), (1 + tokens, 12))):
-            weights[at : at + length] = torch.tensor(attention._policy.query_weights(length, 0)[0])
-            old[n] = attention._policy.decay_over(length)
-        chunks = Chunks(
-            **dict(zip(("at", "lengths", "slots", "starts", "limits", "totals"), map(tuple, table), strict=True)),
-            table=torch.tensor(table), votes=weights, old=old,
-        )  # fmt: skip
-        step = PackedStep(input_ids=None, positions=None, logits_at=0, chunks=chunks, prompts=prompts)
-        found.append((attended(attention, step, 13 + tokens)[:, 1:], pool))
-    assert_same(found)
 
 
 def bfloat16_model():
@@ -388,18 +259,33 @@ def test_compiled_and_plain_kernels_say_the_same_of_a_model(family, cpu_kernels)
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
-def test_the_model_gets_its_own_ways_back():
+def test_the_model_gets_its_own_forwards_back():
     model = bfloat16_model()
-    code = __import__(type(model).__module__, fromlist=["x"])
-    turned, x = code.apply_rotary_pos_emb, torch.arange(5).unsqueeze(0)
+    x = torch.arange(5).unsqueeze(0)
     before = model(x).logits
-    with taken_over(model, kernels.Kernels("avx512", "")):
+    with fused_modules(model, kernels.Kernels("avx512", "")):
         assert not torch.is_inference_mode_enabled()  # whoever reads results in between is left as it was
-        assert any("forward" in vars(module) for module in model.modules())
-        assert code.apply_rotary_pos_emb is not turned
+        assert all("forward" in vars(layer.self_attn) for layer in model.model.layers)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert code.apply_rotary_pos_emb is turned
     assert torch.equal(model(x).logits, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
+def test_another_model_of_the_family_is_left_alone(family, monkeypatch):
+    """Its numbers are its own to the last bit meanwhile, and transformers' code is what it was."""
+    model, other = tiny_model(family).to(BF16), tiny_model(family).to(BF16)
+    code = sys.modules[type(model).__module__]
+    contents, x = dict(vars(code)), torch.arange(5).unsqueeze(0)
+    before = other(x).logits
+    turned = []
+    monkeypatch.setattr(avx512, "rotate", lambda *args: turned.append(args) or reference.rotate(*args))
+    with fused_modules(model, kernels.Kernels("avx512", "")):
+        turned.clear()
+        assert torch.equal(other(x).logits, before)
+        assert not turned
+        model(x)
+        assert turned
+        assert vars(code) == contents
 
 
 def test_a_norm_of_its_own_kind_is_left_alone():
@@ -410,7 +296,7 @@ def test_a_norm_of_its_own_kind_is_left_alone():
         for norm in norms:
             norm.weight.fill_(0.5)
     assert norms
-    with taken_over(model, kernels.Kernels("avx512", "")):
+    with fused_modules(model, kernels.Kernels("avx512", "")):
         assert not any("forward" in vars(norm) for norm in norms)
 
 
@@ -420,7 +306,7 @@ def test_a_projection_asked_alone_answers_for_itself():
     attention = next(module for module in model.modules() if hasattr(module, "k_proj"))
     x, other = normal(1, 5, 64, dtype=BF16), normal(1, 5, 64, seed=1, dtype=BF16)
     expected = attention.k_proj(other)
-    with taken_over(model, kernels.Kernels("avx512", "")):
+    with fused_modules(model, kernels.Kernels("avx512", "")):
         attention.q_proj(x)
         torch.testing.assert_close(attention.k_proj(other), expected, **NEAR)
         torch.testing.assert_close(attention.v_proj(other), attention.v_proj(other))

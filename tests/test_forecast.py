@@ -19,6 +19,7 @@ from bmx.config import EngineConfig
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
+from bmx.kernels.registry import CAPABILITIES
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan import forecast as forecast_module
 from bmx.plan import machine_speed as rates_module
@@ -48,6 +49,7 @@ STEP = StepSize(chunk_size=512, max_num_batched_tokens=2048)
 FULL = CompressionPolicy.from_config(EngineConfig(kv_policy="none"))
 SMALL = CompressionPolicy.from_config(EngineConfig(kv_budget=256))
 KERNELS = pytest.mark.parametrize("kernels", ["cpu", "reference"])
+TILED = CAPABILITIES["cpu"].profile
 
 
 def requests(number, policy=FULL, seed=0, prompts=(50, 2000), answers=(1, 200)):
@@ -66,7 +68,7 @@ def planned(lengths, policy=FULL, slots=None, step=STEP, total=10**12):
 
 
 def foreseen(lengths, policy=FULL, slots=20, rates=RATES, kernels="cpu", **others):
-    return forecast(SPEC, planned(lengths, policy, slots, **others), lengths, rates, kernels)
+    return forecast(SPEC, planned(lengths, policy, slots, **others), lengths, rates, CAPABILITIES[kernels].profile)
 
 
 def faster(times):
@@ -215,7 +217,7 @@ def test_a_forecast_takes_as_many_steps_as_the_scheduler_would(sizes, slots, chu
     made = planned(lengths, policy, slots, step)
     starting = replace(SPEC, costs=replace(SPEC.costs, operators=10**15))
     only_starts = Rates(flops=1e30, bandwidth=1e30, thin_bandwidth=1e30, operator_seconds=1e-15, source="")
-    seconds = forecast(starting, made, lengths, only_starts, "cpu").seconds
+    seconds = forecast(starting, made, lengths, only_starts, TILED).seconds
     assert seconds == pytest.approx(steps_of(Scheduler(made.groups, step), lengths), rel=1e-6)
 
 
@@ -227,7 +229,7 @@ def test_attention_to_few_rows_takes_less_than_to_many(kernels):
     small = foreseen([Length(long, 1, 256)], SMALL, kernels=kernels)
     sliding = replace(SPEC, layers=tuple(replace(layer, window=256) for layer in SPEC.layers))
     lengths = [Length(long, 1, long)]
-    windowed = forecast(sliding, planned(lengths), lengths, RATES, kernels)
+    windowed = forecast(sliding, planned(lengths), lengths, RATES, CAPABILITIES[kernels].profile)
     assert small.seconds < 0.7 * full.seconds
     assert windowed.seconds == pytest.approx(small.seconds, rel=0.01)
 
@@ -257,7 +259,7 @@ def test_rows_that_no_slot_holds_take_no_time():
     lengths = requests(40)
     made = planned(lengths, slots=8)
     too_long = [Length(10**5, 10**4, 11 * 10**4)] * 40
-    assert forecast(SPEC, made, lengths + too_long, RATES, "cpu") == forecast(SPEC, made, lengths, RATES, "cpu")
+    assert forecast(SPEC, made, lengths + too_long, RATES, TILED) == forecast(SPEC, made, lengths, RATES, TILED)
 
 
 # ---- what it is for ----
@@ -272,7 +274,7 @@ def test_where_memory_is_the_limit_a_compressed_cache_is_faster(kernels):
         lengths = requests(200, policy, prompts=(1000, 4000), answers=(100, 200))
         made = planned(lengths, policy, total=total)
         assert made.too_large == 0
-        found[name] = made.slots, forecast(SPEC, made, lengths, RATES, kernels)
+        found[name] = made.slots, forecast(SPEC, made, lengths, RATES, CAPABILITIES[kernels].profile)
     assert found["small"][0] > 3 * found["full"][0]
     assert found["small"][1].seconds < 0.8 * found["full"][1].seconds
     assert found["small"][1].decode_rate > 1.5 * found["full"][1].decode_rate
@@ -282,8 +284,8 @@ def test_what_is_left_of_a_slot_after_its_prompt_makes_decoding_faster_and_nothi
     lengths = [Length(4000, 100, 4100)] * 40
     made = planned(lengths, slots=20)
     kept = [SMALL.layout(SPEC, 256)] * len(made.groups)
-    before = forecast(SPEC, made, lengths, RATES, "cpu")
-    after = forecast(SPEC, made, lengths, RATES, "cpu", kept)
+    before = forecast(SPEC, made, lengths, RATES, TILED)
+    after = forecast(SPEC, made, lengths, RATES, TILED, kept)
     assert after.decode_rate > 1.5 * before.decode_rate
     assert after.prefill_rate >= before.prefill_rate
     assert after.seconds < before.seconds
@@ -297,22 +299,22 @@ def test_the_first_of_plans_with_the_same_slots_is_taken_without_asking_for_rate
     lengths = requests(30)
     steps = [replace(STEP, max_num_batched_tokens=tokens) for tokens in (4096, 2048)]
     plans = [partial(planned, lengths, slots=4, step=step) for step in steps]
-    assert fastest(plans, SPEC, lengths, "cpu", no_rates).step == steps[0]
+    assert fastest(plans, SPEC, lengths, TILED, no_rates).step == steps[0]
 
 
 def test_smaller_steps_for_hardly_more_slots_are_not_looked_at():
     lengths = requests(300)
     few, hardly_more, more = (planned(lengths, slots=slots) for slots in (100, 102, 130))
-    assert fastest([lambda: few, lambda: hardly_more], SPEC, lengths, "cpu", no_rates) is few
+    assert fastest([lambda: few, lambda: hardly_more], SPEC, lengths, TILED, no_rates) is few
     with pytest.raises(AssertionError, match="nobody needs rates"):
-        fastest([lambda: few, lambda: more], SPEC, lengths, "cpu", no_rates)
+        fastest([lambda: few, lambda: more], SPEC, lengths, TILED, no_rates)
 
 
 def test_the_plan_that_is_foreseen_to_be_the_fastest_is_taken():
     lengths = requests(100)
     plans = {slots: planned(lengths, slots=slots) for slots in (1, 30, 3)}
-    chosen = fastest([lambda made=made: made for made in plans.values()], SPEC, lengths, "cpu", lambda: RATES)
-    seconds = {slots: forecast(SPEC, made, lengths, RATES, "cpu").seconds for slots, made in plans.items()}
+    chosen = fastest([lambda made=made: made for made in plans.values()], SPEC, lengths, TILED, lambda: RATES)
+    seconds = {slots: forecast(SPEC, made, lengths, RATES, TILED).seconds for slots, made in plans.items()}
     assert seconds[30] == min(seconds.values())
     assert chosen is plans[30]
 
@@ -322,11 +324,11 @@ def test_rows_answered_count_more_than_seconds():
     all_of_them = planned(lengths, slots=1)
     without = replace(all_of_them, groups=(SlotGroup(15, 30),), layouts=(FULL.layout(SPEC, 15),), too_large=1)
     assert (
-        forecast(SPEC, without, lengths, RATES, "cpu").seconds
-        < forecast(SPEC, all_of_them, lengths, RATES, "cpu").seconds
+        forecast(SPEC, without, lengths, RATES, TILED).seconds
+        < forecast(SPEC, all_of_them, lengths, RATES, TILED).seconds
     )
     plans = [lambda: without, lambda: all_of_them]
-    assert fastest(plans, SPEC, lengths, "cpu", lambda: RATES) is all_of_them
+    assert fastest(plans, SPEC, lengths, TILED, lambda: RATES) is all_of_them
 
 
 def test_plans_that_do_not_fit_are_passed_over_and_the_last_error_is_raised_if_none_does():
@@ -337,9 +339,9 @@ def test_plans_that_do_not_fit_are_passed_over_and_the_last_error_is_raised_if_n
         raise MemoryLimitError(name)
 
     plans = [partial(refuse, "first"), lambda: made, partial(refuse, "last")]
-    assert fastest(plans, SPEC, lengths, "cpu", no_rates) is made
+    assert fastest(plans, SPEC, lengths, TILED, no_rates) is made
     with pytest.raises(MemoryLimitError, match="last"):
-        fastest([plans[0], plans[2]], SPEC, lengths, "cpu", no_rates)
+        fastest([plans[0], plans[2]], SPEC, lengths, TILED, no_rates)
 
 
 # ---- cards ----
@@ -546,6 +548,7 @@ WHOLE = """
 import sys
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
+from bmx.kernels.registry import CAPABILITIES
 from bmx.plan.forecast import forecast
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
@@ -559,7 +562,7 @@ spec = ModelSpec(name="", layers=(layer,), costs=costs, vocab=100, max_length=81
 lengths, step = [Length(3000, 9, 1024)] * 9, StepSize(chunk_size=512, max_num_batched_tokens=512)
 device = Device.of("cuda", spec, 0)
 made = plan(spec, lambda rows: policy.layout(spec, rows), Limits(total=10**9), lengths, step, device)
-assert forecast(spec, made, lengths, card_rates(card_named("h100")), "reference").seconds > 0
+assert forecast(spec, made, lengths, card_rates(card_named("h100")), CAPABILITIES["reference"].profile).seconds > 0
 print(*sorted({"torch", "transformers", "triton"} & set(sys.modules)))
 """
 

@@ -10,6 +10,7 @@ import torch
 from bmx import kernels
 from bmx.errors import UsageError
 from bmx.kernels import cpu, reference
+from bmx.kernels.registry import CAPABILITIES
 
 KERNELS = pytest.mark.parametrize("kernel", [reference, cpu], ids=["reference", "cpu"])
 TIGHT = {"atol": 2e-5, "rtol": 2e-5}
@@ -44,14 +45,14 @@ def dense_head(query, keys, values, unseen, *, scale, softcap=None, sink=None):
     return probabilities @ values.double(), probabilities
 
 
-def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=None, votes=None, **details):
+def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=None, query_weights=None, **details):
     """A chunk's output [T, H, E] and sums [M + 1, K, P + T] (squares last), query head by query head."""
     tokens, heads, _ = query.shape
     kv_heads, past, _ = past_key.shape
     group = heads // kv_heads
     output = torch.zeros(tokens, heads, value.shape[-1], dtype=torch.float64)
-    votes = (torch.ones(1, tokens) if votes is None else votes).double()
-    sums = torch.zeros(len(votes) + 1, kv_heads, past + tokens, dtype=torch.float64)
+    query_weights = (torch.ones(1, tokens) if query_weights is None else query_weights).double()
+    sums = torch.zeros(len(query_weights) + 1, kv_heads, past + tokens, dtype=torch.float64)
     later = torch.arange(past + tokens)[None, :] > past + torch.arange(tokens)[:, None]
     for head in range(heads):
         owner = head // group
@@ -59,11 +60,11 @@ def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=N
         keys, values = torch.cat([past_key[owner], key[:, owner]]), torch.cat([past_value[owner], value[:, owner]])
         sink = None if sinks is None else sinks[head]
         output[:, head], weights = dense_head(query[:, head], keys, values, unseen, sink=sink, **details)
-        for way, ballots in enumerate(votes):
-            for vote, row in zip(ballots, weights, strict=True):
-                sums[way, owner] += vote * row / group
-        for vote, row in zip(votes[0], weights, strict=True):
-            sums[-1, owner] += vote * row * row / group
+        for way, ballots in enumerate(query_weights):
+            for query_weight, row in zip(ballots, weights, strict=True):
+                sums[way, owner] += query_weight * row / group
+        for query_weight, row in zip(query_weights[0], weights, strict=True):
+            sums[-1, owner] += query_weight * row * row / group
     return output, sums
 
 
@@ -95,8 +96,8 @@ def window_mask(tokens, past, kv_heads, window):
 
 
 def attended(kernel, chunk, **details):
-    """A chunk's output, and what each key received when all votes count alike, with its squares: [2, K, P + T]."""
-    return kernel.attend_chunk(*chunk, votes=torch.ones(1, len(chunk[0])), squares=True, **details)
+    """A chunk's output, and what each key received when all queries weigh the same, with its squares: [2, K, P + T]."""
+    return kernel.attend_chunk(*chunk, query_weights=torch.ones(1, len(chunk[0])), squares=True, **details)
 
 
 def looked_up(kernel, slots, **details):
@@ -174,7 +175,7 @@ def test_a_chunk_may_be_strided(kernel, tokens):
 
 @KERNELS
 def test_the_operands_are_not_changed(kernel):
-    details = {"sinks": normal(6), "hidden": window_mask(33, 20, 2, window=7), "votes": torch.rand(2, 33)}
+    details = {"sinks": normal(6), "hidden": window_mask(33, 20, 2, window=7), "query_weights": torch.rand(2, 33)}
     chunk = operands(33, 20)
     before = [t.clone() for t in (*chunk, *details.values())]
     kernel.attend_chunk(*chunk, scale=0.5, softcap=2.0, squares=True, **details)
@@ -226,9 +227,9 @@ def test_mass_nobody_asked_for_is_not_there(kernel):
 
 @KERNELS
 def test_squares_nobody_asked_for_are_not_there(kernel):
-    chunk, slots, votes = operands(33, 20), slot_operands(), torch.rand(2, 33)
-    output, sums = kernel.attend_chunk(*chunk, scale=0.4, votes=votes)
-    more, with_squares = kernel.attend_chunk(*chunk, scale=0.4, votes=votes, squares=True)
+    chunk, slots, query_weights = operands(33, 20), slot_operands(), torch.rand(2, 33)
+    output, sums = kernel.attend_chunk(*chunk, scale=0.4, query_weights=query_weights)
+    more, with_squares = kernel.attend_chunk(*chunk, scale=0.4, query_weights=query_weights, squares=True)
     assert (sums.shape, with_squares.shape) == ((2, 2, 53), (3, 2, 53))
     assert torch.equal(sums, with_squares[:2])
     assert torch.equal(output, more)
@@ -250,14 +251,14 @@ def some_votes(kind, tokens):
         "the newest queries": (place >= tokens - 7).float().unsqueeze(0),
         "the first query": (place == 0).float().unsqueeze(0),
         "two that share no query": torch.stack([ones * (place < tokens - 3), ones * (place >= tokens - 3)]),
-        "only the second way votes": torch.stack([0 * ones, ones]),
+        "only the second way query_weights": torch.stack([0 * ones, ones]),
         "nobody": torch.zeros(2, tokens),
     }[kind]
 
 
 WAYS = (
     *("one way", "three ways", "fading", "the newest query", "the newest queries", "the first query"),
-    *("two that share no query", "only the second way votes", "nobody"),
+    *("two that share no query", "only the second way query_weights", "nobody"),
 )
 
 
@@ -266,26 +267,26 @@ WAYS = (
 @pytest.mark.parametrize("kind", WAYS)
 def test_attention_is_added_up_as_the_votes_say(kernel, kind, tokens):
     """Votes of zero for whole tiles of queries are no reason to leave out the others."""
-    chunk, votes = operands(tokens, 20, group=2), some_votes(kind, tokens)
-    found = kernel.attend_chunk(*chunk, scale=0.4, votes=votes, squares=True)
-    assert found[1].shape == (len(votes) + 1, 2, 20 + tokens)
-    assert_same(found, dense_chunk(*chunk, scale=0.4, votes=votes), **TIGHT)
+    chunk, query_weights = operands(tokens, 20, group=2), some_votes(kind, tokens)
+    found = kernel.attend_chunk(*chunk, scale=0.4, query_weights=query_weights, squares=True)
+    assert found[1].shape == (len(query_weights) + 1, 2, 20 + tokens)
+    assert_same(found, dense_chunk(*chunk, scale=0.4, query_weights=query_weights), **TIGHT)
 
 
 @KERNELS
 def test_votes_with_all_that_models_ask_for(kernel):
-    chunk, votes = operands(190, 20, value_dim=4), some_votes("three ways", 190)
+    chunk, query_weights = operands(190, 20, value_dim=4), some_votes("three ways", 190)
     details = {"scale": 0.5, "softcap": 2.0, "sinks": normal(6), "hidden": window_mask(190, 20, 2, window=25)}
-    found = kernel.attend_chunk(*chunk, votes=votes, squares=True, **details)
-    assert_same(found, dense_chunk(*chunk, votes=votes, **details), **TIGHT)
+    found = kernel.attend_chunk(*chunk, query_weights=query_weights, squares=True, **details)
+    assert_same(found, dense_chunk(*chunk, query_weights=query_weights, **details), **TIGHT)
 
 
 @KERNELS
 @pytest.mark.parametrize("dtype", LOOSE, ids=str)
 def test_votes_count_in_half_precision_too(kernel, dtype):
-    chunk, votes = operands(150, 40, dtype=dtype), some_votes("fading", 150)
-    _, sums = kernel.attend_chunk(*chunk, scale=0.35, votes=votes, squares=True)
-    _, expected = dense_chunk(*chunk, scale=0.35, votes=votes)
+    chunk, query_weights = operands(150, 40, dtype=dtype), some_votes("fading", 150)
+    _, sums = kernel.attend_chunk(*chunk, scale=0.35, query_weights=query_weights, squares=True)
+    _, expected = dense_chunk(*chunk, scale=0.35, query_weights=query_weights)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), expected, **LOOSE[dtype])
 
@@ -387,7 +388,7 @@ def test_the_attention_of_a_chunk_depends_on_where_it_is_not_on_the_others(kerne
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_workspace_grows_with_the_keys_a_chunk_sees_and_with_slots(name, cpu_kernels):
     cpu_kernels(name)
-    workspace = kernels.choose("cpu").workspace_bytes(alone=True)
+    workspace = kernels.choose("cpu").capabilities.workspace
     sizes = [
         workspace(heads=8, chunk=256, rows=rows, slots=slots, head_dim=64, itemsize=2)
         for rows, slots in ((512, 4), (1024, 4), (4096, 4), (4096, 4000))
@@ -421,9 +422,9 @@ def test_kernels_that_there_are_not_are_refused(monkeypatch, device, name):
 
 def test_what_gpus_do_by_themselves_takes_little_and_the_rest_what_plain_torch_takes():
     sizes = {"heads": 32, "chunk": 512, "rows": 1024, "slots": 400, "head_dim": 128, "itemsize": 2}
-    alone, with_help = (kernels.Kernels("triton", "").workspace_bytes(alone)(**sizes) for alone in (True, False))
-    assert alone < with_help / 8
-    assert with_help == kernels.Kernels("reference", "").workspace_bytes(alone=True)(**sizes)
+    fused, unfused = (CAPABILITIES["triton"].workspace_bytes(fused)(**sizes) for fused in (True, False))
+    assert fused < unfused / 8
+    assert unfused == CAPABILITIES["reference"].workspace(**sizes)
 
 
 def test_a_device_without_kernels_of_its_own_gets_plain_ones_and_is_named(monkeypatch):

@@ -1,12 +1,13 @@
 """With the kernels that GPUs run, interpreted where there is none: the same answers, alone, in company, or drawn.
 
-What single kernels compute is tested beside this, in ``test_triton_read`` and ``test_triton_slots``.
+What single kernels compute is tested beside this, in ``test_triton_prefill`` and ``test_triton_slots``.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ pytest.importorskip("triton")
 
 from bmx import Request, SamplingParams, kernels
 from bmx.engine import graphs
-from bmx.kernels import reference, triton
-from bmx.kernels import triton_pointwise as triton_parts
+from bmx.kernels import reference, triton_pointwise
+from bmx.kernels.registry import CAPABILITIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CROWDED = {"chunk_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 40}
@@ -181,19 +182,20 @@ def test_norms_gates_and_rotations_are_those_of_plain_torch(shape, dtype):
     close = {"atol": 2e-6, "rtol": 2e-6} if dtype == torch.float32 else {"atol": 4e-3, "rtol": 4e-3}
     x, other = (normal(*shape, seed=seed, dtype=dtype).to(DEVICE) for seed in (1, 2))
     weight = normal(shape[-1], seed=3, dtype=dtype).to(DEVICE)
-    torch.testing.assert_close(triton_parts.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), **close)
-    torch.testing.assert_close(triton_parts.gate(x, other), reference.gate(x, other), **close)
+    torch.testing.assert_close(triton_pointwise.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), **close)
+    torch.testing.assert_close(triton_pointwise.gate(x, other), reference.gate(x, other), **close)
     halves = torch.cat([x, other], dim=-1).chunk(2, dim=-1)
-    torch.testing.assert_close(triton_parts.gate(*halves), reference.gate(*halves), **close)
+    torch.testing.assert_close(triton_pointwise.gate(*halves), reference.gate(*halves), **close)
     heads = normal(1, 5, 3, shape[-1], seed=4, dtype=dtype).to(DEVICE).transpose(1, 2)
     cos, sin = (normal(1, 5, shape[-1], seed=seed, dtype=dtype).to(DEVICE) for seed in (5, 6))
-    turned = triton_parts.rotate(heads, cos, sin)
+    turned = triton_pointwise.rotate(heads, cos, sin)
     torch.testing.assert_close(turned, reference.rotate(heads, cos, sin), **close)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_a_model_whose_parts_are_taken_over_answers_as_before(family, monkeypatch):
-    monkeypatch.setattr(triton, "SUPPORTED_DTYPES", (torch.float32,))
+    changed = {**CAPABILITIES, "triton": replace(CAPABILITIES["triton"], model_dtypes=("float32",))}
+    monkeypatch.setattr(kernels, "CAPABILITIES", changed)
     expected = reference_answers(tiny_model(family), PROMPTS[:1], 2)
     assert answers(engine_of(family, kv_policy="none"), as_requests(PROMPTS[:1], max_tokens=2)) == expected
 

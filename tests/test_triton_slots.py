@@ -9,7 +9,7 @@ import pytest
 import torch
 
 triton_decode = pytest.importorskip("bmx.kernels.triton_decode")
-triton_keep = pytest.importorskip("bmx.kernels.triton_evict")
+triton_evict = pytest.importorskip("bmx.kernels.triton_evict")
 
 from bmx.compress.policy import CompressionPolicy, EvictionRequest, PrefillChunk
 from bmx.config import EngineConfig
@@ -43,7 +43,7 @@ def ranked(by="average", sink=2, recent=3, window=None):
     return EvictionOrder(by=by, sink=sink, recent=recent, window=window)
 
 
-def make_rows(seen, limits, *, kv_heads=2, dim=16, breadth=16, dtype=F32, mass=True, capacities=CAPACITIES, seed=0):
+def make_rows(seen, limits, *, kv_heads=2, dim=16, value_dim=16, dtype=F32, mass=True, capacities=CAPACITIES, seed=0):
     """Slots of these capacities in any order; slot s has seen so many tokens, of which any limits[s] are left."""
     order = list(range(len(capacities)))[::-1]
     first, total = [0] * len(order), 5  # rows that are no slot's come before and after
@@ -61,14 +61,14 @@ def make_rows(seen, limits, *, kv_heads=2, dim=16, breadth=16, dtype=F32, mass=T
     received = (torch.rand(total, generator=random) + 0.01) * (positions >= 0)
     return Rows(
         keys=normal(total, dim, seed=seed + 1, dtype=dtype),
-        values=normal(total, breadth, seed=seed + 2, dtype=dtype),
+        values=normal(total, value_dim, seed=seed + 2, dtype=dtype),
         positions=positions.to(DEVICE),
         mass=received.to(DEVICE) if mass else None,
         first=torch.tensor(first, device=DEVICE),
         capacity=torch.tensor(capacities, device=DEVICE),
         kv_heads=kv_heads,
         largest=max(capacities),
-        sizes=tuple(capacities),
+        capacities=tuple(capacities),
     )
 
 
@@ -91,25 +91,27 @@ def assert_same_rows(found, expected, **tolerance):
         assert torch.equal(found.mass.cpu(), expected.mass.cpu())
 
 
-def score(position, mass, now, ranking):
+def score(position, mass, now, order):
     """What one pair is worth: the rules, one by one; float32, as scores are."""
     value = mass
-    if ranking.by == "age":
+    if order.by == "age":
         value = float(position)
-    if ranking.by == "average":
+    if order.by == "average":
         queries = max(now - position, 1)
-        queries = queries if ranking.window is None else min(queries, ranking.window)
+        queries = queries if order.window is None else min(queries, order.window)
         value = float(torch.tensor(mass, dtype=F32) / torch.tensor(queries, dtype=F32))
-    if position < ranking.sink or position >= now - ranking.recent:
+    if position < order.sink or position >= now - order.recent:
         value = INFINITY
     if math.isnan(value) or position < 0:
         return -INFINITY
-    if ranking.window is not None and position <= now - ranking.window:
+    if order.window is not None and position <= now - order.window:
         return -INFINITY
     return value
 
 
-def true_decode(query, key, value, rows, slots, now, limits, *, scale, ranking, old, count, softcap=None, sinks=None):
+def true_decode(
+    query, key, value, rows, slots, now, limits, *, scale, order, decay, accumulate, softcap=None, sinks=None
+):
     """Output [B, H, E] float64; ``rows``, on the CPU, become what they should."""
     query, key, value = (t.cpu() for t in (query, key, value))
     batch, heads, _ = query.shape
@@ -126,14 +128,14 @@ def true_decode(query, key, value, rows, slots, now, limits, *, scale, ranking, 
             if at >= limit:
                 mass = [0.0] * limit if rows.mass is None else rows.mass[begin : begin + limit].tolist()
                 positions = rows.positions[begin : begin + limit].tolist()
-                worth = [score(p, m, at, ranking) for p, m in zip(positions, mass, strict=True)]
+                worth = [score(p, m, at, order) for p, m in zip(positions, mass, strict=True)]
                 row = worth.index(min(worth))
             rows.keys[begin + row], rows.values[begin + row] = key[one, head], value[one, head]
             rows.positions[begin + row] = at
             if rows.mass is not None:
                 rows.mass[begin + row] = 0.0
             used = slice(begin, begin + min(at + 1, limit))
-            hidden = rows.positions[used] <= at - (ranking.window or 10**9)
+            hidden = rows.positions[used] <= at - (order.window or 10**9)
             seen = torch.zeros(used.stop - begin, dtype=torch.float64)
             for which in range(head * group, (head + 1) * group):
                 logits = rows.keys[used].double() @ query[one, which].double() * scale
@@ -144,8 +146,8 @@ def true_decode(query, key, value, rows, slots, now, limits, *, scale, ranking, 
                 weights = torch.softmax(logits, 0)[: len(seen)]
                 output[one, which] = weights @ rows.values[used].double()
                 seen += weights / group
-            if count and rows.mass is not None:
-                rows.mass[used] = (rows.mass[used].double() * old + seen).float()
+            if accumulate and rows.mass is not None:
+                rows.mass[used] = (rows.mass[used].double() * decay + seen).float()
     return output
 
 
@@ -153,19 +155,19 @@ def decode(query, key, value, rows, slots, now, limits, **manner):
     """The kernel's output and rows; what is given stays as it is."""
     rows = copied(rows)
     output = torch.full((*query.shape[:2], value.shape[-1]), float("nan"), dtype=query.dtype, device=DEVICE)
-    told = (torch.tensor(numbers, device=DEVICE) for numbers in (slots, now, limits))
-    triton_decode.decode(output, query, key, value, rows, *told, **manner)
+    per_token = (torch.tensor(numbers, device=DEVICE) for numbers in (slots, now, limits))
+    triton_decode.decode_step(output, query, key, value, rows, *per_token, **manner)
     return output, rows
 
 
-def tokens_of(batch, *, group=2, kv_heads=2, dim=16, breadth=16, dtype=F32, seed=10):
+def tokens_of(batch, *, group=2, kv_heads=2, dim=16, value_dim=16, dtype=F32, seed=10):
     """query, key, value of decoding tokens."""
-    shapes = ((kv_heads * group, dim), (kv_heads, dim), (kv_heads, breadth))
+    shapes = ((kv_heads * group, dim), (kv_heads, dim), (kv_heads, value_dim))
     return [strided(batch, *shape, seed + i, dtype) for i, shape in enumerate(shapes)]
 
 
 SLOTS, NOW, LIMITS = [2, -1, 0, 3, 1], [90, 7, 40, 17, 60], [56, 9, 36, 33, 99]  # the last may use all of its 24
-PLAIN = {"scale": 0.3, "ranking": ranked(), "old": 1.0, "count": True}
+PLAIN = {"scale": 0.3, "order": ranked(), "decay": 1.0, "accumulate": True}
 
 
 def seen_by_slots(slots=SLOTS, now=NOW, limits=LIMITS):
@@ -188,15 +190,15 @@ def assert_decodes(tokens, rows, slots=SLOTS, now=NOW, limits=LIMITS, **manner):
 @pytest.mark.parametrize(
     ("shape", "manner"),
     [
-        ({"group": 1}, {"ranking": ranked("age")}),
-        ({"group": 1, "dim": 96, "breadth": 64}, {"ranking": ranked("mass"), "old": 0.5}),
-        ({"group": 3, "kv_heads": 1, "dim": 8, "breadth": 24}, {"ranking": ranked("average"), "old": 0.9}),
-        ({"group": 4}, {"ranking": ranked("average", window=25), "softcap": 0.8}),
-        ({"group": 4}, {"ranking": ranked("mass", window=30, sink=0), "sinks": True}),
-        ({"group": 3}, {"ranking": ranked("age", window=12, sink=0, recent=0), "sinks": True, "softcap": 2.0}),
-        ({"group": 2}, {"ranking": ranked("mass", sink=8, recent=9), "count": False}),
-        ({"group": 2}, {"ranking": ranked("average", sink=0, recent=0), "old": 0.0}),
-        ({"group": 17, "kv_heads": 1}, {"ranking": ranked("mass")}),
+        ({"group": 1}, {"order": ranked("age")}),
+        ({"group": 1, "dim": 96, "value_dim": 64}, {"order": ranked("mass"), "decay": 0.5}),
+        ({"group": 3, "kv_heads": 1, "dim": 8, "value_dim": 24}, {"order": ranked("average"), "decay": 0.9}),
+        ({"group": 4}, {"order": ranked("average", window=25), "softcap": 0.8}),
+        ({"group": 4}, {"order": ranked("mass", window=30, sink=0), "sinks": True}),
+        ({"group": 3}, {"order": ranked("age", window=12, sink=0, recent=0), "sinks": True, "softcap": 2.0}),
+        ({"group": 2}, {"order": ranked("mass", sink=8, recent=9), "accumulate": False}),
+        ({"group": 2}, {"order": ranked("average", sink=0, recent=0), "decay": 0.0}),
+        ({"group": 17, "kv_heads": 1}, {"order": ranked("mass")}),
     ],
 )
 def test_a_decoding_step_is_what_float64_says(shape, manner, dtype):
@@ -213,13 +215,13 @@ def test_a_decoding_step_is_what_float64_says(shape, manner, dtype):
 @pytest.mark.parametrize("window", [None, 20])
 def test_what_is_not_added_up_is_not_asked_for(window):
     rows = make_rows(*seen_by_slots(), mass=False)
-    assert_decodes(tokens_of(5), rows, **{**PLAIN, "ranking": ranked("age", window=window)})
+    assert_decodes(tokens_of(5), rows, **{**PLAIN, "order": ranked("age", window=window)})
 
 
 @pytest.mark.parametrize("by", ["age", "mass", "average"])
 def test_step_after_step_each_slot_gives_up_what_the_rules_say(by):
     """From before the first eviction until everything but the first tokens has gone."""
-    slots, limits, manner = [3, 1], [8, 10], {**PLAIN, "ranking": ranked(by), "old": 0.8}
+    slots, limits, manner = [3, 1], [8, 10], {**PLAIN, "order": ranked(by), "decay": 0.8}
     rows = make_rows([0, 7, 0, 6], [1, 10, 1, 8])
     for step in range(9):
         rows = assert_decodes(tokens_of(2, seed=step), rows, slots, [6 + step, 7 + step], limits, **manner)
@@ -245,7 +247,7 @@ def one_full_slot(**kinds):
 
 
 def row_given_up(rows, heads, by="mass", **protected):
-    found = assert_decodes(tokens_of(1), rows, [1], [50], [24], **{**PLAIN, "ranking": ranked(by, **protected)})
+    found = assert_decodes(tokens_of(1), rows, [1], [50], [24], **{**PLAIN, "order": ranked(by, **protected)})
     return [found.positions[rows_of_head].tolist().index(50) for rows_of_head in heads]
 
 
@@ -333,17 +335,17 @@ def make_chunks(wanted, slots=(0, 1, 2, 3), ahead=3):
     totals = [start + length + 9 for start, length in zip(starts, lengths, strict=True)]
     numbers = (at, lengths, slots, starts, limits, totals)
     table = torch.tensor(numbers, device=DEVICE)
-    names = ("at", "lengths", "slots", "starts", "limits", "totals")
+    names = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
     return Chunks(**{name: tuple(of) for name, of in zip(names, numbers, strict=True)}, table=table), ahead + sum(
         lengths
     ) + 2
 
 
-def true_keep(key, value, rows, chunks, sums, ranking):
+def true_evict(key, value, rows, chunks, sums, order):
     """``rows``, on the CPU, become what they should."""
     key, value, sums = (None if t is None else t.cpu() for t in (key, value, sums))
-    told = (chunks.at, chunks.lengths, chunks.slots, chunks.starts, chunks.limits)
-    for at, tokens, slot, start, most in zip(*told, strict=True):
+    columns = (chunks.offsets, chunks.lengths, chunks.slots, chunks.starts, chunks.row_limits)
+    for at, tokens, slot, start, most in zip(*columns, strict=True):
         capacity = int(rows.capacity[slot])
         limit = min(most, capacity)
         used = min(start, limit)
@@ -352,7 +354,7 @@ def true_keep(key, value, rows, chunks, sums, ranking):
             positions = rows.positions[begin : begin + used].tolist() + list(range(start, start + tokens))
             own = [0.0] * tokens if sums is None else sums[head, at : at + tokens].tolist()
             mass = ([0.0] * used if rows.mass is None else rows.mass[begin : begin + used].tolist()) + own
-            worth = [score(p, m, start + tokens, ranking) for p, m in zip(positions, mass, strict=True)]
+            worth = [score(p, m, start + tokens, order) for p, m in zip(positions, mass, strict=True)]
             best = sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:limit]
             if used + tokens <= limit:
                 assert len(best) == used + tokens
@@ -365,12 +367,12 @@ def true_keep(key, value, rows, chunks, sums, ranking):
                     rows.mass[begin + row] = mass[i]
 
 
-def assert_keeps(rows, chunks, packed, sums, ranking, dtype=F32, seed=3):
+def assert_evicts(rows, chunks, packed, sums, order, dtype=F32, seed=3):
     dims = rows.keys.shape[-1], rows.values.shape[-1]
     key, value = (strided(packed, rows.kv_heads, dim, seed + i, dtype) for i, dim in enumerate(dims))
     found, expected = copied(rows), copied(rows, "cpu")
-    assert triton_keep.keep(key, value, found, chunks, sums, ranking=ranking)
-    true_keep(key, value, expected, chunks, sums, ranking)
+    assert triton_evict.evict(key, value, found, chunks, sums, order=order)
+    true_evict(key, value, expected, chunks, sums, order)
     assert_same_rows(found, expected)
     return found
 
@@ -382,7 +384,7 @@ def slots_before(wanted, **kinds):
 
 @pytest.mark.parametrize("wanted", [FITTING, MIXED, EVICTING], ids=["fitting", "mixed", "evicting"])
 @pytest.mark.parametrize(
-    "ranking",
+    "order",
     [
         ranked("age"),
         ranked("mass"),
@@ -393,10 +395,10 @@ def slots_before(wanted, **kinds):
     ],
     ids=str,
 )
-def test_survivors_are_those_of_the_rules(wanted, ranking):
+def test_survivors_are_those_of_the_rules(wanted, order):
     chunks, packed = make_chunks(wanted)
     rows = slots_before(wanted)
-    found = assert_keeps(rows, chunks, packed, uniform(2, packed, seed=8), ranking)
+    found = assert_evicts(rows, chunks, packed, uniform(2, packed, seed=8), order)
     assert not torch.equal(found.positions, rows.positions)
 
 
@@ -404,17 +406,17 @@ def test_survivors_are_those_of_the_rules(wanted, ranking):
 @pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
 def test_vectors_of_any_size_move_whole(wanted, dtype):
     chunks, packed = make_chunks(wanted)
-    rows = slots_before(wanted, dtype=dtype, dim=96, breadth=20, kv_heads=3)
-    assert_keeps(rows, chunks, packed, uniform(3, packed), ranked(), dtype)
+    rows = slots_before(wanted, dtype=dtype, dim=96, value_dim=20, kv_heads=3)
+    assert_evicts(rows, chunks, packed, uniform(3, packed), ranked(), dtype)
 
 
 @pytest.mark.parametrize("wanted", [FITTING, EVICTING], ids=["fitting", "evicting"])
 @pytest.mark.parametrize("mass", [False, True])
 def test_without_sums_tokens_begin_at_zero(wanted, mass):
     chunks, packed = make_chunks(wanted)
-    assert_keeps(slots_before(wanted, mass=mass), chunks, packed, None, ranked("age"))
+    assert_evicts(slots_before(wanted, mass=mass), chunks, packed, None, ranked("age"))
     if mass:
-        assert_keeps(slots_before(wanted, mass=mass), chunks, packed, None, ranked("mass"))
+        assert_evicts(slots_before(wanted, mass=mass), chunks, packed, None, ranked("mass"))
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
@@ -426,7 +428,7 @@ def test_of_equals_the_first_stay_rows_before_tokens(levels):
     rows.mass.copy_(values[(uniform(len(rows.mass)) * levels).long()])
     sums = values[(uniform(2, packed, seed=1) * levels).long()]
     sums = torch.where((uniform(2, packed, seed=2) < 0.5) & (sums == 0), -sums, sums)
-    assert_keeps(rows, chunks, packed, sums, ranked("mass"))
+    assert_evicts(rows, chunks, packed, sums, ranked("mass"))
 
 
 @pytest.mark.parametrize("rich", ["slot", "chunk"])
@@ -437,7 +439,7 @@ def test_nothing_of_a_chunk_or_everything_may_stay(rich):
     sums = uniform(2, packed) + 1
     rows.mass[int(rows.first[1]) :][:24] = 5.0 if rich == "slot" else 0.0
     rows.mass[int(rows.first[0]) :][:24] = 5.0 if rich == "slot" else 0.0
-    found = assert_keeps(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
+    found = assert_evicts(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
     stay = found.positions[int(rows.first[1]) :][:24] < 50
     assert stay.all() if rich == "slot" else not stay.any()
 
@@ -449,51 +451,57 @@ def test_negative_and_broken_scores_are_ranked_too():
     rows.mass.mul_(normal(len(rows.mass)))
     sums = normal(2, packed, seed=1)
     rows.mass[int(rows.first[2]) + 3], sums[0, 40], sums[1, 41] = INFINITY, float("nan"), -INFINITY
-    assert_keeps(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
+    assert_evicts(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
 
 
 def test_a_chunk_alone_and_again_is_the_chunk_in_company_to_the_last_bit():
     chunks, packed = make_chunks(MIXED)
     rows, sums = slots_before(MIXED), uniform(2, packed)
-    found = assert_keeps(rows, chunks, packed, sums, ranked())
-    assert_same_rows(found, assert_keeps(rows, chunks, packed, sums, ranked()))
+    found = assert_evicts(rows, chunks, packed, sums, ranked())
+    assert_same_rows(found, assert_evicts(rows, chunks, packed, sums, ranked()))
     together = copied(rows)
     for one in range(4):
-        names = ("at", "lengths", "slots", "starts", "limits", "totals")
+        names = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
         part = {name: getattr(chunks, name)[one : one + 1] for name in names}
         alone = Chunks(**part, table=chunks.table[:, one : one + 1].contiguous())
-        together = assert_keeps(together, alone, packed, sums, ranked())
+        together = assert_evicts(together, alone, packed, sums, ranked())
     assert_same_rows(together, found)
 
 
 def test_too_many_rows_to_choose_from_are_left_to_others_but_not_to_append_to():
     wanted, capacities = [(2, 40, 40)], (30000, 40)
     chunks, packed = make_chunks(wanted, slots=(1,))
-    rows = make_rows([0, 2], [1, 40], capacities=capacities, dim=4, breadth=4, kv_heads=1)
+    rows = make_rows([0, 2], [1, 40], capacities=capacities, dim=4, value_dim=4, kv_heads=1)
     same = copied(rows)
     operands = [normal(packed, 1, 4, seed=i) for i in range(2)]
-    assert not triton_keep.keep(*operands, same, chunks, uniform(1, packed), ranking=ranked())
+    assert not triton_evict.evict(*operands, same, chunks, uniform(1, packed), order=ranked())
     assert_same_rows(same, rows)
     chunks, packed = make_chunks([(2, 38, 40)], slots=(1,))
-    assert_keeps(rows, chunks, packed, uniform(1, packed), ranked())
+    assert_evicts(rows, chunks, packed, uniform(1, packed), ranked())
 
 
 def test_no_chunks_are_no_work():
     rows = make_rows(*seen_by_slots())
     chunks = Chunks(
-        at=(), lengths=(), slots=(), starts=(), limits=(), totals=(), table=torch.empty(6, 0, dtype=torch.int64)
+        offsets=(),
+        lengths=(),
+        slots=(),
+        starts=(),
+        row_limits=(),
+        totals=(),
+        table=torch.empty(6, 0, dtype=torch.int64),
     )
-    assert triton_keep.keep(*tokens_of(0)[1:], copied(rows), chunks, None, ranking=ranked())
+    assert triton_evict.evict(*tokens_of(0)[1:], copied(rows), chunks, None, order=ranked())
 
 
-def twin_of(rows, slots, ranking):
+def twin_of(rows, slots, order):
     """The policy and the pool's slots that hold what these rows of one capacity hold."""
-    name = {"age": "streaming", "mass": "h2o", "average": "average-attention"}[ranking.by]
-    config = EngineConfig(kv_policy=name, kv_budget=24, kv_sink=ranking.sink, kv_recent=ranking.recent)
+    name = {"age": "streaming", "mass": "h2o", "average": "average-attention"}[order.by]
+    config = EngineConfig(kv_policy=name, kv_budget=24, kv_sink=order.sink, kv_recent=order.recent)
     policy = CompressionPolicy.from_config(config)
     layout = LayerLayout(
-        capacity=24, kv_heads=2, key_dim=16, value_dim=16, itemsize=4, window=ranking.window, owner=0, last_reader=0,
-        by_age=ranking.by == "age", row_stats=() if ranking.by == "age" else ("mass",),
+        capacity=24, kv_heads=2, key_dim=16, value_dim=16, itemsize=4, window=order.window, owner=0, last_reader=0,
+        by_age=order.by == "age", row_stats=() if order.by == "age" else ("mass",),
     )  # fmt: skip
     part = LayerSlots.allocate(layout, slots, F32, torch.device(DEVICE))
     for slot in range(slots):
@@ -518,16 +526,16 @@ def assert_is_twin(rows, part, tolerance):
             torch.testing.assert_close(rows.mass[there].view(2, 24), note[slot], **tolerance)
 
 
-@pytest.mark.parametrize("ranking", [ranked("age", window=90), ranked("mass"), ranked("average", window=60)], ids=str)
-def test_policy_and_pool_say_the_same(ranking):
+@pytest.mark.parametrize("order", [ranked("age", window=90), ranked("mass"), ranked("average", window=60)], ids=str)
+def test_policy_and_pool_say_the_same(order):
     """Two chunks, then a decoding step of the same two slots."""
     rows = make_rows([50, 10], [24, 24], capacities=(24, 24))
-    policy, part = twin_of(rows, 2, ranking)
+    policy, part = twin_of(rows, 2, order)
     chunks, packed = make_chunks([(50, 20, 24), (10, 12, 24)], slots=(0, 1))
     sums = uniform(2, packed)
     key, value = (strided(packed, 2, 16, seed, F32) for seed in (1, 2))
-    assert triton_keep.keep(key, value, rows, chunks, sums if part.row_stats else None, ranking=ranking)
-    for slot, (at, tokens, start) in enumerate(zip(chunks.at, chunks.lengths, chunks.starts, strict=True)):
+    assert triton_evict.evict(key, value, rows, chunks, sums if part.row_stats else None, order=order)
+    for slot, (at, tokens, start) in enumerate(zip(chunks.offsets, chunks.lengths, chunks.starts, strict=True)):
         packing, used = slice(at, at + tokens), min(start, 24)
         received = torch.cat([torch.zeros(2, used, device=DEVICE), sums[:, packing]], 1).unsqueeze(0)
         policy.compress(part, PrefillChunk(
@@ -539,15 +547,15 @@ def test_policy_and_pool_say_the_same(ranking):
 
     query, key, value = tokens_of(2)
     slots, now = torch.tensor([0, 1], device=DEVICE), torch.tensor([70, 22], device=DEVICE)
-    output, found = decode(query, key, value, rows, [0, 1], [70, 22], [24, 24], **{**PLAIN, "ranking": ranking})
+    output, found = decode(query, key, value, rows, [0, 1], [70, 22], [24, 24], **{**PLAIN, "order": order})
     going = EvictionRequest(
         slots=slots, positions=now, slots_host=(0, 1), positions_host=(70, 22), row_limits_host=(24, 24)
     )
     victims = torch.where(now.unsqueeze(1) >= 24, policy.victims(part, going), now.unsqueeze(1))
     part.write(slots, victims, key, value, now)
     hidden = torch.arange(24, device=DEVICE) > now.view(-1, 1, 1)
-    if ranking.window:
-        hidden = hidden | (part.positions <= now.view(-1, 1, 1) - ranking.window)
+    if order.window:
+        hidden = hidden | (part.positions <= now.view(-1, 1, 1) - order.window)
     answer, received = reference.attend_slots(
         query, part.keys.vectors, part.values.vectors, slots, scale=0.3, hidden=hidden, want_mass=True
     )

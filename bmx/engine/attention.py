@@ -55,6 +55,7 @@ class SlotAttention:
         self._pool = pool
         self._policy = policy
         self._kernels = kernels.module
+        self._fused = kernels.capabilities.fuses_steps
         self._alone = [self._left_alone(layer) for layer in range(len(pool.rows))]
         self._weights: dict[tuple[int, int], Tensor | None] = {}
         self.step: PackedStep | None = None
@@ -108,8 +109,7 @@ class SlotAttention:
         rows, layout = self._pool.rows[layer], self._pool.layer(0, layer).layout
         ranking = self._policy.ranking(layout)
         mine = layout.owner == layer == layout.last_reader
-        known = self._kernels.decode is not None and self._kernels.read is not None
-        return (rows, ranking) if known and mine and rows is not None and ranking is not None else None
+        return (rows, ranking) if self._fused and mine and rows is not None and ranking is not None else None
 
     def _decoded(self, step: PackedStep, output: Tensor, q: Tensor, k: Tensor, v: Tensor, details: Details) -> bool:
         """Have the kernels do all that decoding tokens need in a layer; False, and nothing is done, if they cannot."""
@@ -119,7 +119,7 @@ class SlotAttention:
         if decode_batch is None:
             return True
         (rows, ranking), mine = alone, slice(len(decode_batch.slots))
-        return self._kernels.decode(  # type: ignore[no-any-return]
+        return self._kernels.decode_step(
             output[mine],
             q[mine],
             k[mine],
@@ -128,9 +128,9 @@ class SlotAttention:
             decode_batch.slots,
             decode_batch.positions,
             decode_batch.row_limits,
-            ranking=ranking,
-            old=self._policy.decay_over(1),
-            count=rows.mass is not None and decode_batch.evicting,
+            order=ranking,
+            decay=self._policy.decay_over(1),
+            accumulate=rows.mass is not None and decode_batch.evicting,
             **details.options,
         )
 
@@ -140,8 +140,8 @@ class SlotAttention:
         if alone is None or not step.plain:
             return False
         rows, ranking = alone
-        return step.chunks is None or self._kernels.read(
-            output, q, k, v, rows, step.chunks, ranking=ranking, **details.options
+        return step.chunks is None or self._kernels.prefill_step(
+            output, q, k, v, rows, step.chunks, order=ranking, **details.options
         )
 
     def _prompt(
@@ -164,7 +164,7 @@ class SlotAttention:
             hidden=out_of_window(
                 part.positions[chunk.slot, :, :used], chunk.start, tokens + chunk.probes, layout.window
             ),
-            votes=votes,
+            query_weights=votes,
             squares=Needs.SQUARES in self._policy.needs,
             **details.options,
         )
@@ -173,7 +173,7 @@ class SlotAttention:
             shared.sums = sums if shared.sums is None else shared.sums + sums
         if step.layer < layout.last_reader:
             step.shared[layout.owner, index] = shared
-            return output  # type: ignore[no-any-return]
+            return output
         arrived = PrefillChunk(
             slot=chunk.slot,
             start=chunk.start,
@@ -186,7 +186,7 @@ class SlotAttention:
             sums=shared.sums,
         )
         self._policy.compress(part, arrived)
-        return output  # type: ignore[no-any-return]
+        return output
 
     def _votes(self, tokens: int, probes: int, device: torch.device) -> Tensor | None:
         """[M, T + probes], or None if attention is not looked at."""
@@ -220,8 +220,8 @@ class SlotAttention:
         options["squares"] = "squares" in layout.row_stats
         options["hidden"] = _hidden_from_decodes(part, group)
         if part.as_they_are:
-            return self._kernels.attend_slots(query, *part.read_slots(slice(None)), group.slots, **options)  # type: ignore[no-any-return]
-        return self._kernels.attend_slots(query, *part.read_slots(group.slots), **options)  # type: ignore[no-any-return]
+            return self._kernels.attend_slots(query, *part.read_slots(slice(None)), group.slots, **options)
+        return self._kernels.attend_slots(query, *part.read_slots(group.slots), **options)
 
     def _insert(self, part: LayerSlots, group: DecodeGroup, k: Tensor, v: Tensor) -> None:
         """Write the tokens' own keys: into the next empty row, or over the lowest-ranked unprotected one."""

@@ -222,25 +222,25 @@ class Packer:
         return DecodeBatch(slots=slots, positions=starts, row_limits=limits, evicting=evicting)
 
     def _chunks(self, table: list[list[int]], sent: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
-        at, lengths, slots, starts, limits, totals = map(tuple, table)
-        votes = old = None
+        offsets, lengths, slots, starts, row_limits, totals = map(tuple, table)
+        query_weights = decay = None
         if self.policy.weights_queries:
             weights = [0.0] * tokens
             for chunk in prompts:
                 begin = chunk.rows.start
                 weights[begin : begin + chunk.length] = self.policy.query_weights(chunk.length, 0)[0]
-            votes = upload(weights, self.device, torch.float32)
-            old = upload([self.policy.decay_over(length) for length in lengths], self.device, torch.float32)
+            query_weights = upload(weights, self.device, torch.float32)
+            decay = upload([self.policy.decay_over(length) for length in lengths], self.device, torch.float32)
         return Chunks(
-            at=at,
+            offsets=offsets,
             lengths=lengths,
             slots=slots,
             starts=starts,
-            limits=limits,
+            row_limits=row_limits,
             totals=totals,
             table=sent,
-            votes=votes,
-            old=old,
+            query_weights=query_weights,
+            decay=decay,
         )
 
     def _by_group(

@@ -81,7 +81,8 @@ class RunPlanner:
         plans: list[Callable[[], Plan]] = [
             partial(plan, self.spec, self._layout, allowed, lengths, size, device) for size in sizes
         ]
-        return fastest(plans, self.spec, lengths, self.backend.kernels.name, self._rates)
+        profile = self.backend.kernels.capabilities.profile_for(self.spec.itemsize)
+        return fastest(plans, self.spec, lengths, profile, self._rates)
 
     def _rates(self) -> Rates:
         """The machine's rates; typical ones where there is no memory to measure them."""

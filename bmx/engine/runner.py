@@ -22,7 +22,7 @@ from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels
 from bmx.kernels.transfer import Download, upload
 from bmx.kv.pool import KVPool
-from bmx.model.fused_modules import taken_over
+from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import use_attention
@@ -78,8 +78,8 @@ class ModelRunner:
         slots = tuple(group.slots for group in (*plan.groups, *plan.prefix_slots))
         self.pool = KVPool(plan.layouts, slots, self._model.dtype, self._model.device)
         self.kv_bytes = self.pool.nbytes
-        like_a_gpu = self._model.device.type == "cuda" or kernels.name == "triton"
-        self.ahead = int(like_a_gpu and watch is None)
+        capabilities = kernels.capabilities
+        self.ahead = int(capabilities.runs_ahead(self._model.device.type) and watch is None)
         self._watch = watch
         self._capacities = tuple(group.capacity for group in plan.groups)
         self._attention = SlotAttention(self.pool, policy, kernels)
@@ -93,16 +93,16 @@ class ModelRunner:
         )
         self._next_ids = torch.zeros(sum(slots) + 1, dtype=torch.long, device=self._model.device)  # the last: nobody's
         self._graphs = None
-        self._masked = like_a_gpu and self._attention.alone and not policy.protects  # what is not in use is never read
+        self._masked = capabilities.skips_empty_rows and self._attention.alone and not policy.protects
         known = self._rope is None or self._rope.two_sets
-        if self.ahead and refused is not None and known and self._masked:
+        if self.ahead and refused is not None and known and self._masked and capabilities.capturable:
             self._graphs = DecodeGraphs(self._round, self._next_ids, refused)
         self.rounds = 1 if self._graphs is None else ROUNDS
         self._attached = ExitStack()
 
     def __enter__(self) -> ModelRunner:
         self._attached.enter_context(use_attention(self._model, self._attention))
-        self._attached.enter_context(taken_over(self._model, self._kernels))
+        self._attached.enter_context(fused_modules(self._model, self._kernels))
         return self
 
     def __exit__(self, *_: object) -> None:

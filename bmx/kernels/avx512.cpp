@@ -286,7 +286,7 @@ long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const
 // k and v [tokens][kv_heads][dim or breadth] by strides in `views`; keys, values, positions, mass [kv_heads][capacity]
 // ... of this slot, `used` rows of them in use; start: the position of the first token; sums [kv_heads][used + tokens]
 // or null; mass or null.
-long bmx_compress(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const float* sums,
+long bmx_evict(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const float* sums,
                   long tokens, long kv_heads, long capacity, long limit, long used, long start, long dim, long breadth,
                   float old, Ranking ranking, char* work, long size) {
     const Rows k = views[0], v = views[1];
@@ -343,7 +343,7 @@ long bmx_compress(const Rows* views, bf16* keys, bf16* values, int32_t* position
 // q by strides (batch, head) in `views`; keys, values, positions and mass by row, a slot's head by head from row
 // `first` of it on, `capacity` of it each; now [batch], the tokens' positions; limits [batch], rows that each may use;
 // mass faded by `old` before, or null where nothing is added up; window 0 for none. No slot has more than `largest`.
-long bmx_decode(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const int64_t* first,
+long bmx_decode_step(const Rows* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const int64_t* first,
                 const int64_t* capacity, const int64_t* slots, const int64_t* now, const int64_t* limits, long batch,
                 long heads, long kv_heads, long largest, long dim, long breadth, float scale, float old, int count, Ranking ranking, const float* sinks, bf16* out, char* work, long size) {
     const Rows q = views[0], k = views[1], v = views[2];

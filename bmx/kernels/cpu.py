@@ -1,11 +1,11 @@
 """Attention for CPUs: tiles of queries against contiguous keys, a few large matrix products each.
 
-Knows tensors only; same signatures and results as ``reference``. What pays here was measured: one 2-D product per
-kv head and tile (batched ones and strided operands get copied), tiles of 130 to 190 queries whose scores stay in
-cache, keys past the tile's last query left out, the softmax in one pass in the tensors' own type, and column sums as
-a product with the queries' votes (added up in float32, rounded once per tile; tiles are added up in float32).
+Knows tensors only; all but ``attend_chunk`` is ``reference``. What pays here was measured: one 2-D product per kv head
+and tile (batched products and strided operands get copied), tiles of 130 to 190 queries whose scores stay in cache,
+keys past the tile's last query left out, the softmax in one pass in the tensors' own type, and column sums as a product
+with the queries' weights (added up in float32, rounded once per tile; tiles are added up in float32).
 
-Shapes as in ``reference``; R = rows of a tile = its queries x G.
+Shapes as in ``contract``; R = rows of a tile = its queries x G.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from torch import Tensor
 from bmx.kernels import reference
 from bmx.kernels.workspace import TILE
 
-attend_slots = reference.attend_slots
-SUPPORTED_DTYPES = reference.SUPPORTED_DTYPES
+attend_slots, decode_step, prefill_step = reference.attend_slots, reference.decode_step, reference.prefill_step
 product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
-decode, read = reference.decode, reference.read
 
 
 def attend_chunk(
@@ -33,10 +31,10 @@ def attend_chunk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     hidden: Tensor | None = None,
-    votes: Tensor | None = None,
+    query_weights: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """See ``reference.attend_chunk``."""
+    """See ``contract.KernelModule.attend_chunk``."""
     tokens, heads, dim = query.shape
     kv_heads, past, _ = past_key.shape
     group = heads // kv_heads
@@ -44,16 +42,18 @@ def attend_chunk(
     values = torch.cat([past_value, value.transpose(0, 1)], dim=1)
     rows = query.reshape(tokens, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, tokens * group, dim)
     output = torch.empty(kv_heads, tokens * group, values.shape[-1], dtype=query.dtype)
-    sums = None if votes is None else torch.zeros(len(votes) + squares, kv_heads, past + tokens)
-    ballots = None if votes is None else votes.to(query.dtype).repeat_interleave(group, 1)  # [M, T * G]
+    row_weights = sums = None
+    if query_weights is not None:
+        row_weights = query_weights.to(query.dtype).repeat_interleave(group, 1)  # [M, T * G]
+        sums = torch.zeros(len(query_weights) + squares, kv_heads, past + tokens)
     tile = -(-tokens // -(-tokens // TILE))  # tiles as even as can be
     future = _future(tile, group, query.dtype)
     sink_rows = None if sinks is None else sinks.view(kv_heads, group).repeat(1, tile).unsqueeze(-1)
     for head in range(kv_heads):
         for start in range(0, tokens, tile):
             stop = min(start + tile, tokens)
-            width, mine = past + stop, slice(start * group, stop * group)
-            scores = _scores(rows[head, mine], keys[head, :width], scale)  # [R, width]
+            width, of_tile = past + stop, slice(start * group, stop * group)
+            scores = _scores(rows[head, of_tile], keys[head, :width], scale)  # [R, width]
             scores = reference.cap(scores, softcap)
             scores[:, past + start :].add_(future[: len(scores), : stop - start])
             if hidden is not None:
@@ -61,21 +61,27 @@ def attend_chunk(
                 scores.masked_fill_(mask, float("-inf"))
             sink = None if sink_rows is None else sink_rows[head, : len(scores)]
             weights = reference.softmax_with_sinks(scores, sink)
-            torch.mm(weights, values[head, :width], out=output[head, mine])
-            if sums is not None and ballots is not None:
-                _add_up(sums[:, head, :width], ballots[:, mine], weights)
+            torch.mm(weights, values[head, :width], out=output[head, of_tile])
+            if sums is not None and row_weights is not None:
+                _add_up(sums[:, head, :width], row_weights[:, of_tile], weights)
     output = output.view(kv_heads, tokens, group, -1).transpose(0, 1).reshape(tokens, heads, -1)
     return output, None if sums is None else sums.div_(group)
 
 
-def _add_up(sums: Tensor, ballots: Tensor, weights: Tensor) -> None:
-    """Add to sums [M or M + 1, N] what a tile's weights [R, N] come to by ballots [M, R], none of which may count."""
-    if not ballots.any():
+def _add_up(sums: Tensor, row_weights: Tensor, probabilities: Tensor) -> None:
+    """Add a tile's weighted probabilities to the column sums; nothing if all weights are 0.
+
+    Args:
+        sums: [M, N], or [M + 1, N] with the squares last.
+        row_weights: [M, R].
+        probabilities: [R, N].
+    """
+    if not row_weights.any():
         return
-    ways = len(ballots)
-    sums[:ways] += torch.mm(ballots, weights)
+    ways = len(row_weights)
+    sums[:ways] += torch.mm(row_weights, probabilities)
     if len(sums) > ways:
-        sums[ways:] += torch.mm(ballots[:1], weights.square())
+        sums[ways:] += torch.mm(row_weights[:1], probabilities.square())
 
 
 def _scores(rows: Tensor, keys: Tensor, scale: float) -> Tensor:

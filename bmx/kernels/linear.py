@@ -1,4 +1,4 @@
-"""A linear layer as kernels see it: its weights, as they are or in bytes. Knows tensors; computes nothing."""
+"""A linear layer as kernels see it: weights in the model's type, or in int8. Knows tensors; computes nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class Linear:
     """Weights of a linear layer.
 
     Attributes:
-        weight: [O, I], in the model's type or in int8; bias [O] or None.
-        scales: [O] float32, of weights in int8; None for others.
-        sums: [O] int32, of each row of weights in int8: what the zero of an input that is no code of 0 adds up to.
+        weight: [O, I], in the model's type or in int8.
+        bias: [O], or None.
+        scales: [O] float32, by which a row of int8 weights is multiplied; None for weights in the model's type.
+        sums: [O] int32, sum of each row of int8 weights: corrects for inputs whose zero is not code 0.
     """
 
     weight: Tensor

@@ -1,4 +1,4 @@
-"""Rankings of KV pairs so simple that a kernel can do them by itself: numbers alone, so that plans need no torch."""
+"""The orders of eviction that a kernel can compute by itself. Numbers alone, so that plans need no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ RANKS = ("age", "mass", "average")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionOrder:
-    """Who goes first.
+    """Which KV pair is evicted first.
 
     Attributes:
-        by: ``age``: the oldest; ``mass``: who received the least attention; ``average``: the least for each query.
-        sink, recent: first and newest tokens, which stay.
-        window: newest keys that a query sees, or None: what no later one can see goes before all others.
+        by: ``age``: the oldest; ``mass``: the one that received the least attention; ``average``: the least attention
+            per query that could have seen it.
+        sink: first tokens of a sequence, which are never evicted.
+        recent: newest tokens, which are never evicted.
+        window: newest keys that a query sees, or None for all; pairs out of the window are evicted before all others.
     """
 
     by: str

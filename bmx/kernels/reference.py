@@ -1,9 +1,10 @@
-"""The truth: attention over a slot and a chunk, in plain torch, one whole matrix at a time; and linear layers.
+"""The specification: every kernel in plain torch, one whole matrix at a time, written to be read.
 
-Knows tensors only, and is written to be read; every faster kernel has these signatures and is tested against it.
+Implements all of ``contract.KernelModule``, where arguments and results are explained; faster kernels are tested
+against it. Knows tensors only.
 
-Shapes: T chunk tokens, B decoding slots, S slots, H query heads, K kv heads, G = H / K, C rows of a slot,
-P rows in use, D key dim, E value dim.
+Shapes: T chunk tokens, B decoding tokens, S slots, H query heads, K kv heads, G = H / K, C rows of a slot,
+P rows in use, D key dim, E value dim, M ways of adding up attention.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from bmx.kernels.linear import Linear
+from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.slot_views import Chunks, Rows
 
 
 def attend_chunk(
@@ -28,25 +31,10 @@ def attend_chunk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     hidden: Tensor | None = None,
-    votes: Tensor | None = None,
+    query_weights: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """A prompt chunk attends to its slot (all of it) and to itself (causally).
-
-    Args:
-        query: [T, H, D]; key [T, K, D]; value [T, K, E]: the chunk's own.
-        past_key: [K, P, D]; past_value [K, P, E]: rows of the slot in use, in any order.
-        scale: factor of the dot products.
-        softcap: ``softcap * tanh(s / softcap)`` replaces each score s (Gemma 2).
-        sinks: [H] extra logits that take part in the softmax and have no value (gpt-oss).
-        hidden: [K, T, P + T] bool, True where a sliding window hides a key from a query.
-        votes: [M, T] float32, M ways of adding up the attention that each key receives: the weight of each query.
-        squares: whether to add up the squared probabilities too, by the first of these weights.
-
-    Returns:
-        output [T, H, E], and the sums [M, K, P + T] (M + 1 with squares) in float32 (or None without votes): over
-        queries, weighted, of the mean over the group's heads of the attention probabilities, slot rows first.
-    """
+    """See ``contract.KernelModule.attend_chunk``."""
     tokens, heads, _ = query.shape
     kv_heads, past, _ = past_key.shape
     keys = torch.cat([past_key, key.transpose(0, 1)], dim=1)  # [K, P+T, D]
@@ -62,19 +50,23 @@ def attend_chunk(
     weights = softmax_with_sinks(scores, sink_logits)
     output = torch.matmul(weights.to(value.dtype), values.unsqueeze(1))  # [K, G, T, E]
     output = output.permute(2, 0, 1, 3).reshape(tokens, heads, -1)
-    if votes is None:
+    if query_weights is None:
         return output, None
-    sums = torch.einsum("mt,ktn->mkn", votes, weights.mean(1))
+    sums = torch.einsum("mt,ktn->mkn", query_weights, weights.mean(1))
     if squares:
-        sums = torch.cat([sums, torch.einsum("t,ktn->kn", votes[0], weights.square().mean(1)).unsqueeze(0)])
+        squared = torch.einsum("t,ktn->kn", query_weights[0], weights.square().mean(1))
+        sums = torch.cat([sums, squared.unsqueeze(0)])
     return output, sums
 
 
 def out_of_window(positions: Tensor, start: int, tokens: int, window: int | None) -> Tensor | None:
-    """[K, T, P + T]: keys that a sliding window hides from a chunk's queries; None if it hides nothing.
+    """[K, T, P + T] bool: keys that a sliding window hides from a chunk's queries; None if it hides none.
 
     Args:
-        positions: [K, P] of the slot's rows in use; the chunk's are ``start`` and so on.
+        positions: [K, P], of the slot's rows in use.
+        start: position of the chunk's first token.
+        tokens: of the chunk.
+        window: newest keys that a query sees, or None.
     """
     if window is None or start + tokens <= window:
         return None
@@ -96,35 +88,25 @@ def attend_slots(
     want_mass: bool = False,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One decoding token per slot attends to its slot, in which its own key already is.
+    """See ``contract.KernelModule.attend_slots``.
 
-    Copying the keys of some slots costs more than attending to all: from half of them on, those that do not decode
-    take part with a query of zeros.
-
-    Args:
-        query: [B, H, D]; keys [S, K, C, D]; values [S, K, C, E].
-        slots: [B], the slot of each token; None if those are the first ones, in order (B = S).
-        hidden: broadcastable to [B, K, C] bool, True for rows not in use or out of the window.
-        scale, softcap, sinks: as in ``attend_chunk``.
-        want_mass: whether to give the attention that each key receives; ``squares``: and the squared probabilities.
-
-    Returns:
-        output [B, H, E], and the sums [1 or 2, B, K, C] in float32 (or None).
+    Copying the keys of some slots costs more than attending to all: from half of them on, slots that do not decode take
+    part with a query of zeros.
     """
-    look = partial(_look_up, scale=scale, softcap=softcap, sinks=sinks, want_mass=want_mass, squares=squares)
+    attend = partial(_attend_slots, scale=scale, softcap=softcap, sinks=sinks, want_mass=want_mass, squares=squares)
     if slots is None:
-        return look(query, keys, values, hidden)
+        return attend(query, keys, values, hidden)
     if 2 * len(slots) < len(keys):
-        return look(query, keys[slots], values[slots], hidden)
-    everyone = query.new_zeros(len(keys), *query.shape[1:]).index_copy_(0, slots, query)
+        return attend(query, keys[slots], values[slots], hidden)
+    queries = query.new_zeros(len(keys), *query.shape[1:]).index_copy_(0, slots, query)
     if hidden is not None:
-        shown = hidden.new_zeros(len(keys), *hidden.shape[1:])
-        hidden = shown.index_copy_(0, slots, hidden.expand(len(slots), *hidden.shape[1:]))
-    output, sums = look(everyone, keys, values, hidden)
+        nothing = hidden.new_zeros(len(keys), *hidden.shape[1:])
+        hidden = nothing.index_copy_(0, slots, hidden.expand(len(slots), *hidden.shape[1:]))
+    output, sums = attend(queries, keys, values, hidden)
     return output[slots], None if sums is None else sums[:, slots]
 
 
-def _look_up(
+def _attend_slots(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -136,7 +118,7 @@ def _look_up(
     want_mass: bool,
     squares: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``attend_slots`` of one token for every slot, in order."""
+    """``attend_slots`` with one token for every slot, in order."""
     batch, kv_heads, capacity, dim = keys.shape
     grouped = query.reshape(batch * kv_heads, -1, dim)  # [B*K, G, D]
     scores = scaled_scores(grouped, keys.flatten(0, 1), scale).view(batch, kv_heads, -1, capacity)  # [B, K, G, C]
@@ -151,24 +133,175 @@ def _look_up(
     return output, torch.stack([weights.mean(2)] + ([weights.square().mean(2)] if squares else []))
 
 
-def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
-    """What computes linear layers of the same input x [..., I]: [..., O] of each.
+def decode_step(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    slots: Tensor,
+    positions: Tensor,
+    row_limits: Tensor,
+    *,
+    scale: float,
+    order: EvictionOrder,
+    decay: float,
+    accumulate: bool,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> bool:
+    """See ``contract.KernelModule.decode_step``; one token after another."""
+    heads = torch.arange(rows.kv_heads, device=query.device)
+    tokens = zip(slots.tolist(), positions.tolist(), row_limits.tolist(), strict=True)
+    for token, (slot, position, row_limit) in enumerate(tokens):
+        if slot < 0:
+            output[token] = 0
+            continue
+        keys, values, lies_at, mass = rows.slot(slot)
+        limit = min(row_limit, rows.capacities[slot])
+        if position < limit:
+            row = torch.full_like(heads, position)
+        else:
+            received = None if mass is None else mass[:, :limit]
+            row = rank(lies_at[:, :limit], received, position, order).argmin(1)  # [K], of equals the first
+        keys[heads, row], values[heads, row] = key[token], value[token]
+        lies_at[heads, row] = position
+        if mass is not None:
+            mass[heads, row] = 0
+        used = slice(min(position + 1, limit))
+        answer, sums = attend_slots(
+            query[token].unsqueeze(0),
+            keys[:, used].unsqueeze(0),
+            values[:, used].unsqueeze(0),
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            hidden=None if order.window is None else lies_at[:, used].unsqueeze(0) <= position - order.window,
+            want_mass=accumulate,
+        )
+        output[token] = answer[0]
+        if mass is not None and sums is not None:
+            mass[:, used] = mass[:, used] * decay + sums[0, 0]
+    return True
+
+
+def prefill_step(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    chunks: Chunks,
+    *,
+    scale: float,
+    order: EvictionOrder,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> bool:
+    """See ``contract.KernelModule.prefill_step``; one chunk after another."""
+    own_sums = None if rows.mass is None else rows.mass.new_zeros(rows.kv_heads, len(key))
+    weights = query.new_ones(len(query), dtype=torch.float32) if chunks.query_weights is None else chunks.query_weights
+    for n, evicts in enumerate(chunks.may_evict(rows)):
+        own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
+        start, slot = chunks.starts[n], chunks.slots[n]
+        used = min(start, chunks.row_limits[n], rows.capacities[slot])
+        keys, values, positions, mass = rows.slot(slot)
+        output[own], sums = attend_chunk(
+            query[own],
+            key[own],
+            value[own],
+            keys[:, :used],
+            values[:, :used],
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            hidden=out_of_window(positions[:, :used], start, chunks.lengths[n], order.window),
+            query_weights=weights[own].unsqueeze(0) if evicts and mass is not None else None,
+        )
+        if sums is not None and mass is not None and own_sums is not None:
+            decay = 1.0 if chunks.decay is None else chunks.decay[n]
+            mass[:, :used] = mass[:, :used] * decay + sums[0, :, :used]
+            own_sums[:, own] = sums[0, :, used:]
+    return evict(key, value, rows, chunks, own_sums, order=order)
+
+
+def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor | None, *, order: EvictionOrder) -> bool:
+    """What follows the attention of prompt chunks: of each slot and chunk, the best pairs stay.
+
+    As many stay as the row limit says; of equals the first, rows before tokens. The survivors of a chunk take, in
+    order, the rows of the pairs that go and then empty rows. The mass of rows in use is up to date already.
 
     Args:
-        layers: all with weights in bytes, or none.
-        gated: there are two, and the only output is SiLU(the first one's) times the second one's (SwiGLU, arXiv
-            2002.05202).
+        key: [T, K, D], of all packed tokens, each vector contiguous.
+        value: [T, K, E], of all packed tokens, each vector contiguous.
+        rows: the layer's slots; written.
+        chunks: the prompt chunks.
+        sums: [K, T] float32, attention that the chunks' own keys received; None for 0.
+        order: which pair is evicted first.
+
+    Returns:
+        Whether it was done; if not, nothing was changed.
     """
+    for n, (offset, tokens, slot, start) in enumerate(
+        zip(chunks.offsets, chunks.lengths, chunks.slots, chunks.starts, strict=True)
+    ):
+        own, limit = slice(offset, offset + tokens), min(chunks.row_limits[n], rows.capacities[slot])
+        used = min(start, limit)
+        keys, values, positions, mass = rows.slot(slot)
+        own_positions = torch.arange(start, start + tokens, dtype=torch.int32, device=key.device)
+        candidates = torch.cat([positions[:, :used], own_positions.expand(rows.kv_heads, -1)], 1)  # [K, P + T]
+        received = None
+        if mass is not None:
+            own_mass = mass.new_zeros(rows.kv_heads, tokens) if sums is None else sums[:, own]
+            received = torch.cat([mass[:, :used], own_mass], 1)
+        best = rank(candidates, received, start + tokens, order).argsort(dim=1, descending=True, stable=True)[:, :limit]
+        stays = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, best, True)
+        for head in range(rows.kv_heads):
+            survivors = stays[head, used:].nonzero().squeeze(1)
+            free = torch.cat([~stays[head, :used], stays.new_ones(limit - used)]).nonzero().squeeze(1)
+            row = free[: len(survivors)]
+            keys[head, row], values[head, row] = key[own][survivors, head], value[own][survivors, head]
+            positions[head, row] = own_positions[survivors]
+            if mass is not None and received is not None:
+                mass[head, row] = received[head, used + survivors]
+    return True
 
-    def computed(x: Tensor) -> list[Tensor]:
-        found = [_linear(x, layer) for layer in layers]
-        return [gate(*found)] if gated else found
 
-    return computed
+def rank(positions: Tensor, mass: Tensor | None, now: int, order: EvictionOrder) -> Tensor:
+    """Scores of KV pairs [K, N] float32; the lowest is evicted first.
+
+    Args:
+        positions: [K, N] int32, of the pairs' tokens; -1 for an empty row.
+        mass: [K, N] float32, attention that the pairs received; None for 0.
+        now: tokens of the sequence so far.
+        order: which pair is evicted first.
+
+    Returns:
+        +inf for sink and recent tokens; else -inf for NaN. -inf for empty rows and for pairs out of the window.
+    """
+    received = torch.zeros_like(positions, dtype=torch.float32) if mass is None else mass
+    scores = positions.float() if order.by == "age" else received
+    if order.by == "average":
+        scores = scores / (now - positions).clamp(1, order.window).float()  # queries that could see the pair
+    scores = scores.masked_fill((positions < order.sink) | (positions >= now - order.recent), float("inf"))
+    gone = (positions < 0) | scores.isnan()
+    if order.window is not None:
+        gone = gone | (positions <= now - order.window)
+    return scores.masked_fill(gone, float("-inf"))
+
+
+def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
+    """See ``contract.KernelModule.product``."""
+
+    def compute(x: Tensor) -> list[Tensor]:
+        outputs = [_linear(x, layer) for layer in layers]
+        return [gate(*outputs)] if gated else outputs
+
+    return compute
 
 
 def _linear(x: Tensor, layer: Linear) -> Tensor:
-    """A linear layer [..., I] -> [..., O]; where its weights are bytes, inputs are too while they are multiplied.
+    """A linear layer [..., I] -> [..., O]; inputs of int8 weights are rounded to 8 bits too.
 
     Each row of the input is rounded to 256 levels from its least to its greatest number, zero among them; sums are
     exact integers.
@@ -188,30 +321,30 @@ def _linear(x: Tensor, layer: Linear) -> Tensor:
 
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) times up, both [..., I]."""
+    """See ``contract.KernelModule.gate``."""
     return torch.nn.functional.silu(gate) * up
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., I] over the root of its mean square, computed in float32 and rounded, times weight [I]."""
+    """See ``contract.KernelModule.rms_norm``."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary embedding (arXiv 2104.09864, section 3.4.2; halves, not pairs): x [1, H, T, D]; cos, sin [1, T, D]."""
+    """See ``contract.KernelModule.rotate``."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
-SUPPORTED_DTYPES: tuple[
-    torch.dtype, ...
-] = ()  # types of models whose parts are better computed here than by the model itself
-decode = read = None  # policy and pool do it, operator by operator
-
-
 def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Query [N, M, D] x key [N, C, D] -> scores [N, M, C], scaled before anything is rounded or overflows."""
+    """Scaled dot products [N, M, C]; the scale is applied before anything is rounded or overflows.
+
+    Args:
+        query: [N, M, D].
+        key: [N, C, D].
+        scale: factor of the dot products.
+    """
     return torch.baddbmm(query.new_empty(()), query, key.transpose(-1, -2), beta=0, alpha=scale)
 
 

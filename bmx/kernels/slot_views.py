@@ -14,18 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """All slots of one layer, those of every capacity, in one piece.
+    """All slots of one layer, of every capacity, in one piece of memory.
 
-    Row c of kv head k of slot s is row ``first[s] + k * capacity[s] + c``.
+    Row c of kv head k of slot s is row ``first[s] + k * capacity[s] + c``. A sequence fills the rows of a head in order
+    until it evicts; from then on survivors lie in any order.
 
     Attributes:
-        keys: [R, D]; values [R, E].
-        positions: [R] int32, the token's position in its sequence, -1 where the row is empty.
-        mass: [R] float32, attention received, or None where nothing is added up.
-        first: [S] int64; capacity [S] int64.
+        keys: [R, D].
+        values: [R, E].
+        positions: [R] int32, the token's position in its sequence; -1 where the row is empty.
+        mass: [R] float32, attention received from queries so far; None where the eviction order does not need it.
+        first: [S] int64, first row of each slot.
+        capacity: [S] int64, rows of a head in each slot.
         kv_heads: K.
-        sizes: the capacities again, on the host.
-        largest: the greatest of them.
+        capacities: ``capacity`` on the host.
+        largest: the largest capacity.
     """
 
     keys: Tensor
@@ -35,29 +38,44 @@ class Rows:
     first: Tensor
     capacity: Tensor
     kv_heads: int
-    sizes: tuple[int, ...]
+    capacities: tuple[int, ...]
     largest: int
+
+    def slot(self, slot: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Views of one slot: keys [K, C, D], values [K, C, E], positions [K, C] and mass [K, C] (or None)."""
+        first, shape = int(self.first[slot]), (self.kv_heads, self.capacities[slot])
+        own = slice(first, first + shape[0] * shape[1])
+        mass = None if self.mass is None else self.mass[own].view(shape)
+        return self.keys[own].view(*shape, -1), self.values[own].view(*shape, -1), self.positions[own].view(shape), mass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chunks:
-    """The prompt chunks of a step, each the next tokens of another slot's sequence, by number.
+    """The prompt chunks of a step, each the next tokens of another slot's sequence. Six columns of N numbers.
 
     Attributes:
-        at: the packed row of its first token; ``lengths`` its tokens.
-        slots: where its sequence lives; ``starts`` tokens of it before the chunk.
-        limits: rows of a head that it may use; ``totals`` its tokens when its answer is as long as it may get.
-        table: [6, N] int64, the same six, in this order, on the device.
-        votes: [T] float32, the weight of each packed token's attention; None if all weigh 1.
-        old: [N] float32, what is left of the attention added up before, as the chunk's comes on top; None if all of it.
+        offsets: packed row of each chunk's first token.
+        lengths: tokens of the chunk.
+        slots: number of the sequence's slot.
+        starts: tokens of the sequence before the chunk.
+        row_limits: rows of a head that the sequence may use, if its slot has as many.
+        totals: tokens of the sequence once its answer is as long as it may get.
+        table: [6, N] int64, the same six columns, in this order, on the device.
+        query_weights: [T] float32, the weight of each packed token's attention; None if all weigh 1.
+        decay: [N] float32, factor of the mass added up before, as the chunk's attention comes on top; None for 1.
     """
 
-    at: tuple[int, ...]
+    offsets: tuple[int, ...]
     lengths: tuple[int, ...]
     slots: tuple[int, ...]
     starts: tuple[int, ...]
-    limits: tuple[int, ...]
+    row_limits: tuple[int, ...]
     totals: tuple[int, ...]
     table: Tensor
-    votes: Tensor | None = None
-    old: Tensor | None = None
+    query_weights: Tensor | None = None
+    decay: Tensor | None = None
+
+    def may_evict(self, rows: Rows) -> list[bool]:
+        """Of each chunk, whether its sequence will ever evict in this layer."""
+        each = zip(self.totals, self.row_limits, self.slots, strict=True)
+        return [total > min(limit, rows.capacities[slot]) for total, limit, slot in each]

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmx.kernels import interpreted
 from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Rows
 
 INTERPRETED = interpreted()
@@ -86,8 +86,8 @@ def _logits(products, scale, softcap: tl.constexpr):
 @triton.jit
 def _attend(
     q, own_key, own_value, keys, values, positions, sinks, scratch, heads, real, row, used, at, width, scale,
-    softcap: tl.constexpr, window: tl.constexpr, dim: tl.constexpr, breadth: tl.constexpr,
-    dim_full: tl.constexpr, breadth_full: tl.constexpr, block: tl.constexpr,
+    softcap: tl.constexpr, window: tl.constexpr, dim: tl.constexpr, value_dim: tl.constexpr,
+    dim_full: tl.constexpr, value_dim_full: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A token's query heads q [G, D] attend to its own pair, then to the rows in use but the one that it takes.
 
@@ -96,7 +96,7 @@ def _attend(
     Returns:
         The answer [G, E], not divided yet; and [G]: the score of the own pair, the highest one, and the divisor.
     """
-    d, e = tl.arange(0, dim_full), tl.arange(0, breadth_full)
+    d, e = tl.arange(0, dim_full), tl.arange(0, value_dim_full)
     g = tl.arange(0, q.shape[0])
     own = _logits(tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1), scale, softcap)
     top = own
@@ -122,7 +122,9 @@ def _attend(
         fade = tl.exp2(top - higher)
         weights = tl.exp2(scores - higher[:, None])
         total = total * fade + tl.sum(weights, 1)
-        v = tl.load(values + c[:, None] * breadth + e[None, :], mask=read[:, None] & (e < breadth)[None, :], other=0.0)
+        v = tl.load(
+            values + c[:, None] * value_dim + e[None, :], mask=read[:, None] & (e < value_dim)[None, :], other=0.0
+        )
         answer = tl.dot(weights.to(v.dtype), v, answer * fade[:, None], input_precision="ieee")
         top = higher
     return answer, own, top, total
@@ -151,26 +153,26 @@ def _decode(
     output, query, key, value, keys, values, positions, mass, first, capacity, slots, now, limits, sinks, scratch,
     query_row, query_head, key_row, key_head, value_row, value_head, width, scale, old,
     softcap: tl.constexpr, by: tl.constexpr, sink: tl.constexpr, recent: tl.constexpr, window: tl.constexpr,
-    group: tl.constexpr, dim: tl.constexpr, breadth: tl.constexpr, group_full: tl.constexpr, dim_full: tl.constexpr,
-    breadth_full: tl.constexpr, block: tl.constexpr, block_search: tl.constexpr, block_count: tl.constexpr,
+    group: tl.constexpr, dim: tl.constexpr, value_dim: tl.constexpr, group_full: tl.constexpr, dim_full: tl.constexpr,
+    value_dim_full: tl.constexpr, block: tl.constexpr, block_search: tl.constexpr, block_count: tl.constexpr,
 ):  # fmt: skip
     """One kv head of one decoding row: its token takes a row, attends to the slot, and what it saw is added up."""
     one, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     slot = tl.load(slots + one)
-    g, d, e = tl.arange(0, group_full), tl.arange(0, dim_full), tl.arange(0, breadth_full)
+    g, d, e = tl.arange(0, group_full), tl.arange(0, dim_full), tl.arange(0, value_dim_full)
     mine = (one * kv_heads + head) * group  # this program's first query head of all
-    out = output + mine * breadth + g[:, None] * breadth + e[None, :]
-    asked = (g < group)[:, None] & (e < breadth)[None, :]
+    out = output + mine * value_dim + g[:, None] * value_dim + e[None, :]
+    asked = (g < group)[:, None] & (e < value_dim)[None, :]
     if slot < 0:
-        tl.store(out, tl.zeros([group_full, breadth_full], output.dtype.element_ty), mask=asked)
+        tl.store(out, tl.zeros([group_full, value_dim_full], output.dtype.element_ty), mask=asked)
         return
     rows = tl.load(capacity + slot)
     place = tl.load(first + slot) + head * rows
     limit = tl.minimum(tl.load(limits + one), rows).to(tl.int32)
     at = tl.load(now + one).to(tl.int32)
     keys += place * dim
-    values += place * breadth
+    values += place * value_dim
     positions += place
     if mass is not None:
         mass += place
@@ -186,17 +188,17 @@ def _decode(
         other=0.0,
     )
     own_key = tl.load(key + one * key_row + head * key_head + d, mask=d < dim, other=0.0)
-    own_value = tl.load(value + one * value_row + head * value_head + e, mask=e < breadth, other=0.0)
+    own_value = tl.load(value + one * value_row + head * value_head + e, mask=e < value_dim, other=0.0)
     tl.debug_barrier()  # the search has read all that it reads
     tl.store(keys + row * dim + d, own_key, mask=d < dim)
-    tl.store(values + row * breadth + e, own_value, mask=e < breadth)
+    tl.store(values + row * value_dim + e, own_value, mask=e < value_dim)
     tl.store(positions + row, at)
 
     if scratch is not None:
         scratch += mine * width
     answer, own, top, total = _attend(
         q, own_key, own_value, keys, values, positions, sinks, scratch, heads, g < group, row, used, at, width, scale,
-        softcap, window, dim, breadth, dim_full, breadth_full, block,
+        softcap, window, dim, value_dim, dim_full, value_dim_full, block,
     )  # fmt: skip
     tl.store(out, (answer / total[:, None]).to(output.dtype.element_ty), mask=asked)
     if scratch is not None:
@@ -205,64 +207,48 @@ def _decode(
         tl.store(mass + row, 0.0)
 
 
-def decode(
+def decode_step(
     output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     rows: Rows,
     slots: Tensor,
-    now: Tensor,
-    limits: Tensor,
+    positions: Tensor,
+    row_limits: Tensor,
     *,
     scale: float,
-    ranking: EvictionOrder,
-    old: float,
-    count: bool,
+    order: EvictionOrder,
+    decay: float,
+    accumulate: bool,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
-    """A whole decoding step of a layer, as ``CompressionPolicy`` and the pool do it; nothing waits for the device.
-
-    Each token takes the next empty row of its slot, or that of the lowest-ranked pair; then it attends to the slot,
-    and what it attended to is added up.
-
-    Args:
-        output: [B, H, E], contiguous, to be written.
-        query: [B, H, D]; key [B, K, D]; value [B, K, E]: of the tokens, each vector in one piece.
-        rows: the layer's slots.
-        slots: [B] int64, no two the same; where it is -1, the output is zeros and nothing else happens.
-        now: [B] int64, the tokens' positions; limits [B] int64, rows of its slot that each may use.
-        ranking: who goes first; old: what is left of earlier mass; count: whether to add to it.
-        scale, softcap, sinks: as in ``reference.attend_slots``.
-
-    Returns:
-        That it was done: there is nothing that this kernel cannot take.
-    """
+    """See ``contract.KernelModule.decode_step``; declines nothing, and nothing waits for the device."""
     batch, heads, dim = query.shape
     if not batch:
         return True
-    group, width = heads // rows.kv_heads, _whole(rows.largest, 16)
-    counted = count and rows.mass is not None
-    scratch = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device) if counted else None
-    fixed, manner = _sizes_of_decode(group, dim, value.shape[-1], key.element_size())
+    group, width = heads // rows.kv_heads, _round_up(rows.largest, 16)
+    scored = accumulate and rows.mass is not None
+    scratch = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device) if scored else None
+    constants, launch = _decode_launch(group, dim, value.shape[-1], key.element_size())
     _decode[(batch, rows.kv_heads)](
         output, query, key, value, rows.keys, rows.values, rows.positions, rows.mass, rows.first, rows.capacity,
-        slots, now, limits, sinks, scratch,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], width, scale, old,
-        softcap=softcap, **told(ranking), **fixed, **manner,
+        slots, positions, row_limits, sinks, scratch,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], width, scale, decay,
+        softcap=softcap, **order_constants(order), **constants, **launch,
     )  # fmt: skip
     return True
 
 
-def _sizes_of_decode(group: int, dim: int, breadth: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+def _decode_launch(group: int, dim: int, value_dim: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
     """Constants of the decoding kernel, and how it is launched."""
     full = {
         "group_full": max(16, triton.next_power_of_2(group)),
         "dim_full": max(16, triton.next_power_of_2(dim)),
-        "breadth_full": max(16, triton.next_power_of_2(breadth)),
+        "value_dim_full": max(16, triton.next_power_of_2(value_dim)),
     }
-    vector = max(full["dim_full"], full["breadth_full"]) * itemsize
+    vector = max(full["dim_full"], full["value_dim_full"]) * itemsize
     many = full["group_full"] >= 64
     blocks = {
         "block": 16 if INTERPRETED else min(max(16384 // vector, 16), 32 if many else 64),
@@ -270,15 +256,15 @@ def _sizes_of_decode(group: int, dim: int, breadth: int, itemsize: int) -> tuple
         "block_count": 32 if INTERPRETED else 4096 // full["group_full"],
     }
     manner = {"num_warps": 8 if many else 4, "num_stages": 2 if many else 3}
-    return {"group": group, "dim": dim, "breadth": breadth, **full, **blocks}, manner
+    return {"group": group, "dim": dim, "value_dim": value_dim, **full, **blocks}, manner
 
 
-def told(ranking: EvictionOrder) -> dict[str, Any]:
-    """A ranking as constants of a kernel."""
-    return {"by": ranking.by, "sink": ranking.sink, "recent": ranking.recent, "window": ranking.window or 0}
+def order_constants(order: EvictionOrder) -> dict[str, Any]:
+    """An eviction order as constants of a kernel."""
+    return {"by": order.by, "sink": order.sink, "recent": order.recent, "window": order.window or 0}
 
 
-def _whole(count: int, step: int) -> int:
+def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
@@ -293,8 +279,8 @@ def compiled_for(head_dim: int) -> list[tuple[Any, dict[str, str], dict[str, Any
     ]
     variants = []
     for group, ranking, softcap, sinks, counted in manners:
-        fixed, launch = _sizes_of_decode(group, head_dim, head_dim, 2)
-        constants = {"softcap": softcap, **told(ranking), **fixed}
+        fixed, launch = _decode_launch(group, head_dim, head_dim, 2)
+        constants = {"softcap": softcap, **order_constants(ranking), **fixed}
         constants |= {} if sinks else {"sinks": None}
         constants |= {} if counted else {"mass": None, "scratch": None}
         types = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in _decode.arg_names}

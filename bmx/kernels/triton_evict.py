@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
-from bmx.kernels.triton_decode import TYPES, rank, told
+from bmx.kernels.triton_decode import TYPES, order_constants, rank
 
 MOST = 8192  # rows of a head, and tokens of a chunk, that one program can choose from
 LEAST_BLOCK = 64  # tokens: shorter chunks are no kernel of their own
@@ -106,7 +106,8 @@ def _choose(
 def _move(
     lists, counts, key, value, keys, values, positions, mass, sums, first, capacity, table, key_row, key_head,
     value_row, value_head, packed, chunks, longest,
-    dim: tl.constexpr, breadth: tl.constexpr, dim_full: tl.constexpr, breadth_full: tl.constexpr, block: tl.constexpr,
+    dim: tl.constexpr, value_dim: tl.constexpr, dim_full: tl.constexpr, value_dim_full: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     """One kv head of some survivors of one chunk: they go where ``_choose`` said; without that, behind the others."""
     head, n = tl.program_id(1), tl.program_id(2)
@@ -126,13 +127,13 @@ def _move(
         row = tl.load(lists + mine * longest + j, mask=some, other=0)
         token = tl.load(lists + (chunks.to(tl.int64) * kv_heads + mine) * longest + j, mask=some, other=0)
     source, to = begin + token, place + row  # int64
-    d, e = tl.arange(0, dim_full), tl.arange(0, breadth_full)
+    d, e = tl.arange(0, dim_full), tl.arange(0, value_dim_full)
     there = some[:, None] & (d < dim)[None, :]
     k = tl.load(key + source[:, None] * key_row + head * key_head + d[None, :], mask=there)
     tl.store(keys + to[:, None] * dim + d[None, :], k, mask=there)
-    there = some[:, None] & (e < breadth)[None, :]
+    there = some[:, None] & (e < value_dim)[None, :]
     v = tl.load(value + source[:, None] * value_row + head * value_head + e[None, :], mask=there)
-    tl.store(values + to[:, None] * breadth + e[None, :], v, mask=there)
+    tl.store(values + to[:, None] * value_dim + e[None, :], v, mask=there)
     tl.store(positions + to, (start + token).to(tl.int32), mask=some)
     if mass is not None:
         received = tl.zeros([block], tl.float32)
@@ -141,58 +142,44 @@ def _move(
         tl.store(mass + to, received, mask=some)
 
 
-def keep(
-    key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor | None, *, ranking: EvictionOrder
-) -> bool:
-    """What follows the chunks' attention, as ``CompressionPolicy.compress`` does it; nothing waits for the device.
-
-    The best pairs of each slot and chunk stay, as many as the limit says; of equals the first, rows before tokens.
-    Survivors of a chunk take, in order, the rows of what goes. The mass of rows in use is already up to date.
-
-    Args:
-        key: [T, K, D]; value [T, K, E]: of the packed tokens, each vector in one piece.
-        rows: the layer's slots; sums [K, T] float32, attention that the chunks' own keys received, or None.
-        ranking: who stays.
-
-    Returns:
-        Whether it was done; if not, nothing was: there are too many rows or tokens to choose from.
-    """
+def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor | None, *, order: EvictionOrder) -> bool:
+    """See ``reference.evict``; declines when there are too many rows or tokens to choose from."""
     if not chunks.lengths:
         return True
     if not fits(rows, chunks):
         return False
-    longest, kv_heads, evicting = max(chunks.lengths), rows.kv_heads, _evicts(rows, chunks)
-    many, packed = len(chunks.lengths), key.shape[0]
+    longest, count, kv_heads, packed = max(chunks.lengths), len(chunks.lengths), rows.kv_heads, key.shape[0]
     sums = sums if rows.mass is not None else None
     lists = counts = None
-    if evicting:
-        lists = torch.empty(2, many, kv_heads, longest, dtype=torch.int32, device=key.device)
-        counts = torch.empty(many, kv_heads, dtype=torch.int32, device=key.device)
-        fixed, manner = _sizes_of_choice(rows.largest, longest)
-        _choose[(kv_heads, many)](
+    if _evicts(rows, chunks):
+        lists = torch.empty(2, count, kv_heads, longest, dtype=torch.int32, device=key.device)
+        counts = torch.empty(count, kv_heads, dtype=torch.int32, device=key.device)
+        constants, launch = _choice_launch(rows.largest, longest)
+        _choose[(kv_heads, count)](
             lists, counts, rows.positions, rows.mass, sums, rows.first, rows.capacity, chunks.table,
-            packed, many, longest, **told(ranking), **fixed, **manner,
+            packed, count, longest, **order_constants(order), **constants, **launch,
         )  # fmt: skip
-    fixed, manner = _sizes_of_move(key.shape[-1], value.shape[-1])
-    _move[(triton.cdiv(longest, fixed["block"]), kv_heads, many)](
+    constants, launch = _move_launch(key.shape[-1], value.shape[-1])
+    _move[(triton.cdiv(longest, constants["block"]), kv_heads, count)](
         lists, counts, key, value, rows.keys, rows.values, rows.positions, rows.mass, sums,
         rows.first, rows.capacity, chunks.table,
-        *key.stride()[:2], *value.stride()[:2], packed, many, longest, **fixed, **manner,
+        *key.stride()[:2], *value.stride()[:2], packed, count, longest, **constants, **launch,
     )  # fmt: skip
     return True
 
 
 def fits(rows: Rows, chunks: Chunks) -> bool:
-    """Whether there is nothing to choose, or little enough to choose from."""
+    """Whether no chunk evicts in this step, or a program can hold what it chooses from."""
     return max(rows.largest, *chunks.lengths) <= MOST or not _evicts(rows, chunks)
 
 
 def _evicts(rows: Rows, chunks: Chunks) -> bool:
-    each = zip(chunks.starts, chunks.lengths, chunks.limits, chunks.slots, strict=True)
-    return any(start + tokens > min(limit, rows.sizes[slot]) for start, tokens, limit, slot in each)
+    """Whether any chunk evicts in this step."""
+    each = zip(chunks.starts, chunks.lengths, chunks.row_limits, chunks.slots, strict=True)
+    return any(start + tokens > min(limit, rows.capacities[slot]) for start, tokens, limit, slot in each)
 
 
-def _sizes_of_choice(largest: int, longest: int) -> tuple[dict[str, int], dict[str, int]]:
+def _choice_launch(largest: int, longest: int) -> tuple[dict[str, int], dict[str, int]]:
     """Constants of the choosing kernel, and how it is launched."""
     blocks = {
         "block_rows": triton.next_power_of_2(largest),
@@ -201,10 +188,10 @@ def _sizes_of_choice(largest: int, longest: int) -> tuple[dict[str, int], dict[s
     return blocks, {"num_warps": min(max(max(blocks.values()) // 256, 4), 16), "num_stages": 1}
 
 
-def _sizes_of_move(dim: int, breadth: int) -> tuple[dict[str, int], dict[str, int]]:
+def _move_launch(dim: int, value_dim: int) -> tuple[dict[str, int], dict[str, int]]:
     """Constants of the moving kernel, and how it is launched."""
-    full = {"dim_full": triton.next_power_of_2(dim), "breadth_full": triton.next_power_of_2(breadth)}
-    return {"dim": dim, "breadth": breadth, **full, "block": max(2048 // max(full.values()), 8)}, {
+    full = {"dim_full": triton.next_power_of_2(dim), "value_dim_full": triton.next_power_of_2(value_dim)}
+    return {"dim": dim, "value_dim": value_dim, **full, "block": max(2048 // max(full.values()), 8)}, {
         "num_warps": 4,
         "num_stages": 1,
     }
@@ -212,15 +199,15 @@ def _sizes_of_move(dim: int, breadth: int) -> tuple[dict[str, int], dict[str, in
 
 def compiled_for(head_dim: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
     """What runs for bfloat16 heads of so many numbers: kernel, types, constants, warps and stages of each variant."""
-    average = told(EvictionOrder(by="average", sink=4, recent=64, window=None))
-    age = told(EvictionOrder(by="age", sink=0, recent=0, window=512))
+    average = order_constants(EvictionOrder(by="average", sink=4, recent=64, window=None))
+    age = order_constants(EvictionOrder(by="age", sink=0, recent=0, window=512))
     variants: list[tuple[Any, dict[str, Any], dict[str, int]]] = []
     for largest, longest, ranking in ((512, 512, age), (2048, 1024, average), (8192, 4096, average)):
-        fixed, launch = _sizes_of_choice(largest, longest)
+        fixed, launch = _choice_launch(largest, longest)
         missing = {"mass": None, "sums": None} if ranking is age else {}
         variants.append((_choose, {**ranking, **fixed, **missing}, launch))
     for missing in ({}, {"mass": None, "sums": None}, {"lists": None, "counts": None}):
-        fixed, launch = _sizes_of_move(head_dim, head_dim)
+        fixed, launch = _move_launch(head_dim, head_dim)
         variants.append((_move, {**fixed, **missing}, launch))
     return [
         (

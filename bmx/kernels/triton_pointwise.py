@@ -1,6 +1,6 @@
-"""A model's small parts on a GPU, each in one pass over its numbers: RMSNorm, the rotary embedding, a gate.
+"""A model's pointwise parts on a GPU, each in one pass over its numbers: RMSNorm, the rotary embedding, the gate.
 
-Knows tensors only; same signatures and results as ``reference``, computed in float32 and rounded once.
+Knows tensors only. Everything is computed in float32 and rounded once.
 
 Shapes: T tokens, H heads, I inner size, D head dim.
 """
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_ROW = 16384  # numbers that one program holds at once
 GATE_BLOCK = 1024
 
 
@@ -32,7 +31,7 @@ def _rms_norm_kernel(output, x, weight, epsilon, inner: tl.constexpr, block: tl.
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., I] over the root of its mean square, times weight [I]; see ``reference.rms_norm``."""
+    """See ``contract.KernelModule.rms_norm``."""
     x, inner = x.contiguous(), x.shape[-1]
     output, rows = torch.empty_like(x), x.numel() // inner
     if rows:
@@ -42,25 +41,25 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 @triton.jit
-def _rotate_kernel(output, x, cos, sin, by_token, by_head, heads, dim: tl.constexpr, breadth: tl.constexpr):
+def _rotate_kernel(output, x, cos, sin, by_token, by_head, heads, dim: tl.constexpr, half_block: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     half: tl.constexpr = dim // 2
-    columns = tl.arange(0, breadth)
+    columns = tl.arange(0, half_block)
     inside = columns < half
-    place = x + token * by_token + head * by_head
-    first = tl.load(place + columns, inside, 0.0).to(tl.float32)
-    second = tl.load(place + half + columns, inside, 0.0).to(tl.float32)
+    source = x + token * by_token + head * by_head
+    first = tl.load(source + columns, inside, 0.0).to(tl.float32)
+    second = tl.load(source + half + columns, inside, 0.0).to(tl.float32)
     angles = token * dim + columns
-    turned = first * tl.load(cos + angles, inside, 0.0) - second * tl.load(sin + angles, inside, 0.0)
-    beyond = second * tl.load(cos + angles + half, inside, 0.0) + first * tl.load(sin + angles + half, inside, 0.0)
-    there = output + (token * heads + head) * dim
-    tl.store(there + columns, turned, inside)
-    tl.store(there + half + columns, beyond, inside)
+    low = first * tl.load(cos + angles, inside, 0.0) - second * tl.load(sin + angles, inside, 0.0)
+    high = second * tl.load(cos + angles + half, inside, 0.0) + first * tl.load(sin + angles + half, inside, 0.0)
+    target = output + (token * heads + head) * dim
+    tl.store(target + columns, low, inside)
+    tl.store(target + half + columns, high, inside)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [1, H, T, D] turned by cos, sin [1, T, D]; see ``reference.rotate``. The result lies token by token."""
+    """See ``contract.KernelModule.rotate``; in memory, the result's tokens come before its heads."""
     _, heads, tokens, dim = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     output = x.new_empty(1, tokens, heads, dim)
@@ -79,13 +78,13 @@ def _gate_kernel(output, gate, up, by_gate, by_up, inner: tl.constexpr, block: t
     inside = columns < inner
     numbers = tl.load(gate + row * by_gate + columns, inside, 0.0)
     wide = numbers.to(tl.float32)
-    opened = (wide * tl.sigmoid(wide)).to(numbers.dtype)
-    passed = tl.load(up + row * by_up + columns, inside, 0.0)
-    tl.store(output + row * inner + columns, opened.to(tl.float32) * passed.to(tl.float32), inside)
+    silu = (wide * tl.sigmoid(wide)).to(numbers.dtype)
+    factor = tl.load(up + row * by_up + columns, inside, 0.0)
+    tl.store(output + row * inner + columns, silu.to(tl.float32) * factor.to(tl.float32), inside)
 
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) times up, both [..., I], of which rows may lie apart (SwiGLU, arXiv 2002.05202)."""
+    """See ``contract.KernelModule.gate``; rows of the operands may be strided."""
     inner = up.shape[-1]
     first, second = gate.reshape(-1, inner), up.reshape(-1, inner)
     output = up.new_empty(up.shape)
@@ -96,16 +95,16 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def compiled_for(head_dim: int) -> list[tuple[Any, dict[str, str], dict[str, int], int, int]]:
-    """What is compiled for bfloat16 models with heads of this size: kernel, types, constants, warps and stages."""
+    """The launches of a bfloat16 model with heads of this size: kernel, types, constants, warps and stages of each."""
     inner, pointer = 32 * head_dim, "*bf16"
     norm = {"output": pointer, "x": pointer, "weight": pointer, "epsilon": "fp32"}
-    turn = dict.fromkeys(("output", "x", "cos", "sin"), pointer) | dict.fromkeys(
+    rotary = dict.fromkeys(("output", "x", "cos", "sin"), pointer) | dict.fromkeys(
         ("by_token", "by_head", "heads"), "i32"
     )
     block, half = triton.next_power_of_2(inner), triton.next_power_of_2(head_dim // 2)
     return [
         (_rms_norm_kernel, norm, {"inner": inner, "block": block}, 4 if block <= 4096 else 8, 1),
-        (_rotate_kernel, turn, {"dim": head_dim, "breadth": half}, 1, 1),
+        (_rotate_kernel, rotary, {"dim": head_dim, "half_block": half}, 1, 1),
         (
             _gate_kernel,
             dict.fromkeys(("output", "gate", "up"), pointer) | {"by_gate": "i32", "by_up": "i32"},

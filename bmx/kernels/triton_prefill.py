@@ -16,7 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from bmx.kernels import interpreted, reference
+from bmx.kernels import reference
+from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.transfer import upload
 from bmx.kernels.triton_attention import Parts, Sizes, attend_kernel, sums_kernel
@@ -117,7 +118,7 @@ def add_up(
     own = torch.empty(key.shape[1], key.shape[0], dtype=torch.float32, device=key.device)
     if chunks.lengths:
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
-        _add_up(own, rows.mass, query, key, rows, chunks, logsums, chunks.votes, squares=False, **options)
+        _add_up(own, rows.mass, query, key, rows, chunks, logsums, chunks.query_weights, squares=False, **options)
     return own
 
 
@@ -129,7 +130,7 @@ def _add_up(
     rows: Rows,
     chunks: Chunks,
     logsums: Tensor,
-    votes: Tensor | None,
+    query_weights: Tensor | None,
     *,
     squares: bool,
     scale: float,
@@ -140,10 +141,10 @@ def _add_up(
     heads, dim = query.shape[1:]
     launch = _launch_sums(dim, query.element_size())
     sizes = _sizes(heads, key.shape[1], dim, dim, softcap, window, launch)
-    past = max(min(start, limit, rows.largest) for start, limit in zip(chunks.starts, chunks.limits, strict=True))
+    past = max(min(start, limit, rows.largest) for start, limit in zip(chunks.starts, chunks.row_limits, strict=True))
     past_tiles, own_tiles = (triton.cdiv(keys, launch.block_n) for keys in (past, max(chunks.lengths)))
     sums_kernel[past_tiles + own_tiles, key.shape[1], len(chunks.lengths)](
-        *(own, mass, query, key, rows.keys, rows.positions if window else None, logsums, votes, chunks.old),
+        *(own, mass, query, key, rows.keys, rows.positions if window else None, logsums, query_weights, chunks.decay),
         *(rows.first, rows.capacity, chunks.table, chunks.table.stride(0), past_tiles, own.stride(0)),
         *(*query.stride()[:2], *key.stride()[:2], rows.keys.stride(0), *_factors(scale, softcap), squares, sizes),
         num_warps=launch.warps,
@@ -162,24 +163,26 @@ def attend_chunk(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     hidden: Tensor | None = None,
-    votes: Tensor | None = None,
+    query_weights: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As ``reference.attend_chunk``, which takes over where a mask hides keys."""
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
     if hidden is not None:
         chunk = query, key, value, past_key, past_value
-        return reference.attend_chunk(*chunk, sinks=sinks, hidden=hidden, votes=votes, squares=squares, **options)
+        return reference.attend_chunk(
+            *chunk, sinks=sinks, hidden=hidden, query_weights=query_weights, squares=squares, **options
+        )
     tokens, heads, _ = query.shape
     rows, chunks = _one_slot(past_key, past_value, tokens)
     output = value.new_empty(tokens, heads, value.shape[-1])
-    if votes is None:
+    if query_weights is None:
         attend(output, query, key, value, rows, chunks, sinks=sinks, **options)
         return output, None
     logsums = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
     attend(output, query, key, value, rows, chunks, sinks=sinks, logsums=logsums, **options)
-    ways = [(vote, False) for vote in votes.contiguous()]
-    ways += [(votes[0].contiguous(), True)] if squares else []
+    ways = [(vote, False) for vote in query_weights.contiguous()]
+    ways += [(query_weights[0].contiguous(), True)] if squares else []
     shape = len(ways), key.shape[1], past_key.shape[1] + tokens
     sums = torch.empty(shape, dtype=torch.float32, device=query.device)
     for own, (vote, squared) in zip(sums, ways, strict=True):
@@ -203,15 +206,15 @@ def _one_slot(past_key: Tensor, past_value: Tensor, tokens: int) -> tuple[Rows, 
         first=table[6:7],
         capacity=table[7:],
         kv_heads=kv_heads,
-        sizes=(capacity,),
+        capacities=(capacity,),
         largest=capacity,
     )
     chunks = Chunks(
-        at=(0,),
+        offsets=(0,),
         lengths=(tokens,),
         slots=(0,),
         starts=(past,),
-        limits=(past,),
+        row_limits=(past,),
         totals=(past + tokens,),
         table=table[:6].view(6, 1),
     )

@@ -312,7 +312,7 @@ def _in_one_piece(
         capacity=capacity,
         kv_heads=heads,
         largest=max(capacities),
-        sizes=capacities,
+        capacities=capacities,
     )
     return tuple(found), one_piece
 

@@ -8,8 +8,8 @@ Shapes: H query heads, K kv heads, T chunk tokens, P rows in use, D key dim, E v
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from bmx.engine.backend import ModelBackend
 from bmx.engine.engine import Engine
 from bmx.errors import BmxError
 from bmx.kernels import Kernels
+from bmx.kernels.contract import FUNCTIONS, Capabilities, KernelModule
 from bmx.request import Request
 from bmx.stats import Stats
 
@@ -28,31 +29,35 @@ LEAST_FACTOR = 0.25  # of the even share, that any layer gets
 
 @dataclass(frozen=True, slots=True)
 class Listener(Kernels):
-    """Kernels that note what attention is asked before they answer.
+    """Kernels that note what they are asked about prompts before they answer.
 
     Attributes:
         inner: the kernels that answer.
-        heard: of each chunk: its last query, all keys and values, and the scale of scores.
+        heard: of each layer and chunk, the last query, all keys and values, and the scale.
     """
 
     inner: Kernels
     heard: list[dict[str, Any]]
 
     @property
-    def module(self) -> ModuleType:
-        """The functions of the kernels that answer; chunks come one by one, so that each can be heard."""
-        module = ModuleType("listening")
-        vars(module).update(vars(self.inner.module), attend_chunk=self._attend_chunk, read=None)
-        return module
+    def module(self) -> KernelModule:
+        """The functions of the kernels that answer, but for ``attend_chunk``."""
+        functions = {name: getattr(self.inner.module, name) for name in FUNCTIONS}
+        return cast("KernelModule", SimpleNamespace(**functions | {"attend_chunk": self._attend_chunk}))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the kernels that answer; chunks come one by one, so that each can be heard."""
+        return replace(self.inner.capabilities, fuses_steps=False)
 
     def _attend_chunk(
-        self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, **details: Any
+        self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, **options: Any
     ) -> Any:
         """As the kernel, and note the last query and all keys and values."""
         keys = torch.cat([past_key, key.transpose(0, 1)], dim=1)
         values = torch.cat([past_value, value.transpose(0, 1)], dim=1)
-        self.heard.append({"query": query[-1].float(), "keys": keys, "values": values, "scale": details["scale"]})
-        return self.inner.module.attend_chunk(query, key, value, past_key, past_value, **details)
+        self.heard.append({"query": query[-1].float(), "keys": keys, "values": values, "scale": options["scale"]})
+        return self.inner.module.attend_chunk(query, key, value, past_key, past_value, **options)
 
 
 def listening(engine: Engine) -> tuple[Engine, list[dict[str, Any]]]:

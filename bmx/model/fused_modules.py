@@ -1,32 +1,35 @@
-"""A model's parts that kernels compute in its place: linear layers, norms, gated MLPs and the rotary embedding.
+"""Parts of a model that kernels compute in its place: linear layers, norms, gated MLPs and the rotary embedding.
 
-Knows torch's modules by what they do: a part is taken over only if it gave the same numbers when it was tried. Knows
-nothing of attention, caches or files.
+Knows torch's modules by what they do: a part is replaced only if the kernel gives the same numbers on a trial input.
+Only instances of this model's modules are changed, never their classes or the code that they come from. Knows nothing
+of attention, caches or files.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bmx.kernels import Kernels, reference
+from bmx.kernels.contract import KernelModule
 from bmx.kernels.linear import Linear
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
 MERGED = ("gate_up_proj", "down_proj")
-ROTARY = "apply_rotary_pos_emb"  # what transformers' models call it
+ROTARY = "apply_rotary_pos_emb"  # the function's name in the code of transformers' models
 CLOSE = 2**-7  # of the largest number, which bfloat16 rounds to within 2^-9
+Forward = Callable[..., Tensor]
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with weights and, while it works, inputs in bytes (W8A8).
+    """A linear layer with int8 weights, whose inputs are rounded to 8 bits as well (W8A8).
 
     A scale per output for weights, a scale and a zero per token for inputs: the vector-wise quantisation of LLM.int8
     (arXiv 2208.07339, section 2.1), without its outliers.
@@ -47,11 +50,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        return reference.product((_seen(self),))(x)[0]
+        return reference.product((_weights(self),))(x)[0]
 
 
 def quantise(model: Any) -> int:
-    """Put the weights of a model's linear layers into bytes, all but those of the output head; returns how many."""
+    """Replace a model's linear layers, but for the output head, by int8 ones; returns how many there were."""
     head, count = model.get_output_embeddings(), 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -62,127 +65,158 @@ def quantise(model: Any) -> int:
 
 
 @contextmanager
-def taken_over(model: Any, kernels: Kernels) -> Iterator[None]:
-    """Have these kernels compute what they can of a model, for as long as the body runs."""
-    chosen = kernels.module
-    with ExitStack() as undone:
-        if model.dtype in chosen.SUPPORTED_DTYPES:
-            _take_over(model, chosen, undone)
+def fused_modules(model: Any, kernels: Kernels) -> Iterator[None]:
+    """Let kernels compute what they can of a model while the body runs."""
+    dtypes = {getattr(torch, name) for name in kernels.capabilities.model_dtypes}
+    with ExitStack() as undo:
+        if model.dtype in dtypes:
+            _replace_forwards(model, kernels.module, dtypes, undo)
         yield
 
 
 @torch.inference_mode()
-def _take_over(model: Any, chosen: Any, undone: ExitStack) -> None:
+def _replace_forwards(model: Any, kernels: KernelModule, dtypes: set[torch.dtype], undo: ExitStack) -> None:
     like = torch.empty(0, dtype=model.dtype, device=model.device)
     for module in model.modules():
-        for part, forward in _replacements(module, chosen, like):
-            if "forward" not in vars(part):  # taken over with others before
-                part.forward = forward
-                undone.callback(delattr, part, "forward")
-    _take_rotary(model, chosen, like, undone)
+        for part, forward in _replacements(module, kernels, like):
+            _set_forward(part, forward, undo)
+    _replace_rotary(model, kernels, dtypes, like, undo)
 
 
-def _replacements(module: Any, chosen: Any, like: Tensor) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-    """How the kernels compute a module, or parts of it, where they can and it gave the same numbers."""
+def _set_forward(module: nn.Module, forward: Forward, undo: ExitStack) -> None:
+    """Give one module a ``forward`` of its own, unless it has one already."""
+    if "forward" not in vars(module):
+        module.forward = forward
+        undo.callback(delattr, module, "forward")
+
+
+def _replacements(module: Any, kernels: KernelModule, like: Tensor) -> list[tuple[nn.Module, Forward]]:
+    """How the kernels compute a module, or parts of it; empty if they cannot, or not with the same numbers."""
     parts = dict(module.named_children())
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if _is_linear(module):
-        return [(module, _first(chosen.product((_seen(module),))))]
+        return [(module, _first(kernels.product((_weights(module),))))]
     if all(_is_linear(parts.get(name)) for name in QKV):
-        return _together([parts[name] for name in QKV], chosen)
+        return _together([parts[name] for name in QKV], kernels)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    forward: Forward
     if isinstance(epsilon, float) and not parts and own == {"weight"}:
-        made: Callable[..., Tensor] = partial(chosen.rms_norm, weight=module.weight, epsilon=epsilon)
+        forward = partial(kernels.rms_norm, weight=module.weight, epsilon=epsilon)
         width = len(module.weight)
     elif all(_is_linear(parts.get(name)) for name in GATED) and not own:
-        gate, up, down = (_seen(parts[name]) for name in GATED)
-        made = _gated_mlp(chosen.product((gate, up), gated=True), _first(chosen.product((down,))))
+        gate, up, down = (_weights(parts[name]) for name in GATED)
+        forward = _gated_mlp(kernels.product((gate, up), gated=True), _first(kernels.product((down,))))
         width = gate.weight.shape[1]
     elif all(_is_linear(parts.get(name)) for name in MERGED) and not own:
-        both, down = (_seen(parts[name]) for name in MERGED)
-        made = _merged_mlp(_first(chosen.product((both,))), chosen.gate, _first(chosen.product((down,))))
-        width = both.weight.shape[1]
+        merged, down = (_weights(parts[name]) for name in MERGED)
+        forward = _merged_mlp(_first(kernels.product((merged,))), kernels.gate, _first(kernels.product((down,))))
+        width = merged.weight.shape[1]
     else:
         return []
     x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(like)
-    return [(module, made)] if _same(lambda: module(x), lambda: made(x)) else []
+    return [(module, forward)] if _same(lambda: module(x), lambda: forward(x)) else []
 
 
 def _is_linear(module: Any) -> bool:
     return type(module) in (nn.Linear, Int8Linear)
 
 
-def _seen(module: Any) -> Linear:
+def _weights(module: Any) -> Linear:
     """A linear layer as kernels see it."""
     if isinstance(module, Int8Linear):
         return Linear(weight=module.codes, bias=module.bias, scales=module.scales, sums=module.sums)
     return Linear(weight=module.weight, bias=module.bias)
 
 
-def _first(product: Callable[[Tensor], list[Tensor]]) -> Callable[..., Tensor]:
+def _first(product: Callable[[Tensor], list[Tensor]]) -> Forward:
     return lambda x: product(x)[0]
 
 
-def _gated_mlp(product: Callable[[Tensor], list[Tensor]], down: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def _gated_mlp(product: Callable[[Tensor], list[Tensor]], down: Forward) -> Forward:
     return lambda x: down(product(x)[0])
 
 
-def _merged_mlp(
-    both: Callable[[Tensor], Tensor], gate: Callable[[Tensor, Tensor], Tensor], down: Callable[[Tensor], Tensor]
-) -> Callable[..., Tensor]:
-    return lambda x: down(gate(*both(x).chunk(2, dim=-1)))
+def _merged_mlp(merged: Forward, gate: Callable[[Tensor, Tensor], Tensor], down: Forward) -> Forward:
+    return lambda x: down(gate(*merged(x).chunk(2, dim=-1)))
 
 
-def _together(modules: list[Any], chosen: Any) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-    """Queries, keys and values of the same input in one product: whoever is asked first computes for the others too."""
-    product = chosen.product(tuple(map(_seen, modules)))
-    alone = [_first(chosen.product((_seen(module),))) for module in modules]
-    left: dict[int, tuple[Tensor, Tensor]] = {}  # by number: the input, and what was made of it
+def _together(modules: list[Any], kernels: KernelModule) -> list[tuple[nn.Module, Forward]]:
+    """Queries, keys and values of the same input in one product: the first projection computes the others as well."""
+    product = kernels.product(tuple(map(_weights, modules)))
+    alone = [_first(kernels.product((_weights(module),))) for module in modules]
+    waiting: dict[int, tuple[Tensor, Tensor]] = {}  # by projection: the input, and the output that nobody took yet
 
     def forward(number: int, x: Tensor) -> Tensor:
         if number == 0:
-            made = product(x)
-            left.update({i: (x, made[i]) for i in range(1, len(made))})
-            return made[0]  # type: ignore[no-any-return]
-        of, found = left.pop(number, (None, None))
-        return found if found is not None and of is x else alone[number](x)
+            outputs = product(x)
+            waiting.update({i: (x, outputs[i]) for i in range(1, len(outputs))})
+            return outputs[0]
+        source, output = waiting.pop(number, (None, None))
+        return output if output is not None and source is x else alone[number](x)
 
     return [(module, partial(forward, number)) for number, module in enumerate(modules)]
 
 
-def _take_rotary(model: Any, chosen: Any, like: Tensor, undone: ExitStack) -> None:
-    """Replace the function by which a model's code turns queries and keys, in the code's own module."""
-    for code in {sys.modules[type(module).__module__] for module in model.modules()}:
-        before = getattr(code, ROTARY, None)
-        if before is None:
+def _replace_rotary(model: Any, kernels: KernelModule, dtypes: set[torch.dtype], like: Tensor, undo: ExitStack) -> None:
+    """Give the model's attention modules a ``forward`` that turns queries and keys with the kernel.
+
+    That ``forward`` is their own code, with another function under the name ``apply_rotary_pos_emb``.
+    """
+    copies: dict[Any, FunctionType | None] = {}
+    for module in model.modules():
+        code = type(module).forward
+        if ROTARY not in getattr(getattr(code, "__code__", None), "co_names", ()):
             continue
-        turned = partial(_rotary, chosen, before)
-        random = torch.Generator().manual_seed(0)
-        q, k, cos, sin = (torch.randn(*shape, generator=random).to(like) for shape in _ROTARY_SHAPES)
-        if _same(lambda: torch.cat(before(q, k, cos, sin), 1), lambda: torch.cat(turned(q, k, cos, sin), 1)):  # noqa: B023
-            setattr(code, ROTARY, turned)
-            undone.callback(setattr, code, ROTARY, before)
+        if code not in copies:
+            copies[code] = _with_rotary(code, kernels, dtypes, like)
+        copy = copies[code]
+        if copy is not None:
+            _set_forward(module, MethodType(copy, module), undo)
+
+
+def _with_rotary(code: Any, kernels: KernelModule, dtypes: set[torch.dtype], like: Tensor) -> FunctionType | None:
+    """A copy of a ``forward`` that calls the kernel; None if the kernel gives other numbers than its own function."""
+    own = code.__globals__.get(ROTARY)
+    turned = partial(_rotary, kernels, dtypes, own)
+    random = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(*shape, generator=random).to(like) for shape in _ROTARY_SHAPES)
+    if not _same(lambda: torch.cat(own(q, k, cos, sin), 1), lambda: torch.cat(turned(q, k, cos, sin), 1)):
+        return None
+    copy = FunctionType(
+        code.__code__, {**code.__globals__, ROTARY: turned}, code.__name__, code.__defaults__, code.__closure__
+    )
+    copy.__kwdefaults__ = code.__kwdefaults__
+    return copy
 
 
 _ROTARY_SHAPES = ((1, 3, 2, 64), (1, 1, 2, 64), (1, 2, 64), (1, 2, 64))
 
 
 def _rotary(
-    chosen: Any, before: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *told: Any, **named: Any
+    kernels: KernelModule,
+    dtypes: set[torch.dtype],
+    own: Any,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by the kernel; by the model's own function where it is asked for something else."""
     whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1]
-    alike = len({t.dtype for t in (q, k, cos, sin)}) == 1 and q.dtype in chosen.SUPPORTED_DTYPES
-    if told or named or not (whole and alike):
-        return before(q, k, cos, sin, *told, **named)  # type: ignore[no-any-return]
-    return chosen.rotate(q, cos, sin), chosen.rotate(k, cos, sin)
+    alike = len({t.dtype for t in (q, k, cos, sin)}) == 1 and q.dtype in dtypes
+    if args or kwargs or not (whole and alike):
+        return own(q, k, cos, sin, *args, **kwargs)  # type: ignore[no-any-return]
+    return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
 
 
-def _same(before: Callable[[], Tensor], now: Callable[[], Tensor]) -> bool:
-    """Whether two ways to compute give the same numbers but for rounding; no, if one of them cannot."""
+def _same(own: Callable[[], Tensor], replaced: Callable[[], Tensor]) -> bool:
+    """Whether two ways to compute give the same numbers but for rounding; not if either fails."""
     try:
-        wanted, made = before(), now()
+        expected, output = own(), replaced()
     except (TypeError, RuntimeError, AttributeError, ValueError):
         return False
-    if (wanted.shape, wanted.dtype) != (made.shape, made.dtype):
+    if (expected.shape, expected.dtype) != (output.shape, output.dtype):
         return False
-    return bool((wanted.float() - made.float()).abs().max() <= CLOSE * wanted.float().abs().max())
+    return bool((expected.float() - output.float()).abs().max() <= CLOSE * expected.float().abs().max())

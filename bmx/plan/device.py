@@ -38,8 +38,8 @@ class Device:
     def of(cls, kind: str, spec: ModelSpec, runtime: int, config: EngineConfig | None = None) -> Device:
         """A device of this kind with the kernels that would be chosen there."""
         config = config or EngineConfig()
-        chosen, alone = kernels.choose(kind), left_to_kernels(config)
-        bytes_of = chosen.workspace_bytes(alone)
+        capabilities, fused = kernels.choose(kind).capabilities, left_to_kernels(config)
+        bytes_of = capabilities.workspace_bytes(fused)
         heads = max(layer.query_heads for layer in spec.layers)
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
@@ -55,7 +55,7 @@ class Device:
         slack, share = SLACK[kind]
         if kind == "cpu":
             slack += spec.merged_bytes  # the pages of the file that they were copied from stay mapped
-        captures = kind == "cuda" and chosen.name == "triton" and alone and not config.enforce_eager
+        captures = kind == "cuda" and capabilities.capturable and fused and not config.enforce_eager
         return cls(kind=kind, runtime=runtime, workspace=workspace, slack=slack, share=share, captures=captures)
 
     def captured(self, spec: ModelSpec, slots: int, rows: int) -> int:

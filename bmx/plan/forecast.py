@@ -15,6 +15,7 @@ from itertools import pairwise
 from math import ceil
 
 from bmx.errors import MemoryLimitError
+from bmx.kernels.contract import KernelProfile
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
@@ -24,60 +25,7 @@ from bmx.plan.planner import Length, Plan
 PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
 WORTH = 1.03  # times the slots that smaller steps must give to be looked at
 UNPACK_PASSES = 4  # times that what is stored in fewer bits is written or read in the activations' type
-HALF = 2  # bytes of a number in the type that compiled kernels take
 INT8_SPEED = 1.9  # times as fast as in bfloat16 are products of bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelProfile:
-    """What kernels make of a machine's rates.
-
-    Attributes:
-        score_passes: times that a score is touched, in the activations' type.
-        thin_product: attention's products are as thin as a head: so many times slower than large ones.
-        chunk_operators: started for a chunk in a layer: attending, choosing and writing; decode_operators: for a group
-            of slots.
-        own_operators: share of the model's own operators that is left to it, in their number and their traffic.
-        thin_bandwidth: times that of torch's thin products.
-        all_slots: those that do not decode are looked at too, unless they are most of them.
-        slot_bandwidth: times that of single thin products, with which slots are read.
-        ahead: operators are started while others run, and where all slots decode, replayed.
-    """
-
-    score_passes: int
-    thin_product: float
-    chunk_operators: int
-    decode_operators: int
-    own_operators: float = 1.0
-    thin_bandwidth: float = 1.0
-    all_slots: bool = True
-    slot_bandwidth: float = 2.5
-    ahead: bool = False
-
-
-KERNEL_PROFILES = {
-    "reference": KernelProfile(score_passes=16, thin_product=3.0, chunk_operators=30, decode_operators=36),
-    "cpu": KernelProfile(score_passes=5, thin_product=3.0, chunk_operators=60, decode_operators=36),
-    "avx512": KernelProfile(
-        score_passes=0,
-        thin_product=1.4,
-        chunk_operators=6,
-        decode_operators=4,
-        own_operators=0.4,
-        thin_bandwidth=1.5,
-        all_slots=False,
-    ),
-    "triton": KernelProfile(
-        score_passes=0,
-        thin_product=2.0,
-        chunk_operators=0,
-        decode_operators=1,
-        own_operators=0.6,
-        all_slots=False,
-        slot_bandwidth=0.8,
-        ahead=True,
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +47,13 @@ def forecast(
     plan: Plan,
     lengths: Seq[Length],
     rates: Rates,
-    kernels: str,
+    profile: KernelProfile,
     decode_layouts: Seq[KVLayout] | None = None,
 ) -> Forecast:
     """Play a plan through; of long jobs an even sample, scaled up.
 
     Args:
-        kernels: the name of the attention kernels.
+        profile: how the chosen kernels use these rates.
         decode_layouts: what is left of a slot of each group once its prompt is read, if not all of it.
     """
     largest = max(group.capacity for group in plan.groups)
@@ -113,7 +61,7 @@ def forecast(
     stride = max(1, len(served) // max(PLAYED_ROWS, 3 * plan.slots))
     ordered = sorted(served, key=lambda one: (one.prompt_tokens, one.max_tokens)) if stride > 1 else served
     played = ordered[stride // 2 :: stride]
-    clock = _Clock(spec, plan, rates, kernels, decode_layouts or plan.layouts)
+    clock = _Clock(spec, plan, rates, profile, decode_layouts or plan.layouts)
     prompt_seconds = decode_seconds = 0.0
     decoded = 0
     for step in _steps(plan, played):
@@ -222,7 +170,7 @@ def fastest(
     plans: Seq[Callable[[], Plan]],
     spec: ModelSpec,
     lengths: Seq[Length],
-    kernels: str,
+    profile: KernelProfile,
     rates: Callable[[], Rates],
 ) -> Plan:
     """The plan that answers the most rows, the fastest of those; rates are only asked for where it is open.
@@ -246,16 +194,17 @@ def fastest(
     if len(made) == 1:
         return made[0]
     measured = rates()
-    return min(made, key=lambda plan: (plan.too_large, forecast(spec, plan, lengths, measured, kernels).seconds))
+    return min(made, key=lambda plan: (plan.too_large, forecast(spec, plan, lengths, measured, profile).seconds))
 
 
 class _Clock:
     """Seconds of a step."""
 
-    def __init__(self, spec: ModelSpec, plan: Plan, rates: Rates, kernels: str, layouts: Seq[KVLayout]) -> None:
+    def __init__(
+        self, spec: ModelSpec, plan: Plan, rates: Rates, profile: KernelProfile, layouts: Seq[KVLayout]
+    ) -> None:
         self._spec, self._plan, self._rates = spec, plan, rates
-        compiled = kernels != "avx512" or spec.itemsize == HALF
-        self._profile = KERNEL_PROFILES[kernels if compiled else "cpu"]
+        self._profile = profile
         self._layers: Counter[tuple[int | None, int, int]] = Counter(
             (layer.window, layer.query_heads, layer.key_dim + layer.value_dim) for layer in spec.layers
         )

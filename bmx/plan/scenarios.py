@@ -96,8 +96,8 @@ class PlanQuery:
         rates = self.machine.rates()
         if rates:
             kept = [after.layout(self.spec, after.rows_needed(g.capacity, 0)) for g in made.groups] if after else None
-            name_of = kernels.choose(self.machine.kind).name
-            expected = forecast(self.spec, made, lengths, rates, name_of, kept)
+            profile = kernels.choose(self.machine.kind).capabilities.profile_for(self.spec.itemsize)
+            expected = forecast(self.spec, made, lengths, rates, profile, kept)
             expected = replace(expected, seconds=expected.seconds * self.rows / max(1, len(lengths)))
         problem = does_not_fit(self._alone(config, lengths), made.limits) if made.too_large else None
         return Scenario(name=name, budget=budget, plan=made, forecast=expected, problem=problem)
@@ -114,8 +114,8 @@ class PlanQuery:
         sizes = step_sizes(config, machine.kind, lengths, self._probe(config))
         layout = partial(policy.layout, spec)
         plans = [partial(plan, spec, layout, allowed, lengths, size, self.device) for size in sizes]
-        name_of = kernels.choose(machine.kind).name
-        return fastest(plans, spec, lengths, name_of, lambda: machine.rates() or TYPICAL)
+        profile = kernels.choose(machine.kind).capabilities.profile_for(spec.itemsize)
+        return fastest(plans, spec, lengths, profile, lambda: machine.rates() or TYPICAL)
 
     def _alone(self, config: EngineConfig, lengths: Sequence[Length]) -> Memory:
         """The memory of the largest row alone, in the smallest steps."""

@@ -14,8 +14,7 @@ from test_kernels import LOOSE, TIGHT, dense_chunk, normal, some_votes, window_m
 
 pytest.importorskip("triton")
 
-from bmx.kernels import reference
-from bmx.kernels import triton_prefill as triton_read
+from bmx.kernels import reference, triton_prefill
 from bmx.kernels.slot_views import Chunks, Rows
 
 NEAR = {torch.float32: TIGHT, torch.float16: LOOSE[torch.float16]}
@@ -94,20 +93,21 @@ class Step:
         return self.rows.mass.clone()
 
 
-def tables(prompts, votes=None, old=None):
+def tables(prompts, query_weights=None, decay=None):
     """Chunks, packed with a few other tokens around; and how many tokens there are."""
     at, here = [], BEFORE
     for prompt in prompts:
         at.append(here)
         here += prompt.length + BETWEEN
     columns = (at, *([getattr(p, name) for p in prompts] for name in ("length", "slot", "start", "limit", "total")))
-    names = ("at", "lengths", "slots", "starts", "limits", "totals")
+    names = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
     tokens = here + AFTER
+    weights = torch.rand(tokens, generator=torch.Generator().manual_seed(3))
     chunks = Chunks(
         **{name: tuple(column) for name, column in zip(names, columns, strict=True)},
         table=torch.tensor(columns, dtype=torch.int64, device=DEVICE),
-        votes=torch.rand(tokens, generator=torch.Generator().manual_seed(3)).to(DEVICE) if votes else None,
-        old=torch.tensor([0.5, 0.25, 0.75, 0.0625][: len(prompts)], device=DEVICE) if old else None,
+        query_weights=weights.to(DEVICE) if query_weights else None,
+        decay=torch.tensor([0.5, 0.25, 0.75, 0.0625][: len(prompts)], device=DEVICE) if decay else None,
     )
     return chunks, tokens
 
@@ -116,9 +116,9 @@ def used_rows(case, prompt):
     return min(prompt.start, prompt.limit, case.capacities[prompt.slot])
 
 
-def step_of(case, dtype=torch.float32, votes=False, old=False):
+def step_of(case, dtype=torch.float32, query_weights=False, decay=False):
     """A step in which rows that are not in use are NaN, and heads come before tokens."""
-    chunks, tokens = tables(case.prompts, votes, old)
+    chunks, tokens = tables(case.prompts, query_weights, decay)
     total = sum(case.capacities) * case.kv_heads
     first = [case.kv_heads * sum(case.capacities[:i]) for i in range(len(case.capacities))]
     keys, values = (torch.full((total, dim), math.nan, dtype=dtype) for dim in (case.dim, case.width))
@@ -139,7 +139,7 @@ def step_of(case, dtype=torch.float32, votes=False, old=False):
         first=torch.tensor(first, device=DEVICE),
         capacity=torch.tensor(case.capacities, device=DEVICE),
         kv_heads=case.kv_heads,
-        sizes=tuple(case.capacities),
+        capacities=tuple(case.capacities),
         largest=max(case.capacities),
     )
     heads = case.kv_heads * case.group
@@ -156,7 +156,7 @@ def slot_rows(case, step, prompt, head):
 
 def dense(case, step, index):
     """One chunk: output [T, H, E], logarithms to base 2 [T, H] and probabilities [H, T, P + T], in float64."""
-    prompt, at = case.prompts[index], step.chunks.at[index]
+    prompt, at = case.prompts[index], step.chunks.offsets[index]
     mine, own = slice(at, at + prompt.length), torch.arange(prompt.start, prompt.start + prompt.length)
     found = []
     for head in range(case.kv_heads * case.group):
@@ -188,21 +188,21 @@ def attended(case, step, **more):
     output = step.value.new_full((tokens, heads, case.width), UNTOUCHED)
     logsums = torch.full((tokens, heads), UNTOUCHED, device=DEVICE)
     options = {"sinks": step.sinks, "logsums": logsums, **case.details, **more}
-    triton_read.attend(output, step.query, step.key, step.value, step.rows, step.chunks, **options)
+    triton_prefill.attend(output, step.query, step.key, step.value, step.rows, step.chunks, **options)
     return output, logsums
 
 
 def true_logsums(case, step):
     """What ``attend`` gives, worked out here."""
     found = torch.full(step.query.shape[:2], math.nan, device=DEVICE)
-    for index, (at, length) in enumerate(zip(step.chunks.at, step.chunks.lengths, strict=True)):
+    for index, (at, length) in enumerate(zip(step.chunks.offsets, step.chunks.lengths, strict=True)):
         found[at : at + length] = dense(case, step, index)[1].float()
     return found
 
 
 def added_up(case, step):
     """The mass of all rows afterwards, and what own keys got."""
-    own = triton_read.add_up(step.query, step.key, step.rows, step.chunks, true_logsums(case, step), **case.details)
+    own = triton_prefill.add_up(step.query, step.key, step.rows, step.chunks, true_logsums(case, step), **case.details)
     return step.rows.mass, own
 
 
@@ -219,7 +219,7 @@ def test_chunks_attend_to_their_slots_and_causally_to_themselves(name, dtype):
     output, logsums = attended(case, step)
     wanted = torch.full(output.shape, UNTOUCHED, dtype=torch.float64, device=DEVICE)
     wanted_logsums = wanted[..., 0].clone()
-    for index, (at, length) in enumerate(zip(step.chunks.at, step.chunks.lengths, strict=True)):
+    for index, (at, length) in enumerate(zip(step.chunks.offsets, step.chunks.lengths, strict=True)):
         wanted[at : at + length], wanted_logsums[at : at + length], _ = dense(case, step, index)
     torch.testing.assert_close(output.double(), wanted, **NEAR[dtype])
     torch.testing.assert_close(logsums.double(), wanted_logsums, **NEAR[dtype])
@@ -234,31 +234,32 @@ def test_logarithms_nobody_asked_for_change_nothing():
 
 
 @EVERY_CASE
-@pytest.mark.parametrize("weighted", [False, True], ids=["all count alike", "votes and fading"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["all count alike", "weights and decay"])
 def test_mass_is_what_keys_received(name, dtype, weighted):
     """The mass of all rows is compared: those not in use and those of other slots stay as they are."""
     case = CASES[name]
-    step = step_of(case, dtype, votes=weighted, old=weighted)
+    step = step_of(case, dtype, query_weights=weighted, decay=weighted)
     wanted = step.mass.double()
     own = torch.zeros(case.kv_heads, len(step.query), dtype=torch.float64, device=DEVICE)
     for index, prompt in enumerate(case.prompts):
-        at = step.chunks.at[index]
+        at = step.chunks.offsets[index]
         mine = slice(at, at + prompt.length)
-        votes = torch.ones(prompt.length, device=DEVICE) if step.chunks.votes is None else step.chunks.votes[mine]
+        given = step.chunks.query_weights
+        query_weights = torch.ones(prompt.length, device=DEVICE) if given is None else given[mine]
         weights = dense(case, step, index)[2].unflatten(0, (case.kv_heads, case.group)).mean(1)  # [K, T, P+T]
-        sums = torch.einsum("t,ktn->kn", votes.double(), weights)
+        sums = torch.einsum("t,ktn->kn", query_weights.double(), weights)
         used = used_rows(case, prompt)
         for head in range(case.kv_heads):
             here = slot_rows(case, step, prompt, head)
             wanted[here] = (
-                wanted[here] * (1.0 if step.chunks.old is None else step.chunks.old[index]) + sums[head, :used]
+                wanted[here] * (1.0 if step.chunks.decay is None else step.chunks.decay[index]) + sums[head, :used]
             )
         own[:, mine] = sums[:, used:]
     mass, found = added_up(case, step)
     torch.testing.assert_close(mass.double(), wanted, **NEAR[dtype])
     assert found.dtype == torch.float32
     assert found.shape == own.shape
-    for at, length in zip(step.chunks.at, step.chunks.lengths, strict=True):
+    for at, length in zip(step.chunks.offsets, step.chunks.lengths, strict=True):
         mine = slice(at, at + length)
         torch.testing.assert_close(found[:, mine].double(), own[:, mine], **NEAR[dtype])
 
@@ -271,7 +272,7 @@ def test_nothing_is_added_up_of_what_never_evicts():
         Prompt(slot=2, length=5, start=9, limit=30, total=21),  # one more than fits
     )
     case = Case(prompts)
-    step = step_of(case, old=True)
+    step = step_of(case, decay=True)
     before = step.mass
     mass, own = added_up(case, step)
     sizes = [case.kv_heads * capacity for capacity in case.capacities]
@@ -281,18 +282,18 @@ def test_nothing_is_added_up_of_what_never_evicts():
     assert torch.equal(other, other_was)
     assert not torch.equal(moves, moved)
     for index, nothing in enumerate((True, True, False)):
-        at = step.chunks.at[index]
+        at = step.chunks.offsets[index]
         assert (own[:, at : at + prompts[index].length] == 0).all() == nothing
 
 
 def test_runs_are_alike_bit_for_bit():
     case = CASES["all together"]
-    first, again = (step_of(case, votes=True, old=True) for _ in range(2))
+    first, again = (step_of(case, query_weights=True, decay=True) for _ in range(2))
     for one, other in zip(attended(case, first), attended(case, again), strict=True):
         assert torch.equal(one, other)
     (mass, own), (other_mass, other_own) = added_up(case, first), added_up(case, again)
     assert torch.equal(mass, other_mass)
-    for at, length in zip(first.chunks.at, first.chunks.lengths, strict=True):
+    for at, length in zip(first.chunks.offsets, first.chunks.lengths, strict=True):
         assert torch.equal(own[:, at : at + length], other_own[:, at : at + length])
 
 
@@ -300,14 +301,14 @@ def test_runs_are_alike_bit_for_bit():
 @pytest.mark.parametrize("name", ["four chunks", "all together"])
 def test_a_chunk_alone_is_as_it_is_in_company(name, index):
     case = CASES[name]
-    together, alone = step_of(case, old=True), step_of(case, old=True)
-    columns = ("at", "lengths", "slots", "starts", "limits", "totals")
+    together, alone = step_of(case, decay=True), step_of(case, decay=True)
+    columns = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
     alone.chunks = Chunks(
         **{column: getattr(together.chunks, column)[index : index + 1] for column in columns},
         table=together.chunks.table[:, index : index + 1].contiguous(),
-        old=together.chunks.old[index : index + 1].clone(),
+        decay=together.chunks.decay[index : index + 1].clone(),
     )
-    at = together.chunks.at[index]
+    at = together.chunks.offsets[index]
     mine = slice(at, at + case.prompts[index].length)
     for one, all_ in zip(attended(case, alone), attended(case, together), strict=True):
         assert torch.equal(one[mine], all_[mine])
@@ -315,7 +316,7 @@ def test_a_chunk_alone_is_as_it_is_in_company(name, index):
         assert (one[mine.stop :] == UNTOUCHED).all()
     logsums = true_logsums(case, together)
     for step in (together, alone):
-        step.own = triton_read.add_up(step.query, step.key, step.rows, step.chunks, logsums, **case.details)
+        step.own = triton_prefill.add_up(step.query, step.key, step.rows, step.chunks, logsums, **case.details)
     assert torch.equal(alone.own[:, mine], together.own[:, mine])
     for head in range(case.kv_heads):
         here = slot_rows(case, together, case.prompts[index], head)
@@ -347,16 +348,16 @@ def on_host(chunk):
     return [t.cpu() for t in chunk]
 
 
-def compared(chunk, votes, dtype=torch.float32, squares=True, **details):
+def compared(chunk, query_weights, dtype=torch.float32, squares=True, **details):
     """What one chunk's attention gives is what float64 loops give, and what the plain kernels give."""
-    output, sums = triton_read.attend_chunk(*chunk, votes=votes, squares=squares, **details)
-    plain, plain_sums = reference.attend_chunk(*chunk, votes=votes, squares=squares, **details)
+    output, sums = triton_prefill.attend_chunk(*chunk, query_weights=query_weights, squares=squares, **details)
+    plain, plain_sums = reference.attend_chunk(*chunk, query_weights=query_weights, squares=squares, **details)
     assert (output.dtype, output.shape) == (plain.dtype, plain.shape)
     torch.testing.assert_close(output, plain, **NEAR[dtype])
     assert (sums.dtype, sums.shape) == (plain_sums.dtype, plain_sums.shape)
     torch.testing.assert_close(sums, plain_sums, **NEAR[dtype])
     on_cpu = {name: d.cpu() if isinstance(d, torch.Tensor) else d for name, d in details.items()}
-    wanted, wanted_sums = dense_chunk(*on_host(chunk), votes=votes.cpu(), **on_cpu)
+    wanted, wanted_sums = dense_chunk(*on_host(chunk), query_weights=query_weights.cpu(), **on_cpu)
     torch.testing.assert_close(output.cpu().double(), wanted, **NEAR[dtype])
     torch.testing.assert_close(sums.cpu().double(), wanted_sums[: len(sums)], **NEAR[dtype])
 
@@ -373,13 +374,13 @@ DETAILS = {
 @EVERY_TYPE
 @pytest.mark.parametrize("details", DETAILS.values(), ids=DETAILS)
 def test_one_chunk_is_as_plain_kernels_have_it(details, dtype):
-    votes = some_votes("one way", 37).to(DEVICE)
-    compared(chunk_of(37, 21, dtype=dtype), votes, dtype, scale=0.4, **details)
+    query_weights = some_votes("one way", 37).to(DEVICE)
+    compared(chunk_of(37, 21, dtype=dtype), query_weights, dtype, scale=0.4, **details)
 
 
 @pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("kind", ["one way", "three ways", "two that share no query", "nobody"])
-def test_one_chunk_is_added_up_as_the_votes_say(kind, squares):
+def test_one_chunk_is_added_up_as_the_weights_say(kind, squares):
     compared(chunk_of(35, 21), some_votes(kind, 35).to(DEVICE), squares=squares, scale=0.4)
 
 
@@ -400,9 +401,9 @@ def test_one_chunk_of_any_shape(shape, dtype):
 
 def test_sums_nobody_asked_for_are_not_there():
     chunk = chunk_of(20, 17)
-    output, none = triton_read.attend_chunk(*chunk, scale=0.4, squares=True)
+    output, none = triton_prefill.attend_chunk(*chunk, scale=0.4, squares=True)
     assert none is None
-    same, empty = triton_read.attend_chunk(*chunk, scale=0.4, votes=torch.empty(0, 20, device=DEVICE))
+    same, empty = triton_prefill.attend_chunk(*chunk, scale=0.4, query_weights=torch.empty(0, 20, device=DEVICE))
     assert empty.shape == (0, 2, 37)
     assert torch.equal(output, same)
 
@@ -411,19 +412,19 @@ def test_a_slot_may_be_laid_out_in_any_way():
     """Rows before heads, or keys and values of slots of different sizes: those are copied."""
     query, key, value, past_key, past_value = chunk_of(20, 17)
     turned = past_key.transpose(0, 1).contiguous().transpose(0, 1)
-    votes = some_votes("one way", 20).to(DEVICE)
-    compared((query, key, value, turned, past_value), votes, scale=0.4)
-    compared((query, key, value, past_key, past_value.clone()), votes, scale=0.4)
+    query_weights = some_votes("one way", 20).to(DEVICE)
+    compared((query, key, value, turned, past_value), query_weights, scale=0.4)
+    compared((query, key, value, past_key, past_value.clone()), query_weights, scale=0.4)
 
 
 def test_hidden_keys_are_left_to_the_plain_kernels():
-    votes = some_votes("one way", 33).to(DEVICE)
-    compared(chunk_of(33, 20), votes, scale=0.4, hidden=window_mask(33, 20, 2, window=7).to(DEVICE))
+    query_weights = some_votes("one way", 33).to(DEVICE)
+    compared(chunk_of(33, 20), query_weights, scale=0.4, hidden=window_mask(33, 20, 2, window=7).to(DEVICE))
 
 
 def test_dot_products_too_large_for_float16_are_scaled_before_they_are_rounded():
     large = torch.full((1, 2, 256), 25.0, dtype=torch.float16, device=DEVICE)
     value = torch.full((1, 2, 4), 2.0, dtype=torch.float16, device=DEVICE)
     empty = large.new_empty(2, 0, 256), large.new_empty(2, 0, 4)
-    output, _ = triton_read.attend_chunk(large, large, value, *empty, scale=1 / 16)
+    output, _ = triton_prefill.attend_chunk(large, large, value, *empty, scale=1 / 16)
     assert torch.equal(output, value)

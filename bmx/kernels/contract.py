@@ -1,0 +1,306 @@
+"""The contract of the kernels: what every back end computes, and how a back end is described without loading torch.
+
+``KernelModule`` gives every function with its shapes, units and results. ``reference`` implements all of it in plain
+torch and is the specification: the other modules compute the same faster, and their docstrings say only what they
+decline. ``Capabilities`` says what a back end takes over; ``registry`` holds one description for each module.
+
+Shapes: T tokens of a chunk or packed tokens of a step, B decoding tokens, S slots, H query heads, K kv heads,
+G = H / K, C rows of a head in a slot, P rows of a slot in use, D key dim, E value dim, M ways of adding up attention,
+I and O input and output size of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bmx.kernels.linear import Linear
+    from bmx.kernels.ranking import EvictionOrder
+    from bmx.kernels.slot_views import Chunks, Rows
+
+HALF = 2  # bytes of a number in bfloat16 or float16
+
+
+class KernelModule(Protocol):
+    """The functions of a back end."""
+
+    def attend_chunk(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        hidden: Tensor | None = None,
+        query_weights: Tensor | None = None,
+        squares: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A prompt chunk attends to its slot (all rows in use) and to itself (causally).
+
+        Args:
+            query: [T, H, D], the chunk's queries.
+            key: [T, K, D], the chunk's own keys.
+            value: [T, K, E], the chunk's own values.
+            past_key: [K, P, D], keys of the slot's rows in use, in any order.
+            past_value: [K, P, E], their values.
+            scale: factor of the dot products.
+            softcap: ``softcap * tanh(s / softcap)`` replaces each score s (Gemma 2); None for no cap.
+            sinks: [H], extra logits that take part in the softmax and have no value (gpt-oss).
+            hidden: [K, T, P + T] bool, True where a sliding window hides a key from a query.
+            query_weights: [M, T] float32, the weight of each query's attention in each of M sums; None for no sums.
+            squares: whether to add up the squared probabilities too, with the first of these weights.
+
+        Returns:
+            output: [T, H, E].
+            sums: [M, K, P + T] float32 ([M + 1, K, P + T] with squares), slot rows first: over queries, weighted, of
+                the mean over a kv head's query heads of the attention probabilities. None without query weights.
+        """
+        ...
+
+    def attend_slots(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor | None = None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        hidden: Tensor | None = None,
+        want_mass: bool = False,
+        squares: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One decoding token per slot attends to its slot, which holds the token's own pair already.
+
+        Args:
+            query: [B, H, D], one query per decoding token.
+            keys: [S, K, C, D], keys of all slots.
+            values: [S, K, C, E], their values.
+            slots: [B], the slot of each token; None if they are the slots 0 .. B - 1 in order.
+            scale: factor of the dot products.
+            softcap: as in ``attend_chunk``.
+            sinks: [H], as in ``attend_chunk``.
+            hidden: bool, broadcastable to [B, K, C]; True for rows not in use or out of the window.
+            want_mass: whether to return the attention that each key receives.
+            squares: whether to return the squared probabilities too.
+
+        Returns:
+            output: [B, H, E].
+            sums: [1, B, K, C] float32 ([2, B, K, C] with squares): means over a kv head's query heads of the attention
+                probabilities. None if they are not wanted.
+        """
+        ...
+
+    def decode_step(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Rows,
+        slots: Tensor,
+        positions: Tensor,
+        row_limits: Tensor,
+        *,
+        scale: float,
+        order: EvictionOrder,
+        decay: float,
+        accumulate: bool,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> bool:
+        """The decoding tokens' whole part of a layer: append or evict, attend, accumulate.
+
+        A token takes row ``position`` of its slot while that is below its row limit, else in each kv head the row of
+        the pair that goes first in the order (of equals the lowest row). Then it attends to the rows in use, its own
+        pair among them, and the mean of its query heads' probabilities is added to the attention mass.
+
+        Args:
+            output: [B, H, E], contiguous; written.
+            query: [B, H, D], each vector contiguous.
+            key: [B, K, D], the tokens' own keys, each vector contiguous.
+            value: [B, K, E], their values.
+            rows: the layer's slots; written.
+            slots: [B] int64, no two equal; where it is -1 the output is zeros and nothing else happens.
+            positions: [B] int64, each token's position in its sequence = tokens of it seen before.
+            row_limits: [B] int64, rows of a head that each sequence may use, if its slot has as many.
+            scale: factor of the dot products.
+            order: which pair is evicted first.
+            decay: factor of the attention mass added up before, as the tokens' attention comes on top.
+            accumulate: whether to add this step's attention to the mass; the mass of a new pair starts at 0 anyway.
+            softcap: as in ``attend_chunk``.
+            sinks: [H], as in ``attend_chunk``.
+
+        Returns:
+            Whether it was done. If not, nothing was changed: policy and pool do the step with ``attend_slots``.
+        """
+        ...
+
+    def prefill_step(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Rows,
+        chunks: Chunks,
+        *,
+        scale: float,
+        order: EvictionOrder,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> bool:
+        """The prompt chunks' whole part of a layer: attend, add up attention, evict.
+
+        Each chunk attends to its slot and causally to itself. The attention that keys receive is added to the mass of
+        rows in use, unless the sequence will never evict. Then the pairs of slot and chunk that go last in the order
+        stay, as many as the row limit says (of equals the first, rows before tokens); survivors of the chunk take, in
+        order, the rows of the pairs that go.
+
+        Args:
+            output: [T, H, E], contiguous; the chunks' tokens are written, others left as they are.
+            query: [T, H, D], of all packed tokens, each vector contiguous.
+            key: [T, K, D], of all packed tokens, each vector contiguous.
+            value: [T, K, E], of all packed tokens, each vector contiguous.
+            rows: the layer's slots; written.
+            chunks: the prompt chunks, no two of the same slot.
+            scale: factor of the dot products.
+            order: which pair is evicted first.
+            softcap: as in ``attend_chunk``.
+            sinks: [H], as in ``attend_chunk``.
+
+        Returns:
+            Whether it was done. If not, nothing was changed: policy and pool do it chunk by chunk with
+            ``attend_chunk``.
+        """
+        ...
+
+    def product(self, layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
+        """The function that computes linear layers of one input: x [..., I] -> [..., O] of each layer.
+
+        Args:
+            layers: weights, all int8 or none.
+            gated: there are two layers, and the only output is SiLU(first) times second (SwiGLU, arXiv 2002.05202).
+        """
+        ...
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """SiLU(gate) times up, both [..., I]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Each vector over the root of its mean square, computed in float32 and rounded, times the weight.
+
+        Args:
+            x: [..., I].
+            weight: [I].
+            epsilon: added to the mean square.
+        """
+        ...
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The rotary embedding (arXiv 2104.09864, section 3.4.2) of halves, not of neighbouring pairs.
+
+        Args:
+            x: [1, H, T, D].
+            cos: [1, T, D].
+            sin: [1, T, D].
+        """
+        ...
+
+
+FUNCTIONS = tuple(name for name in vars(KernelModule) if not name.startswith("_"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelProfile:
+    """How a back end uses a machine's rates, for the forecast.
+
+    Attributes:
+        score_passes: times that an attention score is read or written in memory, in the activations' type.
+        thin_product: factor by which attention's products, as thin as a head, are slower than large ones.
+        chunk_operators: operators started per layer and prompt chunk: attending, choosing and writing.
+        decode_operators: operators started per layer and group of decoding slots.
+        own_operators: share of the model's own operators that is left to torch, in their number and their traffic.
+        thin_bandwidth: bandwidth of products with few rows, relative to torch's.
+        all_slots: slots that do not decode are attended to as well, unless they are most of them.
+        slot_bandwidth: bandwidth with which slots are read, relative to torch's products with few rows.
+        ahead: operators are started while earlier ones run, and replayed where all slots decode.
+    """
+
+    score_passes: int
+    thin_product: float
+    chunk_operators: int
+    decode_operators: int
+    own_operators: float = 1.0
+    thin_bandwidth: float = 1.0
+    all_slots: bool = True
+    slot_bandwidth: float = 2.5
+    ahead: bool = False
+
+
+class Workspace(Protocol):
+    """Bytes that one layer's attention holds beside its inputs."""
+
+    def __call__(self, *, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
+        """Bytes, for a prompt chunk or for all decoding slots, whichever is more.
+
+        Args:
+            heads: query heads.
+            chunk: tokens of a prompt chunk.
+            rows: keys that a query sees, at most.
+            slots: slots of all groups.
+            head_dim: numbers of a key or value, whichever is longer.
+            itemsize: bytes of a number of the model's type.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a back end takes over, for those who choose, plan and forecast.
+
+    Attributes:
+        model_dtypes: torch's names of the types for which it replaces the model's linear layers, norms, gated MLPs
+            and rotary embedding.
+        fuses_steps: ``decode_step`` and ``prefill_step`` run in place of policy and pool wherever a layer's pairs go
+            by an ``EvictionOrder``.
+        asynchronous: its steps are launched before earlier ones are done, on any device; torch's own are on a GPU.
+        capturable: fused decode steps can be captured as CUDA graphs: nothing in them depends on the host.
+        skips_empty_rows: fused steps never read rows that hold no pair, so slots need not be emptied between sequences.
+        workspace: bytes of a layer's attention.
+        unfused_workspace: the same where policy and pool do the steps, if that differs.
+        profile: how it uses a machine's rates.
+        wide_profile: the same in models whose numbers take more than two bytes, if that differs.
+    """
+
+    model_dtypes: tuple[str, ...] = ()
+    fuses_steps: bool = False
+    asynchronous: bool = False
+    capturable: bool = False
+    skips_empty_rows: bool = False
+    workspace: Workspace
+    unfused_workspace: Workspace | None = None
+    profile: KernelProfile
+    wide_profile: KernelProfile | None = None
+
+    def runs_ahead(self, device_type: str) -> bool:
+        """Whether steps on this type of device return before they are computed."""
+        return self.asynchronous or device_type == "cuda"
+
+    def workspace_bytes(self, fused: bool) -> Workspace:
+        """Bytes of a layer's attention, by whether its steps may be fused."""
+        return self.workspace if fused or self.unfused_workspace is None else self.unfused_workspace
+
+    def profile_for(self, itemsize: int) -> KernelProfile:
+        """How it uses a machine's rates in a model whose numbers take ``itemsize`` bytes."""
+        return self.profile if itemsize == HALF or self.wide_profile is None else self.wide_profile

@@ -1,0 +1,63 @@
+"""The back ends that there are: one description each, by the name of its module. Loads no torch.
+
+To add one: a module here that implements ``contract.KernelModule``, its description in ``CAPABILITIES``, and the condition
+under which ``bmx.kernels.choose`` takes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from bmx.kernels import workspace
+from bmx.kernels.contract import Capabilities, KernelProfile
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels for GPUs on the CPU: slow, and good for tests alone."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_PLAIN = KernelProfile(score_passes=16, thin_product=3.0, chunk_operators=30, decode_operators=36)
+_TILED = KernelProfile(score_passes=5, thin_product=3.0, chunk_operators=60, decode_operators=36)
+_COMPILED = KernelProfile(
+    score_passes=0,
+    thin_product=1.4,
+    chunk_operators=6,
+    decode_operators=4,
+    own_operators=0.4,
+    thin_bandwidth=1.5,
+    all_slots=False,
+)
+_GPU = KernelProfile(
+    score_passes=0,
+    thin_product=2.0,
+    chunk_operators=0,
+    decode_operators=1,
+    own_operators=0.6,
+    all_slots=False,
+    slot_bandwidth=0.8,
+    ahead=True,
+)
+
+CAPABILITIES: Mapping[str, Capabilities] = {
+    "reference": Capabilities(workspace=workspace.whole_matrices, profile=_PLAIN),
+    "cpu": Capabilities(workspace=workspace.tiles, profile=_TILED),
+    "avx512": Capabilities(
+        model_dtypes=("bfloat16",),
+        fuses_steps=True,
+        workspace=workspace.tiles,  # of types that are tiled; for bfloat16 the compiled code holds less
+        profile=_COMPILED,
+        wide_profile=_TILED,
+    ),
+    "triton": Capabilities(
+        model_dtypes=() if interpreted() else ("bfloat16", "float16", "float32"),  # interpreting each token takes long
+        fuses_steps=True,
+        asynchronous=True,
+        capturable=True,
+        skips_empty_rows=True,
+        workspace=workspace.fused_steps,
+        unfused_workspace=workspace.whole_matrices,  # plain torch decodes then
+        profile=_GPU,
+    ),
+}

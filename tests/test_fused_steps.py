@@ -1,0 +1,154 @@
+"""Fused steps of a layer do what policy and pool do: those of the specification, and the compiled ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from test_kernels import normal
+
+from bmx import EngineConfig, kernels
+from bmx.compress.policy import CompressionPolicy
+from bmx.engine.attention import SlotAttention
+from bmx.engine.packed import DecodeBatch, DecodeGroup, PackedStep, PromptChunk
+from bmx.kernels import build
+from bmx.kernels.registry import CAPABILITIES
+from bmx.kernels.slot_views import Chunks
+from bmx.kv.layout import KVLayout, LayerLayout
+from bmx.kv.pool import KVPool
+
+BF16 = torch.bfloat16
+NEAR = {"atol": 2e-2, "rtol": 2e-2}  # eight bits of a number
+
+
+@dataclass(frozen=True)
+class Chosen(kernels.Kernels):
+    """Kernels that do whole steps, or leave them to policy and pool."""
+
+    fused: bool
+
+    @property
+    def capabilities(self):
+        return replace(CAPABILITIES[self.name], fuses_steps=self.fused)
+
+
+CHUNK_COLUMNS = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
+COMPILED = pytest.mark.skipif(isinstance(build.library(), str), reason="there are no compiled kernels here")
+EITHER = pytest.mark.parametrize("name", ["reference", pytest.param("avx512", marks=COMPILED)])
+
+
+def attention_of(chosen, policy, window=None, sizes=((48, 5),)):
+    """One layer's attention and its pool, with the same random pairs each time; K 2, D 32; groups of (C, S)."""
+    capacity = sizes[-1][0]
+    made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
+    layouts = tuple(
+        KVLayout((
+            LayerLayout(
+                capacity=rows, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
+                by_age=False, row_stats=made.sums if made.scorer else (),
+            ),
+        ))
+        for rows, _ in sizes
+    )  # fmt: skip
+    pool = KVPool(layouts, tuple(slots for _, slots in sizes), BF16, torch.device("cpu"))
+    pool.rows[0].keys.copy_(normal(*pool.rows[0].keys.shape, seed=1))
+    pool.rows[0].values.copy_(normal(*pool.rows[0].values.shape, seed=2))
+    return SlotAttention(pool, made, chosen), pool
+
+
+def fill(part, slot, tokens, rows):
+    """The slot has seen so many tokens, of which ``rows`` are left, in any order, and all have been attended to."""
+    random = torch.Generator().manual_seed(slot)
+    for head in range(2):
+        left = torch.randperm(tokens, generator=random) if tokens > rows else torch.arange(tokens)
+        part.positions[slot, head, : min(tokens, rows)] = left[:rows].int()
+    for note in part.row_stats.values():
+        note[slot] = torch.rand(note[slot].shape, generator=random) * (part.positions[slot] >= 0)
+
+
+def attended(attention, step, tokens):
+    """What a layer says of random queries, keys and values; H 6, K 2, D 32."""
+    attention.step = step
+    q, k, v = (normal(1, heads, tokens, 32, seed=heads + i, dtype=BF16) for i, heads in enumerate((6, 2, 2)))
+    return attention(None, q, k, v, scaling=0.2)[0]
+
+
+def assert_same(results):
+    """The same output, and the same pairs in the same rows."""
+    (unfused_output, unfused_pool), (output, pool) = results
+    torch.testing.assert_close(output, unfused_output, **NEAR)
+    rows, expected = pool.rows[0], unfused_pool.rows[0]
+    assert torch.equal(rows.positions, expected.positions)
+    assert torch.equal(rows.keys, expected.keys)
+    assert torch.equal(rows.values, expected.values)
+    if rows.mass is not None:
+        torch.testing.assert_close(rows.mass, expected.mass, **NEAR)
+
+
+POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova"])
+
+
+@EITHER
+@pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova", "streaming", "none"])
+@pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, window, limits):
+    """Two groups of slots, of which the second one's have sequences that evict."""
+    found, now, seen = [], (100, 30, 60, 47), (20, 7)
+    for fused in (False, True):
+        attention, pool = attention_of(Chosen(name, "", fused), policy, window, sizes=((31, 3), (48, 5)))
+        slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
+        for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
+            tokens = asked
+            if policy == "none":
+                tokens = tuple(min(n, limit - 1) for n, limit in zip(tokens, rows, strict=True))
+            for slot, count, limit in zip(slots, tokens, rows, strict=True):
+                fill(pool.layer(group, 0), slot, count, limit)
+            groups.append(
+                DecodeGroup(
+                    rows=slice(2 * group, 2 + 4 * group), group=group, slots=torch.tensor(slots), slots_host=slots,
+                    positions=torch.tensor(tokens), positions_host=tokens,
+                    row_limits=torch.tensor(rows), row_limits_host=rows,
+                    totals=tuple(n + 90 * (policy != "none") for n in tokens),
+                )
+            )  # fmt: skip
+        decode_batch = DecodeBatch(
+            slots=torch.cat([groups[0].slots, 3 + groups[1].slots]), evicting=policy != "none",
+            positions=torch.cat([one.positions for one in groups]),
+            row_limits=torch.cat([one.row_limits for one in groups]),
+        )  # fmt: skip
+        step = PackedStep(
+            input_ids=None, positions=None, logits_at=0, decode_batch=decode_batch, decode_groups=tuple(groups)
+        )
+        found.append((attended(attention, step, 6), pool))
+    assert_same(found)
+
+
+@EITHER
+@POLICIES
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("limit", [48, 40])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 30), (0, 60), (20, 30), (48, 17), (100, 64), (40, 8)])
+def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(name, policy, start, tokens, limit, window):
+    """One that evicts, behind a decoding token, and one that never will."""
+    found = []
+    for fused in (False, True):
+        attention, pool = attention_of(Chosen(name, "", fused), policy, window)
+        fill(pool.layer(0, 0), 1, start, limit)
+        prompts = (
+            PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),
+            PromptChunk(rows=slice(1 + tokens, 13 + tokens), group=0, slot=4, start=0, total=40, row_limit=40),
+        )
+        table = [[1, 1 + tokens], [tokens, 12], [1, 4], [start, 0], [limit, 40], [900, 40]]
+        weights, decay = torch.zeros(13 + tokens), torch.ones(2)
+        for n, (at, length) in enumerate(((1, tokens), (1 + tokens, 12))):
+            weights[at : at + length] = torch.tensor(attention._policy.query_weights(length, 0)[0])
+            decay[n] = attention._policy.decay_over(length)
+        chunks = Chunks(
+            **dict(zip(CHUNK_COLUMNS, map(tuple, table), strict=True)),
+            table=torch.tensor(table), query_weights=weights, decay=decay,
+        )  # fmt: skip
+        step = PackedStep(input_ids=None, positions=None, logits_at=0, chunks=chunks, prompts=prompts)
+        found.append((attended(attention, step, 13 + tokens)[:, 1:], pool))
+    assert_same(found)
