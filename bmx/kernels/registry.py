@@ -1,7 +1,7 @@
-"""The back ends that there are: one description each, by the name of its module. Loads no torch.
+"""One description of each back end, by the name of its module. Loads no torch.
 
-To add one: a module here that implements ``contract.KernelModule``, its description in ``CAPABILITIES``, and the condition
-under which ``bmx.kernels.choose`` takes it.
+To add a back end: a module here that implements ``contract.KernelModule``, its description in ``CAPABILITIES``, and the
+condition under which ``bmx.kernels.choose`` takes it.
 """
 
 from __future__ import annotations
