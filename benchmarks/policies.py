@@ -13,7 +13,7 @@ import random
 from dataclasses import replace
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
-from bmx.units import POLICIES
+from bmx.policies import POLICIES
 
 TRIED = {name: {"kv_policy": name} for name in ("none", *(p for p in POLICIES if p != "none"))} | {
     "average-attention, value norm": {"kv_value_norm": True},

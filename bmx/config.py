@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from bmx.errors import UsageError
+from bmx.policies import POLICIES
 from bmx.settings import ALWAYS, IF_CHUNKED, IF_EVICTING, IF_TRUE, NEVER, NOT_IN_BENCH, Setting
-from bmx.units import POLICIES, parse_budget, parse_bytes, parse_count, parse_layers, parse_policy, parse_shared
+from bmx.units import parse_budget, parse_bytes, parse_count, parse_layers, parse_policy, parse_shared
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
 CHUNK_SIZE = 512  # the default where chunk ends decide answers

@@ -8,15 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import entry_points
 from typing import Any
 
+from bmx.policies import POLICIES, find_scorer
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-POLICIES = (
-    *("average-attention", "h2o", "decay", "roco", "window", "tova", "r-kv"),
-    *("keydiff", "knorm", "lagkv", "expected-attention", "streaming", "random", "none"),
-)
-SCORER_GROUP = "bmx.scorers"  # entry points of other packages' policies
 
 
 def parse_bytes(text: str | int) -> int:
@@ -79,7 +75,7 @@ def parse_policy(text: str) -> str:
     Raises:
         ValueError: nobody has such a policy.
     """
-    if text not in POLICIES and not entry_points(group=SCORER_GROUP, name=text):
+    if text not in POLICIES and find_scorer(text) is None:
         raise ValueError(f"no policy: {text!r}")
     return text
 

@@ -11,9 +11,10 @@ from conftest import tiny_engine
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
-from bmx.kv.formats import allocate, decode, encode
-from bmx.kv.layout import KEY_GROUP, LayerLayout
+from bmx.kv.formats import FORMATS, KEY_GROUP
+from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots
+from bmx.kv.stores import allocate
 
 CPU = torch.device("cpu")
 FEW = ("fp8", "int8", "int4")
@@ -26,7 +27,8 @@ def drawn(*shape, seed=0):
 
 
 def back(name, vectors, dtype=torch.float32):
-    return decode(name, *encode(name, vectors), dtype)[..., : vectors.shape[-1]]
+    form = FORMATS[name]
+    return form.decode(*form.encode(vectors), dtype)[..., : vectors.shape[-1]]
 
 
 def step(name, vectors):
@@ -39,6 +41,11 @@ def step(name, vectors):
 def slack(vectors):
     """What float16 scales and offsets add to half a step."""
     return 2 * HALF * vectors.abs().amax(-1, keepdim=True) + 1e-6
+
+
+def test_every_format_is_a_choice_of_the_setting():
+    assert all(EngineConfig(kv_format=name).kv_format == name for name in FORMATS)
+    assert set(FORMATS) == set(FEW)
 
 
 # ---- one vector ----
@@ -59,7 +66,7 @@ def test_steps_are_no_finer_than_the_bits(name):
     vectors = drawn(200, 64)
     errors = (back(name, vectors) - vectors).abs() / step(name, vectors)
     assert 0.45 < errors.max() < 0.55
-    codes, _ = encode(name, vectors)
+    codes, _ = FORMATS[name].encode(vectors)
     used = codes.view(torch.int8).unique() if name == "int8" else torch.cat([codes & 15, codes >> 4]).unique()
     assert len(used) >= (250 if name == "int8" else 16)
 
@@ -145,7 +152,7 @@ def test_the_empty_dimensions_of_a_store_are_any(name, dim):
 @pytest.mark.parametrize("dim", [8, 5])
 @pytest.mark.parametrize("name", ["auto", *FEW])
 def test_overwriting_one_vector_leaves_all_others_as_they_were(name, dim):
-    store = allocate(name, (2, 3, 6), dim, torch.float32, CPU, by_channel=False)
+    store = allocate(name, (2, 3, 6), dim, torch.float32, CPU)
     everything = slice(None)
     store.write(everything, drawn(2, 3, 6, dim))
     before = store.read(everything)[..., :dim].clone()
@@ -161,7 +168,7 @@ def test_overwriting_one_vector_leaves_all_others_as_they_were(name, dim):
 
 @pytest.mark.parametrize("name", ["auto", *FEW])
 def test_an_empty_store_and_a_cleared_slot_are_zero(name):
-    store = allocate(name, (2, 3, 6), 8, torch.float32, CPU, by_channel=False)
+    store = allocate(name, (2, 3, 6), 8, torch.float32, CPU)
     assert (store.read(slice(None)) == 0).all()
     store.write(slice(None), drawn(2, 3, 6, 8))
     other = store.read(1).clone()
@@ -172,7 +179,7 @@ def test_an_empty_store_and_a_cleared_slot_are_zero(name):
 
 @pytest.mark.parametrize("name", FEW)
 def test_numbers_that_are_none_go_with_the_slot(name):
-    store = allocate(name, (2, 1, 4), 8, torch.float32, CPU, by_channel=False)
+    store = allocate(name, (2, 1, 4), 8, torch.float32, CPU)
     store.write(slice(None), torch.full((2, 1, 4, 8), math.nan))
     store.clear(0)
     assert store.read(0).isfinite().all()

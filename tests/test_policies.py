@@ -25,12 +25,13 @@ from conftest import (
 from conftest import watched as watched_engine
 from families import WINDOW, tiny_model
 
-from bmx import Engine, EngineConfig, PromptConfig
-from bmx.compress import attention_scorers as scorers
+from bmx import Engine, EngineConfig, PromptConfig, policies
+from bmx.compress.attention_scorers import AttentionMass, AverageAttention, Recency
+from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs, ScorerDefaults, Seen
-from bmx.config import POLICIES
 from bmx.errors import UsageError
 from bmx.model.spec import share_layers
+from bmx.policies import POLICIES
 
 SINK, RECENT, NEW = 2, 4, 8
 FIXED = SINK + RECENT
@@ -379,7 +380,7 @@ def test_of_two_that_are_alike_the_one_that_the_probe_looks_at_ranks_higher(poli
     ones = torch.ones(1, 6)
     asked = torch.tensor([[0.1, 0.1, 0.4, 0.1, 0.1, 0.2]])
     shown = {"mass": ones, "squares": ones, "keys": ones.unsqueeze(-1).expand(1, 6, 4), "probe": asked}
-    scores = policy._score(Seen(positions=torch.arange(6).view(1, 6), now=6, shown=shown, surplus=0, window=1))[0]
+    scores = policy._score(Seen(positions=torch.arange(6).view(1, 6), now=6, inputs=shown, surplus=0, window=1))[0]
     assert scores[2] > scores[3]
 
 
@@ -578,7 +579,7 @@ def offered(monkeypatch):
             return [Found(loaded)] if (group, name) == ("bmx.scorers", wanted) else []
 
         wanted = name
-        monkeypatch.setattr(scorers, "entry_points", look)
+        monkeypatch.setattr(policies, "entry_points", look)
 
     return offer
 
@@ -611,7 +612,7 @@ def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes
         needs = Needs.ATTENTION_MASS | Needs.QUERIES
 
         def __call__(self, seen):
-            if "queries" in seen.shown:  # only while a prompt is read
+            if "queries" in seen.inputs:  # only while a prompt is read
                 shown.append(seen.queries.clone())
             return super().__call__(seen)
 
@@ -634,8 +635,8 @@ def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes
     [
         (ImportError("no such module"), "no such module"),
         (RuntimeError("it broke"), "it broke"),
-        (lambda seen: seen.positions, "no scorer"),
-        (3, "no scorer"),
+        (lambda seen: seen.positions, "not a scorer"),
+        (3, "not a scorer"),
         (type("Broken", (), {"__init__": lambda self: 1 / 0}), "division by zero"),
     ],
     ids=("not importable", "raises", "a function", "a number", "cannot be made"),
@@ -650,4 +651,43 @@ def test_a_broken_way_of_another_package_is_an_error_with_its_name(loaded, said,
 
 def test_another_package_cannot_take_a_name_of_bmxs_own(offered):
     offered("h2o", Oldest)
-    assert tiny_engine("llama", **config("h2o")).policy.scorer is scorers.SCORERS["h2o"]
+    assert tiny_engine("llama", **config("h2o")).policy.scorer == AttentionMass()
+
+
+def reversed_formula(base):
+    """A scorer of another package that ranks the other way round than the one of bmx that it extends."""
+
+    class Reversed(base):
+        def __call__(self, seen):
+            return -base.__call__(self, seen)
+
+    return Reversed
+
+
+EXTENDED = {"average-attention": AverageAttention, "h2o": AttentionMass, "streaming": Recency}
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+def test_kernels_rank_by_the_formula_of_a_scorer_and_not_by_that_of_its_parent(name, offered):
+    base = EXTENDED[name]
+    offered("theirs", reversed_formula(base))
+    spec = tiny_loaded("llama").spec
+    own, theirs = (CompressionPolicy.from_config(EngineConfig(kv_policy=policy)) for policy in (name, "theirs"))
+    assert own.eviction_order(own.layout(spec, 40).layers[0]) is not None
+    assert theirs.eviction_order(theirs.layout(spec, 40).layers[0]) is None
+    offered("alike", type("Alike", (base,), {}))
+    alike = CompressionPolicy.from_config(EngineConfig(kv_policy="alike"))
+    assert alike.eviction_order(alike.layout(spec, 40).layers[0]) is not None
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_a_scorer_that_extends_one_of_bmx_answers_by_its_own_formula(name, kernels, offered, cpu_kernels):
+    """On kernels that rank by themselves, as in plain torch."""
+    requests = as_requests(random_prompts((33, 21)), max_tokens=3)
+    cpu_kernels("reference")
+    offered("theirs", reversed_formula(EXTENDED[name]))
+    expected = answers(tiny_engine("llama", **config("theirs")), requests)
+    assert expected != answers(tiny_engine("llama", **config(name)), requests)
+    cpu_kernels(kernels)
+    assert answers(tiny_engine("llama", **config("theirs")), requests) == expected

@@ -20,8 +20,8 @@ from bmx.engine.sequence import Sequence
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
 from bmx.plan.planner import Length, Limits, SlotGroup, StepSize, plan
+from bmx.policies import POLICIES
 from bmx.shutdown import Stop
-from bmx.units import POLICIES
 
 DOCUMENT, OTHER, SYSTEM = random_prompts((150, 140, 66), seed=5)
 CHUNK = 24  # 64 tokens, the least that is shared, end in the middle of one

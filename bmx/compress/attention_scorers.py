@@ -1,7 +1,8 @@
-"""How important each KV pair is. A scorer ranks; protecting, choosing and writing are not its business.
+"""Scorers that rank KV pairs by the attention they received, and the two that need no input: recency and chance.
 
-A new method is one frozen dataclass: say what it ``needs`` to see, and return a score per KV pair. One from another
-package is found by its entry point in the group ``bmx.scorers``: a name, and a scorer or a class of them.
+A scoring method is a frozen dataclass that says what it ``needs`` and returns a score per KV pair; protecting, choosing
+and writing pairs is the policy's part. A new one gets its name in ``bmx.policies``; another package offers its own
+under the entry points ``bmx.scorers``.
 
 Shapes as in ``Seen``: K kv heads, R rows, for any leading shape.
 """
@@ -9,13 +10,10 @@ Shapes as in ``Seen``: K kv heads, R rows, for any leading shape.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar
 
-from bmx.compress.key_scorers import ExpectedAttention, KeyDiff, KeyNorm, LagKV, mean_similarity
-from bmx.compress.scorer_api import RANK_EVERY, Needs, QueryWeights, Scorer, ScorerDefaults, Seen
-from bmx.errors import UsageError
-from bmx.units import SCORER_GROUP
+from bmx.compress.key_scorers import mean_similarity
+from bmx.compress.scorer_api import RANK_EVERY, Needs, QueryWeights, ScorerDefaults, Seen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +23,14 @@ if TYPE_CHECKING:
 class AverageAttention(ScorerDefaults):
     """Attention received per query that could have seen the key (Batch-Max, arXiv 2412.05693).
 
-    Dividing by the lifetime takes away the old tokens' advantage: under even attention over 4,096 tokens the plain
-    sum (H2O) prefers the oldest to the newest by four orders of magnitude, the average by one.
+    Dividing by the lifetime removes the advantage of old tokens: under uniform attention over 4,096 tokens the plain
+    sum (H2O) scores the oldest token four orders of magnitude above the newest, the average one.
     """
 
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS
 
     def __call__(self, seen: Seen) -> Tensor:
-        """mass / lifetime."""
+        """Attention mass / lifetime."""
         return seen.attention_mass / seen.lifetime
 
 
@@ -47,21 +45,25 @@ class AttentionMass(ScorerDefaults):
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS
 
     def __call__(self, seen: Seen) -> Tensor:
-        """The mass itself."""
+        """The attention mass itself."""
         return seen.attention_mass
+
+
+A2SF = AttentionMass(query_weights=QueryWeights(decay=0.98))
+TOVA = AttentionMass(query_weights=QueryWeights(window=1))
 
 
 @dataclass(frozen=True, slots=True)
 class RoCo(ScorerDefaults):
-    """The lowest average attention goes, but not where attention varies most (EasyKV, arXiv 2402.06262, section 4).
+    """Average attention; pairs whose attention varies most are safe (EasyKV, arXiv 2402.06262, section 4).
 
-    As many tokens as must go are safe for the spread of what they received; of the rest, the average decides.
+    As many pairs as must be evicted are safe because of their variance; among the others the average decides.
     """
 
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS | Needs.SQUARES
 
     def __call__(self, seen: Seen) -> Tensor:
-        """mass / lifetime, and the greatest of all on top for the ``surplus`` rows that vary most."""
+        """Attention mass / lifetime, raised by its maximum for the ``surplus`` rows of the highest variance."""
         mean = seen.attention_mass / seen.lifetime
         variance = seen.squares / seen.lifetime - mean.square()
         safe = variance.topk(min(seen.surplus, variance.shape[-1]), dim=-1).indices
@@ -70,12 +72,12 @@ class RoCo(ScorerDefaults):
 
 @dataclass(frozen=True, slots=True)
 class Window(ScorerDefaults):
-    """What the newest queries attend to, smoothed over neighbours: SnapKV (arXiv 2404.14469, section 4) at each chunk.
+    """Attention of the newest queries, smoothed over neighbours: SnapKV (arXiv 2404.14469, section 4) at each chunk.
 
-    In decoding each new query replaces its share of the window's votes. A window of one query is TOVA's.
+    In decoding each new query replaces its share of the window's attention. A window of one query is TOVA's.
 
     Attributes:
-        pool: neighbours, in the order of the tokens that are left, whose votes are averaged.
+        pool: number of neighbours, in the order of the tokens still held, over which attention is averaged.
     """
 
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS
@@ -84,25 +86,25 @@ class Window(ScorerDefaults):
     pool: int = 5
 
     def __call__(self, seen: Seen) -> Tensor:
-        """The mean of the votes of ``pool`` neighbours, those beyond the ends counted as none."""
+        """The mean attention mass of ``pool`` neighbours; neighbours beyond the ends count as 0."""
         from torch.nn.functional import avg_pool1d
 
         order = seen.positions.argsort(dim=-1)
-        votes = seen.attention_mass.gather(-1, order)
-        pooled = avg_pool1d(votes.flatten(0, -2).unsqueeze(1), self.pool, stride=1, padding=self.pool // 2)
-        return votes.scatter(-1, order, pooled.view_as(votes))
+        mass = seen.attention_mass.gather(-1, order)
+        pooled = avg_pool1d(mass.flatten(0, -2).unsqueeze(1), self.pool, stride=1, padding=self.pool // 2)
+        return mass.scatter(-1, order, pooled.view_as(mass))
 
 
 @dataclass(frozen=True, slots=True)
 class RKV(ScorerDefaults):
-    """Attention of the newest queries less redundancy, for long answers: R-KV (arXiv 2505.24133, section 3).
+    """Attention of the newest queries minus redundancy, for long answers: R-KV (arXiv 2505.24133, section 3).
 
-    A key's redundancy is its mean cosine similarity with all keys of its head, which needs no similarity matrix. Both
-    terms are brought to a sum of one per head. The paper's rule that the newest of near-duplicates counts as none is
-    left to the recent tokens, which always stay.
+    A key's redundancy is its mean cosine similarity with all keys of its head, computed without a similarity matrix.
+    Both terms are normalised to a sum of 1 per head. The paper does not count the newest of near-duplicates as
+    redundant; here the protected recent tokens stand in for that rule.
 
     Attributes:
-        importance: weight of attention; the rest is redundancy's.
+        importance: weight of the attention term; the redundancy term has the rest.
     """
 
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS | Needs.KEYS
@@ -111,7 +113,7 @@ class RKV(ScorerDefaults):
     importance: float = 0.1
 
     def __call__(self, seen: Seen) -> Tensor:
-        """importance * attention + (1 - importance) * novelty, the greatest redundancy less the key's own."""
+        """importance * attention + (1 - importance) * (the head's greatest redundancy - the key's own)."""
         attention = seen.attention_mass / seen.attention_mass.sum(-1, keepdim=True).clamp(min=1e-20)
         redundancy = mean_similarity(seen).masked_fill(~seen.valid, float("-inf")).softmax(-1)
         novelty = redundancy.amax(-1, keepdim=True) - redundancy
@@ -120,9 +122,9 @@ class RKV(ScorerDefaults):
 
 @dataclass(frozen=True, slots=True)
 class Recency(ScorerDefaults):
-    """The newer the better: with the sinks, StreamingLLM (arXiv 2309.17453, section 3).
+    """Newer pairs rank higher: with the sinks, StreamingLLM (arXiv 2309.17453, section 3).
 
-    With a capacity of a layer's own sliding window, this loses nothing.
+    In a layer whose capacity is its own sliding window, nothing that can still be seen is evicted.
     """
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -132,10 +134,10 @@ class Recency(ScorerDefaults):
 
 @dataclass(frozen=True, slots=True)
 class Random(ScorerDefaults):
-    """A fair draw per token and head that never changes: what any method must beat."""
+    """A fixed pseudo-random score per token and head: the baseline that any method must beat."""
 
     def __call__(self, seen: Seen) -> Tensor:
-        """Numbers in [0, 1) mixed from position and head; the same in every run and batch."""
+        """Numbers in [0, 1) hashed from position and head; the same in every run and batch."""
         import torch
 
         heads = torch.arange(seen.positions.shape[-2], device=seen.positions.device).unsqueeze(-1)
@@ -143,41 +145,3 @@ class Random(ScorerDefaults):
         for factor in (0x7FEB352D, 0x846CA68B):  # two rounds of an integer hash
             mixed = ((mixed ^ (mixed >> 16)) * factor) % 2**32
         return (mixed ^ (mixed >> 16)).float() / 2**32
-
-
-SCORERS: dict[str, Scorer] = {
-    "average-attention": AverageAttention(),
-    "h2o": AttentionMass(),
-    "decay": AttentionMass(query_weights=QueryWeights(decay=0.98)),
-    "roco": RoCo(),
-    "window": Window(),
-    "tova": AttentionMass(query_weights=QueryWeights(window=1)),
-    "r-kv": RKV(),
-    "keydiff": KeyDiff(),
-    "knorm": KeyNorm(),
-    "lagkv": LagKV(),
-    "expected-attention": ExpectedAttention(),
-    "streaming": Recency(),
-    "random": Random(),
-}
-
-
-def scorer_named(name: str) -> Scorer | None:
-    """The scorer of that name, built in or from an entry point; None for ``none``, which evicts nothing.
-
-    Raises:
-        UsageError: there is none, or it is none.
-    """
-    if name == "none" or name in SCORERS:
-        return SCORERS.get(name)
-    found = next(iter(entry_points(group=SCORER_GROUP, name=name)), None)
-    if found is None:
-        raise UsageError(f"kv_policy cannot be {name!r}", hint=f"it takes {', '.join(SCORERS)} or none")
-    try:
-        loaded = found.load()
-        scorer = loaded() if isinstance(loaded, type) else loaded
-    except Exception as error:  # another's code may raise anything
-        raise UsageError(f"the policy {name!r} ({found.value}) cannot be loaded: {error}") from error
-    if not (callable(scorer) and all(hasattr(scorer, part) for part in ("needs", "query_weights", "every"))):
-        raise UsageError(f"the policy {name!r} ({found.value}) is no scorer", hint="see bmx.compress.scorer_api.Scorer")
-    return scorer  # type: ignore[no-any-return]

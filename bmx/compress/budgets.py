@@ -1,4 +1,4 @@
-"""How many KV pairs a sequence keeps: a number, or a share of its prompt; alike in all layers, or not.
+"""How many KV pairs a sequence keeps: a number, or a share of its prompt; the same in all layers, or not.
 
 Knows lengths and counts; touches no tensor and loads no torch.
 """
@@ -11,7 +11,7 @@ from math import ceil
 
 from bmx.errors import UsageError
 
-PYRAMID_BASE = 20  # the last layer has so small a part of the even share
+PYRAMID_BASE = 20  # the last layer has 1 / PYRAMID_BASE of an even share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +19,10 @@ class Budget:
     """KV pairs that a layer and head may keep.
 
     Attributes:
-        pairs: for every sequence, on average over the layers; None if a share decides.
-        share: of the prompt's tokens.
-        fixed: of a layer's pairs, those that layers do not differ in: sink and recent tokens.
-        layers: ``uniform``, ``pyramid``, or each layer's part of the rest, one on average.
+        pairs: KV pairs of every sequence, on average over the layers; None if ``share`` is set.
+        share: the share of the prompt's tokens to keep, below 1; None if ``pairs`` is set.
+        fixed: pairs that every layer has alike: sink and recent tokens.
+        layers: ``uniform``, ``pyramid``, or a factor per layer, 1 on average, on the pairs that are not fixed.
     """
 
     pairs: int | None
@@ -32,16 +32,22 @@ class Budget:
 
     @classmethod
     def of(cls, wanted: float, fixed: int, layers: str | tuple[float, ...]) -> Budget:
-        """From settings: a number of pairs, or a share below one."""
+        """From settings.
+
+        Args:
+            wanted: a number of pairs, or a share of the prompt below 1.
+            fixed: sink and recent tokens together.
+            layers: as the attribute of that name.
+        """
         share = wanted if wanted < 1 else None
         return cls(pairs=None if share else int(wanted), share=share, fixed=fixed, layers=layers)
 
     def rows(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Rows of a slot that a sequence needs, in the layer that keeps most."""
+        """Rows of a slot that a sequence needs in the layer that keeps most."""
         return self._rows(prompt_tokens, max_tokens, max(self._extremes))
 
     def least(self, prompt_tokens: int, max_tokens: int) -> int:
-        """The same in the layer that keeps least."""
+        """Rows of a slot that a sequence needs in the layer that keeps least."""
         return self._rows(prompt_tokens, max_tokens, min(self._extremes))
 
     def _rows(self, prompt_tokens: int, max_tokens: int, factor: float) -> int:
@@ -52,16 +58,16 @@ class Budget:
 
     @property
     def _extremes(self) -> Sequence[float]:
-        """Factors among which are the greatest and the least."""
+        """Factors that include the greatest and the least of all layers."""
         if self.layers == "uniform":
             return (1.0,)
         return pyramid(2) if isinstance(self.layers, str) else self.layers
 
     def layer(self, index: int, layers: int) -> int:
-        """Pairs of one of so many layers, unless a share decides.
+        """Pairs of layer ``index`` of a model with ``layers`` layers, where the budget is a number of pairs.
 
         Raises:
-            UsageError: factors for another number of layers.
+            UsageError: the number of factors is not the number of layers.
         """
         if self.layers == "uniform":
             return self._pairs(1.0)
@@ -71,34 +77,35 @@ class Budget:
         return self._pairs(factors[index])
 
     def _pairs(self, factor: float) -> int:
-        """Pairs of a layer with so much of the even part; at least one beside those that are fixed."""
+        """Pairs of a layer: the fixed ones, and ``factor`` times the average of the others, at least one."""
         return self.fixed + max(1, round(((self.pairs or 0) - self.fixed) * factor))
 
 
 def pyramid(layers: int, base: float = PYRAMID_BASE) -> list[float]:
-    """Parts that fall evenly from first layer to last, which has 1 / base (PyramidKV, arXiv 2406.02069, section 3)."""
+    """Factors that fall linearly; the last layer has 1 / base (PyramidKV, arXiv 2406.02069, section 3)."""
     last = 1 / base
     return [2 - last - i * (2 - 2 * last) / max(1, layers - 1) for i in range(layers)]
 
 
 def halting_count(weights: Sequence[Sequence[float]], first: int, tolerance: float) -> int:
-    """The fewest tokens of a layer with which the last query's attention is nearly what it is with all of them.
+    """The fewest tokens of a layer that keep the norm of the last query's attention, up to a tolerance.
 
-    Tokens are kept in the order of presumed importance (the first ones, then from the newest back) until the norm of
-    the attention, averaged over heads, has lost no more than ``tolerance`` of itself (DBudgetKV, arXiv 2502.16886,
-    section 3; its successor's name is ReFreeKV).
+    Tokens are taken in the order of presumed importance (the first ones, then from the newest back) until the L2 norm
+    of their attention, averaged over heads, is at least 1 - ``tolerance`` of the norm over all tokens (DBudgetKV, arXiv
+    2502.16886, section 3; its successor is called ReFreeKV).
 
     Args:
-        weights: [heads][tokens] attention of the last query.
-        first: tokens at the start that are presumed important.
+        weights: [heads][tokens] attention probabilities of the last query.
+        first: number of tokens at the start that are presumed important.
+        tolerance: the share of the norm that may be lost.
     """
     tokens = len(weights[0])
     order = [*range(min(first, tokens)), *range(tokens - 1, min(first, tokens) - 1, -1)]
     squares = [0.0] * len(weights)
-    whole = sum(sum(w * w for w in head) ** 0.5 for head in weights)
+    full_norm = sum(sum(w * w for w in head) ** 0.5 for head in weights)
     for kept, token in enumerate(order, 1):
         for head, row in enumerate(weights):
             squares[head] += row[token] ** 2
-        if sum(s**0.5 for s in squares) >= (1 - tolerance) * whole:
+        if sum(s**0.5 for s in squares) >= (1 - tolerance) * full_norm:
             return kept
     return tokens

@@ -1,6 +1,6 @@
-"""What a scorer says about itself and what it is shown: the words that scorers and the policy share.
+"""The interface between scorers and the policy: what a scorer declares, and what it is given to score.
 
-Knows no method and no tensor's meaning beyond its shape; loads no torch.
+Knows no scoring method, and of tensors only their shapes; loads no torch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANK_EVERY = 16  # decoding tokens between two rankings of a sequence by a scorer whose ranking is dear
+RANK_EVERY = 16  # decoding tokens between two rankings, for scorers that are too costly to run for each token
 
 
 class Needs(Flag):
-    """What a scorer must see beside positions; nothing that no scorer needs is computed or remembered."""
+    """The inputs of a scorer beside positions. What no scorer needs is neither computed nor stored."""
 
     NOTHING = 0
-    ATTENTION_MASS = auto()  # attention that each key received from the queries so far
-    SQUARES = auto()  # squares of those probabilities, added up
+    ATTENTION_MASS = auto()  # attention probabilities that each key has received, summed over queries
+    SQUARES = auto()  # the squares of those probabilities, summed alike
     PROBE = auto()  # attention from the queries of the probe text
     KEYS = auto()
     VALUES = auto()
-    QUERIES = auto()  # those of the chunk that was just read
+    QUERIES = auto()  # queries of the chunk that was just read
 
 
 TENSORS = Needs.KEYS | Needs.VALUES | Needs.QUERIES
@@ -33,96 +33,96 @@ TENSORS = Needs.KEYS | Needs.VALUES | Needs.QUERIES
 
 @dataclass(frozen=True, slots=True)
 class QueryWeights:
-    """How the attention of many queries becomes one number per key: with which weight each query's counts.
+    """With which weight each query's attention enters the sum that a key accumulates.
 
     Attributes:
-        decay: each query's vote counts so much of the next one's.
-        window: only so many of the newest queries vote; None for all. Where fewer come at once (in decoding, one),
-            they replace their share of the sum, so that it always holds about ``window`` votes.
+        decay: factor on a query's weight for each query that follows it.
+        window: number of newest queries with a weight above zero; None for all. Where fewer come at once (in decoding,
+            one), they replace their share of the sum, so that it always stands for about ``window`` queries.
     """
 
     decay: float = 1.0
     window: int | None = None
 
     def decay_over(self, queries: int) -> float:
-        """The weight of what was added up before, once so many queries come on top."""
+        """The factor on the attention that was summed before, as the attention of ``queries`` more is added."""
         return self.decay**queries if self.window is None else max(0.0, 1 - queries / self.window)
 
     def weights(self, queries: int) -> list[float]:
-        """The weight of each new query, oldest first."""
+        """The weight of each of ``queries`` new queries, oldest first."""
         first = 0 if self.window is None else max(0, queries - self.window)
         return [0.0] * first + [self.decay ** (queries - 1 - i) for i in range(first, queries)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What there is to rank: K kv heads and R rows, for any leading shape [...].
+    """What a scorer is given: K kv heads and R rows, for any leading shape [...].
 
     Attributes:
         positions: [..., K, R] int, the tokens' positions in their sequence; -1 for an empty row.
         now: [..., 1, 1] int or a number, tokens of the sequence seen so far.
-        shown: what the scorer needs, by name; what it did not ask for is not there.
-        surplus: of the rows, how many must go.
-        window: newest keys that a query may see, or None.
+        inputs: the tensors that the scorer needs, by name; others are missing.
+        surplus: the number of rows that must be evicted.
+        window: newest keys that a query sees (sliding window), or None.
         scale: factor of the dot products.
     """
 
     positions: Tensor
     now: Tensor | int
-    shown: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     surplus: int = 1
     window: int | None = None
     scale: float = 1.0
 
     @property
     def attention_mass(self) -> Tensor:
-        """[..., K, R] float32, attention received: weighted by the votes, averaged over the heads of the group."""
-        return self.shown["mass"]
+        """[..., K, R] float32, attention received: weighted by query, averaged over a kv head's query heads."""
+        return self.inputs["mass"]
 
     @property
     def squares(self) -> Tensor:
-        """[..., K, R] float32, the same of squared probabilities."""
-        return self.shown["squares"]
+        """[..., K, R] float32, the same sum of squared probabilities."""
+        return self.inputs["squares"]
 
     @property
     def probe(self) -> Tensor:
-        """[..., K, R] float32, attention received from the probe; -1 where there was none yet."""
-        return self.shown["probe"]
+        """[..., K, R] float32, attention received from the probe; -1 where no probe has followed the key yet."""
+        return self.inputs["probe"]
 
     @property
     def keys(self) -> Tensor:
         """[..., K, R, D] float32."""
-        return self.shown["keys"].float()
+        return self.inputs["keys"].float()
 
     @property
     def values(self) -> Tensor:
         """[..., K, R, E] float32."""
-        return self.shown["values"].float()
+        return self.inputs["values"].float()
 
     @property
     def queries(self) -> Tensor:
         """[T, K, G, D] float32, of the newest chunk."""
-        return self.shown["queries"].float()
+        return self.inputs["queries"].float()
 
     @property
     def lifetime(self) -> Tensor:
-        """[..., K, R]: queries that could have seen each key: those at p .. now - 1, or a window of them."""
+        """[..., K, R]: how many queries could see each key: positions p .. now - 1, at most a sliding window."""
         return (self.now - self.positions).clamp(min=1, max=self.window)
 
     @property
     def valid(self) -> Tensor:
-        """[..., K, R] bool: rows that hold something."""
+        """[..., K, R] bool: rows that hold a pair."""
         return self.positions >= 0
 
 
 class Scorer(Protocol):
-    """Gives each KV pair an importance: more is better. Protecting, choosing and writing are not its business.
+    """Gives each KV pair a score: the higher, the more important. Protecting and evicting pairs is the policy's part.
 
     Attributes:
-        needs: what it must be shown.
-        every: decoding tokens of a sequence between two rankings; 0 if there is no ranking in decoding. In between,
-            the last ranking stands, and newer tokens go after all that were ranked, oldest first.
-        votes: how attention is added up for it, if it needs that.
+        needs: the inputs of the scorer.
+        every: decoding tokens of a sequence between two rankings; 0 for no ranking in decoding. Between rankings the
+            last one stands, and newer tokens are evicted after all ranked ones, oldest first.
+        query_weights: how attention is summed over queries, for scorers that need it.
     """
 
     needs: ClassVar[Needs]
@@ -130,7 +130,7 @@ class Scorer(Protocol):
 
     @property
     def query_weights(self) -> QueryWeights:
-        """How attention is added up."""
+        """How attention is summed over queries."""
         ...
 
     def __call__(self, seen: Seen) -> Tensor:
@@ -140,7 +140,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ScorerDefaults:
-    """What scorers have in common: all queries vote alike, and the ranking is new at each token."""
+    """The usual declarations: no inputs but positions, a ranking at each token, equal weights for all queries."""
 
     needs: ClassVar[Needs] = Needs.NOTHING
     every: ClassVar[int] = 1

@@ -107,7 +107,7 @@ class SlotAttention:
     def _left_alone(self, layer: int) -> tuple[Rows, EvictionOrder] | None:
         """What kernels need to do a layer's part of a step by themselves; None where they cannot."""
         rows, layout = self._pool.rows[layer], self._pool.layer(0, layer).layout
-        ranking = self._policy.ranking(layout)
+        ranking = self._policy.eviction_order(layout)
         mine = layout.owner == layer == layout.last_reader
         return (rows, ranking) if self._fused and mine and rows is not None and ranking is not None else None
 
@@ -129,7 +129,7 @@ class SlotAttention:
             decode_batch.positions,
             decode_batch.row_limits,
             order=ranking,
-            decay=self._policy.decay_over(1),
+            decay=self._policy.decay(1),
             accumulate=rows.mass is not None and decode_batch.evicting,
             **details.options,
         )
@@ -219,7 +219,7 @@ class SlotAttention:
         options["want_mass"] = "mass" in layout.row_stats and group.evicting(layout.capacity)
         options["squares"] = "squares" in layout.row_stats
         options["hidden"] = _hidden_from_decodes(part, group)
-        if part.as_they_are:
+        if part.reads_in_place:
             return self._kernels.attend_slots(query, *part.read_slots(slice(None)), group.slots, **options)
         return self._kernels.attend_slots(query, *part.read_slots(group.slots), **options)
 

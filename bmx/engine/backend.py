@@ -14,6 +14,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.engine.memory_meter import MemoryMeter
 from bmx.engine.scheduler import Step
 from bmx.kernels import Kernels, choose
+from bmx.kv.layout import SlotIndex
 from bmx.model.loader import LoadedModel
 from bmx.model.spec import ModelSpec
 from bmx.plan.planner import Plan, StepSize
@@ -45,7 +46,7 @@ class Runner(Protocol):
     def run(self, step: Step) -> Sampled:
         """Launch a step."""
 
-    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+    def copy(self, source: SlotIndex, target: SlotIndex, tokens: int) -> None:
         """Copy the state of a sequence's first ``tokens`` tokens from one slot to another.
 
         Args:

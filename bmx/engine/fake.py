@@ -17,6 +17,7 @@ from bmx.engine.backend import Runner
 from bmx.engine.memory_meter import MemoryMeter
 from bmx.engine.scheduler import Step
 from bmx.kernels import choose
+from bmx.kv.layout import SlotIndex
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.planner import StepSize
 
@@ -76,7 +77,7 @@ class FakeRunner(AbstractContextManager["FakeRunner"]):
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""
 
-    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+    def copy(self, source: SlotIndex, target: SlotIndex, tokens: int) -> None:
         """Nothing is held."""
 
     def profile_step(self, size: StepSize, sampled: int) -> None:

@@ -224,13 +224,13 @@ class Packer:
     def _chunks(self, table: list[list[int]], sent: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
         offsets, lengths, slots, starts, row_limits, totals = map(tuple, table)
         query_weights = decay = None
-        if self.policy.weights_queries:
+        if self.policy.weighs_queries:
             weights = [0.0] * tokens
             for chunk in prompts:
                 begin = chunk.rows.start
                 weights[begin : begin + chunk.length] = self.policy.query_weights(chunk.length, 0)[0]
             query_weights = upload(weights, self.device, torch.float32)
-            decay = upload([self.policy.decay_over(length) for length in lengths], self.device, torch.float32)
+            decay = upload([self.policy.decay(length) for length in lengths], self.device, torch.float32)
         return Chunks(
             offsets=offsets,
             lengths=lengths,

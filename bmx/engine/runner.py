@@ -21,6 +21,7 @@ from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels
 from bmx.kernels.transfer import Download, upload
+from bmx.kv.layout import SlotIndex
 from bmx.kv.pool import KVPool
 from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import LoadedModel
@@ -168,7 +169,7 @@ class ModelRunner:
         return Tokens(ids)
 
     @torch.inference_mode()
-    def copy(self, source: tuple[int, int], target: tuple[int, int], tokens: int) -> None:
+    def copy(self, source: SlotIndex, target: SlotIndex, tokens: int) -> None:
         """Put what a slot (group and slot) holds of the first tokens of a sequence into another."""
         self.pool.copy_state(source, target, tokens)
 

@@ -1,239 +1,186 @@
-"""How vectors are stored: as they are, or in fewer bits with scales of their own. Each knows its bytes.
+"""The formats in which KV pairs can be stored in fewer bits: how a vector is encoded, and in how many bytes.
 
-Knows numbers; knows nothing of positions, scores or what a vector is for. Vectors of a slot stay independent of each
-other, so that one can be overwritten alone; only ``ByChannel`` ties groups of rows together.
+A format is one class here, with its name among the choices of the setting ``kv_format``. This file knows numbers, and
+nothing of slots, positions or scores. It loads torch only while it encodes or decodes, since plans need bytes alone.
 
-Shapes: S slots, K kv heads, C rows, D dim, V vectors addressed by an index (any shape [...]).
+Shapes: D numbers of a vector, G rows of a group (``KEY_GROUP``), for any leading shape [...].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from bmx.kv.layout import BITS, KEY_GROUP, FormatName
-
-FP8 = torch.float8_e4m3fn
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 15.0}
-HALF = 65504.0  # the largest float16
-TINY = 1e-7  # the least scale: smaller ones would be lost in float16
+SCALE_BYTES = 2  # of a float16 scale or offset
+KEY_GROUP = 32  # tokens whose keys share one scale per channel, where nothing is evicted
+LARGEST_HALF = 65504.0  # the largest float16
+SMALLEST_SCALE = 1e-7  # smaller scales would become 0 in float16
 
 
-class Store(Protocol):
-    """Rows of vectors [S, K, C, D]."""
+class Format:
+    """Codes of ``bits`` bits for each number, with a float16 scale for each vector.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        ...
+    Attributes:
+        bits: of a number's code.
+        scales: float16 numbers of a vector: its scale, and its offset in formats that need one.
+        by_channel: whether codes are levels between a minimum and a maximum, so that keys can also be scaled by channel
+            over groups of rows (KIVI, arXiv 2402.02750, section 3.2).
+    """
 
-    def read(self, index: Any) -> Tensor:
-        """The vectors at an index of [S, K, C], in the model's type; they may be the store's own."""
-        ...
+    bits: ClassVar[int] = 8
+    scales: ClassVar[int] = 1
+    by_channel: ClassVar[bool] = False
 
-    def write(self, index: Any, vectors: Tensor) -> None:
-        """Put vectors [..., D] at an index of [S, K, C]."""
-        ...
+    def code_bytes(self, dim: int) -> int:
+        """Bytes of the codes of a vector of ``dim`` numbers."""
+        return -(-dim * self.bits // 8)
 
-    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:
-        """Put other vectors in the place of some of a slot's first rows, without asking which on the host.
+    def vector_bytes(self, dim: int) -> int:
+        """Bytes of a vector of ``dim`` numbers with a scale of its own."""
+        return self.code_bytes(dim) + SCALE_BYTES * self.scales
+
+    def group_bytes(self, dim: int) -> int:
+        """Bytes of a group of ``KEY_GROUP`` vectors that are scaled by channel."""
+        return KEY_GROUP * self.code_bytes(dim) + 2 * SCALE_BYTES * dim
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [..., D] uint8 (or fewer bytes) and scales [..., ``scales``] float16 of vectors [..., D]."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Vectors [..., D] of ``dtype`` from codes and scales.
 
         Args:
-            going: [K, R] bool, rows that are replaced.
-            chosen: [K, R], by which of the vectors [T, K, D].
+            codes: as ``encode`` returns them.
+            scales: as ``encode`` returns them.
+            dtype: of the vectors.
         """
-        ...
+        raise NotImplementedError
 
-    def clear(self, slot: int) -> None:
-        """Make all vectors of a slot zero."""
-        ...
+    def encode_groups(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [..., G, D] uint8 (or fewer bytes) and scales and offsets [..., D, 2] float16 of groups [..., G, D]."""
+        import torch
 
+        levels, scale, offset = _levels(vectors.float(), -2, 2**self.bits - 1)
+        return self.pack(levels), torch.stack([scale, offset], dim=-1).squeeze(-3)
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Plain:
-    """Vectors as they are."""
+    def decode_groups(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Vectors [..., G, D] of ``dtype`` from the codes and scales of groups.
 
-    vectors: Tensor
+        Args:
+            codes: as ``encode_groups`` returns them.
+            scales: as ``encode_groups`` returns them.
+            dtype: of the vectors.
+        """
+        scales = scales.to(dtype)
+        levels = self.unpack(codes)[..., : scales.shape[-2]].to(dtype)
+        return levels * scales[..., 0].unsqueeze(-2) + scales[..., 1].unsqueeze(-2)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.vectors.nbytes
+    def pack(self, levels: Tensor) -> Tensor:
+        """Levels [..., D] uint8 in as few bytes as ``code_bytes`` says."""
+        return levels
 
-    def read(self, index: Any) -> Tensor:
-        """The vectors themselves."""
-        return self.vectors[index]
-
-    def write(self, index: Any, vectors: Tensor) -> None:
-        """As they are."""
-        self.vectors[index] = vectors
-
-    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:
-        """As they are."""
-        _replace(self.vectors[slot], going, chosen, vectors)
-
-    def clear(self, slot: int) -> None:
-        """Zeros."""
-        self.vectors[slot] = 0.0
+    def unpack(self, codes: Tensor) -> Tensor:
+        """Levels [..., D] from their bytes; an odd D may come back with one level more."""
+        return codes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PerVector:
-    """Codes with a scale for each vector, and an offset too where codes are few (KIVI's values, arXiv 2402.02750, 3.2).
+class FP8(Format):
+    """Numbers in float8 (e4m3fn) after division by the scale."""
 
-    Attributes:
-        codes: [S, K, C, D] uint8 (two to a byte in four bits: [S, K, C, D / 2]).
-        scale: [S, K, C, 1 or 2] float16: scale, and offset.
-        dim: D.
+    largest: ClassVar[float] = 448.0
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Format``."""
+        import torch
+
+        scaled, scale = _scaled(vectors, self.largest)
+        return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``Format``."""
+        import torch
+
+        return codes.view(torch.float8_e4m3fn).to(dtype).mul_(scales.to(dtype))
+
+
+class Int8(Format):
+    """Whole numbers from -127 to 127; by channel, 256 levels between minimum and maximum."""
+
+    by_channel: ClassVar[bool] = True
+    largest: ClassVar[float] = 127.0
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Format``."""
+        import torch
+
+        scaled, scale = _scaled(vectors, self.largest)
+        return scaled.round().to(torch.int8).view(torch.uint8), scale
+
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``Format``."""
+        import torch
+
+        return codes.view(torch.int8).to(dtype).mul_(scales.to(dtype))
+
+
+class Int4(Format):
+    """Sixteen levels between minimum and maximum (KIVI's values, arXiv 2402.02750, section 3.2), two in a byte.
+
+    The first half of the numbers is in the low bits, the second half in the high bits.
     """
 
-    format: FormatName
-    codes: Tensor
-    scale: Tensor
-    dtype: torch.dtype
-    dim: int
+    bits: ClassVar[int] = 4
+    scales: ClassVar[int] = 2
+    by_channel: ClassVar[bool] = True
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.codes.nbytes + self.scale.nbytes
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Format``."""
+        import torch
 
-    def read(self, index: Any) -> Tensor:
-        """The vectors as their codes say."""
-        return decode(self.format, self.codes[index], self.scale[index], self.dtype)[..., : self.dim]
+        levels, scale, offset = _levels(vectors.float(), -1, 2**self.bits - 1)
+        return self.pack(levels), torch.cat([scale, offset], dim=-1)
 
-    def write(self, index: Any, vectors: Tensor) -> None:
-        """Their codes."""
-        self.codes[index], self.scale[index] = encode(self.format, vectors)
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``Format``."""
+        scales = scales.to(dtype)
+        return self.unpack(codes).to(dtype).mul_(scales[..., :1]).add_(scales[..., 1:])
 
-    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:
-        """By their codes."""
-        for mine, new in zip((self.codes, self.scale), encode(self.format, vectors), strict=True):
-            _replace(mine[slot], going, chosen, new)
+    def pack(self, levels: Tensor) -> Tensor:
+        """See ``Format``."""
+        from torch.nn.functional import pad
 
-    def clear(self, slot: int) -> None:
-        """Without scale there is nothing."""
-        self.codes[slot], self.scale[slot] = 0, 0.0
+        half = -(-levels.shape[-1] // 2)
+        high = pad(levels[..., half:], (0, 2 * half - levels.shape[-1]))
+        return levels[..., :half] | (high << 4)
 
+    def unpack(self, codes: Tensor) -> Tensor:
+        """See ``Format``."""
+        import torch
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ByChannel:
-    """Codes with a scale and an offset for each channel of ``KEY_GROUP`` rows (KIVI's keys, arXiv 2402.02750, 3.2).
-
-    A group is written whole.
-
-    Attributes:
-        codes: [S, K, C / G, G, D] uint8 (or D / 2); scale [S, K, C / G, D, 2] float16.
-        rows: C, which the last group may exceed.
-    """
-
-    format: FormatName
-    codes: Tensor
-    scale: Tensor
-    dtype: torch.dtype
-    rows: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.codes.nbytes + self.scale.nbytes
-
-    def read(self, index: Any) -> Tensor:
-        """The vectors of whole heads, [..., K, C, D]; ``index`` picks slots."""
-        codes, scale = self.codes[index], self.scale[index].to(self.dtype)
-        numbers = _unpacked(codes, self.format)[..., : scale.shape[-2]].to(self.dtype)
-        vectors = numbers * scale[..., 0].unsqueeze(-2) + scale[..., 1].unsqueeze(-2)
-        return vectors.flatten(-3, -2)[..., : self.rows, :]
-
-    def write(self, index: Any, vectors: Tensor) -> None:
-        """Groups of rows [..., G, D] at an index of [S, K, C / G]."""
-        numbers, scale, low = _levels(vectors.float(), -2, 2 ** BITS[self.format] - 1)
-        self.codes[index] = _packed(numbers, self.format)
-        self.scale[index] = torch.stack([scale, low], dim=-1).squeeze(-3)
-
-    def write_some(self, index: Any, vectors: Tensor, wanted: Tensor) -> None:
-        """The same, of the groups that are wanted [B] among those at an index of B slots."""
-        codes, scale, some = self.codes[index], self.scale[index], wanted.view(-1, 1, 1, 1)
-        self.write(index, vectors)
-        self.codes[index] = torch.where(some, self.codes[index], codes)
-        self.scale[index] = torch.where(some, self.scale[index], scale)
-
-    def replace(self, slot: int, going: Tensor, chosen: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
-        """Never asked for: what is stored by channel is not evicted."""
-        raise RuntimeError("groups of rows cannot be replaced row by row")
-
-    def clear(self, slot: int) -> None:
-        """Without scale there is nothing."""
-        self.codes[slot], self.scale[slot] = 0, 0.0
+        return torch.cat([codes & 15, codes >> 4], dim=-1)
 
 
-def _replace(there: Tensor, going: Tensor, chosen: Tensor, new: Tensor) -> None:
-    """Rows of there [K, C, D] that are going [K, R] become those of new [T, K, D] that are chosen [K, R]."""
-    heads = torch.arange(len(going), device=going.device).unsqueeze(1)
-    mine = there[:, : going.shape[1]]
-    mine.copy_(torch.where(going.unsqueeze(-1), new[chosen, heads], mine))
+FORMATS: Mapping[str, Format] = {"fp8": FP8(), "int8": Int8(), "int4": Int4()}  # beside "auto": the model's own dtype
 
 
-def allocate(
-    name: FormatName, shape: tuple[int, int, int], dim: int, dtype: torch.dtype, device: torch.device, by_channel: bool
-) -> Store:
-    """An empty store for vectors of ``dim`` numbers.
-
-    Args:
-        shape: slots, kv heads, rows.
-        by_channel: one whose rows share scales by channel; it can only be appended to.
-    """
-    if name == "auto":
-        return Plain(torch.zeros(*shape, dim, dtype=dtype, device=device))
-    width = -(-dim * BITS[name] // 8)
-    if by_channel:
-        groups = (*shape[:2], -(-shape[2] // KEY_GROUP))
-        codes = torch.zeros(*groups, KEY_GROUP, width, dtype=torch.uint8, device=device)
-        return ByChannel(name, codes, torch.zeros(*groups, dim, 2, dtype=torch.float16, device=device), dtype, shape[2])
-    codes = torch.zeros(*shape, width, dtype=torch.uint8, device=device)
-    scales = 1 if BITS[name] == 8 else 2
-    return PerVector(name, codes, torch.zeros(*shape, scales, dtype=torch.float16, device=device), dtype, dim)
-
-
-def encode(name: FormatName, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [..., D] (or D / 2) uint8 and scales [..., 1 or 2] float16 of vectors [..., D]."""
+def _scaled(vectors: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Vectors [..., D] divided by a scale [..., 1] float16, so that their largest magnitude is ``largest``."""
     vectors = vectors.float()
-    if name == "int4":
-        numbers, scale, low = _levels(vectors, -1, LARGEST[name])
-        return _packed(numbers, name), torch.cat([scale, low], dim=-1)
-    scale = (vectors.abs().amax(-1, keepdim=True) / LARGEST[name]).clamp(TINY, HALF).half()
-    numbers = (vectors / scale.float()).clamp(-LARGEST[name], LARGEST[name])
-    return (numbers.to(FP8) if name == "fp8" else numbers.round().to(torch.int8)).view(torch.uint8), scale
+    scale = (vectors.abs().amax(-1, keepdim=True) / largest).clamp(SMALLEST_SCALE, LARGEST_HALF).half()
+    return (vectors / scale.float()).clamp(-largest, largest), scale
 
 
-def decode(name: FormatName, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Vectors [..., D] of ``dtype`` from what ``encode`` gave."""
-    scale = scale.to(dtype)
-    if name == "int4":
-        return _unpacked(codes, name).to(dtype).mul_(scale[..., :1]).add_(scale[..., 1:])
-    return codes.view(FP8 if name == "fp8" else torch.int8).to(dtype).mul_(scale)
+def _levels(vectors: Tensor, dim: int, highest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels 0 .. ``highest`` (uint8) between the minimum and the maximum along ``dim``, their scale and offset."""
+    import torch
 
-
-def _levels(vectors: Tensor, dim: int, most: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes 0 .. most (uint8) of numbers between the least and the greatest along ``dim``, their scale and offset."""
     low, high = vectors.aminmax(dim=dim, keepdim=True)
-    scale = ((high - low) / most).clamp(TINY, HALF).half()
-    low = low.clamp(-HALF, HALF).half()
-    numbers = (vectors - low.float()) / scale.float()
-    return numbers.round().clamp(0, most).to(torch.uint8), scale, low
-
-
-def _packed(numbers: Tensor, name: FormatName) -> Tensor:
-    """Two of four bits to a byte: the first half of the channels in the low bits, the second in the high ones."""
-    if name != "int4":
-        return numbers
-    half = -(-numbers.shape[-1] // 2)
-    high = torch.nn.functional.pad(numbers[..., half:], (0, 2 * half - numbers.shape[-1]))
-    return numbers[..., :half] | (high << 4)
-
-
-def _unpacked(codes: Tensor, name: FormatName) -> Tensor:
-    return torch.cat([codes & 15, codes >> 4], dim=-1) if name == "int4" else codes
+    scale = ((high - low) / highest).clamp(SMALLEST_SCALE, LARGEST_HALF).half()
+    low = low.clamp(-LARGEST_HALF, LARGEST_HALF).half()
+    levels = (vectors - low.float()) / scale.float()
+    return levels.round().clamp(0, highest).to(torch.uint8), scale, low

@@ -1,6 +1,6 @@
 """What one slot holds, layer by layer, and its bytes: the one description that planner and pool both read.
 
-Knows sizes; holds no tensor and imports no torch.
+Knows sizes; holds no tensor and loads no torch.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from bmx.kv.formats import FORMATS, KEY_GROUP, Format
+
 FormatName = Literal["auto", "fp8", "int8", "int4"]
-BITS: Mapping[str, int] = {"fp8": 8, "int8": 8, "int4": 4}
-SCALE_BYTES = 2  # of a float16 scale or offset
-KEY_GROUP = 32  # tokens whose keys share the scales of their channels, where nothing is evicted
 POSITION_BYTES = 4  # of an int32 position
-ROW_STAT_BYTES = 4  # of one float32 note
-ROW_STATS: Mapping[str, float] = {  # what eviction may remember of each pair, and what is noted of a new one
+ROW_STAT_BYTES = 4  # of a float32 statistic
+ROW_STATS: Mapping[str, float] = {  # what eviction may store for each row, and its value for a new pair
     "mass": 0.0,  # attention received
-    "probe": -1.0,  # attention received from the probe; of a later token, none
+    "probe": -1.0,  # attention received from the probe; -1 where no probe has followed the token
     "squares": 0.0,  # squared attention received
-    "rank": float("inf"),  # what it was ranked at; a new one goes after all that were
+    "rank": float("inf"),  # the score at the last ranking; new pairs are evicted after all ranked ones
 }
 
 
@@ -36,16 +35,19 @@ class LayerLayout:
 
     Attributes:
         capacity: KV pairs that each kv head holds (C).
-        kv_heads, key_dim, value_dim: K, D, E.
-        itemsize: bytes of a number in the model's own type.
-        format: how pairs are stored: ``auto`` in the model's own type, else in fewer bits.
-        exact: newest pairs that are kept in the model's own type as well, where others are not (W).
-        by_channel: keys are scaled by channel and group of tokens, which works only where nothing is evicted.
-        row_stats: what eviction remembers of each pair, by name.
-        window: newest keys that a query may see, or None.
+        kv_heads: K.
+        key_dim: D.
+        value_dim: E.
+        itemsize: bytes of a number in the model's dtype.
+        window: newest keys that a query sees (sliding window), or None.
         owner: the layer that holds the rows; a layer that is not its own owner holds nothing.
         last_reader: the last layer that reads this owner's rows.
-        by_age: evict the oldest, since all that a window can still see fits; otherwise the policy's scorer ranks.
+        by_age: the oldest pair is evicted, since all that a window can still see fits; otherwise the scorer ranks.
+        format: how pairs are stored: ``auto`` in the model's dtype, else encoded in fewer bits.
+        exact: newest pairs that are stored in the model's dtype too, where pairs are encoded (W).
+        by_channel: keys are scaled by channel over groups of tokens, which works only where nothing is evicted; needs
+            ``exact`` to be a whole group.
+        row_stats: names of the statistics that eviction stores for each row.
     """
 
     capacity: int
@@ -57,43 +59,39 @@ class LayerLayout:
     owner: int
     last_reader: int
     by_age: bool
-    format: FormatName = "auto"
+    format: str = "auto"
     exact: int = 0
     by_channel: bool = False
     row_stats: tuple[str, ...] = ()
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values."""
-        if self.format == "auto":
-            return self.capacity * self.kv_heads * (self.key_dim + self.value_dim) * self.itemsize
-        exact = self.exact * ((self.key_dim + self.value_dim) * self.itemsize + POSITION_BYTES)
-        return self.kv_heads * (self._key_bytes + self._stored(self.value_dim) * self.capacity + exact)
+    def encoding(self) -> Format | None:
+        """The format's encoding; None where pairs are stored in the model's dtype."""
+        return FORMATS.get(self.format)
 
     @property
-    def _key_bytes(self) -> int:
-        """Bytes of a head's keys."""
-        if not self.by_channel:
-            return self._stored(self.key_dim) * self.capacity
-        groups = -(-self.capacity // KEY_GROUP)
-        return groups * (KEY_GROUP * self._codes(self.key_dim) + 2 * SCALE_BYTES * self.key_dim)
-
-    def _stored(self, dim: int) -> int:
-        """Bytes of one vector: its codes, a scale, and an offset where codes are few."""
-        return self._codes(dim) + SCALE_BYTES * (2 if BITS[self.format] < 8 else 1)
-
-    def _codes(self, dim: int) -> int:
-        return -(-dim * BITS[self.format] // 8)
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values."""
+        exact_pair = (self.key_dim + self.value_dim) * self.itemsize
+        encoding = self.encoding
+        if encoding is None:
+            return self.capacity * self.kv_heads * exact_pair
+        if self.by_channel:
+            keys = -(-self.capacity // KEY_GROUP) * encoding.group_bytes(self.key_dim)
+        else:
+            keys = self.capacity * encoding.vector_bytes(self.key_dim)
+        values = self.capacity * encoding.vector_bytes(self.value_dim)
+        return self.kv_heads * (keys + values + self.exact * (exact_pair + POSITION_BYTES))
 
     @property
     def score_bytes(self) -> int:
-        """Bytes of what eviction needs to remember."""
+        """Bytes of positions and row statistics."""
         return self.capacity * self.kv_heads * (POSITION_BYTES + ROW_STAT_BYTES * len(self.row_stats))
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """One slot: its layers, those that share another's rows included."""
+    """One slot: its layers, including those that read another layer's rows."""
 
     layers: tuple[LayerLayout, ...]
 
@@ -104,7 +102,7 @@ class KVLayout:
 
     @property
     def score_bytes(self) -> int:
-        """Bytes of a slot's scores and positions."""
+        """Bytes of a slot's positions and row statistics."""
         return sum(layer.score_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
 
     @property

@@ -1,0 +1,381 @@
+"""The tensors in which a layer's keys, or values, lie: in the model's dtype, or encoded; and the newest ones exactly.
+
+Vectors of a slot are independent of each other, so that one can be overwritten alone; only ``ByChannel`` ties groups of
+rows together. Knows rows; knows nothing of scores or of what a vector is for.
+
+Shapes: S slots, K kv heads, C rows, D dim, W exact rows, B slots addressed, R rows in use, T chunk tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmx.kv.formats import FORMATS, KEY_GROUP, Format
+from bmx.kv.layout import LayerLayout
+
+EMPTY = -1  # a row or position that holds no pair
+Shape = tuple[int, int, int]  # slots, kv heads, rows
+
+
+class Store(ABC):
+    """Vectors [S, K, C, D] in parts: tensors whose first dimensions are slots, heads, and rows or groups of rows."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the vectors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @abstractmethod
+    def read(self, index: Any) -> Tensor:
+        """The vectors at an index of [S, K, C], in the model's dtype; they may be views of the store."""
+
+    @abstractmethod
+    def append(self, slot: int, used: int, vectors: Tensor) -> None:
+        """Write a chunk into the rows of a slot behind the ``used`` ones.
+
+        Args:
+            slot: of the group.
+            used: rows in use.
+            vectors: [K, T, D].
+        """
+
+    @abstractmethod
+    def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, vectors: Tensor) -> None:
+        """Write one vector per slot and head.
+
+        Args:
+            index: slots [B, 1], heads [K], rows [B, K] or [B, 1].
+            positions: [B], of the tokens in their sequences.
+            vectors: [B, K, D].
+        """
+
+    @abstractmethod
+    def replace(self, slot: int, evicted: Tensor, chosen: Tensor, vectors: Tensor) -> None:
+        """Overwrite evicted rows of a slot, without reading on the host which.
+
+        Args:
+            slot: of the group.
+            evicted: [K, R] bool, which of the first rows are overwritten.
+            chosen: [K, R], which of the vectors is written there.
+            vectors: [T, K, D].
+        """
+
+    def copy_rows(self, slot: int, source: Store, source_slot: int, rows: int) -> None:
+        """Copy the first rows of another store's slot, of the same kind, to a slot of this one.
+
+        Args:
+            slot: of this store.
+            source: the other store.
+            source_slot: its slot.
+            rows: how many.
+        """
+        for part, other in zip(self.parts, source.parts, strict=True):
+            part[slot, :, :rows] = other[source_slot, :, :rows]
+
+    def clear(self, slot: int) -> None:
+        """Set all vectors of a slot to zero."""
+        for part in self.parts:
+            part[slot] = 0
+
+
+class RowStore(Store):
+    """A store of independent rows."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """What is written into each part for vectors [..., D]."""
+
+    def write(self, index: Any, vectors: Tensor) -> None:
+        """Write vectors [..., D] at an index of [S, K, C]."""
+        for part, encoded in zip(self.parts, self.encode(vectors), strict=True):
+            part[index] = encoded
+
+    def append(self, slot: int, used: int, vectors: Tensor) -> None:
+        """See ``Store``."""
+        self.write((slot, slice(None), slice(used, used + vectors.shape[1])), vectors)
+
+    def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
+        """See ``Store``."""
+        self.write(index, vectors)
+
+    def replace(self, slot: int, evicted: Tensor, chosen: Tensor, vectors: Tensor) -> None:
+        """See ``Store``."""
+        heads = torch.arange(len(evicted), device=evicted.device).unsqueeze(1)
+        for part, encoded in zip(self.parts, self.encode(vectors), strict=True):
+            rows = part[slot, :, : evicted.shape[1]]
+            rows.copy_(torch.where(evicted.unsqueeze(-1), encoded[chosen, heads], rows))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plain(RowStore):
+    """Vectors in the model's own dtype: ``vectors`` [S, K, C, D]."""
+
+    vectors: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The vectors."""
+        return (self.vectors,)
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """The vectors themselves."""
+        return (vectors,)
+
+    def read(self, index: Any) -> Tensor:
+        """The vectors themselves."""
+        return self.vectors[index]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PerVector(RowStore):
+    """Encoded vectors, each with a scale of its own.
+
+    Attributes:
+        format: encodes and decodes.
+        codes: [S, K, C, D] uint8, or fewer bytes for each vector.
+        scales: [S, K, C, 1 or 2] float16: scale, and offset in formats that have one.
+        dtype: of the vectors that are read.
+        dim: D.
+    """
+
+    format: Format
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+    dim: int
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return self.codes, self.scales
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """Their codes and scales."""
+        return self.format.encode(vectors)
+
+    def read(self, index: Any) -> Tensor:
+        """The decoded vectors."""
+        return self.format.decode(self.codes[index], self.scales[index], self.dtype)[..., : self.dim]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ByChannel(Store):
+    """Keys with a scale and an offset per channel for each group of rows (KIVI, arXiv 2402.02750, section 3.2).
+
+    Rows are in the order of tokens, since nothing is evicted. A group is written when its last row arrives; until then
+    its keys are among the exact ones.
+
+    Attributes:
+        format: encodes and decodes.
+        codes: [S, K, C / G, G, D] uint8, or fewer bytes for each vector, with G = ``KEY_GROUP``.
+        scales: [S, K, C / G, D, 2] float16: scale and offset.
+        newest: [S, K, G, D], the exact newest keys; those of position p are at p mod G. Another object counts their
+            bytes.
+        dtype: of the vectors that are read.
+        rows: C, which the last group may exceed.
+    """
+
+    format: Format
+    codes: Tensor
+    scales: Tensor
+    newest: Tensor
+    dtype: torch.dtype
+    rows: int
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Codes and scales."""
+        return self.codes, self.scales
+
+    def read(self, index: Any) -> Tensor:
+        """The decoded vectors of whole heads, [..., K, C, D]; ``index`` picks slots."""
+        vectors = self.format.decode_groups(self.codes[index], self.scales[index], self.dtype)
+        return vectors.flatten(-3, -2)[..., : self.rows, :]
+
+    def append(self, slot: int, used: int, vectors: Tensor) -> None:
+        """Write the groups that the chunk completes; the first one begins among the newest keys."""
+        keys = torch.cat([self.newest[slot, :, : used % KEY_GROUP], vectors], dim=1)
+        groups, first = keys.shape[1] // KEY_GROUP, used // KEY_GROUP
+        if groups:
+            whole = keys[:, : groups * KEY_GROUP].reshape(len(keys), groups, KEY_GROUP, -1)
+            self._write((slot, slice(None), slice(first, first + groups)), whole)
+
+    def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
+        """Write the groups that these tokens complete; the tokens' keys are among the newest already."""
+        slots, heads, _ = index
+        groups = (slots, heads, (positions // KEY_GROUP).unsqueeze(1))
+        complete = (positions % KEY_GROUP == KEY_GROUP - 1).view(-1, 1, 1, 1)
+        codes, scales = self.codes[groups], self.scales[groups]
+        self._write(groups, self.newest[slots.squeeze(1)])
+        self.codes[groups] = torch.where(complete, self.codes[groups], codes)
+        self.scales[groups] = torch.where(complete, self.scales[groups], scales)
+
+    def _write(self, groups: Any, vectors: Tensor) -> None:
+        """Write groups of rows [..., G, D] at an index of [S, K, C / G]."""
+        self.codes[groups], self.scales[groups] = self.format.encode_groups(vectors)
+
+    def replace(self, slot: int, evicted: Tensor, chosen: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
+        """Never called: a layer whose keys are scaled by channel evicts nothing."""
+        raise RuntimeError("groups of rows cannot be replaced row by row")
+
+    def copy_rows(self, slot: int, source: Store, source_slot: int, rows: int) -> None:
+        """See ``Store``; whole groups are copied."""
+        super().copy_rows(slot, source, source_slot, -(-rows // KEY_GROUP))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExactWindow:
+    """The newest pairs of each slot in the model's own dtype, beside their codes: position p is at p mod W.
+
+    Attributes:
+        keys: [S, K, W, D].
+        values: [S, K, W, E].
+        rows: [S, K, W] int32, the row that each pair has in its slot, -1 for none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+
+    @classmethod
+    def allocate(cls, layout: LayerLayout, slots: int, dtype: torch.dtype, device: torch.device) -> ExactWindow:
+        """An empty window for each of ``slots`` slots.
+
+        Args:
+            layout: the layer's.
+            slots: how many.
+            dtype: of keys and values.
+            device: where the tensors are.
+        """
+        shape = (slots, layout.kv_heads, layout.exact)
+        return cls(
+            torch.zeros(*shape, layout.key_dim, dtype=dtype, device=device),
+            torch.zeros(*shape, layout.value_dim, dtype=dtype, device=device),
+            torch.full(shape, EMPTY, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.keys.nbytes + self.values.nbytes + self.rows.nbytes
+
+    @property
+    def size(self) -> int:
+        """W."""
+        return self.rows.shape[-1]
+
+    def overlay(self, slots: Tensor | slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace, in place, the decoded vectors of the newest pairs by their exact ones.
+
+        An unused entry i of the window is written to row i, which is empty too, so the write is harmless.
+
+        Args:
+            slots: B slots.
+            keys: [B, K, C, D], decoded; written.
+            values: [B, K, C, E], decoded; written.
+        """
+        size = min(self.size, keys.shape[-2])
+        rows = self.rows[slots][..., :size]
+        index = torch.where(rows < 0, torch.arange(size, device=rows.device), rows.long()).unsqueeze(-1)
+        for decoded, exact in ((keys, self.keys[slots][..., :size, :]), (values, self.values[slots][..., :size, :])):
+            decoded.scatter_(-2, index.expand(exact.shape), exact)
+        return keys, values
+
+    def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Remember one token per slot.
+
+        Args:
+            index: slots [B, 1], heads [K], and the rows [B, K] or [B, 1] that the token has in its slot.
+            positions: [B].
+            key: [B, K, D].
+            value: [B, K, E].
+        """
+        slots, heads, rows = index
+        entries = (slots, heads, (positions % self.size).unsqueeze(1))
+        self.keys[entries], self.values[entries] = key, value
+        self.rows[entries] = rows.to(torch.int32).expand(-1, len(heads))
+
+    def write_chunk(self, slot: int, held: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Remember the last tokens of a chunk, and in which rows they are.
+
+        Args:
+            slot: of the group.
+            held: [K, C] int32, the positions that the slot's rows hold now.
+            positions: [T], of the chunk.
+            key: [T, K, D].
+            value: [T, K, E].
+        """
+        size, last = self.size, positions[-self.size :]
+        entries = (slot, slice(None), last % size)
+        self.keys[entries] = key[-size:].transpose(0, 1)
+        self.values[entries] = value[-size:].transpose(0, 1)
+        matches = held.unsqueeze(-1) == last.to(torch.int32)  # [K, C, W]
+        self.rows[entries] = torch.where(matches.any(1), matches.byte().argmax(1), EMPTY).to(torch.int32)
+
+    def copy_newest(self, slot: int, source: ExactWindow, source_slot: int, tokens: int) -> None:
+        """Copy what another window holds of the newest tokens of a sequence.
+
+        Args:
+            slot: of this window.
+            source: the other window.
+            source_slot: its slot.
+            tokens: of the sequence so far.
+        """
+        size = min(self.size, source.size)
+        last = torch.arange(max(0, tokens - size), tokens, device=self.rows.device)
+        entries, others = (slot, slice(None), last % self.size), (source_slot, slice(None), last % source.size)
+        self.keys[entries] = source.keys[others]
+        self.values[entries] = source.values[others]
+        self.rows[entries] = source.rows[others]
+
+    def clear(self, slot: int) -> None:
+        """Forget the pairs of a slot. Values are zeroed: a NaN times a weight of zero is a NaN."""
+        self.rows[slot] = EMPTY
+        self.values[slot] = 0.0
+
+
+def allocate(name: str, shape: Shape, dim: int, dtype: torch.dtype, device: torch.device) -> RowStore:
+    """An empty store of independent vectors of ``dim`` numbers.
+
+    Args:
+        name: of the format; ``auto`` for the model's own dtype.
+        shape: slots, kv heads, rows.
+        dim: D.
+        dtype: of the vectors that are read.
+        device: where the tensors are.
+    """
+    form = FORMATS.get(name)
+    if form is None:
+        return Plain(torch.zeros(*shape, dim, dtype=dtype, device=device))
+    codes = torch.zeros(*shape, form.code_bytes(dim), dtype=torch.uint8, device=device)
+    scales = torch.zeros(*shape, form.scales, dtype=torch.float16, device=device)
+    return PerVector(form, codes, scales, dtype, dim)
+
+
+def allocate_by_channel(name: str, shape: Shape, newest: Tensor) -> ByChannel:
+    """An empty store of keys that are scaled by channel.
+
+    Args:
+        name: of the format.
+        shape: slots, kv heads, rows.
+        newest: [S, K, G, D], the exact newest keys, in the dtype in which keys are read.
+    """
+    form, dim, device = FORMATS[name], newest.shape[-1], newest.device
+    groups = (*shape[:2], -(-shape[2] // KEY_GROUP))
+    codes = torch.zeros(*groups, KEY_GROUP, form.code_bytes(dim), dtype=torch.uint8, device=device)
+    scales = torch.zeros(*groups, dim, 2, dtype=torch.float16, device=device)
+    return ByChannel(form, codes, scales, newest, newest.dtype, shape[2])
