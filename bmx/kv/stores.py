@@ -81,8 +81,13 @@ class Store(ABC):
             source_slot: its slot.
             rows: how many.
         """
+        length = self.length_of(rows)
         for part, other in zip(self.parts, source.parts, strict=True):
-            part[slot, :, :rows] = other[source_slot, :, :rows]
+            part[slot, :, :length] = other[source_slot, :, :length]
+
+    def length_of(self, rows: int) -> int:
+        """How many entries of a part's third dimension hold the first ``rows`` rows."""
+        return rows
 
     def clear(self, slot: int) -> None:
         """Set all vectors of a slot to zero."""
@@ -232,9 +237,9 @@ class ByChannel(Store):
         """Never called: a layer whose keys are scaled by channel evicts nothing."""
         raise RuntimeError("groups of rows cannot be replaced row by row")
 
-    def copy_rows(self, slot: int, source: Store, source_slot: int, rows: int) -> None:
-        """See ``Store``; whole groups are copied."""
-        super().copy_rows(slot, source, source_slot, -(-rows // KEY_GROUP))
+    def length_of(self, rows: int) -> int:
+        """Groups that hold the first ``rows`` rows."""
+        return -(-rows // KEY_GROUP)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
