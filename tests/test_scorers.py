@@ -19,11 +19,8 @@ from bmx import Engine, EngineConfig, PromptConfig
 from bmx.compress.attention_scorers import RKV, Random, RoCo, Window
 from bmx.compress.key_scorers import ExpectedAttention, KeyDiff, KeyNorm, LagKV
 from bmx.compress.scorer_api import RANK_EVERY, QueryWeights, Seen
-<<<<<<< HEAD
-from bmx.engine.backend import ModelBackend
-=======
 from bmx.compress.scorers import scorer_named
->>>>>>> ad43bc6 (One list of policies and one class per KV format; stores append themselves; scorers of other packages are ranked by their own formula)
+from bmx.engine.backend import ModelBackend
 from bmx.model.loader import prepare
 from bmx.model.spec import use_attention
 from bmx.policies import POLICIES, SCORERS
