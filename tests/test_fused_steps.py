@@ -46,7 +46,7 @@ def attention_of(chosen, policy, window=None, sizes=((48, 5),)):
         KVLayout((
             LayerLayout(
                 capacity=rows, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
-                by_age=False, row_stats=made.sums if made.scorer else (),
+                by_age=False, row_stats=made.attention_stats if made.scorer else (),
             ),
         ))
         for rows, _ in sizes
@@ -144,7 +144,7 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(name, policy, 
         weights, decay = torch.zeros(13 + tokens), torch.ones(2)
         for n, (at, length) in enumerate(((1, tokens), (1 + tokens, 12))):
             weights[at : at + length] = torch.tensor(attention._policy.query_weights(length, 0)[0])
-            decay[n] = attention._policy.decay_over(length)
+            decay[n] = attention._policy.decay(length)
         chunks = Chunks(
             **dict(zip(CHUNK_COLUMNS, map(tuple, table), strict=True)),
             table=torch.tensor(table), query_weights=weights, decay=decay,
