@@ -17,7 +17,7 @@ from forked import Fault, Result, Work
 from bmx.engine.fake import FakeRunner
 from bmx.job import durable_files as files
 
-SEEDS, KILLS_PER_SEED = 12, 8
+SEEDS, KILLS_PER_SEED = 6, 8
 MANY = 1000  # more calls than any run here makes
 ENDLESS = {"id": "endless", "prompt": "on and on", "max_tokens": 1_000_000, "ignore_eos": True}
 BAD = (

@@ -12,9 +12,10 @@ from families import FAMILIES, tiny_model
 from bmx import Request, SamplingParams
 from bmx.errors import UsageError
 
-LENGTHS = (5, 30, 17, 23, 9)
+LENGTHS = (5, 30, 17, 23)
 CROWDED = {"chunk_size": 7, "max_num_seqs": 3, "max_num_batched_tokens": 20}
 PROMPTS = random_prompts(LENGTHS)
+NEW_TOKENS = 6
 KINDS = ("llama", "mistral", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "mimo_v2_flash", "opt")
 # Those, one key-value head for all queries, heads whose number differs by layer, and a scale of the config's own.
 SHAPES = (*KINDS, "gpt_bigcode", "gemma4_k_eq_v", "granite")
@@ -23,7 +24,7 @@ SHAPES = (*KINDS, "gpt_bigcode", "gemma4_k_eq_v", "granite")
 @cache
 def generated(family):
     """What transformers answers to the prompts."""
-    return reference_answers(tiny_model(family), PROMPTS, 8)
+    return reference_answers(tiny_model(family), PROMPTS, NEW_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +34,14 @@ def test_same_greedy_tokens_as_generate(family, kernels, cpu_kernels):
     """Unequal prompts, chunks smaller than prompts, more prompts than slots; full cache."""
     cpu_kernels(kernels)
     engine = tiny_engine(family, kv_policy="none", **CROWDED)
-    assert answers(engine, as_requests(PROMPTS, max_tokens=8)) == generated(family)
+    assert answers(engine, as_requests(PROMPTS, max_tokens=NEW_TOKENS)) == generated(family)
     assert engine.stats.peak_active_slots == 3
 
 
 @pytest.mark.parametrize("family", KINDS)
 def test_a_budget_that_holds_everything_changes_nothing(family):
-    engine = tiny_engine(family, kv_budget=30 + 8, kv_recent=4, **CROWDED)
-    results = list(engine.stream(as_requests(PROMPTS, max_tokens=8)))
+    engine = tiny_engine(family, kv_budget=max(LENGTHS) + NEW_TOKENS, kv_recent=4, **CROWDED)
+    results = list(engine.stream(as_requests(PROMPTS, max_tokens=NEW_TOKENS)))
     assert {r.id: r.token_ids for r in results} == generated(family)
     assert all(r.kv.evicted == 0 for r in results)
 
@@ -49,9 +50,9 @@ def test_a_budget_that_holds_everything_changes_nothing(family):
 @pytest.mark.parametrize("policy", ["none", "average-attention"])
 def test_a_row_alone_answers_as_it_does_in_any_company(family, policy):
     """Order, slot count, step size and neighbours change nothing; nor does chunking while nothing is evicted."""
-    prompts = random_prompts((40, 11, 64, 25, 33, 8))
-    requests = as_requests(prompts, max_tokens=6)
-    engine = tiny_engine(family, kv_policy=policy, kv_budget=24, kv_recent=6, chunk_size=10, max_num_seqs=6)
+    prompts = random_prompts((40, 11, 64, 25, 8))
+    requests = as_requests(prompts, max_tokens=5)
+    engine = tiny_engine(family, kv_policy=policy, kv_budget=24, kv_recent=6, chunk_size=10, max_num_seqs=5)
     alone = {}
     for request in requests:
         alone |= answers(engine, [request])

@@ -34,6 +34,7 @@ def after(text, lengths, seed=1):
 QUESTIONS = after(DOCUMENT, (12, 9, 30, 12))  # a document that is larger than most budgets
 SHORT = after(SYSTEM, (1, 50, 9, 34, 70))  # a system prompt that most budgets hold, some rows with all that follows
 ROWS = [*QUESTIONS[:3], *after(OTHER, (8, 11)), *random_prompts((20,)), *SHORT]
+SOME_ROWS = [*QUESTIONS[:2], *after(OTHER, (8, 11)), *random_prompts((20,)), *SHORT[:3]]
 
 
 def engine_of(family="llama", **config):
@@ -53,7 +54,7 @@ def listened(engine, requests):
     return answers(engine, requests, watch=watch), heard
 
 
-def with_and_without(family="llama", rows=ROWS, new_tokens=3, **config):
+def with_and_without(family="llama", rows=SOME_ROWS, new_tokens=3, **config):
     """Answers with reuse, without, and the tokens that were reused; their logits must be the same, but for rounding."""
     requests = as_requests(rows, max_tokens=new_tokens)
     engine = engine_of(family, **config)
@@ -108,7 +109,7 @@ def test_every_policy_format_and_budget_answers_as_without(policy, kv_format, bu
     ],
 )
 def test_models_with_sliding_windows_answer_as_without(family, policy, kv_format):
-    for budget in (24, 70) if policy != "none" else (24,):
+    for budget in (24, 70) if kv_format == "auto" and policy != "none" else (24,):
         found, expected, reused = with_and_without(family, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
         assert found == expected, budget
         assert reused > 0
@@ -158,8 +159,7 @@ def each_row():
     return answers(engine_of(kv_budget=70, prefix_reuse=False), as_requests(ROWS, max_tokens=4))
 
 
-@pytest.mark.parametrize("slots", [1, 2, 8])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "slots"), [(0, 1), (1, 2), (2, 8), (0, 2), (1, 8)])
 def test_the_order_of_rows_changes_nothing(seed, slots, each_row):
     requests = as_requests(ROWS, max_tokens=4)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed)).tolist()
