@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
-from bmx.measure.teacher import Teacher
+from bmx.measure.full_cache_answers import FullCacheAnswers
 from bmx.run_config import setting_named
 from bmx.shutdown import Stop
 
@@ -129,10 +129,10 @@ def main() -> None:
         f"{args.set}: {len(requests)} prompts of {min(lengths)} to {max(lengths)} tokens", file=sys.stderr, flush=True
     )
     kept = args.out.with_suffix(f".{args.set}.{args.rows}.{args.most}.pt")
-    teacher = Teacher.load(kept, requests)
-    if teacher is None:
-        teacher = Teacher.hear(engine, requests, Stop())
-        teacher.save(kept)
+    full_answers = FullCacheAnswers.load(kept, requests)
+    if full_answers is None:
+        full_answers = FullCacheAnswers.generate(engine, requests, Stop())
+        full_answers.save(kept)
     done = set()
     if args.out.exists():
         done = {(r["set"], r["cell"]) for r in map(json.loads, args.out.read_text().splitlines())}
@@ -141,7 +141,7 @@ def main() -> None:
             continue
         before = time.monotonic()
         other = engine.with_config(replace(EngineConfig(), **settings_of(cell)))
-        found = teacher.examine(other, Stop(), references, freely=args.freely)
+        found = full_answers.compare(other, Stop(), references, freely=args.freely)
         record = {"set": args.set, "cell": cell, "prompts": len(requests), "mean_prompt": sum(lengths) / len(lengths)}
         record |= found.record() | {"seconds": round(time.monotonic() - before, 1)}
         with args.out.open("a") as out:

@@ -18,10 +18,9 @@ from bmx.config import EngineConfig
 from bmx.engine.backend import ModelBackend
 from bmx.errors import MemoryLimitError
 from bmx.measure import bench as bench_module
-from bmx.measure import bench_sides as sides_module
 from bmx.measure.bench import mean_ratios, ratios
-from bmx.measure.bench_sides import Cell, Measured, run_bound
-from bmx.measure.decode_bound import free_decoding
+from bmx.measure.bench_sides import SideMeasurement, Workload, measure_decode_only
+from bmx.measure.decode_bound import decode_step_seconds
 from bmx.model.loader import prepare
 from bmx.model.random_models import SHAPES, IdTokenizer, preview_random_model, random_model_config
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
@@ -45,11 +44,11 @@ TINY = {
 CACHE = ("--kv-budget", 24, "--kv-sink", 2, "--kv-recent", 4, "--chunk-size", 16)
 FLAGS = (*CACHE, "--dtype", "float32", "--device", "cpu")
 RATES = Rates(flops=1e9, bandwidth=1e9, thin_bandwidth=1e9, operator_seconds=1e-6, source="a test")
-SIDE = Measured(
+SIDE = SideMeasurement(
     slots=2,
     kv_bytes=10,
-    planned=20,
-    peak=30,
+    planned_bytes=20,
+    peak_bytes=30,
     seconds=4.0,
     prefill_seconds=2.0,
     decode_seconds=1.0,
@@ -127,24 +126,24 @@ def test_slots_are_what_the_memory_holds_of_whole_prompts_or_of_budgets(bench):
 
 def test_a_bound_has_as_many_slots_as_hold_whole_prompts(monkeypatch):
     """Steps that all take as long make the most slots the best ones; a row more for the answer is not asked for."""
-    monkeypatch.setattr("bmx.measure.decode_bound.free_decoding", lambda *_: 1.0)
+    monkeypatch.setattr("bmx.measure.decode_bound.decode_step_seconds", lambda *_: 1.0)
     engine = id_engine(kv_policy="none", kv_cache_memory=65_000)
     policy = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
-    cell = Cell(prompts=random_prompts([60] * 9), answer=5)
+    workload = Workload(prompts=random_prompts([60] * 9), answer_tokens=5)
     row = engine.policy.layout(engine.spec, 60).nbytes
     fits = engine.config.kv_cache_memory // row
-    bound = run_bound(engine, policy, cell, MemoryLimitError("no"), Display("none"))
+    bound = measure_decode_only(engine, policy, workload, MemoryLimitError("no"), Display("none"))
     assert bound.slots == fits < 9
     assert bound.kv_bytes == fits * row
     assert bound.decode_seconds == -(-9 // fits) * 4 * 1.0
 
 
 def test_a_full_cache_that_is_faster_is_the_bound(monkeypatch):
-    monkeypatch.setattr("bmx.measure.decode_bound.free_decoding", lambda *_: 1e6)
-    cell = Cell(prompts=random_prompts([60] * 3), answer=5)
+    monkeypatch.setattr("bmx.measure.decode_bound.decode_step_seconds", lambda *_: 1e6)
+    workload = Workload(prompts=random_prompts([60] * 3), answer_tokens=5)
     policy = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
     full = replace(SIDE, seconds=1e6)
-    found = run_bound(id_engine(kv_policy="none"), policy, cell, full, Display("none"))
+    found = measure_decode_only(id_engine(kv_policy="none"), policy, workload, full, Display("none"))
     assert found == replace(full, as_full_cache=True)
 
 
@@ -224,7 +223,7 @@ def test_flops_of_reading_by_hand():
 
 
 def test_shares_and_ratios_by_hand():
-    found = SIDE.record(Cell(prompts=[[1] * 9, [2] * 11], answer=6), flops=1000.0, bandwidth=400.0)
+    found = SIDE.record(Workload(prompts=[[1] * 9, [2] * 11], answer_tokens=6), flops=1000.0, bandwidth=400.0)
     assert (found["mfu"], found["bandwidth_share"]) == (0.3, 0.5)
     assert (found["generated_tokens_per_second"], found["tokens_per_second"]) == (3.0, 8.0)
     assert (found["prefill_tokens_per_second"], found["decode_tokens_per_second"]) == (10.0, 10.0)
@@ -239,7 +238,7 @@ def test_the_bound_decodes_in_slots_that_never_evict():
     steps = []
     engine = watched(id_engine(kv_policy="none"), before=lambda _, step: steps.append(step))
     plan = engine.plan([Length(40, 5, 45)] * 3)
-    assert free_decoding(engine, plan, slots=3, rows=24, steps=2) > 0
+    assert decode_step_seconds(engine, plan, slots=3, rows=24, steps=2) > 0
     decoding = [step for step in steps if all(chunk.sequence.decoding for chunk in step.chunks)][-3:]
     assert [[chunk.start for chunk in step.chunks] for step in decoding] == [[20] * 3, [21] * 3, [22] * 3]
 
@@ -296,21 +295,21 @@ def test_what_cannot_be_measured_is_one_line_and_a_hint(bench, model, flags, cod
 
 
 def test_a_stopped_bench_keeps_the_cells_that_were_finished(bench, monkeypatch):
-    run, begun = sides_module._run, []
+    measure_cache, sides = bench_module.measure_cache, []
 
     def stopped(*args):
-        begun.append(args)
-        if len(begun) > 3:
+        sides.append(args)
+        if len(sides) > 2:  # the full cache and Batch-Max of the first cell are measured
             signal.raise_signal(signal.SIGINT)
-        return run(*args)
+        return measure_cache(*args)
 
-    monkeypatch.setattr(sides_module, "_run", stopped)
+    monkeypatch.setattr(bench_module, "measure_cache", stopped)
     grid = ("--shape", "tiny", "--input-tokens", "40,60", "--output-tokens", 2, "--prompts", 2)
     ended = bench(*grid)
     assert ended.code == 130
     assert "finished cells are in the output file" in ended.err
     assert (measured()["state"], len(measured()["cells"])) == ("unfinished", 1)
-    monkeypatch.setattr(sides_module, "_run", run)
+    monkeypatch.setattr(bench_module, "measure_cache", measure_cache)
     assert bench(*grid).code == 2
     assert bench(*grid, "--overwrite").code == 0
     assert (measured()["state"], len(measured()["cells"])) == ("finished", 2)

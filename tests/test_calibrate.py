@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from bmx.compress.budgets import halting_count
 from bmx.measure import plots as report
+from bmx.measure.full_cache_answers import FullCacheAnswers, compare_token
 from bmx.measure.layer_analysis import layer_factors, layer_needs, shared_layers
 from bmx.measure.metrics import Agreement, rouge_l
-from bmx.measure.teacher import Teacher
 from bmx.request import Result
 from bmx.shutdown import Stop
 
@@ -85,26 +85,24 @@ def test_the_likelihoods_are_those_of_transformers():
     """Top-1 and KL of a policy against the full cache, from logits that transformers computes in one piece."""
     model = tiny_model("llama")
     requests = as_requests(random_prompts((30, 44), seed=2), max_tokens=5, temperature=0)
-    teacher = Teacher.hear(tiny_engine(model, kv_policy="none"), requests, Stop())
-    for place, lesson in teacher.lessons.items():
+    full_answers = FullCacheAnswers.generate(tiny_engine(model, kv_policy="none"), requests, Stop())
+    for place, answer in full_answers.answers.items():
         prompt = tiny_engine(model).encode(requests[place])
-        ids = torch.tensor([[*prompt, *lesson.result.token_ids]])
+        ids = torch.tensor([[*prompt, *answer.result.token_ids]])
         with torch.inference_mode():
             logs = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        assert lesson.ids[:, 0].tolist() == list(lesson.result.token_ids) == logs.argmax(-1).tolist()
-        torch.testing.assert_close(lesson.logs, logs.gather(1, lesson.ids), atol=1e-4, rtol=1e-4)
+        assert answer.ids[:, 0].tolist() == list(answer.result.token_ids) == logs.argmax(-1).tolist()
+        torch.testing.assert_close(answer.log_probs, logs.gather(1, answer.ids), atol=1e-4, rtol=1e-4)
 
 
-def test_divergence_is_that_of_the_whole_distributions(monkeypatch):
-    """A vocabulary that is remembered in full gives KL itself; one that is remembered in part, no more than that."""
-    from bmx.measure import teacher
-
+def test_divergence_is_that_of_the_whole_distributions():
+    """A vocabulary that is kept in full gives the KL divergence itself; one that is kept in part, no more than that."""
     draw = torch.Generator().manual_seed(0)
     theirs, mine = torch.randn(64, generator=draw), torch.randn(64, generator=draw)
     exact = float((theirs.softmax(-1) * (theirs.log_softmax(-1) - mine.log_softmax(-1))).sum())
     for count, least in ((64, 0.9999), (32, 0.6)):
         best = theirs.log_softmax(-1).topk(count)
-        same, found = teacher._distance(mine, best.indices, best.values)
+        same, found = compare_token(mine, best.indices, best.values)
         assert same == (int(mine.argmax()) == int(theirs.argmax()))
         assert least * exact < found <= exact * 1.0001
 
@@ -175,7 +173,7 @@ def test_nothing_that_holds_is_said_and_no_run_begins_with_it(given, bmx, model)
     [
         ((), "there is no calibration file"),
         (("--calibration", "in.jsonl"), "cannot read the calibration file"),
-        (("--calibration", "other.json"), "is no calibration file"),
+        (("--calibration", "other.json"), "is not a calibration file"),
     ],
 )
 def test_auto_without_a_calibration_is_refused(given, bmx, model, flags, says):
@@ -211,37 +209,37 @@ def test_auto_with_settings_that_contradict_the_calibration_is_refused(given, bm
 def test_what_is_measured_is_kept_and_not_measured_again(given, monkeypatch):
     given("--kv-budget", "24")
     first = measured()["candidates"]
-    examined, heard = [], []
-    examine, hear = Teacher.examine, Teacher.hear
+    compared, generated = [], []
+    compare, generate = FullCacheAnswers.compare, FullCacheAnswers.generate
     monkeypatch.setattr(
-        Teacher,
-        "examine",
+        FullCacheAnswers,
+        "compare",
         lambda self, engine, *args, **kwargs: (
-            examined.append(engine.config.kv_budget) or examine(self, engine, *args, **kwargs)
+            compared.append(engine.config.kv_budget) or compare(self, engine, *args, **kwargs)
         ),
     )
-    monkeypatch.setattr(Teacher, "hear", lambda *args: heard.append(1) or hear(*args))
+    monkeypatch.setattr(FullCacheAnswers, "generate", lambda *args: generated.append(1) or generate(*args))
     given("--kv-budget", "24,200")
-    assert (examined, heard) == ([200], [])
+    assert (compared, generated) == ([200], [])
     assert measured()["candidates"][:1] == first
     given("--kv-budget", "24,200", "--overwrite")
-    assert (examined, heard) == ([200, 24, 200], [1])
+    assert (compared, generated) == ([200, 24, 200], [1])
 
 
 def test_a_stopped_calibration_keeps_what_is_finished(given, monkeypatch):
     import signal
 
-    examine = Teacher.examine
+    compare = FullCacheAnswers.compare
 
     def stopped(self, engine, *args, **kwargs):
         if engine.config.kv_budget == 40:
             signal.raise_signal(signal.SIGINT)
-        return examine(self, engine, *args, **kwargs)
+        return compare(self, engine, *args, **kwargs)
 
-    monkeypatch.setattr(Teacher, "examine", stopped)
+    monkeypatch.setattr(FullCacheAnswers, "compare", stopped)
     assert given("--kv-budget", "24,40,200").code == 130
     assert [one["settings"]["kv_budget"] for one in measured()["candidates"]] == [24]
-    monkeypatch.setattr(Teacher, "examine", examine)
+    monkeypatch.setattr(FullCacheAnswers, "compare", compare)
     assert given("--kv-budget", "24,40,200").code == 0
     assert [one["settings"]["kv_budget"] for one in measured()["candidates"]] == [24, 40, 200]
 

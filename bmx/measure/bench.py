@@ -1,7 +1,8 @@
-"""``bmx bench``: full cache, compression in decoding only, and Batch-Max side by side, in one run and the same memory.
+"""``bmx bench``: full cache, decode-only compression and Batch-Max side by side, on the same prompts and memory.
 
-Knows the order of things: the sides of each cell are measured, and the machine's rates before and after it; each cell
-is kept as soon as it is finished. How a side is measured is the business of ``sides``.
+A bench is a grid of cells, one for each prompt length and answer length. Knows the order of things: the three sides of
+a cell are measured one after the other, and the machine's rates before and after them; each cell is saved as soon as it
+is finished. How a side is measured is the business of ``bench_sides``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from bmx.job.input_rows import input_reader
 from bmx.job.journal import Ledger
 from bmx.job.manifest import run_started, write_json
 from bmx.job.paths import find_paths, input_paths
-from bmx.measure.bench_sides import Cell, Measured, length_of, plan_for, planned, run_bound, run_side
+from bmx.measure.bench_sides import (
+    SideMeasurement,
+    Workload,
+    length_of,
+    measure_cache,
+    measure_decode_only,
+    plan_lengths,
+    plan_workload,
+)
 from bmx.measure.plots import plot_bench, plots_note
 from bmx.model.loader import dtype_name
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, preview_random_model
@@ -41,11 +50,12 @@ FORMAT = 1
 OUTPUT = "bench.json"
 INPUT_TOKENS, OUTPUT_TOKENS = (2000,), (128,)
 PAPER_INPUT_TOKENS, PAPER_OUTPUT_TOKENS = (1000, 2000, 4000), (128, 256)
-PAPER_SHARE = 4  # of the weights' bytes, one in so many for KV pairs; and of a prompt's pairs, so many are the budget
-LEAST_PROMPTS, ROUNDS = 8, 2  # prompts of a cell: so many, and so often as Batch-Max has slots
+PAPER_SHARE = 4  # the paper's setting: KV pairs take a quarter of the weights' bytes, a budget a quarter of a prompt
+LEAST_PROMPTS, ROUNDS = 8, 2  # random prompts of a cell: at least 8, and twice as many as Batch-Max has slots
 MOST_PROMPTS = 4096
+OTHERS = ("full_cache", "decode_only")  # the sides that Batch-Max is compared with
+Side = SideMeasurement | MemoryLimitError  # the error says that the side does not fit
 T = TypeVar("T")
-OTHERS = ("full_cache", "decode_only")  # that Batch-Max is compared with
 DECODE_ONLY = (
     "decode-only is an upper bound that nobody implements: as many rows at once as fit with their whole prompts, cut "
     "to the budget at once and for free when all are read, then decoded in slots of that size that never evict"
@@ -54,15 +64,15 @@ DECODE_ONLY = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """What the command was asked beside its settings.
+    """Options of the command that are not settings.
 
     Attributes:
-        shape: a model of random weights, by its name in ``SHAPES``; None for the configured one.
-        input_tokens: lengths of random prompts; none for the default, or where an input has prompts.
-        output_tokens: lengths of answers; none for the default.
-        prompts: most prompts of a cell; None for as many as fill the slots of Batch-Max twice.
-        paper: the setting of the paper: its lengths, and weights that fill most of the memory.
-        quarter: a budget of a quarter of each prompt length, in place of the configured one.
+        shape: shape of a model with random weights, by its name in ``SHAPES``; None for the configured model.
+        input_tokens: lengths of random prompts; empty for the default, or if an input has prompts.
+        output_tokens: lengths of answers; empty for the default.
+        prompts: most prompts of a cell; None for twice as many as Batch-Max has slots.
+        paper: whether to take the paper's setting: its lengths, and a quarter of the weights' bytes for KV pairs.
+        quarter: whether the budget is a quarter of each prompt length, in place of the configured one.
     """
 
     shape: str | None = None
@@ -74,106 +84,131 @@ class BenchOptions:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Lengths of random prompts."""
+        """Lengths of random prompts, in tokens."""
         return self.input_tokens or (PAPER_INPUT_TOKENS if self.paper else INPUT_TOKENS)
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Lengths of answers."""
+        """Lengths of answers, in tokens."""
         return self.output_tokens or (PAPER_OUTPUT_TOKENS if self.paper else OUTPUT_TOKENS)
 
 
-def bench(config: RunConfig, asked: BenchOptions, display: Display) -> None:
-    """Measure every cell, and show and keep what was measured.
+def bench(config: RunConfig, options: BenchOptions, display: Display) -> None:
+    """Measure every cell; show and save the measurements.
+
+    Args:
+        config: the settings.
+        options: options of the command.
+        display: shows measurements and progress.
 
     Raises:
-        UsageError: settings that contradict each other, or a file that would be replaced.
-        MemoryLimitError: nothing fits.
-        BmxError: it cannot start or go on.
+        UsageError: options contradict each other, or a file would be replaced.
+        MemoryLimitError: no side fits.
+        BmxError: it cannot start or continue.
     """
-    config = replace(
-        config, engine=replace(config.engine, prefix_reuse=False, model=asked.shape or config.engine.model)
-    )
-    _check(config, asked)
-    places = find_paths(replace(config, job=replace(config.job, output_file=config.job.output_file or OUTPUT)))
-    output = places.output
-    if output is None or not places.manifest:
+    model = options.shape or config.engine.model
+    config = replace(config, engine=replace(config.engine, prefix_reuse=False, model=model))
+    _check(config, options)
+    files = find_paths(replace(config, job=replace(config.job, output_file=config.job.output_file or OUTPUT)))
+    output = files.output
+    if output is None or not files.manifest:
         raise UsageError("bench keeps what it measures in a file", hint="-o bench.json")
     if output.exists() and not config.job.overwrite:
         raise UsageError(f"{output} exists", hint="--overwrite replaces it, -o names another file")
     try:
-        with locked(places.locks[0], config.job.lock_wait), input_paths(config.inputs) as paths:
-            with display.waiting(f"loading model {config.engine.model}"):
-                engine, prompts = _opened(config, asked, paths, display)
-            _Bench(config, asked, display, engine, prompts, output).run()
+        with locked(files.locks[0], config.job.lock_wait), input_paths(config.inputs) as paths:
+            with display.waiting(f"loading model {model}"):
+                engine, prompts = _open(config, options, paths, display)
+            config = replace(config, engine=_with_fixed_memory(config.engine, options, engine, prompts))
+            record = _new_record(config, options, engine)
+            _Bench(
+                config=config,
+                options=options,
+                display=display,
+                engine=engine,
+                prompts=prompts,
+                output=output,
+                record=record,
+            ).run()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryLimitError("memory ran out", hint="close other programs, or lower --memory-limit") from error
 
 
-def _check(config: RunConfig, asked: BenchOptions) -> None:
-    """Refuse what can be refused before anything is loaded.
+def _check(config: RunConfig, options: BenchOptions) -> None:
+    """Refuse contradictions before anything is loaded.
 
     Raises:
-        UsageError: it is.
+        UsageError: options contradict each other or the settings.
     """
     engine = config.engine
-    if asked.shape and asked.shape not in SHAPES:
-        raise UsageError(f"no shape is called {asked.shape}", hint=f"known are {', '.join(SHAPES)}")
-    if config.inputs and (asked.shape or asked.input_tokens):
-        flag = "--shape" if asked.shape else "--input-tokens"
+    if options.shape and options.shape not in SHAPES:
+        raise UsageError(f"no shape is called {options.shape}", hint=f"the shapes are {', '.join(SHAPES)}")
+    if config.inputs and (options.shape or options.input_tokens):
+        flag = "--shape" if options.shape else "--input-tokens"
         raise UsageError(f"an INPUT brings prompts of its own: it cannot be combined with {flag}")
     if engine.model == FAKE:
         raise UsageError("the fake model computes nothing that could be measured", hint="try --shape smollm2-135m")
     if engine.kv_policy == "none":
         raise UsageError("the full cache is measured anyway", hint="--kv-policy names what it is compared with")
     if engine.kv_probe or engine.kv_protect != "none":
-        raise UsageError(
-            "kv_probe and kv_protect are about words, and bench knows token ids alone", hint="leave them out"
-        )
-    for tokens in (0,) if config.inputs else asked.inputs:
-        CompressionPolicy.from_config(_with_budget(engine, asked, tokens))
+        raise UsageError("kv_probe and kv_protect need text, and bench works on token ids", hint="leave them out")
+    for tokens in (0,) if config.inputs else options.inputs:
+        CompressionPolicy.from_config(_with_budget(engine, options, tokens))
 
 
-def _with_budget(engine: EngineConfig, asked: BenchOptions, tokens: int) -> EngineConfig:
-    """The settings for prompts of so many tokens (0: of any)."""
-    quarter = tokens // PAPER_SHARE if tokens else 1 / PAPER_SHARE
-    return replace(engine, kv_budget=quarter) if asked.quarter else engine
+def _with_budget(engine: EngineConfig, options: BenchOptions, tokens: int) -> EngineConfig:
+    """The settings with the budget for prompts of ``tokens`` tokens; 0 for prompts of different lengths."""
+    if not options.quarter:
+        return engine
+    return replace(engine, kv_budget=tokens // PAPER_SHARE if tokens else 1 / PAPER_SHARE)
 
 
-def _opened(
-    config: RunConfig, asked: BenchOptions, paths: tuple[Path, ...], display: Display
+def _open(
+    config: RunConfig, options: BenchOptions, paths: tuple[Path, ...], display: Display
 ) -> tuple[Engine, list[list[int]]]:
-    """An engine that reads token ids, and the prompts of the input, if there is one.
+    """An engine that reads token ids, and the token ids of the input's prompts; no prompts without an input.
 
     Raises:
-        UsageError: prompts and answers are longer than the model takes, or there are none.
+        UsageError: prompts and answers are longer than the model takes, or the input has no prompt.
     """
-    longest = max(asked.outputs) + (0 if paths else max(asked.inputs))
-    if asked.shape:
-        bound_kernel_caches()
-        check_memory(
-            config.engine, lambda kind: preview_random_model(str(asked.shape), longest, dtype_name(config.engine, kind))
-        )
-        use_all_cores()
-        loaded = make_random_model(asked.shape, longest, config.engine)
-        return Engine(config.engine, PromptConfig(), IdTokenizer(), ModelBackend(loaded)), []
-    told = Engine.open(config.engine, config.prompt)
-    most = max_length(config.engine, told.spec)
+    longest = max(options.outputs) + (0 if paths else max(options.inputs))
+    if options.shape:
+        return _open_random_model(config.engine, options.shape, longest), []
+    engine = Engine.open(config.engine, config.prompt)
+    most = max_length(config.engine, engine.spec)
     if longest >= most:
-        raise UsageError(f"{told.spec.name} takes {most:,} tokens, and {longest:,} are asked for")
-    prompts = _read(config, told, paths, most - longest, display) if paths else []
-    return Engine(config.engine, PromptConfig(), IdTokenizer(), told.backend), prompts[: asked.prompts]
+        raise UsageError(f"{engine.spec.name} takes {most:,} tokens, and {longest:,} are asked for")
+    prompts = _read_prompts(config, engine, paths, most - longest, display) if paths else []
+    return Engine(config.engine, PromptConfig(), IdTokenizer(), engine.backend), prompts[: options.prompts]
 
 
-def _read(config: RunConfig, engine: Engine, paths: tuple[Path, ...], most: int, display: Display) -> list[list[int]]:
-    """Token ids of the input's rows; those without a prompt, or with one that is too long, are named and left out.
+def _open_random_model(config: EngineConfig, shape: str, longest: int) -> Engine:
+    """An engine with a random model of a shape, for sequences of at most ``longest`` tokens."""
+    bound_kernel_caches()
+    check_memory(config, lambda device: preview_random_model(shape, longest, dtype_name(config, device)))
+    use_all_cores()
+    loaded = make_random_model(shape, longest, config)
+    return Engine(config, PromptConfig(), IdTokenizer(), ModelBackend(loaded))
+
+
+def _read_prompts(
+    config: RunConfig, engine: Engine, paths: tuple[Path, ...], most: int, display: Display
+) -> list[list[int]]:
+    """Token ids of the input's rows; a row without a prompt, or with one that is too long, is named and left out.
+
+    Args:
+        config: the settings.
+        engine: encodes prompts.
+        paths: the input's files.
+        most: most tokens of a prompt.
+        display: shows the rows that are left out.
 
     Raises:
         UsageError: no row is left.
     """
-    found = []
+    prompts = []
     with closing(Ledger()) as ledger:
         reader = input_reader(config, paths)
         ledger.read(reader, None)
@@ -183,171 +218,200 @@ def _read(config: RunConfig, engine: Engine, paths: tuple[Path, ...], most: int,
             except RowError:
                 ids = []
             if 0 < len(ids) <= most:
-                found.append(ids)
+                prompts.append(ids)
             else:
                 display.warn(f"row {row.id} has no prompt of at most {most:,} tokens, and is left out")
-    if not found:
+    if not prompts:
         raise UsageError("no row of the input can be answered", hint="`bmx run` says what is wrong with its rows")
-    return found
+    return prompts
 
 
+def _with_fixed_memory(
+    config: EngineConfig, options: BenchOptions, engine: Engine, prompts: list[list[int]]
+) -> EngineConfig:
+    """The settings with a memory limit that stays the same for all sides, whatever is free later.
+
+    Args:
+        config: the settings.
+        options: options of the command.
+        engine: holds the model.
+        prompts: of the input; empty for random ones.
+    """
+    spec, meter, pool = engine.spec, engine.backend.meter, config.kv_cache_memory
+    if options.paper and pool is None:
+        longest = max(map(len, prompts), default=max(options.inputs)) + max(options.outputs)
+        row = CompressionPolicy.from_config(config.full_cache).layout(spec, longest).nbytes
+        pool = max(spec.weight_bytes // PAPER_SHARE, row)
+    total = limits(config, meter.free_memory(), meter.now).total
+    return replace(config, memory_limit=total, kv_cache_memory=pool)
+
+
+def _new_record(config: RunConfig, options: BenchOptions, engine: Engine) -> dict[str, Any]:
+    """The output file's contents before the first cell."""
+    manifest = run_started(config, {})
+    return {name: manifest[name] for name in ("host", "pid", "started", "settings", "inputs", "versions")} | {
+        "bench_format": FORMAT,
+        "state": "unfinished",
+        "model": engine.describe() | {"name": config.engine.model, "weight_bytes": engine.spec.weight_bytes},
+        "cores": hardware.usable_cores(),
+        "preset": "paper" if options.paper else None,
+        "decode_only": DECODE_ONLY,
+        "cells": [],
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Bench:
-    """One bench in progress; ``record`` is what the file holds."""
+    """A bench in progress.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        asked: BenchOptions,
-        display: Display,
-        engine: Engine,
-        prompts: list[list[int]],
-        output: Path,
-    ) -> None:
-        self._asked, self._display, self._output = asked, display, output
-        self._engine, self._given, self._seed = engine, prompts, config.sampling.seed
-        self._config = self._limited(config.engine)
-        self._record = self._begun(config)
+    Attributes:
+        config: the settings, with a fixed memory limit.
+        options: options of the command.
+        display: shows measurements and progress.
+        engine: reads token ids.
+        prompts: of the input; empty for random ones.
+        output: the file.
+        record: its contents.
+    """
 
-    def _begun(self, config: RunConfig) -> dict[str, Any]:
-        """The file before its first cell."""
-        found = run_started(replace(config, engine=self._config), {})
-        spec = self._engine.spec
-        return {name: found[name] for name in ("host", "pid", "started", "settings", "inputs", "versions")} | {
-            "bench_format": FORMAT,
-            "state": "unfinished",
-            "model": self._engine.describe() | {"name": config.engine.model, "weight_bytes": spec.weight_bytes},
-            "cores": hardware.usable_cores(),
-            "preset": "paper" if self._asked.paper else None,
-            "decode_only": DECODE_ONLY,
-            "cells": [],
-        }
-
-    def _limited(self, config: EngineConfig) -> EngineConfig:
-        """The settings with a limit that stays the same for all sides, whatever is free later."""
-        engine, spec = self._engine, self._engine.spec
-        pool = config.kv_cache_memory
-        if self._asked.paper and pool is None:
-            longest = max(map(len, self._given), default=max(self._asked.inputs)) + max(self._asked.outputs)
-            row = CompressionPolicy.from_config(config.full_cache).layout(spec, longest).nbytes
-            pool = max(spec.weight_bytes // PAPER_SHARE, row)
-        meter = engine.backend.meter
-        total = limits(config, meter.free_memory(), meter.now).total
-        return replace(config, memory_limit=total, kv_cache_memory=pool)
+    config: RunConfig
+    options: BenchOptions
+    display: Display
+    engine: Engine
+    prompts: list[list[int]]
+    output: Path
+    record: dict[str, Any]
 
     def run(self) -> None:
-        """Everything, in order.
+        """Measure all cells, in order, and show the summary.
 
         Raises:
-            MemoryLimitError: nothing fits.
+            MemoryLimitError: no side of any cell fits.
         """
-        rates, least = self._rates(), None
-        for tokens in (0,) if self._given else self._asked.inputs:
-            for answer in self._asked.outputs:
-                cell, sides = self._cell(tokens, answer)
-                before, rates = rates, self._rates()
-                self._keep(cell, sides, before, rates)
-                least = sides["batch_max"]
-        cells = self._record["cells"]
-        if isinstance(least, MemoryLimitError) and not any(
-            cell[side]["fits"] for cell in cells for side in BENCH_NAMES
-        ):
-            raise least
-        self._record |= {"state": "finished", "finished": now(), "mean_ratios": mean_ratios(cells)}
-        write_json(self._output, self._record)
-        for line in bench_summary(self._record):
-            self._display.data(line)
-        plots = plot_bench(self._record, self._output)
-        self._display.note(f"measurements: {self._output}; {plots_note(plots)}")
+        cells, rates, batch_max = self.record["cells"], self._measure_machine(), None
+        for tokens in (0,) if self.prompts else self.options.inputs:
+            for answer_tokens in self.options.outputs:
+                workload, sides = self._measure_cell(tokens, answer_tokens)
+                rates_before, rates = rates, self._measure_machine()
+                self._save_cell(workload, sides, rates_before, rates)
+                batch_max = sides["batch_max"]
+        if isinstance(batch_max, MemoryLimitError) and not any(map(_any_side_fits, cells)):
+            raise batch_max
+        self.record.update(state="finished", finished=now(), mean_ratios=mean_ratios(cells))
+        write_json(self.output, self.record)
+        for line in bench_summary(self.record):
+            self.display.data(line)
+        self.display.note(f"measurements: {self.output}; {plots_note(plot_bench(self.record, self.output))}")
 
-    def _rates(self) -> Rates:
-        self._display.note("measuring the machine ...")
-        return measure(self._engine.backend.device_type, self._engine.describe()["dtype"])
+    def _measure_machine(self) -> Rates:
+        self.display.note("measuring the machine ...")
+        return measure(self.engine.backend.device_type, self.engine.describe()["dtype"])
 
-    def _cell(self, tokens: int, answer: int) -> tuple[Cell, dict[str, Measured | MemoryLimitError]]:
-        """A cell, and each of its sides.
+    def _measure_cell(self, tokens: int, answer_tokens: int) -> tuple[Workload, dict[str, Side]]:
+        """Measure the three sides of a cell.
 
         Args:
-            tokens: of a prompt; 0 for those of the input.
+            tokens: of a prompt; 0 for the input's prompts.
+            answer_tokens: tokens that are generated for each prompt.
         """
-        full = self._engine.with_config(self._config.full_cache)
-        evicting = self._engine.with_config(_with_budget(self._config, self._asked, tokens))
-        most = [tokens] * (self._asked.prompts or MOST_PROMPTS) if tokens else [len(ids) for ids in self._given]
-        plan = _attempt(lambda: planned(evicting, [length_of(evicting.policy, count, answer) for count in most]))
+        full = self.engine.with_config(self.config.engine.full_cache)
+        evicting = self.engine.with_config(_with_budget(self.config.engine, self.options, tokens))
+        lengths = [tokens] * (self.options.prompts or MOST_PROMPTS) if tokens else [len(ids) for ids in self.prompts]
+        plan = _attempt(
+            lambda: plan_lengths(evicting, [length_of(evicting.policy, length, answer_tokens) for length in lengths])
+        )
         slots = plan.slots if isinstance(plan, Plan) else 0
-        prompts = self._given or self._random(tokens, min(len(most), max(LEAST_PROMPTS, ROUNDS * slots)))
-        cell = Cell(prompts=prompts, answer=answer)
-        sides: dict[str, Measured | MemoryLimitError] = {}
-        for name, measure_side in {
-            "full_cache": lambda: run_side(full, plan_for(full, cell), cell, self._display),
-            "decode_only": lambda: run_bound(full, evicting.policy, cell, sides["full_cache"], self._display),
-            "batch_max": lambda: run_side(evicting, _or_raise(plan), cell, self._display),
-        }.items():
-            told = (
-                f"{len(prompts):,} prompts of {cell.tokens / len(prompts):,.0f} tokens, {answer:,} generated for each"
-            )
-            self._display.note(f"{BENCH_NAMES[name]}: {told} ...")
-            sides[name] = _attempt(measure_side)
-        return cell, sides
+        count = min(len(lengths), max(LEAST_PROMPTS, ROUNDS * slots))
+        prompts = self.prompts or self._random_prompts(tokens, count)
+        workload = Workload(prompts=prompts, answer_tokens=answer_tokens)
+        self._announce("full_cache", workload)
+        full_side = _attempt(lambda: measure_cache(full, plan_workload(full, workload), workload, self.display))
+        self._announce("decode_only", workload)
+        decode_only = _attempt(lambda: measure_decode_only(full, evicting.policy, workload, full_side, self.display))
+        self._announce("batch_max", workload)
+        batch_max = _attempt(lambda: measure_cache(evicting, _or_raise(plan), workload, self.display))
+        return workload, {"full_cache": full_side, "decode_only": decode_only, "batch_max": batch_max}
 
-    def _random(self, tokens: int, count: int) -> list[list[int]]:
-        """So many prompts of random token ids, the same for the same seed."""
+    def _announce(self, side: str, workload: Workload) -> None:
+        prompts, mean = len(workload.prompts), workload.prompt_tokens / len(workload.prompts)
+        work = f"{prompts:,} prompts of {mean:,.0f} tokens, {workload.answer_tokens:,} generated for each"
+        self.display.note(f"{BENCH_NAMES[side]}: {work} ...")
+
+    def _random_prompts(self, tokens: int, count: int) -> list[list[int]]:
+        """``count`` prompts of ``tokens`` random token ids, the same for the same seed."""
         import torch
 
-        draw, vocab = torch.Generator().manual_seed(self._seed), self._engine.spec.vocab
-        found: list[list[int]] = torch.randint(vocab, (count, tokens), generator=draw).tolist()
-        return found
+        draw, vocab = torch.Generator().manual_seed(self.config.sampling.seed), self.engine.spec.vocab
+        prompts: list[list[int]] = torch.randint(vocab, (count, tokens), generator=draw).tolist()
+        return prompts
 
-    def _keep(self, cell: Cell, sides: dict[str, Measured | MemoryLimitError], before: Rates, after: Rates) -> None:
-        """Add a cell to the file, and show it."""
+    def _save_cell(self, workload: Workload, sides: dict[str, Side], before: Rates, after: Rates) -> None:
+        """Add a cell to the file, and show it.
+
+        Args:
+            workload: of the cell.
+            sides: what was measured, by name.
+            before: the machine's rates before the sides.
+            after: and after them.
+        """
         flops, bandwidth = (before.flops + after.flops) / 2, (before.bandwidth + after.bandwidth) / 2
-        budget = _with_budget(self._config, self._asked, 0 if self._given else len(cell.prompts[0])).kv_budget
-        found: dict[str, Any] = {
-            "input_tokens": cell.tokens / len(cell.prompts),
-            "output_tokens": cell.answer,
-            "prompts": len(cell.prompts),
-            "kv_budget": budget,
+        tokens = 0 if self.prompts else len(workload.prompts[0])
+        cell: dict[str, Any] = {
+            "input_tokens": workload.prompt_tokens / len(workload.prompts),
+            "output_tokens": workload.answer_tokens,
+            "prompts": len(workload.prompts),
+            "kv_budget": _with_budget(self.config.engine, self.options, tokens).kv_budget,
             "flops_per_second": flops,
             "bytes_per_second": bandwidth,
         }
         for name, side in sides.items():
             if isinstance(side, MemoryLimitError):
-                found[name] = {"fits": False, "problem": side.message}
-                self._display.note(f"{BENCH_NAMES[name]}: {side.message}")
+                cell[name] = {"fits": False, "problem": side.message}
+                self.display.note(f"{BENCH_NAMES[name]}: {side.message}")
             else:
-                found[name] = side.record(cell, flops, bandwidth)
-        found["ratios"] = ratios(found)
-        self._record["cells"].append(found)
-        for line in bench_lines(found):
-            self._display.data(line)
-        if any(found[name]["fits"] for name in BENCH_NAMES):
-            write_json(self._output, self._record)
+                cell[name] = side.record(workload, flops, bandwidth)
+        cell["ratios"] = ratios(cell)
+        self.record["cells"].append(cell)
+        for line in bench_lines(cell):
+            self.display.data(line)
+        if _any_side_fits(cell):
+            write_json(self.output, self.record)
+
+
+def _any_side_fits(cell: dict[str, Any]) -> bool:
+    return any(cell[side]["fits"] for side in BENCH_NAMES)
 
 
 def ratios(cell: dict[str, Any]) -> dict[str, float | None]:
-    """How many times as fast Batch-Max is as each of the others; None where either does not fit."""
-    return {
-        name: cell[name]["seconds"] / cell["batch_max"]["seconds"]
-        if cell[name]["fits"] and cell["batch_max"]["fits"]
-        else None
-        for name in OTHERS
-    }
+    """How many times as fast Batch-Max is as each of the other sides; None if either does not fit."""
+    return {side: _speedup(cell[side], cell["batch_max"]) for side in OTHERS}
+
+
+def _speedup(other: dict[str, Any], batch_max: dict[str, Any]) -> float | None:
+    fit = other["fits"] and batch_max["fits"]
+    return other["seconds"] / batch_max["seconds"] if fit else None
 
 
 def mean_ratios(cells: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """The mean over the cells that have such a ratio."""
-    found = {name: [cell["ratios"][name] for cell in cells if cell["ratios"][name] is not None] for name in OTHERS}
-    return {name: sum(values) / len(values) if values else None for name, values in found.items()}
+    """The mean of each ratio over the cells that have it; None if no cell has."""
+    return {side: _mean([cell["ratios"][side] for cell in cells]) for side in OTHERS}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are not None; None if all are."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _attempt(work: Callable[[], T]) -> T | MemoryLimitError:
-    """What comes of it, or that it does not fit."""
+    """The result of ``work``, or the error that says that it does not fit."""
     try:
         return work()
     except MemoryLimitError as error:
         return error
 
 
-def _or_raise(found: T | MemoryLimitError) -> T:
-    if isinstance(found, MemoryLimitError):
-        raise found
-    return found
+def _or_raise(result: T | MemoryLimitError) -> T:
+    if isinstance(result, MemoryLimitError):
+        raise result
+    return result

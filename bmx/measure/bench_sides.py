@@ -1,6 +1,6 @@
-"""One side of a bench: a cache that is run on some prompts, or the bound of what another could do, and what it took.
+"""Measures one side of a bench: a cache answering prompts, or the upper bound of decode-only compression.
 
-Knows plans, runs and their counters; how fast the machine is, and what is compared with what, is ``bench``'s business.
+Knows plans, runs and their counters. Which sides are compared, and the machine's rates, are the business of ``bench``.
 """
 
 from __future__ import annotations
@@ -26,43 +26,54 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """Prompts as token ids, and how many tokens each is answered with."""
+class Workload:
+    """The work of a cell, the same for all of its sides.
+
+    Attributes:
+        prompts: token ids of each prompt.
+        answer_tokens: tokens that are generated for each prompt.
+    """
 
     prompts: list[list[int]]
-    answer: int
+    answer_tokens: int
 
     @property
-    def tokens(self) -> int:
-        """Of all prompts."""
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts together."""
         return sum(map(len, self.prompts))
 
     @property
-    def lengths(self) -> Counter[int]:
-        """How many prompts there are of each length."""
+    def prompt_lengths(self) -> Counter[int]:
+        """Histogram: tokens of a prompt -> number of prompts."""
         return Counter(map(len, self.prompts))
 
-    def held(self, policy: CompressionPolicy) -> Counter[int]:
-        """How many prompts there are of which so many pairs are held while they are answered."""
-        return Counter(held_rows(policy, tokens, self.answer) for tokens in self.lengths.elements())
+    def held_rows(self, policy: CompressionPolicy) -> Counter[int]:
+        """Histogram: KV pairs held while decoding -> number of prompts."""
+        return Counter(held_rows(policy, tokens, self.answer_tokens) for tokens in self.prompt_lengths.elements())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One side of a cell: sizes in bytes, times in seconds.
+class SideMeasurement:
+    """What was measured of one side.
 
     Attributes:
-        planned, peak: memory in all.
+        slots: sequences that are held at once.
+        kv_bytes: bytes of their KV pairs.
+        planned_bytes: bytes of memory in all, by the plan.
+        peak_bytes: bytes of memory in all, measured.
         seconds: for all prompts.
-        prefill_flops: of all prompts.
-        step_bytes: read in the steps that only decoded, which took ``step_seconds``.
-        as_full_cache: whether this bound is the full cache's own run, which was faster than what the bound is made of.
+        prefill_seconds: of them, reading prompts.
+        decode_seconds: of them, decoding.
+        prefill_flops: floating-point operations of reading all prompts.
+        step_seconds: seconds of the steps that only decoded.
+        step_bytes: bytes that these steps read.
+        as_full_cache: whether this upper bound is the full cache's own run, because that was faster.
     """
 
     slots: int
     kv_bytes: int
-    planned: int
-    peak: int
+    planned_bytes: int
+    peak_bytes: int
     seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -71,54 +82,63 @@ class Measured:
     step_bytes: int
     as_full_cache: bool = False
 
-    def record(self, cell: Cell, flops: float, bandwidth: float) -> dict[str, Any]:
-        """The side for JSON.
+    def record(self, workload: Workload, flops: float, bandwidth: float) -> dict[str, Any]:
+        """The measurement for JSON.
 
         Args:
-            flops, bandwidth: what the machine reached in a second.
+            workload: what was done.
+            flops: floating-point operations that the machine reaches in a second.
+            bandwidth: bytes that it reads in a second.
         """
-        prompts = len(cell.prompts)
-        generated, decoded = prompts * cell.answer, prompts * (cell.answer - 1)
+        prompts = len(workload.prompts)
+        generated, decoded = prompts * workload.answer_tokens, prompts * (workload.answer_tokens - 1)
         return {
             "fits": True,
             "slots": self.slots,
             "kv_bytes": self.kv_bytes,
-            "planned_bytes": self.planned,
-            "peak_bytes": self.peak,
+            "planned_bytes": self.planned_bytes,
+            "peak_bytes": self.peak_bytes,
             "seconds": self.seconds,
             "generated_tokens": generated,
             "generated_tokens_per_second": generated / self.seconds,
-            "tokens_per_second": (cell.tokens + generated) / self.seconds,
+            "tokens_per_second": (workload.prompt_tokens + generated) / self.seconds,
             "prompts_per_minute": 60 * prompts / self.seconds,
             "prefill_seconds": self.prefill_seconds,
-            "prefill_tokens_per_second": _over(cell.tokens, self.prefill_seconds),
+            "prefill_tokens_per_second": _ratio(workload.prompt_tokens, self.prefill_seconds),
             "prefill_flops": self.prefill_flops,
-            "mfu": _over(self.prefill_flops, self.prefill_seconds * flops),
+            "mfu": _ratio(self.prefill_flops, self.prefill_seconds * flops),
             "decode_seconds": self.decode_seconds,
-            "decode_tokens_per_second": _over(decoded, self.decode_seconds),
+            "decode_tokens_per_second": _ratio(decoded, self.decode_seconds),
             "decode_step_seconds": self.step_seconds,
             "decode_step_bytes": self.step_bytes,
-            "bandwidth_share": _over(self.step_bytes, self.step_seconds * bandwidth),
+            "bandwidth_share": _ratio(self.step_bytes, self.step_seconds * bandwidth),
             "as_full_cache": self.as_full_cache,
         }
 
 
 def length_of(policy: CompressionPolicy, tokens: int, answer: int) -> Length:
-    """What a plan must know of such a prompt."""
+    """The length of a request, for a plan.
+
+    Args:
+        policy: says how many rows it needs.
+        tokens: of its prompt.
+        answer: tokens that are generated.
+    """
     return Length(tokens, answer, policy.rows_needed(tokens, answer))
 
 
-def plan_for(engine: Engine, cell: Cell) -> Plan:
-    """A plan for all of a cell.
+def plan_workload(engine: Engine, workload: Workload) -> Plan:
+    """A plan for all prompts of a workload.
 
     Raises:
         MemoryLimitError: some prompt does not fit.
     """
-    return planned(engine, [length_of(engine.policy, len(ids), cell.answer) for ids in cell.prompts])
+    lengths = [length_of(engine.policy, len(ids), workload.answer_tokens) for ids in workload.prompts]
+    return plan_lengths(engine, lengths)
 
 
-def planned(engine: Engine, lengths: list[Length]) -> Plan:
-    """A plan for all of these lengths.
+def plan_lengths(engine: Engine, lengths: list[Length]) -> Plan:
+    """A plan for requests of these lengths.
 
     Raises:
         MemoryLimitError: one of them does not fit.
@@ -129,130 +149,156 @@ def planned(engine: Engine, lengths: list[Length]) -> Plan:
     return plan
 
 
-def run_side(engine: Engine, plan: Plan, cell: Cell, display: Display) -> Measured:
-    """Answer the prompts of a cell as a job would."""
-    stats, seconds = _run(engine, plan, cell, display)
+def measure_cache(engine: Engine, plan: Plan, workload: Workload, display: Display) -> SideMeasurement:
+    """Answer a workload as a job would, and measure it.
+
+    Args:
+        engine: with the cache to measure.
+        plan: for the workload.
+        workload: what is answered.
+        display: shows the progress.
+    """
+    stats, seconds = _answer(engine, plan, workload, display)
     spec = engine.spec
     weights = weights_read(spec, engine.backend.model, stats.pure_tokens // max(1, stats.pure_steps))
-    held = cell.held(engine.policy)
-    pairs = sum(count * engine.policy.layout(spec, rows).kv_bytes for rows, count in held.items()) // len(cell.prompts)
-    return Measured(
+    held = workload.held_rows(engine.policy)
+    held_bytes = sum(count * engine.policy.layout(spec, rows).kv_bytes for rows, count in held.items())
+    bytes_per_prompt = held_bytes // len(workload.prompts)
+    return SideMeasurement(
         slots=stats.slots,
         kv_bytes=stats.kv_bytes,
-        planned=plan.memory.total,
-        peak=stats.peak_memory_bytes,
+        planned_bytes=plan.memory.total,
+        peak_bytes=stats.peak_memory_bytes,
         seconds=seconds,
         prefill_seconds=stats.prefill_seconds,
         decode_seconds=stats.decode_seconds,
-        prefill_flops=_flops(engine, plan, cell),
+        prefill_flops=_prefill_flops(engine, plan, workload),
         step_seconds=stats.pure_seconds,
-        step_bytes=stats.pure_steps * weights + stats.pure_tokens * pairs,
+        step_bytes=stats.pure_steps * weights + stats.pure_tokens * bytes_per_prompt,
     )
 
 
-def run_bound(
-    engine: Engine, policy: CompressionPolicy, cell: Cell, full: Measured | MemoryLimitError, display: Display
-) -> Measured:
-    """The best that compression in decoding alone could do, as an upper bound: nobody implements it.
+def measure_decode_only(
+    engine: Engine,
+    policy: CompressionPolicy,
+    workload: Workload,
+    full: SideMeasurement | MemoryLimitError,
+    display: Display,
+) -> SideMeasurement:
+    """An upper bound of what compression in decoding alone could reach; nobody implements it.
 
-    As many rows as fit with their whole prompts are read at once. Then each is cut to its budget in no time, and
-    decoded in slots of that size which are never full, so that nothing is evicted. The best number of rows is taken of
-    three; or the full cache's own run, which mixes reading and decoding, where that was faster.
+    As many prompts as fit uncompressed are read at once. Then each is cut to its budget in no time, and decoded in
+    slots of that size that are never full, so that nothing is evicted. Of three numbers of slots, the best counts. The
+    full cache's own run, which mixes reading and decoding, counts instead if it was faster.
 
     Args:
-        engine: with the full cache; ``full``: what it was measured to do.
+        engine: with the full cache.
         policy: says what is left of a prompt.
+        workload: what is answered.
+        full: what was measured of the full cache.
+        display: shows the progress.
 
     Raises:
         MemoryLimitError: some prompt alone is too long.
     """
-    plan = planned(engine, [_whole(policy, len(ids), cell.answer) for ids in cell.prompts])
-    once = replace(cell, answer=1)
-    stats, seconds = _run(engine, _with_a_row_more(engine, plan), once, display)
-    rows = sum(cell.held(policy).elements()) // len(cell.prompts)
-    slots, decoding, step = _decoding(engine, plan, cell, rows)
-    if isinstance(full, Measured) and full.seconds <= seconds + decoding:
+    plan = plan_lengths(
+        engine, [_uncompressed_length(policy, len(ids), workload.answer_tokens) for ids in workload.prompts]
+    )
+    reading = replace(workload, answer_tokens=1)
+    stats, read_seconds = _answer(engine, _with_one_more_row(engine, plan), reading, display)
+    rows = sum(workload.held_rows(policy).elements()) // len(workload.prompts)
+    slots, decode_seconds, step_seconds = _fastest_decoding(engine, plan, workload, rows)
+    if isinstance(full, SideMeasurement) and full.seconds <= read_seconds + decode_seconds:
         return replace(full, as_full_cache=True)
     spec = engine.spec
-    read = weights_read(spec, engine.backend.model, slots) + slots * engine.policy.layout(spec, rows).kv_bytes
-    return Measured(
+    step_bytes = weights_read(spec, engine.backend.model, slots) + slots * engine.policy.layout(spec, rows).kv_bytes
+    return SideMeasurement(
         slots=slots,
         kv_bytes=plan.memory.pool * slots // plan.slots,
-        planned=plan.memory.total,
-        peak=stats.peak_memory_bytes,
-        seconds=seconds + decoding,
+        planned_bytes=plan.memory.total,
+        peak_bytes=stats.peak_memory_bytes,
+        seconds=read_seconds + decode_seconds,
         prefill_seconds=stats.prefill_seconds,
-        decode_seconds=decoding,
-        prefill_flops=_flops(engine, plan, once),
-        step_seconds=step,
-        step_bytes=read if step else 0,
+        decode_seconds=decode_seconds,
+        prefill_flops=_prefill_flops(engine, plan, reading),
+        step_seconds=step_seconds,
+        step_bytes=step_bytes if step_seconds else 0,
     )
 
 
-def _whole(policy: CompressionPolicy, tokens: int, answer: int) -> Length:
-    """What a plan must know of a prompt that is compressed only when all of it has been read."""
+def _uncompressed_length(policy: CompressionPolicy, tokens: int, answer: int) -> Length:
+    """The length of a request whose prompt is compressed only after all of it has been read."""
     length = length_of(policy, tokens, answer)
     return replace(length, rows_needed=max(tokens, length.rows_needed))
 
 
-def _with_a_row_more(engine: Engine, plan: Plan) -> Plan:
-    """Slots with room for the one token that a run must generate; the plan has room for prompts alone."""
+def _with_one_more_row(engine: Engine, plan: Plan) -> Plan:
+    """The plan with a row in each slot for the one token that a run must generate; its slots hold prompts alone."""
     groups = tuple(SlotGroup(group.capacity + 1, group.slots) for group in plan.groups)
     layouts = tuple(engine.policy.layout(engine.spec, group.capacity) for group in groups)
     return replace(plan, groups=groups, layouts=layouts)
 
 
-def _decoding(engine: Engine, plan: Plan, cell: Cell, rows: int) -> tuple[int, float, float]:
-    """The number of slots that decodes a cell in the least time, that time, and the seconds of one step.
+def _fastest_decoding(engine: Engine, plan: Plan, workload: Workload, rows: int) -> tuple[int, float, float]:
+    """The number of slots that decodes a workload in the least time, that time, and the seconds of one step.
 
-    Tried are all slots that fit, as many as make the last round as full as the others, and half of them.
+    Three numbers are tried: all slots of the plan, half of them, and as many as make the last round of prompts as full
+    as the others.
+
+    Args:
+        engine: with the full cache.
+        plan: gives the number of slots.
+        workload: what is decoded.
+        rows: KV pairs that each slot holds.
     """
-    from bmx.measure.decode_bound import free_decoding
+    from bmx.measure.decode_bound import decode_step_seconds
 
-    count, steps = len(cell.prompts), cell.answer - 1
+    prompts, steps = len(workload.prompts), workload.answer_tokens - 1
     if not steps:
         return plan.slots, 0.0, 0.0
-    tried = {plan.slots, ceil(count / ceil(count / plan.slots)), ceil(plan.slots / 2)}
-    found = {slots: free_decoding(engine, plan, slots, rows, steps) for slots in tried}
-    best = min(found, key=lambda slots: ceil(count / slots) * found[slots])
-    return best, ceil(count / best) * steps * found[best], found[best]
+    candidates = {plan.slots, ceil(prompts / ceil(prompts / plan.slots)), ceil(plan.slots / 2)}
+    step_seconds = {slots: decode_step_seconds(engine, plan, slots, rows, steps) for slots in candidates}
+    best = min(step_seconds, key=lambda slots: ceil(prompts / slots) * step_seconds[slots])
+    return best, ceil(prompts / best) * steps * step_seconds[best], step_seconds[best]
 
 
-def _flops(engine: Engine, plan: Plan, cell: Cell) -> int:
+def _prefill_flops(engine: Engine, plan: Plan, workload: Workload) -> int:
     spec, policy, chunk = engine.spec, engine.policy, plan.step.chunk_size
     return sum(
-        count * prefill_flops(spec, policy, tokens, policy.rows_needed(tokens, cell.answer), chunk)
-        for tokens, count in cell.lengths.items()
+        count * prefill_flops(spec, policy, tokens, policy.rows_needed(tokens, workload.answer_tokens), chunk)
+        for tokens, count in workload.prompt_lengths.items()
     )
 
 
-def _run(engine: Engine, plan: Plan, cell: Cell, display: Display) -> tuple[Stats, float]:
-    """Answer all prompts after a short warm-up: the counters, and seconds in all.
+def _answer(engine: Engine, plan: Plan, workload: Workload, display: Display) -> tuple[Stats, float]:
+    """Answer all prompts after a short warm-up; returns the counters, and the seconds in all.
 
     Raises:
         BmxError: a prompt was not answered in full.
     """
-    short = [ids[: plan.step.chunk_size] for ids in cell.prompts[:2]]
-    list(engine.run(_requests(short, min(2, cell.answer)), plan))
-    count, answer = len(cell.prompts), cell.answer
-    stats = Stats(rows_total=count, work_total=cell.tokens + count * answer)
+    answer_tokens = workload.answer_tokens
+    beginnings = [ids[: plan.step.chunk_size] for ids in workload.prompts[:2]]
+    list(engine.run(_requests(beginnings, min(2, answer_tokens)), plan))
+    prompts = len(workload.prompts)
+    stats = Stats(rows_total=prompts, work_total=workload.prompt_tokens + prompts * answer_tokens)
     started = time.perf_counter()
-    with display.live(stats), closing(engine.run(_requests(cell.prompts, answer), plan, stats=stats)) as results:
+    requests = _requests(workload.prompts, answer_tokens)
+    with display.live(stats), closing(engine.run(requests, plan, stats=stats)) as results:
         for result in results:
-            if result.error or len(result.token_ids) != answer:
-                why = result.error.message if result.error else f"{len(result.token_ids)} tokens"
-                raise BmxError(f"prompt {result.id} was not answered in full: {why}")
+            if result.error or len(result.token_ids) != answer_tokens:
+                reason = result.error.message if result.error else f"{len(result.token_ids)} tokens"
+                raise BmxError(f"prompt {result.id} was not answered in full: {reason}")
             stats.count_row(None)
     if stats.shrunk_to:
-        display.warn(f"memory ran out: this went on with {stats.slots} of {plan.slots} slots")
+        display.warn(f"memory ran out: the run continued with {stats.slots} of {plan.slots} slots")
     return stats, time.perf_counter() - started
 
 
-def _requests(prompts: Sequence[Sequence[int]], answer: int) -> list[Request]:
-    """Token ids as requests that are answered greedily, past any end token."""
-    params = SamplingParams(max_tokens=answer, ignore_eos=True)
+def _requests(prompts: Sequence[Sequence[int]], answer_tokens: int) -> list[Request]:
+    """Requests for token ids, to be answered greedily and past any end token."""
+    params = SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
     return [Request(id=i, prompt=" ".join(map(str, ids)), raw=True, params=params) for i, ids in enumerate(prompts)]
 
 
-def _over(amount: float, by: float) -> float | None:
-    return amount / by if by else None
+def _ratio(amount: float, divisor: float) -> float | None:
+    return amount / divisor if divisor else None

@@ -1,7 +1,7 @@
-"""``bmx calibrate``: how far compressed caches are from the full one on the user's own prompts, and what to run with.
+"""``bmx calibrate``: measures on the user's own prompts how close compressed caches come to the full cache.
 
-Knows the order of things: the full cache answers first, then every candidate is measured against it; each is kept as
-soon as it is finished, so that the same command goes on where it was stopped.
+Knows the order of things: the full cache answers first, then every candidate is compared with it, and one is
+recommended. Each measurement is saved as soon as it is finished, so that the same command resumes.
 """
 
 from __future__ import annotations
@@ -39,26 +39,29 @@ from bmx.terminal.tables import candidate_words
 from bmx.units import now
 
 if TYPE_CHECKING:
-    from bmx.measure.teacher import Teacher
+    from bmx.measure.full_cache_answers import FullCacheAnswers
 
 ROWS = 16  # prompts of the sample
-BUDGETS = (256, 512, 1024, 2048)  # that are tried where none are asked for and prompts are longer
-HALTING_ROWS = 4  # prompts of the sample that the halting test reads whole
-TOLERANCE = 0.05  # share of the norm of attention that it lets go
-SHORT = 400  # characters of a prompt that layers are compared on
-LEAST_ALIKE = 0.5  # cosine that sharing layers must leave: KVSharer's own
-MEASURED = "measured"  # layer budgets from the halting test
+BUDGETS = (256, 512, 1024, 2048)  # default candidates; only those below the longest prompt are tried
+HALTING_ROWS = 4  # prompts of the sample that the halting test reads
+TOLERANCE = 0.05  # share of the norm of attention that the halting test may lose
+SHORT = 400  # characters of a prompt on which layers are compared
+LEAST_COSINE = 0.5  # similarity that sharing layers must leave: KVSharer's own
+MEASURED = "measured"  # layer budgets by the halting test
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateOptions:
-    """What the command was asked beside its settings.
+    """Options of the command that are not settings.
 
     Attributes:
-        policies, budgets, formats, layers: settings to combine, each with each; no budgets: those that make sense.
-        min_agreement: top-1 agreement that a recommendation must hold.
+        policies: eviction policies to try; candidates are all combinations of these four.
+        budgets: KV budgets to try; empty for ``BUDGETS``.
+        formats: KV formats to try.
+        layers: layer budgets to try.
+        min_agreement: least top-1 agreement of a recommended candidate, from 0 to 1.
         rows: prompts of the sample.
-        share_layers: how many layers may read another's keys and values.
+        share_layers: number of layers that may read another layer's keys and values.
     """
 
     policies: tuple[str, ...] = ()
@@ -70,24 +73,23 @@ class CalibrateOptions:
     share_layers: int = 0
 
 
-def calibrate(config: RunConfig, asked: CalibrateOptions, display: Display, stop: Stop) -> bool:
-    """Measure every candidate and write down which one is recommended.
+def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, stop: Stop) -> bool:
+    """Measure every candidate, and save which one is recommended.
+
+    Args:
+        config: the settings.
+        options: options of the command.
+        display: shows measurements and progress.
+        stop: says whether to end early.
 
     Returns:
-        Whether any was good enough.
+        Whether any candidate is good enough.
 
     Raises:
-        BmxError: it cannot start or go on.
-        Interrupted: it was told to stop; what is finished is kept.
+        BmxError: it cannot start or continue.
+        Interrupted: a stop was requested; finished measurements are saved.
     """
-    if asked.rows < 1:
-        raise UsageError(f"rows must be above 0: {asked.rows}", hint=f"{ROWS} is a good number")
-    if not 0 < asked.min_agreement <= 1:
-        raise UsageError(f"min_agreement must be above 0 and at most 1: {asked.min_agreement}", hint="0.95 is 95%")
-    if config.engine.model == FAKE:
-        raise UsageError("the fake model has no cache to calibrate", hint="name a real one with --model")
-    if not config.job.output_file and config.inputs == ("-",):
-        raise UsageError("rows from standard input have no file to name the calibration after", hint="give one with -o")
+    _check(config, options)
     output = Path(config.job.output_file or default_path(config.inputs[0]))
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", hint="create it, or name another with -o")
@@ -96,242 +98,312 @@ def calibrate(config: RunConfig, asked: CalibrateOptions, display: Display, stop
         with closing(Ledger()) as ledger:
             ledger.read(reader, config.job.limit)
             todo = ledger.todo(config.job.share)
-        rows = sample(reader, todo, asked.rows)
-        requests = [request for request, _ in rows]
-        if not requests:
+        sample = read_sample(reader, todo, options.rows)
+        if not sample.requests:
             raise UsageError(
                 "there is no row to calibrate on", hint="`bmx run` says what is wrong with the input's rows"
             )
-        record = begun(config, output, requests)
-        question = build_query(
-            replace(config, engine=reference(config.engine)), machine(config.engine, None, None), None, reader, todo
-        )
-        references = {place: good for place, (_, good) in enumerate(rows)}
-        _Calibration(config, asked, display, stop, requests, references, question, output, record).run()
+        record = saved_or_new_record(config, output, sample)
+        full_config = replace(config, engine=full_cache_config(config.engine))
+        query = build_query(full_config, machine(config.engine, None, None), None, reader, todo)
+        _Calibration(
+            config=config,
+            options=options,
+            display=display,
+            stop=stop,
+            sample=sample,
+            query=query,
+            output=output,
+            record=record,
+        ).run()
         return record["recommended"] is not None
 
 
-def sample(reader: Reader, todo: Todo, count: int) -> list[tuple[Request, tuple[str, ...]]]:
-    """Requests of ``count`` rows, evenly spread, to be answered greedily; each with its row's reference answers.
+def _check(config: RunConfig, options: CalibrateOptions) -> None:
+    """Refuse options before anything is read.
+
+    Raises:
+        UsageError: an option is out of range, or does not fit the settings.
+    """
+    if options.rows < 1:
+        raise UsageError(f"rows must be above 0: {options.rows}", hint=f"{ROWS} is a good number")
+    if not 0 < options.min_agreement <= 1:
+        raise UsageError(f"min_agreement must be above 0 and at most 1: {options.min_agreement}", hint="0.95 is 95%")
+    if config.engine.model == FAKE:
+        raise UsageError("the fake model has no cache to calibrate", hint="name a real one with --model")
+    if not config.job.output_file and config.inputs == ("-",):
+        raise UsageError("rows from standard input have no file to name the calibration after", hint="give one with -o")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows of the input that candidates are measured on.
+
+    Attributes:
+        requests: their requests, to be answered greedily.
+        references: good answers from the input, by the request's place in the sample.
+    """
+
+    requests: list[Request]
+    references: dict[int, tuple[str, ...]]
+
+
+def read_sample(reader: Reader, todo: Todo, count: int) -> Sample:
+    """At most ``count`` rows of the input, evenly spread.
 
     Args:
         reader: reads the input.
-        todo: which rows are left to do.
+        todo: the rows that are left to do.
         count: most rows of the sample.
     """
     every = max(1, todo.left // count)
-    found = ((row.request, row.references) for row in reader.rows(todo.skip, every) if row.request)
-    return [
-        (replace(r, params=replace(r.params, temperature=0.0, repetition_penalty=1.0)), references)
-        for r, references in islice(found, count)
-    ]
+    rows = list(islice((row for row in reader.rows(todo.skip, every) if row.request), count))
+    return Sample(
+        requests=[_greedy(row.request) for row in rows if row.request],
+        references={place: row.references for place, row in enumerate(rows)},
+    )
 
 
-def reference(config: EngineConfig) -> EngineConfig:
-    """The settings of what all is measured against: nothing evicted, nothing rounded, nothing shared."""
+def _greedy(request: Request) -> Request:
+    return replace(request, params=replace(request.params, temperature=0.0, repetition_penalty=1.0))
+
+
+def full_cache_config(config: EngineConfig) -> EngineConfig:
+    """The settings that candidates are compared with: nothing evicted, quantized or shared."""
     return replace(
         config.full_cache, kv_format="auto", kv_share_layers=None, kv_layer_budgets="uniform", quantization="none"
     )
 
 
-def begun(config: RunConfig, output: Path, requests: list[Request]) -> dict[str, Any]:
-    """What an earlier call has left, or the beginning of a new file.
+def saved_or_new_record(config: RunConfig, output: Path, sample: Sample) -> dict[str, Any]:
+    """The output file's contents: what an earlier call has saved, or a new record.
+
+    Args:
+        config: the settings.
+        output: the file.
+        sample: what is measured on.
 
     Raises:
-        UsageError: the file is about something else.
+        UsageError: the file was made with other settings.
     """
-    mark = {name: value for name, value in fingerprint(config).items() if name not in CALIBRATED}
-    mark["rows"] = [str(request.id) for request in requests]
-    found = None if config.job.overwrite else read_calibration(output)
-    if found and found["fingerprint"] != mark:
-        changed = differences(found["fingerprint"], mark)
+    settings = {name: value for name, value in fingerprint(config).items() if name not in CALIBRATED}
+    settings["rows"] = [str(request.id) for request in sample.requests]
+    saved = None if config.job.overwrite else read_calibration(output)
+    if saved is None:
+        new = {"calibration_format": FORMAT, "begun": now(), "model": config.engine.model, "fingerprint": settings}
+        return new | {"candidates": [], "recommended": None}
+    if saved["fingerprint"] != settings:
         raise UsageError(
-            f"{output} was made with other settings: {changed}",
-            hint="--overwrite begins it anew, -o names another file",
+            f"{output} was made with other settings: {differences(saved['fingerprint'], settings)}",
+            hint="--overwrite replaces it, -o names another file",
         )
-    fresh = {"calibration_format": FORMAT, "begun": now(), "model": config.engine.model, "fingerprint": mark}
-    return found or fresh | {"candidates": [], "recommended": None}
+    return saved
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Calibration:
-    """One calibration in progress; ``record`` is what the file holds."""
+    """A calibration in progress.
 
-    def __init__(
-        self,
-        config: RunConfig,
-        asked: CalibrateOptions,
-        display: Display,
-        stop: Stop,
-        requests: list[Request],
-        references: dict[int, tuple[str, ...]],
-        question: PlanQuery,
-        output: Path,
-        record: dict[str, Any],
-    ) -> None:
-        self._config, self._asked, self._display, self._stop = config, asked, display, stop
-        self._requests, self._references = requests, references
-        self._question, self._output, self._record = question, output, record
+    Attributes:
+        config: the settings.
+        options: options of the command.
+        display: shows measurements and progress.
+        stop: says whether to end early.
+        sample: what is measured on.
+        query: the whole input and the full cache, for plans and forecasts.
+        output: the file.
+        record: its contents.
+    """
+
+    config: RunConfig
+    options: CalibrateOptions
+    display: Display
+    stop: Stop
+    sample: Sample
+    query: PlanQuery
+    output: Path
+    record: dict[str, Any]
 
     def run(self) -> None:
-        """Everything, in order."""
+        """Measure everything that is not measured yet, in order, and recommend a candidate."""
         for candidate in self._candidates([], ""):
-            check_cache(candidate, self._config.prompt)
-        with self._display.waiting(f"loading model {self._config.engine.model}"):
-            full = Engine.open(reference(self._config.engine), self._config.prompt)
-        factors, shared = self._measured_layers(full), self._shared_layers(full)
-        candidates = self._candidates(factors, shared)
-        waiting = [candidate for candidate in candidates if self._found(candidate) is None]
-        if waiting or "full_cache" not in self._record:
-            teacher = self._teacher(full)
-            self._record["full_cache"] = self._sizes(full.config) | {"rows": len(teacher.lessons)}
-            if waiting and self._config.engine.int8:
-                full = self._quantised()
-            for number, candidate in enumerate(waiting, 1):
-                self._measure(
-                    full, teacher, candidate, f"{number} of {len(waiting)}: {candidate_words(settings_of(candidate))}"
-                )
+            check_cache(candidate, self.config.prompt)
+        with self.display.waiting(f"loading model {self.config.engine.model}"):
+            full = Engine.open(full_cache_config(self.config.engine), self.config.prompt)
+        candidates = self._candidates(self._layer_factors(full), self._shared_layers(full))
+        left = [candidate for candidate in candidates if not self._is_measured(candidate)]
+        if left or "full_cache" not in self.record:
+            full_answers = self._full_cache_answers(full)
+            self.record["full_cache"] = self._sizes(full.config) | {"rows": len(full_answers.answers)}
+            if left and self.config.engine.int8:
+                full = self._open_quantized()
+            for number, candidate in enumerate(left, 1):
+                self._measure(full, full_answers, candidate, f"{number} of {len(left)}")
         self._recommend()
-        self._display.calibration(self._record, self._output)
-        self._display.note(plots_note(plot_calibration(self._record, self._output)))
+        self.display.calibration(self.record, self.output)
+        self.display.note(plots_note(plot_calibration(self.record, self.output)))
 
-    def _quantised(self) -> Engine:
-        """The model that answers with its linear layers in bytes, now that the one without has been heard."""
-        with self._display.waiting(f"loading model {self._config.engine.model} with int8 weights"):
-            return Engine.open(self._config.engine, self._config.prompt)
+    def _open_quantized(self) -> Engine:
+        """An engine with int8 weights, which replaces the full one once the full cache's answers are known."""
+        with self.display.waiting(f"loading model {self.config.engine.model} with int8 weights"):
+            return Engine.open(self.config.engine, self.config.prompt)
 
     def _candidates(self, factors: list[float], shared: str) -> list[EngineConfig]:
-        """The settings to be measured, each once."""
-        asked, engine = self._asked, self._config.engine
-        longest = max(length.prompt_tokens for length in self._question.lengths)
-        budgets = asked.budgets or tuple(b for b in BUDGETS if b < longest) or BUDGETS[:1]
-        named = {MEASURED: tuple(factors)} if factors else {}
-        layers = tuple(named.get(name, name) for name in asked.layers if name != MEASURED or factors)
-        found = []
-        for policy, budget, form, by_layer in product(asked.policies, budgets, asked.formats, layers):
-            if budget < 1 and by_layer != "uniform":
-                continue  # a share is the same for all layers
-            one = replace(engine, kv_policy=policy, kv_budget=budget, kv_format=form, kv_layer_budgets=by_layer)
-            one = replace(one.full_cache, kv_budget=BUDGETS[0], kv_layer_budgets="uniform") if policy == "none" else one
-            found += [one, *([replace(one, kv_share_layers=shared)] if shared else [])]
-        return [one for i, one in enumerate(found) if one not in found[:i] and one != reference(one)]
+        """The settings to measure, each once.
 
-    def _teacher(self, full: Engine) -> Teacher:
-        """What the full cache says: kept from an earlier call, or heard now."""
-        from bmx.measure.teacher import Teacher
+        Args:
+            factors: layer budgets by the halting test; empty before it.
+            shared: layers that could share, as ``kv_share_layers`` takes them; empty for none.
+        """
+        options, engine = self.options, self.config.engine
+        longest = max(length.prompt_tokens for length in self.query.lengths)
+        budgets = options.budgets or tuple(b for b in BUDGETS if b < longest) or BUDGETS[:1]
+        by_name = {MEASURED: tuple(factors)} if factors else {}
+        layers = tuple(by_name.get(name, name) for name in options.layers if name != MEASURED or factors)
+        candidates = []
+        for policy, budget, kv_format, layer_budgets in product(options.policies, budgets, options.formats, layers):
+            if budget < 1 and layer_budgets != "uniform":
+                continue  # a budget that is a share of the prompt is the same for all layers
+            candidate = replace(
+                engine, kv_policy=policy, kv_budget=budget, kv_format=kv_format, kv_layer_budgets=layer_budgets
+            )
+            if policy == "none":
+                candidate = replace(candidate.full_cache, kv_budget=BUDGETS[0], kv_layer_budgets="uniform")
+            candidates.append(candidate)
+            if shared:
+                candidates.append(replace(candidate, kv_share_layers=shared))
+        return [
+            candidate
+            for i, candidate in enumerate(candidates)
+            if candidate not in candidates[:i] and candidate != full_cache_config(candidate)
+        ]
 
-        path = self._output.with_suffix(".teacher.pt")
-        found = (
-            Teacher.load(path, self._requests) if self._record["candidates"] or "full_cache" in self._record else None
-        )
-        if found is None:
-            with self._working(f"full cache: {len(self._requests)} prompts") as stats:
-                found = Teacher.hear(full, self._requests, self._stop, stats)
-            self._check_stop()
-            found.save(path)
-        for place, why in found.failed.items():
-            self._display.warn(f"row {self._requests[place].id} cannot be answered, and is left out: {why}")
-        if not found.lessons:
+    def _full_cache_answers(self, full: Engine) -> FullCacheAnswers:
+        """The full cache's answers: saved by an earlier call, or generated now.
+
+        Raises:
+            UsageError: no row of the sample can be answered.
+        """
+        from bmx.measure.full_cache_answers import FullCacheAnswers
+
+        path, requests = self.output.with_suffix(".teacher.pt"), self.sample.requests
+        resumed = self.record["candidates"] or "full_cache" in self.record
+        full_answers = FullCacheAnswers.load(path, requests) if resumed else None
+        if full_answers is None:
+            with self._measuring(f"full cache: {len(requests)} prompts") as stats:
+                full_answers = FullCacheAnswers.generate(full, requests, self.stop, stats)
+            full_answers.save(path)
+        for place, reason in full_answers.failed.items():
+            self.display.warn(f"row {requests[place].id} cannot be answered, and is left out: {reason}")
+        if not full_answers.answers:
             raise UsageError("no row of the sample can be answered")
-        return found
+        return full_answers
 
-    def _measure(self, full: Engine, teacher: Teacher, candidate: EngineConfig, what: str) -> None:
-        """Measure one candidate and keep what was found."""
-        engine = full.with_config(candidate)
-        with self._working(what) as stats:
-            agreement = teacher.examine(engine, self._stop, self._references, stats=stats)
-        self._check_stop()
-        found = {"settings": settings_of(candidate)} | self._sizes(candidate) | agreement.record()
-        self._record["candidates"].append(found)
+    def _measure(self, full: Engine, full_answers: FullCacheAnswers, candidate: EngineConfig, number: str) -> None:
+        """Compare one candidate with the full cache, and save the measurement.
+
+        Args:
+            full: an engine with the model.
+            full_answers: what is compared with.
+            candidate: the settings.
+            number: of the candidate, for the display.
+        """
+        settings = settings_of(candidate)
+        name = candidate_words(settings)
+        with self._measuring(f"{number}: {name}") as stats:
+            engine = full.with_config(candidate)
+            agreement = full_answers.compare(engine, self.stop, self.sample.references, stats=stats)
+        self.record["candidates"].append({"settings": settings} | self._sizes(candidate) | agreement.record())
         self._save()
-        self._display.note(f"{candidate_words(settings_of(candidate))}: top-1 agreement {agreement.top1:.1%}")
+        self.display.note(f"{name}: top-1 agreement {agreement.top1:.1%}")
 
     @contextmanager
-    def _working(self, what: str) -> Iterator[Stats]:
-        """Show what is being done, and how far it is by the counters that are handed out."""
-        self._display.note(f"{what} ...")
+    def _measuring(self, what: str) -> Iterator[Stats]:
+        """Show what is measured and its progress, by the counters that it yields.
+
+        Raises:
+            Interrupted: a stop was requested meanwhile.
+        """
+        self.display.note(f"{what} ...")
         stats = Stats()
-        with self._display.live(stats), self._stop.graceful():
+        with self.display.live(stats), self.stop.graceful():
             yield stats
+        if self.stop.signal is not None:
+            raise Interrupted(self.stop.signal)
 
-    def _check_stop(self) -> None:
-        if self._stop.signal is not None:
-            raise Interrupted(self._stop.signal)
-
-    def _found(self, candidate: EngineConfig) -> dict[str, Any] | None:
-        wanted = settings_of(candidate)
-        return next((one for one in self._record["candidates"] if one["settings"] == wanted), None)
+    def _is_measured(self, candidate: EngineConfig) -> bool:
+        settings = settings_of(candidate)
+        return any(measured["settings"] == settings for measured in self.record["candidates"])
 
     def _sizes(self, candidate: EngineConfig) -> dict[str, Any]:
-        """What a candidate takes and how fast it would be, for all rows of the input."""
-        policy, spec, lengths = CompressionPolicy.from_config(candidate), self._question.spec, self._question.lengths
+        """A candidate's memory, slots and predicted speed, for all rows of the input."""
+        policy, spec, lengths = CompressionPolicy.from_config(candidate), self.query.spec, self.query.lengths
         rows = [policy.rows_needed(length.prompt_tokens, length.max_tokens) for length in lengths]
-        option = self._question.option("candidate", candidate)
-        seconds = option.forecast.seconds if option.forecast else None
-        answers = self._question.every * sum(length.max_tokens for length in lengths)
+        scenario = self.query.option("candidate", candidate)
+        seconds = scenario.forecast.seconds if scenario.forecast else None
+        answer_tokens = self.query.every * sum(length.max_tokens for length in lengths)
         return {
             "kv_bytes_per_sequence": sum(policy.layout(spec, count).nbytes for count in rows) // len(rows),
-            "slots": option.plan.slots if option.plan else 0,
+            "slots": scenario.plan.slots if scenario.plan else 0,
             "predicted_seconds": round(seconds, 1) if seconds else None,
-            "predicted_tokens_per_second": round(answers / seconds, 1) if seconds else None,
+            "predicted_tokens_per_second": round(answer_tokens / seconds, 1) if seconds else None,
         }
 
-    def _measured_layers(self, full: Engine) -> list[float]:
-        """Factors of layer budgets from the halting test, which also says what one budget for all would be."""
+    def _layer_factors(self, full: Engine) -> list[float]:
+        """Factors of layer budgets by the halting test, which also gives one budget for all layers."""
         from bmx.measure.layer_analysis import layer_factors, layer_needs
 
-        if "halting_test" not in self._record:
-            with self._working(f"what layers need: {min(HALTING_ROWS, len(self._requests))} prompts") as stats:
-                needs = layer_needs(full, self._requests[:HALTING_ROWS], TOLERANCE, stats)
-            self._check_stop()
-            mean = round(sum(needs) / len(needs))
-            self._record["halting_test"] = {
+        if "halting_test" not in self.record:
+            requests = self.sample.requests[:HALTING_ROWS]
+            with self._measuring(f"what layers need: {len(requests)} prompts") as stats:
+                needs = layer_needs(full, requests, TOLERANCE, stats)
+            self.record["halting_test"] = {
                 "tolerance": TOLERANCE,
-                "budget": mean,
+                "budget": round(sum(needs) / len(needs)),
                 "layers": [round(need) for need in needs],
                 "factors": list(layer_factors(needs)),
             }
             self._save()
-        factors: list[float] = self._record["halting_test"]["factors"]
+        factors: list[float] = self.record["halting_test"]["factors"]
         return factors
 
     def _shared_layers(self, full: Engine) -> str:
-        """Layers that could read another's keys and values, if any are asked for."""
-        count = self._asked.share_layers
+        """Layers that could read another's keys and values, as ``kv_share_layers`` takes them; empty if not wanted."""
+        count = self.options.share_layers
         if not count:
             return ""
-        if self._record.get("shared_layers", {}).get("asked") != count:
+        if self.record.get("shared_layers", {}).get("asked") != count:
             from bmx.measure.layer_analysis import shared_layers
 
-            short = [Request(id=r.id, prompt=_beginning(r), raw=True) for r in self._requests]
-            with self._working(f"which {count} of {len(full.spec.layers)} layers could share") as stats:
-                pairs = shared_layers(full, short, count, LEAST_ALIKE, stats)
-            self._check_stop()
-            self._record["shared_layers"] = {"asked": count, "least_cosine": LEAST_ALIKE, "pairs": pairs}
+            requests = [Request(id=r.id, prompt=_beginning(r), raw=True) for r in self.sample.requests]
+            with self._measuring(f"which {count} of {len(full.spec.layers)} layers could share") as stats:
+                pairs = shared_layers(full, requests, count, LEAST_COSINE, stats)
+            self.record["shared_layers"] = {"asked": count, "least_cosine": LEAST_COSINE, "pairs": pairs}
             self._save()
-        return str(self._record["shared_layers"]["pairs"])
+        return str(self.record["shared_layers"]["pairs"])
 
     def _recommend(self) -> None:
-        """The smallest of those that hold what is asked for."""
-        least = self._asked.min_agreement
-        good = [one for one in self._record["candidates"] if one["top1_agreement"] >= least and not one["failed_rows"]]
-        best = min(good, key=lambda one: (one["kv_bytes_per_sequence"], -one["top1_agreement"]), default=None)
-        self._record |= {"min_agreement": least, "recommended": best and best["settings"], "updated": now()}
+        """Recommend the candidate with the least memory of those that agree well enough and failed on no row."""
+        least = self.options.min_agreement
+        good = [c for c in self.record["candidates"] if c["top1_agreement"] >= least and not c["failed_rows"]]
+        best = min(good, key=lambda c: (c["kv_bytes_per_sequence"], -c["top1_agreement"]), default=None)
+        self.record.update(min_agreement=least, recommended=best and best["settings"], updated=now())
         self._save()
 
     def _save(self) -> None:
-        write_json(self._output, self._record)
+        write_json(self.output, self.record)
 
 
 def settings_of(candidate: EngineConfig) -> dict[str, Any]:
-    """The settings that make a candidate, as flags and files write them."""
-    found = {f.name: getattr(candidate, f.name) for f in fields(candidate) if f.name in CALIBRATED}
-    by_layer = found["kv_layer_budgets"]
-    if not isinstance(by_layer, str):
-        found["kv_layer_budgets"] = ",".join(f"{factor:g}" for factor in by_layer)
-    return found
+    """The settings in which candidates differ, as flags and files write them."""
+    settings = {f.name: getattr(candidate, f.name) for f in fields(candidate) if f.name in CALIBRATED}
+    layer_budgets = settings["kv_layer_budgets"]
+    if not isinstance(layer_budgets, str):
+        settings["kv_layer_budgets"] = ",".join(f"{factor:g}" for factor in layer_budgets)
+    return settings
 
 
 def _beginning(request: Request) -> str:
-    """The first characters of what a request says."""
-    said = request.prompt or " ".join(str(message.get("content") or "") for message in request.messages or ())
-    return said[:SHORT]
+    """The first characters of a request's text."""
+    text = request.prompt or " ".join(str(message.get("content") or "") for message in request.messages or ())
+    return text[:SHORT]

@@ -1,4 +1,4 @@
-"""The file that ``bmx calibrate`` leaves: what was measured, and the settings that it recommends.
+"""The file that ``bmx calibrate`` writes: its measurements, and the settings that it recommends.
 
 Knows the file; knows nothing of how it was measured. ``--kv-budget auto`` reads it.
 """
@@ -15,40 +15,40 @@ from bmx.run_config import all_settings, setting_named
 
 FORMAT = 1
 REMEDY = "`bmx calibrate INPUT` makes one; name it with --calibration, or give --kv-budget a number"
-CALIBRATED = frozenset(setting.name for setting in all_settings() if setting.calibrated)  # what candidates differ in
+CALIBRATED = frozenset(setting.name for setting in all_settings() if setting.calibrated)  # in which candidates differ
 
 
 def default_path(name: str) -> Path:
-    """Beside the input."""
+    """The calibration file of an input, beside it."""
     return Path(f"{name.removesuffix('.jsonl')}.calibration.json")
 
 
 def read_calibration(path: Path) -> dict[str, Any] | None:
-    """What the file says; None if there is none.
+    """The contents of a calibration file; None if it does not exist.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: the file cannot be read, or is not a calibration file.
     """
     try:
-        found = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read the calibration file {path}: {error}", hint=REMEDY) from None
-    if not isinstance(found, dict) or found.get("calibration_format") != FORMAT:
-        raise UsageError(f"{path} is no calibration file of this version of bmx", hint=REMEDY)
-    return found
+    if not isinstance(record, dict) or record.get("calibration_format") != FORMAT:
+        raise UsageError(f"{path} is not a calibration file of this version of bmx", hint=REMEDY)
+    return record
 
 
 def with_calibration(inputs: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """Settings in which ``--kv-budget auto`` is replaced by what the calibration file recommends.
+    """The user's settings, with ``--kv-budget auto`` replaced by the settings that the calibration file recommends.
 
     Args:
         inputs: input paths; the file's default name comes from the first.
         given: the settings that the user gave, by name.
 
     Raises:
-        UsageError: there is no file, nothing was good enough, or it is about something else.
+        UsageError: the file does not exist, recommends nothing, or was made with other settings.
     """
     if given.get("kv_budget") != "auto":
         return given
@@ -58,24 +58,25 @@ def with_calibration(inputs: tuple[str, ...], given: dict[str, Any]) -> dict[str
 
 
 def recommended(path: Path, model: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings to run with, where ``--kv-budget auto`` asks for them.
+    """The settings that a calibration file recommends.
 
     Args:
-        model: that is to run.
-        given: settings that the user gave, which must not contradict them.
+        path: the file.
+        model: the model to run, which must be the calibrated one.
+        given: the settings that the user gave, which must not contradict the recommended ones.
 
     Raises:
-        UsageError: there is no file, nothing was good enough, or it is about something else.
+        UsageError: the file does not exist, recommends nothing, or was made with other settings.
     """
-    found = read_calibration(path)
-    if found is None:
+    record = read_calibration(path)
+    if record is None:
         raise UsageError(f"--kv-budget auto: there is no calibration file {path}", hint=REMEDY)
-    if found["model"] != model:
-        raise UsageError(f"the calibration file {path} is of {found['model']}, not of {model}", hint=REMEDY)
-    settings: dict[str, Any] | None = found["recommended"]
+    if record["model"] != model:
+        raise UsageError(f"the calibration file {path} is of {record['model']}, not of {model}", hint=REMEDY)
+    settings: dict[str, Any] | None = record["recommended"]
     if settings is None:
         raise UsageError(
-            f"the calibration file {path} recommends nothing: no budget held {found['min_agreement']:.0%}",
+            f"the calibration file {path} recommends nothing: no candidate reached {record['min_agreement']:.0%}",
             hint="calibrate larger budgets, lower --min-agreement, or give --kv-budget a number",
         )
     for name, value in settings.items():

@@ -1,6 +1,6 @@
-"""Steps in which slots decode and nothing else happens: how long they take when nothing is ever evicted.
+"""Times decode steps of slots that are never full, so that nothing is evicted.
 
-Knows how to bring sequences into slots and how to time them; what is made of the times is the caller's business.
+Knows how to fill slots and how to time their steps; what the times mean is the caller's business.
 """
 
 from __future__ import annotations
@@ -17,36 +17,44 @@ from bmx.engine.sequence import Sequence
 from bmx.plan.planner import Plan, SlotGroup
 from bmx.request import Request, SamplingParams
 
-PART = 8  # of a slot's rows that the timed steps fill
+TIMED_SHARE = 8  # one eighth of a slot's rows is filled by the timed steps
 
 
-def free_decoding(engine: Engine, plan: Plan, slots: int, rows: int, steps: int) -> float:
-    """Seconds of a step in which every slot decodes, in slots of so many rows that are never full.
+def decode_step_seconds(engine: Engine, plan: Plan, slots: int, rows: int, steps: int) -> float:
+    """Seconds of a step in which every slot decodes and none is full.
 
-    The slots are filled by real prompts first, which is not timed, and neither is the first step.
+    Reading the prompts that fill the slots is not timed, and neither is the first step.
 
     Args:
         engine: with the full cache.
-        plan: says how large steps may get.
-        slots, rows: how many decode together, and the KV pairs that each holds.
-        steps: most to be timed.
+        plan: limits the size of steps.
+        slots: number of slots that decode together.
+        rows: KV pairs that each slot holds.
+        steps: most steps to time.
     """
-    steps = min(steps, max(1, rows // PART))
+    steps = min(steps, max(1, rows // TIMED_SHARE))
     tokens = max(1, rows - steps - 2)
     group = SlotGroup(tokens + steps + 2, slots)
     layout = engine.policy.layout(engine.spec, group.capacity)
-    alone = replace(plan, groups=(group,), layouts=(layout,), prefix_slots=())
-    scheduler = Scheduler(alone.groups, alone.step)
+    plan = replace(plan, groups=(group,), layouts=(layout,), prefix_slots=())
+    scheduler = Scheduler(plan.groups, plan.step)
     for number in range(slots):
         scheduler.admit(_sequence(engine, number, tokens, steps + 2))
     refused = None if engine.config.enforce_eager else engine.stats.note_eager
-    with device_errors(), engine.backend.runner(alone, engine.policy, refused=refused) as runner:
-        _fill(scheduler, runner, alone.step.chunk_size)
-        return _seconds(scheduler, runner, steps)
+    with device_errors(), engine.backend.runner(plan, engine.policy, refused=refused) as runner:
+        _read_prompts(scheduler, runner, plan.step.chunk_size)
+        return _timed_seconds(scheduler, runner, steps)
 
 
 def _sequence(engine: Engine, number: int, tokens: int, answer: int) -> Sequence:
-    """A prompt of tokens that mean nothing, and differ from sequence to sequence."""
+    """A sequence whose prompt is arbitrary tokens, different for each number.
+
+    Args:
+        engine: gives vocabulary and tokenizer.
+        number: of the sequence.
+        tokens: of its prompt.
+        answer: tokens that it generates.
+    """
     vocab = engine.spec.vocab
     return Sequence(
         request=Request(id=number, params=SamplingParams(max_tokens=answer, ignore_eos=True)),
@@ -58,36 +66,36 @@ def _sequence(engine: Engine, number: int, tokens: int, answer: int) -> Sequence
     )
 
 
-def _fill(scheduler: Scheduler, runner: Runner, chunk_size: int) -> None:
+def _read_prompts(scheduler: Scheduler, runner: Runner, chunk_size: int) -> None:
     """Read every prompt before any sequence decodes."""
     for sequence in scheduler.in_slots:
         while not sequence.decoding:
-            step = Step((Chunk(sequence, sequence.computed, sequence.chunk_length(chunk_size)),))
-            _taken(scheduler, runner, step)
+            chunk = Chunk(sequence, sequence.computed, sequence.chunk_length(chunk_size))
+            _run_step(scheduler, runner, Step((chunk,)))
 
 
-def _taken(scheduler: Scheduler, runner: Runner, step: Step) -> None:
+def _run_step(scheduler: Scheduler, runner: Runner, step: Step) -> None:
     sampled = runner.run(step)
     scheduler.launched(step)
     scheduler.update(step, sampled.read())
 
 
-def _seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
-    """The mean over so many steps, after a first one."""
-    _taken(scheduler, runner, _decoding(scheduler, 1))
-    begun, left, on_their_way = time.perf_counter(), steps, deque[tuple[Step, Sampled]]()
-    while left or on_their_way:
+def _timed_seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
+    """Mean seconds of ``steps`` decode steps, after one that is not timed."""
+    _run_step(scheduler, runner, _decode_step(scheduler, 1))
+    started, left, in_flight = time.perf_counter(), steps, deque[tuple[Step, Sampled]]()
+    while left or in_flight:
         if left:
             rounds = min(left, runner.rounds)
-            step, left = _decoding(scheduler, rounds), left - rounds
-            on_their_way.append((step, runner.run(step)))
+            step, left = _decode_step(scheduler, rounds), left - rounds
+            in_flight.append((step, runner.run(step)))
             scheduler.launched(step)
-        if not left or len(on_their_way) > runner.ahead:
-            step, sampled = on_their_way.popleft()
+        if not left or len(in_flight) > runner.ahead:
+            step, sampled = in_flight.popleft()
             scheduler.update(step, sampled.read())
-    return (time.perf_counter() - begun) / steps
+    return (time.perf_counter() - started) / steps
 
 
-def _decoding(scheduler: Scheduler, rounds: int) -> Step:
-    """A step in which all sequences decode so many tokens."""
+def _decode_step(scheduler: Scheduler, rounds: int) -> Step:
+    """A step in which every sequence decodes ``rounds`` tokens."""
     return Step(tuple(Chunk(sequence, sequence.computed, rounds) for sequence in scheduler.in_slots))
