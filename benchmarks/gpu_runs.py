@@ -22,9 +22,9 @@ from gpu_kernels import Note, Place, share, synchronize
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.engine.backend import ModelBackend
-from bmx.measure.bench_sides import length_of, plan_lengths
+from bmx.measure.bench_sides import plan_lengths
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model
-from bmx.plan.planner import Plan
+from bmx.plan.planner import Length, Plan
 from bmx.plan.roofline import held_rows, weights_read
 from bmx.shutdown import Stop
 from bmx.stats import Stats
@@ -177,7 +177,7 @@ def run_rows(engine: Engine, plan: Plan, lengths: list[int], answer: int, place:
 
 
 def plan_of(engine: Engine, lengths: list[int], answer: int) -> Plan:
-    return plan_lengths(engine, [length_of(engine.policy, tokens, answer) for tokens in lengths])
+    return plan_lengths(engine, [Length.of(engine.policy, tokens, answer) for tokens in lengths])
 
 
 def forget(place: Place) -> None:

@@ -244,12 +244,16 @@ class EngineConfig:
                 f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink, {self.kv_recent} recent tokens",
                 hint=f"the smallest budget is {self.kv_sink + self.kv_recent + 1}; start with a quarter of the prompt",
             )
-        if self.max_num_batched_tokens and self.max_num_batched_tokens < (self.chunk_size or CHUNK_SIZE):
+        if self.max_num_batched_tokens and self.max_num_batched_tokens < self.eviction_chunk_size:
             raise UsageError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} is below chunk_size "
-                f"{self.chunk_size or CHUNK_SIZE}",
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below chunk_size {self.eviction_chunk_size}",
                 hint="lower --chunk-size too (it changes what is evicted when)",
             )
+
+    @property
+    def eviction_chunk_size(self) -> int:
+        """Most prompt tokens of a chunk, where the ends of chunks decide what is evicted."""
+        return self.chunk_size or CHUNK_SIZE
 
     @property
     def chunking_is_free(self) -> bool:

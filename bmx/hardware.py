@@ -63,6 +63,13 @@ class Gpu:
     mig: bool = False
     unified: bool = False
 
+    @property
+    def free_memory(self) -> FreeMemory | None:
+        """The free memory by NVML alone, before CUDA has begun; None where NVML cannot say."""
+        if self.free is None or self.total is None or self.mig:
+            return None
+        return FreeMemory(self.free, self.total, "NVML", holders(self))
+
 
 def free_host_memory() -> FreeMemory:
     """The least of what the system, this process's control group and its own limits leave.

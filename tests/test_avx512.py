@@ -14,6 +14,7 @@ from test_kernels import dense_chunk, dense_slots, normal, window_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bmx import Engine, EngineConfig, PromptConfig, kernels
+from bmx.engine.backend import ModelBackend
 from bmx.kernels import build, reference
 from bmx.kernels.linear import Linear
 from bmx.model.fused_modules import Int8Linear, fused_modules
@@ -236,7 +237,7 @@ def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, int8, cpu_ker
     loaded = prepare(bfloat16_model())
     loaded = quantize_int8(loaded) if int8 else loaded
     settings = {"kv_policy": policy, "kv_budget": 40, "chunk_size": 24, "prefix_reuse": False}
-    engine = Engine(EngineConfig(**settings), PromptConfig(), word_tokenizer(), loaded)
+    engine = Engine(EngineConfig(**settings), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
     requests = as_requests(random_prompts([90, 13, 61, 47, 100]), max_tokens=20)
     together = answers(engine, requests)
     assert together == {name: tokens for request in requests for name, tokens in answers(engine, [request]).items()}

@@ -26,7 +26,8 @@ from bmx.plan import machine_speed as rates_module
 from bmx.plan.device import Device
 from bmx.plan.forecast import fastest, forecast
 from bmx.plan.machine_speed import CARDS, Rates, card_named, card_rates, forget, machine_rates
-from bmx.plan.planner import Length, Limits, SlotGroup, StepSize, plan
+from bmx.plan.memory import Limits, SlotGroup, StepSize
+from bmx.plan.planner import Length, plan
 from bmx.request import Request, SamplingParams
 
 MB = 10**6
@@ -552,7 +553,8 @@ from bmx.kernels.registry import CAPABILITIES
 from bmx.plan.forecast import forecast
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
-from bmx.plan.planner import Length, Limits, StepSize, plan
+from bmx.plan.memory import Limits, StepSize
+from bmx.plan.planner import Length, plan
 from bmx.plan.machine_speed import card_named, card_rates
 policy = CompressionPolicy.from_config(EngineConfig())
 layer = LayerSpec(query_heads=4, kv_heads=4, key_dim=64, value_dim=64, window=None, owner=0)

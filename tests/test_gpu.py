@@ -19,7 +19,8 @@ from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.kernels import choose
 from bmx.model.loader import prepare
-from bmx.plan.planner import Limits, Memory, Plan, SlotGroup, StepSize
+from bmx.plan.memory import Limits, Memory, SlotGroup, StepSize
+from bmx.plan.planner import Plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DEVICE = "cuda"

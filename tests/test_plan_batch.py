@@ -11,7 +11,7 @@ import pytest
 from conftest import random_prompts, words
 
 from bmx import hardware
-from bmx.engine import engine
+from bmx.engine import open as opening
 from bmx.hardware import Gpu, GpuProcess
 
 ROWS = random_prompts((5, 30, 60, 23, 9))
@@ -257,7 +257,7 @@ def test_a_config_that_contradicts_its_weights_is_named(bmx, model, prompts, tmp
 
 def test_a_limit_below_the_weights_is_refused_before_they_are_loaded(bmx, model, prompts, monkeypatch):
 
-    monkeypatch.setattr(engine, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(opening, "load_model", lambda *_: pytest.fail("weights were loaded"))
     ended = bmx("run", prompts, "--model", model, "--device", "cpu", "--memory-limit", "50K")
     assert ended.code == 4
     needed = next(word for word in ended.err.split() if word.endswith("M") and word[:-1].isdigit())

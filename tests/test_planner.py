@@ -26,22 +26,8 @@ from bmx.kv.pool import KVPool
 from bmx.model.loader import prepare
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
-from bmx.plan.planner import (
-    ENOUGH,
-    MAX_GROUPS,
-    MAX_SLOTS,
-    ROW_ALIGNMENT,
-    Length,
-    Limits,
-    SlotGroup,
-    StepSize,
-    capacities,
-    limits,
-    memory_needed,
-    plan,
-    shrunk,
-    step_sizes,
-)
+from bmx.plan.memory import Limits, SlotGroup, StepSize, limits, memory_needed
+from bmx.plan.planner import ENOUGH, MAX_GROUPS, MAX_SLOTS, ROW_ALIGNMENT, Length, capacities, plan, shrunk, step_sizes
 
 MB = 10**6
 SPEC = ModelSpec(
@@ -277,7 +263,7 @@ def test_a_device_counts_with_the_widest_layer():
 
 SAMPLE = """
 import resource, torch
-from bmx.engine.sampler import Row, sample
+from bmx.engine.sampler import SamplingRow as Row, sample
 from bmx.request import SamplingParams
 torch.set_num_threads(1)
 row = Row(SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05), 0.5)

@@ -29,6 +29,7 @@ from bmx import Engine, EngineConfig, PromptConfig, policies
 from bmx.compress.attention_scorers import AttentionMass, AverageAttention, Recency
 from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs, ScorerDefaults, Seen
+from bmx.engine.backend import ModelBackend
 from bmx.errors import UsageError
 from bmx.model.spec import share_layers
 from bmx.policies import POLICIES
@@ -292,7 +293,7 @@ def instructed(document):
 
 def protecting(policy, budget="few", model="llama", **others):
     settings = config(policy, budget, kv_protect="instructions", **others)
-    return Engine(EngineConfig(**settings), TEMPLATE, word_tokenizer(), tiny_loaded(model))
+    return Engine(EngineConfig(**settings), TEMPLATE, word_tokenizer(), ModelBackend(tiny_loaded(model)))
 
 
 @pytest.mark.parametrize(("policy", "budget"), [*product(EVICTING, ["few"]), ("h2o", "share"), ("lagkv", "share")])

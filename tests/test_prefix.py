@@ -19,7 +19,8 @@ from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
-from bmx.plan.planner import Length, Limits, SlotGroup, StepSize, plan
+from bmx.plan.memory import Limits, SlotGroup, StepSize
+from bmx.plan.planner import Length, plan
 from bmx.policies import POLICIES
 from bmx.shutdown import Stop
 

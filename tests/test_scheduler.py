@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
 from bmx.plan.chunks import chunk_ends
-from bmx.plan.planner import SlotGroup, StepSize
+from bmx.plan.memory import SlotGroup, StepSize
 from bmx.request import Request, SamplingParams
 
 END, WORD = 0, 1

@@ -25,7 +25,8 @@ from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels, transfer
 from bmx.model.loader import prepare
-from bmx.plan.planner import Limits, Memory, Plan, SlotGroup, StepSize
+from bmx.plan.memory import Limits, Memory, SlotGroup, StepSize
+from bmx.plan.planner import Plan
 
 triton = pytest.importorskip("triton")
 

@@ -17,7 +17,8 @@ from bmx.kernels import Kernels, choose
 from bmx.kv.layout import SlotIndex
 from bmx.model.loader import LoadedModel
 from bmx.model.spec import ModelSpec
-from bmx.plan.planner import Plan, StepSize
+from bmx.plan.memory import StepSize
+from bmx.plan.planner import Plan
 
 if TYPE_CHECKING:
     from bmx.engine.runner import Watch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import CHUNK_SIZE, EngineConfig, PromptConfig
+from bmx.config import EngineConfig, PromptConfig
 from bmx.engine.backend import Backend
 from bmx.engine.memory_meter import is_out_of_memory
 from bmx.engine.open import open_model
@@ -56,7 +56,7 @@ class Engine:
         self.stats = Stats()
         reuse = None
         if config.prefix_reuse and backend.shares_prefixes:
-            reuse = Reuse(spec=self.spec, policy=self.policy, chunk_size=config.chunk_size or CHUNK_SIZE)
+            reuse = Reuse(spec=self.spec, policy=self.policy, chunk_size=config.eviction_chunk_size)
         encoder = PromptEncoder(tokenizer, prompt)
         self._measurer = PromptMeasurer(encoder, self.policy, max_length(config, self.spec), reuse)
         self.probe = encoder.probe(config.kv_probe)
@@ -175,7 +175,7 @@ class Engine:
             runner=lambda plan: self.backend.runner(plan, self.policy, probe=self.probe, watch=watch, refused=refused),
             read=lambda request: self._sequence(request, forced.get(request.id, ())),
             shrunk=self._planner.shrunk,
-            chunk_size=None if self.config.chunking_is_free else self.config.chunk_size or CHUNK_SIZE,
+            chunk_size=None if self.config.chunking_is_free else self.config.eviction_chunk_size,
             stop=stop,
             row_timeout=row_timeout,
         )

@@ -19,7 +19,7 @@ from bmx.engine.scheduler import Step
 from bmx.kernels import choose
 from bmx.kv.layout import SlotIndex
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
-from bmx.plan.planner import StepSize
+from bmx.plan.memory import StepSize
 
 END = 0  # the token that ends an answer
 WORDS = 5000

@@ -13,12 +13,15 @@ from bmx.config import FAKE, EngineConfig, PromptConfig
 from bmx.engine.backend import Backend, ModelBackend
 from bmx.engine.fake import FakeBackend, FakeTokenizer
 from bmx.engine.memory_meter import bound_kernel_caches
+from bmx.kernels import choose
 from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.model.loader import RUNTIME_BYTES, choose_device, find_source, load_model, load_tokenizer
 from bmx.model.preview import preview_spec
 from bmx.model.spec import ModelSpec, share_layers
+from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
-from bmx.plan.planner import Length, limits, plan, step_sizes
+from bmx.plan.memory import limits
+from bmx.plan.planner import Length
 
 
 def open_model(config: EngineConfig) -> tuple[Any, Backend]:
@@ -69,16 +72,22 @@ def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> N
         MemoryLimitError: says what would be enough.
     """
     kind = choose_device(config).type
-    seen = hardware.visible_gpus() if kind == "cuda" else []
-    if kind == "cuda" and (not seen or seen[0].free is None or seen[0].mig):
+    if kind == "cuda":
+        gpus = hardware.visible_gpus()
+        memory, held = gpus[0].free_memory if gpus else None, 0
+    else:
+        memory, held = hardware.free_host_memory(), hardware.resident_bytes()
+    if memory is None:
         return  # what is free is known when CUDA has begun
     spec = share_layers(preview(kind), config.kv_share_layers)
-    policy, held = CompressionPolicy.from_config(config), 0 if kind == "cuda" else hardware.resident_bytes()
-    if kind == "cuda":
-        memory = hardware.FreeMemory(seen[0].free or 0, seen[0].total or 0, "NVML", hardware.holders(seen[0]))
-    else:
-        memory = hardware.free_host_memory()
-    shortest = Length(1, 1, policy.rows_needed(1, 1))
-    device = Device.of(kind, spec, held or RUNTIME_BYTES[kind], config)
-    step = step_sizes(config, kind, [shortest])[-1]
-    plan(spec, partial(policy.layout, spec), limits(config, memory, held), [shortest], step, device)
+    policy = CompressionPolicy.from_config(config)
+    shortest = Length.of(policy, 1, 1)
+    builder = PlanBuilder(
+        config=config,
+        spec=spec,
+        policy=policy,
+        device=Device.of(kind, spec, held or RUNTIME_BYTES[kind], config),
+        kernels=choose(kind),
+        limits=limits(config, memory, held),
+    )
+    builder.plan([shortest], builder.step_sizes([shortest])[-1:])

@@ -6,21 +6,19 @@ business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.engine.backend import Backend
 from bmx.engine.memory_meter import device_errors, is_out_of_memory, release
-from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
+from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
-from bmx.plan.forecast import fastest
 from bmx.plan.machine_speed import TYPICAL, Rates, machine_rates
-from bmx.plan.planner import Length, Limits, Plan, ProfiledStep, SlotGroup, StepSize, limits, plan, shrunk, step_sizes
+from bmx.plan.memory import Limits, SlotGroup, limits
+from bmx.plan.planner import Length, Plan, ProfiledStep
 from bmx.stats import Stats
 
 
@@ -52,37 +50,44 @@ class RunPlanner:
             MemoryLimitError: not even one slot fits.
         """
         lengths = list(lengths) or [Length(1, 1, 1)]
-        sizes = step_sizes(self.config, self.backend.device_type, lengths, len(self.probe))
-        allowed, device = self._limits(), self._device()
+        meter = self.backend.meter
+        builder = self._builder(limits(self.config, meter.free_memory(), held=meter.now))
+        sizes = builder.step_sizes(lengths)
         if not self.backend.measurable:
-            return self._fastest(lengths, allowed, device, sizes[:1])
-        plan = self._fastest(lengths, allowed, device, sizes)
+            return builder.plan(lengths, sizes[:1])
+        plan = builder.plan(lengths, sizes)
         while not (step := self._profile(plan)).fits:
             smaller = self.shrunk(plan)
             if smaller is None:
                 return plan  # its rows will fail one by one, or find that memory is back
             plan = smaller
-            allowed = replace(plan.limits, slots=plan.slots)
-        if not self.backend.meter.exact:
+            builder = replace(builder, limits=replace(plan.limits, slots=plan.slots))
+        if not meter.exact:
             return plan
         if step.excess > 0:
-            device = replace(device, slack=device.slack + step.excess)
+            roomier = replace(builder, device=replace(builder.device, slack=builder.device.slack + step.excess))
             smaller_steps = [s for s in sizes if s.max_num_batched_tokens < plan.step.max_num_batched_tokens]
-            plan = self._fastest(lengths, allowed, device, [plan.step, *smaller_steps])
+            plan = roomier.plan(lengths, [plan.step, *smaller_steps])
         return replace(plan, profiled=step)
 
     def shrunk(self, plan: Plan) -> Plan | None:
         """A smaller plan, for when memory ran out under this one; None if this is the smallest."""
         release()
-        return shrunk(plan, self.spec, self._layout, self._device())
+        return self._builder(plan.limits).shrunk(plan)
 
-    def _fastest(self, lengths: list[Length], allowed: Limits, device: Device, sizes: Seq[StepSize]) -> Plan:
-        """The plan that is expected to be the fastest among those with these sizes of steps."""
-        plans: list[Callable[[], Plan]] = [
-            partial(plan, self.spec, self._layout, allowed, lengths, size, device) for size in sizes
-        ]
-        profile = self.backend.kernels.capabilities.profile_for(self.spec.itemsize)
-        return fastest(plans, self.spec, lengths, profile, self._rates)
+    def _builder(self, limits: Limits) -> PlanBuilder:
+        """Makes plans within these limits."""
+        backend = self.backend
+        return PlanBuilder(
+            config=self.config,
+            spec=self.spec,
+            policy=self.policy,
+            device=Device.of(backend.device_type, self.spec, backend.runtime_bytes, self.config),
+            kernels=backend.kernels,
+            limits=limits,
+            rates=self._rates,
+            probe_tokens=len(self.probe),
+        )
 
     def _rates(self) -> Rates:
         """The machine's rates; typical ones where there is no memory to measure them."""
@@ -112,13 +117,3 @@ class RunPlanner:
             if not is_out_of_memory(error):
                 raise
         return ProfiledStep(predicted=plan.memory.step, measured=None)
-
-    def _device(self) -> Device:
-        return Device.of(self.backend.device_type, self.spec, self.backend.runtime_bytes, self.config)
-
-    def _layout(self, capacity: int) -> KVLayout:
-        return self.policy.layout(self.spec, capacity)
-
-    def _limits(self) -> Limits:
-        meter = self.backend.meter
-        return limits(self.config, meter.free_memory(), held=meter.now)

@@ -21,7 +21,7 @@ from bmx.engine.sequence import Prefix, Sequence
 from bmx.kv.layout import SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
-from bmx.plan.planner import SlotGroup
+from bmx.plan.memory import SlotGroup
 
 LEAST = 64  # tokens that are worth a copy
 UNIT = 32  # prompts that may be cut anywhere are cut at multiples of it, though they share a little more by chance

@@ -78,7 +78,7 @@ class PromptMeasurer:
         if room < 1:
             message = f"the prompt has {before} tokens; prompt and answer together may have {self.max_length}"
             raise RowError("context_length_exceeded", message)
-        length = self.length(len(prompt), min(answer, room))
+        length = Length.of(self.policy, len(prompt), min(answer, room))
         return EncodedPrompt(prompt, length, before - len(prompt), self._spans(request, length))
 
     def _spans(self, request: Request, length: Length) -> tuple[tuple[int, int], ...]:
@@ -97,10 +97,6 @@ class PromptMeasurer:
             message = f"{kept} tokens of its instructions, sinks and newest tokens never go; a layer may keep {room}"
             raise RowError("invalid_request", message)
         return spans
-
-    def length(self, prompt_tokens: int, max_tokens: int) -> Length:
-        """The length of a request of so many tokens."""
-        return Length(prompt_tokens, max_tokens, self.policy.rows_needed(prompt_tokens, max_tokens))
 
     def measure(self, requests: Iterable[Request]) -> list[Length]:
         """The lengths of those requests that can be answered at all."""

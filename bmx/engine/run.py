@@ -20,7 +20,8 @@ from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
 from bmx.errors import RowError
 from bmx.model.spec import ModelSpec
-from bmx.plan.planner import Plan, SlotGroup
+from bmx.plan.memory import SlotGroup
+from bmx.plan.planner import Plan
 from bmx.request import Request, Result
 from bmx.shutdown import Stop
 from bmx.stats import Stats

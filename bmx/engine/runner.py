@@ -27,7 +27,8 @@ from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import use_attention
-from bmx.plan.planner import SAMPLER_ROWS, Plan, StepSize
+from bmx.plan.memory import SAMPLER_ROWS, StepSize
+from bmx.plan.planner import Plan
 from bmx.request import Request, SamplingParams
 
 Watch = Callable[[Request, int, Tensor], None]

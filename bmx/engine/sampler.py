@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bmx.kernels.transfer import upload
-from bmx.plan.planner import SAMPLER_ROWS
+from bmx.plan.memory import SAMPLER_ROWS
 from bmx.request import SamplingParams
 
 NO_TOKEN = -1

@@ -12,7 +12,7 @@ from itertools import islice
 
 from bmx.engine.sequence import Sequence
 from bmx.kv.layout import SlotIndex
-from bmx.plan.planner import SlotGroup, StepSize
+from bmx.plan.memory import SlotGroup, StepSize, group_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +130,9 @@ class Scheduler:
 
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence the smallest free slot that is large enough; False if there is none now."""
-        fitting = [
-            (group.capacity, i)
-            for i, group in enumerate(self._groups)
-            if group.capacity >= sequence.rows_needed and self._free[i]
-        ]
-        if not fitting:
+        group = group_for(sequence.rows_needed, self._groups, self._free)
+        if group is None:
             return False
-        _, group = min(fitting)
         sequence.slot = SlotIndex(group, self._free[group].pop())
         self._running.append(sequence)
         return True

@@ -11,7 +11,7 @@ from typing import Any
 
 from bmx.kv.layout import SlotIndex
 from bmx.model.prompt_encoder import Detokenizer, decode
-from bmx.plan.chunks import chunk_ends
+from bmx.plan.chunks import chunk_ends, steps_needed
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 
@@ -140,7 +140,7 @@ class Sequence:
 
     def steps(self, chunk_size: int) -> int:
         """Steps that it takes from its first chunk to its last token, if its answer is as long as it may get."""
-        return -(-len(self.prompt) // chunk_size) + self.max_tokens
+        return steps_needed(len(self.prompt), self.max_tokens, chunk_size)
 
     def draw(self) -> float:
         """The next random number of this sequence, in [0, 1); its own, whatever else is in the batch."""

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from bmx.config import CHUNK_SIZE, FAKE, EngineConfig, PromptConfig
+from bmx.config import FAKE, EngineConfig, PromptConfig
 from bmx.model.demo import local_path
 from bmx.request import SamplingParams
 from bmx.run_config import JobConfig, RunConfig
@@ -36,7 +36,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     Raises:
         ModelError: the demo model is not installed.
     """
-    values = config.flat() | {"chunk_size": config.engine.chunk_size or CHUNK_SIZE}
+    values = config.flat() | {"chunk_size": config.engine.eviction_chunk_size}
     evicting, chunked = config.engine.kv_policy != "none", not config.engine.chunking_is_free
     entries: dict[str, Any] = {}
     for when, applies in {ALWAYS: True, IF_EVICTING: evicting, IF_CHUNKED: chunked}.items():

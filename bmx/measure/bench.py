@@ -30,7 +30,6 @@ from bmx.job.paths import find_paths, input_paths
 from bmx.measure.bench_sides import (
     SideMeasurement,
     Workload,
-    length_of,
     measure_cache,
     measure_decode_only,
     plan_lengths,
@@ -40,7 +39,8 @@ from bmx.measure.plots import plot_bench, plots_note
 from bmx.model.loader import dtype_name
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, preview_random_model
 from bmx.plan.machine_speed import Rates, measure
-from bmx.plan.planner import Plan, limits
+from bmx.plan.memory import limits
+from bmx.plan.planner import Length, Plan
 from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
 from bmx.terminal.tables import BENCH_NAMES, bench_lines, bench_summary
@@ -318,7 +318,7 @@ class _Bench:
         evicting = self.engine.with_config(_with_budget(self.config.engine, self.options, tokens))
         lengths = [tokens] * (self.options.prompts or MOST_PROMPTS) if tokens else [len(ids) for ids in self.prompts]
         plan = _attempt(
-            lambda: plan_lengths(evicting, [length_of(evicting.policy, length, answer_tokens) for length in lengths])
+            lambda: plan_lengths(evicting, [Length.of(evicting.policy, length, answer_tokens) for length in lengths])
         )
         slots = plan.slots if isinstance(plan, Plan) else 0
         count = min(len(lengths), max(LEAST_PROMPTS, ROUNDS * slots))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.errors import BmxError, MemoryLimitError
-from bmx.plan.planner import Length, Plan, SlotGroup
+from bmx.plan.memory import SlotGroup
+from bmx.plan.planner import Length, Plan
 from bmx.plan.roofline import held_rows, prefill_flops, weights_read
 from bmx.request import Request, SamplingParams
 from bmx.stats import Stats
@@ -116,24 +117,13 @@ class SideMeasurement:
         }
 
 
-def length_of(policy: CompressionPolicy, tokens: int, answer: int) -> Length:
-    """The length of a request, for a plan.
-
-    Args:
-        policy: says how many rows it needs.
-        tokens: of its prompt.
-        answer: tokens that are generated.
-    """
-    return Length(tokens, answer, policy.rows_needed(tokens, answer))
-
-
 def plan_workload(engine: Engine, workload: Workload) -> Plan:
     """A plan for all prompts of a workload.
 
     Raises:
         MemoryLimitError: some prompt does not fit.
     """
-    lengths = [length_of(engine.policy, len(ids), workload.answer_tokens) for ids in workload.prompts]
+    lengths = [Length.of(engine.policy, len(ids), workload.answer_tokens) for ids in workload.prompts]
     return plan_lengths(engine, lengths)
 
 
@@ -228,7 +218,7 @@ def measure_decode_only(
 
 def _uncompressed_length(policy: CompressionPolicy, tokens: int, answer: int) -> Length:
     """The length of a request whose prompt is compressed only after all of it has been read."""
-    length = length_of(policy, tokens, answer)
+    length = Length.of(policy, tokens, answer)
     return replace(length, rows_needed=max(tokens, length.rows_needed))
 
 

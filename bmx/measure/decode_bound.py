@@ -14,7 +14,8 @@ from bmx.engine.engine import Engine
 from bmx.engine.memory_meter import device_errors
 from bmx.engine.scheduler import Chunk, Scheduler, Step
 from bmx.engine.sequence import Sequence
-from bmx.plan.planner import Plan, SlotGroup
+from bmx.plan.memory import SlotGroup
+from bmx.plan.planner import Plan
 from bmx.request import Request, SamplingParams
 
 TIMED_SHARE = 8  # one eighth of a slot's rows is filled by the timed steps

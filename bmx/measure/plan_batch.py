@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import CHUNK_SIZE
 from bmx.engine.prefix_cache import Reuse
 from bmx.engine.prompt_lengths import PromptMeasurer, max_length, sampling_step
 from bmx.errors import MemoryLimitError, UsageError
@@ -151,7 +150,7 @@ def build_query(
         answer = min(config.sampling.max_tokens, longest - prompt)
         if answer < 1:
             raise UsageError(f"--max-input {prompt} leaves no room for an answer: {spec.name} takes {longest} tokens")
-        lengths = [Length(prompt, answer, policy.rows_needed(prompt, answer))]
+        lengths = [Length.of(policy, prompt, answer)]
         probe = len(config.engine.kv_probe or "") // CHARACTERS_OF_A_TOKEN
         return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS, probe=probe)
     source, gguf = locate_files(config.engine)
@@ -159,7 +158,7 @@ def build_query(
     every = sampling_step(todo.left)
     reuse = None
     if config.engine.prefix_reuse:
-        reuse = Reuse(spec=spec, policy=policy, chunk_size=config.engine.chunk_size or CHUNK_SIZE)
+        reuse = Reuse(spec=spec, policy=policy, chunk_size=config.engine.eviction_chunk_size)
     lengths = PromptMeasurer(encoder, policy, longest, reuse).measure(todo.sample(reader, every))
     probe = len(encoder.probe(config.engine.kv_probe))
     return asked(lengths=tuple(lengths), rows=todo.left, every=every, probe=probe)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 
 def chunk_ends(tokens: int, chunk_size: int) -> list[int]:
-    """Where the chunks of a prompt end: at multiples of their size, but the last two are as even as can be.
+    """The ends of a prompt's chunks: at multiples of the chunk size, but the last two chunks are of even length.
 
-    So prompts that begin alike are cut alike, nearly as far as they go: the ends before any end, the last one
-    excepted, are all the multiples below it.
+    So prompts that begin alike are cut alike, nearly to the end of the shorter one: the ends before any end but the
+    last are all the multiples of the chunk size below it.
     """
     if tokens <= chunk_size:
         return [tokens]
     even = (-(-tokens // chunk_size) - 2) * chunk_size
     return [*range(chunk_size, even + 1, chunk_size), (even + tokens) // 2, tokens]
+
+
+def steps_needed(prompt_tokens: int, max_tokens: int, chunk_size: int) -> int:
+    """Steps of a request from its first chunk to its last token, if the answer is as long as it may get.
+
+    Args:
+        prompt_tokens: tokens of the prompt.
+        max_tokens: most tokens of the answer.
+        chunk_size: most prompt tokens of a step.
+    """
+    return -(-prompt_tokens // chunk_size) + max_tokens

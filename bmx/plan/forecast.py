@@ -12,7 +12,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
-from math import ceil
 
 from bmx.errors import MemoryLimitError
 from bmx.kernels.contract import KernelProfile
@@ -20,6 +19,7 @@ from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
 from bmx.plan.machine_speed import Rates
+from bmx.plan.memory import group_for
 from bmx.plan.planner import Length, Plan
 
 PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
@@ -105,7 +105,7 @@ class SimulatedStep:
 
 def _steps(plan: Plan, lengths: Seq[Length]) -> Iterator[SimulatedStep]:
     """The steps that the scheduler would take, all prompts known: by numbers alone, and decoding in long strides."""
-    waiting = sorted(lengths, key=lambda one: -(ceil(one.prompt_tokens / plan.step.chunk_size) + one.max_tokens))
+    waiting = sorted(lengths, key=lambda length: -length.steps(plan.step.chunk_size))
     free = [group.slots for group in plan.groups]
     decodes = [0] * len(free)
     prompts: list[tuple[int, Length, list[SimulatedChunk]]] = []
@@ -137,9 +137,8 @@ def _admit(
         return waiting
     left = []
     for at, length in enumerate(waiting):
-        fitting = [i for i, group in enumerate(plan.groups) if free[i] and group.capacity >= length.rows_needed]
-        if fitting:
-            group = min(fitting, key=lambda i: plan.groups[i].capacity)
+        group = group_for(length.rows_needed, plan.groups, free)
+        if group is not None:
             free[group] -= 1
             prompts.append((group, length, _cut(group, length.prompt_tokens, plan.step.chunk_size)))
         else:

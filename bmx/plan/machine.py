@@ -65,14 +65,11 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
 
 def _this_gpu(gpu: hardware.Gpu, config: EngineConfig) -> Machine:
     """A GPU of this machine, by NVML alone where that says what is free, else by CUDA."""
-    if gpu.free is None or gpu.total is None or gpu.mig or gpu.unified:
-        memory = hardware.free_gpu_memory()
-    else:
-        memory = FreeMemory(gpu.free, gpu.total, "NVML", hardware.holders(gpu))
+    memory = None if gpu.unified else gpu.free_memory
     return Machine(
         kind="cuda",
         name=gpu.name,
-        memory=memory,
+        memory=memory or hardware.free_gpu_memory(),
         rates=lambda: _gpu_rates(gpu.name, dtype_name(config, "cuda")),
     )
 

@@ -1,4 +1,4 @@
-"""What fits: the memory of a run, item by item, and its inverse, the slots that a limit allows.
+"""The plan of a run: how many slots of which sizes fit a limit, and how large steps may get.
 
 Knows sizes and counts; touches no tensor, no device and no file.
 """
@@ -7,44 +7,38 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from math import ceil
 from typing import Any
 
-from bmx.config import CHUNK_SIZE, EngineConfig
-from bmx.errors import MemoryLimitError
-from bmx.hardware import FreeMemory
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import EngineConfig
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
+from bmx.plan.chunks import steps_needed
 from bmx.plan.device import Device
+from bmx.plan.memory import Limits, Memory, SlotGroup, StepSize, does_not_fit, memory_needed
 
 MAX_GROUPS = 16
-ENOUGH = 0.08  # share of the rows that may stay unused: no further group is made for less
-MAX_SLOTS = 4096  # beyond this many rows a step gains nothing
-ROW_ALIGNMENT = 16
-MAX_CANDIDATES = 128
+ENOUGH = 0.08  # share of all rows that may stay unused; no further group is made to save less
+MAX_SLOTS = 4096  # a step of more sequences is no faster
+ROW_ALIGNMENT = 16  # capacities are multiples of it
+MAX_CANDIDATES = 128  # capacities that are compared
 FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
 BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
-SPARE_SLOTS = 2  # most copies of text that prompts share
-WORTH_SLOTS = 0.75  # share of the slots that must be left beside them
-SAMPLER_ROWS = 16  # rows whose logits are sampled together
-SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, with their ids and sums
-
-
-@dataclass(frozen=True, slots=True)
-class SlotGroup:
-    """Slots of one capacity (KV pairs per layer and head)."""
-
-    capacity: int
-    slots: int
+MAX_PREFIX_SLOTS = 2  # most copies of text that prompts share
+WORTH_SLOTS = 0.75  # share of the sequences' slots that must be left beside prefix slots
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """What a plan needs to know of one request: its tokens, the most it may answer, the rows of a slot it needs.
+    """What a plan must know of one request.
 
-    ``shared``: leading tokens whose state it can share with the request before it.
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        max_tokens: most tokens of the answer.
+        rows_needed: rows (KV pairs per layer and head) that its slot must have.
+        shared: leading tokens whose state it can share with the request before it.
     """
 
     prompt_tokens: int
@@ -52,76 +46,20 @@ class Length:
     rows_needed: int
     shared: int = 0
 
+    @classmethod
+    def of(cls, policy: CompressionPolicy, prompt_tokens: int, max_tokens: int) -> Length:
+        """The length of a request, with the rows that it needs under a policy.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes of a run, item by item.
+        Args:
+            policy: which KV pairs stay in a slot.
+            prompt_tokens: tokens of the prompt.
+            max_tokens: most tokens of the answer.
+        """
+        return cls(prompt_tokens, max_tokens, policy.rows_needed(prompt_tokens, max_tokens))
 
-    Attributes:
-        runtime: what the process holds beside the model: libraries, the tokenizer, a GPU's context.
-        weights: parameters and buffers.
-        activations: the widest moment of the largest step, attention's workspace included.
-        logits: logits of a step, and what sampling takes beside them.
-        kv: keys and values of all slots.
-        scores: accumulated attention and positions of all slots.
-        graphs: what captured decoding keeps for itself on a GPU.
-        slack: what allocators lose to rounding, and compiled kernels.
-    """
-
-    runtime: int = 0
-    weights: int = 0
-    activations: int = 0
-    logits: int = 0
-    kv: int = 0
-    scores: int = 0
-    graphs: int = 0
-    slack: int = 0
-
-    @property
-    def pool(self) -> int:
-        """Bytes of the slots: keys, values and scores."""
-        return self.kv + self.scores
-
-    @property
-    def step(self) -> int:
-        """Bytes of the largest step where there are no slots and nothing is captured: what a rehearsal should see."""
-        return self.total - self.pool - self.graphs
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(getattr(self, f.name) for f in fields(self))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a run may use.
-
-    Attributes:
-        total: bytes in all, what bmx holds already included.
-        pool: bytes of the slots, or None for what the rest leaves over.
-        slots: most sequences at once, or None.
-        source: where ``total`` comes from, for people.
-    """
-
-    total: int
-    pool: int | None = None
-    slots: int | None = None
-    source: str = ""
-
-    def missing(self, needed: Memory) -> int:
-        """Bytes by which a run is too large; 0 if it fits."""
-        over = 0 if self.pool is None else needed.pool - self.pool
-        return max(0, over, needed.total - self.total)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSize:
-    """How large steps may get: prompt tokens of one sequence, and tokens in all; and the probe's behind each chunk."""
-
-    chunk_size: int
-    max_num_batched_tokens: int
-    probe: int = 0
+    def steps(self, chunk_size: int) -> int:
+        """Steps from the first chunk to the last token, if the answer is as long as it may get."""
+        return steps_needed(self.prompt_tokens, self.max_tokens, chunk_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,16 +87,18 @@ class ProfiledStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What was decided: nothing of it changes during the run.
+    """The slots and step sizes of a run; nothing of it changes during the run.
 
     Attributes:
-        groups: slots by capacity; ``layouts`` what a slot of each holds.
+        groups: slots of sequences, by capacity.
+        layouts: what a slot of each group holds; those of ``prefix_slots`` come last.
         step: how large steps may get.
-        memory: what it takes, within ``limits``.
-        too_large: sequences that would not fit even alone; they will be errors, the others are answered.
-        needs: of the others, (rows of a slot, how many sequences need so many).
-        prefix_slots: extra slots that hold the state of text that several prompts share; their layouts come last.
-        profiled: what the largest step was measured to take, if it was.
+        memory: bytes that the run takes.
+        limits: bytes and slots that it may use.
+        too_large: requests that would not fit even alone; they become errors, the others are answered.
+        needs: of the others, (rows of a slot, number of requests that need so many rows).
+        prefix_slots: slots that hold the state of text which several prompts share.
+        profiled: what the largest step was measured to take, if it was measured.
     """
 
     groups: tuple[SlotGroup, ...]
@@ -173,81 +113,40 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Sequences at once."""
+        """Most sequences at once."""
         return sum(group.slots for group in self.groups)
 
     @property
     def fill(self) -> float:
         """Share of the slots' rows in use when each sequence has the smallest slot that holds it."""
-        chosen = sorted(group.capacity for group in self.groups)
-        held = sum(chosen[bisect_left(chosen, rows)] * count for rows, count in self.needs)
+        capacities = sorted(group.capacity for group in self.groups)
+        held = sum(capacities[bisect_left(capacities, rows)] * count for rows, count in self.needs)
         return sum(rows * count for rows, count in self.needs) / held if held else 1.0
 
 
 def step_sizes(config: EngineConfig, kind: str, lengths: Sequence[Length], probe: int = 0) -> list[StepSize]:
-    """The sizes of steps to choose from, the fastest first where memory does not matter; none larger than the work.
+    """The step sizes to choose from, the fastest first where memory does not matter; none larger than the work.
 
-    Chunks have the size that was asked for: where they end decides what is evicted, and so the answers, which must
-    not depend on the machine. Without eviction they do not, and the chunk is free.
+    The ends of chunks decide what is evicted, and so the answers, which must not depend on the machine: chunks have
+    the configured size. Where nothing is evicted, the chunk size is free.
+
+    Args:
+        config: the settings.
+        kind: ``cpu`` or ``cuda``.
+        lengths: of the requests.
+        probe: tokens of the probe behind each chunk.
     """
     free = config.chunking_is_free and config.chunk_size is None
-    longest, together = (f(length.prompt_tokens for length in lengths) for f in (max, sum))
+    longest = max(length.prompt_tokens for length in lengths)
+    all_prompts = sum(length.prompt_tokens for length in lengths)
     most = config.max_num_batched_tokens or BATCHED_TOKENS[kind]
     totals = [most] if config.max_num_batched_tokens else [most >> i for i in range(6)]
-    found = []
-    for chunk in FULL_CACHE_CHUNKS if free else (config.chunk_size or CHUNK_SIZE,):
+    sizes = []
+    for chunk in FULL_CACHE_CHUNKS if free else (config.eviction_chunk_size,):
         chunk_size = min(chunk, longest, most if free else chunk)
-        wanted = dict.fromkeys(max(chunk_size + probe, min(tokens, together)) for tokens in totals)
-        found += [StepSize(chunk_size=chunk_size, max_num_batched_tokens=tokens, probe=probe) for tokens in wanted]
-    return list(dict.fromkeys(found))
-
-
-def limits(config: EngineConfig, memory: FreeMemory, held: int) -> Limits:
-    """What a run may use: the user's limit, or a share of what is free and what bmx holds already.
-
-    Args:
-        held: bytes of ``memory`` that are bmx's own.
-    """
-    total = int((memory.free + held) * config.gpu_memory_utilization)
-    held_by_others = f"; {memory.holders}" if memory.holders else ""
-    source = f"{config.gpu_memory_utilization:.0%} of what is free, {memory.source}{held_by_others}"
-    if config.memory_limit is not None and config.memory_limit < total:
-        total, source = config.memory_limit, "memory_limit"
-    return Limits(total=total, pool=config.kv_cache_memory, slots=config.max_num_seqs, source=source)
-
-
-def memory_needed(
-    spec: ModelSpec,
-    layout: Callable[[int], KVLayout],
-    groups: Iterable[SlotGroup],
-    step: StepSize,
-    device: Device,
-    prefix_slots: Iterable[SlotGroup] = (),
-) -> Memory:
-    """The memory of a run with these slots, in closed form.
-
-    Args:
-        layout: a slot's layout from its capacity.
-        prefix_slots: slots that no sequence has.
-    """
-    groups = tuple(groups)
-    slots = sum(group.slots for group in groups)
-    chunk = step.chunk_size + step.probe
-    tokens = max(step.max_num_batched_tokens, slots + chunk)
-    keys = max((group.capacity for group in groups), default=0) + chunk
-    layouts = [(layout(group.capacity), group.slots) for group in (*groups, *prefix_slots)]
-    activations = spec.costs.activation_bytes * tokens + device.workspace(chunk, keys, slots)
-    logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
-    return Memory(
-        runtime=device.runtime,
-        weights=spec.weight_bytes,
-        activations=activations,
-        logits=logits,
-        kv=sum(one.kv_bytes * count for one, count in layouts),
-        scores=sum(one.score_bytes * count for one, count in layouts),
-        graphs=device.captured(spec, slots, keys),
-        slack=device.slack + int(device.share * (activations + logits)),
-    )
+        batched = [max(chunk_size + probe, min(tokens, all_prompts)) for tokens in totals]
+        sizes += [StepSize(chunk_size=chunk_size, max_num_batched_tokens=tokens, probe=probe) for tokens in batched]
+    return list(dict.fromkeys(sizes))
 
 
 def plan(
@@ -258,10 +157,18 @@ def plan(
     step: StepSize,
     device: Device,
 ) -> Plan:
-    """The slots that fit the limits, in a few groups that suit these sequences.
+    """The plan with the most slots that fit the limits, in a few groups that suit these requests.
+
+    Args:
+        spec: the model's sizes.
+        layout: gives a slot's layout from its capacity in rows.
+        limits: bytes and slots that may be used.
+        lengths: of the requests.
+        step: how large steps may get.
+        device: the device, as the memory formula sees it.
 
     Raises:
-        MemoryLimitError: not one slot fits; says how much is missing.
+        MemoryLimitError: not even one slot fits; the message says how much is missing.
     """
 
     def memory(groups: tuple[SlotGroup, ...], prefix_slots: tuple[SlotGroup, ...] = ()) -> Memory:
@@ -271,10 +178,10 @@ def plan(
         return not limits.missing(memory(groups, prefix_slots))
 
     sizes = sorted({length.rows_needed for length in lengths})
-    fitting = sizes[: bisect_left(sizes, True, key=lambda rows: not fits((SlotGroup(rows, 1),)))]
-    if not fitting:
+    largest = _largest_fitting(sizes, lambda rows: fits((SlotGroup(rows, 1),)))
+    if largest is None:
         raise does_not_fit(memory((SlotGroup(sizes[0], 1),)), limits)
-    served = [length for length in lengths if length.rows_needed <= fitting[-1]]
+    served = [length for length in lengths if length.rows_needed <= largest]
     capacity = capacities([length.rows_needed for length in served])
     demand = _demand(served, capacity, step.chunk_size)
     most = min(limits.slots or MAX_SLOTS, len(served))
@@ -297,16 +204,38 @@ def plan(
     )
 
 
+def _largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of these sizes that fits; None if not even the smallest does.
+
+    Args:
+        sizes: in ascending order.
+        fits: whether a size fits; if one does, all smaller ones do.
+    """
+    largest, low, high = None, 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(sizes[middle]):
+            largest, low = sizes[middle], middle + 1
+        else:
+            high = middle
+    return largest
+
+
 def _prefix_slots(lengths: Sequence[Length], largest: int) -> tuple[SlotGroup, ...]:
-    """Slots for the longest text that prompts share, more than one if it is not the same in all of them."""
+    """Slots for the longest text that prompts share; more than one if not all share the same length of text.
+
+    Args:
+        lengths: of the requests that are answered.
+        largest: capacity of the largest slot.
+    """
     shared = {length.shared for length in lengths[1:]}
     longest = max(shared, default=0)
-    return (SlotGroup(min(largest, longest), min(SPARE_SLOTS, len(shared))),) if longest else ()
+    return (SlotGroup(min(largest, longest), min(MAX_PREFIX_SLOTS, len(shared))),) if longest else ()
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a group of slots is asked for: sequences, and the steps that they will stay in all."""
+    """The load on one group of slots: the number of sequences, and the slot-steps that they will occupy."""
 
     sequences: int
     steps: int
@@ -316,19 +245,27 @@ class Demand:
 
 
 def _demand(lengths: Sequence[Length], capacity: Sequence[int], chunk_size: int) -> dict[int, Demand]:
-    """Demand by capacity: a sequence stays for its chunks and for each token of its answer."""
+    """The demand by capacity: a sequence occupies its slot for each of its chunks and for each token of its answer.
+
+    Args:
+        lengths: of the requests.
+        capacity: of the slots that each of them belongs in.
+        chunk_size: most prompt tokens of a step.
+    """
     demand: dict[int, Demand] = {}
     for length, rows in zip(lengths, capacity, strict=True):
-        steps = length.max_tokens + ceil(length.prompt_tokens / chunk_size)
-        demand[rows] = demand.get(rows, Demand(0, 0)) + Demand(1, steps)
+        demand[rows] = demand.get(rows, Demand(0, 0)) + Demand(1, length.steps(chunk_size))
     return demand
 
 
 def capacities(rows_needed: Sequence[int]) -> list[int]:
-    """The capacity of the group that each sequence belongs to: so many groups that little is wasted, at most 16.
+    """The capacity of the group that each sequence belongs to, with as few groups as waste little; at most 16.
 
-    For each number of groups, the least total of unused rows over all ways to cut the sorted needs (dynamic
-    programming over at most 128 candidate capacities); the first number that leaves 8 % or less unused is taken.
+    For each number of groups, dynamic programming over at most 128 candidate capacities finds the cut of the sorted
+    needs that leaves the fewest rows unused. The first number of groups that leaves 8 % or less unused is taken.
+
+    Args:
+        rows_needed: rows of the slot that each sequence needs.
     """
     largest = max(rows_needed)
     rounded = [min(-(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, largest) for rows in rows_needed]
@@ -341,7 +278,13 @@ def capacities(rows_needed: Sequence[int]) -> list[int]:
 
 
 def _least_waste(candidates: list[int], counts: list[int], enough: float) -> list[int]:
-    """As few of the candidates (the last among them) as hold everything in ``enough`` rows, or nearly, if 16 do not."""
+    """The fewest candidates, the last among them, that hold all sequences in ``enough`` rows; the 16 best otherwise.
+
+    Args:
+        candidates: capacities in ascending order.
+        counts: sequences whose smallest candidate each is.
+        enough: rows in all slots, if each sequence had its own, that are few enough.
+    """
     infinite: tuple[int, list[int]] = (2**62, [])
     previous: list[tuple[int, list[int]]] = [(0, []), *[infinite] * len(candidates)]
     best = infinite
@@ -366,68 +309,74 @@ def _largest(
     most: int,
     fits: Callable[[tuple[SlotGroup, ...]], bool],
 ) -> tuple[SlotGroup, ...]:
-    """As many slots as fit, each group's share as its share of the steps; fewer groups if need be.
+    """As many slots as fit, shared out in proportion to the groups' slot-steps; with fewer groups if need be.
 
     One slot of the largest capacity must fit.
+
+    Args:
+        demand: the load by capacity.
+        most: most slots in all.
+        fits: whether slots fit the limits.
     """
-    names = sorted(demand)
+    capacities = sorted(demand)
+
+    def split(slots: int) -> tuple[SlotGroup, ...]:
+        return _split(demand, capacities, slots)
+
     while True:
-        low, high = 0, min(most, sum(demand[name].sequences for name in names))
-        while low < high:  # the largest number of slots that fits
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(_split(demand, names, middle)) else (low, middle - 1)
-        if low >= len(names):
-            return _split(demand, names, low)
-        demand = demand | {names[1]: demand[names[0]] + demand[names[1]]}  # the smallest joins the next
-        names = names[1:]
+        wanted = min(most, sum(demand[capacity].sequences for capacity in capacities))
+        slots = _largest_fitting(range(1, wanted + 1), lambda slots: fits(split(slots))) or 0
+        if slots >= len(capacities):
+            return split(slots)
+        smallest, second = capacities[:2]
+        demand = demand | {second: demand[smallest] + demand[second]}
+        capacities = capacities[1:]
 
 
-def _split(demand: dict[int, Demand], names: Sequence[int], slots: int) -> tuple[SlotGroup, ...]:
-    """``slots`` slots over the groups in proportion to their steps, at least one each while there are enough."""
-    counts = {name: min(1, max(0, slots - i)) for i, name in enumerate(sorted(names, reverse=True))}
+def _split(demand: dict[int, Demand], capacities: Sequence[int], slots: int) -> tuple[SlotGroup, ...]:
+    """Share out slots over the groups in proportion to their slot-steps, at least one each while there are enough.
+
+    Args:
+        demand: the load by capacity.
+        capacities: of the groups.
+        slots: how many in all.
+    """
+    counts = {capacity: min(1, max(0, slots - i)) for i, capacity in enumerate(sorted(capacities, reverse=True))}
     for _ in range(slots - sum(counts.values())):
-        open_groups = [name for name in names if counts[name] < demand[name].sequences]
+        open_groups = [capacity for capacity in capacities if counts[capacity] < demand[capacity].sequences]
         if not open_groups:
             break
-        counts[max(open_groups, key=lambda name: demand[name].steps / counts[name])] += 1
-    return tuple(SlotGroup(name, counts[name]) for name in sorted(counts) if counts[name])
+        counts[max(open_groups, key=lambda capacity: demand[capacity].steps / counts[capacity])] += 1
+    return tuple(SlotGroup(capacity, counts[capacity]) for capacity in sorted(counts) if counts[capacity])
 
 
-def shrunk(made: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], device: Device) -> Plan | None:
-    """A plan with three quarters of the slots and steps of half the size; None for one slot and steps of one chunk.
+def shrunk(plan: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], device: Device) -> Plan | None:
+    """A plan with three quarters of the slots, steps of half the size, and no prefix slots.
 
-    Spare slots go.
+    Args:
+        plan: the plan under which memory ran out.
+        spec: the model's sizes.
+        layout: gives a slot's layout from its capacity in rows.
+        device: the device, as the memory formula sees it.
+
+    Returns:
+        The smaller plan; None if this one has one slot and steps of one chunk.
     """
-    step = made.step
+    step = plan.step
     tokens = max(step.chunk_size + step.probe, step.max_num_batched_tokens // 2)
-    if made.slots == 1 and tokens == step.max_num_batched_tokens:
+    if plan.slots == 1 and tokens == step.max_num_batched_tokens:
         return None
-    slots = max(1, made.slots * 3 // 4)
-    demand = {group.capacity: Demand(group.slots, group.slots) for group in made.groups}
+    slots = max(1, plan.slots * 3 // 4)
+    demand = {group.capacity: Demand(group.slots, group.slots) for group in plan.groups}
     groups = _split(demand, sorted(demand), slots)
     step = replace(step, max_num_batched_tokens=tokens)
     return replace(
-        made,
+        plan,
         groups=groups,
         layouts=tuple(layout(group.capacity) for group in groups),
         step=step,
         memory=memory_needed(spec, layout, groups, step, device),
         prefix_slots=(),
-    )
-
-
-def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
-    """The error that says how much is missing for one sequence, and what would be enough."""
-    size, limit, what, flag = needed.total, limits.total, "in all", "--memory-limit"
-    if size <= limit:
-        size, limit, what, flag = needed.pool, limits.pool or 0, "for the KV cache", "--kv-cache-memory"
-    enough = ceil(size / 1e6)
-    weights = f", {needed.weights / 1e6:,.0f} MB of it weights" if what == "in all" else ""
-    return MemoryLimitError(
-        f"one sequence needs {enough:,} MB {what}{weights}; {limit / 1e6:,.0f} MB may be used ({limits.source}): "
-        f"{ceil((size - limit) / 1e6):,} MB are missing",
-        hint=f"{flag} {enough}M is the least for it; or lower --kv-budget or --chunk-size, or choose a smaller model; "
-        "`bmx plan-batch --check` computes what would fit",
     )
 
 

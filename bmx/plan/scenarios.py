@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 
 from bmx import kernels
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import CHUNK_SIZE, EngineConfig
+from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.model.loader import RUNTIME_BYTES
 from bmx.model.preview import tokenizer_bytes
 from bmx.model.spec import ModelSpec
+from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
-from bmx.plan.forecast import Forecast, fastest, forecast
+from bmx.plan.forecast import Forecast
 from bmx.plan.machine import Machine
 from bmx.plan.machine_speed import TYPICAL
-from bmx.plan.planner import Length, Memory, Plan, SlotGroup, does_not_fit, limits, memory_needed, plan, step_sizes
+from bmx.plan.memory import Memory, does_not_fit, limits
+from bmx.plan.planner import Length, Plan
 
 BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # that are tried where the one asked for does not fit
 CHUNKS = (256, 128, 64, 32)
@@ -85,50 +86,43 @@ class PlanQuery:
             then: settings that compress at once and for free when a whole prompt has been read: the best that
                 compression in decoding alone could do.
         """
-        policy, after = CompressionPolicy.from_config(config), CompressionPolicy.from_config(then) if then else None
-        lengths = self._lengths(policy, after)
-        budget = config.kv_budget if policy.scorer else then.kv_budget if then else None
+        builder, after = self._builder(config), CompressionPolicy.from_config(then) if then else None
+        lengths = self._lengths(builder.policy, after)
+        budget = config.kv_budget if builder.policy.scorer else then.kv_budget if then else None
         try:
-            made = self.plan(config, lengths)
+            plan = builder.plan(lengths)
         except MemoryLimitError as error:
             return Scenario(name=name, budget=budget, plan=None, forecast=None, problem=error)
-        expected = None
-        rates = self.machine.rates()
+        forecast, rates = None, self.machine.rates()
         if rates:
-            kept = [after.layout(self.spec, after.rows_needed(g.capacity, 0)) for g in made.groups] if after else None
-            profile = kernels.choose(self.machine.kind).capabilities.profile_for(self.spec.itemsize)
-            expected = forecast(self.spec, made, lengths, rates, profile, kept)
-            expected = replace(expected, seconds=expected.seconds * self.rows / max(1, len(lengths)))
-        problem = does_not_fit(self._alone(config, lengths), made.limits) if made.too_large else None
-        return Scenario(name=name, budget=budget, plan=made, forecast=expected, problem=problem)
+            kept = [after.layout(self.spec, after.rows_needed(g.capacity, 0)) for g in plan.groups] if after else None
+            forecast = builder.forecast(plan, lengths, rates, kept)
+            forecast = replace(forecast, seconds=forecast.seconds * self.rows / max(1, len(lengths)))
+        problem = does_not_fit(self._alone(builder, lengths), plan.limits) if plan.too_large else None
+        return Scenario(name=name, budget=budget, plan=plan, forecast=forecast, problem=problem)
 
-    def plan(self, config: EngineConfig, lengths: Sequence[Length]) -> Plan:
-        """What fits.
+    def _builder(self, config: EngineConfig) -> PlanBuilder:
+        machine = self.machine
+        return PlanBuilder(
+            config=config,
+            spec=self.spec,
+            policy=CompressionPolicy.from_config(config),
+            device=self.device,
+            kernels=kernels.choose(machine.kind),
+            limits=limits(config, machine.memory, machine.held),
+            rates=lambda: machine.rates() or TYPICAL,
+            probe_tokens=self.probe if config.kv_probe else 0,
+        )
 
-        Raises:
-            MemoryLimitError: not one row.
-        """
-        machine, spec = self.machine, self.spec
-        policy = CompressionPolicy.from_config(config)
-        allowed = limits(config, machine.memory, machine.held)
-        sizes = step_sizes(config, machine.kind, lengths, self._probe(config))
-        layout = partial(policy.layout, spec)
-        plans = [partial(plan, spec, layout, allowed, lengths, size, self.device) for size in sizes]
-        profile = kernels.choose(machine.kind).capabilities.profile_for(spec.itemsize)
-        return fastest(plans, spec, lengths, profile, lambda: machine.rates() or TYPICAL)
-
-    def _alone(self, config: EngineConfig, lengths: Sequence[Length]) -> Memory:
+    def _alone(self, builder: PlanBuilder, lengths: Sequence[Length]) -> Memory:
         """The memory of the largest row alone, in the smallest steps."""
-        policy = CompressionPolicy.from_config(config)
-        sizes = step_sizes(config, self.machine.kind, lengths, self._probe(config))
-        group = SlotGroup(max(length.rows_needed for length in lengths), 1)
-        return memory_needed(self.spec, partial(policy.layout, self.spec), [group], sizes[-1], self.device)
+        return builder.memory_of_one(max(length.rows_needed for length in lengths), builder.step_sizes(lengths)[-1])
 
     def remedies(self) -> list[str]:
         """Changes of which each alone makes every row fit, the mildest first; at most three."""
         config = self.config
-        needed = self._alone(config, self._lengths(CompressionPolicy.from_config(config)))
-        allowed = limits(config, self.machine.memory, self.machine.held)
+        builder = self._builder(config)
+        needed, allowed = self._alone(builder, self._lengths(builder.policy)), builder.limits
         found = [*self._smaller_settings(config)]
         if needed.total > allowed.total:
             found.append(f"{needed.total / 1e6:,.0f} MB that may be used instead of {allowed.total / 1e6:,.0f} MB")
@@ -153,17 +147,14 @@ class PlanQuery:
                 )
                 break
         for chunk in CHUNKS:
-            if chunk < (config.chunk_size or CHUNK_SIZE) and self._fits(replace(config, chunk_size=chunk)):
+            if chunk < config.eviction_chunk_size and self._fits(replace(config, chunk_size=chunk)):
                 yield f"--chunk-size {chunk}"
                 break
-        both = [(b, c) for b in budgets for c in CHUNKS if c < (config.chunk_size or CHUNK_SIZE)]
+        both = [(b, c) for b in budgets for c in CHUNKS if c < config.eviction_chunk_size]
         for budget, chunk in both:
             if self._fits(replace(evicting, kv_budget=budget, chunk_size=chunk)):
                 yield f"--kv-budget {budget} --chunk-size {chunk}"
                 break
-
-    def _probe(self, config: EngineConfig) -> int:
-        return self.probe if config.kv_probe else 0
 
     def _lengths(self, policy: CompressionPolicy, after: CompressionPolicy | None = None) -> list[Length]:
         """The lengths with the rows that they need; where compression waits for a prompt's end, all of the prompt's."""
@@ -175,8 +166,8 @@ class PlanQuery:
         return [replace(one, rows_needed=rows(one)) for one in self.lengths]
 
     def _fits(self, config: EngineConfig) -> bool:
-        allowed = limits(config, self.machine.memory, self.machine.held)
-        return not allowed.missing(self._alone(config, self._lengths(CompressionPolicy.from_config(config))))
+        builder = self._builder(config)
+        return not builder.limits.missing(self._alone(builder, self._lengths(builder.policy)))
 
 
 def device_of(machine: Machine, spec: ModelSpec, config: EngineConfig) -> Device:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bmx.plan.planner import Memory
+    from bmx.plan.memory import Memory
     from bmx.plan.scenarios import Scenario
 
 CALIBRATION_COLUMNS = (

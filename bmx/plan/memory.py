@@ -1,0 +1,186 @@
+"""The memory of a run in closed form, item by item, and what a run may use.
+
+Knows sizes and counts; touches no tensor, no device and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from math import ceil
+
+from bmx.config import EngineConfig
+from bmx.errors import MemoryLimitError
+from bmx.hardware import FreeMemory
+from bmx.kv.layout import KVLayout
+from bmx.model.spec import ModelSpec
+from bmx.plan.device import Device
+
+SAMPLER_ROWS = 16  # rows whose logits are sampled together
+SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, with their ids and sums
+
+
+@dataclass(frozen=True, slots=True)
+class SlotGroup:
+    """Slots of one capacity (KV pairs per layer and head)."""
+
+    capacity: int
+    slots: int
+
+
+def group_for(rows: int, groups: Sequence[SlotGroup], free: Sequence[object]) -> int | None:
+    """The index of the group whose free slots are the smallest that hold ``rows``; None if no free slot does.
+
+    Args:
+        rows: KV pairs that a sequence needs room for.
+        groups: the groups of slots.
+        free: of each group, its free slots: how many, or which.
+    """
+    fitting = [(group.capacity, i) for i, group in enumerate(groups) if free[i] and group.capacity >= rows]
+    return min(fitting)[1] if fitting else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSize:
+    """How large steps may get.
+
+    Attributes:
+        chunk_size: most prompt tokens of one sequence.
+        max_num_batched_tokens: most tokens of all sequences; one chunk of a prompt is taken in any case.
+        probe: tokens of the probe behind each chunk.
+    """
+
+    chunk_size: int
+    max_num_batched_tokens: int
+    probe: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of a run, item by item.
+
+    Attributes:
+        runtime: what the process holds beside the model: libraries, the tokenizer, a GPU's context.
+        weights: parameters and buffers.
+        activations: the widest moment of the largest step, attention's workspace included.
+        logits: logits of a step, and what sampling takes beside them.
+        kv: keys and values of all slots.
+        scores: accumulated attention and positions of all slots.
+        graphs: what captured decoding keeps for itself on a GPU.
+        slack: what allocators lose to rounding, and compiled kernels.
+    """
+
+    runtime: int = 0
+    weights: int = 0
+    activations: int = 0
+    logits: int = 0
+    kv: int = 0
+    scores: int = 0
+    graphs: int = 0
+    slack: int = 0
+
+    @property
+    def pool(self) -> int:
+        """Bytes of the slots: keys, values and scores."""
+        return self.kv + self.scores
+
+    @property
+    def step(self) -> int:
+        """Bytes of the largest step without slots and captured graphs: what profiling that step should measure."""
+        return self.total - self.pool - self.graphs
+
+    @property
+    def total(self) -> int:
+        """Bytes of all items."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a run may use.
+
+    Attributes:
+        total: bytes in all, what bmx holds already included.
+        pool: bytes of the slots, or None for what the rest leaves over.
+        slots: most sequences at once, or None.
+        source: where ``total`` comes from, for people.
+    """
+
+    total: int
+    pool: int | None = None
+    slots: int | None = None
+    source: str = ""
+
+    def missing(self, needed: Memory) -> int:
+        """Bytes by which a run is too large; 0 if it fits."""
+        over = 0 if self.pool is None else needed.pool - self.pool
+        return max(0, over, needed.total - self.total)
+
+
+def limits(config: EngineConfig, memory: FreeMemory, held: int) -> Limits:
+    """What a run may use: the user's limit, or a share of what is free and what bmx holds already.
+
+    Args:
+        config: the settings.
+        memory: the free memory of the device.
+        held: bytes of the device's memory that bmx holds already.
+    """
+    total = int((memory.free + held) * config.gpu_memory_utilization)
+    held_by_others = f"; {memory.holders}" if memory.holders else ""
+    source = f"{config.gpu_memory_utilization:.0%} of what is free, {memory.source}{held_by_others}"
+    if config.memory_limit is not None and config.memory_limit < total:
+        total, source = config.memory_limit, "memory_limit"
+    return Limits(total=total, pool=config.kv_cache_memory, slots=config.max_num_seqs, source=source)
+
+
+def memory_needed(
+    spec: ModelSpec,
+    layout: Callable[[int], KVLayout],
+    groups: Iterable[SlotGroup],
+    step: StepSize,
+    device: Device,
+    prefix_slots: Iterable[SlotGroup] = (),
+) -> Memory:
+    """The memory of a run with these slots.
+
+    Args:
+        spec: the model's sizes.
+        layout: gives a slot's layout from its capacity in rows.
+        groups: the slots of sequences.
+        step: how large steps may get.
+        device: the device, as the memory formula sees it.
+        prefix_slots: slots beside them that hold text which several prompts share.
+    """
+    groups = tuple(groups)
+    slots = sum(group.slots for group in groups)
+    chunk = step.chunk_size + step.probe
+    tokens = max(step.max_num_batched_tokens, slots + chunk)
+    keys = max((group.capacity for group in groups), default=0) + chunk
+    layouts = [(layout(group.capacity), group.slots) for group in (*groups, *prefix_slots)]
+    activations = spec.costs.activation_bytes * tokens + device.workspace(chunk, keys, slots)
+    logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
+    return Memory(
+        runtime=device.runtime,
+        weights=spec.weight_bytes,
+        activations=activations,
+        logits=logits,
+        kv=sum(slot.kv_bytes * count for slot, count in layouts),
+        scores=sum(slot.score_bytes * count for slot, count in layouts),
+        graphs=device.captured(spec, slots, keys),
+        slack=device.slack + int(device.share * (activations + logits)),
+    )
+
+
+def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
+    """The error that says how much is missing for one sequence, and what would be enough."""
+    size, limit, what, flag = needed.total, limits.total, "in all", "--memory-limit"
+    if size <= limit:
+        size, limit, what, flag = needed.pool, limits.pool or 0, "for the KV cache", "--kv-cache-memory"
+    enough = ceil(size / 1e6)
+    weights = f", {needed.weights / 1e6:,.0f} MB of it weights" if what == "in all" else ""
+    return MemoryLimitError(
+        f"one sequence needs {enough:,} MB {what}{weights}; {limit / 1e6:,.0f} MB may be used ({limits.source}): "
+        f"{ceil((size - limit) / 1e6):,} MB are missing",
+        hint=f"{flag} {enough}M is the least for it; or lower --kv-budget or --chunk-size, or choose a smaller model; "
+        "`bmx plan-batch --check` computes what would fit",
+    )
