@@ -1,8 +1,8 @@
 // Products of words, for CPUs with AVX512-BF16 and VNNI: what linear layers and attention are made of.
 //
-// A 32-bit word holds two bfloat16 (or four bytes), one instruction multiplies 16 words with 16 others and adds up. So
-// the right-hand side of a product is first laid out as panels of words [inner][columns], and the left-hand side is
-// read as it lies, one word at a time for all columns.
+// A 32-bit word holds two bfloat16 (or four bytes); one instruction multiplies 16 words with 16 others and adds up. The
+// right-hand side of a product is first packed into panels of words [inner][columns]. The left-hand side is read in
+// place, one word at a time for all columns of a panel.
 
 #pragma once
 
@@ -18,17 +18,25 @@ namespace {
 using bf16 = uint16_t;
 using word = uint32_t;
 
-constexpr int LANES = 16;        // 32-bit numbers of a register
-constexpr int ROWS = 8;          // rows of a tile of a product
-constexpr int WIDE = 3;          // registers of columns of such a tile
-constexpr long DEPTH = 1024;     // words of a panel's columns: what stays in the second cache
-constexpr long SHARE = 128;      // rows from which threads divide rows instead of columns
-constexpr long NEAR = 256;       // rows whose sums stay in the second cache
+constexpr int LANES = 16;          // 32-bit numbers of a register
+constexpr int ROWS = 8;            // rows of a tile of a product
+constexpr int WIDE = 3;            // registers of columns of such a tile
+constexpr long DEPTH = 1024;       // words of a panel's columns: what stays in the second cache
+constexpr long MANY_ROWS = 128;    // rows from which threads divide rows instead of columns
+constexpr long CACHED_ROWS = 256;  // rows whose sums stay in the second cache
 
-inline __m512 wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline __m512 load_bf16(const bf16* p) { return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline __m256i narrow(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
-inline void store_bf16(bf16* p, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
+inline __m512 wide(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline __m512 load_bf16(const bf16* p) {
+    return wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m256i narrow(__m512 x) {
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+}
+inline void store_bf16(bf16* p, __m512 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
 
 // e to the x for x <= 0, with an error in the seventh digit: 2^n times a polynomial on [-1/2, 1/2]. NaN stays NaN.
 inline __m512 exponential(__m512 x) {
@@ -44,7 +52,7 @@ inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// Cuts pieces off the memory to work in, each on a cache line of its own.
+// Hands out pieces of the working memory, each on a cache line of its own.
 struct Work {
     char* at;
     template <class T>
@@ -84,7 +92,7 @@ inline void transpose(__m512i r[16]) {
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 
-// Rows of so many words -> panel [words][width]; what a row that is none (null) or words that are missing give is zero.
+// Packs `width` rows of `words` words into a panel [words][width]; null rows become zeros.
 void pack(const word* const* rows, long words, word* panel, int width) {
     for (int c = 0; c < width; c += LANES) {
         for (long k = 0; k < words; k += LANES) {
@@ -121,19 +129,19 @@ struct Bytes {  // words of four bytes, unsigned x signed, summed in 32 bits
     }
 };
 
-// What is to be read next: rows of so many words, of which a tile asks for three lines with every word it is done with.
+// Weights that will be read next: a tile prefetches three cache lines of their rows for each word it has multiplied.
 struct Ahead {
     const word* rows = nullptr;
     long stride = 0;
-    void ask(long k) const {
+    void prefetch(long k) const {
         const word* line = rows + (k % LANES) * stride + k / LANES * LANES;
         for (int j = 0; j < WIDE; j++)
             _mm_prefetch(reinterpret_cast<const char*>(line + j * LANES * stride), _MM_HINT_T1);
     }
 };
 
-// A tile of M rows x N registers: sums over words of a[row][word] and panel[word][column], onto what out holds.
-template <class Kind, int M, int N, bool Asks = false>
+// A tile of M rows x N registers: out[row][column] (+)= sum over words of a[row][word] times panel[word][column].
+template <class Kind, int M, int N, bool Prefetch = false>
 inline void tile(const word* a, long stride, const word* panel, long words, bool begin, void* out, long width,
                  Ahead ahead = {}) {
     typename Kind::sum s[M][N];
@@ -143,7 +151,7 @@ inline void tile(const word* a, long stride, const word* panel, long words, bool
     for (long k = 0; k < words; k++) {
         __m512i b[N];
         for (int j = 0; j < N; j++) b[j] = _mm512_load_si512(panel + (k * N + j) * LANES);
-        if (Asks) ahead.ask(k);
+        if (Prefetch) ahead.prefetch(k);
         for (int i = 0; i < M; i++)
             for (int j = 0; j < N; j++) s[i][j] = Kind::add(s[i][j], a[i * stride + k], b[j]);
     }
@@ -151,22 +159,22 @@ inline void tile(const word* a, long stride, const word* panel, long words, bool
         for (int j = 0; j < N; j++) Kind::store(at + i * width + j * LANES, s[i][j]);
 }
 
-template <class Kind, int N, bool Asks = false>
-void some(const word* a, long stride, long rows, const word* panel, long words, bool begin, void* out, long width,
-          Ahead ahead = {}) {
+template <class Kind, int N, bool Prefetch = false>
+void tile_of_rows(const word* a, long stride, long rows, const word* panel, long words, bool begin, void* out,
+                  long width, Ahead ahead = {}) {
     switch (rows) {
-        case 8: return tile<Kind, 8, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
-        case 7: return tile<Kind, 7, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
-        case 6: return tile<Kind, 6, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
-        case 5: return tile<Kind, 5, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
-        case 4: return tile<Kind, 4, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
-        case 3: return tile<Kind, 3, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
-        case 2: return tile<Kind, 2, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
-        case 1: return tile<Kind, 1, N, Asks>(a, stride, panel, words, begin, out, width, ahead);
+        case 8: return tile<Kind, 8, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        case 7: return tile<Kind, 7, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        case 6: return tile<Kind, 6, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        case 5: return tile<Kind, 5, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        case 4: return tile<Kind, 4, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        case 3: return tile<Kind, 3, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        case 2: return tile<Kind, 2, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        case 1: return tile<Kind, 1, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
     }
 }
 
-// As many tiles as there are rows; the first one asks for what comes next.
+// Tiles for any number of rows; the first one prefetches what comes next.
 template <class Kind, int N>
 void tiles(const word* a, long stride, long rows, const word* panel, long words, bool begin, void* out, long width,
            Ahead ahead = {}) {
@@ -174,9 +182,9 @@ void tiles(const word* a, long stride, long rows, const word* panel, long words,
     for (long i = 0; i < rows; i += ROWS) {
         const long count = std::min<long>(ROWS, rows - i);
         if (i == 0 && ahead.rows)
-            some<Kind, N, true>(a, stride, count, panel, words, begin, at, width, ahead);
+            tile_of_rows<Kind, N, true>(a, stride, count, panel, words, begin, at, width, ahead);
         else
-            some<Kind, N>(a + i * stride, stride, count, panel, words, begin, at + i * width, width);
+            tile_of_rows<Kind, N>(a + i * stride, stride, count, panel, words, begin, at + i * width, width);
     }
 }
 
@@ -188,37 +196,37 @@ void product(const word* a, long stride, long rows, const word* panel, int regis
     return tiles<Kind, 1>(a, stride, rows, panel, words, begin, out, width);
 }
 
-// What a thread of `multiply` works in.
-struct Tile {
+// The working memory of a thread in `multiply`: a panel of weights and sums, in words.
+struct ThreadWork {
     size_t panel, sums;
-    Tile(long rows, long words)
+    ThreadWork(long rows, long words)
         : panel(std::min(words, DEPTH) * WIDE * LANES),
-          sums((words > DEPTH ? rows + ROWS : std::min(rows, NEAR)) * WIDE * LANES) {}
+          sums((words > DEPTH ? rows + ROWS : std::min(rows, CACHED_ROWS)) * WIDE * LANES) {}
     size_t bytes() const { return Work::bytes<word>(panel) + Work::bytes<word>(sums); }
-    long all() const { return static_cast<long>(bytes() * omp_get_max_threads()); }
+    long all_threads() const { return static_cast<long>(bytes() * omp_get_max_threads()); }
 };
 
-// A linear layer: weights [columns][inner], in bytes if it has scales, and where its output begins, in columns.
+// A linear layer: weights [columns][inner], int8 if it has scales; `offset` is where its output begins, in columns.
 struct Layer {
     const void* weight;
-    const float* scales;   // [columns], of weights in bytes
-    const int32_t* sums;   // [columns], of weights in bytes
-    const bf16* bias;      // [columns] or null
+    const float* scales;  // [columns], of int8 weights
+    const int32_t* sums;  // [columns], of int8 weights
+    const bf16* bias;     // [columns] or null
     long columns, offset;
 };
 
 // x[rows][words] times the weights of some layers; each row of a block of columns is handed to `finish(layer, row,
-// column, registers, sums)`. Threads divide rows if there are many, else columns. Of paired layers each block of the
-// first is followed by the same of the second, by the same thread.
+// column, registers, sums)`. Threads divide the rows if there are many, else the columns. Of paired layers, each block
+// of the first is followed by the same block of the second, in the same thread.
 template <class Kind, class Finish>
 void multiply(const void* left, const Layer* layers, int count, bool paired, long rows, long words, Work work,
               const Finish& finish) {
     const word* x = static_cast<const word*>(left);
-    const Tile size(rows, words);
+    const ThreadWork size(rows, words);
     constexpr long SIDE = WIDE * LANES;
     long blocks = 0;
     for (int i = 0; i < count; i++) blocks += (layers[i].columns + SIDE - 1) / SIDE;
-    const auto locate = [=](long block, int& which, long& column) {
+    const auto find_block = [=](long block, int& which, long& column) {
         if (paired) {
             which = static_cast<int>(block % 2), column = block / 2 * SIDE;
             return;
@@ -235,16 +243,16 @@ void multiply(const void* left, const Layer* layers, int count, bool paired, lon
         word* sums = own.take<word>(size.sums);
         int down = 1;
         for (int d = 1; d <= threads; d++)
-            if (threads % d == 0 && rows >= d * SHARE) down = d;
+            if (threads % d == 0 && rows >= d * MANY_ROWS) down = d;
         const int across = threads / down, mine = me % across;
         const long tall = (rows + ROWS * down - 1) / (ROWS * down) * ROWS;
         const long top = std::min(rows, (me / across) * tall), bottom = std::min(rows, top + tall);
         const long step = paired ? 2 : 1, stop = blocks / step * (mine + 1) / across * step;
         for (long block = blocks / step * mine / across * step; block < stop && bottom > top; block++) {
-            int which, following;
-            long column, there;
-            locate(block, which, column);
-            locate(block + 1 < stop ? block + 1 : block, following, there);
+            int which, next_which;
+            long column, next_column;
+            find_block(block, which, column);
+            find_block(block + 1 < stop ? block + 1 : block, next_which, next_column);
             const word* w = static_cast<const word*>(layers[which].weight);
             const int registers = static_cast<int>(std::min<long>(WIDE, (layers[which].columns - column) / LANES));
             const int width = registers * LANES;
@@ -254,14 +262,14 @@ void multiply(const void* left, const Layer* layers, int count, bool paired, lon
                 const word* lines[SIDE];
                 for (int i = 0; i < width; i++) lines[i] = w + (column + i) * words + k;
                 pack(lines, depth, panel, width);
-                const word* then = static_cast<const word*>(layers[following].weight) + there * words;
-                const Ahead next{last ? then : w + column * words + k + depth, words};
-                for (long row = top; row < bottom; row += NEAR) {
-                    const long some = std::min(NEAR, bottom - row);
+                const word* next_weight = static_cast<const word*>(layers[next_which].weight) + next_column * words;
+                const Ahead next{last ? next_weight : w + column * words + k + depth, words};
+                for (long row = top; row < bottom; row += CACHED_ROWS) {
+                    const long count_of_rows = std::min(CACHED_ROWS, bottom - row);
                     word* to = words > DEPTH ? sums + (row - top) * width : sums;
-                    product<Kind>(x + row * words + k, words, some, panel, registers, depth, k == 0, to, width,
+                    product<Kind>(x + row * words + k, words, count_of_rows, panel, registers, depth, k == 0, to, width,
                                   row == top ? next : Ahead{});
-                    for (long i = 0; last && i < some; i++)
+                    for (long i = 0; last && i < count_of_rows; i++)
                         finish(layers[which], which, row + i, column, registers, to + i * width);
                 }
             }
