@@ -20,7 +20,7 @@ from contextlib import closing
 from pathlib import Path
 
 from bmx.job.input_rows import Reader
-from bmx.job.journal import Found, Journal, Ledger
+from bmx.job.journal import ExistingRecords, Journal, Ledger
 from bmx.job.result_writer import ResultWriter
 from bmx.request import KVUsage, Result, Usage
 from bmx.stats import Stats
@@ -64,11 +64,11 @@ def layer(rows: int) -> float:
             ledger.read(reader)
             todo = ledger.todo()
         stats = Stats()
-        with closing(Journal(output, Path(folder, "errors.jsonl"), Found())) as journal:
-            outbox = ResultWriter(add=journal.add, stats=stats)
+        with closing(Journal(output, Path(folder, "errors.jsonl"), ExistingRecords())) as journal:
+            writer = ResultWriter(add_record=journal.add, stats=stats)
             for row in reader.rows(todo.skip):
-                outbox.expect(row)
-                outbox.put(Result(id=row.id, text="w1", finish_reason="length", usage=USAGE, kv=KV))
+                writer.expect(row)
+                writer.put(Result(id=row.id, text="w1", finish_reason="length", usage=USAGE, kv=KV))
         seconds = time.monotonic() - before
         if stats.rows_done != rows or stats.rows_failed:
             sys.exit(f"{stats.rows_done} of {rows} rows were written")

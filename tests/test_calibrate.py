@@ -282,6 +282,17 @@ def test_what_cannot_be_measured_is_refused_at_once(given, flags, says):
     assert not Path(FILE).exists()
 
 
+@pytest.mark.parametrize("output", ["in.jsonl", "./in.jsonl", "link.jsonl"])
+def test_an_input_is_never_the_output_even_when_it_may_be_replaced(given, output):
+    before = Path("in.jsonl").read_bytes()
+    Path("link.jsonl").symlink_to("in.jsonl")
+    for flags in (("-o", output), ("-o", output, "--overwrite")):
+        ended = given(*flags)
+        assert ended.code == 2
+        assert "is also an input" in ended.complaint[0]
+        assert Path("in.jsonl").read_bytes() == before
+
+
 def test_rows_that_cannot_be_answered_are_left_out_and_named(given):
     with Path("in.jsonl").open("a") as rows:
         rows.write('{"id": "bad", "messages": []}\n{"id": "long", "prompt": "' + "w5 " * 300 + '"}\n')

@@ -924,14 +924,14 @@ def test_answers_and_errors_come_in_the_order_of_the_input_if_asked_for(run, mon
 def test_in_order_no_more_rows_are_read_than_the_window_holds_until_the_first_is_written(monkeypatch):
     monkeypatch.setattr("bmx.job.result_writer.WINDOW", 2)
     written: list[Any] = []
-    outbox = ResultWriter(add=lambda record, failed: written.append(record["id"]), stats=Stats(), in_order=True)
-    outbox.expect(InputRow(1, "a", "00"))
-    assert not outbox.full
-    outbox.expect(InputRow(2, "b", "00"))
-    outbox.put(Result(id="b"))
-    assert (outbox.full, written) == (True, [])
-    outbox.put(Result(id="a"))
-    assert (outbox.full, written) == (False, ["a", "b"])
+    writer = ResultWriter(add_record=lambda record, failed: written.append(record["id"]), stats=Stats(), in_order=True)
+    writer.expect(InputRow(1, "a", "00"))
+    assert not writer.full
+    writer.expect(InputRow(2, "b", "00"))
+    writer.put(Result(id="b"))
+    assert (writer.full, written) == (True, [])
+    writer.put(Result(id="a"))
+    assert (writer.full, written) == (False, ["a", "b"])
 
 
 def test_in_order_and_with_one_output_for_all_errors_stand_in_their_places(run):

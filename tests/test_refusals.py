@@ -444,4 +444,4 @@ def test_a_gpu_where_there_is_none(folder, monkeypatch):
 
 def test_a_model_of_broken_numbers_is_refused_for_what_it_is(folder):
     rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(math.nan))
-    assert_not_opened(folder, "number", "LlamaForCausalLM")
+    assert_not_opened(folder, "NaN", "LlamaForCausalLM")

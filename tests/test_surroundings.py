@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 
-from bmx.job import manifest as manifest_module
 from bmx.stats import Stats
-from bmx.terminal import display as display_module
 from bmx.terminal.display import Display, status_line
 
 SECRET = "hf_" + "s3cr3t" * 6
@@ -118,7 +116,7 @@ def test_o19_a_run_in_which_no_row_finishes_says_for_how_long(monkeypatch):
 
 def test_o19_the_heartbeat_comes_by_itself(run, monkeypatch):
     """Every line of it has the counters; here it beats as fast as it can, during a row that takes until its timeout."""
-    monkeypatch.setattr(display_module, "PLAIN_SECONDS", 0.01)
+    monkeypatch.setattr("bmx.terminal.display.EARLY_SECONDS", 0.01)
     endless = {"id": "endless", "prompt": "x", "ignore_eos": True, "max_tokens": 10**6}
     ended = run("--row-timeout", "0.5", "--log-format", "json", rows=[endless, {"id": "b", "prompt": "y"}])
     assert ended.code == 3
@@ -160,7 +158,7 @@ def test_a_json_log_is_an_object_per_line_errors_too(run):
 
 
 def test_the_stats_file_follows_the_run_and_says_how_it_ended(run, monkeypatch):
-    monkeypatch.setattr(manifest_module, "STATS_SECONDS", 0.001)
+    monkeypatch.setattr("bmx.job.stats_file.STATS_SECONDS", 0.001)
     seen: set[str] = set()
     replace = os.replace
 
@@ -177,7 +175,7 @@ def test_the_stats_file_follows_the_run_and_says_how_it_ended(run, monkeypatch):
 
 
 def test_a_stats_file_that_cannot_be_written_is_said_once_and_does_not_stop_the_run(run, monkeypatch):
-    monkeypatch.setattr(manifest_module, "STATS_SECONDS", 0.001)
+    monkeypatch.setattr("bmx.job.stats_file.STATS_SECONDS", 0.001)
     Path("stats").mkdir()
     replace = os.replace
 

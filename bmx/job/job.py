@@ -1,7 +1,7 @@
-"""The job: files in, files out. Checks what can be checked before anything is loaded, then pipes rows through.
+"""The job: files in, files out. Everything that can be checked is checked before a model is loaded.
 
-Knows the order of things; how a row is answered is the engine's business, how it is shown the display's, what is
-done already the journal's.
+Knows the order of the steps. How a row is answered is the engine's business, what is shown the terminal's, and which
+rows have a record already the journal's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bmx.errors import BmxError, InputFileError, UsageError
 from bmx.job.durable_files import locked
 from bmx.job.fingerprint import differences, fingerprint, row_hash_key
 from bmx.job.input_rows import Reader, input_reader, model_names
-from bmx.job.journal import REMEDY, Found, Journal, Ledger, Todo, is_error_file
+from bmx.job.journal import REMEDY, ExistingRecords, Journal, Ledger, Todo, is_error_file
 from bmx.job.manifest import State, read_manifest, run_finished, run_started, write_json
 from bmx.job.paths import JobPaths, file_stamps, find_paths, input_paths
 from bmx.job.result_writer import TOO_LONG, ResultWriter
@@ -30,25 +30,32 @@ from bmx.run_config import RunConfig
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
+from bmx.terminal.reports import nothing_left_lines, plan_lines, row_line, summary_lines
+
+SAVED = "finished answers are saved"
+FIND_OUT = "run the same command again to find out what has changed, and to resume"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a job has to do.
+class JobState:
+    """A job, and how far earlier runs of it have come.
 
     Attributes:
-        places: where it writes.
-        mark: what decides its answers, beside its rows.
+        config: its settings.
+        paths: where it writes.
+        fingerprint: what decides its answers, beside its rows.
         reader: reads its rows.
-        before: the manifest of an earlier run that this one goes on with.
-        found: what earlier runs have left there; ``todo`` what they have left to do.
+        manifest: the manifest of the earlier run that this one resumes, or None.
+        existing: the records of earlier runs.
+        todo: the rows without a record.
     """
 
-    places: JobPaths
-    mark: dict[str, Any]
+    config: RunConfig
+    paths: JobPaths
+    fingerprint: dict[str, Any]
     reader: Reader
-    before: dict[str, Any] | None
-    found: Found
+    manifest: dict[str, Any] | None
+    existing: ExistingRecords
     todo: Todo
 
 
@@ -56,225 +63,258 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
     """Answer every row of the inputs that has no record yet.
 
     Args:
-        stop: tells when to end early.
+        config: all settings.
+        display: shows the plan, the progress and the summary.
+        stop: says when to end early.
 
     Returns:
         The counters: ``rows_failed`` says whether all went well.
 
     Raises:
-        BmxError: the job cannot start or go on.
-        Interrupted: it was told to stop; what is finished is kept.
+        BmxError: the job cannot start or continue.
+        Interrupted: a signal ended it; finished answers are saved.
     """
     check_cache(config.engine, config.prompt)
-    places = find_paths(config)
+    paths = find_paths(config)
     with ExitStack() as stack:
-        for lock in () if config.job.dry_run else places.locks:
+        for lock in () if config.job.dry_run else paths.locks:
             stack.enter_context(locked(lock, config.job.lock_wait))
         stats = Stats()
-        stack.enter_context(updated_stats_file(None if config.job.dry_run else places.stats, stats, display.warn))
-        paths = stack.enter_context(input_paths(config.inputs))
-        before = file_stamps(paths)
-        work = find_work(config, places, paths)
-        _count_before(stats, config, work)
-        if work.todo.left:
-            _answer(config, display, stop or Stop(), work, stats)
+        stack.enter_context(updated_stats_file(None if config.job.dry_run else paths.stats, stats, display.warn))
+        inputs = stack.enter_context(input_paths(config.inputs))
+        stamps = file_stamps(inputs)
+        state = find_state(config, paths, inputs)
+        _count_earlier_runs(stats, state)
+        if state.todo.left:
+            _answer(state, display, stop or Stop(), stats)
         else:
-            _nothing_left(config, display, work, stats)
-        if file_stamps(paths) != before:
-            hint = "answers are kept; the same command finds out what has changed, and goes on"
-            raise InputFileError("the input has changed while it was read", hint=hint)
+            _nothing_left(state, display, stats)
+        if file_stamps(inputs) != stamps:
+            raise InputFileError("the input has changed while it was read", hint=f"{SAVED}; {FIND_OUT}")
         return stats
 
 
-def find_work(config: RunConfig, places: JobPaths, paths: tuple[Path, ...]) -> Work:
+def find_state(config: RunConfig, paths: JobPaths, inputs: tuple[Path, ...]) -> JobState:
     """What earlier runs have left to do.
+
+    Args:
+        config: all settings.
+        paths: where the job writes.
+        inputs: the files that hold the rows.
 
     Raises:
         InputFileError: the input cannot be read, or two rows have the same id.
         UsageError: the output is that of another job.
     """
     job, mark = config.job, fingerprint(config)
-    reader = input_reader(config, paths, row_hash_key(mark))
-    if job.overwrite and places.errors and places.errors.is_file() and not is_error_file(places.errors):
-        raise UsageError(f"the error file {places.errors} holds something else", hint="choose another")
-    before = read_manifest(places.manifest) if places.manifest and not job.overwrite else None
+    reader = input_reader(config, inputs, row_hash_key(mark))
+    if job.overwrite and paths.errors and paths.errors.is_file() and not is_error_file(paths.errors):
+        raise UsageError(f"the error file {paths.errors} holds something else", hint="choose another")
+    manifest = read_manifest(paths.manifest) if paths.manifest and not job.overwrite else None
     with closing(Ledger()) as ledger:
         ledger.read(reader, job.limit)
-        found = Found()
-        if places.used and not job.overwrite:
-            _check_same_job(config, places, mark, before)
-            found = ledger.find(places.output, places.errors, retry_failed=job.retry_failed)
+        existing = ExistingRecords()
+        if paths.used and not job.overwrite:
+            _check_same_job(config, paths, mark, manifest)
+            existing = ledger.find(paths.output, paths.errors, retry_failed=job.retry_failed)
         todo = ledger.todo(job.share)
-    return Work(places=places, mark=mark, reader=reader, before=before, found=found, todo=todo)
+    return JobState(
+        config=config, paths=paths, fingerprint=mark, reader=reader, manifest=manifest, existing=existing, todo=todo
+    )
 
 
-def _nothing_left(config: RunConfig, display: Display, work: Work, stats: Stats) -> None:
-    """All rows have their records, or there are none: no model is needed to say so."""
-    places, before = work.places, work.before
-    if config.job.dry_run:
-        pass
-    elif before and before["state"] == "finished":
-        Journal(places.output, places.errors, work.found).close()  # a torn tail goes even so
-    else:
-        with recording(work, (before or {}) | run_started(config, work.mark), stats):
-            pass
-    display.nothing_left(stats, places.errors)
-
-
-def _check_same_job(config: RunConfig, places: JobPaths, mark: dict[str, Any], before: dict[str, Any] | None) -> None:
+def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], manifest: dict[str, Any] | None) -> None:
     """Refuse an output that another job, or another program, has written.
 
     Args:
-        before: its manifest.
+        config: all settings.
+        paths: where this job writes.
+        mark: the fingerprint of this job.
+        manifest: the manifest beside the output.
 
     Raises:
         UsageError: says what differs.
     """
     if not config.job.resume:
-        raise UsageError(f"the output {places.output} exists", hint=REMEDY)
-    if before is None:
-        exists = next(path for path in (places.output, places.errors) if path and path.exists() and path.stat().st_size)
-        raise UsageError(f"{exists} exists, and no {places.manifest} says how it was made", hint=REMEDY)
-    now, then = config.flat(), before["settings"]
-    kept = ("error_file", "order") if config.job.order == "input" else ("error_file",)  # where its records lie, and how
+        raise UsageError(f"the output {paths.output} exists", hint=REMEDY)
+    if manifest is None:
+        exists = next(path for path in (paths.output, paths.errors) if path and path.exists() and path.stat().st_size)
+        raise UsageError(f"{exists} exists, and no {paths.manifest} says how it was made", hint=REMEDY)
+    now, then = config.flat(), manifest["settings"]
+    about_records = ("error_file", "order") if config.job.order == "input" else ("error_file",)  # their place and order
     changed = differences(
-        before["fingerprint"] | {name: then.get(name) for name in kept},
-        mark | {name: now[name] for name in kept},
+        manifest["fingerprint"] | {name: then.get(name) for name in about_records},
+        mark | {name: now[name] for name in about_records},
     )
     if changed:
-        raise UsageError(f"the output {places.output} was made with other settings: {changed}", hint=REMEDY)
+        raise UsageError(f"the output {paths.output} was made with other settings: {changed}", hint=REMEDY)
 
 
-def _check_same_model(work: Work, model: dict[str, Any]) -> None:
-    """Refuse to go on with a model that has changed at its source.
-
-    Raises:
-        UsageError: names both.
-    """
-    before = (work.before or {}).get("model", model)
-    for name in ("commit", "dtype"):
-        if before.get(name) != model[name]:
-            raise UsageError(
-                f"the output {work.places.output} was made with {name} {before.get(name)} of the model, "
-                f"now {model[name]}",
-                hint=f"--{'revision' if name == 'commit' else name} {before.get(name)} goes on with it; {REMEDY}",
-            )
-
-
-def _count_before(stats: Stats, config: RunConfig, work: Work) -> None:
-    """Go on counting where earlier runs run_finished."""
-    todo = work.todo
+def _count_earlier_runs(stats: Stats, state: JobState) -> None:
+    """Start the counters where earlier runs ended."""
+    todo = state.todo
     stats.rows_total, stats.rows_before = todo.rows, todo.rows - todo.left
     stats.errors.update(todo.failed)
-    if config.prompt.on_too_long == "skip":
+    if state.config.prompt.on_too_long == "skip":
         stats.rows_skipped = stats.errors.pop(TOO_LONG, 0)
 
 
-def _answer(config: RunConfig, display: Display, stop: Stop, work: Work, stats: Stats) -> None:
-    places, todo = work.places, work.todo
-    engine = _loaded(config, display)
+def _nothing_left(state: JobState, display: Display, stats: Stats) -> None:
+    """Finish a job whose rows all have their records, or that has no rows: this needs no model."""
+    manifest = state.manifest
+    if state.config.job.dry_run:
+        pass
+    elif manifest and manifest["state"] == "finished":
+        Journal(state.paths.output, state.paths.errors, state.existing).close()  # cuts off a torn tail
+    else:
+        with recording(state, (manifest or {}) | run_started(state.config, state.fingerprint), stats):
+            pass
+    display.report(nothing_left_lines(stats, state.paths.errors))
+
+
+def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None:
+    """Load the model, make a plan, and answer the rows that have no record."""
+    engine, plan = _prepare(state, display, stats)
+    if state.config.job.dry_run:
+        return
+    record = run_started(state.config, state.fingerprint) | {"model": engine.describe(), "plan": plan_record(plan)}
+    with recording(state, record, stats, plan) as journal, display.live(stats):
+        writer = ResultWriter(
+            add_record=journal.add,
+            stats=stats,
+            model=model_names(state.config)[0],
+            in_order=state.config.job.order == "input",
+            skip_too_long=state.config.prompt.on_too_long == "skip",
+            max_errors=state.config.job.max_errors,
+            on_result=(lambda result: display.note(row_line(result))) if state.config.job.verbose else None,
+        )
+        _pipe(state, engine, plan, writer, stop)
+        if stop.requested and stats.rows_done < state.todo.left:
+            held = f", {writer.held:,} finished ones waited for their turn" if writer.held else ""
+            done = stats.rows_before + stats.rows_done
+            display.note(f"{done:,} of {stats.rows_total:,} rows have their records{held}")
+        _check_complete(stats, state.todo, stop)
+    display.report(summary_lines(stats, plan, state.paths.output, state.paths.errors))
+
+
+def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, Plan]:
+    """The loaded model, and the plan for the rows that are left; it is shown.
+
+    Raises:
+        UsageError: the records that exist are those of another version of the model.
+    """
+    engine = _loaded(state.config, display)
     model = engine.describe()
-    if work.found.output_bytes or work.found.error_bytes:
-        _check_same_model(work, model)
-    every = sampling_step(todo.left)
+    if state.existing.output_bytes or state.existing.error_bytes:
+        _check_same_model(state, model)
+    every = sampling_step(state.todo.left)
     with display.waiting("measuring the prompts, making the plan"):
-        lengths = engine.measure(todo.sample(work.reader, every))
+        lengths = engine.measure(state.todo.sample(state.reader, every))
         plan = engine.plan(lengths)
     stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
-    display.plan(model, plan, lengths, todo.left, every)
-    if config.job.dry_run:
-        return
-    record = run_started(config, work.mark) | {"model": model, "plan": plan_record(plan)}
-    with recording(work, record, stats, plan) as journal, display.live(stats):
-        outbox = ResultWriter(
-            add=journal.add,
-            stats=stats,
-            model=model_names(config)[0],
-            in_order=config.job.order == "input",
-            skips=config.prompt.on_too_long == "skip",
-            max_errors=config.job.max_errors,
-            tell=display.row if config.job.verbose else None,
-        )
-        results = engine.run(
-            _requests(work, outbox, stop),
-            plan,
-            stats=stats,
-            stop=stop,
-            row_timeout=config.job.row_timeout,
-            paused=lambda: outbox.full,
-        )
-        with closing(results), stop.graceful():
-            for result in results:
-                outbox.put(result)
-        if stop.requested and stats.rows_done < todo.left:
-            waiting = f", {outbox.held:,} finished ones waited for their turn" if outbox.held else ""
-            done = stats.rows_before + stats.rows_done
-            display.note(f"{done:,} of {stats.rows_total:,} rows have their records{waiting}")
-        _check_complete(stats, todo, stop)
-    display.summary(stats, plan, places.output, places.errors)
+    display.report(plan_lines(model, plan, lengths, state.todo.left, every))
+    return engine, plan
 
 
 def _loaded(config: RunConfig, display: Display) -> Engine:
     engine = config.engine
     if engine.trust_remote_code and not engine.revision and not Path(engine.model).exists():
-        display.warn(f"code that comes with {engine.model} runs here in whatever version it is: pin it with --revision")
+        display.warn(f"code that comes with {engine.model} runs here, whatever its newest version is: pin --revision")
     unpacked = engine.model == "demo" or engine.model.lower().endswith(".gguf")
     once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
     with display.waiting(f"loading model {engine.model}{once}"):
         return Engine.open(config.engine, config.prompt)
 
 
-def _requests(work: Work, outbox: ResultWriter, stop: Stop) -> Iterator[Request | Result]:
-    """The rows as the engine wants them: requests, and results of the rows that cannot be answered."""
-    for row in work.reader.rows(work.todo.skip):
+def _check_same_model(state: JobState, model: dict[str, Any]) -> None:
+    """Refuse to resume with a model that has changed at its source.
+
+    Raises:
+        UsageError: names both.
+    """
+    earlier = (state.manifest or {}).get("model", model)
+    for name in ("commit", "dtype"):
+        if earlier.get(name) != model[name]:
+            flag = f"--{'revision' if name == 'commit' else name} {earlier.get(name)}"
+            raise UsageError(
+                f"the output {state.paths.output} was made with {name} {earlier.get(name)} of the model, "
+                f"now {model[name]}",
+                hint=f"{flag} resumes with the earlier one; {REMEDY}",
+            )
+
+
+def _pipe(state: JobState, engine: Engine, plan: Plan, writer: ResultWriter, stop: Stop) -> None:
+    """Read rows, answer them and write the results, until no row is left or the run is to stop."""
+    results = engine.run(
+        _requests(state, writer, stop),
+        plan,
+        stats=writer.stats,
+        stop=stop,
+        row_timeout=state.config.job.row_timeout,
+        paused=lambda: writer.full,
+    )
+    with closing(results), stop.graceful():
+        for result in results:
+            writer.put(result)
+
+
+def _requests(state: JobState, writer: ResultWriter, stop: Stop) -> Iterator[Request | Result]:
+    """The rows without a record, as requests; a row that cannot be answered is its own result."""
+    for row in state.reader.rows(state.todo.skip):
         if stop.requested:
             return
-        outbox.expect(row)
+        writer.expect(row)
         yield row.request or Result(id=row.id, error=row.error)
 
 
 def _check_complete(stats: Stats, todo: Todo, stop: Stop) -> None:
-    """See that every row has its record.
+    """Check that every row has its record.
 
     Raises:
-        Interrupted: a signal has run_finished the run before.
-        BmxError: rows are missing all the same.
+        Interrupted: a signal ended the run early.
+        BmxError: rows are missing although no signal came.
     """
     if stats.rows_done == todo.left:
         return
     if stop.signal is not None:
         raise Interrupted(stop.signal)
-    what = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed meanwhile?"
-    raise BmxError(what, hint="the same command finds out, and goes on")
+    message = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed in between?"
+    raise BmxError(message, hint=FIND_OUT)
 
 
 @contextmanager
-def recording(work: Work, record: dict[str, Any], stats: Stats, plan: Plan | None = None) -> Iterator[Journal]:
-    """The journal, open while the body runs, and the manifest that says what becomes of the run.
+def recording(state: JobState, record: dict[str, Any], stats: Stats, plan: Plan | None = None) -> Iterator[Journal]:
+    """The journal, open while the body runs, and the manifest, which says how the run ended.
+
+    Args:
+        state: the job.
+        record: the manifest at the beginning of the run.
+        stats: the counters, for the manifest at the end.
+        plan: the plan, for its predicted memory; None for a run without a model.
 
     Raises:
-        OutputError: the disk is full, or fails. The manifest says "finished" only when all is on the disk.
+        OutputError: the disk is full, or fails. The manifest says "finished" only when everything is on the disk.
     """
 
-    def write(more: dict[str, Any]) -> None:
-        if work.places.manifest:
-            write_json(work.places.manifest, record | more)
+    def write_manifest(more: dict[str, Any]) -> None:
+        if state.paths.manifest:
+            write_json(state.paths.manifest, record | more)
 
-    journal = Journal(work.places.output, work.places.errors, work.found)
-    state: State = "failed"
+    journal = Journal(state.paths.output, state.paths.errors, state.existing)
+    ended: State = "failed"
     try:
-        write({})
+        write_manifest({})
         yield journal
         journal.close()
-        state = "finished"
+        ended = "finished"
     except KeyboardInterrupt:
-        state = "interrupted"
+        ended = "interrupted"
         raise
     finally:
-        if state == "finished":
-            write(run_finished(state, plan, stats))
-        else:  # what went wrong is told already
+        if ended == "finished":
+            write_manifest(run_finished(ended, plan, stats))
+        else:  # the error that ended the run is on its way: another one must not hide it
             with suppress(BmxError):
                 journal.close()
             with suppress(BmxError):
-                write(run_finished(state, plan, stats))
+                write_manifest(run_finished(ended, plan, stats))

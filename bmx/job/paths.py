@@ -1,4 +1,4 @@
-"""Where a job reads and writes: paths from settings, refused before any work where they would destroy something.
+"""Where a job reads and writes. Paths that would destroy another file are refused before any work.
 
 Knows paths; reads no row.
 """
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -28,11 +28,11 @@ class JobPaths:
     """All the files that a job writes.
 
     Attributes:
-        output: None is standard output.
-        errors: None for the same place as the answers.
-        manifest: beside an output that is a file; a stream or a device has none.
-        locks: beside the output, and beside an error file of another name.
-        stats: None for nowhere.
+        output: where answers go; None is standard output.
+        errors: where failed rows go; None is the same place as the answers.
+        manifest: beside an output that is a file; None for a stream or a device.
+        locks: beside the output, and beside an error file that was named.
+        stats: where the counters go; None is nowhere.
     """
 
     output: Path | None
@@ -43,7 +43,7 @@ class JobPaths:
 
     @property
     def used(self) -> bool:
-        """Whether there are records of an earlier run, or what may be some."""
+        """Whether the files hold something: records of an earlier run, or something else."""
         files = [path for path in (self.output, self.errors) if path and path.is_file()]
         return self.manifest is not None and any(path.stat().st_size for path in files)
 
@@ -52,7 +52,7 @@ def find_paths(config: RunConfig) -> JobPaths:
     """Where everything goes.
 
     Raises:
-        UsageError: the input has no name to derive one from; a file would be destroyed that is another's.
+        UsageError: the input has no name to derive the output's from, or a file of somebody else would be destroyed.
         InputFileError: an input is a folder.
         OutputError: a folder is missing or cannot be written to.
     """
@@ -60,14 +60,32 @@ def find_paths(config: RunConfig) -> JobPaths:
         if name != STDIO and (not name or name.endswith("/") or Path(name).name in ("", "..")):
             raise InputFileError(f"{name or 'an empty name'} is a folder, not a file of prompts")
     try:
-        found = _places(config)
-        _check_all(found, config)
+        paths = _named_paths(config)
+        _check_all(paths, config)
     except (OSError, RuntimeError, ValueError) as error:  # names that no file can have, links in a circle
         raise UsageError(f"these files cannot be used: {error}") from None
-    return found
+    return paths
 
 
-def _places(config: RunConfig) -> JobPaths:
+def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Path, Path]:
+    """The one file that a measuring command writes, and its lock; refused like the paths of a job.
+
+    Args:
+        config: all settings; ``output_file`` names the file.
+        command: the command's name, for messages.
+        default: the file's name where the settings name none.
+
+    Raises:
+        UsageError: it is not a file, or a file of somebody else would be destroyed.
+        OutputError: a folder is missing or cannot be written to.
+    """
+    paths = find_paths(replace(config, job=replace(config.job, output_file=config.job.output_file or default)))
+    if paths.output is None or not paths.manifest:
+        raise UsageError(f"{command} keeps what it measures in a file", hint=f"-o {default}")
+    return paths.output, paths.locks[0]
+
+
+def _named_paths(config: RunConfig) -> JobPaths:
     job, output = config.job, _output(config)
     errors, stats = (Path(name) if name else None for name in (job.error_file, job.stats_file))
     if output is None or _is_pipe(output):
@@ -105,18 +123,20 @@ def _output(config: RunConfig) -> Path | None:
     return first.with_name(f"{stem.removesuffix('.jsonl')}{share}.out.jsonl")
 
 
-def _check_all(found: JobPaths, config: RunConfig) -> None:
+def _check_all(paths: JobPaths, config: RunConfig) -> None:
     taken = [("an input", Path(name)) for name in config.inputs if name != STDIO]
-    named = {"output": found.output, "error file": found.errors, "stats file": found.stats}
-    locks = dict(zip(("lock", "lock of the error file"), found.locks, strict=False))
-    for name, path in {**named, "manifest": found.manifest, **locks}.items():
+    named = {"output": paths.output, "error file": paths.errors, "stats file": paths.stats}
+    locks = dict(zip(("lock", "lock of the error file"), paths.locks, strict=False))
+    for name, path in {**named, "manifest": paths.manifest, **locks}.items():
         if path:
             _check(name, path, taken)
             taken.append((f"the {name}", path))
-    stats, errors = found.stats, found.errors
+    stats, errors = paths.stats, paths.errors
     if stats and not is_stats_file(stats):
-        raise UsageError(f"the stats file {stats} exists and is none", hint="choose another: it would be replaced")
-    if errors and not found.manifest and not config.job.overwrite and errors.is_file() and errors.stat().st_size:
+        raise UsageError(
+            f"the stats file {stats} exists and is not one of bmx", hint="choose another: it would be replaced"
+        )
+    if errors and not paths.manifest and not config.job.overwrite and errors.is_file() and errors.stat().st_size:
         raise UsageError(f"the error file {errors} exists", hint="choose another, or replace it with --overwrite")
 
 
@@ -135,25 +155,25 @@ def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
 
 
 def _writable(path: Path, parent: Path) -> bool:
-    """Whether a file can be written or made. Another run may make it, or take it away, at any moment."""
+    """Whether a file can be written or created. Another run may create or remove it at any moment."""
     if not os.path.lexists(path):
         return os.access(parent, os.W_OK)
     return os.access(path, os.W_OK) or not os.path.lexists(path)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(path: Path, other: Path) -> bool:
     try:
-        return one.samefile(other)
+        return path.samefile(other)
     except (FileNotFoundError, NotADirectoryError):
-        return one.resolve() == other.resolve()
+        return path.resolve() == other.resolve()
 
 
 @contextmanager
 def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
-    """The input files; standard input is copied to a temporary file first, since inputs are read more than once.
+    """The input files. Standard input is copied to a temporary file first, since inputs are read more than once.
 
     Raises:
-        InputFileError: one is missing or cannot be read.
+        InputFileError: a file is missing or cannot be read.
     """
     if names.count(STDIO) > 1:
         raise UsageError("standard input can be read only once")
@@ -171,13 +191,13 @@ def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
 
 
 def file_stamps(paths: tuple[Path, ...]) -> list[tuple[int, ...]]:
-    """What changes when a file is replaced, or written to."""
-    found = (path.stat() for path in paths if path.exists())
-    return [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) for state in found]
+    """Device, inode, size and time of each file: they change when it is replaced or written to."""
+    stamps = (path.stat() for path in paths if path.exists())
+    return [(stamp.st_dev, stamp.st_ino, stamp.st_size, stamp.st_mtime_ns) for stamp in stamps]
 
 
 def _is_pipe(path: Path) -> bool:
-    """Whether it is a pipe or a device: what is read from it, or written to it, is gone."""
+    """Whether a path is a pipe or a device: what is read from it cannot be read again."""
     return os.path.exists(path) and not path.is_file() and not path.is_dir()
 
 
@@ -186,13 +206,13 @@ def _temporary_file() -> Iterator[IO[bytes]]:
     try:
         file = tempfile.NamedTemporaryFile(prefix="bmx-", suffix=".jsonl")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise InputFileError(f"cannot make a temporary file: {error.strerror}", hint="see TMPDIR") from None
+        raise InputFileError(f"cannot create a temporary file: {error.strerror}", hint="see TMPDIR") from None
     with file:
         yield file
 
 
 def _spool(name: str, copy: IO[bytes]) -> None:
-    """Copy what can be read only once."""
+    """Copy an input that can be read only once."""
     if name == STDIO and sys.stdin is None:
         raise InputFileError("standard input is closed")
     try:

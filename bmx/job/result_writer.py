@@ -1,4 +1,4 @@
-"""Between the engine and the journal: which rows are in flight, and when a result is written and counted.
+"""Between the engine and the journal: which rows are in flight, and when their results are written and counted.
 
 Knows rows, results and counters; knows nothing of models or paths.
 """
@@ -15,32 +15,32 @@ from bmx.job.output_records import Dialect, as_record
 from bmx.request import Result
 from bmx.stats import Stats
 
-WINDOW = 4096  # rows that may be read beyond the first unfinished one, where the order counts
+WINDOW = 4096  # rows in memory between the first unfinished one and the last one read, in the input's order
 TOO_LONG = "context_length_exceeded"
 
 
 @dataclass(slots=True, kw_only=True)
 class ResultWriter:
-    """Takes each row when it is read and its result when it is there, and has it written, as it comes or in order.
+    """Takes each row when it is read and its result when it is finished, and writes results at once or in order.
 
     Attributes:
-        add: writes a record: of an answer, or (True) of an error.
-        stats: counts.
-        model: the name to answer as.
+        add_record: writes a record; its second argument says whether it is of an error.
+        stats: counts the written rows.
+        model: the model's name in records of the OpenAI dialects.
         in_order: whether results are held back until all rows before them are written.
-        skips: whether a row that is too long is left out on purpose.
-        max_errors: failed rows that are put up with, or None for any number.
-        tell: hears of each result that is written.
+        skip_too_long: whether a row that is too long does not count as failed.
+        max_errors: the run gives up after more failed rows than this; None for never.
+        on_result: called with each result that is written, or None.
     """
 
-    add: Callable[[dict[str, Any], bool], None]
+    add_record: Callable[[dict[str, Any], bool], None]
     stats: Stats
     model: str = ""
     in_order: bool = False
-    skips: bool = False
+    skip_too_long: bool = False
     max_errors: int | None = None
-    tell: Callable[[Result], None] | None = None
-    _rows: dict[str | int, tuple[str, Dialect]] = field(default_factory=dict)  # not written yet, in order
+    on_result: Callable[[Result], None] | None = None
+    _rows: dict[str | int, tuple[str, Dialect]] = field(default_factory=dict)  # read and not yet written, in order
     _held: dict[str | int, Result] = field(default_factory=dict)
 
     @property
@@ -50,21 +50,21 @@ class ResultWriter:
 
     @property
     def held(self) -> int:
-        """Results that wait for those before them."""
+        """Number of finished results that wait for the rows before them."""
         return len(self._held)
 
     def expect(self, row: InputRow) -> None:
         """Note that a row was read: its result is written in its dialect, and in its turn where the order counts.
 
         Raises:
-            InputFileError: one of the same id is in flight, which was not so when the ids were read.
+            InputFileError: a row with the same id is in flight, so the input has changed since its ids were read.
         """
         if row.id in self._rows:
             raise InputFileError("the input has changed while it was read: an id occurs twice")
         self._rows[row.id] = (row.key, row.dialect)
 
     def put(self, result: Result) -> None:
-        """Take a result.
+        """Write a result, or hold it back until the rows before it are written.
 
         Raises:
             BmxError: it cannot be written, or too many rows have failed.
@@ -79,10 +79,10 @@ class ResultWriter:
     def _write(self, result: Result) -> None:
         key, dialect = self._rows.pop(result.id)
         code = result.error.code if result.error else None
-        self.add(as_record(result, key, dialect, self.model), code is not None)
-        self.stats.count_row(code, skipped=self.skips and code == TOO_LONG)
-        if self.tell:
-            self.tell(result)
+        self.add_record(as_record(result, key, dialect, self.model), code is not None)
+        self.stats.count_row(code, skipped=self.skip_too_long and code == TOO_LONG)
+        if self.on_result:
+            self.on_result(result)
         if self.max_errors is not None and self.stats.failed_now > self.max_errors:
-            hint = "the same command goes on behind them; --retry-failed answers them again"
+            hint = "run the same command again to resume after them, with --retry-failed to answer them again"
             raise BmxError(f"gave up: {self.stats.failed_now:,} rows failed, more than --max-errors", hint=hint)

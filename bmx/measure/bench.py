@@ -8,7 +8,6 @@ is finished. How a side is measured is the business of ``bench_sides``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +23,9 @@ from bmx.engine.prompt_lengths import max_length
 from bmx.errors import MemoryLimitError, RowError, UsageError
 from bmx.job.durable_files import locked
 from bmx.job.input_rows import input_reader
-from bmx.job.journal import Ledger
+from bmx.job.journal import unanswered_rows
 from bmx.job.manifest import run_started, write_json
-from bmx.job.paths import find_paths, input_paths
+from bmx.job.paths import find_record_path, input_paths
 from bmx.measure.bench_sides import (
     SideMeasurement,
     Workload,
@@ -109,14 +108,11 @@ def bench(config: RunConfig, options: BenchOptions, display: Display) -> None:
     model = options.shape or config.engine.model
     config = replace(config, engine=replace(config.engine, prefix_reuse=False, model=model))
     _check(config, options)
-    files = find_paths(replace(config, job=replace(config.job, output_file=config.job.output_file or OUTPUT)))
-    output = files.output
-    if output is None or not files.manifest:
-        raise UsageError("bench keeps what it measures in a file", hint="-o bench.json")
+    output, lock = find_record_path(config, "bench", OUTPUT)
     if output.exists() and not config.job.overwrite:
         raise UsageError(f"{output} exists", hint="--overwrite replaces it, -o names another file")
     try:
-        with locked(files.locks[0], config.job.lock_wait), input_paths(config.inputs) as paths:
+        with locked(lock, config.job.lock_wait), input_paths(config.inputs) as paths:
             with display.waiting(f"loading model {model}"):
                 engine, prompts = _open(config, options, paths, display)
             config = replace(config, engine=_with_fixed_memory(config.engine, options, engine, prompts))
@@ -209,18 +205,16 @@ def _read_prompts(
         UsageError: no row is left.
     """
     prompts = []
-    with closing(Ledger()) as ledger:
-        reader = input_reader(config, paths)
-        ledger.read(reader, None)
-        for row in reader.rows(ledger.todo((1, 1)).skip):
-            try:
-                ids = engine.encode(row.request) if row.request else []
-            except RowError:
-                ids = []
-            if 0 < len(ids) <= most:
-                prompts.append(ids)
-            else:
-                display.warn(f"row {row.id} has no prompt of at most {most:,} tokens, and is left out")
+    reader = input_reader(config, paths)
+    for row in reader.rows(unanswered_rows(reader).skip):
+        try:
+            ids = engine.encode(row.request) if row.request else []
+        except RowError:
+            ids = []
+        if 0 < len(ids) <= most:
+            prompts.append(ids)
+        else:
+            display.warn(f"row {row.id} has no prompt of at most {most:,} tokens, and is left out")
     if not prompts:
         raise UsageError("no row of the input can be answered", hint="`bmx run` says what is wrong with its rows")
     return prompts

@@ -7,7 +7,7 @@ recommended. Each measurement is saved as soon as it is finished, so that the sa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice, product
 from pathlib import Path
@@ -21,9 +21,9 @@ from bmx.errors import UsageError
 from bmx.job.durable_files import locked
 from bmx.job.fingerprint import differences, fingerprint
 from bmx.job.input_rows import Reader, input_reader
-from bmx.job.journal import Ledger, Todo
+from bmx.job.journal import Todo, unanswered_rows
 from bmx.job.manifest import write_json
-from bmx.job.paths import input_paths
+from bmx.job.paths import find_record_path, input_paths
 from bmx.kv.layout import FormatName
 from bmx.measure.calibration_file import CALIBRATED, FORMAT, default_path, read_calibration
 from bmx.measure.plan_batch import build_query
@@ -35,6 +35,7 @@ from bmx.run_config import RunConfig
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
+from bmx.terminal.reports import calibration_lines
 from bmx.terminal.tables import candidate_words
 from bmx.units import now
 
@@ -93,11 +94,10 @@ def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, st
     output = Path(config.job.output_file or default_path(config.inputs[0]))
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", hint="create it, or name another with -o")
-    with locked(Path(f"{output}.lock"), config.job.lock_wait), input_paths(config.inputs) as paths:
+    output, lock = find_record_path(config, "calibrate", str(output))
+    with locked(lock, config.job.lock_wait), input_paths(config.inputs) as paths:
         reader = input_reader(config, paths)
-        with closing(Ledger()) as ledger:
-            ledger.read(reader, config.job.limit)
-            todo = ledger.todo(config.job.share)
+        todo = unanswered_rows(reader, config.job.limit, config.job.share)
         sample = read_sample(reader, todo, options.rows)
         if not sample.requests:
             raise UsageError(
@@ -240,7 +240,7 @@ class _Calibration:
             for number, candidate in enumerate(left, 1):
                 self._measure(full, full_answers, candidate, f"{number} of {len(left)}")
         self._recommend()
-        self.display.calibration(self.record, self.output)
+        self.display.data(*calibration_lines(self.record, self.output))
         self.display.note(plots_note(plot_calibration(self.record, self.output)))
 
     def _open_quantized(self) -> Engine:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from bmx.engine.prefix_cache import Reuse
 from bmx.engine.prompt_lengths import PromptMeasurer, max_length, sampling_step
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.job.input_rows import Reader, input_reader
-from bmx.job.journal import Ledger, Todo
+from bmx.job.journal import Todo, unanswered_rows
 from bmx.job.paths import input_paths
 from bmx.model.loader import load_tokenizer
 from bmx.model.preview import locate_files, preview_spec
@@ -28,6 +27,7 @@ from bmx.plan.planner import Length, plan_record
 from bmx.plan.scenarios import PlanQuery, Scenario, device_of
 from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
+from bmx.terminal.reports import profile_lines, scenario_lines
 
 CHARACTERS_OF_A_TOKEN = 3  # or more, in a probe that no tokenizer has seen yet
 IMAGINED_ROWS = 1000  # of one length, where there is no input to read
@@ -80,9 +80,9 @@ def plan_batch(config: RunConfig, asked: PlanBatchOptions, display: Display) -> 
         answer = record(question, options) | {"fits": chosen.fits, "remedies": remedies}
         display.data(json.dumps(answer | ({"measured": measured} if measured else {}), indent=2))
         return chosen.fits
-    display.options(question, options)
+    display.data(*scenario_lines(question, options))
     if measured:
-        display.rehearsal(measured)
+        display.data(*profile_lines(measured))
     if chosen.problem:
         display.error(chosen.problem.message)
     for remedy in remedies:
@@ -97,9 +97,7 @@ def _rows(config: RunConfig, reader: Reader) -> Todo:
         InputFileError: it cannot be read, or two rows have the same id.
         UsageError: it has none.
     """
-    with closing(Ledger()) as ledger:
-        ledger.read(reader, config.job.limit)
-        todo = ledger.todo(config.job.share)
+    todo = unanswered_rows(reader, config.job.limit, config.job.share)
     if not todo.left:
         raise UsageError("the input has no rows: there is nothing to plan")
     return todo

@@ -1,0 +1,217 @@
+"""What is said about plans, runs and measurements, as lines of text.
+
+Knows plans, counters, scenarios and records of measurements; prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bmx.terminal.tables import (
+    CALIBRATION_COLUMNS,
+    SCENARIO_COLUMNS,
+    aligned,
+    candidate_row,
+    candidate_words,
+    counted,
+    duration,
+    megabytes,
+    memory_items,
+    scenario_row,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bmx.plan.planner import Length, Plan
+    from bmx.plan.scenarios import PlanQuery, Scenario
+    from bmx.request import Result
+    from bmx.stats import Stats
+
+QUIET_SECONDS = 30.0  # a run without a finished row for this long says so
+
+
+class Line(NamedTuple):
+    """A line for people.
+
+    Attributes:
+        text: what it says.
+        level: ``info``, or ``warning`` for what ``--quiet`` does not silence.
+        numbers: for programs that read the log.
+    """
+
+    text: str
+    level: str = "info"
+    numbers: Mapping[str, Any] | None = None
+
+
+def plan_lines(
+    model: Mapping[str, Any], plan: Plan, lengths: Sequence[Length], rows: int, every: int
+) -> Iterator[Line]:
+    """What was decided, with the sum that says why it fits.
+
+    Args:
+        model: what computes the answers, as ``Engine.describe`` says it.
+        plan: the decision.
+        lengths: those of the measured prompts.
+        rows: number of rows to answer.
+        every: one in this many rows was measured.
+    """
+    tokens = every * sum(length.prompt_tokens for length in lengths)
+    groups = " + ".join(f"{group.slots} x {group.capacity:,}" for group in plan.groups)
+    prefixes = "".join(f"; {group.slots} x {group.capacity:,} for shared prefixes" for group in plan.prefix_slots)
+    count = f"{len(lengths):,} prompts of {tokens:,} tokens in all"
+    if every > 1:
+        count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (one in {every} was measured)"
+    yield Line(f"{model['architecture']}, {count}, attention: {model['attention']}")
+    yield Line(
+        f"slots: {plan.slots} at once ({groups} KV pairs, {plan.fill:.0%} of them used{prefixes}), "
+        f"chunks of {plan.step.chunk_size}, up to {plan.step.max_num_batched_tokens:,} tokens a step"
+    )
+    if plan.too_large:
+        yield Line(f"{plan.too_large * every:,} rows need more memory than may be used and will be errors")
+    items = " + ".join(f"{name} {megabytes(size)}" for name, size in memory_items(plan.memory))
+    total = f"{megabytes(plan.memory.total)} of {megabytes(plan.limits.total)} ({plan.limits.source})"
+    yield Line(f"memory: {items} = {total}")
+
+
+def status_line(stats: Stats) -> str:
+    """The counters in a line."""
+    left, quiet = stats.seconds_left, stats.quiet_seconds
+    return (
+        f"{stats.rows_before + stats.rows_done:,}/{stats.rows_total:,} rows"
+        + (f" ({stats.rows_failed:,} failed)" if stats.rows_failed else "")
+        + f", prompt {stats.prefill_rate:,.0f} tok/s, generated {stats.decode_rate:,.0f} tok/s"
+        + f", {stats.active_slots}/{stats.slots} slots, memory {megabytes(stats.memory_bytes)}"
+        + f", {duration(stats.elapsed)} elapsed"
+        + (f", about {duration(left)} left" if left is not None else "")
+        + (f", no row finished for {duration(quiet)}" if quiet >= QUIET_SECONDS else "")
+    )
+
+
+def row_line(result: Result) -> str:
+    """A finished row: its id, its lengths and how it ended; never what it says."""
+    name = repr(result.id)[:80]
+    if result.error or not result.usage:
+        return f"row {name}: {result.error.code if result.error else result.finish_reason}"
+    tokens = f"{result.usage.prompt_tokens:,} prompt tokens, {result.usage.completion_tokens:,} generated"
+    return f"row {name}: {tokens}, {result.finish_reason}"
+
+
+def nothing_left_lines(stats: Stats, errors: Path | None) -> Iterator[Line]:
+    """Why a run ends before it begins."""
+    if not stats.rows_total:
+        yield Line("the input has no rows")
+        return
+    yield Line(f"nothing to do: all rows have their records already ({stats.rows_total:,})")
+    yield from _failure_lines(stats, errors)
+
+
+def summary_lines(stats: Stats, plan: Plan, output: Path | None, errors: Path | None) -> Iterator[Line]:
+    """What a finished run did.
+
+    Args:
+        stats: its counters.
+        plan: its plan.
+        output: where the answers are; None for standard output.
+        errors: where the failed rows are; None for the same place.
+    """
+    earlier = f" ({stats.rows_before:,} had their records before)" if stats.rows_before else ""
+    skipped = f", {stats.rows_skipped:,} skipped" if stats.rows_skipped else ""
+    failed = f", {stats.rows_failed:,} failed" if stats.rows_failed else ""
+    yield Line(
+        f"done: {stats.rows_answered:,} of {stats.rows_total:,} rows answered{skipped}{failed} "
+        f"in {duration(stats.elapsed)}{earlier}"
+    )
+    reused = f", {stats.reused_prompt_tokens:,} more reused" if stats.reused_prompt_tokens else ""
+    yield Line(
+        f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens{reused}), "
+        f"decode {stats.decode_rate:,.0f} tok/s ({stats.generated_tokens:,} generated)"
+    )
+    yield from _memory_lines(stats, plan)
+    if stats.eager:
+        yield Line(f"decoding was not replayed from CUDA graphs, but launched step by step: {stats.eager}")
+    yield from _failure_lines(stats, errors)
+    if output:
+        yield Line(f"answers are in {output}")
+
+
+def _memory_lines(stats: Stats, plan: Plan) -> Iterator[Line]:
+    full = stats.full_cache_peak_bytes
+    share = f", {stats.kv_bytes / full:.0%} of the {megabytes(full)} that full caches would have taken" if full else ""
+    yield Line(f"KV cache {megabytes(stats.kv_bytes)} in {stats.slots} slots{share}")
+    planned, peak = plan.memory.total, stats.peak_memory_bytes
+    if peak:
+        yield Line(f"memory planned {megabytes(planned)}, peak {megabytes(peak)} ({peak / planned - 1:+.1%})")
+    if stats.shrunk_to:
+        slots, tokens = stats.shrunk_to[-1]
+        times = len(stats.shrunk_to)
+        yield Line(f"memory ran out {times} times: the run continued with {slots} slots, {tokens} tokens a step")
+
+
+def _failure_lines(stats: Stats, errors: Path | None) -> Iterator[Line]:
+    """One line for all failed rows: what went wrong is in the error file, row by row."""
+    if stats.rows_failed:
+        codes = ", ".join(f"{count:,} {code}" for code, count in stats.errors.most_common())
+        where = f"; see {errors}" if errors else ""
+        text = f"{counted(stats.rows_failed, 'row')} failed: {codes}{where}"
+        yield Line(text, "warning", {"errors": dict(stats.errors)})
+
+
+def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[str]:
+    """What fits, as a table, with what it was worked out for."""
+    machine, lengths = query.machine, query.lengths
+    tokens = query.every * sum(length.prompt_tokens for length in lengths)
+    sampled = f" (one in {query.every} measured)" if query.every > 1 else ""
+    yield f"{query.spec.name}: {query.rows:,} prompts{sampled}, {tokens:,} tokens in all"
+    plans = [scenario.plan for scenario in scenarios if scenario.plan]
+    memory, limit = machine.memory, plans[0].limits if plans else None
+    allowed = f"{megabytes(limit.total)} may be used ({limit.source})" if limit else f"free by {memory.source}"
+    yield f"on {machine.name}, {megabytes(memory.free)} free: {allowed}"
+    rates = machine.rates()
+    if rates:
+        yield f"at {rates.flops / 1e12:,.2f} TFLOP/s and {rates.bandwidth / 1e9:,.0f} GB/s ({rates.source})"
+    yield ""
+    yield from aligned([SCENARIO_COLUMNS, *map(scenario_row, scenarios)])
+    yield ""
+    for scenario in scenarios:
+        if scenario.problem:
+            yield f"{scenario.name}: {scenario.problem.message}"
+
+
+def calibration_lines(record: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """What was measured, as a table, and what is recommended.
+
+    Args:
+        record: what the calibration file holds.
+        path: the calibration file.
+    """
+    full = record["full_cache"]
+    yield f"{record['model']}: {full['rows']} prompts, against the full cache"
+    rows = [candidate_row("full cache", full), *(candidate_row(None, entry) for entry in record["candidates"])]
+    yield from aligned([CALIBRATION_COLUMNS, *rows])
+    halting = record["halting_test"]
+    yield (
+        f"halting test: {halting['budget']:,} pairs a layer, on average, keep all but {halting['tolerance']:.0%} "
+        "of the last query's attention (DBudgetKV)"
+    )
+    if record["recommended"] is None:
+        best = max((entry["top1_agreement"] for entry in record["candidates"]), default=0.0)
+        yield f"recommended: nothing; {record['min_agreement']:.0%} was asked for, {best:.1%} is the best"
+        return
+    words = candidate_words(record["recommended"])
+    yield f"recommended: {words}, the least memory that holds {record['min_agreement']:.0%}"
+    yield f"use it: bmx run ... --kv-budget auto --calibration {path}"
+
+
+def profile_lines(measured: Mapping[str, int]) -> Iterator[str]:
+    """What the largest step took, against what was predicted.
+
+    Args:
+        measured: bytes without the slots: predicted before loading, predicted after it, and measured.
+    """
+    before, planned, peak = (measured[f"{name}_bytes"] for name in ("before_loading", "predicted", "measured"))
+    yield f"the largest step, slots left out: {megabytes(peak)} measured"
+    yield f"  {megabytes(before)} predicted from the config alone: {before / peak - 1:+.1%}"
+    yield f"  {megabytes(planned)} predicted once the weights were loaded: {planned / peak - 1:+.1%}"
