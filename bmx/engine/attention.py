@@ -1,15 +1,17 @@
-"""Where the model meets the cache: the attention function that transformers calls in every layer.
+"""The attention function that transformers calls in every layer: where the model meets the KV cache.
 
-Knows the step's chunks and the pool; knows nothing of sequences, sampling or why a chunk was scheduled. The chunk's
-keys are never stored before they are chosen: attention reads the slot and the chunk, then the survivors are written.
+Knows the step's chunks and the pool; knows nothing of sequences, sampling or why a chunk was scheduled. A chunk's keys
+are not stored before its attention is computed: attention reads the slot and the chunk, then the survivors are written.
 
-Shapes: N packed tokens of the step, T tokens of one chunk, B decoding tokens of one group, H query heads, K kv heads,
-C rows of a slot, P rows in use, D key dim, E value dim.
+Shapes: N packed tokens of the step, T tokens of one chunk, B decoding tokens, M sums of attention, H query heads,
+K kv heads, C rows of a slot, P rows in use, D key dim, E value dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,48 +19,109 @@ from torch import Tensor
 
 from bmx.compress.policy import CompressionPolicy, EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
-from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk, Shared
+from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import Kernels
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference import out_of_window
 from bmx.kernels.slot_views import Rows
 from bmx.kernels.transfer import upload
+from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots
 
-KEPT_VOTES = 64  # lengths of chunks whose votes are kept
+CACHED_WEIGHTS = 64  # chunk lengths whose query weights stay on the device
 
 
 @dataclass(frozen=True, slots=True)
-class Details:
-    """What a layer's attention asks for beside queries, keys and values."""
+class LayerInputs:
+    """What a layer attends with.
 
+    Attributes:
+        query: [N, H, D].
+        key: [N, K, D], rotary embedding applied.
+        value: [N, K, E].
+        scale: factor of the dot products.
+        softcap: cap of the scores (Gemma 2), or None.
+        sinks: [H] logits of the attention sinks (gpt-oss), or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
     scale: float
     softcap: float | None
     sinks: Tensor | None
 
     @property
     def options(self) -> dict[str, Any]:
-        """As keyword arguments of a kernel."""
+        """All but the vectors, as keyword arguments of a kernel."""
         return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+
+    def output(self) -> Tensor:
+        """An uninitialised output [N, H, E]."""
+        tokens, heads, _ = self.query.shape
+        return self.query.new_empty(tokens, heads, self.value.shape[-1])
+
+
+@dataclass(slots=True)
+class ChunkState:
+    """A chunk's keys and values, and the attention that they have received in the layers that read them.
+
+    Attributes:
+        key: [T, K, D], with the probe's behind them.
+        value: [T, K, E], with the probe's behind them.
+        sums: [M, K, P + T], or None where it is not needed.
+    """
+
+    key: Tensor
+    value: Tensor
+    sums: Tensor | None = None
+
+    def add(self, sums: Tensor) -> None:
+        """Add the attention [M, K, P + T] of one more layer."""
+        self.sums = sums if self.sums is None else self.sums + sums
+
+
+@dataclass(slots=True)
+class Forward:
+    """One forward of the model over a packed step.
+
+    Attributes:
+        step: the packed step.
+        layer: the layer that is called next; transformers calls them in order, and some families pass no keywords on.
+        shared: by owner and chunk, the state of chunks that later layers read too.
+    """
+
+    step: PackedStep
+    layer: int = 0
+    shared: dict[tuple[int, int], ChunkState] = field(default_factory=dict)
 
 
 class SlotAttention:
-    """The attention function of one model: attends to slots and chunks, then compresses.
+    """The attention function of one model: it attends to slots and chunks, and compresses.
 
     Args:
         pool: the slots.
-        policy: who stays.
-        kernels: how attention is computed.
+        policy: chooses which pairs stay.
+        kernels: compute the attention.
     """
 
     def __init__(self, pool: KVPool, policy: CompressionPolicy, kernels: Kernels) -> None:
         self._pool = pool
         self._policy = policy
         self._kernels = kernels.module
-        self._fused = kernels.capabilities.fuses_steps
-        self._alone = [self._left_alone(layer) for layer in range(len(pool.rows))]
-        self._weights: dict[tuple[int, int], Tensor | None] = {}
-        self.step: PackedStep | None = None
+        fuses_steps = kernels.capabilities.fuses_steps
+        self._fused = [self._fused_inputs(layer) if fuses_steps else None for layer in range(len(pool.rows))]
+        self._query_weights: dict[tuple[int, int], Tensor | None] = {}
+        self._forward: Forward | None = None
+
+    @contextmanager
+    def forward(self, step: PackedStep) -> Iterator[None]:
+        """Let the model be called once over a packed step."""
+        self._forward = Forward(step)
+        try:
+            yield
+        finally:
+            self._forward = None
 
     def __call__(
         self,
@@ -75,163 +138,188 @@ class SlotAttention:
         """Attention of one layer over the packed step.
 
         Args:
-            query: [1, H, N, D]; key [1, K, N, D]; value [1, K, N, E], rotary embedding applied.
-            scaling, softcap, s_aux: as transformers passes them (scale, score cap, attention sinks).
+            query: [1, H, N, D].
+            key: [1, K, N, D], rotary embedding applied.
+            value: [1, K, N, E].
+            attention_mask: None.
+            scaling: factor of the dot products; None for D ** -0.5.
+            softcap: cap of the scores, or None.
+            s_aux: [H] logits of the attention sinks, or None.
 
         Returns:
             [1, N, H, E] and None, as transformers expects.
         """
-        step = self.step
-        if step is None:
+        forward = self._forward
+        if forward is None:
             raise RuntimeError("the model was called outside a step")
-        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        details = Details(scale, softcap, s_aux)
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, H or K, D or E]
-        output = torch.empty(q.shape[0], q.shape[1], v.shape[-1], dtype=q.dtype, device=q.device)
-        if not self._decoded(step, output, q, k, v, details):
-            if step.decode_batch is not None and not step.decode_groups:
-                raise RuntimeError("no kernel takes this step")
-            for group in step.decode_groups:
-                output[group.rows] = self._decode(step, group, q, k, v, details)
-        if not self._read(step, output, q, k, v, details):
-            for index, chunk in enumerate(step.prompts):
-                output[chunk.rows] = self._prompt(step, index, chunk, q, k, v, details)
-        step.layer += 1
+        inputs = LayerInputs(q, k, v, query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
+        output = inputs.output()
+        self._decode_tokens(forward, output, inputs)
+        self._prefill_chunks(forward, output, inputs)
+        forward.layer += 1
         return output.unsqueeze(0), None
 
     @property
-    def alone(self) -> bool:
-        """Whether kernels do all that there is to do in every layer, as long as a step is plain."""
-        return all(self._alone)
+    def fuses_all_layers(self) -> bool:
+        """Whether kernels can do every layer's whole part of a plain step."""
+        return None not in self._fused
 
-    def _left_alone(self, layer: int) -> tuple[Rows, EvictionOrder] | None:
-        """What kernels need to do a layer's part of a step by themselves; None where they cannot."""
+    def _fused_inputs(self, layer: int) -> tuple[Rows, EvictionOrder] | None:
+        """What kernels need to do a layer's whole part of a step; None where they cannot."""
         rows, layout = self._pool.rows[layer], self._pool.layer(0, layer).layout
-        ranking = self._policy.eviction_order(layout)
-        mine = layout.owner == layer == layout.last_reader
-        return (rows, ranking) if self._fused and mine and rows is not None and ranking is not None else None
+        order, shares_nothing = self._policy.eviction_order(layout), layout.owner == layer == layout.last_reader
+        return (rows, order) if shares_nothing and rows is not None and order is not None else None
 
-    def _decoded(self, step: PackedStep, output: Tensor, q: Tensor, k: Tensor, v: Tensor, details: Details) -> bool:
-        """Have the kernels do all that decoding tokens need in a layer; False, and nothing is done, if they cannot."""
-        alone, decode_batch = self._alone[step.layer], step.decode_batch
-        if alone is None or not step.plain:
+    def _decode_tokens(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
+        """Attention of the decoding tokens, the first rows of the output [N, H, E]."""
+        step = forward.step
+        if step.decode_batch is None or self._decode_fused(forward, output, inputs):
+            return
+        if not step.decode_groups:
+            raise RuntimeError("no kernel takes this step")
+        for group in step.decode_groups:
+            output[group.rows] = self._decode_group(forward.layer, group, inputs)
+
+    def _prefill_chunks(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
+        """Attention of the prompt chunks, the rows of the output [N, H, E] behind the decoding tokens."""
+        if self._prefill_fused(forward, output, inputs):
+            return
+        for index, chunk in enumerate(forward.step.prompts):
+            output[chunk.rows] = self._prefill_chunk(forward, index, chunk, inputs)
+
+    def _decode_fused(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> bool:
+        """Let kernels do the decoding tokens' whole part of a layer; False, with nothing done, if they cannot."""
+        fused, step, batch = self._fused[forward.layer], forward.step, forward.step.decode_batch
+        if fused is None or batch is None or not step.plain:
             return False
-        if decode_batch is None:
-            return True
-        (rows, ranking), mine = alone, slice(len(decode_batch.slots))
+        (rows, order), tokens = fused, slice(len(batch.slots))
         return self._kernels.decode_step(
-            output[mine],
-            q[mine],
-            k[mine],
-            v[mine],
+            output[tokens],
+            inputs.query[tokens],
+            inputs.key[tokens],
+            inputs.value[tokens],
             rows,
-            decode_batch.slots,
-            decode_batch.positions,
-            decode_batch.row_limits,
-            order=ranking,
+            batch.slots,
+            batch.positions,
+            batch.row_limits,
+            order=order,
             decay=self._policy.decay(1),
-            accumulate=rows.mass is not None and decode_batch.evicting,
-            **details.options,
+            accumulate=rows.mass is not None and batch.evicting,
+            **inputs.options,
         )
 
-    def _read(self, step: PackedStep, output: Tensor, q: Tensor, k: Tensor, v: Tensor, details: Details) -> bool:
-        """The same of prompt chunks."""
-        alone = self._alone[step.layer]
-        if alone is None or not step.plain:
+    def _prefill_fused(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> bool:
+        """Let kernels do the chunks' whole part of a layer; False, with nothing done, if they cannot."""
+        fused, step = self._fused[forward.layer], forward.step
+        if fused is None or step.chunks is None or not step.plain:
             return False
-        rows, ranking = alone
-        return step.chunks is None or self._kernels.prefill_step(
-            output, q, k, v, rows, step.chunks, order=ranking, **details.options
+        rows, order = fused
+        return self._kernels.prefill_step(
+            output, inputs.query, inputs.key, inputs.value, rows, step.chunks, order=order, **inputs.options
         )
 
-    def _prompt(
-        self, step: PackedStep, index: int, chunk: PromptChunk, q: Tensor, k: Tensor, v: Tensor, details: Details
-    ) -> Tensor:
-        """A chunk attends to its slot and itself, and its survivors move in: output [T, H, E]."""
-        part = self._pool.layer(chunk.group, step.layer)
-        layout, tokens = part.layout, chunk.length
-        used = min(chunk.start, chunk.row_limit, layout.capacity)
-        shared = step.shared.get((layout.owner, index)) or Shared(k[chunk.rows], v[chunk.rows], None)
+    def _prefill_chunk(self, forward: Forward, index: int, chunk: PromptChunk, inputs: LayerInputs) -> Tensor:
+        """A chunk attends to its slot and to itself, and its survivors are stored: output [T, H, E]."""
+        part = self._pool.layer(chunk.group, forward.layer)
+        owner, rows = part.layout.owner, chunk.rows
+        state = forward.shared.get((owner, index)) or ChunkState(inputs.key[rows], inputs.value[rows])
+        output, sums = self._attend_chunk(part, chunk, state, inputs)
+        if sums is not None:
+            state.add(sums)
+        if forward.layer < part.layout.last_reader:
+            forward.shared[owner, index] = state
+        else:
+            self._compress(part, chunk, state, inputs)
+        return output
+
+    def _attend_chunk(
+        self, part: LayerSlots, chunk: PromptChunk, state: ChunkState, inputs: LayerInputs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of a chunk: output [T, H, E], and sums [M, K, P + T] if pairs are ranked by them."""
+        layout, used = part.layout, chunk.used_rows(part.layout.capacity)
         keys, values = part.read(chunk.slot, used)
-        evicting = chunk.total > min(chunk.row_limit, layout.capacity)
-        votes = self._votes(tokens, chunk.probes, q.device) if evicting and layout.row_stats else None
+        positions = part.positions[chunk.slot, :, :used]
         output, sums = self._kernels.attend_chunk(
-            q[chunk.rows],
-            shared.key,
-            shared.value,
+            inputs.query[chunk.rows],
+            state.key,
+            state.value,
             keys,
             values,
-            hidden=out_of_window(
-                part.positions[chunk.slot, :, :used], chunk.start, tokens + chunk.probes, layout.window
-            ),
-            query_weights=votes,
+            hidden=out_of_window(positions, chunk.start, chunk.length + chunk.probes, layout.window),
+            query_weights=self._weights_of(chunk, layout, keys.device),
             squares=Needs.SQUARES in self._policy.needs,
-            **details.options,
+            **inputs.options,
         )
-        if sums is not None:
-            sums = sums[..., : used + tokens]
-            shared.sums = sums if shared.sums is None else shared.sums + sums
-        if step.layer < layout.last_reader:
-            step.shared[layout.owner, index] = shared
-            return output
-        arrived = PrefillChunk(
-            slot=chunk.slot,
-            start=chunk.start,
-            row_limit=chunk.row_limit,
-            spans=chunk.spans,
-            key=shared.key[:tokens],
-            value=shared.value[:tokens],
-            queries=q[chunk.rows][:tokens].view(tokens, layout.kv_heads, -1, q.shape[-1]),
-            scale=details.scale,
-            sums=shared.sums,
+        return output, None if sums is None else sums[..., : used + chunk.length]  # without the probe's keys
+
+    def _weights_of(self, chunk: PromptChunk, layout: LayerLayout, device: torch.device) -> Tensor | None:
+        """Query weights [M, T + probes] of a chunk; None if its sequence's pairs are not ranked by attention."""
+        if not layout.row_stats or chunk.total <= min(chunk.row_limit, layout.capacity):
+            return None
+        key = (chunk.length, chunk.probes)
+        if key not in self._query_weights:
+            if len(self._query_weights) >= CACHED_WEIGHTS:
+                self._query_weights.clear()
+            weights = self._policy.query_weights(*key)
+            self._query_weights[key] = upload(weights, device, torch.float32) if weights else None
+        return self._query_weights[key]
+
+    def _compress(self, part: LayerSlots, chunk: PromptChunk, state: ChunkState, inputs: LayerInputs) -> None:
+        """Store the chunk's pairs, or the best of them and of the slot's."""
+        tokens = chunk.length
+        queries = inputs.query[chunk.rows][:tokens]
+        self._policy.compress(
+            part,
+            PrefillChunk(
+                slot=chunk.slot,
+                start=chunk.start,
+                row_limit=chunk.row_limit,
+                spans=chunk.spans,
+                key=state.key[:tokens],
+                value=state.value[:tokens],
+                queries=queries.view(tokens, part.layout.kv_heads, -1, queries.shape[-1]),
+                scale=inputs.scale,
+                sums=state.sums,
+            ),
         )
-        self._policy.compress(part, arrived)
-        return output
 
-    def _votes(self, tokens: int, probes: int, device: torch.device) -> Tensor | None:
-        """[M, T + probes], or None if attention is not looked at."""
-        found = self._weights.get((tokens, probes))
-        if found is None:
-            if len(self._weights) >= KEPT_VOTES:
-                self._weights.clear()
-            votes = self._policy.query_weights(tokens, probes)
-            sent = upload(votes, device, torch.float32) if votes else None
-            found = self._weights[tokens, probes] = sent
-        return found
-
-    def _decode(
-        self, step: PackedStep, group: DecodeGroup, q: Tensor, k: Tensor, v: Tensor, details: Details
-    ) -> Tensor:
+    def _decode_group(self, layer: int, group: DecodeGroup, inputs: LayerInputs) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
-        part = self._pool.layer(group.group, step.layer)
-        if part.layout.owner == step.layer:
-            self._insert(part, group, k[group.rows], v[group.rows])
-        output, sums = self._attend(part, group, q[group.rows], details)
+        part = self._pool.layer(group.group, layer)
+        owns_rows = part.layout.owner == layer
+        if owns_rows:
+            self._insert(part, group, inputs.key[group.rows], inputs.value[group.rows])
+        output, sums = self._attend_slots(part, group, inputs)
         if sums is not None:
-            self._policy.observe(part, group.slots, sums, first=part.layout.owner == step.layer)
+            self._policy.observe(part, group.slots, sums, first=owns_rows)
         return output
 
-    def _attend(
-        self, part: LayerSlots, group: DecodeGroup, query: Tensor, details: Details
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend_slots(self, part: LayerSlots, group: DecodeGroup, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:
         """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C]."""
-        options, layout = details.options, part.layout
-        options["want_mass"] = "mass" in layout.row_stats and group.evicting(layout.capacity)
-        options["squares"] = "squares" in layout.row_stats
-        options["hidden"] = _hidden_from_decodes(part, group)
-        if part.reads_in_place:
-            return self._kernels.attend_slots(query, *part.read_slots(slice(None)), group.slots, **options)
-        return self._kernels.attend_slots(query, *part.read_slots(group.slots), **options)
+        row_stats = part.layout.row_stats
+        in_place = part.reads_in_place
+        keys, values = part.read_slots(slice(None) if in_place else group.slots)
+        return self._kernels.attend_slots(
+            inputs.query[group.rows],
+            keys,
+            values,
+            group.slots if in_place else None,
+            hidden=_hidden_rows(part, group),
+            want_mass="mass" in row_stats and group.evicting(part.layout.capacity),
+            squares="squares" in row_stats,
+            **inputs.options,
+        )
 
-    def _insert(self, part: LayerSlots, group: DecodeGroup, k: Tensor, v: Tensor) -> None:
-        """Write the tokens' own keys: into the next empty row, or over the lowest-ranked unprotected one."""
+    def _insert(self, part: LayerSlots, group: DecodeGroup, key: Tensor, value: Tensor) -> None:
+        """Write the tokens' own pairs: into the next empty row, or over the lowest-ranked unprotected pair."""
         capacity = part.layout.capacity
         limits = zip(group.positions_host, group.row_limits_host, strict=True)
         full = [position >= min(limit, capacity) for position, limit in limits]
         rows = group.positions.unsqueeze(1)  # [B, 1]
         if any(full):
-            row_limits = group.row_limits if group.row_limits is None else group.row_limits.clamp(max=capacity)
-            going = EvictionRequest(
+            row_limits = None if group.row_limits is None else group.row_limits.clamp(max=capacity)
+            request = EvictionRequest(
                 slots=group.slots,
                 slots_host=group.slots_host,
                 positions=group.positions,
@@ -240,14 +328,14 @@ class SlotAttention:
                 row_limits=row_limits,
                 spans=group.spans,
             )
-            victims = self._policy.victims(part, going)
-            least = capacity if row_limits is None else row_limits.unsqueeze(1)
-            rows = victims if all(full) else torch.where(rows >= least, victims, rows)
-        part.write(group.slots, rows, k, v, group.positions)
+            victims = self._policy.victims(part, request)
+            first_full = capacity if row_limits is None else row_limits.unsqueeze(1)
+            rows = victims if all(full) else torch.where(rows >= first_full, victims, rows)
+        part.write(group.slots, rows, key, value, group.positions)
 
 
-def _hidden_from_decodes(part: LayerSlots, group: DecodeGroup) -> Tensor | None:
-    """Broadcastable to [B, K, C]: rows not in use yet or out of a sliding window; None if all count."""
+def _hidden_rows(part: LayerSlots, group: DecodeGroup) -> Tensor | None:
+    """Rows that are not in use yet or out of a sliding window, broadcastable to [B, K, C]; None if there are none."""
     layout = part.layout
     last = group.positions.view(-1, 1, 1)
     hidden = None
@@ -257,6 +345,6 @@ def _hidden_from_decodes(part: LayerSlots, group: DecodeGroup) -> Tensor | None:
         if group.row_limits is not None:
             hidden = hidden | (rows >= group.row_limits.view(-1, 1, 1))
     if layout.window is not None and not layout.by_age:
-        old = part.positions[group.slots] <= last - layout.window
-        hidden = old if hidden is None else hidden | old
+        out = part.positions[group.slots] <= last - layout.window
+        hidden = out if hidden is None else hidden | out
     return hidden

@@ -1,4 +1,4 @@
-"""A step as the device sees it: token ids and positions in one row, and where each token's sequence lives.
+"""A step as the device sees it: token ids and positions in one row, and the slot of each token's sequence.
 
 Knows the scheduler's steps and the pool's slots; computes nothing.
 
@@ -8,7 +8,7 @@ Shapes: T packed tokens, B decoding tokens, N prompt chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
 import torch
@@ -23,15 +23,17 @@ from bmx.kernels.transfer import upload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptChunk:
-    """A run of prompt tokens of one sequence, and the probe's behind them.
+    """Consecutive prompt tokens of one sequence, and the probe's tokens behind them.
 
     Attributes:
         rows: packed rows, the probe's included.
-        group, slot: where its sequence lives; ``start``: tokens of it before the chunk.
-        probes: how many of the packed rows are the probe's: they see the chunk, and leave nothing behind.
-        total: tokens of the sequence when its answer is as long as it may get.
-        row_limit: rows of the slot that it may use.
-        spans: positions from .. to that are never evicted.
+        group: of slots, in which its sequence is.
+        slot: of the group.
+        start: tokens of the sequence before the chunk.
+        total: tokens of the sequence when its answer has its maximum length.
+        row_limit: rows of the slot that the sequence may use.
+        probes: how many of the packed rows are the probe's: they attend to the chunk and are not stored.
+        spans: positions [start, stop) that are never evicted.
     """
 
     rows: slice
@@ -48,6 +50,10 @@ class PromptChunk:
         """Tokens of the chunk, without the probe's (T)."""
         return int(self.rows.stop - self.rows.start) - self.probes
 
+    def used_rows(self, capacity: int) -> int:
+        """Rows of its slot in use before the chunk, in a layer of ``capacity`` rows (P)."""
+        return min(self.start, self.row_limit, capacity)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeGroup:
@@ -55,11 +61,15 @@ class DecodeGroup:
 
     Attributes:
         rows: their packed rows.
-        slots: [B]; positions [B]: the tokens' positions, equal to the tokens of their sequences seen before.
-        slots_host, positions_host: the same on the host; ``totals`` as in ``PromptChunk``.
+        group: of slots.
+        slots: [B] slots of the group.
+        positions: [B], of the tokens: equal to the tokens of their sequences seen before.
+        slots_host: the slots, on the host.
+        positions_host: the positions, on the host.
+        totals: tokens of each sequence when its answer has its maximum length.
         row_limits_host: rows of its slot that each sequence may use.
         row_limits: [B] the same, where some sequence may not use all of its slot; else None.
-        spans: [B, N, 2] positions that are never evicted, or None.
+        spans: [B, N, 2] positions [start, stop) that are never evicted, or None.
     """
 
     rows: slice
@@ -74,18 +84,19 @@ class DecodeGroup:
     spans: Tensor | None = None
 
     def evicting(self, capacity: int) -> bool:
-        """Whether any of these sequences will ever evict in a layer of so many rows."""
+        """Whether any of these sequences ever evicts in a layer of ``capacity`` rows."""
         return any(total > min(limit, capacity) for total, limit in zip(self.totals, self.row_limits_host, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeBatch:
-    """The decoding tokens of all groups, the first ones of the packing.
+    """The decoding tokens of all groups: the first packed rows.
 
     Attributes:
-        slots: [B] numbers of slots, -1 where a packed row is idle; ``positions`` [B].
+        slots: [B] slot numbers over all groups, -1 where a packed row is idle.
+        positions: [B], of the tokens.
         row_limits: [B] rows of its slot that each sequence may use.
-        evicting: whether any of their sequences will ever evict in some layer.
+        evicting: whether any of their sequences ever evicts in some layer.
     """
 
     slots: Tensor
@@ -94,19 +105,19 @@ class DecodeBatch:
     evicting: bool
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedStep:
     """A step as the device sees it.
 
     Attributes:
-        input_ids, positions: [1, T].
-        logits_at: packed rows whose logits are wanted; 0 for all.
+        input_ids: [1, T].
+        positions: [1, T].
+        logits_at: packed rows whose logits are computed; 0 for all.
         decode_batch: the decoding tokens, or None.
-        decode_groups: the same by group; empty if only ``decode_batch`` may be used.
-        chunks: the prompt chunks behind them, or None; ``prompts`` the same one by one.
-        plain: no chunk and no sequence asks for more than kernels know: no probe, no spans.
-        layer: the layer whose turn it is.
-        shared: by owner and chunk, what later layers read too.
+        decode_groups: the same by group; empty if the step is for kernels that fuse whole steps.
+        chunks: the prompt chunks behind them, as one table, or None.
+        prompts: the same chunks one by one.
+        plain: whether kernels that fuse whole steps can take it: it has no probe and no protected spans.
     """
 
     input_ids: Tensor
@@ -117,17 +128,6 @@ class PackedStep:
     chunks: Chunks | None = None
     prompts: tuple[PromptChunk, ...] = ()
     plain: bool = True
-    layer: int = 0
-    shared: dict[tuple[int, int], Shared] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Shared:
-    """A chunk's keys and values that later layers read too, and the attention they have received so far."""
-
-    key: Tensor
-    value: Tensor
-    sums: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +135,9 @@ class Packer:
     """Packs steps.
 
     Attributes:
-        policy: says how chunks vote.
-        slot_offsets: slots of the groups before each.
-        probe: token ids behind a chunk whose sequence evicts.
+        policy: gives the query weights of chunks.
+        slot_offsets: number of slots in the groups before each group.
+        probe: token ids of the probe, behind each chunk whose sequence evicts.
         max_length: most positions that the model knows.
         device: where the step is computed.
     """
@@ -148,22 +148,23 @@ class Packer:
     max_length: int
     device: torch.device
 
-    def number(self, sequence: Sequence) -> int:
-        """The number of a sequence's slot among those of all groups."""
+    def slot_number(self, sequence: Sequence) -> int:
+        """The number of a sequence's slot over all groups."""
         group, slot = sequence.slot_index
         return self.slot_offsets[group] + slot
 
-    def asked(self, chunk: Chunk) -> tuple[int, ...]:
-        """The probe's tokens behind a chunk: none for a sequence that keeps all it has."""
+    def probe_behind(self, chunk: Chunk) -> tuple[int, ...]:
+        """The probe's token ids behind a chunk; none while decoding, and none for a sequence that never evicts."""
         sequence = chunk.sequence
         evicts = not chunk.decodes and self.policy.evicts(len(sequence.prompt), sequence.max_tokens)
         return self.probe if evicts else ()
 
-    def packed(self, step: Step, next_ids: Tensor) -> PackedStep:
+    def pack(self, step: Step, next_ids: Tensor) -> PackedStep:
         """The step as tensors: decoding tokens by group and slot, then prompt chunks.
 
         Args:
-            next_ids: by slot, the token that comes next; those of decoding sequences need not be known here.
+            step: the scheduler's.
+            next_ids: [S] on the device, the token that each slot decodes next; the host need not know it.
         """
         decoding = [chunk for chunk in step.chunks if chunk.decodes]
         reading = [chunk for chunk in step.chunks if not chunk.decodes]
@@ -171,16 +172,16 @@ class Packer:
         logits_at = list(range(len(decoding)))
         prompts = []
         for chunk in reading:
-            asked, begin, stop = self.asked(chunk), len(ids), chunk.start + chunk.length
-            ids += [*chunk.sequence.prompt[chunk.start : stop], *asked]
+            probe, begin, stop = self.probe_behind(chunk), len(ids), chunk.start + chunk.length
+            ids += [*chunk.sequence.prompt[chunk.start : stop], *probe]
             positions += range(chunk.start, stop)
-            positions += [min(stop + i, self.max_length - 1) for i in range(len(asked))]
+            positions += [min(stop + i, self.max_length - 1) for i in range(len(probe))]
             if chunk.samples:
                 logits_at.append(begin + chunk.length - 1)
-            prompts.append(_prompt_chunk(chunk, slice(begin, len(ids)), len(asked)))
-        return self.sent(ids, positions, logits_at, decoding, prompts, next_ids)
+            prompts.append(_prompt_chunk(chunk, slice(begin, len(ids)), len(probe)))
+        return self.upload(ids, positions, logits_at, decoding, prompts, next_ids)
 
-    def sent(
+    def upload(
         self,
         ids: list[int],
         positions: list[int],
@@ -189,39 +190,43 @@ class Packer:
         prompts: list[PromptChunk],
         next_ids: Tensor,
     ) -> PackedStep:
-        """All of it on the device, in one go.
+        """A packed step on the device; all its whole numbers travel together.
 
         Args:
-            ids, positions: of all packed tokens; what is said of the ids of decoding ones does not matter.
-            logits_at: packed rows.
-            decoding: chunks of decoding sequences, the first of the packing.
+            ids: of all packed tokens; those of decoding tokens are replaced by ``next_ids``.
+            positions: of all packed tokens.
+            logits_at: packed rows whose logits are computed.
+            decoding: chunks of decoding sequences, the first packed rows.
+            prompts: the chunks behind them.
+            next_ids: [S] on the device, the token that each slot decodes next.
         """
-        members = [chunk.sequence for chunk in decoding]
-        table = _table(prompts, self.slot_offsets)
-        numbers, limited = [self.number(s) for s in members], [s.rows_needed for s in members]
-        lists = (ids, positions, logits_at, numbers, limited, *table, [s.slot_index.slot for s in members])
-        there = _uploaded(lists, self.device)
-        input_ids, everywhere, wanted, slots, limits = there[:5]
-        if members:
-            input_ids[: len(members)] = next_ids[slots]
-        spans = any(sequence.spans for sequence in members) or any(chunk.spans for chunk in prompts)
-        starts = everywhere[: len(members)]
+        sequences = [chunk.sequence for chunk in decoding]
+        numbers, row_limits = [self.slot_number(s) for s in sequences], [s.rows_needed for s in sequences]
+        table, slots_of_groups = _chunk_table(prompts, self.slot_offsets), [s.slot_index.slot for s in sequences]
+        lists = (ids, positions, logits_at, numbers, row_limits, slots_of_groups, *table)
+        input_ids, all_positions, rows, slots, limits, group_slots, *columns = _upload_lists(lists, self.device)
+        if sequences:
+            input_ids[: len(sequences)] = next_ids[slots]
+        spans = any(sequence.spans for sequence in sequences) or any(chunk.spans for chunk in prompts)
+        starts = all_positions[: len(sequences)]
         return PackedStep(
             input_ids=input_ids.unsqueeze(0),
-            positions=everywhere.unsqueeze(0),
-            logits_at=wanted,
-            decode_batch=self._decode_batch(members, slots, starts, limits) if members else None,
-            decode_groups=self._by_group(decoding, there[-1], starts, limits),
-            chunks=self._chunks(table, torch.stack(there[5:11]), prompts, len(ids)) if prompts else None,
+            positions=all_positions.unsqueeze(0),
+            logits_at=rows,
+            decode_batch=self._decode_batch(sequences, slots, starts, limits) if sequences else None,
+            decode_groups=self._decode_groups(decoding, group_slots, starts, limits),
+            chunks=self._chunks(table, torch.stack(columns), prompts, len(ids)) if prompts else None,
             prompts=tuple(prompts),
             plain=not spans and not any(chunk.probes for chunk in prompts),
         )
 
-    def _decode_batch(self, members: list[Sequence], slots: Tensor, starts: Tensor, limits: Tensor) -> DecodeBatch:
-        evicting = any(self.policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in members)
-        return DecodeBatch(slots=slots, positions=starts, row_limits=limits, evicting=evicting)
+    def _decode_batch(
+        self, sequences: list[Sequence], slots: Tensor, positions: Tensor, row_limits: Tensor
+    ) -> DecodeBatch:
+        evicting = any(self.policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in sequences)
+        return DecodeBatch(slots=slots, positions=positions, row_limits=row_limits, evicting=evicting)
 
-    def _chunks(self, table: list[list[int]], sent: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
+    def _chunks(self, table: list[list[int]], uploaded: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
         offsets, lengths, slots, starts, row_limits, totals = map(tuple, table)
         query_weights = decay = None
         if self.policy.weighs_queries:
@@ -238,50 +243,50 @@ class Packer:
             starts=starts,
             row_limits=row_limits,
             totals=totals,
-            table=sent,
+            table=uploaded,
             query_weights=query_weights,
             decay=decay,
         )
 
-    def _by_group(
-        self, decoding: list[Chunk], slots: Tensor, starts: Tensor, limits: Tensor
+    def _decode_groups(
+        self, decoding: list[Chunk], slots: Tensor, positions: Tensor, row_limits: Tensor
     ) -> tuple[DecodeGroup, ...]:
-        found, row = [], 0
+        groups, row = [], 0
         for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.slot_index.group):
             chunks = list(members)
             rows = slice(row, row + len(chunks))
             sequences = [chunk.sequence for chunk in chunks]
-            found.append(
+            groups.append(
                 DecodeGroup(
                     rows=rows,
                     group=group,
                     slots=slots[rows],
-                    positions=starts[rows],
+                    positions=positions[rows],
                     slots_host=tuple(sequence.slot_index.slot for sequence in sequences),
                     positions_host=tuple(chunk.start for chunk in chunks),
                     totals=tuple(sequence.total for sequence in sequences),
                     row_limits_host=tuple(sequence.rows_needed for sequence in sequences),
-                    row_limits=limits[rows] if self.policy.budget.share else None,
+                    row_limits=row_limits[rows] if self.policy.budget.share else None,
                     spans=self._spans(sequences),
                 )
             )
             row = rows.stop
-        return tuple(found)
+        return tuple(groups)
 
     def _spans(self, sequences: list[Sequence]) -> Tensor | None:
-        """[B, N, 2], those of few filled up with empty ones; None if there are none."""
-        most = max(len(sequence.spans) for sequence in sequences)
-        if not most:
+        """Protected spans [B, N, 2], padded with empty ones; None if no sequence has any."""
+        count = max(len(sequence.spans) for sequence in sequences)
+        if not count:
             return None
-        padded = [[*s.spans, *[(0, 0)] * (most - len(s.spans))] for s in sequences]
+        padded = [[*s.spans, *[(0, 0)] * (count - len(s.spans))] for s in sequences]
         return upload(padded, self.device)
 
 
-def _uploaded(lists: Seq[Seq[int]], device: torch.device) -> list[Tensor]:
-    """Lists of whole numbers, which travel to the device together."""
-    together = upload([number for numbers in lists for number in numbers], device)
+def _upload_lists(lists: Seq[Seq[int]], device: torch.device) -> list[Tensor]:
+    """Lists of whole numbers as tensors, uploaded as one."""
+    uploaded = upload([number for numbers in lists for number in numbers], device)
     ends = accumulate(map(len, lists), initial=0)
-    return [together[start:stop] for start, stop in pairwise(ends)]
+    return [uploaded[start:stop] for start, stop in pairwise(ends)]
 
 
 def _prompt_chunk(chunk: Chunk, rows: slice, probes: int) -> PromptChunk:
@@ -298,7 +303,7 @@ def _prompt_chunk(chunk: Chunk, rows: slice, probes: int) -> PromptChunk:
     )
 
 
-def _table(prompts: list[PromptChunk], slot_offsets: tuple[int, ...]) -> list[list[int]]:
-    """What ``Chunks`` says of each, as six lists."""
+def _chunk_table(prompts: list[PromptChunk], slot_offsets: tuple[int, ...]) -> list[list[int]]:
+    """The columns of ``Chunks``: six lists with a number for each chunk."""
     rows = [(c.rows.start, c.length, slot_offsets[c.group] + c.slot, c.start, c.row_limit, c.total) for c in prompts]
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(6)]

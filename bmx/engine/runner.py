@@ -1,7 +1,7 @@
-"""Everything that touches the device for a step: packing tokens, running the model, sampling.
+"""Computes steps on the device: packs tokens, runs the model, samples.
 
-Knows the model and the pool; the scheduler's decisions come in as a Step, token ids stay on the device until they are
-read.
+Knows the model and the pool. The scheduler's decision comes in as a Step; sampled token ids stay on the device until
+they are read.
 """
 
 from __future__ import annotations
@@ -35,31 +35,34 @@ Watch = Callable[[Request, int, Tensor], None]
 
 
 class Tokens:
-    """Tokens that a step gives, on their way to the host."""
+    """The tokens that a step sampled, while they are copied to the host."""
 
     def __init__(self, ids: Tensor) -> None:
         self._ids = Download(ids)
 
     def read(self) -> list[int | None]:
-        """Of each chunk that samples, in order, once they are there; None where the logits were no numbers."""
+        """Wait for the tokens: one for each sampling chunk, in order; None where the logits were not numbers."""
         return [None if token == NO_TOKEN else token for token in self._ids.read()]
 
 
 class ModelRunner:
-    """Runs steps of one plan on one model. A context manager, since the model gets its own ways back at the end.
+    """Runs the steps of one plan on one model. A context manager: on exit the model gets its own attention back.
 
     Args:
         loaded: the model.
-        policy: who stays in the cache.
-        plan: slots and sizes.
-        kernels: how attention and linear layers are computed.
-        probe: token ids that are asked after each chunk.
-        watch: is shown the logits [V] of every token that is to be sampled.
-        refused: is told why decoding cannot be captured, where that shows; None if it shall not be.
+        policy: chooses which KV pairs stay.
+        plan: slots and step sizes.
+        kernels: compute attention and linear layers.
+        probe: token ids that follow each chunk.
+        watch: is given the logits [V] of every token that is sampled, or None.
+        refused: is called with the reason if decoding rounds cannot be captured; None if they must not be captured.
 
     Attributes:
-        policy: as given; ``pool``: the slots; ``kv_bytes`` of them.
-        ahead, rounds: see ``Runner``.
+        policy: as given.
+        pool: the slots.
+        kv_bytes: bytes of the slots.
+        ahead: see ``Runner``.
+        rounds: see ``Runner``.
     """
 
     def __init__(
@@ -72,35 +75,38 @@ class ModelRunner:
         watch: Watch | None = None,
         refused: Callable[[str], None] | None = None,
     ) -> None:
-        self._model = loaded.model
-        self._vocab = loaded.spec.vocab
-        self.policy = policy
-        self._rope = loaded.rope
-        self._max_length = loaded.spec.max_length
+        self._model, self._rope, self._kernels, self._watch = loaded.model, loaded.rope, kernels, watch
+        self._vocab, self._max_length = loaded.spec.vocab, loaded.spec.max_length
+        device = self._model.device
         slots = tuple(group.slots for group in (*plan.groups, *plan.prefix_slots))
-        self.pool = KVPool(plan.layouts, slots, self._model.dtype, self._model.device)
+        self.policy = policy
+        self.pool = KVPool(plan.layouts, slots, self._model.dtype, device)
         self.kv_bytes = self.pool.nbytes
-        capabilities = kernels.capabilities
-        self.ahead = int(capabilities.runs_ahead(self._model.device.type) and watch is None)
-        self._watch = watch
-        self._capacities = tuple(group.capacity for group in plan.groups)
+        self.ahead = int(kernels.capabilities.runs_ahead(device.type) and watch is None)
+        self._largest_slot = plan.groups[-1].capacity
+        self._largest_group = len(plan.groups) - 1
         self._attention = SlotAttention(self.pool, policy, kernels)
-        self._kernels = kernels
+        fuses_all_layers = self._attention.fuses_all_layers and not policy.protects
+        self._reads_no_empty_rows = kernels.capabilities.skips_empty_rows and fuses_all_layers
         self._packer = Packer(
             policy=policy,
             slot_offsets=self.pool.slot_offsets,
             probe=probe,
             max_length=self._max_length,
-            device=self._model.device,
+            device=device,
         )
-        self._next_ids = torch.zeros(sum(slots) + 1, dtype=torch.long, device=self._model.device)  # the last: nobody's
-        self._graphs = None
-        self._masked = capabilities.skips_empty_rows and self._attention.alone and not policy.protects
-        known = self._rope is None or self._rope.two_sets
-        if self.ahead and refused is not None and known and self._masked and capabilities.capturable:
-            self._graphs = DecodeGraphs(self._round, self._next_ids, refused)
+        self._next_ids = torch.zeros(sum(slots) + 1, dtype=torch.long, device=device)  # the last one is no slot's
+        self._graphs = self._decode_graphs(refused) if refused is not None else None
         self.rounds = 1 if self._graphs is None else ROUNDS
         self._attached = ExitStack()
+
+    def _decode_graphs(self, refused: Callable[[str], None]) -> DecodeGraphs | None:
+        """Graphs of decoding rounds, where rounds can follow each other without the host."""
+        rope_on_device = self._rope is None or self._rope.two_sets
+        capturable = self._reads_no_empty_rows and self._kernels.capabilities.capturable
+        if not (self.ahead and rope_on_device and capturable):
+            return None
+        return DecodeGraphs(self._decode_round, self._next_ids, refused)
 
     def __enter__(self) -> ModelRunner:
         self._attached.enter_context(use_attention(self._model, self._attention))
@@ -109,42 +115,41 @@ class ModelRunner:
 
     def __exit__(self, *_: object) -> None:
         self._attached.close()
-        self._graphs = None  # it knows this runner: without, slots would live on until garbage is collected
+        self._graphs = None  # it refers to this runner, whose slots would stay until garbage is collected
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tokens | Rounds:
         """Launch a step; nothing waits for the device until its tokens are read."""
-        if self._graphs is not None and all(
-            chunk.decodes and not chunk.sequence.needs_host_tokens for chunk in step.chunks
-        ):
-            return self._graphs.decode([self._decoding_row(chunk) for chunk in step.chunks])
-        for chunk in step.chunks:
-            if chunk.start == 0 and not self._masked:
-                self.pool.reset(*chunk.sequence.slot_index)
-        logits = self._logits(self._packer.packed(step, self._next_ids), self._segments(step))
-        return self._sampled([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
+        if self._graphs is not None and all(c.decodes and not c.sequence.needs_host_tokens for c in step.chunks):
+            return self._graphs.decode([self._graph_row(chunk) for chunk in step.chunks])
+        if not self._reads_no_empty_rows:
+            for chunk in step.chunks:
+                if chunk.start == 0:
+                    self.pool.reset(*chunk.sequence.slot_index)
+        logits = self._logits(self._packer.pack(step, self._next_ids), self._segments(step))
+        return self._sample([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
 
     def _segments(self, step: Step) -> list[Segment]:
-        """Whose frequencies the packed tokens have, where that depends on their sequence."""
+        """The packed tokens by sequence, where rotary frequencies depend on the sequence's length."""
         if self._rope is None:
             return []
-        return [Segment(c.length + len(self._packer.asked(c)), c.sequence.total) for c in step.chunks]
+        return [Segment(c.length + len(self._packer.probe_behind(c)), c.sequence.total) for c in step.chunks]
 
-    def _decoding_row(self, chunk: Chunk) -> GraphRow:
+    def _graph_row(self, chunk: Chunk) -> GraphRow:
         sequence = chunk.sequence
         drawn = range(chunk.length) if sequence.params.temperature > 0 else ()
         return GraphRow(
-            slot=self._packer.number(sequence),
+            slot=self._packer.slot_number(sequence),
             position=chunk.start,
             row_limit=sequence.rows_needed,
             tokens=chunk.length,
             ends=sequence.last_ids,
             long=self._rope is not None and self._rope.is_long(sequence.total),
-            draws=tuple(_row(sequence) for _ in drawn),
+            draws=tuple(_sampling_row(sequence) for _ in drawn),
         )
 
-    def _round(self, packed: PackedStep, long: Tensor) -> Tensor:
-        """Logits of decoding rows, of which some belong to long sequences."""
+    def _decode_round(self, packed: PackedStep, long: Tensor) -> Tensor:
+        """Logits [N, V] of decoding rows; ``long`` [N] says which belong to sequences with long-context frequencies."""
         if self._rope is None:
             return self._logits(packed, [])
         self._rope.long = long.bool()
@@ -153,85 +158,88 @@ class ModelRunner:
         finally:
             self._rope.long = None
 
-    def _sampled(self, sequences: list[Sequence], logits: Tensor) -> Tokens:
-        """The next token of each sequence, of which the device takes note."""
-        rows = [_row(sequence) for sequence in sequences]
+    def _sample(self, sequences: list[Sequence], logits: Tensor) -> Tokens:
+        """The next token of each sequence, which stays on the device for the next step too."""
+        rows = [_sampling_row(sequence) for sequence in sequences]
         if self._watch is not None:
             for sequence, row in zip(sequences, logits, strict=True):
                 self._watch(sequence.request, len(sequence.answer), row)
         if not sequences:
             return Tokens(self._next_ids[:0])
-        ids, told = sample(logits, rows), [sequence.forced for sequence in sequences]
-        if any(token is not None for token in told):
-            forced = upload([NO_TOKEN if token is None else token for token in told], ids.device)
+        ids, forced_ids = sample(logits, rows), [sequence.forced for sequence in sequences]
+        if any(token is not None for token in forced_ids):
+            forced = upload([NO_TOKEN if token is None else token for token in forced_ids], ids.device)
             ids = torch.where((forced == NO_TOKEN) | (ids == NO_TOKEN), ids, forced)
-        slots = upload([self._packer.number(sequence) for sequence in sequences], ids.device)
+        slots = upload([self._packer.slot_number(sequence) for sequence in sequences], ids.device)
         self._next_ids[slots] = ids.clamp(min=0)
         return Tokens(ids)
 
     @torch.inference_mode()
     def copy(self, source: SlotIndex, target: SlotIndex, tokens: int) -> None:
-        """Put what a slot (group and slot) holds of the first tokens of a sequence into another."""
+        """Copy the state of a sequence's first ``tokens`` tokens from one slot to another.
+
+        Args:
+            source: the slot that is copied.
+            target: the slot that is overwritten.
+            tokens: tokens of the sequence whose state it is.
+        """
         self.pool.copy_state(source, target, tokens)
 
     @torch.inference_mode()
     def profile_step(self, size: StepSize, sampled: int) -> None:
-        """Compute the largest step that a plan allows, on made-up tokens, to see what memory it takes.
+        """Compute the largest step that a plan allows, on made-up tokens, so that its memory can be measured.
 
-        Chunks read slot 0 of the last group as if it were full, or would be with them where nothing is evicted.
+        Chunks read slot 0 of the last group. Where the policy evicts, the slot is full; else they fill it.
 
         Args:
-            sampled: rows of logits, of which as many are drawn from as a step ever draws together.
+            size: how large the step is.
+            sampled: rows of logits; as many of them are drawn at random as the sampler ever draws at once.
         """
-        tokens = size.max_num_batched_tokens
-        chunk = size.chunk_size + size.probe
-        group, capacity = len(self._capacities) - 1, self._capacities[-1]
+        tokens, chunk = size.max_num_batched_tokens, size.chunk_size + size.probe
+        capacity = self._largest_slot
         evicts = self.policy.evicts(capacity, 1)
         start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
-        self.pool.reset(group, 0)
-        spots = [slice(at, min(at + chunk, tokens)) for at in range(0, tokens, chunk)]
+        self.pool.reset(self._largest_group, 0)
         prompts = [
             PromptChunk(
-                rows=rows,
-                group=group,
+                rows=slice(begin, min(begin + chunk, tokens)),
+                group=self._largest_group,
                 slot=0,
                 start=start,
                 total=start + chunk + evicts,
                 row_limit=capacity,
-                probes=min(size.probe, rows.stop - rows.start - 1),
+                probes=min(size.probe, min(chunk, tokens - begin) - 1),
             )
-            for rows in spots
+            for begin in range(0, tokens, chunk)
         ]
         ids, positions = [i % self._vocab for i in range(tokens)], [start + i % chunk for i in range(tokens)]
-        wanted = [i % tokens for i in range(sampled)]
-        packed = self._packer.sent(ids, positions, wanted, [], prompts, self._next_ids)
-        drawn = SamplingRow(SamplingParams(temperature=1.0), 0.5)
+        logits_at = [i % tokens for i in range(sampled)]
+        packed = self._packer.upload(ids, positions, logits_at, [], prompts, self._next_ids)
         logits = self._logits(packed, [Segment(tokens, start + chunk)])
-        sample(
-            logits,
-            [drawn] * min(sampled, SAMPLER_ROWS) + [SamplingRow(SamplingParams())] * max(0, sampled - SAMPLER_ROWS),
-        )
+        drawn = min(sampled, SAMPLER_ROWS)
+        rows = [SamplingRow(SamplingParams(temperature=1.0), 0.5)] * drawn
+        sample(logits, rows + [SamplingRow.likeliest()] * (sampled - drawn))
 
     def _logits(self, packed: PackedStep, segments: list[Segment]) -> torch.Tensor:
-        """Logits [N, V] of the wanted rows of a packed step."""
+        """Logits [N, V] of a packed step, at the rows that it says."""
         if self._rope is not None:
             self._rope.segments = segments
-        self._attention.step = packed
         try:
-            output = self._model(
-                input_ids=packed.input_ids,
-                position_ids=packed.positions,
-                past_key_values=None,
-                use_cache=False,
-                logits_to_keep=packed.logits_at,
-            )
+            with self._attention.forward(packed):
+                output = self._model(
+                    input_ids=packed.input_ids,
+                    position_ids=packed.positions,
+                    past_key_values=None,
+                    use_cache=False,
+                    logits_to_keep=packed.logits_at,
+                )
         finally:
-            self._attention.step = None
             if self._rope is not None:
                 self._rope.segments = ()
         return output.logits[0]  # type: ignore[no-any-return]
 
 
-def _row(sequence: Sequence) -> SamplingRow:
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    """How the sequence's next token is sampled; a repetition penalty needs the tokens so far."""
     seen = [*sequence.prompt, *sequence.answer] if sequence.params.repetition_penalty != 1 else ()
     return SamplingRow(sequence.params, sequence.draw(), seen)
