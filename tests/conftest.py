@@ -1,7 +1,8 @@
-"""What the tests share: a tiny tokenizer, tiny models in an engine, and transformers' own generate as the judge."""
+"""Shared by all tests: a tiny tokenizer, engines around tiny models, and transformers' `generate` as the reference."""
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
@@ -34,7 +35,7 @@ torch.set_num_threads(1)  # tiny models are slower with more, and much slower on
 
 
 def word_tokenizer(vocab: int = VOCAB, **special: str) -> PreTrainedTokenizerFast:
-    """Token i is the word ``w<i>``; words are split at blanks and joined by them."""
+    """A tokenizer of whole words, separated by spaces: token i is the word ``w<i>``."""
     words = models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,18 +43,18 @@ def word_tokenizer(vocab: int = VOCAB, **special: str) -> PreTrainedTokenizerFas
 
 
 def words(ids: Sequence[int]) -> str:
-    """The text whose token ids these are."""
+    """The text of these token ids."""
     return " ".join(f"w{i}" for i in ids)
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    """Prompts of these lengths, of random token ids."""
+    """Prompts of random token ids, one for each length in tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
 def as_requests(prompts: Sequence[Sequence[int]], **params: Any) -> list[Request]:
-    """One request per prompt, ids in order."""
+    """One request for each prompt; their ids are "0", "1" and so on."""
     return [
         Request(id=str(i), prompt=words(prompt), params=SamplingParams(**params)) for i, prompt in enumerate(prompts)
     ]
@@ -61,12 +62,17 @@ def as_requests(prompts: Sequence[Sequence[int]], **params: Any) -> list[Request
 
 @cache
 def tiny_loaded(family: str) -> LoadedModel:
-    """A family's tiny model, ready for an engine: one for all tests, so whoever changes a model makes its own."""
+    """A family's tiny model, ready for an engine. All tests share it: a test that changes a model builds its own."""
     return prepare(tiny_model(family))
 
 
 def tiny_engine(model: Any, **config: Any) -> Engine:
-    """An engine around a tiny model, given as such or by the name of its family."""
+    """An engine around a tiny model.
+
+    Args:
+        model: the model itself, or the name of its family.
+        config: settings of EngineConfig.
+    """
     loaded = tiny_loaded(model) if isinstance(model, str) else prepare(model)
     return Engine(EngineConfig(**config), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
 
@@ -128,7 +134,7 @@ def one_first(requests: Sequence[Request]) -> tuple[Iterator[Request], Callable[
 
 
 def answers(engine: Engine, requests: Sequence[Request], **options: Any) -> dict[str, tuple[int, ...]]:
-    """Token ids by request id; fails on any error. Options are those of ``Engine.run``."""
+    """Token ids by request id; fails if a row failed. Options are those of ``Engine.run``."""
     results = list(engine.run(requests, **options))
     assert [r.error for r in results if r.error] == []
     assert sorted(r.id for r in results) == sorted(r.id for r in requests)
@@ -136,20 +142,27 @@ def answers(engine: Engine, requests: Sequence[Request], **options: Any) -> dict
 
 
 def reference_answers(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, tuple[int, ...]]:
-    """What transformers' own ``generate`` answers, greedily, one prompt at a time with its full cache."""
-    found = {}
+    """Greedy token ids of transformers' ``generate`` by request id: one prompt at a time, with its full cache."""
+    answers = {}
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, use_cache=True
         )
-        found[str(i)] = tuple(output[0, len(prompt) :].tolist())
-    return found
+        answers[str(i)] = tuple(output[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_garbage_collection() -> None:
+    """Garbage collections skip the objects that exist before a file's tests: torch and transformers hold many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
 def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Choose the attention kernels by name."""
+    """A function that chooses the kernels by their name."""
 
     def choose(name: str) -> None:
         monkeypatch.setenv("BMX_KERNELS", name)
@@ -162,7 +175,7 @@ TIMED = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
 
 @dataclass(frozen=True)
 class Ended:
-    """How the command ended."""
+    """Exit code and output of a command that has ended."""
 
     code: int
     out: str
@@ -170,14 +183,14 @@ class Ended:
 
     @property
     def log(self) -> list[str]:
-        """What was said, line by line, without the times; each line must begin with one."""
+        """The lines of the log without their times; each line must begin with one."""
         lines = self.err.splitlines()
         assert [line for line in lines if not TIMED.match(line)] == []
         return [TIMED.sub("", line) for line in lines]
 
     @property
     def complaint(self) -> list[str]:
-        """The lines of what was said after what was done, which must be an error and a hint."""
+        """The error and its hint, which must be the only lines beside those that report progress."""
         lines = [line for line in self.log if not line.endswith(" ...")]
         assert [line.split(":")[0] for line in lines] == ["error", "hint"], self.err
         return lines
@@ -194,7 +207,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def bmx(tmp_path, monkeypatch, capfd):
-    """The command, run in this process and in an empty folder."""
+    """A function that runs the command in this process, in an empty folder."""
     for name in os.environ:
         if name.startswith("BMX_"):
             monkeypatch.delenv(name)

@@ -1064,7 +1064,7 @@ def named(value: Any, number: int, own: bool) -> Any:
     return {**value, "id": f"row {number}" if own else None}
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=LINES, own=st.booleans(), order=st.sampled_from(["input", "completion"]), end=st.booleans())
 @example(lines=[("good", {"prompt": "the same"})] * 3, own=False, order="input", end=False)
 @example(lines=[("no JSON", "bad")] * 3, own=False, order="completion", end=True)

@@ -6,7 +6,6 @@ tensor it makes; the last test takes real memory away from a process of its own.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -33,15 +32,6 @@ from bmx.plan.planner import Plan, ProfiledStep
 from bmx.request import Result
 
 OFTEN = SamplingParams(max_tokens=180, stop_token_ids=tuple(range(64)))  # large slots, and answers that end soon
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> Iterator[None]:
-    """After each failure garbage is collected; what the libraries hold need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # A simulated allocator
