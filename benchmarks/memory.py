@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
+SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "long_documents.jsonl"
 SMALL: dict[str, Any] = {
     "vocab_size": 49152,
     "bos_token_id": 1,

@@ -19,7 +19,7 @@ from pathlib import Path
 from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.config import parse_budget
 
-SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
+SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "long_documents.jsonl"
 
 
 def sample_ids(tokenizer) -> list[int]:

@@ -24,7 +24,7 @@ from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.plan.roofline import weights_read
 from bmx.units import parse_bytes
 
-SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "documents.jsonl"
+SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "long_documents.jsonl"
 INSTRUCTION = "Summarize the following text in three sentences.\n\n"
 
 

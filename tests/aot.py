@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for GPUs that are not there, and says what they need of them.
+"""Compiles Triton kernels for GPUs that this machine lacks, and reports the registers and memory that they need.
 
-A kernel file's ``compiled_for(head_dim)`` says what is launched. Kernels that have been imported to be interpreted
-cannot be compiled, so that another process does it: this file is its program.
+A kernel file's ``compiled_for(head_dim)`` lists what is launched. Kernels that were imported to be interpreted cannot
+be compiled, so another process compiles them: this file is its program.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
-MODULES = (
-    "bmx.kernels.triton_prefill",
-    "bmx.kernels.triton_decode",
-    "bmx.kernels.triton_evict",
-    "bmx.kernels.triton_pointwise",
-)
-# Head sizes to compile for each architecture. The largest heads need the most registers, so both compile those.
-HEAD_DIMS = {80: (64, 128), 90: (96, 128)}
+# Head sizes that each file's kernels are compiled for, by architecture: each size for at least one of them, and the
+# largest, which needs the most registers, for both where registers are scarce.
+MODULES = {
+    "bmx.kernels.triton_prefill": {80: (64, 128), 90: (96, 128)},
+    "bmx.kernels.triton_decode": {80: (128,), 90: (64, 96)},
+    "bmx.kernels.triton_evict": {80: (128,), 90: (96,)},
+    "bmx.kernels.triton_pointwise": {80: (128,), 90: (64, 96)},
+}
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -50,24 +49,16 @@ class Built:
     serial: bool
 
 
-@cache
-def built() -> list[Built]:
-    """All that is launched, compiled by other processes, one for each architecture."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+def built(arch: int) -> list[Built]:
+    """All kernels that are launched, compiled for an architecture by another process."""
+    with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes = [
-            running.enter_context(subprocess.Popen([sys.executable, __file__, str(arch)], env=environment, **pipes))
-            for arch in ARCHITECTURES
-        ]
-        found = []
-        for process in processes:
-            out, err = process.communicate()
-            assert process.returncode == 0, err
-            found += [Built(**entry) for entry in json.loads(out)]
-    return found
+        command = [sys.executable, __file__, str(arch)]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return [Built(**kernel) for kernel in json.loads(ended.stdout)]
 
 
 def attributes(types: dict[str, str]) -> dict[tuple[int], list]:
@@ -97,12 +88,11 @@ def compiled(module, kernel, types, constants, warps, stages, arch) -> Built:
 
 
 def main(arch: int) -> None:
-    found = []
-    for module in MODULES:
-        dims = HEAD_DIMS[arch]
-        launched = {repr(launch): launch for dim in dims for launch in import_module(module).compiled_for(dim)}
-        found += [compiled(module, *launch, arch) for launch in launched.values()]
-    sys.stdout.write(json.dumps([asdict(one) for one in found]))
+    kernels = []
+    for module, dims in MODULES.items():
+        launches = {repr(launch): launch for dim in dims[arch] for launch in import_module(module).compiled_for(dim)}
+        kernels += [compiled(module, *launch, arch) for launch in launches.values()]
+    sys.stdout.write(json.dumps([asdict(kernel) for kernel in kernels]))
 
 
 if __name__ == "__main__":

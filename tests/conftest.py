@@ -154,10 +154,12 @@ def reference_answers(model: Any, prompts: Sequence[Sequence[int]], new_tokens: 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fast_garbage_collection() -> None:
+def fast_garbage_collection() -> Iterator[None]:
     """Garbage collections skip the objects that exist before a file's tests: torch and transformers hold many."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
