@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmx.config import EngineConfig, PromptConfig
     from bmx.engine.engine import Engine
-    from bmx.errors import BmxError, RowError
+    from bmx.errors import BmxError, RowError, UsageError
     from bmx.request import Request, Result, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["BmxError", "Engine", "EngineConfig", "PromptConfig", "Request", "Result", "RowError", "SamplingParams"]
+__all__ = [
+    "BmxError",
+    "Engine",
+    "EngineConfig",
+    "PromptConfig",
+    "Request",
+    "Result",
+    "RowError",
+    "SamplingParams",
+    "UsageError",
+]
 
 _HOMES = {
     "BmxError": "bmx.errors",
@@ -23,6 +33,7 @@ _HOMES = {
     "Result": "bmx.request",
     "RowError": "bmx.errors",
     "SamplingParams": "bmx.request",
+    "UsageError": "bmx.errors",
 }
 
 
@@ -31,3 +42,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'bmx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -29,8 +29,8 @@ class BmxError(Exception):
         self.hint = hint
 
 
-class UsageError(BmxError):
-    """A flag, an environment variable or a config value is wrong."""
+class UsageError(BmxError, ValueError):
+    """A flag, an environment variable, a setting or an argument is wrong."""
 
     exit_code = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from bmx.errors import RowError
+from bmx.errors import RowError, UsageError
 from bmx.settings import ALWAYS, NOT_IN_BENCH, Setting
 
 MAX_STOP_STRINGS = 16
@@ -16,7 +16,7 @@ class SamplingParams:
     """How the tokens of one answer are chosen.
 
     Raises:
-        ValueError: a value out of range; the message names it.
+        UsageError: a value out of range; the message names it.
     """
 
     max_tokens: Annotated[
@@ -98,15 +98,23 @@ class SamplingParams:
         }
         for name, ok in checks.items():
             if not ok:
-                raise ValueError(f"{name} is out of range: {getattr(self, name)!r:.80}")
+                raise UsageError(f"{name} is out of range: {getattr(self, name)!r:.80}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and how to answer it: either ``prompt`` or ``messages``.
 
-    ``raw`` marks a prompt that is continued as it stands, without the model's chat template.
-    ``seeded`` marks a seed of the row's own; otherwise the row's id is mixed into the job's seed.
+    Attributes:
+        id: stands in its result.
+        prompt: text.
+        messages: a conversation; each message has a ``role`` and a ``content``.
+        params: how to sample the answer.
+        raw: whether the prompt is continued as it stands, without the model's chat template.
+        seeded: whether the seed is the request's own; otherwise the id is mixed into it.
+
+    Raises:
+        UsageError: a prompt or messages of another type.
     """
 
     id: str | int
@@ -115,6 +123,13 @@ class Request:
     params: SamplingParams = SamplingParams()
     raw: bool = False
     seeded: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str | None):
+            raise UsageError(f"a request's prompt must be text, not {type(self.prompt).__name__}")
+        messages = () if self.messages is None else self.messages
+        if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+            raise UsageError("a request's messages must be dicts", hint='[{"role": "user", "content": "Hello"}]')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +142,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVUsage:
-    """KV pairs per layer and head of one answer: the slot's size, how many stayed, how many went."""
+    """KV pairs per layer and head of one answer: the most that may be kept, those kept, and those evicted."""
 
     budget: int
     kept: int
@@ -136,10 +151,18 @@ class KVUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The answer to one request, or the reason why there is none (then ``error`` is set).
+    """The answer to one request, or the error that took its place.
 
-    ``truncated`` counts the prompt tokens that were cut out to make it fit, and ``clamped_to`` the longest answer
-    that the model's own limit left room for, where that is less than was asked for.
+    Attributes:
+        id: of the request.
+        text: of the answer.
+        token_ids: of the answer, its end token included.
+        finish_reason: ``stop`` (an end token or a stop string) or ``length``.
+        usage: tokens of the prompt and the answer.
+        kv: KV pairs that were kept and evicted.
+        truncated: prompt tokens that were cut out to make the prompt fit.
+        clamped_to: most tokens that the model's own limit allowed, where that is less than ``max_tokens``.
+        error: why there is no answer.
     """
 
     id: str | int

@@ -246,10 +246,7 @@ class RunConfig:
 
 def _section(section: type[Section], values: Mapping[str, Any]) -> Section:
     """One section of the configuration, with those of the values that are its own."""
-    try:
-        return section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    return section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
 
 
 def given_settings(flags: Mapping[str, Any], config_file: str | None = None) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig, PromptConfig
+from bmx.engine.arguments import chat_requests, checked_requests, gather_settings, sampling_params, text_requests
 from bmx.engine.backend import Backend
-from bmx.engine.memory_meter import is_out_of_memory
-from bmx.engine.open import open_model
+from bmx.engine.memory_meter import is_out_of_memory, release
+from bmx.engine.open import check_cache, open_model
 from bmx.engine.planning import RunPlanner
 from bmx.engine.prefix_cache import Reuse
 from bmx.engine.prompt_lengths import PromptMeasurer, max_length
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A model with its tokenizer, its cache policy and its limits. ``open`` makes one; ``run`` is the work.
+    """A model with its tokenizer, its cache policy and its limits.
+
+    ``open`` makes one; ``generate`` and ``chat`` answer plain texts and messages, ``stream`` requests as they finish,
+    and ``run`` is what all of them, and the command line, do their work by.
 
     Args:
         config: settings of the model, the cache and the memory.
@@ -39,7 +43,6 @@ class Engine:
     Attributes:
         config: as given.
         tokenizer: as given.
-        backend: as given.
         spec: the model's sizes, with the layers that share their KV pairs.
         policy: which KV pairs stay in a slot.
         probe: token ids that are asked after each chunk.
@@ -49,7 +52,7 @@ class Engine:
     def __init__(self, config: EngineConfig, prompt: PromptConfig, tokenizer: Any, backend: Backend) -> None:
         self.config = config
         self._prompt = prompt
-        self.backend = backend
+        self._backend: Backend | None = backend
         self.spec = share_layers(backend.spec, config.kv_share_layers)
         self.tokenizer = tokenizer
         self.policy = CompressionPolicy.from_config(config)
@@ -60,19 +63,48 @@ class Engine:
         encoder = PromptEncoder(tokenizer, prompt)
         self._measurer = PromptMeasurer(encoder, self.policy, max_length(config, self.spec), reuse)
         self.probe = encoder.probe(config.kv_probe)
-        self._planner = RunPlanner(config=config, spec=self.spec, policy=self.policy, backend=backend, probe=self.probe)
         self._running = False
 
     @classmethod
-    def open(cls, config: EngineConfig | None = None, prompt: PromptConfig | None = None) -> Engine:
-        """Load the model that the configuration names.
+    def open(cls, model: str | EngineConfig = "demo", prompt: PromptConfig | None = None, **settings: Any) -> Engine:
+        """Load a model.
+
+        Args:
+            model: hub id, local folder or .gguf file, ``demo`` or ``fake``; or the settings as an ``EngineConfig``.
+            prompt: settings of prompts.
+            settings: settings by their names, as the fields of ``EngineConfig`` and ``PromptConfig`` and with values
+                as on the command line: ``kv_budget=512``, ``memory_limit="8G"``. They replace those given before.
 
         Raises:
-            ModelError: it cannot be found, loaded, or run rightly.
-            UsageError: settings that this model cannot follow.
+            ModelError: the model cannot be found, loaded, or run rightly.
+            MemoryLimitError: not even one short sequence would fit beside it.
+            UsageError: an unknown setting, a wrong value, or settings that this model cannot follow.
         """
-        config, prompt = config or EngineConfig(), prompt or PromptConfig()
+        config, prompt = gather_settings(model, prompt, settings)
+        check_cache(config, prompt)
         return cls(config, prompt, *open_model(config))
+
+    def close(self) -> None:
+        """Free the model; this engine is of no use afterwards. An engine with the same model keeps it."""
+        self._backend = None
+        release()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def backend(self) -> Backend:
+        """What computes the steps.
+
+        Raises:
+            UsageError: the engine was closed.
+        """
+        if self._backend is None:
+            raise UsageError("this engine is closed", hint="open another one with Engine.open")
+        return self._backend
 
     def with_config(self, config: EngineConfig) -> Engine:
         """An engine with the same model and other settings of its cache and memory."""
@@ -82,16 +114,67 @@ class Engine:
         """An engine with the same settings whose steps another backend computes."""
         return Engine(self.config, self._prompt, self.tokenizer, backend)
 
+    def generate(self, prompts: Iterable[str], **sampling: Any) -> list[Result]:
+        """Answer texts; each is a whole prompt, put into the model's chat template if it has one.
+
+        Args:
+            prompts: the texts.
+            sampling: sampling parameters by name: ``max_tokens=64``.
+
+        Returns:
+            The results in the order of the texts. A text that cannot be answered has its ``error`` set.
+
+        Raises:
+            UsageError: not a list of texts, an unknown parameter, or a value out of range.
+            MemoryLimitError: not even one text fits.
+        """
+        return self._in_order(text_requests(prompts, sampling_params(sampling)))
+
+    def chat(self, conversations: Iterable[Iterable[Mapping[str, Any]]], **sampling: Any) -> list[Result]:
+        """Answer conversations.
+
+        Args:
+            conversations: lists of messages, each a dict with its ``role`` and its ``content``.
+            sampling: sampling parameters by name: ``temperature=0.7``.
+
+        Returns:
+            The results in the order of the conversations. One that cannot be answered has its ``error`` set.
+
+        Raises:
+            UsageError: not a list of lists of messages, an unknown parameter, or a value out of range.
+            MemoryLimitError: not even one conversation fits.
+        """
+        return self._in_order(chat_requests(conversations, sampling_params(sampling)))
+
+    def _in_order(self, requests: list[Request]) -> list[Result]:
+        results = {result.id: result for result in self.stream(requests)} if requests else {}
+        return [results[request.id] for request in requests]
+
+    def stream(self, requests: Iterable[Request]) -> Generator[Result]:
+        """Answer requests; results come as they finish, not in order. All requests are read first, to make a plan.
+
+        Args:
+            requests: each with its own id and sampling parameters.
+
+        Raises:
+            UsageError: an item that is not a request.
+            MemoryLimitError: not even one request fits.
+            DeviceError: the GPU failed; what was handed out before is all there is.
+        """
+        return self.run(list(checked_requests(requests)))
+
     def encode(self, request: Request) -> list[int]:
         """The token ids that the model reads for a request.
 
         Raises:
             RowError: there is no text, or the chat template refuses it.
         """
+        self._check_open()
         return self._measurer.encoder.encode(request)
 
     def measure(self, requests: Iterable[Request]) -> list[Length]:
         """The length of each request that can be answered at all; nothing else is kept."""
+        self._check_open()
         return self._measurer.measure(requests)
 
     def plan(self, lengths: Iterable[Length]) -> Plan:
@@ -102,13 +185,14 @@ class Engine:
         """
         return self._planner.plan(lengths)
 
-    def stream(self, requests: Iterable[Request]) -> Generator[Result]:
-        """Answer requests; results come as they finish, not in order. All requests are read first, to make a plan.
+    @property
+    def _planner(self) -> RunPlanner:
+        return RunPlanner(
+            config=self.config, spec=self.spec, policy=self.policy, backend=self.backend, probe=self.probe
+        )
 
-        Raises:
-            DeviceError: the GPU failed; what was handed out before is all there is.
-        """
-        return self.run(requests)
+    def _check_open(self) -> None:
+        _ = self.backend
 
     def run(
         self,
@@ -141,6 +225,7 @@ class Engine:
         Raises:
             DeviceError: the GPU failed; what was handed out before is all there is.
         """
+        self._check_open()
         if self._running:
             raise UsageError("this engine is answering other requests", hint="finish or close that generator first")
         self._running = True
@@ -166,13 +251,13 @@ class Engine:
         watch: Watch | None,
         forced: Mapping[str | int, tuple[int, ...]],
     ) -> RunContext:
-        refused = None if self.config.enforce_eager else self.stats.note_eager
+        backend, refused = self.backend, None if self.config.enforce_eager else self.stats.note_eager
         return RunContext(
             spec=self.spec,
             policy=self.policy,
-            meter=self.backend.meter,
+            meter=backend.meter,
             stats=self.stats,
-            runner=lambda plan: self.backend.runner(plan, self.policy, probe=self.probe, watch=watch, refused=refused),
+            runner=lambda plan: backend.runner(plan, self.policy, probe=self.probe, watch=watch, refused=refused),
             read=lambda request: self._sequence(request, forced.get(request.id, ())),
             shrunk=self._planner.shrunk,
             chunk_size=None if self.config.chunking_is_free else self.config.eviction_chunk_size,

@@ -356,8 +356,6 @@ def _params(defaults: SamplingParams, own: dict[str, Any]) -> SamplingParams:
         return _replaced(defaults, typed) if _hashable(own) else _replaced.__wrapped__(defaults, typed)
     except UsageError as error:
         raise RowError("invalid_request", f"{error.message}: {error.hint}" if error.hint else error.message) from None
-    except ValueError as error:
-        raise RowError("invalid_request", str(error)) from None
 
 
 def _hashable(own: dict[str, Any]) -> bool:
