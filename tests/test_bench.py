@@ -315,7 +315,7 @@ def test_a_stopped_bench_keeps_the_cells_that_were_finished(bench, monkeypatch):
     assert (measured()["state"], len(measured()["cells"])) == ("finished", 2)
 
 
-def test_without_matplotlib_the_rest_is_done_and_the_way_to_plots_is_told(bench, monkeypatch):
+def test_without_matplotlib_the_rest_is_done_and_a_note_says_how_to_get_plots(bench, monkeypatch):
     from bmx.measure import plots as report
 
     monkeypatch.setattr(report, "find_spec", lambda _: None)

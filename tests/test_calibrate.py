@@ -365,7 +365,7 @@ def test_plots_are_drawn(given, monkeypatch):
     assert "<svg" in Path("in.calibration.svg").read_text()
 
 
-def test_without_matplotlib_the_rest_is_done_and_the_way_to_plots_is_told(given):
+def test_without_matplotlib_the_rest_is_done_and_a_note_says_how_to_get_plots(given):
     ended = given("--kv-budget", "200")
     assert ended.code == 0
     assert "pip install matplotlib" in ended.err

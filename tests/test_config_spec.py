@@ -1,4 +1,4 @@
-"""A spec worked out from config.json is the one that the model itself would give, and files that lie are named."""
+"""A spec from config.json equals the one that the model itself gives, and wrong files are named."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def build(folder, dtype, device="cpu"):
 
 
 def check_equal(folder, dtype):
-    """The outline is what a forward of the real model finds."""
-    found, real = spec_from_config(folder, dtype.itemsize), prepare(build(folder, dtype)).spec
+    """The spec from config.json equals the one that forwards of the real model give."""
+    spec, real = spec_from_config(folder, dtype.itemsize), prepare(build(folder, dtype)).spec
     if not COSTS_AS_FITTED:
-        found = dataclasses.replace(found, costs=real.costs)
-    assert found == real
+        spec = dataclasses.replace(spec, costs=real.costs)
+    assert spec == real
 
 
 def random_keys(rng, model_type):
@@ -84,15 +84,15 @@ def random_keys(rng, model_type):
     if model_type in {"qwen2", "qwen3", "smollm3"}:
         keys |= dict(use_sliding_window=rng.random() < 0.5, sliding_window=5, max_window_layers=rng.choice([0, 1, 2]))
     if model_type == "smollm3":
-        told = [rng.choice([0, 1]) for _ in range(layers)]
-        keys |= dict(no_rope_layers=rng.choice([told, None]), no_rope_layer_interval=rng.choice([1, 2, 4]))
+        rotates = [rng.choice([0, 1]) for _ in range(layers)]
+        keys |= dict(no_rope_layers=rng.choice([rotates, None]), no_rope_layer_interval=rng.choice([1, 2, 4]))
     if model_type == "phi3" and head_dim == 16:
         keys |= dict(partial_rotary_factor=rng.choice([0.25, 0.5, 0.75, 1.0]))
     return keys
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_an_outline_is_what_the_model_shows(tmp_path, model_type):
+def test_a_spec_from_config_json_is_that_of_the_model(tmp_path, model_type):
     rng = random.Random(model_type)
     for i in range(12):
         check_equal(write(tmp_path / str(i), model_type, **random_keys(rng, model_type)), DTYPES[i % 2])
@@ -127,12 +127,12 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("model_type", "keys"), OPTIONS, ids=str)
-def test_an_outline_reads_options_as_transformers_does(tmp_path, model_type, keys):
+def test_options_are_read_as_transformers_does(tmp_path, model_type, keys):
     for dtype in DTYPES:
         check_equal(write(tmp_path, model_type, **keys), dtype)
 
 
-# As published: layers cut to three, for these are built twice on tensors without contents.
+# Published sizes with three layers; the models are built on the meta device.
 REAL = {
     "llama": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
     "mistral": dict(hidden_size=5120, intermediate_size=14336, num_attention_heads=32, head_dim=128),
@@ -145,32 +145,32 @@ REAL = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model_type", TYPES)
-def test_an_outline_of_real_sizes_takes_missing_keys_as_transformers_does(tmp_path, model_type, dtype):
+def test_missing_keys_of_real_sizes_are_taken_as_transformers_does(tmp_path, model_type, dtype):
     keys = dict(num_hidden_layers=3) | REAL[model_type]
     folder = write(tmp_path, model_type, *(TINY.keys() - keys.keys()), **keys)
-    found, model = spec_from_config(folder, dtype.itemsize), build(folder, dtype, "meta")
-    assert found.weight_bytes == sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
-    assert (found.vocab, found.max_length) == (model.config.vocab_size, model.config.max_position_embeddings)
-    assert found.head_bytes == model.lm_head.weight.nbytes
-    assert found.layers[0].kv_heads == model.config.num_key_value_heads
+    spec, model = spec_from_config(folder, dtype.itemsize), build(folder, dtype, "meta")
+    assert spec.weight_bytes == sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
+    assert (spec.vocab, spec.max_length) == (model.config.vocab_size, model.config.max_position_embeddings)
+    assert spec.head_bytes == model.lm_head.weight.nbytes
+    assert spec.layers[0].kv_heads == model.config.num_key_value_heads
     if COSTS_AS_FITTED:
-        assert found.costs == trace_costs(model)
+        assert spec.costs == trace_costs(model)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_config_of_defaults_alone_means_what_transformers_means(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type=model_type)), encoding="utf-8")
-    found, config = spec_from_config(tmp_path, 2), AutoConfig.from_pretrained(tmp_path)
-    first = found.layers[0]
-    assert len(found.layers) == config.num_hidden_layers
+    spec, config = spec_from_config(tmp_path, 2), AutoConfig.from_pretrained(tmp_path)
+    first = spec.layers[0]
+    assert len(spec.layers) == config.num_hidden_layers
     assert (first.query_heads, first.kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
     assert first.key_dim == getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    assert (found.vocab, found.max_length) == (config.vocab_size, config.max_position_embeddings)
-    assert found.head_bytes == config.vocab_size * config.hidden_size * 2
+    assert (spec.vocab, spec.max_length) == (config.vocab_size, config.max_position_embeddings)
+    assert spec.head_bytes == config.vocab_size * config.hidden_size * 2
     assert first.window == (config.sliding_window if model_type in {"mistral", "phi3"} else None)
 
 
-UNUSUAL = [
+NOT_COVERED = [
     ("gemma2", {}),
     ("llama", dict(architectures=["LlamaForSequenceClassification"])),
     ("llama", dict(architectures="LlamaForCausalLM")),
@@ -204,16 +204,16 @@ UNUSUAL = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "keys"), UNUSUAL, ids=str)
-def test_what_the_closed_forms_do_not_cover_is_left_to_the_model(tmp_path, model_type, keys):
+@pytest.mark.parametrize(("model_type", "keys"), NOT_COVERED, ids=str)
+def test_configs_that_are_not_covered_are_left_to_transformers(tmp_path, model_type, keys):
     assert spec_from_config(write(tmp_path, model_type, **keys), 2) is None
 
 
-def test_types_of_other_sizes_are_left_to_the_model(tmp_path):
+def test_activations_of_other_sizes_are_left_to_transformers(tmp_path):
     assert spec_from_config(write(tmp_path, "llama"), 8) is None
 
 
-LIES = [
+CONTRADICTIONS = [
     (dict(num_attention_heads=4, num_key_value_heads=3), ["num_attention_heads = 4", "num_key_value_heads = 3"]),
     (dict(hidden_size=33), ["hidden_size = 33", "num_attention_heads = 4"]),
     (dict(num_hidden_layers=0), ["num_hidden_layers = 0"]),
@@ -226,16 +226,16 @@ LIES = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "told"), LIES, ids=str)
-def test_a_config_that_contradicts_itself_is_refused(tmp_path, keys, told):
+@pytest.mark.parametrize(("keys", "named"), CONTRADICTIONS, ids=str)
+def test_a_config_that_contradicts_itself_is_refused(tmp_path, keys, named):
     with pytest.raises(ModelError) as caught:
         spec_from_config(write(tmp_path, "llama", **keys), 2)
-    assert all(words in caught.value.message for words in [*told, str(tmp_path)])
+    assert all(words in caught.value.message for words in [*named, str(tmp_path)])
     assert "config.json" in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff", "[" * 100_000, None])
-def test_a_config_that_is_none_is_refused(tmp_path, text):
+def test_a_broken_config_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ModelError, match=f"cannot load model {tmp_path}: config.json"):
@@ -353,7 +353,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": 3}}'])
-def test_an_index_that_is_none_is_refused(tmp_path, text):
+def test_a_broken_index_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     with pytest.raises(ModelError, match="names no shards"):
         read_headers(tmp_path)
@@ -378,7 +378,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("file", "message"), BROKEN, ids=str)
-def test_a_weight_file_that_is_none_is_refused(tmp_path, file, message):
+def test_a_broken_weight_file_is_refused(tmp_path, file, message):
     shard(tmp_path / "model.safetensors", **file)
     with pytest.raises(ModelError, match=message) as caught:
         read_headers(tmp_path)
@@ -392,7 +392,7 @@ def test_a_weight_file_too_short_for_a_length_is_refused(tmp_path):
         read_headers(tmp_path)
 
 
-def test_an_outline_loads_neither_torch_nor_transformers(tmp_path):
+def test_a_spec_from_config_json_loads_neither_torch_nor_transformers(tmp_path):
     folder = str(write(tmp_path, "llama"))
     imports = "from pathlib import Path; from bmx.model.config_spec import spec_from_config"
     code = f"{imports}; spec_from_config(Path({folder!r}), 2).layers[0]"

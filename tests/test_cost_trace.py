@@ -1,4 +1,4 @@
-"""What a dry run on tensors without contents says a token costs is what the sizes of the model say by hand."""
+"""The costs that are traced on the meta device are those that follow from the sizes of the model by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
-# Of each dense family: what it asks for, the width of a head, intermediate tensors at once, and rotary tables.
+# Of each dense family: its config keys, the width of a head, intermediate tensors alive at once, rotary tables.
 DENSE = {
     "llama": (dict(), 64, 3, 1),
     "qwen2": (dict(), 64, 3, 1),
@@ -32,7 +32,7 @@ DENSE = {
     "phi3": (dict(), 64, 4, 1),
     "gemma3_text": (dict(head_dim=128, layer_types=[S, F]), 128, 3, 2),
 }
-MOE = {  # what it asks for, and the width of an expert
+MOE = {  # config keys, and the width of an expert
     "qwen3_moe": (dict(head_dim=64, moe_intermediate_size=768, num_experts=16, num_experts_per_tok=4), 768),
     "mixtral": (dict(num_local_experts=8, num_experts_per_tok=2), WIDE),
     "olmoe": (dict(num_experts=16, num_experts_per_tok=4), WIDE),
@@ -40,18 +40,18 @@ MOE = {  # what it asks for, and the width of an expert
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
-def hollow(family, dtype=torch.bfloat16, layers=2, **config):
+def meta_model(family, dtype=torch.bfloat16, layers=2, **config):
     """A model of realistic width on the meta device."""
     if "layer_types" in config:
         config["layer_types"] = (config["layer_types"] * layers)[:layers]
-    made = AutoConfig.for_model(family, **SIZES | config, num_hidden_layers=layers)
+    full_config = AutoConfig.for_model(family, **SIZES | config, num_hidden_layers=layers)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(full_config, dtype=dtype).eval()
 
 
 @cache
 def traced(family, dtype=torch.bfloat16, layers=2):
-    return trace_costs(hollow(family, dtype, layers, **(DENSE | MOE)[family][0]))
+    return trace_costs(meta_model(family, dtype, layers, **(DENSE | MOE)[family][0]))
 
 
 def linear_parameters(model):
@@ -75,7 +75,7 @@ def test_a_token_holds_the_mlp_the_residuals_and_the_rotary_tables(family, dtype
 def test_where_the_mlp_is_narrow_attention_decides(family):
     """Then the closed form is too little: what the dry run finds is more than it, and less than twice as much."""
     config, head_dim, _, tables = DENSE[family]
-    found = trace_costs(hollow(family, **config | {"intermediate_size": 256})).activation_bytes
+    found = trace_costs(meta_model(family, **config | {"intermediate_size": 256})).activation_bytes
     assert 2 * (4 * 256 + 4 * H + 2 * head_dim * tables) < found < 2 * (20 * H)
 
 
@@ -88,14 +88,17 @@ def test_more_layers_hold_no_more_at_once(family):
 @DTYPES
 @pytest.mark.parametrize("family", DENSE)
 def test_flops_are_two_for_each_parameter_of_a_product(family, dtype):
-    """Gemma's embedding and norms, the output head and attention itself are none."""
+    """Gemma's embedding and norms, the output head and attention itself do not count."""
     for layers in (2, 3):
-        model = hollow(family, dtype, layers, **DENSE[family][0])
+        model = meta_model(family, dtype, layers, **DENSE[family][0])
         assert traced(family, dtype, layers).flops == 2 * linear_parameters(model)
 
 
-def test_biases_are_no_products():
-    assert trace_costs(hollow("llama", attention_bias=True, mlp_bias=True)).flops == trace_costs(hollow("llama")).flops
+def test_biases_are_not_products():
+    assert (
+        trace_costs(meta_model("llama", attention_bias=True, mlp_bias=True)).flops
+        == trace_costs(meta_model("llama")).flops
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -103,7 +106,7 @@ def test_biases_are_no_products():
 def test_of_experts_those_that_are_active_count_and_the_router(family, layers):
     config, width = MOE[family]
     number = config.get("num_experts") or config["num_local_experts"]
-    model = hollow(family, layers=layers, **config)
+    model = meta_model(family, layers=layers, **config)
     experts = config["num_experts_per_tok"] * 3 * H * width
     assert trace_costs(model).flops == 2 * (linear_parameters(model) + layers * (experts + number * H))
 
@@ -112,7 +115,7 @@ def test_of_experts_those_that_are_active_count_and_the_router(family, layers):
 def test_more_experts_cost_no_more_but_the_router(family):
     config, _ = MOE[family]
     name = "num_experts" if "num_experts" in config else "num_local_experts"
-    few, many = (trace_costs(hollow(family, **config | {name: number})) for number in (16, 64))
+    few, many = (trace_costs(meta_model(family, **config | {name: number})) for number in (16, 64))
     assert many.flops - few.flops == 2 * 2 * 48 * H  # of both layers
     assert abs(many.activation_bytes - few.activation_bytes) < 48 * 100  # the router's scores
 
@@ -135,7 +138,7 @@ def test_wider_numbers_hold_twice_the_bytes_and_cost_the_same_flops(family):
 
 def test_a_wider_model_moves_more():
     narrow, wide = (
-        trace_costs(hollow("llama", hidden_size=width, intermediate_size=4 * width)) for width in (1024, 2048)
+        trace_costs(meta_model("llama", hidden_size=width, intermediate_size=4 * width)) for width in (1024, 2048)
     )
     assert wide.traffic_bytes > 1.8 * narrow.traffic_bytes
     assert wide.operators == narrow.operators
@@ -143,7 +146,7 @@ def test_a_wider_model_moves_more():
 
 def test_a_vocabulary_costs_a_step_nothing():
     """No logits are computed for tokens that are not sampled."""
-    assert trace_costs(hollow("llama", vocab_size=1000)) == trace_costs(hollow("llama", vocab_size=100_000))
+    assert trace_costs(meta_model("llama", vocab_size=1000)) == trace_costs(meta_model("llama", vocab_size=100_000))
 
 
 LONGROPE = {
@@ -160,7 +163,7 @@ LONGROPE = {
 @pytest.mark.parametrize("rope", [{}, {"rope_parameters": LONGROPE, "max_position_embeddings": 16_384}], ids=len)
 def test_a_model_is_left_as_it_was_and_costs_the_same_again(family, rope):
     """What a model computes once and keeps is no cost of a step."""
-    model = hollow(family, **(DENSE | MOE)[family][0], **rope)
+    model = meta_model(family, **(DENSE | MOE)[family][0], **rope)
     before = model.config._attn_implementation
     assert trace_costs(model) == trace_costs(model)
     assert model.config._attn_implementation == before
@@ -168,18 +171,18 @@ def test_a_model_is_left_as_it_was_and_costs_the_same_again(family, rope):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text", "gemma3n_text", "deepseek_v3", "gpt2", "phi3"])
 def test_a_loaded_model_costs_what_its_config_alone_says(family):
-    """One whose weights are there is traced by a twin without contents."""
+    """A loaded model is traced by a copy on the meta device."""
     costs = prepare(tiny_model(family).bfloat16()).spec.costs
     with torch.device("meta"):
-        hollow_one = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.bfloat16).eval()
-    assert prepare(hollow_one).spec.costs == costs
+        meta = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.bfloat16).eval()
+    assert prepare(meta).spec.costs == costs
     assert min(costs.activation_bytes, costs.traffic_bytes, costs.flops, costs.operators) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_a_loaded_model_with_experts_has_its_costs_in_any_type(family, dtype):
-    """Without contents, products of experts are defined for bfloat16 alone; their number is the same in all."""
+    """On the meta device, products of experts are defined for bfloat16 alone; their FLOPs are the same in all types."""
     half, found = (prepare(tiny_model(family).to(kind)).spec.costs for kind in (torch.bfloat16, dtype))
     assert found.flops == half.flops
     wider = dtype.itemsize / 2

@@ -1,4 +1,4 @@
-"""Text in, token ids out, and back: chat templates, control tokens in documents, whole characters, stop strings."""
+"""Prompts to token ids and answers to text: chat templates, control tokens, truncation, whole characters, stops."""
 
 from __future__ import annotations
 
