@@ -26,7 +26,7 @@ from bmx.job.manifest import write_json
 from bmx.job.paths import find_record_path, input_paths
 from bmx.kv.layout import FormatName
 from bmx.measure.calibration_file import CALIBRATED, FORMAT, default_path, read_calibration
-from bmx.measure.plan_batch import build_query
+from bmx.measure.plan_batch import query_for_rows
 from bmx.measure.plots import plot_calibration, plots_note
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
@@ -105,7 +105,7 @@ def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, st
             )
         record = saved_or_new_record(config, output, sample)
         full_config = replace(config, engine=full_cache_config(config.engine))
-        query = build_query(full_config, machine(config.engine, None, None), None, reader, todo)
+        query = query_for_rows(full_config, machine(config.engine, None, None), reader, todo)
         _Calibration(
             config=config,
             options=options,

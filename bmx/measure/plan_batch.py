@@ -1,14 +1,14 @@
-"""``bmx plan-batch``: the question, from an input or imagined, and its answer; no weights are loaded.
+"""``bmx plan-batch``: what of a job would fit, and how long it would take; no weights are loaded.
 
-Knows the order of things; what fits is worked out in ``options``, and shown by the display.
+Builds the query, from an input's rows or from rows of an imagined length. What fits is the business of ``scenarios``,
+and how it is shown that of the display.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from bmx.compress.policy import CompressionPolicy
@@ -25,24 +25,27 @@ from bmx.model.spec import share_layers
 from bmx.plan.machine import Machine, machine
 from bmx.plan.planner import Length, plan_record
 from bmx.plan.scenarios import PlanQuery, Scenario, device_of
+from bmx.request import Request
 from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
 from bmx.terminal.reports import profile_lines, scenario_lines
 
-CHARACTERS_OF_A_TOKEN = 3  # or more, in a probe that no tokenizer has seen yet
-IMAGINED_ROWS = 1000  # of one length, where there is no input to read
+TOKEN_CHARACTERS = 3  # of a probe, for an estimate of its tokens without a tokenizer
+IMAGINED_ROWS = 1000  # number of rows without an input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanBatchOptions:
-    """What the command was asked beside its settings.
+    """Options of the command that are not settings.
 
     Attributes:
-        budgets: to compare.
-        max_input: prompt tokens of imagined rows, instead of an input.
-        gpu, gpu_memory: a card that is not here.
-        check: whether not to fit is a failure; ``measure``: whether to load the model and run the largest step.
-        as_json: whether a program reads the answer.
+        budgets: KV budgets to compare.
+        max_input: prompt tokens of imagined rows, in place of an input.
+        gpu: name of a GPU to plan for, which need not be in this machine.
+        gpu_memory: bytes of memory of that GPU.
+        check: whether rows that do not fit are a failure.
+        measure: whether to load the model and run the largest step.
+        as_json: whether to answer in JSON.
     """
 
     budgets: tuple[int | float | str, ...]
@@ -54,33 +57,43 @@ class PlanBatchOptions:
     as_json: bool = False
 
 
-def plan_batch(config: RunConfig, asked: PlanBatchOptions, display: Display) -> bool:
-    """Answer on standard output.
+def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -> bool:
+    """Show what would fit on standard output.
+
+    Args:
+        config: the settings.
+        options: options of the command.
+        display: shows the answer.
 
     Returns:
-        Whether every row fits with the first budget (or the full cache, if that is the policy).
+        Whether every row fits with the first budget, or with the full cache if that is the policy.
 
     Raises:
-        BmxError: there is no answer.
+        BmxError: the input, the model or the machine cannot be read.
     """
-    if bool(config.inputs) == (asked.max_input is not None):
+    if bool(config.inputs) == (options.max_input is not None):
         raise UsageError(
             "plan-batch takes an INPUT or --max-input", hint="bmx plan-batch prompts.jsonl, or --max-input 4k"
         )
-    where = machine(config.engine, asked.gpu, asked.gpu_memory)
+    target = machine(config.engine, options.gpu, options.gpu_memory)
     with input_paths(config.inputs) as paths:
-        reader = input_reader(config, paths) if paths else None
-        todo = _rows(config, reader) if reader else None
-        question = build_query(config, where, asked.max_input, reader, todo)
-        options = list(question.options(asked.budgets))
-        chosen = next(o for o in options if (o.name == "full cache") == (config.engine.kv_policy == "none"))
-        measured = _measure(config, asked, reader, todo, question) if asked.measure else None
-    remedies = question.remedies() if not chosen.fits else []
-    if asked.as_json:
-        answer = record(question, options) | {"fits": chosen.fits, "remedies": remedies}
+        if paths:
+            reader = input_reader(config, paths)
+            todo = _rows_to_plan(config, reader)
+            query = query_for_rows(config, target, reader, todo)
+            sample: Iterable[Request] | None = todo.sample(reader, query.every)
+        else:
+            query, sample = query_for_length(config, target, options.max_input or 1), None
+        scenarios = list(query.options(options.budgets))
+        full_cache = config.engine.kv_policy == "none"
+        chosen = next(scenario for scenario in scenarios if (scenario.name == "full cache") == full_cache)
+        measured = _measure_step(config, options, query, sample) if options.measure else None
+    remedies = query.remedies() if not chosen.fits else []
+    if options.as_json:
+        answer = record(query, scenarios) | {"fits": chosen.fits, "remedies": remedies}
         display.data(json.dumps(answer | ({"measured": measured} if measured else {}), indent=2))
         return chosen.fits
-    display.data(*scenario_lines(question, options))
+    display.data(*scenario_lines(query, scenarios))
     if measured:
         display.data(*profile_lines(measured))
     if chosen.problem:
@@ -90,12 +103,12 @@ def plan_batch(config: RunConfig, asked: PlanBatchOptions, display: Display) -> 
     return chosen.fits
 
 
-def _rows(config: RunConfig, reader: Reader) -> Todo:
+def _rows_to_plan(config: RunConfig, reader: Reader) -> Todo:
     """The rows of an input.
 
     Raises:
-        InputFileError: it cannot be read, or two rows have the same id.
-        UsageError: it has none.
+        InputFileError: the input cannot be read, or two rows have the same id.
+        UsageError: the input has no rows.
     """
     todo = unanswered_rows(reader, config.job.limit, config.job.share)
     if not todo.left:
@@ -103,93 +116,136 @@ def _rows(config: RunConfig, reader: Reader) -> Todo:
     return todo
 
 
-def _measure(
-    config: RunConfig, asked: PlanBatchOptions, reader: Reader | None, todo: Todo | None, question: PlanQuery
+def _measure_step(
+    config: RunConfig, options: PlanBatchOptions, query: PlanQuery, sample: Iterable[Request] | None
 ) -> dict[str, int]:
-    """Load the model, plan for real, run the largest step: bytes without the slots, as predicted and as measured.
+    """Load the model and run the largest step of the job's plan.
+
+    Args:
+        config: the settings.
+        options: options of the command.
+        query: the job.
+        sample: the rows that the query measured; None for imagined ones.
+
+    Returns:
+        Bytes of the step without the slots: predicted before and after the model was loaded, and measured.
 
     Raises:
-        UsageError: the question is about another machine.
+        UsageError: the query is about another machine.
+        MemoryLimitError: the system does not tell how much memory a step takes.
     """
     from bmx.engine.engine import Engine
 
-    if asked.gpu or asked.gpu_memory:
+    if options.gpu or options.gpu_memory:
         raise UsageError("--measure runs on this machine: it cannot be combined with --gpu or --gpu-memory")
     engine = Engine.open(config.engine, config.prompt)
-    lengths = engine.measure(todo.sample(reader, question.every)) if reader and todo else question.lengths
+    lengths = query.lengths if sample is None else engine.measure(sample)
     step = engine.plan(lengths).profiled
     if step is None or step.measured is None:
-        raise MemoryLimitError("this system does not tell what a step takes", hint="Linux and CUDA do")
-    foreseen = next(o for o in question.options([config.engine.kv_budget]) if o.plan).plan
+        raise MemoryLimitError("this system does not tell how much memory a step takes", hint="Linux and CUDA do")
+    predicted = next(scenario for scenario in query.options([config.engine.kv_budget]) if scenario.plan).plan
     return {
-        "before_loading_bytes": foreseen.memory.step if foreseen else 0,
+        "before_loading_bytes": predicted.memory.step if predicted else 0,
         "predicted_bytes": step.predicted,
         "measured_bytes": step.measured,
     }
 
 
-def build_query(
-    config: RunConfig, where: Machine, max_input: int | None, reader: Reader | None, todo: Todo | None
-) -> PlanQuery:
-    """What is asked: the lengths of an input's rows, or of imagined ones.
+def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int) -> PlanQuery:
+    """The query about a job of imagined rows, all of one length.
 
     Args:
-        max_input: prompt tokens of imagined rows.
-        reader: the input, if there is one, and ``todo`` its rows.
+        config: the settings.
+        target: the machine to plan for.
+        prompt_tokens: of each row.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        UsageError: the model takes no more than the prompt.
     """
-    spec = share_layers(preview_spec(config.engine, where.kind), config.engine.kv_share_layers)
-    policy = CompressionPolicy.from_config(config.engine)
-    longest = max_length(config.engine, spec)
-    asked = partial(
-        PlanQuery, config=config.engine, spec=spec, machine=where, device=device_of(where, spec, config.engine)
+    engine = config.engine
+    spec = share_layers(preview_spec(engine, target.kind), engine.kv_share_layers)
+    policy = CompressionPolicy.from_config(engine)
+    longest = max_length(engine, spec)
+    answer = min(config.sampling.max_tokens, longest - prompt_tokens)
+    if answer < 1:
+        raise UsageError(
+            f"--max-input {prompt_tokens} leaves no room for an answer: {spec.name} takes {longest} tokens"
+        )
+    length = Length.of(policy, prompt_tokens, answer)
+    return PlanQuery(
+        config=engine,
+        spec=spec,
+        machine=target,
+        device=device_of(target, spec, engine),
+        lengths=(length,) * IMAGINED_ROWS,
+        rows=IMAGINED_ROWS,
+        probe=len(engine.kv_probe or "") // TOKEN_CHARACTERS,
     )
-    if reader is None or todo is None:
-        prompt = max_input or 1
-        answer = min(config.sampling.max_tokens, longest - prompt)
-        if answer < 1:
-            raise UsageError(f"--max-input {prompt} leaves no room for an answer: {spec.name} takes {longest} tokens")
-        lengths = [Length.of(policy, prompt, answer)]
-        probe = len(config.engine.kv_probe or "") // CHARACTERS_OF_A_TOKEN
-        return asked(lengths=tuple(lengths * IMAGINED_ROWS), rows=IMAGINED_ROWS, probe=probe)
-    source, gguf = locate_files(config.engine)
-    encoder = PromptEncoder(load_tokenizer(source, config.engine, gguf), config.prompt)
+
+
+def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Todo) -> PlanQuery:
+    """The query about the rows of an input; of a large input, a sample is measured.
+
+    Args:
+        config: the settings.
+        target: the machine to plan for.
+        reader: reads the input.
+        todo: its rows that are left to do.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+    """
+    engine = config.engine
+    spec = share_layers(preview_spec(engine, target.kind), engine.kv_share_layers)
+    policy = CompressionPolicy.from_config(engine)
+    source, gguf = locate_files(engine)
+    encoder = PromptEncoder(load_tokenizer(source, engine, gguf), config.prompt)
     every = sampling_step(todo.left)
     reuse = None
-    if config.engine.prefix_reuse:
-        reuse = Reuse(spec=spec, policy=policy, chunk_size=config.engine.eviction_chunk_size)
-    lengths = PromptMeasurer(encoder, policy, longest, reuse).measure(todo.sample(reader, every))
-    probe = len(encoder.probe(config.engine.kv_probe))
-    return asked(lengths=tuple(lengths), rows=todo.left, every=every, probe=probe)
+    if engine.prefix_reuse:
+        reuse = Reuse(spec=spec, policy=policy, chunk_size=engine.eviction_chunk_size)
+    measurer = PromptMeasurer(encoder, policy, max_length(engine, spec), reuse)
+    return PlanQuery(
+        config=engine,
+        spec=spec,
+        machine=target,
+        device=device_of(target, spec, engine),
+        lengths=tuple(measurer.measure(todo.sample(reader, every))),
+        rows=todo.left,
+        every=every,
+        probe=len(encoder.probe(engine.kv_probe)),
+    )
 
 
-def record(asked: PlanQuery, options: Sequence[Scenario]) -> dict[str, Any]:
-    """The answers as JSON."""
-    machine = asked.machine
-    rates = machine.rates()
+def record(query: PlanQuery, scenarios: Sequence[Scenario]) -> dict[str, Any]:
+    """The answer for JSON."""
+    target = query.machine
+    rates = target.rates()
     return {
-        "model": asked.config.model,
-        "architecture": asked.spec.name,
+        "model": query.config.model,
+        "architecture": query.spec.name,
         "machine": {
-            "kind": machine.kind,
-            "name": machine.name,
-            "free_bytes": machine.memory.free,
-            "total_bytes": machine.memory.total,
-            "source": machine.memory.source,
+            "kind": target.kind,
+            "name": target.name,
+            "free_bytes": target.memory.free,
+            "total_bytes": target.memory.total,
+            "source": target.memory.source,
             "rates": asdict(rates) if rates else None,
         },
-        "rows": asked.rows,
-        "measured_rows": len(asked.lengths),
-        "prompt_tokens": sum(length.prompt_tokens for length in asked.lengths) * asked.every,
-        "options": [_scenario_record(option) for option in options],
+        "rows": query.rows,
+        "measured_rows": len(query.lengths),
+        "prompt_tokens": sum(length.prompt_tokens for length in query.lengths) * query.every,
+        "options": [_scenario_record(scenario) for scenario in scenarios],
     }
 
 
-def _scenario_record(option: Scenario) -> dict[str, Any]:
-    found: dict[str, Any] = {"cache": option.name, "kv_budget": option.budget, "fits": option.fits}
-    if option.problem:
-        found["problem"] = option.problem.message
-    if option.plan:
-        found |= plan_record(option.plan)
-    if option.forecast:
-        found["forecast"] = asdict(option.forecast)
-    return found
+def _scenario_record(scenario: Scenario) -> dict[str, Any]:
+    result: dict[str, Any] = {"cache": scenario.name, "kv_budget": scenario.budget, "fits": scenario.fits}
+    if scenario.problem:
+        result["problem"] = scenario.problem.message
+    if scenario.plan:
+        result |= plan_record(scenario.plan)
+    if scenario.forecast:
+        result["forecast"] = asdict(scenario.forecast)
+    return result
