@@ -59,7 +59,7 @@ def layer(rows: int) -> float:
         source, output = Path(folder, "in.jsonl"), Path(folder, "out.jsonl")
         write_rows(source, rows)
         before = time.monotonic()
-        reader = Reader(paths=(source,), template="Summarize:{document}", seed=b"seed")
+        reader = Reader(paths=(source,), template="Summarize:{document}", hash_key=b"seed")
         with closing(Ledger()) as ledger:
             ledger.read(reader)
             todo = ledger.todo()

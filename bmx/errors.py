@@ -1,20 +1,20 @@
-"""What can go wrong, as a small tree. Knows messages, hints and exit codes; knows nothing of terminals.
+"""The errors, as a small tree. Knows messages, hints and exit codes; knows nothing of terminals.
 
-BmxError                  a job that cannot start or go on (exit 1)
+BmxError                  a job that cannot start or continue (exit 1)
 ├── UsageError            a flag, environment or config value (exit 2)
 ├── MemoryLimitError      it does not fit (exit 4)
 ├── InputFileError        the input file cannot be used (exit 5)
 ├── OutputError           the output cannot be written (exit 1)
-├── LockedError           another run works on the same output (exit 75)
-├── ModelError            no such model, or one that bmx cannot run rightly (exit 1)
-└── DeviceError           the GPU fails for good (exit 1)
+├── LockedError           another run uses the same output (exit 75)
+├── ModelError            no such model, or one that bmx cannot run correctly (exit 1)
+└── DeviceError           the GPU has failed and stays broken (exit 1)
 
 RowError                  one input line cannot be answered: it becomes a Result, never an exit
 """
 
 
 class BmxError(Exception):
-    """A job that cannot start or go on.
+    """A job that cannot start or continue.
 
     Args:
         message: one line that says what is wrong.
@@ -52,17 +52,17 @@ class OutputError(BmxError):
 
 
 class LockedError(BmxError):
-    """Another run is at work on the same output."""
+    """Another run uses the same output."""
 
     exit_code = 75
 
 
 class ModelError(BmxError):
-    """The model cannot be found, loaded, or run rightly by bmx."""
+    """The model cannot be found or loaded, or bmx would not run it correctly."""
 
 
 class DeviceError(BmxError):
-    """The GPU has failed in a way that only a new process gets over."""
+    """The GPU has failed, and only a new process can use it again."""
 
 
 class RowError(Exception):

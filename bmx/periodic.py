@@ -1,4 +1,4 @@
-"""Something done again and again beside the work, while the work takes. Knows threads, not what is done."""
+"""A call that is repeated in a thread while other work is done. Knows threads, not what is called."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ def periodically(seconds: Callable[[], float], act: Callable[[], None]) -> Itera
     """Call ``act`` in a thread while the body runs.
 
     Args:
-        seconds: how long to wait before the next time.
+        seconds: the time to wait before the next call; asked before each one.
+        act: what is called.
     """
     done = threading.Event()
 
-    def beat() -> None:
+    def repeat() -> None:
         while not done.wait(seconds()):
             act()
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield

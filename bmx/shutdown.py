@@ -1,4 +1,4 @@
-"""When a run should end early: SIGINT, SIGTERM and SIGHUP as a value that is looked at between steps.
+"""When a run should end early: SIGINT, SIGTERM and SIGHUP become a value that the run checks between steps.
 
 Knows signals and a clock; knows nothing of runs.
 """
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SHELL_BASE = 128  # what shells add to the number of a signal to make an exit code
+SHELL_BASE = 128  # a shell's exit code for a signal is this plus the signal's number
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; ``exit_code`` is the shell's for that signal."""
+    """A signal ended the run; ``exit_code`` is the one that a shell gives to that signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -25,40 +25,40 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether a run should end, and until when it may finish what it has begun.
+    """Whether a run should end, and until when it may finish the rows in flight.
 
     Args:
-        within: seconds from the first signal until what is in flight is dropped.
+        within: seconds from the first signal until the rows in flight are dropped.
 
     Attributes:
         within: as given.
-        gently: whether the first signal is only taken down. If not, it raises, as a second one always does.
+        is_graceful: whether the first signal is only recorded. If not, it raises, as a second one always does.
         signal: the number of the first signal, or None.
     """
 
     def __init__(self, within: float = 0.0) -> None:
         self.within = within
         self._deadline = math.inf
-        self.gently = False
+        self.is_graceful = False
         self.signal: int | None = None
 
     @property
     def requested(self) -> bool:
-        """Whether no more should be begun."""
+        """Whether no new row should be started."""
         return self.signal is not None
 
     @property
     def overdue(self) -> bool:
-        """Whether what is in flight should be dropped."""
+        """Whether the rows in flight should be dropped."""
         return time.monotonic() >= self._deadline
 
     def request(self, number: int) -> None:
-        """Take a signal down, or end the run at once.
+        """Record a signal, or end the run at once.
 
         Raises:
-            Interrupted: there was one before, or nothing is in flight that could be finished.
+            Interrupted: this is the second signal, or the run is not within ``graceful``.
         """
-        if self.requested or not self.gently:
+        if self.requested or not self.is_graceful:
             self.signal = number
             raise Interrupted(number)
         self.signal = number
@@ -66,22 +66,22 @@ class Stop:
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
-        """While the body runs, the first signal is only taken down."""
-        self.gently = True
+        """While the body runs, the first signal is only recorded."""
+        self.is_graceful = True
         try:
             yield
         finally:
-            self.gently = False
+            self.is_graceful = False
 
     @contextmanager
     def install_handlers(self) -> Iterator[None]:
-        """Listen to the signals that the process does not ignore (``nohup`` ignores SIGHUP)."""
+        """Handle the signals that the process does not ignore (``nohup`` ignores SIGHUP) while the body runs."""
         before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING}
-        mine = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-        for number in mine:
+        handled = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+        for number in handled:
             signal.signal(number, lambda number, _: self.request(number))
         try:
             yield
         finally:
-            for number in mine:
+            for number in handled:
                 signal.signal(number, before[number])

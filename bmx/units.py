@@ -1,4 +1,4 @@
-"""How values of settings are written: sizes, counts, times, shares, budgets and policies, from text.
+"""The notations of values: sizes, counts, times, shares, budgets and policies are read from text here.
 
 Knows notations; knows no setting.
 """
@@ -19,7 +19,7 @@ def parse_bytes(text: str | int) -> int:
     """Bytes from ``300M``, ``8G`` (powers of ten) or ``8GiB`` (powers of two).
 
     Raises:
-        ValueError: not a size, or not positive.
+        ValueError: not a size, or not above zero.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?", str(text).strip().lower())
     if not match:
@@ -56,7 +56,7 @@ def parse_budget(text: str | float) -> int | float | str:
     """A KV budget from ``1024``, ``2k``, ``25%`` (of the prompt; 0.25 in a file) or ``auto``.
 
     Raises:
-        ValueError: none of these.
+        ValueError: not in any of these notations.
     """
     words = str(text).strip()
     if words == "auto":
@@ -73,7 +73,7 @@ def parse_policy(text: str) -> str:
     """A policy's name: one of bmx's own, or of another package's entry points.
 
     Raises:
-        ValueError: nobody has such a policy.
+        ValueError: neither bmx nor an installed package has such a policy.
     """
     if text not in POLICIES and find_scorer(text) is None:
         raise ValueError(f"no policy: {text!r}")
@@ -81,10 +81,10 @@ def parse_policy(text: str) -> str:
 
 
 def parse_layers(text: str) -> str | tuple[float, ...]:
-    """Layer budgets from ``uniform``, ``pyramid``, or factors like ``1.5,1,0.5``, which are made one on average.
+    """Layer budgets from ``uniform``, ``pyramid``, or factors like ``1.5,1,0.5``, which are scaled to a mean of 1.
 
     Raises:
-        ValueError: none of these.
+        ValueError: not in any of these notations.
     """
     if text in ("uniform", "pyramid"):
         return text
@@ -95,10 +95,10 @@ def parse_layers(text: str) -> str | tuple[float, ...]:
 
 
 def parse_shared(text: str) -> str:
-    """Layers that read another's keys and values: ``7:3,12:5`` lets layer 7 read those of layer 3.
+    """Pairs of layers from ``7:3,12:5``, in which layer 7 reads the keys and values of layer 3.
 
     Raises:
-        ValueError: not such pairs, or a layer that would read those of a later one.
+        ValueError: not such pairs, or a layer that would read those of a later layer.
     """
     pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
     if not all(len(pair) == 2 and 0 <= pair[1] < pair[0] for pair in pairs) or len({p[0] for p in pairs}) < len(pairs):
@@ -110,7 +110,7 @@ def parse_seconds(text: str | float) -> float:
     """Seconds from ``30``, ``0.5``, ``90s``, ``5m`` or ``2h``.
 
     Raises:
-        ValueError: no time, or a negative one.
+        ValueError: not a time, or a negative one.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", str(text).strip().lower())
     if not match:
@@ -125,7 +125,7 @@ def parse_shard(text: str) -> str:
     """A share like ``2/8``: the second of eight.
 
     Raises:
-        ValueError: not one, or not 1 <= i <= n.
+        ValueError: not a share I/N with 1 <= I <= N.
     """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(text).strip())
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -147,5 +147,5 @@ EXPECTED: Mapping[Callable[[Any], Any], str] = {
 
 
 def now(ago: float = 0.0) -> str:
-    """The time, or that of so many seconds ago, for files and logs: ISO 8601, UTC."""
+    """The time ``ago`` seconds ago, for files and logs: ISO 8601, UTC."""
     return (datetime.now(UTC) - timedelta(seconds=ago)).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -555,7 +555,7 @@ def test_a_line_has_the_same_key_wherever_it_stands(read):
 
 def test_other_content_or_another_seed_is_another_key(read):
     rows = [{"prompt": "x"}, {"prompt": "y"}, {"prompt": "x", "label": 1}, {"prompt": "x", "seed": 1}, "bad", "worse"]
-    keys = [row.key for seed in (b"", b"one", b"two") for row in read(*rows, seed=seed)]
+    keys = [row.key for seed in (b"", b"one", b"two") for row in read(*rows, hash_key=seed)]
     assert len(set(keys)) == len(keys)
 
 
@@ -563,7 +563,7 @@ def test_identities_are_those_of_the_rows(tmp_path):
     path = tmp_path / "in.jsonl"
     rows = [{"id": 3, "prompt": "x"}, "", "bad", {"id": 1.5}, openai({}), {"id": "too long" * 100}, {"prompt": 5}]
     path.write_bytes(b"".join(line(row) + b"\n" for row in rows))
-    reader = Reader(paths=(path,), seed=b"s", longest=100)
+    reader = Reader(paths=(path,), hash_key=b"s", longest=100)
     expected = [(row.line, row.id, row.key) for row in reader.rows()]
     assert [number for number, _, _ in expected] == [1, 3, 4, 5, 6, 7]
     assert [(row.line, row.id, row.key) for row in reader.identities()] == expected

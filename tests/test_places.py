@@ -68,7 +68,7 @@ def test_a_file_that_happens_to_be_called_like_the_lock_is_left_alone(run):
     Path("y.lock").write_text("precious")
     ended = run("in.jsonl", "-o", "y")
     assert ended.code == 1
-    assert "y.lock is no lock file" in ended.complaint[0]
+    assert "y.lock is not a lock file" in ended.complaint[0]
     assert Path("y.lock").read_text() == "precious"
     Path("y.lock").write_text("")
     assert run("in.jsonl", "-o", "y").code == 3

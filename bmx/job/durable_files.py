@@ -1,4 +1,4 @@
-"""Files that must not be lost: whole lines appended, whole files replaced, one owner at a time.
+"""Files that must not be lost: they grow by whole lines, are replaced whole, and have one owner at a time.
 
 Knows the system's calls and what a power cut leaves; knows nothing of rows.
 """
@@ -21,19 +21,19 @@ from typing import Any
 from bmx.errors import LockedError, OutputError
 from bmx.units import now
 
-SYNC_SECONDS = 1.0  # what was written longer ago survives a power cut
+SYNC_SECONDS = 1.0  # lines written longer ago than this survive a power cut
 LOCK_POLL_SECONDS = 0.1
 LOCK_BEGINNING = b'{"host":'
-KEPT = "what this run has written before is kept"
+KEPT = "everything that this run wrote before is kept"
 
 
-def me() -> dict[str, Any]:
-    """Who is at work, and since now."""
+def this_process() -> dict[str, Any]:
+    """Host, process id and time, for lock files and manifests."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": now()}
 
 
 def _write(handle: int, data: bytes) -> None:
-    """Write all of it: the system may take it in parts."""
+    """Write all of the data: the system may accept it in parts."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(handle, rest) :]
@@ -46,11 +46,11 @@ class LineFile:
     so that all but the last second's lines outlive a power cut.
 
     Args:
-        path: the file, made if it is missing; None is standard output.
-        keep: bytes at its start that stay; what follows is cut off. None: the file must not be there yet.
+        path: the file, created if it is missing; None is standard output.
+        keep: bytes at its start that stay; the rest is cut off. None: the file must not exist yet.
 
     Raises:
-        OutputError: it cannot be opened, or written; a line is in the file whole or not at all.
+        OutputError: it cannot be opened or written. A line is in the file whole or not at all.
     """
 
     def __init__(self, path: Path | None, keep: int | None) -> None:
@@ -100,7 +100,7 @@ class LineFile:
         """Sync and close.
 
         Raises:
-            OutputError: what was written may not be on the disk.
+            OutputError: some lines may not be on the disk.
         """
         self._closing.set()
         if self._regular:
@@ -132,12 +132,12 @@ class LineFile:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Put a file in place, whole or not at all: a temporary file, synced, then renamed, then the folder synced.
+    """Replace a file, whole or not at all: write a temporary file, sync it, rename it, sync the folder.
 
-    Only one process may do so with a file at a time.
+    Only one process may replace a file at a time.
 
     Raises:
-        OutputError: it cannot be written; what was there before still is.
+        OutputError: it cannot be written; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -157,7 +157,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, where possible without changing it for a moment under other threads."""
+    """The process's umask, where possible without changing it for a moment, which other threads would see."""
     with suppress(OSError, StopIteration):
         status = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
@@ -167,10 +167,10 @@ def _umask() -> int:
 
 
 def remove_file(path: Path) -> None:
-    """Take a file away, for good.
+    """Remove a file so that it stays removed after a power cut.
 
     Raises:
-        OutputError: it cannot be.
+        OutputError: it cannot be removed.
     """
     try:
         os.unlink(path)
@@ -180,7 +180,7 @@ def remove_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created or renamed in a folder outlive a power cut.
+    """Sync a folder, so that files created or renamed in it survive a power cut.
 
     Raises:
         OSError: the disk fails.
@@ -194,43 +194,46 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait: float) -> Iterator[None]:
-    """Be the only process that works on something, named by its lock file. The system lets go when the owner dies.
+    """Hold a lock while the body runs. The system releases it when the process dies.
 
     Args:
-        wait: seconds to wait for another owner.
+        path: the lock file.
+        wait: seconds to wait for another process that holds the lock.
 
     Raises:
-        LockedError: another process holds it, and goes on holding it.
-        OutputError: the lock file cannot be made.
+        LockedError: another process still holds it.
+        OutputError: the lock file cannot be created.
     """
     deadline = time.monotonic() + wait
     while (handle := _lock(path)) is None:
         if time.monotonic() >= deadline:
-            raise LockedError(f"another run is at work: {_owner(path)} holds {path}", hint="--lock-wait 10m waits")
+            raise LockedError(
+                f"another run is at work: {_owner(path)} holds {path}", hint="--lock-wait 10m waits for it"
+            )
         time.sleep(min(LOCK_POLL_SECONDS, wait))
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is held, so that nobody else's lock file goes
+        with suppress(OSError):  # while it is held, so that no other process's lock file is removed
             os.unlink(path)
         with suppress(OSError):
             os.close(handle)
 
 
 def _lock(path: Path) -> int | None:
-    """A handle that holds the lock; None if another process does."""
+    """A file descriptor that holds the lock; None if another process holds it."""
     handle = None
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_at(path, handle):
-            os.close(handle)  # its last owner took it away in between
+            os.close(handle)  # its last owner removed the file in between
             return _lock(path)
         if os.pread(handle, len(LOCK_BEGINNING), 0) not in (b"", LOCK_BEGINNING):
             os.close(handle)
-            raise OutputError(f"{path} is no lock file of bmx", hint="move it away, or choose another output")
+            raise OutputError(f"{path} is not a lock file of bmx", hint="move it away, or choose another output")
         os.ftruncate(handle, 0)
-        _write(handle, json.dumps(me()).encode())
+        _write(handle, json.dumps(this_process()).encode())
     except BlockingIOError:
         os.close(handle)  # type: ignore[arg-type]
         return None
@@ -242,7 +245,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _is_at(path: Path, handle: int) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether an open file is still the one at that path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:

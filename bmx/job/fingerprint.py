@@ -66,7 +66,7 @@ def _difference(name: str, before: Any, after: Any) -> str:
 
 
 def model_files(model: str) -> str | None:
-    """A hash of a local model: of its small files, and of samples from its weights; None for one of the hub."""
+    """A hash of a local model's small files and of samples from its weights; None for a model of the hub."""
     if model == FAKE:
         return None
     path = local_path(model)
@@ -80,7 +80,7 @@ def model_files(model: str) -> str | None:
 
 
 def _sample(file: Path, digest: Any) -> None:
-    """Add a file: the whole of a small one, of a large one blocks spread evenly over it."""
+    """Add a file to the hash: all of a small one, of a large one blocks spread evenly over it."""
     size = file.stat().st_size
     with file.open("rb", 0) as data:
         if size <= SAMPLES * SAMPLE_BYTES:

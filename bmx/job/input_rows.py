@@ -1,4 +1,4 @@
-"""Lines in: the plain and the OpenAI-batch dialect, recognised line by line; strict JSON.
+"""Input rows: lines of strict JSON in the plain or the OpenAI-batch dialect, recognised line by line.
 
 Knows the formats of requests; knows nothing of models. A line that cannot become a request is a row with an error.
 """
@@ -30,13 +30,13 @@ OPENAI_URLS: dict[str, Dialect] = {
     "/v1/completions": "text_completion",
 }
 OPENAI_KNOWN = {"model", "user", "metadata", "max_completion_tokens"}
-NO_WISH: dict[str, tuple[Any, ...]] = {  # values that ask for nothing, of fields that are not supported
+UNSUPPORTED_DEFAULTS: dict[str, tuple[Any, ...]] = {  # values of unsupported fields that ask for nothing
     "stream": (False,), "n": (1,), "best_of": (1,), "logprobs": (False,), "echo": (False,), "store": (False,),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "min_tokens": (0,), "tools": ([],),
     "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "service_tier": ("auto", "default"),
     "top_k": (-1,), "length_penalty": (1,), "use_beam_search": (False,), "num_beams": (1,),
 }  # fmt: skip
-NOT_SUPPORTED = {  # what other programs call sampling, and would be ignored here
+NOT_SUPPORTED = {  # sampling fields of other programs, which would have no effect here
     *("best_of", "beam_width", "do_sample", "frequency_penalty", "guided_choice", "guided_grammar", "guided_json"),
     *("guided_regex", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_length"),
     *("max_new_tokens", "min_new_tokens", "min_tokens", "n", "no_repeat_ngram_size", "num_beams"),
@@ -45,19 +45,20 @@ NOT_SUPPORTED = {  # what other programs call sampling, and would be ignored her
 }
 BLANKS, BYTE_ORDER_MARK = b" \t\r\n", b"\xef\xbb\xbf"
 REFERENCE = "reference"  # the field with a good answer, or a list of them, for `bmx calibrate`
-LIKE_A_FIELD = 0.85  # similarity from which an unknown name is taken for a misspelt one
+LIKE_A_FIELD = 0.85  # an unknown name at least this similar to a sampling field is taken for a misspelling
 
 
 @dataclass(slots=True)
 class InputRow:
-    """An input line: who it is, how it wants to be answered, and what it asks or what is wrong with it.
+    """An input line: its id, its dialect, and its request or what is wrong with it.
 
     Attributes:
-        line: its number, all inputs numbered through.
-        id: its own, or ``line-<n>``.
-        key: a hash of what it says and of what else decides its answer.
+        line: its number, counted through all inputs.
+        id: the row's own id, or ``line-<n>``.
+        key: a hash of the line and of everything else that decides its answer.
         size: bytes of the line.
-        request, error: one of them.
+        dialect: how the row is written, and its record too.
+        request, error: one of them is set.
         references: good answers, for `bmx calibrate`.
     """
 
@@ -73,25 +74,25 @@ class InputRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """Reads rows from files, as often as it is asked to, one line in memory at a time.
+    """Reads rows from files, any number of times, with one line in memory at a time.
 
     Attributes:
-        paths: the files, read one after the other; their lines are numbered through.
-        defaults: sampling parameters that a row's own replace.
-        template: text with {field} places that makes the prompt of plain rows, or None.
-        models: names that a row may ask for; nothing for any.
-        seed: goes into every key.
+        paths: the files, read one after the other; their lines are counted through.
+        defaults: sampling parameters; a row's own values replace them.
+        template: text with {field} placeholders that makes the prompt of plain rows, or None.
+        models: model names that a row may ask for; empty for any.
+        hash_key: the key of the rows' hashes.
         longest: bytes of the longest line that is read.
 
     Raises:
-        UsageError: the template has other than plain names in braces.
+        UsageError: the template has something else than plain names in braces.
     """
 
     paths: tuple[Path, ...]
     defaults: SamplingParams = SamplingParams()
     template: str | None = None
     models: frozenset[str] = frozenset()
-    seed: bytes = b""
+    hash_key: bytes = b""
     longest: int = MAX_LINE_BYTES
 
     def __post_init__(self) -> None:
@@ -101,12 +102,12 @@ class Reader:
     def rows(
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
     ) -> Iterator[InputRow]:
-        """Rows in the order of the files; blank lines are none.
+        """Rows in the order of the files; blank lines are skipped.
 
         Args:
-            skip: numbers of lines that are not looked at.
-            every: look only at one of so many of the others, at random, the same ones each time.
-            always: numbers of lines that are looked at in any case.
+            skip: numbers of lines to skip.
+            every: read only one in this many of the other lines, chosen at random, the same ones each time.
+            always: numbers of lines that ``every`` never leaves out.
 
         Raises:
             InputFileError: a file is missing or cannot be read.
@@ -128,7 +129,7 @@ class Reader:
     def _parsed(
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
     ) -> Iterator[tuple[InputRow, dict[str, Any] | None]]:
-        """Rows that are identified and not yet understood; those that are no objects have their error already."""
+        """Rows with their ids and the values of their lines; a line that is not an object is a row with an error."""
         source = _Source(self.paths, self.longest, skip, every, always)
         reader = jsonlines.Reader(source, loads=strict_loads)
         while True:
@@ -141,7 +142,7 @@ class Reader:
                 if source.blank:
                     continue
                 value, problem = None, f"line {source.number}: {error.__cause__ or error}{source.torn}"
-            key = blake2b(source.line.strip(), key=self.seed, digest_size=8)
+            key = blake2b(source.line.strip(), key=self.hash_key, digest_size=8)
             row = InputRow(source.number, f"line-{source.number}", key.hexdigest(), len(source.line))
             if source.left_out:
                 problem = f"line {source.number} is longer than {self.longest:,} bytes (--max-line-bytes)"
@@ -153,7 +154,7 @@ class Reader:
             yield row, None if row.error else value
 
     def _fill(self, row: InputRow, values: dict[str, Any]) -> None:
-        """Turn what a row says into its request."""
+        """Turn the values of a line into the row's request."""
         row.request = self._plain(row, values) if row.dialect == "plain" else self._openai(row, values)
 
     def _plain(self, row: InputRow, values: dict[str, Any]) -> Request:
@@ -204,7 +205,7 @@ class Reader:
 
 
 class _Source:
-    """The lines of some files, for whoever reads them, and where that is: number, line, and what of it is left out."""
+    """The lines of some files; ``number``, ``line`` and ``left_out`` describe the line that was read last."""
 
     def __init__(
         self, paths: tuple[Path, ...], longest: int, skip: LineSet | None, every: int, always: Container[int]
@@ -216,12 +217,12 @@ class _Source:
 
     @property
     def blank(self) -> bool:
-        """Whether the line holds nothing that JSON would call something."""
+        """Whether the line holds nothing but white space or a byte order mark."""
         return not self.left_out and self.line.strip(BLANKS) in (b"", BYTE_ORDER_MARK)
 
     @property
     def torn(self) -> str:
-        """What may be wrong with a last line that cannot be read."""
+        """A remark for a last line without a newline, which may still be growing."""
         return "" if self.line.endswith(b"\n") else " (the file ends in this line: is it still being written?)"
 
     def __iter__(self) -> Iterator[bytes]:
@@ -263,17 +264,17 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         raise ValueError("a key occurs twice")
-    return found
+    return values
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_reject_duplicate_keys)
 
 
 def strict_loads(text: str) -> Any:
-    """JSON that any other reader understands in the same way.
+    """A value from JSON that every reader understands in the same way.
 
     Raises:
         ValueError: not JSON, NaN or Infinity, a key twice, half a surrogate pair, or nested too deep.
@@ -290,7 +291,7 @@ def strict_loads(text: str) -> Any:
 
 
 def _check_names(values: dict[str, Any]) -> None:
-    """Refuse a sampling field that would be ignored, since it is unsupported or misspelt; other fields are data.
+    """Refuse a sampling field that is unsupported or misspelt and so would have no effect; other fields are data.
 
     Raises:
         RowError: names it.
@@ -305,8 +306,8 @@ def _check_names(values: dict[str, Any]) -> None:
 
 
 def _is_default(name: str, value: Any) -> bool:
-    """Whether a field asks for nothing."""
-    return value is None or value in NO_WISH.get(name, ())
+    """Whether a field has the value that it has when it is left out."""
+    return value is None or value in UNSUPPORTED_DEFAULTS.get(name, ())
 
 
 @lru_cache(maxsize=1024)
@@ -320,7 +321,7 @@ def _messages(messages: Any) -> tuple[dict[str, Any], ...]:
     """Messages whose contents are plain text.
 
     Raises:
-        RowError: no list of them, or content that is no text.
+        RowError: not a list of messages, or content that is not text.
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise RowError("invalid_request", "'messages' must be a list of at least one object")
@@ -364,7 +365,7 @@ def _hashable(own: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _replaced(defaults: SamplingParams, own: tuple[tuple[str, type, Any], ...]) -> SamplingParams:
-    """The defaults with some values replaced; few rows differ in them. Types keep 1, 1.0 and True apart."""
+    """The defaults with some values replaced; cached, since few rows differ. Types keep 1, 1.0 and True apart."""
     return replace(defaults, **{key: setting_named(key).coerce(value) for key, _, value in own})
 
 
@@ -373,7 +374,7 @@ def _template_fields(template: str) -> list[tuple[str, str | None]]:
     """(text, field name or None) pieces of a template; only plain names may stand in braces.
 
     Raises:
-        UsageError: unbalanced braces, or a place that is no plain name.
+        UsageError: unbalanced braces, or a placeholder that is not a plain name.
     """
     try:
         pieces = [
@@ -381,9 +382,7 @@ def _template_fields(template: str) -> list[tuple[str, str | None]]:
             for text, name, form, conversion in string.Formatter().parse(template)
         ]
     except ValueError as error:
-        raise UsageError(
-            f"prompt_template: {error}", hint="write {{ and }} for braces that are meant as such"
-        ) from None
+        raise UsageError(f"prompt_template: {error}", hint="write {{ and }} for braces in the text itself") from None
     for _, name in pieces:
         if name is not None and not name.isidentifier():
             raise UsageError(f"prompt_template: {{{name}}} is not the name of a field")
@@ -402,20 +401,26 @@ def _filled(template: str, values: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def input_reader(config: RunConfig, paths: tuple[Path, ...], seed: bytes = b"") -> Reader:
-    """What reads the rows of these files, with the defaults and the template of the job."""
+def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b"") -> Reader:
+    """A reader of these files, with the defaults and the template of the job.
+
+    Args:
+        config: all settings.
+        paths: the files.
+        hash_key: the key of the rows' hashes; commands that keep no records need none.
+    """
     return Reader(
         paths=paths,
         defaults=config.sampling,
         template=_unescape(config.prompt.prompt_template),
         models=frozenset(model_names(config)),
-        seed=seed,
+        hash_key=hash_key,
         longest=config.job.max_line_bytes,
     )
 
 
 def model_names(config: RunConfig) -> tuple[str, ...]:
-    """The names that a row may ask for: those that were given, the model's own, and its last part."""
+    """The model names that a row may ask for: those of the settings, the model's own, and its last part."""
     model = config.engine.model
     last = Path(model).name.removesuffix(".gguf")
     demo = ("SmolLM2-135M-Instruct",) if model == "demo" else ()
@@ -423,5 +428,5 @@ def model_names(config: RunConfig) -> tuple[str, ...]:
 
 
 def _unescape(template: str | None) -> str | None:
-    r"""A template from a shell: ``\n`` and ``\t`` typed as two characters mean what they say."""
+    r"""A template from a shell, in which ``\n`` and ``\t`` typed as two characters become a newline and a tab."""
     return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

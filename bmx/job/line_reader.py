@@ -1,4 +1,4 @@
-"""Physical lines of files: bytes up to a newline, one in memory at a time, from plain, gzip and zstd files.
+"""Lines of plain, gzip and zstd files as bytes, one in memory at a time.
 
 Knows bytes; knows nothing of JSON.
 """
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 17
 COMPRESSED = (".gz", ".zst")
-GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # what such files begin with; no line of JSON does
-ZSTD_PIECE = 256  # compressed bytes at a time: each may stand for a hundred kilobytes
-UTF16 = ((b"\xff\xfe", b"\xfe\xff"), (b"{\0", b"\0{"))  # its marks, and how a row begins without one
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such files; no line of JSON begins like this
+ZSTD_PIECE = 256  # compressed bytes at a time: each byte may become a hundred kilobytes
+UTF16 = ((b"\xff\xfe", b"\xfe\xff"), (b"{\0", b"\0{"))  # byte order marks, and how a row begins without one
 
 
 class LineSet:
-    """Numbers of lines up to a last one, a bit each; all later lines are taken for members too."""
+    """A set of line numbers, one bit each. Lines after the last one count as members."""
 
     def __init__(self, last: int) -> None:
         self._bits = bytearray(last // 8 + 1)
         self.last = last
 
     def add(self, number: int) -> None:
-        """Put a line in."""
+        """Add a line."""
         self._bits[number >> 3] |= 1 << (number & 7)
 
     def __contains__(self, number: int) -> bool:
@@ -45,7 +45,8 @@ def open_input(path: Path, shown: str | None = None) -> Iterator[BinaryIO]:
     """A file of lines as bytes, decompressed if its name or its first bytes say that it is compressed.
 
     Args:
-        shown: what to call it.
+        path: the file.
+        shown: its name in messages; None for its path.
 
     Raises:
         InputFileError: missing, a folder, not readable, damaged, or not UTF-8.
@@ -92,11 +93,11 @@ class ZstdFile(io.RawIOBase):
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
-        """Yes."""
+        """True: this is a file to read from."""
         return True
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        """The next bytes; 0 at the end."""
+        """Fill ``buffer`` with the next bytes; returns their number, 0 at the end."""
         while not self._ready:
             piece = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(ZSTD_PIECE)
             if not piece:
@@ -120,16 +121,17 @@ class ZstdFile(io.RawIOBase):
             raise EOFError(str(error)) from None
 
     def close(self) -> None:
-        """Close the file too."""
+        """Close the compressed file."""
         self._file.close()
         super().close()
 
 
 def read_lines(path: Path, longest: int) -> Iterator[tuple[bytes, int]]:
-    r"""(line with its ``\n``, if it has one; bytes of it that are left out) of a file.
+    r"""Pairs of a line, with its ``\n`` if it has one, and the number of its bytes that are left out.
 
     Args:
-        longest: bytes of a line that are kept; the rest of a longer one is read past.
+        path: the file.
+        longest: bytes of a line that are kept; the rest of a longer line is skipped.
 
     Raises:
         InputFileError: see ``open_input``.
@@ -142,5 +144,5 @@ def read_lines(path: Path, longest: int) -> Iterator[tuple[bytes, int]]:
                     left_out += len(rest)
                     if rest.endswith(b"\n"):
                         break
-                left_out += 1  # at the least: this line is too long
+                left_out += 1  # so that it is never 0 for a line that is too long
             yield line, left_out

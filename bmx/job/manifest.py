@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmx import __version__
-from bmx.job.durable_files import me, replace_file
+from bmx.job.durable_files import replace_file, this_process
 from bmx.job.fingerprint import PRIVATE
 from bmx.plan.planner import Plan
 from bmx.run_config import RunConfig
@@ -36,20 +36,20 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Put a record in place, whole or not at all.
+    """Write a record to a file, whole or not at all.
 
     Raises:
-        OutputError: it cannot be written; what was there before still is.
+        OutputError: it cannot be written; the old file is unchanged.
     """
     replace_file(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def run_started(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """A run for JSON, before its first row."""
+    """The manifest of a run before its first row, for JSON."""
     return {
         "format": FORMAT,
         "state": "running",
-        **me(),
+        **this_process(),
         "finished": None,
         "fingerprint": fingerprint,
         "settings": {name: value for name, value in config.flat().items() if name not in PRIVATE},
@@ -59,7 +59,13 @@ def run_started(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any
 
 
 def run_finished(state: State, plan: Plan | None, stats: Stats) -> dict[str, Any]:
-    """What became of a run: its memory, its rows, its speed."""
+    """What the manifest says at the end of a run: its memory, its rows, its speed.
+
+    Args:
+        state: how the run ended.
+        plan: the plan, for its predicted memory; None for a run without a model.
+        stats: the counters.
+    """
     predicted, measured = plan.memory.total if plan else 0, stats.peak_memory_bytes
     return {
         "state": state,

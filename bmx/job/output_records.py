@@ -1,4 +1,4 @@
-"""Lines out: a result as a record in the dialect of its row, and what a record says when it is read again.
+"""Output lines: a result becomes a record in the dialect of its row, and a record is read again on resume.
 
 Knows formats; knows nothing of files.
 """
@@ -17,7 +17,11 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def strict_dumps(value: Any) -> bytes:
-    """One line of JSON in UTF-8, its newline included; numbers that are none are refused."""
+    """One line of JSON in UTF-8, with its newline.
+
+    Raises:
+        ValueError: the value holds NaN or infinity.
+    """
     return _ENCODER.encode(value).encode() + b"\n"
 
 
@@ -25,8 +29,10 @@ def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str =
     """A result as a line of the output, in the dialect of its row.
 
     Args:
-        key: of its row.
-        model: the name to answer as.
+        result: an answer or an error.
+        key: the hash of the row.
+        dialect: how the row was written.
+        model: the model's name in records of the OpenAI dialects.
     """
     if dialect != "plain":
         return _openai_record(result, key, dialect, model)
@@ -48,29 +54,29 @@ def _error(error: RowError) -> dict[str, str]:
 
 
 def _extras(result: Result) -> dict[str, Any]:
-    """What no other program has: the cache, and what was done to a row that was too long."""
+    """What only bmx reports: the row's KV cache, and what was done to a row that was too long."""
     kv = result.kv
-    found: dict[str, Any] = {
+    extras: dict[str, Any] = {
         "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted},
         "truncated": result.truncated,
     }
     if result.clamped_to:
-        found["max_tokens"] = result.clamped_to
-    return found
+        extras["max_tokens"] = result.clamped_to
+    return extras
 
 
 def _openai_record(result: Result, key: str, dialect: Dialect, model: str) -> dict[str, Any]:
     if result.error:
         return {"id": f"batch_req_{key}", "custom_id": result.id, "response": None, "error": _error(result.error)}
     chat = dialect == "chat.completion"
-    said = {"message": {"role": "assistant", "content": result.text}} if chat else {"text": result.text}
+    content = {"message": {"role": "assistant", "content": result.text}} if chat else {"text": result.text}
     prompt, answer = (result.usage.prompt_tokens, result.usage.completion_tokens) if result.usage else (0, 0)
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{key}",
         "object": dialect,
         "created": int(time.time()),
         "model": model,
-        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": result.finish_reason}],
+        "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": result.finish_reason}],
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
         **_extras(result),
     }

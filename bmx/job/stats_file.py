@@ -1,4 +1,4 @@
-"""The file of ``--stats-file``: the counters of a run in progress, for whoever watches it.
+"""The file of ``--stats-file``: the counters of a run in progress, for programs that watch it.
 
 Holds no prompt, no answer and no secret. Written whole or not at all.
 """
@@ -22,7 +22,7 @@ STATS_SECONDS = 5.0
 
 
 def is_stats_file(path: Path) -> bool:
-    """Whether a file may be replaced by counters: it is missing, empty, or holds some."""
+    """Whether a file may be replaced by counters: it is missing, empty, or already a stats file."""
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return True
     try:
@@ -35,7 +35,7 @@ def is_stats_file(path: Path) -> bool:
 def stats_record(state: State, stats: Stats) -> dict[str, Any]:
     """The counters of a run for JSON, at this moment: the schema of ``--stats-file``.
 
-    Format 1. Fields may be added; those that are there keep their meaning.
+    Format 1. Fields may be added; existing ones keep their meaning.
     """
     left = stats.seconds_left
     return {
@@ -52,7 +52,13 @@ def stats_record(state: State, stats: Stats) -> dict[str, Any]:
 
 @contextmanager
 def updated_stats_file(path: Path | None, stats: Stats, warn: Callable[[str], None]) -> Iterator[None]:
-    """Keep the counters of a run in a file while the body runs. A disk that is full does not stop the run."""
+    """Keep the counters of a run in a file while the body runs. A full disk does not stop the run.
+
+    Args:
+        path: the file, replaced every ``STATS_SECONDS``; None for no file.
+        stats: the counters.
+        warn: shows a message when the file cannot be written.
+    """
     if path is None:
         yield
         return

@@ -60,7 +60,7 @@ class Display:
             self._print(text, "info", numbers)
 
     def report(self, lines: Iterable[Line]) -> None:
-        """Show lines, of which ``--quiet`` silences those that are no warnings."""
+        """Show lines; ``--quiet`` leaves only the warnings."""
         for line in lines:
             if line.level != "info" or self._mode != "none":
                 self._print(line.text, line.level, line.numbers)

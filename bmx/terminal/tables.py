@@ -1,6 +1,6 @@
 """Rows of tables, and numbers as people read them.
 
-Knows plans, options and measurements; prints nothing.
+Knows plans, scenarios and measurements; prints nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SCENARIO_COLUMNS = (
 
 
 def budget_text(budget: float | str) -> str:
-    """A budget for people: 1,024 pairs, or 25% of the prompt."""
+    """A budget for people, such as 1,024 (pairs) or 25% (of the prompt)."""
     return budget if isinstance(budget, str) else f"{budget:.0%}" if budget < 1 else f"{budget:,}"
 
 
 def candidate_words(settings: Mapping[str, Any]) -> str:
-    """The settings of a candidate, in few words."""
+    """The settings of a candidate in a few words."""
     words = [settings["kv_policy"]] + (["int8 weights"] if settings.get("quantization") == "int8" else [])
     if settings["kv_policy"] != "none":
         words.append(budget_text(settings["kv_budget"]))
@@ -41,36 +41,36 @@ def candidate_words(settings: Mapping[str, Any]) -> str:
         words.append(settings["kv_format"])
     if settings["kv_layer_budgets"] != "uniform":
         words.append("pyramid" if settings["kv_layer_budgets"] == "pyramid" else "measured layers")
-    for name, told in (("kv_probe", "probe"), ("kv_value_norm", "value norm"), ("kv_share_layers", "shared layers")):
-        words += [told] if settings[name] else []
+    for name, word in (("kv_probe", "probe"), ("kv_value_norm", "value norm"), ("kv_share_layers", "shared layers")):
+        words += [word] if settings[name] else []
     return " ".join(words)
 
 
-def candidate_row(name: str | None, found: Mapping[str, Any]) -> tuple[str, ...]:
-    """A line of a calibration's table: the full cache by that name, or a candidate."""
-    speed = found["predicted_tokens_per_second"]
+def candidate_row(name: str | None, measured: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of a calibration's table: of the full cache, by that name, or of a candidate, if ``name`` is None."""
+    speed = measured["predicted_tokens_per_second"]
     sizes = (
-        f"{found['kv_bytes_per_sequence'] / 1e6:,.2f} MB",
-        f"{found['slots']:,}",
+        f"{measured['kv_bytes_per_sequence'] / 1e6:,.2f} MB",
+        f"{measured['slots']:,}",
         f"{speed:,.1f}" if speed else "-",
     )
     if name:
         return (name, *sizes, *["-"] * (len(CALIBRATION_COLUMNS) - 4))
-    reference = found.get("rouge_l_reference")
+    reference = measured.get("rouge_l_reference")
     return (
-        candidate_words(found["settings"]),
+        candidate_words(measured["settings"]),
         *sizes,
-        f"{found['top1_agreement']:.1%} ± {found['top1_standard_error']:.1%}",
-        f"{found['kl_divergence']:.3f}",
-        f"{found['exact_match']:.0%}",
-        f"{found['rouge_l_full_cache']:.3f}",
-        "-" if reference is None else f"{reference:.3f} of {found['rouge_l_reference_of_full_cache']:.3f}",
-        f"{found['length_ratio']:.2f}",
+        f"{measured['top1_agreement']:.1%} ± {measured['top1_standard_error']:.1%}",
+        f"{measured['kl_divergence']:.3f}",
+        f"{measured['exact_match']:.0%}",
+        f"{measured['rouge_l_full_cache']:.3f}",
+        "-" if reference is None else f"{reference:.3f} of {measured['rouge_l_reference_of_full_cache']:.3f}",
+        f"{measured['length_ratio']:.2f}",
     )
 
 
 def bench_lines(cell: Mapping[str, Any]) -> list[str]:
-    """A cell of a bench: what was asked of each side, then a table of them."""
+    """One cell of a bench: its prompts, then a table of its sides."""
     head = (
         f"{counted(cell['prompts'], 'prompt')} of {cell['input_tokens']:,.0f} tokens, {cell['output_tokens']:,} "
         f"generated for each, budget {budget_text(cell['kv_budget'])}; this machine: "
@@ -97,7 +97,7 @@ def _bench_row(name: str, side: Mapping[str, Any], ratio: float | None) -> tuple
 
 
 def bench_summary(record: Mapping[str, Any]) -> list[str]:
-    """A bench in a line a cell, and what comes of it on average."""
+    """A bench in one line per cell, with the averages."""
     columns = ("in / out", "prompts", "budget", *(f"{name}, tok/s" for name in BENCH_NAMES.values()))
     rows = [
         (
@@ -124,29 +124,29 @@ def _times(ratio: float | None) -> str:
 
 
 def scenario_row(option: Scenario) -> tuple[str, ...]:
-    """A line of a plan's table."""
+    """A row of a plan's table."""
     budget = budget_text(option.budget) if option.budget else "-"
     if option.plan is None:
         return (option.name, budget, "0", *["-"] * (len(SCENARIO_COLUMNS) - 3))
-    plan, made = option.plan, option.forecast
+    plan, forecast = option.plan, option.forecast
     sizes = {name: megabytes(size) for name, size in memory_items(plan.memory)}
     speed = ("-", "-", "-")
-    if made:
-        speed = (f"{made.prefill_rate:,.0f}", f"{made.decode_rate:,.0f}", duration(made.seconds))
+    if forecast:
+        speed = (f"{forecast.prefill_rate:,.0f}", f"{forecast.decode_rate:,.0f}", duration(forecast.seconds))
     slots = f"{plan.slots:,}" + (f" (not {plan.too_large:,} rows)" if plan.too_large else "")
     memory = (sizes["KV cache"], sizes["weights"], sizes["activations"], sizes["runtime"], megabytes(plan.memory.total))
     return (option.name, budget, slots, *memory, f"{plan.fill:.0%}", *speed)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as lines of columns: the first to the left, the rest to the right."""
+    """Rows of cells as lines; the first column is aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return ["  ".join(row) for row in padded]
 
 
 def memory_items(memory: Memory) -> tuple[tuple[str, int], ...]:
-    """The memory of a plan in the few items that people ask for."""
+    """The memory of a plan in four items."""
     return (
         ("runtime", memory.runtime),
         ("weights", memory.weights),
@@ -161,12 +161,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def megabytes(size: float) -> str:
-    """Bytes for people: powers of ten, as the limits are given."""
+    """Bytes for people, in powers of ten like the limits."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e10 else f"{size / 1e6:,.0f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds for people, such as ``12 s`` or ``3 min 05 s``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
