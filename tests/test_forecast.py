@@ -180,21 +180,20 @@ def test_answers_of_one_token_are_all_prompt():
 
 def steps_of(scheduler, lengths):
     """The steps that the scheduler takes when all of these wait and no more will come."""
-    scheduler.draining = True
-    scheduler.waiting = [
-        Sequence(
-            request=Request(id=i, prompt="", params=SamplingParams(max_tokens=length.max_tokens)),
-            prompt=[0] * length.prompt_tokens,
-            max_tokens=length.max_tokens,
-            rows_needed=length.rows_needed,
-            end_token_ids=frozenset(),
-            tokenizer=None,
+    for i, length in enumerate(lengths):
+        scheduler.enqueue(
+            Sequence(
+                request=Request(id=i, prompt="", params=SamplingParams(max_tokens=length.max_tokens)),
+                prompt=[0] * length.prompt_tokens,
+                max_tokens=length.max_tokens,
+                rows_needed=length.rows_needed,
+                end_token_ids=frozenset(),
+                tokenizer=None,
+            )
         )
-        for i, length in enumerate(lengths)
-    ]
     steps = 0
     while True:
-        scheduler.admit_waiting()
+        scheduler.admit_waiting(draining=True)
         step = scheduler.schedule()
         if step is None:
             return steps

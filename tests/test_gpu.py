@@ -271,7 +271,8 @@ def test_no_step_waits_for_the_device(family, policy, eager, two_sets):
 
 def launched(runner, scheduler, rows, watched):
     """Launch all steps that rows take, one after another, and read none; returns how many."""
-    scheduler.waiting = list(rows)
+    for row in rows:
+        scheduler.enqueue(row)
     for count in range(100):
         scheduler.admit_waiting()
         step = scheduler.schedule(runner.rounds)

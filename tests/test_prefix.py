@@ -444,7 +444,7 @@ def test_the_fake_engine_reuses_too():
 # ---- any load, without a model ----
 
 
-class JobPaths:
+class Slots:
     """Slots that remember the tokens that were put into them."""
 
     def __init__(self):
@@ -499,7 +499,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
     rows = [sequence_of(i, prompt, answer, policy) for i, prompt in enumerate(prompts)]
     largest = max(row.rows_needed for row in rows)
     scheduler = Scheduler([SlotGroup(largest, slots)], StepSize(chunk_size=chunk_size, max_num_batched_tokens=80))
-    places = JobPaths()
+    places = Slots()
     reuse = Reuse(spec=SPEC, policy=policy, chunk_size=chunk_size, rows=10**6)
     prefixes = PrefixCache(reuse, [SlotGroup(10**6, spare)] if spare else [], 1, places.copy)
     copied = computed = finished = 0
@@ -507,7 +507,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
     unread = list(rows)
     for moment in range(10**5):
         while unread and len(scheduler.waiting) < 4:
-            scheduler.waiting.append(unread.pop(0))
+            scheduler.enqueue(unread.pop(0))
             prefixes.join(scheduler.waiting[-1])
         scheduler.admit_waiting()
         if moment in drops and scheduler.in_slots:

@@ -110,12 +110,13 @@ def drive(load: Load) -> Trace:
     scheduler = Scheduler(load.groups, load.size)
     jobs = {str(i): job for i, job in enumerate(load.jobs)}
     trace = Trace(sequences={name: job.sequence(name, load.budget) for name, job in jobs.items()})
-    scheduler.waiting, scheduler.draining = list(trace.sequences.values()), load.draining
+    for sequence in trace.sequences.values():
+        scheduler.enqueue(sequence)
     most_steps = sum(sequence.total for sequence in scheduler.waiting)
     running: list[Sequence] = []
     for steps in count():
         before = list(scheduler.waiting)
-        scheduler.admit_waiting()
+        scheduler.admit_waiting(load.draining)
         running += sorted((s for s in before if s not in scheduler.waiting), key=load.urgency)
         assert scheduler.running == len(running)
         assert set(scheduler.unfinished) == {*running, *scheduler.waiting}
@@ -410,7 +411,8 @@ def test_a_sequence_stays_for_its_chunks_and_its_answer(prompt, answer, chunk_si
 def test_what_no_slot_can_ever_hold_waits_no_longer():
     scheduler = scheduler_of([SlotGroup(16, 1), SlotGroup(64, 1)])
     sizes = {"a": 65, "b": 64, "c": 500, "d": 10, "e": 17}
-    scheduler.waiting = [Job(rows - 2, 2).sequence(name) for name, rows in sizes.items()]
+    for name, rows in sizes.items():
+        scheduler.enqueue(Job(rows - 2, 2).sequence(name))
     assert [sequence.request.id for sequence in scheduler.reject_too_large()] == ["a", "c"]
     assert [sequence.request.id for sequence in scheduler.waiting] == ["b", "d", "e"]
     assert scheduler.reject_too_large() == []
@@ -442,7 +444,8 @@ class Speaker:
     def run(self, sequences, groups, most_steps=10**9, chunk_size=4):
         """Up to so many steps; who is not finished is returned."""
         scheduler = scheduler_of(groups, chunk_size, 100)
-        scheduler.waiting = list(sequences)
+        for sequence in sequences:
+            scheduler.enqueue(sequence)
         for _ in range(most_steps):
             scheduler.admit_waiting()
             step = scheduler.schedule()
@@ -475,9 +478,10 @@ def test_a_sequence_that_begins_again_answers_as_if_it_had_not(speaker, steps, s
     for groups in (ROOM, (SlotGroup(25, 2), SlotGroup(40, 1))):
         unfinished = speaker.run([s for s in disturbed if not s.finish_reason], groups, most_steps=steps)
         assert unfinished
-        for sequence in unfinished:
-            sequence.restart()
+        again = {sequence.request.id: sequence.restarted() for sequence in unfinished}
+        for sequence in again.values():
             assert (sequence.computed, sequence.promised, sequence.answer, sequence.slot) == (0, 0, [], None)
+        disturbed = [again.get(sequence.request.id, sequence) for sequence in disturbed]
     assert speaker.run([s for s in disturbed if not s.finish_reason], (SlotGroup(40, 1),)) == []
     for first, again in zip(undisturbed, disturbed, strict=True):
         assert again.result(40) == first.result(40)
@@ -489,7 +493,7 @@ def test_random_numbers_begin_again_with_the_sequence():
     sequence = Speaker().sequence()
     first = [sequence.draw() for _ in range(20)]
     assert len(set(first)) == 20
-    sequence.restart()
+    sequence = sequence.restarted()
     assert [sequence.draw() for _ in range(20)] == first
 
 
@@ -497,7 +501,7 @@ def test_half_a_stop_string_is_forgotten():
     """`a` before it began again and `b` after are not the `ab` that ends an answer."""
     sequence = Speaker(stop=("ab",), max_tokens=4).sequence()
     sequence.accept(0)
-    sequence.restart()
+    sequence = sequence.restarted()
     for token in (1, 0, 2, 3):
         assert sequence.finish_reason is None
         sequence.accept(token)
@@ -509,7 +513,7 @@ def test_a_stop_string_met_before_it_began_again_is_met_again():
     sequence = Speaker(stop=("ab",), max_tokens=9).sequence()
     for token in (2, 0):
         sequence.accept(token)
-    sequence.restart()
+    sequence = sequence.restarted()
     for token in (2, 0, 1):
         sequence.accept(token)
     assert sequence.finish_reason == "stop"

@@ -134,7 +134,9 @@ def test_no_step_waits_for_the_device(family, told, launches):
 def drained(runner, scheduler) -> set[tuple[bool, bool]]:
     """Run all steps; returns which of them decoded, and which read prompts."""
     rows = list(sequences(runner.policy, SamplingParams(max_tokens=12)))
-    scheduler.waiting = [row for row in rows if row.rows_needed <= scheduler.largest]
+    for row in rows:
+        if row.rows_needed <= scheduler.largest:
+            scheduler.enqueue(row)
     assert len(scheduler.waiting) >= 3
     kinds = set()
     while True:

@@ -159,7 +159,9 @@ class Run:
         context = self._context
         chunk_size = context.chunk_size or plan.step.chunk_size
         scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size))
-        scheduler.waiting, self._unfinished = self._unfinished, []
+        for sequence in self._unfinished:
+            scheduler.enqueue(sequence)
+        self._unfinished = []
         try:
             with device_errors(), context.runner(plan) as runner:
                 context.stats.slots, context.stats.kv_bytes = plan.slots, runner.kv_bytes
@@ -171,9 +173,7 @@ class Run:
         except Exception as error:
             if self._source.broken or not is_out_of_memory(error):
                 raise
-        self._unfinished = scheduler.unfinished
-        for sequence in self._unfinished:
-            sequence.restart()
+        self._unfinished = [sequence.restarted() for sequence in scheduler.unfinished]
         return False
 
     def _one_by_one(self, plan: Plan) -> Iterator[Result]:
@@ -182,7 +182,7 @@ class Run:
         largest = max(group.capacity for group in plan.groups)
         while True:
             yield from self.drain_finished()
-            yield from self.read_ahead(waiting, 1, None)
+            yield from self.read_ahead(1 - len(waiting), waiting.append, None)
             if not waiting or context.stop.requested:
                 return
             sequence = waiting.pop(0)
@@ -206,28 +206,32 @@ class Run:
         """Whether every request was read."""
         return self._source.exhausted
 
-    def read_ahead(self, waiting: list[Sequence], enough: int, prefixes: PrefixCache | None) -> Iterator[Result]:
+    def read_ahead(
+        self, missing: int, enqueue: Callable[[Sequence], None], prefixes: PrefixCache | None
+    ) -> Iterator[Result]:
         """Tokenise requests until enough sequences wait; requests that cannot be answered are results at once.
 
         Args:
-            waiting: sequences without a slot; new ones are added.
-            enough: how many should wait.
+            missing: how many more sequences should wait.
+            enqueue: is given each new sequence.
             prefixes: is told of new sequences, so that they share what others compute.
         """
-        while len(waiting) < enough and (item := self._source.peek()) is not None:
+        while missing > 0 and (item := self._source.peek()) is not None:
             if isinstance(item, Result):
                 self._source.take()
                 yield item
                 continue
             try:
-                waiting.append(self._context.read(item))
+                sequence = self._context.read(item)
             except RowError as error:
                 self._source.take()
                 yield Result(id=item.id, error=error)
                 continue
             self._source.take()
+            enqueue(sequence)
+            missing -= 1
             if prefixes:
-                prefixes.join(waiting[-1])
+                prefixes.join(sequence)
 
     def collect(self, scheduler: Scheduler, launched: InFlightStep) -> None:
         """Wait for the tokens of a step, give them to their sequences, and count them.
@@ -311,14 +315,13 @@ class _Attempt:
         """Read requests and give them slots; those that can never have one, or had it too long, are results."""
         scheduler = self._scheduler
         if self._context.stop.requested:
-            scheduler.waiting.clear()
+            scheduler.discard_waiting()
         elif not self._alone:
-            enough = max(LOOKAHEAD, 2 * scheduler.slots)
-            yield from self._run.read_ahead(scheduler.waiting, enough, self._prefixes)
-            scheduler.draining = self._run.exhausted
+            missing = max(LOOKAHEAD, 2 * scheduler.slots) - len(scheduler.waiting)
+            yield from self._run.read_ahead(missing, scheduler.enqueue, self._prefixes)
         for sequence in scheduler.reject_too_large():
             yield failure(sequence, "out_of_memory", too_large(sequence, scheduler.largest))
-        scheduler.admit_waiting()
+        scheduler.admit_waiting(draining=self._run.exhausted)
         yield from self._end_late()
 
     def _end_late(self) -> Iterator[Result]:

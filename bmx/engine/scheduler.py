@@ -1,7 +1,7 @@
-"""Which chunks run together next. Pure Python: no tensor, no clock, no model; fuzzed without torch.
+"""Decides which chunks run together in the next step. Pure Python: no tensor, no clock, no model; fuzzed without torch.
 
-There is no prefill phase and no decode phase: each sequence has tokens known and tokens computed, and a step lets
-it catch up, by one token or by a chunk.
+There is no prefill phase and no decode phase: a sequence has known tokens and computed tokens, and each step computes
+some of the difference, one token or a chunk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bmx.plan.memory import SlotGroup, StepSize, group_for
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start .. start + length of a sequence, computed in one step."""
+    """Tokens start .. start + length - 1 of a sequence, computed in one step."""
 
     sequence: Sequence
     start: int
@@ -25,12 +25,12 @@ class Chunk:
 
     @property
     def decodes(self) -> bool:
-        """Whether these are tokens of the answer, each computed from the one before."""
+        """Whether these are tokens of the answer, of which each one is sampled before it is computed."""
         return self.start >= len(self.sequence.prompt)
 
     @property
     def samples(self) -> int:
-        """Tokens of the answer that the step gives: one for each that decodes, one for a prompt's last."""
+        """Tokens of the answer that the step samples: one for each decoding token, one for a prompt's last token."""
         return self.length if self.decodes else int(self.start + self.length == len(self.sequence.prompt))
 
 
@@ -38,14 +38,14 @@ class Chunk:
 class Step:
     """The chunks that run together: decoding sequences first, by slot; then prompts, in order of admission.
 
-    Where nothing else happens, sequences may decode several tokens, some of them fewer than others.
+    In a step without prompts, sequences may decode several tokens each, and not all of them equally many.
     """
 
     chunks: tuple[Chunk, ...]
 
     @property
     def rounds(self) -> int:
-        """How often the model is run."""
+        """How often the model runs."""
         return max(chunk.length if chunk.decodes else 1 for chunk in self.chunks)
 
     @property
@@ -55,15 +55,11 @@ class Step:
 
 
 class Scheduler:
-    """Gives sequences their slots and cuts steps.
+    """Gives sequences their slots and decides the steps: enqueue, admit_waiting, schedule, launched, update.
 
     Args:
         groups: slots by capacity.
-        size: how large steps may get; one prompt chunk is taken all the same, so that prompts go on.
-
-    Attributes:
-        waiting: sequences without a slot, in the order in which they came.
-        draining: no more will come, so the longest of the waiting go first, and no long one is left to run alone.
+        size: how large steps may get; one prompt chunk always fits, so that prompts make progress.
     """
 
     def __init__(self, groups: Seq[SlotGroup], size: StepSize) -> None:
@@ -72,13 +68,17 @@ class Scheduler:
         self._max_tokens = size.max_num_batched_tokens
         self._free = [list(range(group.slots))[::-1] for group in self._groups]
         self._running: list[Sequence] = []
-        self._leaving: list[Sequence] = []  # whose last tokens are promised: their slots are others' already
-        self.waiting: list[Sequence] = []
-        self.draining = False
+        self._leaving: list[Sequence] = []  # their last tokens are launched but not read; their slots are free already
+        self._waiting: list[Sequence] = []
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """The sequences without a slot, in the order in which they will be admitted."""
+        return tuple(self._waiting)
 
     @property
     def running(self) -> int:
-        """Sequences that have a slot."""
+        """How many sequences have a slot."""
         return len(self._running)
 
     @property
@@ -88,7 +88,7 @@ class Scheduler:
 
     @property
     def held_tokens(self) -> list[int]:
-        """Tokens computed so far by each of the sequences that have a slot, or had one until their last step."""
+        """Tokens computed so far of each sequence that has a slot, or had one until its last step."""
         return [sequence.computed for sequence in (*self._leaving, *self._running)]
 
     @property
@@ -98,38 +98,50 @@ class Scheduler:
 
     @property
     def slots(self) -> int:
-        """Slots in all."""
+        """The number of slots."""
         return sum(group.slots for group in self._groups)
 
     @property
     def unfinished(self) -> list[Sequence]:
-        """All that have a slot or wait for one, or for their last tokens."""
-        return [*self._leaving, *self._running, *self.waiting]
+        """All sequences that have a slot, or wait for one or for their last tokens."""
+        return [*self._leaving, *self._running, *self._waiting]
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Let a sequence wait for a slot."""
+        self._waiting.append(sequence)
+
+    def discard_waiting(self) -> None:
+        """Forget the sequences without a slot."""
+        self._waiting.clear()
 
     def reject_too_large(self) -> list[Sequence]:
-        """Those that wait and that no slot can ever hold; they wait no longer."""
+        """Remove, and return, the waiting sequences that no slot can ever hold."""
         largest = self.largest
-        rejected = [sequence for sequence in self.waiting if sequence.rows_needed > largest]
+        rejected = [sequence for sequence in self._waiting if sequence.rows_needed > largest]
         if rejected:
-            self.waiting = [sequence for sequence in self.waiting if sequence.rows_needed <= largest]
+            self._waiting = [sequence for sequence in self._waiting if sequence.rows_needed <= largest]
         return rejected
 
-    def admit_waiting(self) -> None:
-        """Give slots to those who wait, as long as any fits; one that finds none lets others pass."""
+    def admit_waiting(self, draining: bool = False) -> None:
+        """Admit waiting sequences while a free slot fits; one that fits nowhere does not block those behind it.
+
+        Args:
+            draining: no more will be enqueued, so the longest are admitted first, and no long one is left to run alone.
+        """
         if not any(self._free):
             return
-        if self.draining:
-            self.waiting.sort(key=lambda sequence: -sequence.steps(self._chunk_size))
-        before, self.waiting = self.waiting, []
-        for at, sequence in enumerate(before):
+        if draining:
+            self._waiting.sort(key=lambda sequence: -sequence.steps(self._chunk_size))
+        candidates, self._waiting = self._waiting, []
+        for index, sequence in enumerate(candidates):
             if not any(self._free):
-                self.waiting += before[at:]
+                self._waiting += candidates[index:]
                 return
             if not self.admit(sequence):
-                self.waiting.append(sequence)
+                self._waiting.append(sequence)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give the sequence the smallest free slot that is large enough; False if there is none now."""
+        """Give the sequence the smallest free slot that is large enough; False if no such slot is free."""
         group = group_for(sequence.rows_needed, self._groups, self._free)
         if group is None:
             return False
@@ -138,12 +150,12 @@ class Scheduler:
         return True
 
     def schedule(self, rounds: int = 1) -> Step | None:
-        """The next step: every decoding sequence, then whole prompt chunks while they fit. None: nothing to do.
+        """The next step: every decoding sequence, then whole prompt chunks while they fit. None if nothing can run.
 
-        A sequence that waits for another's prefix lets those behind it pass.
+        A sequence that waits for another one's prefix does not block those behind it.
 
         Args:
-            rounds: most tokens that sequences decode where there is no prompt to read.
+            rounds: most tokens that a sequence decodes in a step without prompts.
         """
         decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.slot_index)
         reading = any(not (s.decoding or s.waits) for s in self._running)
@@ -161,9 +173,9 @@ class Scheduler:
         return Step(tuple(chunks)) if chunks else None
 
     def launched(self, step: Step) -> None:
-        """Go on from where a step will have come to, whose tokens are promised.
+        """Take a launched step as computed, before its tokens are read.
 
-        What is launched later finds slots as this step leaves them: who needs none any more gives it to the next.
+        Later steps find the slots as this one leaves them: a sequence whose last token is launched gives up its slot.
         """
         for chunk in step.chunks:
             chunk.sequence.computed = chunk.start + chunk.length
@@ -173,28 +185,29 @@ class Scheduler:
         self._leaving += leaving
 
     def update(self, step: Step, tokens: Seq[int | None]) -> list[Sequence]:
-        """Write down what a step gave that was launched before, and free the slots of those that are done.
+        """Give the tokens of a launched step to their sequences, and free the slots of finished ones.
 
-        What it gave to a sequence that has ended since is not looked at.
+        Tokens of a sequence that has ended since the launch are dropped.
 
         Args:
-            tokens: of each chunk that samples, in order; None where the logits were no numbers.
+            step: the launched step.
+            tokens: one for each token that it sampled, in order; None where the logits were not numbers.
 
         Returns:
-            The sequences that are finished, still knowing the slot they had.
+            The sequences that are finished; ``slot_index`` still says the slot they had.
         """
-        following, here = iter(tokens), [*self._leaving, *self._running]
-        known = set(map(id, here))
+        following, active = iter(tokens), [*self._leaving, *self._running]
+        known = set(map(id, active))
         for chunk in step.chunks:
             for token in islice(following, chunk.samples):
                 if id(chunk.sequence) in known and not chunk.sequence.finish_reason:
                     chunk.sequence.accept(token)
         self.drop([sequence for sequence in self._running if sequence.finish_reason])
         self._leaving = [sequence for sequence in self._leaving if not sequence.finish_reason]
-        return [sequence for sequence in here if sequence.finish_reason]
+        return [sequence for sequence in active if sequence.finish_reason]
 
     def drop(self, sequences: Seq[Sequence]) -> None:
-        """Free the slots of sequences; they still know the slot they had."""
+        """Free the slots of sequences; ``slot_index`` still says the slot they had."""
         gone = set(map(id, sequences))
         self._running = [s for s in self._running if id(s) not in gone]
         for sequence in sequences:
@@ -202,5 +215,5 @@ class Scheduler:
             self._free[group].append(slot)
 
     def capacity(self, sequence: Sequence) -> int:
-        """Rows of the slot that a sequence has or had."""
+        """Rows of the slot that the sequence has or had."""
         return self._groups[sequence.slot_index.group].capacity

@@ -1,4 +1,4 @@
-"""A request in flight: its tokens, how many are computed, where it lives, and when it is done.
+"""A request in flight: its tokens, how many of them are computed, its slot, and when it is finished.
 
 Knows one sequence; knows nothing of the others, of steps or of tensors.
 """
@@ -6,7 +6,7 @@ Knows one sequence; knows nothing of the others, of steps or of tensors.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bmx.kv.layout import SlotIndex
@@ -17,11 +17,11 @@ from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Prefix:
-    """Leading tokens that several prompts of a run share; one and the same object for all of them.
+    """Leading tokens that several prompts of a run share; one object for all of these prompts.
 
     Attributes:
         length: how many tokens.
-        reuse_key: what the state of a slot depends on at this place, beside those tokens.
+        reuse_key: see ``Reuse.reuse_key``.
     """
 
     length: int
@@ -32,23 +32,32 @@ class Prefix:
 class Sequence:
     """One request in flight.
 
+    What it is, given at the start:
+
     Attributes:
-        request: what was asked.
+        request: the request.
         prompt: its token ids.
         max_tokens: longest answer, after the model's own limit.
         rows_needed: rows of a slot that it needs.
         end_token_ids: ids that end the answer.
         tokenizer: turns the answer into text.
         truncated: prompt tokens that were cut out to make it fit.
-        spans: positions from .. to that are never evicted.
-        forced_answer: token ids of the answer, where the model is not to choose them.
+        spans: positions [start, stop) that are never evicted.
+        forced_answer: token ids of the answer, where the model does not choose them.
+
+    How far it has come, all of it gone in ``restarted``:
+
+    Attributes:
         started: when it was given its slot, by the monotonic clock.
-        computed: tokens whose keys and values have been computed, or will be by what was launched.
-        promised: tokens of the answer that what was launched gives, and that have not been read yet.
-        slot: (group, slot) while it has one.
-        prefixes: parts of its prompt that others share, the shortest first.
-        stops: places where a chunk must end, since a copy of its state is to be made.
-        waits: for another sequence, which computes a prefix of this one.
+        computed: tokens whose keys and values are computed, or will be by launched steps.
+        promised: tokens of the answer that launched steps will give, and that have not been read yet.
+        slot: its slot while it has one, and after.
+        prefixes: leading parts of its prompt that others share, the shortest first.
+        stops: lengths of prefixes at which a chunk must end, since the slot is copied there.
+        waits: whether it waits for another sequence that computes a prefix of this one.
+        answer: token ids of the answer so far.
+        finish_reason: why it is finished; None while it is not.
+        error: the error's code, if the reason is ``error``.
     """
 
     request: Request
@@ -60,78 +69,79 @@ class Sequence:
     truncated: int = 0
     spans: tuple[tuple[int, int], ...] = ()
     forced_answer: tuple[int, ...] = ()
-    started: float | None = None
-    computed: int = 0
-    promised: int = 0
-    slot: SlotIndex | None = None
-    prefixes: list[Prefix] = field(default_factory=list)
-    stops: tuple[int, ...] = ()
-    waits: bool = False
-    answer: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: str | None = None
-    _text: str | None = None
-    _detokenizer: Detokenizer | None = None
-    _random: random.Random | None = None
+
+    started: float | None = field(init=False, default=None)
+    computed: int = field(init=False, default=0)
+    promised: int = field(init=False, default=0)
+    slot: SlotIndex | None = field(init=False, default=None)
+    prefixes: list[Prefix] = field(init=False, default_factory=list)
+    stops: tuple[int, ...] = field(init=False, default=())
+    waits: bool = field(init=False, default=False)
+    answer: list[int] = field(init=False, default_factory=list)
+    finish_reason: str | None = field(init=False, default=None)
+    error: str | None = field(init=False, default=None)
+    _text: str | None = field(init=False, default=None)
+    _detokenizer: Detokenizer | None = field(init=False, default=None)
+    _random: random.Random | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin again as if nothing had been computed: a row's answer does not depend on how often it was begun."""
-        self.computed, self.promised, self.slot, self.answer, self._text = 0, 0, None, [], None
-        self.finish_reason, self.error, self.started = None, None, None
-        self.prefixes, self.stops, self.waits = [], (), False
-        self._detokenizer = Detokenizer(self.tokenizer) if self.params.stop else None
+        if self.params.stop:
+            self._detokenizer = Detokenizer(self.tokenizer)
         if self.params.temperature > 0:
-            request = self.request
-            self._random = random.Random(
-                f"{self.params.seed}" if request.seeded else f"{self.params.seed}/{request.id}"
-            )
+            seed, request = self.params.seed, self.request
+            self._random = random.Random(f"{seed}" if request.seeded else f"{seed}/{request.id}")
+
+    def restarted(self) -> Sequence:
+        """The same sequence with nothing computed; its answer does not depend on how often it was started."""
+        return replace(self)
 
     @property
     def params(self) -> SamplingParams:
-        """How to sample it."""
+        """How its tokens are sampled."""
         return self.request.params
 
     @property
     def slot_index(self) -> SlotIndex:
-        """(group, slot) of a sequence that has or had one."""
+        """The slot that it has or had.
+
+        Raises:
+            RuntimeError: it was never given one.
+        """
         if self.slot is None:
             raise RuntimeError(f"sequence {self.request.id!r} was never given a slot")
         return self.slot
 
     @property
     def left(self) -> int:
-        """Tokens that its answer may still get, those that are promised left out."""
+        """Tokens that its answer may still get, beside the promised ones."""
         return self.max_tokens - len(self.answer) - self.promised
 
     @property
     def total(self) -> int:
-        """Tokens, prompt and answer, when the answer is as long as it may get."""
+        """Tokens of prompt and answer when the answer has its maximum length."""
         return len(self.prompt) + self.max_tokens
 
     @property
     def forced(self) -> int | None:
         """The next token of a forced answer; None where the model chooses it."""
-        place = len(self.answer) + self.promised
-        return self.forced_answer[place] if place < len(self.forced_answer) else None
+        index = len(self.answer) + self.promised
+        return self.forced_answer[index] if index < len(self.forced_answer) else None
 
     @property
     def needs_host_tokens(self) -> bool:
-        """Whether its next token depends on more than the tokens that the device knows."""
+        """Whether its next token depends on tokens that the device does not keep."""
         return self.params.repetition_penalty != 1 or bool(self.forced_answer)
 
     @property
     def decoding(self) -> bool:
-        """Whether only the newest token is still to be computed."""
+        """Whether its prompt is computed, so that it decodes."""
         return self.computed >= len(self.prompt)
 
     def chunk_length(self, chunk_size: int) -> int:
-        """Tokens of the next chunk: one while decoding, else up to the next of its chunk's ends, or of its stops.
+        """Tokens of the next chunk: one while decoding, else up to the next end of a chunk, or stop.
 
-        The ends depend on this sequence alone, since what is evicted depends on them; stops are where they do not
-        matter.
+        Where chunks end depends on this sequence alone, since it decides what is evicted. Stops are only where it
+        decides nothing.
         """
         if self.decoding:
             return 1
@@ -139,15 +149,15 @@ class Sequence:
         return min(end for end in ends if end > self.computed) - self.computed
 
     def steps(self, chunk_size: int) -> int:
-        """Steps that it takes from its first chunk to its last token, if its answer is as long as it may get."""
+        """Steps from its first chunk to its last token, when its answer has its maximum length."""
         return steps_needed(len(self.prompt), self.max_tokens, chunk_size)
 
     def draw(self) -> float:
-        """The next random number of this sequence, in [0, 1); its own, whatever else is in the batch."""
+        """The next random number of this sequence, in [0, 1), which does not depend on the batch."""
         return self._random.random() if self._random else 0.0
 
     def accept(self, token_id: int | None) -> None:
-        """Take the next token of the answer and see whether it ends it; None means the model gave no number."""
+        """Add the next token to the answer and check whether it ends; None means that the logits were not numbers."""
         self.promised -= 1
         if token_id is None:
             self.finish_reason, self.error = "error", "nan_logits"
@@ -165,20 +175,20 @@ class Sequence:
         text = self._detokenizer.text
         longest = max(map(len, self.params.stop))
         start = max(0, len(text) - len(added) - longest + 1)
-        found = [at for at in (text.find(stop, start) for stop in self.params.stop) if at >= 0]
-        if found:
-            self._text = text[: min(found)]
-        return bool(found)
+        ends = [index for index in (text.find(stop, start) for stop in self.params.stop) if index >= 0]
+        if ends:
+            self._text = text[: min(ends)]
+        return bool(ends)
 
     def result(self, budget: int) -> Result:
         """The answer, once finished.
 
         Args:
-            budget: KV pairs that each layer and head might keep, at most.
+            budget: KV pairs that each layer and head may keep.
         """
         ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self.last_ids
         ids = self.answer[:-1] if ended else self.answer
-        seen = len(self.prompt) + len(self.answer) - 1  # nothing has read the last token
+        seen = len(self.prompt) + len(self.answer) - 1  # the last token is never computed
         kept = min(seen, budget)
         return Result(
             id=self.request.id,
