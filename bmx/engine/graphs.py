@@ -1,8 +1,8 @@
-"""Decoding by replay: a round in which every slot decodes, captured as a CUDA graph for a few numbers of rows.
+"""Decoding rounds as CUDA graphs: a round decodes one token in each row, and is captured for a few numbers of rows.
 
-All that changes from round to round stays on the device: the next tokens, the positions, who is at an end. So rounds
-follow each other without the host, which reads what they gave from a ring, later. Knows device tensors, and the model
-as a function of a packed step; knows nothing of layers, slots' contents or why a sequence decodes.
+All that changes from round to round stays on the device: next tokens, positions, which rows have ended. So rounds
+follow each other without the host, which later reads their tokens from a ring. Knows device tensors, and the model as a
+function of a packed step; knows nothing of layers, of what slots hold, or of why a sequence decodes.
 
 Shapes: R rounds, N rows of a graph, V vocabulary.
 """
@@ -23,25 +23,27 @@ from bmx.engine.packed import DecodeBatch, PackedStep
 from bmx.engine.sampler import NO_TOKEN, SamplingRow, likeliest, sample
 from bmx.kernels.transfer import Download, upload
 
-ROUNDS = 8  # tokens that a sequence decodes between two looks of the host
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)  # of the slots, for which there are graphs
-ROW_ALIGNMENT = 16  # rows that a product takes together
-ENDS = 8  # tokens that may end an answer, of which the device knows; the host sees to further ones
-NOBODY = -1
+ROUNDS = 8  # tokens that a sequence decodes before the host reads them
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)  # shares of the slots for which there are graphs
+ROW_ALIGNMENT = 16  # rows that a matrix product computes together
+ENDS = 8  # end tokens of an answer that the device checks; the host checks further ones
+NO_SLOT = -1
 Forward = Callable[[PackedStep, Tensor], Tensor]
-FIELDS = 5  # of a row's state: slot, position, limit, tokens left, whether its frequencies are those of long sequences
+FIELDS = 5  # of a row's state: slot, position, row limit, tokens left, whether it has long-context frequencies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphRow:
-    """One sequence that decodes.
+    """One decoding sequence.
 
     Attributes:
-        slot: the number of its slot; position: of the token that is computed next; row_limit: rows it may use.
-        tokens: that it shall decode, at most the rounds.
-        ends: tokens that end it.
-        long: whether it is longer than the positions that a model with two sets of frequencies was trained on first.
-        draws: how each of its tokens is sampled; empty where all are the likeliest.
+        slot: the number of its slot over all groups.
+        position: of the token that is computed next.
+        row_limit: rows of its slot that it may use.
+        tokens: how many it decodes, at most ``ROUNDS``.
+        ends: token ids that end its answer.
+        long: whether it has the long-context frequencies of a model with two sets of rotary frequencies.
+        draws: how each of its tokens is sampled; empty if all are the likeliest.
     """
 
     slot: int
@@ -54,16 +56,18 @@ class GraphRow:
 
 
 class DecodeGraphs:
-    """The graphs of one run. They share one pool of memory and are captured when they are first needed.
+    """The graphs of one run. They share one memory pool and are captured when they are first needed.
 
     Args:
-        forward: the logits [N, V] of a packed step of N decoding tokens; with the flags [N] of rows that are long.
-        next_ids: [S + 1] the next token of each slot, the last entry nobody's.
-        refused: is told why a round cannot be captured; it is then launched anew each time, with the same results.
+        forward: computes the logits [N, V] of a packed step of N decoding tokens; its second argument [N] says which
+            rows have long-context frequencies.
+        next_ids: [S + 1] the next token of each slot; the last entry is no slot's.
+        refused: is called with the reason if a round cannot be captured; rounds are then launched operator by operator,
+            with the same results.
 
     Attributes:
         captures: whether rounds are captured.
-        row_counts: rows of the graphs.
+        row_counts: numbers of rows for which there are graphs.
     """
 
     def __init__(self, forward: Forward, next_ids: Tensor, refused: Callable[[str], None]) -> None:
@@ -78,61 +82,73 @@ class DecodeGraphs:
         self.row_counts = tuple(sorted({-(-ceil(slots * share) // unit) * unit for share in SHARES}))
 
     def decode(self, rows: Sequence[GraphRow]) -> Rounds:
-        """Let sequences decode, one after another round; nothing waits for the device until its tokens are read."""
+        """Launch the rounds in which these rows decode; nothing waits for the device until the tokens are read."""
         count = next(count for count in self.row_counts if count >= len(rows))
         drawn = any(row.draws for row in rows)
-        one = self._rounds.get((count, drawn)) or self._made(count, drawn)
-        one.begin(rows)
+        decoding = self._rounds.get((count, drawn)) or self._new_round(count, drawn)
+        decoding.begin(rows)
         for number in range(max(row.tokens for row in rows)):
-            one.run()
+            decoding.run()
             if drawn:
-                plain = [SamplingRow.likeliest()] * (count - len(rows))
-                asked = [row.draws[number] if number < len(row.draws) else SamplingRow.likeliest() for row in rows]
-                one.take(sample(one.logits, [*asked, *plain]))
-        return Rounds(one.ring, [row.tokens for row in rows])
+                idle = [SamplingRow.likeliest()] * (count - len(rows))
+                draws = [row.draws[number] if number < len(row.draws) else SamplingRow.likeliest() for row in rows]
+                decoding.take(sample(decoding.logits, [*draws, *idle]))
+        return Rounds(decoding.ring, [row.tokens for row in rows])
 
-    def _made(self, count: int, drawn: bool) -> Round:
+    def _new_round(self, count: int, drawn: bool) -> Round:
+        """A round of ``count`` rows, captured if it can be."""
         largest = self.row_counts[-1]
         if self.captures and count < largest and (largest, drawn) not in self._rounds:
-            self._made(largest, drawn)  # first, so that those of fewer rows find room where it has worked
-        one = self._rounds[count, drawn] = Round(self._forward, self._next_ids, count, drawn)
+            self._new_round(largest, drawn)  # first, so that the smaller ones reuse its memory
+        decoding = self._rounds[count, drawn] = Round(self._forward, self._next_ids, count, drawn)
         if self.captures:
             try:
-                self._pool = one.capture(self._pool, _warming_stream())
+                self._pool = decoding.capture(self._pool, _warming_stream())
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 self.captures = False
                 self._refused(str(error).strip().partition("\n")[0])
-        return one
+        return decoding
 
 
 @cache
 def _warming_stream() -> Any:
-    """Where rounds are run once before they are captured; one for all, since each has workspaces of its own."""
+    """The stream on which rounds run once before capture; one for all, since each stream has workspaces of its own."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class Rounds:
-    """Tokens that rounds give, on their way to the host."""
+    """The tokens of rounds, while they are copied to the host.
+
+    Args:
+        ring: [ROUNDS, N] token ids.
+        counts: tokens of each sequence, in the order of rows.
+    """
 
     def __init__(self, ring: Tensor, counts: list[int]) -> None:
         self._counts = counts
         self._ring = Download(ring[: max(counts)])
 
     def read(self) -> list[int | None]:
-        """Of each sequence, one after another; None where the logits were no numbers, or a sequence had ended."""
+        """The tokens of each sequence in turn; None where the logits were not numbers, or the sequence had ended."""
         ring = self._ring.read()
-        found = [ring[number][row] for row, count in enumerate(self._counts) for number in range(count)]
-        return [None if token == NO_TOKEN else token for token in found]
+        tokens = [ring[number][row] for row, count in enumerate(self._counts) for number in range(count)]
+        return [None if token == NO_TOKEN else token for token in tokens]
 
 
 class Round:
-    """A round of so many rows, and the state that it leaves for the next one.
+    """A round of ``count`` rows, and the state that it leaves for the next one.
+
+    Args:
+        forward: see ``DecodeGraphs``.
+        next_ids: see ``DecodeGraphs``.
+        count: rows (N).
+        drawn: whether some tokens are drawn; they are then sampled between rounds.
 
     Attributes:
-        ring: [R, N] what the rounds gave.
-        logits: [N, V] of the last round, where tokens are drawn.
+        ring: [R, N] token ids of the rounds.
+        logits: [N, V] of the last round, if tokens are drawn.
     """
 
     def __init__(self, forward: Forward, next_ids: Tensor, count: int, drawn: bool) -> None:
@@ -145,7 +161,7 @@ class Round:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self, rows: Sequence[GraphRow]) -> None:
-        """Take the rows on board; those behind them are idle."""
+        """Set the state of the rows; the rows behind them are idle."""
         idle = [0] * (self._state.shape[1] - len(rows))
         lists = [
             [row.slot for row in rows],
@@ -166,11 +182,19 @@ class Round:
             self._graph.replay()
 
     def capture(self, pool: Any, stream: Any) -> Any:
-        """Capture the round, with every row idle, after a first run on a stream; returns the pool that it lives in."""
+        """Capture the round as a graph, with every row idle, after a first run on another stream.
+
+        Args:
+            pool: the memory pool of earlier graphs, or None.
+            stream: for the first run.
+
+        Returns:
+            The memory pool that the graph uses.
+        """
         self._state.zero_()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._compute()  # whatever is compiled or allocated once, now
+            self._compute()  # compiles and allocates what is needed once
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -180,12 +204,12 @@ class Round:
 
     def _compute(self) -> None:
         slots, positions, limits, left, long = self._state[:FIELDS]
-        mine = torch.where(left > 0, slots, NOBODY)
+        active = torch.where(left > 0, slots, NO_SLOT)
         step = PackedStep(
-            input_ids=self._next_ids[mine].unsqueeze(0),
+            input_ids=self._next_ids[active].unsqueeze(0),
             positions=positions.unsqueeze(0),
             logits_at=0,
-            decode_batch=DecodeBatch(slots=mine, positions=positions, row_limits=limits, evicting=True),
+            decode_batch=DecodeBatch(slots=active, positions=positions, row_limits=limits, evicting=True),
         )
         logits = self._forward(step, long)
         if self._drawn:
@@ -194,12 +218,12 @@ class Round:
             self.take(likeliest(logits))
 
     def take(self, ids: Tensor) -> None:
-        """Note the next token of each row [N], and go on to the next position; those that have ended stay."""
+        """Store the next token of each row [N] and advance its position; rows that have ended stay as they are."""
         slots, positions, _, left, _ = self._state[:FIELDS]
-        going = left > 0
-        self.ring.index_copy_(0, self._tick, torch.where(going, ids, NO_TOKEN).unsqueeze(0))
+        active = left > 0
+        self.ring.index_copy_(0, self._tick, torch.where(active, ids, NO_TOKEN).unsqueeze(0))
         self._tick.add_(1)
-        self._next_ids[torch.where(going, slots, NOBODY)] = ids.clamp(min=0)
+        self._next_ids[torch.where(active, slots, NO_SLOT)] = ids.clamp(min=0)
         ended = (ids == self._state[FIELDS:]).any(0) | (ids == NO_TOKEN)
-        positions.add_(going)
-        left.copy_(torch.where(ended, 0, left - going.long()))
+        positions.add_(active)
+        left.copy_(torch.where(ended, 0, left - active.long()))

@@ -1,7 +1,7 @@
 """From logits to the next token of each row, in the order of operations that transformers uses.
 
-Knows logits and sampling parameters; a row's randomness is one number that the caller draws, so that a row's
-answer does not depend on its neighbours.
+Knows logits and sampling parameters. A row's randomness is one number that the caller draws, so that a row's token
+does not depend on the other rows.
 
 Shapes: N rows, V vocabulary.
 """
@@ -19,12 +19,12 @@ from bmx.plan.memory import SAMPLER_ROWS
 from bmx.request import SamplingParams
 
 NO_TOKEN = -1
-COLDEST = 1e-6  # a temperature below this is greedy in all but name, and must not overflow
+COLDEST = 1e-6  # lower temperatures are raised to it: they pick the same token, and could overflow
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """How one row of logits becomes a token.
+    """How the token of one row of logits is sampled.
 
     Attributes:
         params: its sampling parameters.
@@ -38,19 +38,19 @@ class SamplingRow:
 
     @classmethod
     def likeliest(cls) -> SamplingRow:
-        """A row whose token is the likeliest."""
+        """A row that takes the likeliest token."""
         return cls(SamplingParams())
 
     @property
     def changes(self) -> bool:
-        """Whether its token need not be the likeliest."""
+        """Whether its token may differ from the likeliest one."""
         return self.params.temperature > 0 or self.params.repetition_penalty != 1
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """The next token of each row [N]; ``NO_TOKEN`` where its logits are not numbers.
 
-    Plain greedy rows are decided on the model's own logits; only the others, a few at a time, are copied to float32.
+    Greedy rows use the model's own logits; only the others are copied to float32, a few at a time.
 
     Args:
         logits: [N, V].
@@ -60,14 +60,14 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     changed = [i for i, row in enumerate(rows) if row.changes]
     for start in range(0, len(changed), SAMPLER_ROWS):
         block = changed[start : start + SAMPLER_ROWS]
-        at = upload(block, logits.device)
-        chosen = _choose(logits[at].float(), [rows[i] for i in block])
-        ids[at] = torch.where(ids[at] == NO_TOKEN, NO_TOKEN, chosen)
+        index = upload(block, logits.device)
+        chosen = _choose(logits[index].float(), [rows[i] for i in block])
+        ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, chosen)
     return ids
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The token of the greatest logit of each row [N, V] -> [N]; ``NO_TOKEN`` where that is no number."""
+    """The token of the greatest logit of each row [N, V] -> [N]; ``NO_TOKEN`` where that is not finite."""
     best, ids = logits.max(dim=-1)
     return torch.where(torch.isfinite(best), ids, NO_TOKEN)
 
@@ -75,8 +75,8 @@ def likeliest(logits: Tensor) -> Tensor:
 def _penalise(logits: Tensor, row: SamplingRow) -> None:
     """Divide positive and multiply negative logits [V] of seen tokens by the penalty (CTRL, arXiv 1909.05858, 4.1)."""
     seen = upload(sorted(set(row.seen)), logits.device)
-    old, penalty = logits[seen], row.params.repetition_penalty
-    logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
+    unpenalised, penalty = logits[seen], row.params.repetition_penalty
+    logits[seen] = torch.where(unpenalised > 0, unpenalised / penalty, unpenalised * penalty)
 
 
 def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -87,8 +87,8 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     ids = logits.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
-        at = upload(drawn, logits.device)
-        ids[at] = _draw(logits[at], [rows[i] for i in drawn])
+        index = upload(drawn, logits.device)
+        ids[index] = _draw(logits[index], [rows[i] for i in drawn])
     return ids
 
 
@@ -109,7 +109,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     probs.masked_fill_(likelier >= column([row.params.top_p for row in rows]), 0.0)
     del likelier
     probs.masked_fill_(probs < column([row.params.min_p for row in rows]) * probs[:, :1], 0.0)
-    allowed = (probs > 0).sum(-1, keepdim=True).clamp(min=1)  # likeliest first, so the allowed ones are the first ones
+    allowed = (probs > 0).sum(-1, keepdim=True).clamp(min=1)  # tokens are sorted, so the allowed ones come first
     cumulative = probs.cumsum(-1)
     target = column([row.draw for row in rows]) * cumulative[:, -1:]
     chosen = torch.minimum((cumulative <= target).sum(-1, keepdim=True), allowed - 1)
