@@ -1,9 +1,9 @@
-"""What each way of ranking costs: seconds to read prompts, and to write answers, against the full cache's.
+"""The speed of each policy: prefill and decode tokens a second, against the full cache.
 
 python benchmarks/policies.py [--rounds 2]
 
-Random tokens in, on the demo model; every policy in turn, round after round, and the best round of each counts. The
-full cache's chunks are as large as the others'. Prints prompt and answer tokens a second, and both as ratios.
+Prompts of random tokens on the demo model. Policies take turns, round after round, and the best round of each counts.
+The full cache reads chunks of the same size. Prints tokens a second, and their ratios to the full cache's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.policies import POLICIES
 
-TRIED = {name: {"kv_policy": name} for name in ("none", *(p for p in POLICIES if p != "none"))} | {
+CONFIGS = {name: {"kv_policy": name} for name in ("none", *(p for p in POLICIES if p != "none"))} | {
     "average-attention, value norm": {"kv_value_norm": True},
     "average-attention, probe of 12 tokens": {"kv_probe": "Now write a short summary of all the passages above."},
     "average-attention, int8": {"kv_format": "int8"},
@@ -26,9 +26,9 @@ TRIED = {name: {"kv_policy": name} for name in ("none", *(p for p in POLICIES if
 
 def measure(engine: Engine, requests: list[Request], answer: int) -> tuple[float, float]:
     """Prompt tokens and decoded tokens a second."""
-    asked = [replace(r, params=SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)) for r in requests]
-    plan = engine.plan(engine.measure(asked))
-    for result in engine.run(asked, plan):
+    requests = [replace(r, params=SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)) for r in requests]
+    plan = engine.plan(engine.measure(requests))
+    for result in engine.run(requests, plan):
         if result.error:
             raise result.error
     return engine.stats.prefill_rate, engine.stats.decode_rate
@@ -50,11 +50,11 @@ def main() -> None:
     requests = [Request(id=i, prompt=text) for i, text in enumerate(texts)]
     lengths = engine.measure(requests)
     print(f"{args.prompts} prompts of {lengths[0].prompt_tokens} tokens, budget {args.budget}, chunks of 512")
-    best = dict.fromkeys(TRIED, (0.0, 0.0))
+    best = dict.fromkeys(CONFIGS, (0.0, 0.0))
     for _ in range(args.rounds):
-        for name, settings in TRIED.items():
-            other = engine.with_config(replace(base, **settings))
-            best[name] = tuple(map(max, best[name], measure(other, requests, args.answer)))
+        for name, settings in CONFIGS.items():
+            configured = engine.with_config(replace(base, **settings))
+            best[name] = tuple(map(max, best[name], measure(configured, requests, args.answer)))
     full = best["none"]
     print(f"{'cache':40} {'prefill tok/s':>13} {'of full':>8} {'decode tok/s':>13} {'of full':>8}")
     for name, (prefill, decode) in best.items():

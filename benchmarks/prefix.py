@@ -1,11 +1,11 @@
-"""What it saves to compute leading text that prompts share only once: the same rows with reuse and without, in turn.
+"""What prefix reuse saves: the same rows with and without it, where prompts share leading text.
 
     python benchmarks/prefix.py [--rows 8] [--new-tokens 16] [--kv-budget 1024]
 
 Two sets on the demo model, on the CPU: rows of 60 tokens behind a system prompt of 400, and eight questions of 20
-tokens about a document of 3,000. Both sides answer exactly as many tokens. Prints for each side the prompt tokens that
-were computed and copied, the slots and the seconds, then the ratio and whether the answers are the same; answers in
-bfloat16 may differ in rounding.
+tokens about a document of 3,000. Both sides answer the same number of tokens. Prints for each side the prompt tokens
+that were computed and copied, the slots and the seconds, then the ratio of seconds and how many answers are equal;
+answers in bfloat16 may differ by rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
-from bmx.config import parse_budget
+from bmx.units import parse_budget
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs" / "long_documents.jsonl"
 
@@ -33,23 +33,23 @@ def rows_of(tokenizer, ids, shared, own, count, new_tokens) -> list[Request]:
     """``count`` rows of ``shared`` tokens that are the same in all and ``own`` that are not."""
     first = tokenizer.decode(ids[:shared])
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    ends = [tokenizer.decode(ids[at : at + own]) for at in range(shared, shared + count * own, own)]
+    ends = [tokenizer.decode(ids[start : start + own]) for start in range(shared, shared + count * own, own)]
     return [Request(id=str(i), prompt=f"{first}\n\n{end}", params=params) for i, end in enumerate(ends)]
 
 
 def answered(engine, requests):
-    """Seconds that the run takes, the plan left out, and the answers."""
+    """Seconds that the run takes without planning, and the answers' token ids by request."""
     plan = engine.plan(engine.measure(requests))
     before = time.perf_counter()
-    found = {result.id: result.token_ids for result in engine.run(requests, plan)}
+    token_ids = {result.id: result.token_ids for result in engine.run(requests, plan)}
     seconds = time.perf_counter() - before
-    stats, spare = engine.stats, sum(part.slots for part in plan.prefix_slots)
+    stats, copies = engine.stats, sum(part.slots for part in plan.prefix_slots)
     print(
         f"  reuse {'on ' if engine.config.prefix_reuse else 'off'}: {stats.prompt_tokens:,} prompt tokens computed, "
-        f"{stats.reused_prompt_tokens:,} copied; {plan.slots} slots and {spare} spare; "
+        f"{stats.reused_prompt_tokens:,} copied; {plan.slots} slots and {copies} for copies; "
         f"{seconds:.1f} s"
     )
-    return seconds, found
+    return seconds, token_ids
 
 
 def main() -> None:

@@ -382,7 +382,7 @@ def test_of_two_that_are_alike_the_one_that_the_probe_looks_at_ranks_higher(poli
     ones = torch.ones(1, 6)
     asked = torch.tensor([[0.1, 0.1, 0.4, 0.1, 0.1, 0.2]])
     shown = {"mass": ones, "squares": ones, "keys": ones.unsqueeze(-1).expand(1, 6, 4), "probe": asked}
-    scores = policy._score(Seen(positions=torch.arange(6).view(1, 6), now=6, inputs=shown, surplus=0, window=1))[0]
+    scores = policy.score(Seen(positions=torch.arange(6).view(1, 6), now=6, inputs=shown, surplus=0, window=1))[0]
     assert scores[2] > scores[3]
 
 

@@ -11,7 +11,8 @@ import torch
 triton_decode = pytest.importorskip("bmx.kernels.triton_decode")
 triton_evict = pytest.importorskip("bmx.kernels.triton_evict")
 
-from bmx.compress.policy import CompressionPolicy, EvictionRequest, PrefillChunk
+from bmx.compress.policy import CompressionPolicy
+from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.config import EngineConfig
 from bmx.kernels import reference
 from bmx.kernels.ranking import EvictionOrder

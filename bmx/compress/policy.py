@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bmx.compress.attention_scorers import AttentionMass, AverageAttention, Recency
 from bmx.compress.budgets import Budget
+from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, QueryWeights, Scorer, Seen
 from bmx.compress.scorers import attention_policies, scorer_named
 from bmx.config import EngineConfig
@@ -35,56 +36,6 @@ _KERNEL_ORDERS = {  # the formulas that kernels know, and what ``EvictionOrder``
     AttentionMass.__call__: "mass",
     AverageAttention.__call__: "average",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillChunk:
-    """A prompt chunk whose attention is computed, and whose surviving pairs are to be stored.
-
-    Attributes:
-        slot: the slot of its sequence, in the group.
-        start: tokens of the sequence before the chunk.
-        row_limit: rows of the slot that the sequence may use.
-        spans: positions [start, stop) that are never evicted.
-        key: [T, K, D], the chunk's own keys.
-        value: [T, K, E], their values.
-        queries: [T, K, G, D], the chunk's queries.
-        scale: factor of the dot products.
-        sums: [M, K, P + T] attention received from the chunk's queries, slot rows first, or None if it is not needed.
-    """
-
-    slot: int
-    start: int
-    row_limit: int
-    spans: tuple[tuple[int, int], ...]
-    key: Tensor
-    value: Tensor
-    queries: Tensor
-    scale: float
-    sums: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvictionRequest:
-    """Decoding tokens of a group, one per slot, each of which needs a row.
-
-    Attributes:
-        slots: [B] slots of the group.
-        positions: [B], of the tokens: equal to the tokens seen before.
-        slots_host: the slots, on the host.
-        positions_host: the positions, on the host.
-        row_limits_host: rows of its slot that each sequence may use.
-        row_limits: [B] the same, or None where each may use all of its slot.
-        spans: [B, N, 2] positions [start, stop) that are never evicted, or None.
-    """
-
-    slots: Tensor
-    positions: Tensor
-    slots_host: tuple[int, ...]
-    positions_host: tuple[int, ...]
-    row_limits_host: tuple[int, ...]
-    row_limits: Tensor | None = None
-    spans: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,9 +190,15 @@ class CompressionPolicy:
         mass = scorer.query_weights.weights(queries) + [0.0] * probes
         return [mass, [0.0] * queries + [1.0] * probes] if self.probe else [mass]
 
-    def _score(self, scorer: Scorer, seen: Seen) -> Tensor:
-        """The scorer's scores [..., K, R], combined with the values' norms and the probe's attention."""
-        scores = scorer(seen)
+    def score(self, seen: Seen) -> Tensor:
+        """The scorer's scores [..., K, R], combined with the values' norms and the probe's attention.
+
+        Raises:
+            RuntimeError: there is no scorer.
+        """
+        if self.scorer is None:
+            raise RuntimeError("a policy without a scorer ranks nothing")
+        scores = self.scorer(seen)
         if self.value_norm:
             scores = scores * seen.values.abs().sum(-1)
         if self.probe:
@@ -345,7 +302,7 @@ class CompressionPolicy:
             window=part.layout.window,
             scale=chunk.scale,
         )
-        return self._score(self.scorer, seen)
+        return self.score(seen)
 
     def victims(self, part: LayerSlots, request: EvictionRequest) -> Tensor:
         """The row that each decoding slot gives up for its next token: in each head the lowest-ranked unprotected one.
@@ -377,12 +334,12 @@ class CompressionPolicy:
         if self.every == 1:
             inputs = {name: part.row_stats[name][request.slots] for name in self.attention_stats}
             seen = Seen(positions=positions, now=now, inputs=inputs, window=part.layout.window)
-            return self._score(self.scorer, seen)
+            return self.score(seen)
         if self.every:
-            self._rank_again(self.scorer, part, request)
+            self._rank_again(part, request)
         return part.row_stats["rank"][request.slots]
 
-    def _rank_again(self, scorer: Scorer, part: LayerSlots, request: EvictionRequest) -> None:
+    def _rank_again(self, part: LayerSlots, request: EvictionRequest) -> None:
         """Rank the pairs of slots that have just become full, or have had ``every`` tokens since their last ranking."""
         tokens = zip(request.slots_host, request.positions_host, request.row_limits_host, strict=True)
         for slot, now, row_limit in tokens:
@@ -393,7 +350,7 @@ class CompressionPolicy:
             if self.needs & (Needs.KEYS | Needs.VALUES):
                 inputs["keys"], inputs["values"] = part.read(slot, rows)
             seen = Seen(positions=part.positions[slot, :, :rows], now=now, inputs=inputs, window=part.layout.window)
-            part.row_stats["rank"][slot, :, :rows] = self._score(scorer, seen)
+            part.row_stats["rank"][slot, :, :rows] = self.score(seen)
 
     def observe(self, part: LayerSlots, slots: Tensor, sums: Tensor, first: bool) -> None:
         """Add what decoding tokens have attended to.

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.compress.policy import CompressionPolicy, EvictionRequest, PrefillChunk
+from bmx.compress.policy import CompressionPolicy
+from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import Kernels
