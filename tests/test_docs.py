@@ -83,7 +83,7 @@ def test_every_file_and_every_link_exists(page):
         assert not anchor or anchor in map(slug, headings), target
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=[page.name for page in PAGES[1:]])
+@EVERY_PAGE
 def test_python_that_is_shown_runs(page, tmp_path):
     """With the fake model in place of a real one."""
     for number, block in enumerate(re.findall(r"(?ms)^```python\n(.*?)^```", page.read_text(encoding="utf-8"))):
