@@ -3,7 +3,7 @@
     taskset -c 0 python benchmarks/job.py [--rows 10000 2000000]
 
 First the job layer alone, in this process: ids and keys of all rows into the ledger, then each row parsed, its
-template filled, a made-up result turned into a record, written and synced. Then ``bmx run`` in a process of its own:
+template filled, an invented result turned into a record, written and synced. Then ``bmx run`` in a process of its own:
 the same, and the start of Python, measuring, tokenising twice and answering by the fake model under the real
 scheduler, one token each. Rows are small. Prints rows per second and peak resident memory, then the ratio of the peaks.
 """
@@ -38,7 +38,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def run(rows: int) -> tuple[float, int]:
-    """Seconds and peak bytes of a job of so many rows."""
+    """Seconds and peak bytes of a job of ``rows`` rows."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in.jsonl")
         write_rows(source, rows)
@@ -54,7 +54,7 @@ def run(rows: int) -> tuple[float, int]:
 
 
 def layer(rows: int) -> float:
-    """Seconds that the job layer takes for so many rows, the model left out."""
+    """Seconds that the job layer takes for ``rows`` rows, without a model."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "in.jsonl"), Path(folder, "out.jsonl")
         write_rows(source, rows)

@@ -1,4 +1,4 @@
-"""Hostile input through ``bmx run``: what becomes of each line, and that none is lost.
+"""Hostile input through ``bmx run``: the outcome of each line, and that no line is lost.
 
     python benchmarks/parsing.py --json-suite JSONTestSuite/test_parsing --naughty blns.json
 
@@ -33,19 +33,19 @@ def run(lines: list[bytes], *flags: str) -> tuple[dict[Any, str], Counter[str]]:
         log = done.stderr.decode()
         if done.returncode not in (0, 3) or not all(line.isprintable() for line in log.splitlines()):
             sys.exit(f"the run ended with {done.returncode}:\n{log[-2000:]}")
-        found: dict[Any, str] = {}
+        outcomes: dict[Any, str] = {}
         for path in Path(folder).glob("in.out.jsonl*"):
             if path.name.endswith(".run.json"):
                 continue
             for line in path.read_bytes().split(b"\n")[:-1]:
                 record = json.loads(line.decode(), parse_constant=no_constant)
-                if record["id"] in found:
+                if record["id"] in outcomes:
                     sys.exit(f"{record['id']!r} has two records")
-                found[record["id"]] = record.get("error", {}).get("code", "ok")
+                outcomes[record["id"]] = record.get("error", {}).get("code", "ok")
     expected = sum(line.strip(b" \t\r\n") not in (b"", b"\xef\xbb\xbf") for text in lines for line in text.split(b"\n"))
-    if len(found) != expected:
-        sys.exit(f"{expected} lines gave {len(found)} records")
-    return found, Counter(found.values())
+    if len(outcomes) != expected:
+        sys.exit(f"{expected} lines gave {len(outcomes)} records")
+    return outcomes, Counter(outcomes.values())
 
 
 def json_suite(folder: Path) -> None:
@@ -55,16 +55,15 @@ def json_suite(folder: Path) -> None:
         for path in files
     }
     whole = {name: row for name, row in rows.items() if b"\n" not in row}
-    found, _ = run(list(whole.values()))
+    outcomes, _ = run(list(whole.values()))
     for kind, meaning in (("y", "must parse"), ("n", "must not"), ("i", "may")):
-        mine = [name for name in whole if name.startswith(f"{kind}_")]
-        good = [name for name in mine if found.get(name) == "ok"]
-        print(
-            f"{kind}_ ({meaning}): {len(mine)} values inside rows, {len(good)} answered, {len(mine) - len(good)} errors"
-        )
-        odd = set(mine) - set(good) if kind == "y" else set(good) if kind == "n" else ()
+        names = [name for name in whole if name.startswith(f"{kind}_")]
+        good = [name for name in names if outcomes.get(name) == "ok"]
+        errors = len(names) - len(good)
+        print(f"{kind}_ ({meaning}): {len(names)} values inside rows, {len(good)} answered, {errors} errors")
+        odd = set(names) - set(good) if kind == "y" else set(good) if kind == "n" else ()
         for name in sorted(odd):
-            print(f"  {name}: {found.get(name, 'an error under its line number')}")
+            print(f"  {name}: {outcomes.get(name, 'an error under its line number')}")
     _, counts = run([row for name, row in rows.items() if name not in whole])
     print(f"{len(rows) - len(whole)} values with line breaks: {dict(counts)}")
     _, counts = run([path.read_bytes() for path in files])
@@ -76,8 +75,8 @@ def naughty(path: Path) -> None:
     _, counts = run([json.dumps({"prompt": text}, ensure_ascii=False).encode() for text in texts])
     print(f"{len(texts)} strings as prompts: {dict(counts)}")
     distinct = list(dict.fromkeys(texts))
-    found, counts = run([json.dumps({"id": text, "prompt": "x"}).encode() for text in distinct])
-    if set(found) != set(distinct):
+    outcomes, counts = run([json.dumps({"id": text, "prompt": "x"}).encode() for text in distinct])
+    if set(outcomes) != set(distinct):
         sys.exit("an id has changed on its way")
     print(f"{len(distinct)} distinct ones as ids: {dict(counts)}")
     rows = [json.dumps({text: 1, "document": text, "extra": text}).encode() for text in texts]

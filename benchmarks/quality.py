@@ -1,4 +1,4 @@
-"""How close compressed caches come to the full one, on real text: scorers, budgets, chunks, probes, formats, layers.
+"""How close compressed caches come to the full cache on real text: scorers, budgets, chunks, probes, formats, layers.
 
 python benchmarks/quality.py --data DATA --out cells.jsonl --set news --cell kv_policy=window,kv_budget=512 ...
 
@@ -38,17 +38,17 @@ Row = tuple[Request, tuple[str, ...]]  # with its reference answers
 
 
 def news(engine: Engine, data: Path, rows: int, least: int, most: int) -> list[Row]:
-    """Articles whose prompts have a number of tokens between the two."""
-    found = []
+    """Articles whose prompts have ``least`` to ``most`` tokens."""
+    sample = []
     for line in (data / "multi_news/multi_news.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         text = NEWS.format(text=row["context"].replace("NEWLINE_CHAR ", "\n").strip())
-        request = Request(id=str(len(found)), prompt=text)
+        request = Request(id=str(len(sample)), prompt=text)
         if least <= len(engine.encode(request)) <= most:
-            found.append((request, tuple(row["answers"])))
-        if len(found) == rows:
+            sample.append((request, tuple(row["answers"])))
+        if len(sample) == rows:
             break
-    return found
+    return sample
 
 
 def windows(data: Path, characters: int, rows: int) -> list[str]:
@@ -73,26 +73,26 @@ def book(data: Path, rows: int, tokens: int) -> list[Row]:
 def facts(data: Path, rows: int, tokens: int) -> list[Row]:
     """A question about one sentence that was put somewhere into a part of a book."""
     draw = random.Random(0)
-    found = []
+    sample = []
     for i, text in enumerate(windows(data, int(4.1 * tokens), rows)):
         place, code = PLACES[i % len(PLACES)], draw.randrange(1000, 9999)
         sentences = text.split(". ")
         sentences.insert(draw.randrange(1, len(sentences)), f"The secret code of the {place} archive is {code}")
         prompt = FACT.format(text=". ".join(sentences), place=place)
-        found.append((Request(id=str(i), prompt=prompt), (str(code),)))
-    return found
+        sample.append((Request(id=str(i), prompt=prompt), (str(code),)))
+    return sample
 
 
 def rows_of(engine: Engine, args: argparse.Namespace) -> list[Row]:
     """The prompts of a set, all to be answered greedily."""
     if args.set == "news":
-        found = news(engine, args.data, args.rows, args.least, args.most)
+        sample = news(engine, args.data, args.rows, args.least, args.most)
     elif args.set == "book":
-        found = book(args.data, args.rows, args.most)
+        sample = book(args.data, args.rows, args.most)
     else:
-        found = facts(args.data, args.rows, args.most)
+        sample = facts(args.data, args.rows, args.most)
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
-    return [(replace(request, params=params), references) for request, references in found]
+    return [(replace(request, params=params), references) for request, references in sample]
 
 
 def settings_of(cell: str) -> dict[str, object]:
@@ -141,9 +141,9 @@ def main() -> None:
             continue
         before = time.monotonic()
         other = engine.with_config(replace(EngineConfig(), **settings_of(cell)))
-        found = full_answers.compare(other, Stop(), references, freely=args.freely)
+        agreement = full_answers.compare(other, Stop(), references, freely=args.freely)
         record = {"set": args.set, "cell": cell, "prompts": len(requests), "mean_prompt": sum(lengths) / len(lengths)}
-        record |= found.record() | {"seconds": round(time.monotonic() - before, 1)}
+        record |= agreement.record() | {"seconds": round(time.monotonic() - before, 1)}
         with args.out.open("a") as out:
             out.write(json.dumps(record) + "\n")
         print(json.dumps(record), file=sys.stderr, flush=True)

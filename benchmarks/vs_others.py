@@ -39,9 +39,9 @@ def answer(args: argparse.Namespace, given: dict) -> dict:
     requests = [
         Request(id=str(i), prompt=json.loads(line)["prompt"], params=params, raw=True) for i, line in enumerate(lines)
     ]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     plan = engine.plan(engine.measure(requests))
-    planned = time.perf_counter() - begun
+    planned = time.perf_counter() - started
     with timed() as timing:
         results = list(engine.run(requests, plan))
     if any(r.error or r.usage.completion_tokens != args.new for r in results):
@@ -63,8 +63,8 @@ def answer(args: argparse.Namespace, given: dict) -> dict:
 
 
 def timed_side(command: list[str]) -> dict:
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-    return json.loads([line for line in found if line.startswith("{")][-1])
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return json.loads([line for line in lines if line.startswith("{")][-1])
 
 
 def main() -> None:
@@ -94,13 +94,13 @@ def main() -> None:
         sides[f"bmx {name}"] = [*own, *shlex.split(flags)]
     others = [text.split("=", 1) for text in args.other]
     sides |= {name: shlex.split(command) for name, command in others}
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    rates_by_side: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(args.rounds):
         for name, command in sides.items():
             line = timed_side(command)
-            found[name].append(line["prompts_per_min"])
+            rates_by_side[name].append(line["prompts_per_min"])
             print(f"round {number + 1}  {name}: {json.dumps(line)}", flush=True)
-    rates = {name: statistics.median(rates) for name, rates in found.items()}
+    rates = {name: statistics.median(values) for name, values in rates_by_side.items()}
     print(f"\n{args.input.name}, {args.new} new tokens each, {args.kv / 1e6:.0f} MB of KV; medians of {args.rounds}")
     for name, rate in rates.items():
         ratios = ", ".join(f"{rate / rates[other]:.2f} x {other}" for other, _ in others if other != name)

@@ -88,24 +88,26 @@ def id_engine(**config):
 def test_three_sides_of_the_same_work_stand_side_by_side(bench):
     ended = bench(*CELL, "--prompts", 7, "--kv-cache-memory", 50_000)
     assert ended.code == 0
-    found = measured()
-    assert (found["state"], found["model"]["name"]) == ("finished", "tiny")
-    assert found["settings"]["kv_cache_memory"] == 50_000
-    [cell] = found["cells"]
+    record = measured()
+    assert (record["state"], record["model"]["name"]) == ("finished", "tiny")
+    assert record["settings"]["kv_cache_memory"] == 50_000
+    [cell] = record["cells"]
     assert (cell["input_tokens"], cell["output_tokens"], cell["prompts"], cell["kv_budget"]) == (60, 5, 7, 24)
     for side in SIDES:
-        one = cell[side]
-        assert one["generated_tokens"] == 7 * 5
-        assert one["generated_tokens_per_second"] == pytest.approx(35 / one["seconds"])
-        assert one["tokens_per_second"] == pytest.approx((7 * 60 + 35) / one["seconds"])
-        assert one["prompts_per_minute"] == pytest.approx(7 * 60 / one["seconds"])
-        assert one["mfu"] == pytest.approx(one["prefill_flops"] / one["prefill_seconds"] / RATES.flops)
-        share = one["decode_step_bytes"] / one["decode_step_seconds"] / RATES.bandwidth
-        assert one["bandwidth_share"] == pytest.approx(share)
-        assert one["kv_bytes"] <= 50_000
-        assert one["planned_bytes"] > one["kv_bytes"]
+        side_record = cell[side]
+        assert side_record["generated_tokens"] == 7 * 5
+        assert side_record["generated_tokens_per_second"] == pytest.approx(35 / side_record["seconds"])
+        assert side_record["tokens_per_second"] == pytest.approx((7 * 60 + 35) / side_record["seconds"])
+        assert side_record["prompts_per_minute"] == pytest.approx(7 * 60 / side_record["seconds"])
+        assert side_record["mfu"] == pytest.approx(
+            side_record["prefill_flops"] / side_record["prefill_seconds"] / RATES.flops
+        )
+        share = side_record["decode_step_bytes"] / side_record["decode_step_seconds"] / RATES.bandwidth
+        assert side_record["bandwidth_share"] == pytest.approx(share)
+        assert side_record["kv_bytes"] <= 50_000
+        assert side_record["planned_bytes"] > side_record["kv_bytes"]
     assert cell["ratios"]["full_cache"] == cell["full_cache"]["seconds"] / cell["batch_max"]["seconds"]
-    assert found["mean_ratios"] == cell["ratios"]
+    assert record["mean_ratios"] == cell["ratios"]
     table = [line.split("  ")[0].removesuffix(" (as full cache)") for line in ended.out.splitlines()]
     assert table[1:5] == ["cache", "full cache", "decode-only", "batch-max"]
     assert "upper bound that nobody implements" in ended.out
@@ -143,18 +145,18 @@ def test_a_full_cache_that_is_faster_is_the_bound(monkeypatch):
     workload = Workload(prompts=random_prompts([60] * 3), answer_tokens=5)
     policy = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))
     full = replace(SIDE, seconds=1e6)
-    found = measure_decode_only(id_engine(kv_policy="none"), policy, workload, full, Display("none"))
-    assert found == replace(full, as_full_cache=True)
+    bound = measure_decode_only(id_engine(kv_policy="none"), policy, workload, full, Display("none"))
+    assert bound == replace(full, as_full_cache=True)
 
 
 def test_a_grid_is_a_cell_for_each_pair_of_lengths_and_a_line_in_the_summary(bench):
     flags = ("--shape", "tiny", "--input-tokens", "40,60", "--output-tokens", "1,3", "--prompts", 3)
     ended = bench(*flags, "-o", "grid.json")
-    found = measured("grid.json")
-    cells = [(cell["input_tokens"], cell["output_tokens"]) for cell in found["cells"]]
+    record = measured("grid.json")
+    cells = [(cell["input_tokens"], cell["output_tokens"]) for cell in record["cells"]]
     assert cells == [(40, 1), (40, 3), (60, 1), (60, 3)]
     assert [line.split()[:3] for line in ended.out.splitlines()[-6:-2]] == [[f"{p:.0f}", "/", str(g)] for p, g in cells]
-    alone = found["cells"][0]  # a prompt's last chunk gives the only token: nothing is decoded
+    alone = record["cells"][0]  # a prompt's last chunk gives the only token: nothing is decoded
     assert [alone[side]["decode_tokens_per_second"] for side in SIDES] == [None] * 3
     assert [alone[side]["bandwidth_share"] for side in SIDES] == [None] * 3
 
@@ -164,12 +166,12 @@ def test_the_preset_takes_a_quarter_of_weights_and_prompts(bmx, monkeypatch):
     monkeypatch.setattr(bench_module, "PAPER_OUTPUT_TOKENS", (2,))
     small = ("--kv-sink", 2, "--kv-recent", 4, "--chunk-size", 16, "--dtype", "float32", "--device", "cpu")
     assert bmx("bench", "--shape", "tiny", "--preset", "paper", "--prompts", 3, *small).code == 0
-    found = measured()
+    record = measured()
     row = CompressionPolicy.from_config(EngineConfig(kv_policy="none")).layout(
         preview_random_model("tiny", 82, "float32"), 82
     )
-    assert found["settings"]["kv_cache_memory"] == max(found["model"]["weight_bytes"] // 4, row.nbytes)
-    assert [cell["kv_budget"] for cell in found["cells"]] == [15, 20]
+    assert record["settings"]["kv_cache_memory"] == max(record["model"]["weight_bytes"] // 4, row.nbytes)
+    assert [cell["kv_budget"] for cell in record["cells"]] == [15, 20]
     assert bmx("bench", "--shape", "tiny", "--preset", "paper", "--prompts", 3, *FLAGS, "-o", "own.json").code == 0
     assert [cell["kv_budget"] for cell in measured("own.json")["cells"]] == [24, 24]
 
@@ -223,11 +225,11 @@ def test_flops_of_reading_by_hand():
 
 
 def test_shares_and_ratios_by_hand():
-    found = SIDE.record(Workload(prompts=[[1] * 9, [2] * 11], answer_tokens=6), flops=1000.0, bandwidth=400.0)
-    assert (found["mfu"], found["bandwidth_share"]) == (0.3, 0.5)
-    assert (found["generated_tokens_per_second"], found["tokens_per_second"]) == (3.0, 8.0)
-    assert (found["prefill_tokens_per_second"], found["decode_tokens_per_second"]) == (10.0, 10.0)
-    assert found["prompts_per_minute"] == 30.0
+    record = SIDE.record(Workload(prompts=[[1] * 9, [2] * 11], answer_tokens=6), flops=1000.0, bandwidth=400.0)
+    assert (record["mfu"], record["bandwidth_share"]) == (0.3, 0.5)
+    assert (record["generated_tokens_per_second"], record["tokens_per_second"]) == (3.0, 8.0)
+    assert (record["prefill_tokens_per_second"], record["decode_tokens_per_second"]) == (10.0, 10.0)
+    assert record["prompts_per_minute"] == 30.0
     cell = {name: {"fits": True, "seconds": s} for name, s in zip(SIDES, (6.0, 4.0, 2.0), strict=True)}
     assert ratios(cell) == {"full_cache": 3.0, "decode_only": 2.0}
     half = {"ratios": {"full_cache": None, "decode_only": 1.0}}

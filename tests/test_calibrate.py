@@ -51,14 +51,19 @@ def measured(path=FILE):
 def test_a_cache_that_keeps_everything_agrees_in_everything(given):
     ended = given("--kv-budget", "24,200")
     assert ended.code == 0
-    found = {one["settings"]["kv_budget"]: one for one in measured()["candidates"]}
-    assert found[200]["top1_agreement"] == found[200]["exact_match"] == found[200]["rouge_l_full_cache"] == 1
-    assert found[200]["kl_divergence"] < 1e-5
-    assert found[200]["length_ratio"] == 1
-    assert found[24]["top1_agreement"] < 1
-    assert found[24]["kl_divergence"] > found[200]["kl_divergence"]
-    assert found[24]["kv_bytes_per_sequence"] < found[200]["kv_bytes_per_sequence"]
-    assert {one["tokens"] for one in found.values()} == {6 * 6}
+    candidates = {candidate["settings"]["kv_budget"]: candidate for candidate in measured()["candidates"]}
+    assert (
+        candidates[200]["top1_agreement"]
+        == candidates[200]["exact_match"]
+        == candidates[200]["rouge_l_full_cache"]
+        == 1
+    )
+    assert candidates[200]["kl_divergence"] < 1e-5
+    assert candidates[200]["length_ratio"] == 1
+    assert candidates[24]["top1_agreement"] < 1
+    assert candidates[24]["kl_divergence"] > candidates[200]["kl_divergence"]
+    assert candidates[24]["kv_bytes_per_sequence"] < candidates[200]["kv_bytes_per_sequence"]
+    assert {candidate["tokens"] for candidate in candidates.values()} == {6 * 6}
 
 
 def test_every_combination_is_measured_once_and_stands_in_the_table(given):
@@ -66,7 +71,7 @@ def test_every_combination_is_measured_once_and_stands_in_the_table(given):
         *("--kv-policy", "average-attention,keydiff,none", "--kv-budget", "24,40%", "--kv-format", "auto,int8"),
         *("--kv-layer-budgets", "uniform,pyramid"),
     )
-    settings = [one["settings"] for one in measured()["candidates"]]
+    settings = [candidate["settings"] for candidate in measured()["candidates"]]
     tried = [(s["kv_policy"], s["kv_budget"], s["kv_format"], s["kv_layer_budgets"]) for s in settings]
     assert len(set(tried)) == len(tried)
     evicting = {t for t in tried if t[0] != "none"}
@@ -102,9 +107,9 @@ def test_divergence_is_that_of_the_whole_distributions():
     exact = float((theirs.softmax(-1) * (theirs.log_softmax(-1) - mine.log_softmax(-1))).sum())
     for count, least in ((64, 0.9999), (32, 0.6)):
         best = theirs.log_softmax(-1).topk(count)
-        same, found = compare_token(mine, best.indices, best.values)
+        same, divergence = compare_token(mine, best.indices, best.values)
         assert same == (int(mine.argmax()) == int(theirs.argmax()))
-        assert least * exact < found <= exact * 1.0001
+        assert least * exact < divergence <= exact * 1.0001
 
 
 @pytest.mark.parametrize(
@@ -128,12 +133,12 @@ def test_lengths_and_references_are_counted():
     short, long = Result(id=0, token_ids=(1, 2), text="a b"), Result(id=0, token_ids=(1, 2, 3), text="a b c")
     agreement.count_answer(long, short, ["a b c d"])
     agreement.count_answer(short, short, [])
-    found = agreement.record()
-    assert found["exact_match"] == 0.5
-    assert found["length_ratio"] == 1.25
-    assert found["much_longer"] == 0.5
-    assert found["rouge_l_reference"] == pytest.approx(6 / 7, abs=1e-4)
-    assert found["rouge_l_reference_of_full_cache"] == pytest.approx(4 / 6, abs=1e-4)
+    record = agreement.record()
+    assert record["exact_match"] == 0.5
+    assert record["length_ratio"] == 1.25
+    assert record["much_longer"] == 0.5
+    assert record["rouge_l_reference"] == pytest.approx(6 / 7, abs=1e-4)
+    assert record["rouge_l_reference_of_full_cache"] == pytest.approx(4 / 6, abs=1e-4)
 
 
 def test_references_are_read_from_the_rows(given):
@@ -147,8 +152,8 @@ def test_references_are_read_from_the_rows(given):
 def test_the_least_memory_that_holds_is_recommended_and_a_run_takes_it(given, bmx, model):
     ended = given("--kv-budget", "24,60,200", "--min-agreement", 0.9)
     assert ended.code == 0
-    good = [one for one in measured()["candidates"] if one["top1_agreement"] >= 0.9]
-    least = min(good, key=lambda one: one["kv_bytes_per_sequence"])
+    good = [candidate for candidate in measured()["candidates"] if candidate["top1_agreement"] >= 0.9]
+    least = min(good, key=lambda candidate: candidate["kv_bytes_per_sequence"])
     assert measured()["recommended"] == least["settings"]
     shown = bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--print-config").out
     assert f"kv_budget: {least['settings']['kv_budget']}\n" in shown
@@ -238,10 +243,10 @@ def test_a_stopped_calibration_keeps_what_is_finished(given, monkeypatch):
 
     monkeypatch.setattr(FullCacheAnswers, "compare", stopped)
     assert given("--kv-budget", "24,40,200").code == 130
-    assert [one["settings"]["kv_budget"] for one in measured()["candidates"]] == [24]
+    assert [candidate["settings"]["kv_budget"] for candidate in measured()["candidates"]] == [24]
     monkeypatch.setattr(FullCacheAnswers, "compare", compare)
     assert given("--kv-budget", "24,40,200").code == 0
-    assert [one["settings"]["kv_budget"] for one in measured()["candidates"]] == [24, 40, 200]
+    assert [candidate["settings"]["kv_budget"] for candidate in measured()["candidates"]] == [24, 40, 200]
 
 
 def test_another_job_may_not_go_on_with_the_file(given):
@@ -347,9 +352,9 @@ def test_layers_that_could_share_are_found_and_hold(given):
 
 def test_measured_layers_become_a_candidate_and_a_run_can_use_them(given, bmx, model):
     given("--kv-budget", "24", "--kv-layer-budgets", "measured", "--share-layers", 1, "--min-agreement", 0.01)
-    found = measured()
-    factors = found["halting_test"]["factors"]
-    settings = [one["settings"] for one in found["candidates"]]
+    record = measured()
+    factors = record["halting_test"]["factors"]
+    settings = [candidate["settings"] for candidate in record["candidates"]]
     assert [float(f) for f in settings[0]["kv_layer_budgets"].split(",")] == pytest.approx(factors, abs=1e-3)
     assert bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--max-tokens", 3).code == 0
 
