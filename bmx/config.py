@@ -16,6 +16,7 @@ from bmx.units import parse_budget, parse_bytes, parse_count, parse_layers, pars
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
 CHUNK_SIZE = 512  # the default where chunk ends decide answers
+KVFormat = Literal["auto", "fp8", "int8", "int4"]  # "auto" is the model's dtype; the others are in kv/formats.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,7 @@ class EngineConfig:
         ),
     ] = "uniform"
     kv_format: Annotated[
-        Literal["auto", "fp8", "int8", "int4"],
+        KVFormat,
         Setting(
             "How KV pairs are stored: auto (the model's dtype), fp8, int8 or int4; the newest pairs always stay exact",
             decides_answers=ALWAYS,

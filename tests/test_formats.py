@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from conftest import tiny_engine
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import EngineConfig
+from bmx.config import EngineConfig, KVFormat
 from bmx.kv.formats import FORMATS, KEY_GROUP
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots
@@ -44,7 +45,7 @@ def slack(vectors):
 
 
 def test_every_format_is_a_choice_of_the_setting():
-    assert all(EngineConfig(kv_format=name).kv_format == name for name in FORMATS)
+    assert {"auto", *FORMATS} == set(get_args(KVFormat))
     assert set(FORMATS) == set(FEW)
 
 

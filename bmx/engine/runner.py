@@ -7,7 +7,7 @@ they are read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -150,13 +150,7 @@ class ModelRunner:
 
     def _decode_round(self, packed: PackedStep, long: Tensor) -> Tensor:
         """Logits [N, V] of decoding rows; ``long`` [N] says which belong to sequences with long-context frequencies."""
-        if self._rope is None:
-            return self._logits(packed, [])
-        self._rope.long = long.bool()
-        try:
-            return self._logits(packed, [])
-        finally:
-            self._rope.long = None
+        return self._logits(packed, is_long=None if self._rope is None else long.bool())
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> Tokens:
         """The next token of each sequence, which stays on the device for the next step too."""
@@ -220,22 +214,25 @@ class ModelRunner:
         rows = [SamplingRow(SamplingParams(temperature=1.0), 0.5)] * drawn
         sample(logits, rows + [SamplingRow.likeliest()] * (sampled - drawn))
 
-    def _logits(self, packed: PackedStep, segments: list[Segment]) -> torch.Tensor:
-        """Logits [N, V] of a packed step, at the rows that it says."""
-        if self._rope is not None:
-            self._rope.segments = segments
-        try:
-            with self._attention.forward(packed):
-                output = self._model(
-                    input_ids=packed.input_ids,
-                    position_ids=packed.positions,
-                    past_key_values=None,
-                    use_cache=False,
-                    logits_to_keep=packed.logits_at,
-                )
-        finally:
-            if self._rope is not None:
-                self._rope.segments = ()
+    def _logits(
+        self, packed: PackedStep, segments: list[Segment] | None = None, is_long: Tensor | None = None
+    ) -> Tensor:
+        """Logits [N, V] of a packed step, at the rows that it says.
+
+        Args:
+            packed: the step.
+            segments: the packed tokens by sequence, where rotary frequencies depend on the sequence's length.
+            is_long: [T] bool, instead of segments: which tokens are of long sequences.
+        """
+        rope = nullcontext() if self._rope is None else self._rope.sequences(segments or (), is_long)
+        with rope, self._attention.forward(packed):
+            output = self._model(
+                input_ids=packed.input_ids,
+                position_ids=packed.positions,
+                past_key_values=None,
+                use_cache=False,
+                logits_to_keep=packed.logits_at,
+            )
         return output.logits[0]  # type: ignore[no-any-return]
 
 

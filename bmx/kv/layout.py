@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from bmx.kv.formats import FORMATS, KEY_GROUP, Format
 
-FormatName = Literal["auto", "fp8", "int8", "int4"]
 POSITION_BYTES = 4  # of an int32 position
 ROW_STAT_BYTES = 4  # of a float32 statistic
 ROW_STATS: Mapping[str, float] = {  # what eviction may store for each row, and its value for a new pair

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import FAKE, EngineConfig
+from bmx.config import FAKE, EngineConfig, KVFormat
 from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
@@ -24,7 +24,6 @@ from bmx.job.input_rows import Reader, input_reader
 from bmx.job.journal import Todo, unanswered_rows
 from bmx.job.manifest import write_json
 from bmx.job.paths import find_record_path, input_paths
-from bmx.kv.layout import FormatName
 from bmx.measure.calibration_file import CALIBRATED, FORMAT, default_path, read_calibration
 from bmx.measure.plan_batch import query_for_rows
 from bmx.measure.plots import plot_calibration, plots_note
@@ -67,7 +66,7 @@ class CalibrateOptions:
 
     policies: tuple[str, ...] = ()
     budgets: tuple[int | float, ...] = ()
-    formats: tuple[FormatName, ...] = ()
+    formats: tuple[KVFormat, ...] = ()
     layers: tuple[str, ...] = ()
     min_agreement: float = 0.95
     rows: int = ROWS

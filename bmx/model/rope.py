@@ -10,7 +10,8 @@ Shapes: T packed tokens, D rotated dimensions of a head.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +47,27 @@ class SequenceRope(nn.Module):
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.original = original
-        self.segments: Sequence[Segment] = ()
-        self.long: Tensor | None = None  # [T], instead of segments: which tokens are of long sequences
+        self._segments: Sequence[Segment] = ()
+        self._is_long: Tensor | None = None
         self._frequencies: dict[int, tuple[Tensor, float]] = {}
         self._compute: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(type(original).forward)
 
+    @contextmanager
+    def sequences(self, segments: Sequence[Segment] = (), is_long: Tensor | None = None) -> Iterator[None]:
+        """Say whose tokens are packed, for the forward in the body.
+
+        Args:
+            segments: the runs of packed tokens, in order; none where all have the frequencies of short sequences.
+            is_long: [T] bool, instead of segments: which tokens are of sequences that take the second of two sets.
+        """
+        self._segments, self._is_long = segments, is_long
+        try:
+            yield
+        finally:
+            self._segments, self._is_long = (), None
+
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, T, D] of ``position_ids`` [1, T], which are in the order of ``segments``.
+        """cos and sin [1, T, D] of ``position_ids`` [1, T], by the sequences that ``sequences`` was given.
 
         Args:
             x: a tensor of the type and device that cos and sin get.
@@ -60,15 +75,15 @@ class SequenceRope(nn.Module):
         """
         import torch
 
-        if self.long is not None:
-            return self._rotate_by_length(x, position_ids, self.long)
-        if not self.segments:
+        if self._is_long is not None:
+            return self._rotate_by_length(x, position_ids, self._is_long)
+        if not self._segments:
             return self._rotate(x, position_ids, 0)
         if self.two_sets:
-            long = [self.is_long(segment.length) for segment in self.segments for _ in range(segment.tokens)]
+            long = [self.is_long(segment.length) for segment in self._segments for _ in range(segment.tokens)]
             return self._rotate_by_length(x, position_ids, upload(long, x.device, torch.bool))
         parts, start = [], 0
-        for segment in self.segments:
+        for segment in self._segments:
             parts.append(self._rotate(x, position_ids[:, start : start + segment.tokens], segment.length))
             start += segment.tokens
         cos, sin = zip(*parts, strict=True)
