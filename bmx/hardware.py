@@ -1,4 +1,4 @@
-"""What machine this is: memory that is really free, GPUs, cores. Says where each figure comes from.
+"""The machine: memory that is really free, GPUs, cores. Says where each figure comes from.
 
 Knows the operating system and NVML; knows nothing of models. Imports torch only to ask about a GPU.
 """
@@ -24,7 +24,14 @@ NAMED_HOLDERS = 3
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """Bytes that could be taken now, who says so, and who holds the rest where that is known."""
+    """Free memory.
+
+    Attributes:
+        free: bytes that could be allocated now.
+        total: bytes in all.
+        source: where the figures come from, for people.
+        holders: processes that hold the rest, for people; empty if unknown.
+    """
 
     free: int
     total: int
@@ -34,7 +41,7 @@ class FreeMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuProcess:
-    """A process that holds memory of a GPU: how many bytes, or None where NVML does not say."""
+    """A process that holds memory of a GPU; ``used``: bytes, or None where NVML does not say."""
 
     pid: int
     used: int | None
@@ -42,15 +49,16 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A GPU as NVML sees it; what NVML does not tell is None or empty.
+    """A GPU as NVML describes it; unknown values are None or empty.
 
     Attributes:
-        free: bytes that nobody holds, None where NVML may not or cannot say.
-        total: bytes in all, None likewise.
+        name: for people.
+        free: free bytes, or None.
+        total: bytes in all, or None.
         uuid: as `nvidia-smi -L` shows it, with its GPU- prefix.
-        pci: where it is plugged in, as 0000:3b:00.0.
-        processes: whoever holds some of its memory, this process included.
-        mig: whether it is cut into slices, whose memory NVML's figures are not.
+        pci: its PCI address, as 0000:3b:00.0.
+        processes: processes that hold some of its memory, this one included.
+        mig: whether it is partitioned into MIG slices; NVML's memory figures are not those of a slice.
         unified: whether it has no memory of its own and uses the host's.
     """
 
@@ -72,15 +80,15 @@ class Gpu:
 
 
 def free_host_memory() -> FreeMemory:
-    """The least of what the system, this process's control group and its own limits leave.
+    """The free memory of the host: the least of what the system, the control groups and the process's limits leave.
 
-    Reclaimable page cache counts as free: Linux's MemAvailable, and a group's limit less what it cannot drop.
+    Reclaimable page cache counts as free: Linux's MemAvailable, and a group's limit less the pages it cannot drop.
     """
     return min((_system_memory(), *_group_limits(), *_own_limits()), key=lambda memory: memory.free)
 
 
 def _group_limits() -> Iterator[FreeMemory]:
-    """What each control group leaves that this process is in and that has a limit."""
+    """The free memory of each control group of this process that has a limit."""
     for prefix, limit_file, used_file, cache_key in (
         ("", "memory.max", "memory.current", "inactive_file"),
         ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -94,7 +102,7 @@ def _group_limits() -> Iterator[FreeMemory]:
 
 
 def _own_limits() -> Iterator[FreeMemory]:
-    """What this process's own limits (ulimit -v, ulimit -d) leave."""
+    """The memory that this process's own limits (ulimit -v, ulimit -d) leave."""
     for name, key in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
         limit, _ = resource.getrlimit(getattr(resource, name))
         if limit != resource.RLIM_INFINITY:
@@ -102,10 +110,10 @@ def _own_limits() -> Iterator[FreeMemory]:
 
 
 def _own_groups(controller: str) -> list[Path]:
-    """The folders of this process's control group and of all above it.
+    """The folders of this process's control group and of the groups above it.
 
     Args:
-        controller: its name under version 1, empty under version 2.
+        controller: name of the controller under version 1 of control groups; empty under version 2.
     """
     root, own = CGROUP / controller, ""
     for line in _read(Path("/proc/self/cgroup")).splitlines():
@@ -116,9 +124,9 @@ def _own_groups(controller: str) -> list[Path]:
 
 
 def free_gpu_memory() -> FreeMemory:
-    """Free bytes of the current CUDA device: what CUDA reports, or NVML where that is less.
+    """The free memory of the current CUDA device: as CUDA reports it, or NVML where that is less.
 
-    Where the GPU uses the host's memory, CUDA leaves out what the page cache could give back: the host is asked.
+    Where the GPU uses the host's memory, CUDA does not count reclaimable page cache; the host's figure is taken.
     """
     import torch
 
@@ -140,7 +148,7 @@ def free_gpu_memory() -> FreeMemory:
 
 
 def _same_gpu(properties: Any, found: list[Gpu]) -> Gpu | None:
-    """The GPU with these CUDA properties: by UUID, else by PCI id; an index counts differently in CUDA and NVML."""
+    """The GPU with these CUDA properties, by UUID or PCI address; indices differ between CUDA and NVML."""
     uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-").lower()
     for gpu in found:
         if uuid and gpu.uuid.removeprefix("GPU-").lower() == uuid:
@@ -153,11 +161,11 @@ def _same_gpu(properties: Any, found: list[Gpu]) -> Gpu | None:
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs that CUDA would show to this process, in its order, as CUDA_VISIBLE_DEVICES has it.
+    """The GPUs that CUDA would show to this process, in the order of CUDA_VISIBLE_DEVICES.
 
-    An invalid entry ends the list and a GPU named twice empties it, as in CUDA; slices (MIG-...) are left out,
-    for NVML's figures are not theirs. Indices count in PCI order, which is CUDA's where the GPUs are alike or
-    CUDA_DEVICE_ORDER is PCI_BUS_ID; otherwise CUDA may put the fastest first. What a running process really uses
+    An invalid entry ends the list and a GPU named twice empties it, as in CUDA. Slices (MIG-...) are left out, since
+    NVML has no memory figures of a slice. Indices count in PCI order, which is CUDA's where the GPUs are alike or
+    CUDA_DEVICE_ORDER is PCI_BUS_ID; otherwise CUDA may put the fastest first. The device that a process really uses
     is therefore found by UUID: see `free_gpu_memory`.
     """
     found, wanted = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -177,13 +185,13 @@ def visible_gpus() -> list[Gpu]:
 
 
 def _place_by_index(entry: str, found: list[Gpu]) -> int | None:
-    """The index that an entry begins with, as CUDA reads it, or None where no GPU has it."""
+    """The index at the beginning of an entry, as CUDA reads it; None where no GPU has that index."""
     digits = re.match("[0-9]+", entry)
     return int(digits[0]) if digits and int(digits[0]) < len(found) else None
 
 
 def _place_by_uuid(entry: str, found: list[Gpu]) -> int | str | None:
-    """Which GPU's UUID begins so; a slice stands for itself; None where none or several do."""
+    """The index of the one GPU whose UUID begins with an entry; the entry of a MIG slice itself; None otherwise."""
     if entry.startswith("MIG-"):
         return entry
     places = [place for place, gpu in enumerate(found) if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
@@ -191,13 +199,13 @@ def _place_by_uuid(entry: str, found: list[Gpu]) -> int | str | None:
 
 
 def other_gpu_processes(gpu: Gpu) -> list[GpuProcess]:
-    """Who else holds memory of a GPU: the largest first, those of unknown size last."""
+    """Other processes that hold memory of a GPU: the largest first, those of unknown size last."""
     others = (process for process in gpu.processes if process.pid != os.getpid())
     return sorted(others, key=lambda process: (process.used is None, -(process.used or 0), process.pid))
 
 
 def holders(gpu: Gpu) -> str:
-    """Who else holds memory of a GPU, for people; empty where nobody is seen."""
+    """Other processes that hold memory of a GPU, for people; empty if there are none."""
     others = other_gpu_processes(gpu)
     parts = [
         f"pid {process.pid} holds " + ("an unknown amount" if process.used is None else f"{process.used / 1e6:,.0f} MB")
@@ -208,7 +216,7 @@ def holders(gpu: Gpu) -> str:
 
 
 def gpus() -> list[Gpu]:
-    """All GPUs that NVML shows, in its order, which is that of the PCI bus; none where there is no driver."""
+    """All GPUs that NVML lists, in the order of the PCI bus; empty without a driver."""
     with _nvml() as nvml:
         count = _ask(nvml, "nvmlDeviceGetCount") if nvml else 0
         handles = [_ask(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(count or 0)]
@@ -216,7 +224,7 @@ def gpus() -> list[Gpu]:
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:
-    """All that NVML tells of one GPU."""
+    """One GPU as NVML describes it."""
     memory, unified = None, False
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -237,23 +245,23 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
 
 
 def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
-    """Whoever computes or draws on a GPU; one that does both, or in two slices, is listed once, with its most."""
+    """The compute and graphics processes of a GPU; a process with several entries is listed once, with its largest."""
     used: dict[int, int | None] = {}
     for kind in ("Compute", "Graphics"):
         for process in _ask(nvml, f"nvmlDeviceGet{kind}RunningProcesses", handle) or ():
             size = process.usedGpuMemory
             known = used.get(process.pid)
-            if size is None or size >= NO_LIMIT:  # NVML's word for "not available" is the largest number it has
+            if size is None or size >= NO_LIMIT:  # NVML says "not available" by the largest number
                 size = known
             used[process.pid] = size if known is None else max(size, known)
     return tuple(GpuProcess(pid=pid, used=size) for pid, size in used.items())
 
 
 def _ask(nvml: Any, question: str, *about: Any) -> Any:
-    """What NVML answers, or None where it may not or cannot."""
+    """NVML's answer, or None where it may not or cannot give one."""
     try:
         return getattr(nvml, question)(*about)
-    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):  # the latter, for an older driver, is no NVMLError
+    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):  # the latter, for an older driver, is not an NVMLError
         return None
 
 
@@ -279,7 +287,7 @@ def _nvml() -> Iterator[Any]:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process that are in memory now."""
+    """Bytes that this process holds in memory now."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -287,7 +295,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most that was in memory since the start or, where it succeeded, since `reset_peak`."""
+    """The most bytes held in memory since the start or, where it succeeded, since `reset_peak`."""
     peak = _own_status("VmHWM")  # getrusage's figure does not follow a reset
     if peak is not None:
         return peak
@@ -296,7 +304,7 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak() -> bool:
-    """Let `peak_resident_bytes` count from now; False where the system cannot."""
+    """Let `peak_resident_bytes` count from now; returns False where the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -305,25 +313,25 @@ def reset_peak() -> bool:
 
 
 def trim_heap() -> None:
-    """Hand free pages in the middle of the heap back to the system, which the C library alone does not do."""
+    """Return free pages in the middle of the heap to the system, which the C library does not do by itself."""
     with suppress(OSError, TypeError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, its control group's quota, one per physical core."""
+    """The number of cores that this process may use, by affinity and control group quota; one per physical core."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     for quota, period in _cpu_quotas():
         if quota.isdigit() and period.isdigit():
             allowed = min(allowed, int(quota) // int(period))
-    threads = os.environ.get("OMP_THREAD_LIMIT", "")  # torch computes wrong numbers with more than OpenMP grants
+    threads = os.environ.get("OMP_THREAD_LIMIT", "")  # more threads make torch compute wrong numbers
     if threads.isdigit():
         allowed = min(allowed, int(threads))
     return max(1, min(allowed, _physical_cores() or allowed))
 
 
 def _cpu_quotas() -> Iterator[tuple[str, str]]:
-    """(microseconds of CPU, of how many) of each control group that this process is in; not always numbers."""
+    """(quota, period) in microseconds of CPU time of each control group of this process; not always numbers."""
     for group in _own_groups(""):
         quota, _, period = _read(group / "cpu.max").strip().partition(" ")
         yield quota, period
@@ -338,7 +346,7 @@ def fast_bfloat16_cpu() -> bool:
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of the first core, as Linux names them."""
+    """The instruction sets of the first core, as Linux names them."""
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         if line.lower().startswith(("flags", "features")):
             return frozenset(line.split(":", 1)[1].split())
@@ -366,7 +374,7 @@ def _physical_cores() -> int:
 
 
 def _system_memory() -> FreeMemory:
-    """What the whole system says, whoever is asked to say it."""
+    """The free memory of the whole system, by the best source that it has."""
     lines = (line.split() for line in _read(Path("/proc/meminfo")).splitlines())
     known = {parts[0].rstrip(":"): int(parts[1]) * 1024 for parts in lines if len(parts) == 3}
     total = known.get("MemTotal", 0)
@@ -379,9 +387,9 @@ def _system_memory() -> FreeMemory:
 
 
 def _own_status(key: str) -> int | None:
-    """Bytes that a line of this process's own status gives."""
-    found = re.search(rf"^{key}:\s*([0-9]+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    """The bytes in a line of this process's /proc/self/status."""
+    line = re.search(rf"^{key}:\s*([0-9]+) kB", _read(Path("/proc/self/status")), re.MULTILINE)
+    return int(line[1]) * 1024 if line else None
 
 
 def _stat(path: Path, key: str) -> int:

@@ -1,4 +1,4 @@
-"""Counters of a run: data only. The engine counts, the display reads; neither knows the other."""
+"""Counters of a run: data only. The engine and the job count, the display reads; neither knows the other."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, kw_only=True)
 class Stats:
-    """What a run has done so far.
+    """The counters of a run so far.
 
-    A step may mix prompt chunks with single decode tokens; its seconds are shared out by tokens, since every
-    packed token costs about the same there.
+    A step may mix prompt chunks with single decode tokens. Its seconds are divided in proportion to the tokens, since
+    every packed token costs about the same there.
     """
 
     rows_total: int = 0  # of the input
-    rows_before: int = 0  # that had their records when the run began
-    rows_done: int = 0  # in this run, well or not
+    rows_before: int = 0  # had their records when the run began
+    rows_done: int = 0  # finished in this run, with an answer or an error
     rows_skipped: int = 0  # left out on purpose, in this run or before
     errors: Counter[str] = field(default_factory=Counter)  # failed rows by code, in this run or before
-    failed_now: int = 0  # in this run
-    last_row: float | None = None  # when a row was last finished
+    failed_now: int = 0  # failed rows of this run
+    last_row: float | None = None  # when a row was last finished, by the monotonic clock
     prompt_tokens: int = 0
     reused_prompt_tokens: int = 0  # copied from another row's slot; not among prompt_tokens
     generated_tokens: int = 0
     decode_tokens: int = 0
-    work_total: int = 0
-    work_saved: int = 0
+    work_total: int = 0  # tokens of all prompts and of answers of full length
+    work_saved: int = 0  # tokens of them that early ends made unnecessary
     memory_bytes: int = 0
     peak_memory_bytes: int = 0
     active_slots: int = 0
     slots: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    pure_steps: int = 0  # in which nothing but decoding was done, with the tokens and the seconds of all of them
-    pure_tokens: int = 0
-    pure_seconds: float = 0.0
-    kv_bytes: int = 0
-    full_cache_peak_bytes: int = 0
+    pure_steps: int = 0  # steps that only decoded
+    pure_tokens: int = 0  # tokens of these steps
+    pure_seconds: float = 0.0  # seconds of these steps
+    kv_bytes: int = 0  # bytes of the slots
+    full_cache_peak_bytes: int = 0  # the most bytes that full caches would have held
     peak_active_slots: int = 0
     shrunk_to: list[tuple[int, int]] = field(default_factory=list)  # after running out of memory: slots, step tokens
-    eager: str = ""  # why decoding could not be captured as CUDA graphs, if that was tried in vain
+    eager: str = ""  # why decoding could not be captured as CUDA graphs, if capturing failed
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -56,14 +56,14 @@ class Stats:
 
     @property
     def quiet_seconds(self) -> float:
-        """How long ago the last row was finished, or the run began."""
+        """Seconds since the last row was finished, or since the run began."""
         return time.monotonic() - (self.last_row or self.started)
 
     def count_row(self, code: str | None, *, skipped: bool = False) -> None:
         """Add a finished row.
 
         Args:
-            code: of its error, if it failed.
+            code: its error's code, or None.
             skipped: whether it was left out on purpose.
         """
         self.rows_done += 1
@@ -75,7 +75,7 @@ class Stats:
             self.failed_now += 1
 
     def note_eager(self, why: str) -> None:
-        """Remember why decoding could not be captured."""
+        """Remember why decoding could not be captured as CUDA graphs."""
         self.eager = why
 
     @property
@@ -85,12 +85,12 @@ class Stats:
 
     @property
     def work_done(self) -> int:
-        """Tokens of ``work_total`` that are computed or copied, or that an early end made needless."""
+        """Tokens of ``work_total`` that were computed or copied, or that an early end made unnecessary."""
         return self.prompt_tokens + self.reused_prompt_tokens + self.generated_tokens + self.work_saved
 
     @property
     def seconds_left(self) -> float | None:
-        """What is left at the pace so far; None while there is no pace."""
+        """Seconds that the remaining work takes at the pace so far; None before the first step."""
         if not self.work_done or not self.work_total:
             return None
         return self.elapsed * max(0, self.work_total - self.work_done) / self.work_done
@@ -102,7 +102,7 @@ class Stats:
 
     @property
     def decode_rate(self) -> float:
-        """Decoded tokens per second of decode work (a prompt's last chunk gives its first token for free)."""
+        """Decoded tokens per second of decode work; the first token of an answer comes with its prompt."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def count_step(
@@ -119,12 +119,13 @@ class Stats:
         """Add one step.
 
         Args:
-            prompt_tokens, decode_tokens: packed tokens of each kind; those behind an end are not counted.
-            sampled: tokens generated by the step (the last chunk of a prompt gives one too).
-            rounds: how often the model was run.
+            prompt_tokens: packed prompt tokens.
+            decode_tokens: packed decode tokens; tokens after an answer's end are not counted.
+            sampled: tokens generated by the step, first tokens of answers included.
+            rounds: number of forward passes.
             seconds: wall time of the step.
             active: sequences in flight.
-            full_cache_bytes: what full caches of theirs would hold now.
+            full_cache_bytes: bytes that full caches of these sequences would hold.
         """
         share = prompt_tokens / max(1, prompt_tokens + decode_tokens)
         self.prompt_tokens += prompt_tokens

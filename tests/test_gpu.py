@@ -124,7 +124,7 @@ def test_decoding_is_captured_and_replayed(family, request, replays):
         request.getfixturevalue("two_sets")
     engine = tiny_engine(tiny_model(family).to(DEVICE), **TIGHT)
     answers(engine, [*drawn(0.0)[:3], *drawn(0.9)[3:]])
-    assert engine.kernels.name == "triton"
+    assert engine.backend.kernels.name == "triton"
     assert engine.stats.eager == ""
     assert replays
     replays.clear()

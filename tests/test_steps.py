@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import bmx
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.compress.policy import CompressionPolicy
-from bmx.engine.fake import FakeBackend, FakeRunner, FakeTokenizer
+from bmx.engine.fake import FakeBackend, FakeRunner, FakeTokenizer, next_token
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
@@ -192,13 +192,11 @@ class Late(FakeRunner):
         self.most_unread = 0
 
     def run(self, step):
-        from bmx.engine.fake import _next
-
         given = []
         for chunk in step.chunks:
             sequence = chunk.sequence
             place = len(sequence.answer) + sequence.promised
-            given += [_next(sequence.prompt, place + i) for i in range(chunk.samples)]
+            given += [next_token(sequence.prompt, place + i) for i in range(chunk.samples)]
         self.unread.append(given)
         self.most_unread = max(self.most_unread, len(self.unread))
         return Given(self, given)

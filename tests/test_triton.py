@@ -46,7 +46,7 @@ def engine_of(family, **told):
 def test_same_greedy_tokens_as_generate(family):
     engine, prompts = engine_of(family, kv_policy="none", **CROWDED), PROMPTS[:2]
     assert answers(engine, as_requests(prompts, max_tokens=4)) == reference_answers(tiny_model(family), prompts, 4)
-    assert engine.kernels.name == "triton"
+    assert engine.backend.kernels.name == "triton"
     assert engine.stats.eager == ""
 
 

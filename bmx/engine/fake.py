@@ -1,4 +1,4 @@
-"""A model that is none: its next token is a function of the prompt and the place.
+"""A stand-in model: the next token is a hash of the prompt and the position.
 
 For trying files, flags and cron lines: the engine around it is the real one (slots, steps, plan), so that a job runs
 as it would, in milliseconds and without torch. ``--model fake``.
@@ -23,7 +23,7 @@ from bmx.plan.memory import StepSize
 
 END = 0  # the token that ends an answer
 WORDS = 5000
-ENDS = 8  # an answer ends at one of so many places
+ENDS = 8  # one token in eight ends the answer
 MAX_LENGTH = 1 << 20
 LAYER = LayerSpec(query_heads=1, kv_heads=1, key_dim=8, value_dim=8, window=None, owner=0)
 COSTS = Costs(activation_bytes=1024, traffic_bytes=1024, flops=1024, operators=1)
@@ -40,12 +40,12 @@ SPEC = ModelSpec(
 
 
 class FakeTokenizer:
-    """A token per word; what an answer says is made of the words ``w1`` to ``w4999``."""
+    """One token per word; answers are made of the words ``w1`` to ``w4999``."""
 
     chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-        """What that template says."""
+        """The text of that template."""
         return "".join(f"{message['content']}\n" for message in messages)
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
@@ -59,12 +59,12 @@ class FakeTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class FakeSampled:
-    """Tokens that are there at once."""
+    """Tokens that are known at once."""
 
     tokens: list[int | None]
 
     def read(self) -> list[int | None]:
-        """All of them."""
+        """All tokens."""
         return self.tokens
 
 
@@ -86,10 +86,11 @@ class FakeRunner(AbstractContextManager["FakeRunner"]):
     def run(self, step: Step) -> FakeSampled:
         """The next token of each sampling chunk."""
         sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
-        return FakeSampled([_next(sequence.prompt, len(sequence.answer)) for sequence in sampling])
+        return FakeSampled([next_token(sequence.prompt, len(sequence.answer)) for sequence in sampling])
 
 
-def _next(prompt: list[int], place: int) -> int:
+def next_token(prompt: list[int], place: int) -> int:
+    """The token at a place of the answer to a prompt."""
     number = crc32(array("I", [*prompt[-8:], len(prompt), place]).tobytes())
     return END if number % ENDS == 0 else number % (WORDS - 1) + 1
 

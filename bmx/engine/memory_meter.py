@@ -1,6 +1,6 @@
-"""What memory a run really holds, and what it means when there is none left. Knows the device; plans nothing.
+"""The memory that a run really holds, and the errors that mean that memory ran out. Knows the device; plans nothing.
 
-Loads torch only where that is what it asks.
+Loads torch only to ask about a GPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from bmx.hardware import FreeMemory
 from bmx.model.spec import ModelSpec
 
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-KEPT_KERNELS = "64"  # compiled products for as many shapes; torch's own 1,024 grow to 300 MB, and are no faster
-TRIM_AT = 0.92  # of what was planned
-TRIM_STEP = 16 * 10**6  # bytes that must have come on top since the last time
+KEPT_KERNELS = "64"  # shapes whose compiled products are kept; torch's 1,024 grow to 300 MB, and are no faster
+TRIM_AT = 0.92  # of the planned bytes: from there on the heap is trimmed
+TRIM_STEP = 16 * 10**6  # bytes that must have been added since it was trimmed last
 NO_GPU = ("cuda error", "cuda driver error", "error [cuda]")
 NO_MEMORY = (
     "out of memory",
@@ -32,7 +32,7 @@ NO_MEMORY = (
     "failed to allocate",
     "bad_alloc",
     "status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
-    "cublas_status_not_initialized",  # a handle that finds no memory says so
+    "cublas_status_not_initialized",  # raised where a handle finds no memory
     "cudnn_status_not_initialized",
     "could not create a memory",
 )
@@ -49,10 +49,10 @@ class MemoryMeter:
 
     Args:
         device: ``cpu`` or ``cuda``.
-        context_bytes: what the GPU's context holds beside torch's own allocations; of no use on the CPU.
+        context_bytes: bytes of the GPU's context, beside torch's own allocations; ignored on the CPU.
 
     Attributes:
-        exact: whether the last reset worked; otherwise the peak is that of the whole process.
+        exact: whether the last reset worked; otherwise the peak is that of the process since its start.
     """
 
     def __init__(self, device: str, context_bytes: int) -> None:
@@ -73,7 +73,7 @@ class MemoryMeter:
 
     @property
     def peak(self) -> int:
-        """The most bytes held: of the GPU, or of the host by this process."""
+        """The most bytes held since the reset: of the GPU, or of the host by this process."""
         if not self._cuda:
             return hardware.peak_resident_bytes()
         import torch
@@ -81,7 +81,7 @@ class MemoryMeter:
         return torch.cuda.max_memory_reserved() + self._context
 
     def keep_to(self, planned: int) -> None:
-        """On the CPU, let go of what lies free in the heap when a run holds nearly what was planned, and more again."""
+        """On the CPU, give free pages of the heap back when a run holds nearly the planned bytes, and after growth."""
         if not self._cuda and self.now > max(TRIM_AT * planned, self._trimmed_to + TRIM_STEP):
             hardware.trim_heap()
             self._trimmed_to = self.now
@@ -97,7 +97,7 @@ class MemoryMeter:
 
     @property
     def now(self) -> int:
-        """Bytes held."""
+        """Bytes held now."""
         if not self._cuda:
             return hardware.resident_bytes()
         import torch
@@ -127,15 +127,15 @@ class FullCacheSize:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, typed or not."""
-    torch: Any = sys.modules.get("torch")  # what is not loaded raised nothing
+    """Whether an error means that memory ran out, by its type or by its text."""
+    torch: Any = sys.modules.get("torch")  # if it is not loaded, it raised nothing
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY)
 
 
 def release() -> None:
-    """Give back what an attempt that ran out of memory left behind."""
+    """Free the memory that a failed attempt left behind."""
     gc.collect()
     hardware.trim_heap()
     torch: Any = sys.modules.get("torch")
@@ -145,7 +145,7 @@ def release() -> None:
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Turn an error after which CUDA answers nothing any more into a DeviceError.
+    """Turn an error after which CUDA refuses every call into a DeviceError.
 
     Raises:
         DeviceError: an assertion on the device, an illegal access, a GPU that is gone.

@@ -1,4 +1,4 @@
-"""How long requests are, and what is done with those that are too long."""
+"""The lengths of requests, and the truncation of prompts that are too long."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bmx.model.spec import ModelSpec
 from bmx.plan.planner import Length
 from bmx.request import Request
 
-MEASURED_ROWS = 100_000  # of more requests, an even sample of at least half as many is measured
+MEASURED_ROWS = 100_000  # of more requests, an even sample is measured, of at least half as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class EncodedPrompt:
 
     Attributes:
         prompt: its token ids.
-        length: of prompt and answer.
-        truncated: tokens that were cut out to make it fit.
-        spans: places of tokens that are never evicted, from .. to.
+        length: tokens of prompt and answer, and rows of the slot.
+        truncated: prompt tokens that were cut out to make the prompt fit.
+        spans: positions (from, to) of tokens that are never evicted.
     """
 
     prompt: list[int]
@@ -50,10 +50,10 @@ class PromptMeasurer:
     """Measures requests against a model.
 
     Attributes:
-        encoder: turns them into tokens.
-        policy: says what rows of a slot so many tokens need.
-        max_length: tokens that prompt and answer may have together.
-        reuse: says what a request shares with the one before it; None if nothing is to be shared.
+        encoder: turns requests into token ids.
+        policy: says how many rows of a slot a request needs.
+        max_length: most tokens of prompt and answer together.
+        reuse: says how many leading tokens a request shares with the one before it; None if nothing is shared.
     """
 
     encoder: PromptEncoder
@@ -64,8 +64,8 @@ class PromptMeasurer:
     def read(self, request: Request) -> EncodedPrompt:
         """A request as the model will see it.
 
-        A prompt that leaves less room than the answer may take is cut, if the job says so; otherwise the answer gets
-        the room that there is.
+        A prompt that leaves too little room for the longest answer is truncated, if the settings say so; otherwise
+        the answer gets the room that is left.
 
         Raises:
             RowError: it has no text, or its prompt leaves no room for an answer.
@@ -82,10 +82,10 @@ class PromptMeasurer:
         return EncodedPrompt(prompt, length, before - len(prompt), self._spans(request, length))
 
     def _spans(self, request: Request, length: Length) -> tuple[tuple[int, int], ...]:
-        """The places that are never evicted of a request that will evict.
+        """The protected spans of a request whose KV pairs will be evicted; none if nothing will be evicted.
 
         Raises:
-            RowError: they leave no room for anything else.
+            RowError: they leave no room for other pairs.
         """
         answer = length.max_tokens
         if not self.policy.protects or not self.policy.evicts(length.prompt_tokens, answer):
@@ -99,23 +99,23 @@ class PromptMeasurer:
         return spans
 
     def measure(self, requests: Iterable[Request]) -> list[Length]:
-        """The lengths of those requests that can be answered at all."""
+        """The lengths of the requests that can be answered."""
         lengths: list[Length] = []
         before = None
         for request in requests:
             with suppress(RowError):
-                reading = self.read(request)
-                shared = self.reuse.shared(reading, before) if self.reuse and before else 0
-                lengths.append(replace(reading.length, shared=shared) if shared else reading.length)
-                before = reading
+                encoded = self.read(request)
+                shared = self.reuse.shared(encoded, before) if self.reuse and before else 0
+                lengths.append(replace(encoded.length, shared=shared) if shared else encoded.length)
+                before = encoded
         return lengths
 
 
 def max_length(config: EngineConfig, spec: ModelSpec) -> int:
-    """The most tokens that prompt and answer may have together.
+    """Most tokens of prompt and answer together.
 
     Raises:
-        UsageError: more are asked for than the model can tell apart.
+        UsageError: ``max_model_len`` is more than the model's positions.
     """
     if config.max_model_len and config.max_model_len > spec.max_length:
         raise UsageError(f"max_model_len {config.max_model_len} is more than the {spec.max_length} of {spec.name}")
@@ -123,5 +123,5 @@ def max_length(config: EngineConfig, spec: ModelSpec) -> int:
 
 
 def sampling_step(rows: int) -> int:
-    """Measure every so many-th of ``rows`` requests."""
+    """The interval at which ``rows`` requests are sampled for measuring."""
     return max(1, -(-rows // MEASURED_ROWS))

@@ -1,1 +1,1 @@
-"""What fits, and how long it takes: sizes, counts and rates; touches no tensor."""
+"""Plans and forecasts: how many sequences fit in memory, and how long a run takes. Touches no tensor."""

@@ -1,4 +1,4 @@
-"""The place a run happens in, as the memory formula sees it: from sizes alone, whether it is here or elsewhere."""
+"""The device of a run, as the memory formula sees it: from sizes alone, so that it may also be another machine's."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from bmx.compress.policy import left_to_kernels
 from bmx.config import EngineConfig
 from bmx.model.spec import ModelSpec
 
-SLACK = {"cpu": (40 * 10**6, 0.5), "cuda": (64 * 10**6, 0.02)}  # bytes, and share of activations: see benchmarks
-GRAPHS = 256 * 10**6  # bytes that the driver and cuBLAS keep for captured work
-GRAPH_ROWS = 16  # to which the rows of a graph are rounded up
+# Bytes, and share of activations and logits, that allocators lose; measured by benchmarks/memory.py.
+SLACK = {"cpu": (40 * 10**6, 0.5), "cuda": (64 * 10**6, 0.02)}
+GRAPHS = 256 * 10**6  # bytes that the driver and cuBLAS keep for captured graphs
+GRAPH_ROWS = 16  # the rows of a graph are a multiple of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What the closed form must know of the place a run happens in.
+    """What the memory formula must know of a device.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
         runtime: bytes that the process holds beside the model.
-        workspace: bytes of one layer's attention, from a chunk's tokens, the keys a query sees, and the slots.
-        slack: bytes lost in any case; ``share``: of activations and logits, lost besides.
+        workspace: bytes of one layer's attention, from a chunk's tokens, the keys that a query sees, and the slots.
+        slack: bytes that allocators lose in any case.
+        share: share of the bytes of activations and logits that they lose besides.
         captures: whether decoding is captured as CUDA graphs.
     """
 
@@ -36,7 +38,14 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, spec: ModelSpec, runtime: int, config: EngineConfig | None = None) -> Device:
-        """A device of this kind with the kernels that would be chosen there."""
+        """A device of this kind with the kernels that would be chosen there.
+
+        Args:
+            kind: ``cpu`` or ``cuda``.
+            spec: the model's sizes.
+            runtime: bytes that the process holds beside the model.
+            config: the settings.
+        """
         config = config or EngineConfig()
         capabilities, fused = kernels.choose(kind).capabilities, left_to_kernels(config)
         bytes_of = capabilities.workspace_bytes(fused)
@@ -44,25 +53,25 @@ class Device:
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
         kv_heads = max(layer.kv_heads for layer in spec.layers)
-        unpacked = (
-            0 if config.kv_format == "auto" else 2 * kv_heads * head_dim * (spec.itemsize + 1)
-        )  # of a row, as it is read
+        unpacked_row = 0 if config.kv_format == "auto" else 2 * kv_heads * head_dim * (spec.itemsize + 1)
 
         def workspace(chunk: int, rows: int, slots: int) -> int:
             sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}
-            return bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes) + slots * rows * unpacked
+            return bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes) + slots * rows * unpacked_row
 
         slack, share = SLACK[kind]
         if kind == "cpu":
-            slack += spec.merged_bytes  # the pages of the file that they were copied from stay mapped
+            slack += spec.merged_bytes  # the file's pages of merged weights stay mapped
         captures = kind == "cuda" and capabilities.capturable and fused and not config.enforce_eager
         return cls(kind=kind, runtime=runtime, workspace=workspace, slack=slack, share=share, captures=captures)
 
     def captured(self, spec: ModelSpec, slots: int, rows: int) -> int:
-        """Bytes of the pool in which graphs of decoding work: activations, and logits twice, since some rows may draw.
+        """Bytes that captured graphs of decoding hold: activations, and logits twice, since some rows may be sampled.
 
         Args:
-            rows: of the largest slot.
+            spec: the model's sizes.
+            slots: sequences that decode.
+            rows: keys that a query of the largest slot sees.
         """
         if not self.captures:
             return 0

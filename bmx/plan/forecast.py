@@ -1,7 +1,8 @@
-"""How long a run will take: the steps that the scheduler would take, played through, each timed by a roofline.
+"""How long a run will take: the scheduler's steps are simulated, and a roofline says how long each one takes.
 
-A step's products take what the matrix rate or the bandwidth allows, whichever is slower; what is no product takes
-the bandwidth, and every operator its start. Knows sizes and rates; touches no tensor and loads no torch.
+A step's matrix products take as long as the matrix rate or the bandwidth allows, whichever is slower. Its other
+operators take the bandwidth, and each operator takes its start besides. Knows sizes and rates; touches no tensor and
+loads no torch.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from bmx.plan.machine_speed import Rates
 from bmx.plan.memory import group_for
 from bmx.plan.planner import Length, Plan
 
-PLAYED_ROWS = 256  # at least so many requests are played through, or as many as fill the slots three times
-WORTH = 1.03  # times the slots that smaller steps must give to be looked at
-UNPACK_PASSES = 4  # times that what is stored in fewer bits is written or read in the activations' type
-INT8_SPEED = 1.9  # times as fast as in bfloat16 are products of bytes
+PLAYED_ROWS = 256  # requests that are simulated at least; more if the slots can be filled three times
+WORTH = 1.03  # smaller steps are considered if they leave room for this many times the slots
+UNPACK_PASSES = 4  # passes over pairs that were stored in fewer bits, in the activations' type
+INT8_SPEED = 1.9  # speed of int8 products, in times of bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What a run is expected to take.
+    """The expected time of a run.
 
     Attributes:
         seconds: for all requests.
-        prefill_rate, decode_rate: prompt tokens and decoded tokens a second, counted as ``Stats`` does.
+        prefill_rate: prompt tokens per second of prompt work, counted as ``Stats`` does.
+        decode_rate: decoded tokens per second of decode work.
     """
 
     seconds: float
@@ -50,29 +52,33 @@ def forecast(
     profile: KernelProfile,
     decode_layouts: Seq[KVLayout] | None = None,
 ) -> Forecast:
-    """Play a plan through; of long jobs an even sample, scaled up.
+    """Simulate a run under a plan; of a long job an even sample of its requests, scaled up.
 
     Args:
+        spec: the model's sizes.
+        plan: the plan.
+        lengths: of the requests.
+        rates: how fast the device is.
         profile: how the chosen kernels use these rates.
-        decode_layouts: what is left of a slot of each group once its prompt is read, if not all of it.
+        decode_layouts: for each group, what is left of a slot once its prompt is read; all of it if left out.
     """
     largest = max(group.capacity for group in plan.groups)
     served = [length for length in lengths if length.rows_needed <= largest]
     stride = max(1, len(served) // max(PLAYED_ROWS, 3 * plan.slots))
-    ordered = sorted(served, key=lambda one: (one.prompt_tokens, one.max_tokens)) if stride > 1 else served
-    played = ordered[stride // 2 :: stride]
+    ordered = sorted(served, key=lambda length: (length.prompt_tokens, length.max_tokens)) if stride > 1 else served
+    sample = ordered[stride // 2 :: stride]
     clock = _Clock(spec, plan, rates, profile, decode_layouts or plan.layouts)
     prompt_seconds = decode_seconds = 0.0
     decoded = 0
-    for step in _steps(plan, played):
+    for step in _steps(plan, sample):
         seconds = clock.seconds(step) * step.repeats
         decodes = sum(step.decodes)
         share = decodes / (decodes + sum(chunk.length for chunk in step.chunks))
         decoded += decodes * step.repeats
         decode_seconds += seconds * share
         prompt_seconds += seconds * (1 - share)
-    prompts = sum(length.prompt_tokens for length in played)
-    scale = sum(map(_tokens, served)) / max(1, sum(map(_tokens, played)))
+    prompts = sum(length.prompt_tokens for length in sample)
+    scale = sum(map(_tokens, served)) / max(1, sum(map(_tokens, sample)))
     return Forecast(
         seconds=(prompt_seconds + decode_seconds) * scale,
         prefill_rate=prompts / prompt_seconds if prompt_seconds else 0.0,
@@ -86,7 +92,7 @@ def _tokens(length: Length) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedChunk:
-    """Tokens start .. start + length of a prompt in a slot of a group."""
+    """Tokens start .. start + length of a prompt, in a slot of ``group``; ``last``: whether they end the prompt."""
 
     group: int
     start: int
@@ -94,9 +100,18 @@ class SimulatedChunk:
     last: bool
 
 
+@dataclass(slots=True)
+class SimulatedPrompt:
+    """A prompt that is being read: its slot's group, its request, and the chunks that are left, the last one first."""
+
+    group: int
+    length: Length
+    chunks_left: list[SimulatedChunk]
+
+
 @dataclass(frozen=True, slots=True)
 class SimulatedStep:
-    """Prompt chunks, decoding tokens by group, and how often the same step is repeated."""
+    """A step: its prompt chunks, its decoding sequences by group, and how often the same step is repeated."""
 
     chunks: tuple[SimulatedChunk, ...]
     decodes: tuple[int, ...]
@@ -104,12 +119,12 @@ class SimulatedStep:
 
 
 def _steps(plan: Plan, lengths: Seq[Length]) -> Iterator[SimulatedStep]:
-    """The steps that the scheduler would take, all prompts known: by numbers alone, and decoding in long strides."""
+    """The steps that the scheduler would take if it knew all requests; steps that only decode are taken together."""
     waiting = sorted(lengths, key=lambda length: -length.steps(plan.step.chunk_size))
     free = [group.slots for group in plan.groups]
     decodes = [0] * len(free)
-    prompts: list[tuple[int, Length, list[SimulatedChunk]]] = []
-    ends: list[tuple[int, int]] = []  # (step, group) in which an answer is finished
+    prompts: list[SimulatedPrompt] = []
+    ends: list[tuple[int, int]] = []  # (step, group) at which an answer is finished
     now = 0
     while True:
         while ends and ends[0][0] <= now:
@@ -122,17 +137,25 @@ def _steps(plan: Plan, lengths: Seq[Length]) -> Iterator[SimulatedStep]:
         repeats = 1 if chunks else ends[0][0] - now
         yield SimulatedStep(tuple(chunks), tuple(decodes), repeats)
         now += repeats
-        for group, length, left in prompts:
-            if not left:
-                decodes[group] += 1
-                heappush(ends, (now + length.max_tokens - 1, group))
-        prompts = [prompt for prompt in prompts if prompt[2]]
+        for prompt in prompts:
+            if not prompt.chunks_left:
+                decodes[prompt.group] += 1
+                heappush(ends, (now + prompt.length.max_tokens - 1, prompt.group))
+        prompts = [prompt for prompt in prompts if prompt.chunks_left]
 
 
-def _admit(
-    plan: Plan, waiting: list[Length], free: list[int], prompts: list[tuple[int, Length, list[SimulatedChunk]]]
-) -> list[Length]:
-    """Give slots to those who wait, the longest first; returns those that found none."""
+def _admit(plan: Plan, waiting: list[Length], free: list[int], prompts: list[SimulatedPrompt]) -> list[Length]:
+    """Admit waiting requests while a free slot fits, as the scheduler does.
+
+    Args:
+        plan: the plan.
+        waiting: requests without a slot, the longest first.
+        free: free slots of each group; reduced.
+        prompts: prompts that are being read; admitted ones are added.
+
+    Returns:
+        The requests that still wait.
+    """
     if not any(free):
         return waiting
     left = []
@@ -140,7 +163,8 @@ def _admit(
         group = group_for(length.rows_needed, plan.groups, free)
         if group is not None:
             free[group] -= 1
-            prompts.append((group, length, _cut(group, length.prompt_tokens, plan.step.chunk_size)))
+            chunks = _chunks(group, length.prompt_tokens, plan.step.chunk_size)
+            prompts.append(SimulatedPrompt(group, length, chunks[::-1]))
         else:
             left.append(length)
         if not any(free):
@@ -148,19 +172,25 @@ def _admit(
     return left
 
 
-def _cut(group: int, tokens: int, chunk_size: int) -> list[SimulatedChunk]:
-    """A prompt in its chunks, the last one first."""
+def _chunks(group: int, tokens: int, chunk_size: int) -> list[SimulatedChunk]:
+    """The chunks of a prompt.
+
+    Args:
+        group: of its slot.
+        tokens: of the prompt.
+        chunk_size: most tokens of a chunk.
+    """
     ends = [0, *chunk_ends(tokens, chunk_size)]
-    return [SimulatedChunk(group, a, b - a, b == tokens) for a, b in pairwise(ends)][::-1]
+    return [SimulatedChunk(group, a, b - a, b == tokens) for a, b in pairwise(ends)]
 
 
-def _next_chunks(prompts: list[tuple[int, Length, list[SimulatedChunk]]], room: int) -> list[SimulatedChunk]:
-    """The next chunk of each prompt while they fit, and one in any case."""
+def _next_chunks(prompts: list[SimulatedPrompt], room: int) -> list[SimulatedChunk]:
+    """The next chunk of each prompt while they fit into ``room`` tokens, and one in any case."""
     chunks: list[SimulatedChunk] = []
-    for _, _, left in prompts:
-        if chunks and left[-1].length > room:
+    for prompt in prompts:
+        if chunks and prompt.chunks_left[-1].length > room:
             break
-        chunks.append(left.pop())
+        chunks.append(prompt.chunks_left.pop())
         room -= chunks[-1].length
     return chunks
 
@@ -172,32 +202,45 @@ def fastest(
     profile: KernelProfile,
     rates: Callable[[], Rates],
 ) -> Plan:
-    """The plan that answers the most rows, the fastest of those; rates are only asked for where it is open.
+    """The plan that answers the most requests; of several such plans, the one with the shortest forecast.
 
     Args:
-        plans: what to choose from, the fastest first where all have the same slots.
+        plans: make the plans to choose from, the fastest first where all have the same slots.
+        spec: the model's sizes.
+        lengths: of the requests.
+        profile: how the chosen kernels use the device's rates.
+        rates: says how fast the device is; called only where several plans must be compared.
 
     Raises:
-        MemoryLimitError: none of them fits; the last one's.
+        MemoryLimitError: no plan fits; the error is that of the last one.
     """
-    made: list[Plan] = []
+    candidates: list[Plan] = []
     for attempt in plans:
         try:
             plan = attempt()
         except MemoryLimitError:
-            if attempt is plans[-1] and not made:
+            if attempt is plans[-1] and not candidates:
                 raise
             continue
-        if not made or plan.too_large < made[-1].too_large or plan.slots > WORTH * max(one.slots for one in made):
-            made.append(plan)
-    if len(made) == 1:
-        return made[0]
+        most_slots = max((candidate.slots for candidate in candidates), default=0)
+        if not candidates or plan.too_large < candidates[-1].too_large or plan.slots > WORTH * most_slots:
+            candidates.append(plan)
+    if len(candidates) == 1:
+        return candidates[0]
     measured = rates()
-    return min(made, key=lambda plan: (plan.too_large, forecast(spec, plan, lengths, measured, profile).seconds))
+    return min(candidates, key=lambda plan: (plan.too_large, forecast(spec, plan, lengths, measured, profile).seconds))
 
 
 class _Clock:
-    """Seconds of a step."""
+    """Says how many seconds a step takes.
+
+    Args:
+        spec: the model's sizes.
+        plan: the plan.
+        rates: how fast the device is.
+        profile: how the kernels use these rates.
+        layouts: for each group, what decoding reads of a slot.
+    """
 
     def __init__(
         self, spec: ModelSpec, plan: Plan, rates: Rates, profile: KernelProfile, layouts: Seq[KVLayout]
@@ -208,10 +251,10 @@ class _Clock:
             (layer.window, layer.query_heads, layer.key_dim + layer.value_dim) for layer in spec.layers
         )
         self._passes = spec.itemsize * self._profile.score_passes
-        self._slot_bytes = [self._read_by_a_token(layout) for layout in layouts]
+        self._slot_bytes = [self._bytes_read(layout) for layout in layouts]
 
-    def _read_by_a_token(self, layout: KVLayout) -> int:
-        """Bytes of a slot's keys and values, and of its scores as often as they are touched."""
+    def _bytes_read(self, layout: KVLayout) -> int:
+        """Bytes that one decoding token reads: its slot's keys and values, and its scores in each pass over them."""
         layers = list(zip(layout.layers, self._spec.layers, strict=True))
         scores = self._passes * sum(layer.capacity * spec.query_heads for layer, spec in layers)
         unpacked = sum(
@@ -222,30 +265,30 @@ class _Clock:
         return layout.kv_bytes + scores + UNPACK_PASSES * unpacked
 
     def seconds(self, step: SimulatedStep) -> float:
-        """What the roofline allows, and the operators' starts."""
-        spec, rates, pace = self._spec, self._rates, self._profile
+        """The seconds that the roofline allows, and those of the operators' starts."""
+        spec, rates, profile = self._spec, self._rates, self._profile
         tokens = sum(step.decodes) + sum(chunk.length + self._plan.step.probe for chunk in step.chunks)
         sampled = sum(step.decodes) + sum(chunk.last for chunk in step.chunks)
         weights = min(spec.weight_bytes - spec.head_bytes, tokens * spec.costs.flops // 2 * spec.itemsize)
         own = spec.costs.flops / (INT8_SPEED if spec.int8 else 1)
         flops = tokens * own + sampled * 2 * spec.head_bytes // spec.itemsize
         read = weights + (spec.head_bytes if sampled else 0)
-        touched = pace.own_operators * tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize
+        touched = profile.own_operators * tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize
         groups = sum(count > 0 for count in step.decodes)
-        started = pace.chunk_operators * len(step.chunks) + pace.decode_operators * groups
-        starting = (pace.own_operators * spec.costs.operators + len(spec.layers) * started) * rates.operator_seconds
+        started = profile.chunk_operators * len(step.chunks) + profile.decode_operators * groups
+        starting = (profile.own_operators * spec.costs.operators + len(spec.layers) * started) * rates.operator_seconds
         computing = (
-            max(flops / rates.flops, read / rates.thin_bandwidth / pace.thin_bandwidth)
+            max(flops / rates.flops, read / rates.thin_bandwidth / profile.thin_bandwidth)
             + touched / rates.bandwidth
             + sum(map(self._prompt, step.chunks))
             + sum(self._decode(group, active) for group, active in enumerate(step.decodes) if active)
         )
-        if pace.ahead:
+        if profile.ahead:
             return max(computing, starting if step.chunks else 0.0)
         return computing + starting
 
     def _prompt(self, chunk: SimulatedChunk) -> float:
-        """Attention of a chunk to its slot and to itself."""
+        """Seconds of a chunk's attention to its slot and to itself."""
         capacity = self._plan.groups[chunk.group].capacity
         seconds = 0.0
         for (window, heads, dims), layers in self._layers.items():
@@ -256,7 +299,7 @@ class _Clock:
         return seconds
 
     def _decode(self, group: int, active: int) -> float:
-        """Attention of a group to its slots: all take part, or copies of those that decode, or these alone."""
+        """Seconds of a group's attention: to all slots, to copies of the active ones, or to the active ones alone."""
         slots = self._plan.groups[group].slots
         touched = slots if 2 * active >= slots else 3 * active
         touched = touched if self._profile.all_slots else active

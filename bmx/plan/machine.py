@@ -18,13 +18,14 @@ from bmx.plan.machine_speed import Rates, card_named, card_rates, machine_rates
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where the run would be.
+    """A machine that a run could use.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
         name: for people.
-        memory: what is free there; ``held``: of that which is not, bytes that are bmx's own already.
-        rates: tells how fast it is, or None where nobody knows.
+        memory: its free memory.
+        held: bytes that this process holds there already.
+        rates: says how fast it is, or None where that is unknown.
     """
 
     kind: str
@@ -35,10 +36,15 @@ class Machine:
 
 
 def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Machine:
-    """The machine that is meant: a GPU by name or size, or the best device here.
+    """The machine that the user means: a GPU by name or size, or the best device here.
+
+    Args:
+        config: the settings.
+        gpu: name of a card of the table, or None.
+        gpu_memory: bytes of a GPU's memory, or None.
 
     Raises:
-        UsageError: no such card, or a GPU asked for where there is none.
+        UsageError: no card of that name, or ``device`` is cuda and no GPU is visible.
     """
     if gpu:
         card = card_named(gpu)
@@ -64,7 +70,7 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
 
 
 def _this_gpu(gpu: hardware.Gpu, config: EngineConfig) -> Machine:
-    """A GPU of this machine, by NVML alone where that says what is free, else by CUDA."""
+    """A GPU of this machine: by NVML alone where that knows the free memory, else by CUDA."""
     memory = None if gpu.unified else gpu.free_memory
     return Machine(
         kind="cuda",
@@ -75,7 +81,7 @@ def _this_gpu(gpu: hardware.Gpu, config: EngineConfig) -> Machine:
 
 
 def _gpu_rates(name: str, dtype: str) -> Rates | None:
-    """Of a GPU of this machine: measured where torch can use it, else those of its data sheet, if it is known."""
+    """The rates of a GPU of this machine: measured where torch can use it, else by its data sheet, if that is known."""
     import torch
 
     if torch.cuda.is_available():

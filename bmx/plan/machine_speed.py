@@ -1,4 +1,4 @@
-"""How fast a machine is, in the few numbers that predict a run: measured here once, or known of a card.
+"""How fast a machine is, in the four numbers that predict a run: measured here once, or taken from a data sheet.
 
 Knows products, bandwidth and the cost of starting an operator; knows nothing of models. torch is loaded to measure.
 """
@@ -20,8 +20,8 @@ from bmx.errors import UsageError
 CACHE_VERSION = 3
 REPEATS = 7
 SHAPES = {"cpu": (1024, 576, 1536, 64), "cuda": (4096, 4096, 8192, 8)}  # rows, inner and outer size, how many weights
-THIN_ROWS = 16
-AROUND = 3.5  # times what an operator takes, with the Python of a model's modules around it
+THIN_ROWS = 16  # rows of a thin product
+PYTHON_OVERHEAD = 3.5  # time of an operator within a model's modules, in times of the operator alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +29,10 @@ class Rates:
     """The speed of a machine.
 
     Attributes:
-        flops: a second, of large products in the type that models run in.
+        flops: FLOPs a second of large matrix products in the type that models run in.
         bandwidth: bytes a second that operators without products read and write.
-        thin_bandwidth: bytes of weights a second, in products of a few rows.
-        operator_seconds: to start an operator, the Python around it included.
+        thin_bandwidth: bytes of weights a second that products of a few rows read.
+        operator_seconds: seconds to start an operator, the Python around it included.
         source: where the numbers come from, for people.
     """
 
@@ -79,14 +79,14 @@ CARDS = (
 COMMON_WORDS = {"nvidia", "tesla", "geforce", "pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e"}
 COMMON_WORDS |= {"sxm2", "sxm3", "sxm4", "sxm5"}
 REACHED_FLOPS, REACHED_BANDWIDTH = 0.65, 0.85  # of a data sheet's figures, by large products and copies
-LAUNCH_SECONDS = 8e-6  # an operator of a model run step by step from Python
+LAUNCH_SECONDS = 8e-6  # to launch an operator from Python
 
 
 def card_named(name: str) -> Card:
     """The card of that name, as people, shops or ``nvidia-smi`` spell it.
 
     Raises:
-        UsageError: none of the table; lists those that there are.
+        UsageError: no card of the table, or several; the hint lists the table.
     """
     words = _words(name)
     chip = [word for word in words if not re.fullmatch("[0-9]+g", word)]
@@ -102,13 +102,13 @@ def card_named(name: str) -> Card:
 
 
 def _words(name: str) -> list[str]:
-    """What tells cards apart: no maker, no socket, memory as 80g."""
+    """The words of a name that tell cards apart: without maker and socket, memory as 80g."""
     words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
     return [re.sub(r"(?<=[0-9])gi?b$", "g", word) for word in words if word not in COMMON_WORDS]
 
 
 def card_rates(card: Card) -> Rates:
-    """What a card reaches of its data sheet."""
+    """The rates that a card is expected to reach, as shares of its data sheet."""
     return Rates(
         flops=REACHED_FLOPS * card.flops,
         bandwidth=REACHED_BANDWIDTH * card.bandwidth,
@@ -119,7 +119,7 @@ def card_rates(card: Card) -> Rates:
 
 
 def machine_rates(device: str, dtype: str, name: str) -> Rates:
-    """The rates of this machine, measured in a second or two, and kept for next time.
+    """The rates of this machine: read from the cache, or measured in a second or two and cached.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -128,18 +128,24 @@ def machine_rates(device: str, dtype: str, name: str) -> Rates:
     """
     file = _cache_file(device, dtype, name)
     with suppress(OSError, ValueError, TypeError):
-        kept = Rates(**json.loads(file.read_text()))
-        if min(kept.flops, kept.bandwidth, kept.thin_bandwidth, kept.operator_seconds) > 0:
-            return kept
+        cached = Rates(**json.loads(file.read_text()))
+        if min(cached.flops, cached.bandwidth, cached.thin_bandwidth, cached.operator_seconds) > 0:
+            return cached
     rates = measure(device, dtype)
-    with suppress(OSError):  # a cache that cannot be written costs two seconds the next time
+    with suppress(OSError):  # without a cache, the next call measures again
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(rates)))
     return rates
 
 
 def forget(device: str, dtype: str, name: str) -> None:
-    """Measure anew the next time."""
+    """Delete the cached rates, so that the next call measures again.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        dtype: a torch type's name.
+        name: of the processor or GPU.
+    """
     _cache_file(device, dtype, name).unlink(missing_ok=True)
 
 
@@ -151,13 +157,14 @@ def _cache_file(device: str, dtype: str, name: str) -> Path:
 
 
 def measure(device: str, dtype: str) -> Rates:
-    """Time products, passes over memory and small operators on this machine, in the sizes that models have."""
+    """Time matrix products, passes over memory and small operators on this machine, in the sizes that models have."""
     import torch
 
     kind, place = getattr(torch, dtype), torch.device(device)
     rows, inner, outer, count = SHAPES[device]
     x = torch.randn(rows, inner, device=place).to(kind)
-    weights = [torch.randn(outer, inner, device=place).to(kind) for _ in range(count)]  # more than a cache holds
+    # more than fits in a processor's cache
+    weights = [torch.randn(outer, inner, device=place).to(kind) for _ in range(count)]
     block = torch.ones(count * outer * inner, dtype=kind, device=place)
     few, gain = x[:THIN_ROWS], torch.ones(inner, dtype=kind, device=place)
 
@@ -165,7 +172,7 @@ def measure(device: str, dtype: str) -> Rates:
         for weight in weights:
             torch.nn.functional.linear(few, weight)
 
-    def operators() -> None:  # a normalisation as models write it: eight of them
+    def operators() -> None:  # a normalisation as models write it: eight operators
         for _ in range(count):
             wide = few.float()
             gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(kind)
@@ -180,13 +187,13 @@ def measure(device: str, dtype: str) -> Rates:
         flops=2 * rows * inner * outer / seconds["product"],
         bandwidth=2 * block.nbytes / seconds["passing"],
         thin_bandwidth=count * weights[0].nbytes / seconds["thin"],
-        operator_seconds=AROUND * seconds["operators"] / (8 * count),
+        operator_seconds=PYTHON_OVERHEAD * seconds["operators"] / (8 * count),
         source="measured on this machine",
     )
 
 
 def _median(work: Callable[[], Any], device: str) -> float:
-    """Seconds of the median of some repetitions, after a first one."""
+    """The median seconds of several calls, after one that is not timed."""
     import torch
 
     taken = []

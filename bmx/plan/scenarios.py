@@ -1,4 +1,4 @@
-"""What would fit: a model, a machine and the lengths of requests become options, each with its plan and forecast.
+"""Ways to run a job on a machine, compared: each scenario has its plan and its forecast.
 
 Knows sizes and rates; loads no model and reads no file of prompts.
 """
@@ -24,15 +24,20 @@ from bmx.plan.machine_speed import TYPICAL
 from bmx.plan.memory import Memory, does_not_fit, limits
 from bmx.plan.planner import Length, Plan
 
-BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # that are tried where the one asked for does not fit
-CHUNKS = (256, 128, 64, 32)
+BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # tried where the configured budget does not fit
+CHUNKS = (256, 128, 64, 32)  # tried where the configured chunk size does not fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """One way to run the job, and what comes of it.
+    """One way to run a job.
 
-    ``plan`` is None where not one row fits; ``problem`` says then, or of rows that do not fit, how much is missing.
+    Attributes:
+        name: of the kind of cache.
+        budget: KV budget, where KV pairs are evicted.
+        plan: None where not even one row fits.
+        forecast: the expected time; None without a plan, or where the machine's speed is unknown.
+        problem: how much memory is missing where not all rows fit.
     """
 
     name: str
@@ -49,13 +54,17 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanQuery:
-    """A job of which nothing is known but sizes.
+    """A job to be planned, known by its sizes alone.
 
     Attributes:
-        device: the machine, as the closed form sees it.
-        lengths: of its requests, or of every ``every``-th of them.
-        rows: requests in all.
-        probe: tokens of the probe, where one is asked.
+        config: the settings.
+        spec: the model's sizes.
+        machine: where the job would run.
+        device: that machine, as the memory formula sees it.
+        lengths: of the requests, or of every ``every``-th one.
+        rows: number of requests.
+        every: the sampling interval of ``lengths``.
+        probe: tokens of the probe, if there is one.
     """
 
     config: EngineConfig
@@ -68,7 +77,7 @@ class PlanQuery:
     probe: int = 0
 
     def options(self, budgets: Sequence[int | float | str]) -> Iterator[Scenario]:
-        """Batch-Max with each budget, decode-only compression with the first, and the full cache."""
+        """The scenarios: Batch-Max with each budget, decode-only compression with the first, and the full cache."""
         evicting, full = self._evicting(), self.config.full_cache
         for budget in budgets:
             yield self.option("batch-max", replace(evicting, kv_budget=budget))
@@ -76,15 +85,17 @@ class PlanQuery:
         yield self.option("full cache", full)
 
     def _evicting(self) -> EngineConfig:
-        """The settings, with a policy that evicts."""
+        """The settings with a policy that evicts."""
         return replace(self.config, kv_policy="average-attention") if self.config.kv_policy == "none" else self.config
 
     def option(self, name: str, config: EngineConfig, then: EngineConfig | None = None) -> Scenario:
-        """One plan and its forecast.
+        """One scenario.
 
         Args:
-            then: settings that compress at once and for free when a whole prompt has been read: the best that
-                compression in decoding alone could do.
+            name: of the kind of cache.
+            config: the settings of its run.
+            then: settings by which each prompt is compressed, at once and for free, when all of it has been read: the
+                best that compression in decoding alone could do.
         """
         builder, after = self._builder(config), CompressionPolicy.from_config(then) if then else None
         lengths = self._lengths(builder.policy, after)
@@ -119,27 +130,27 @@ class PlanQuery:
         return builder.memory_of_one(max(length.rows_needed for length in lengths), builder.step_sizes(lengths)[-1])
 
     def remedies(self) -> list[str]:
-        """Changes of which each alone makes every row fit, the mildest first; at most three."""
+        """Changes that would each make every row fit, the mildest first; at most three."""
         config = self.config
         builder = self._builder(config)
         needed, allowed = self._alone(builder, self._lengths(builder.policy)), builder.limits
-        found = [*self._smaller_settings(config)]
+        changes = [*self._smaller_settings(config)]
         if needed.total > allowed.total:
-            found.append(f"{needed.total / 1e6:,.0f} MB that may be used instead of {allowed.total / 1e6:,.0f} MB")
+            changes.append(f"{needed.total / 1e6:,.0f} MB that may be used instead of {allowed.total / 1e6:,.0f} MB")
             spare = allowed.total - (needed.total - needed.weights)
             if spare > 0:
                 most, has = spare / 1e6, needed.weights / 1e6
-                found.append(f"a model with at most {most:,.0f} MB of weights (this one has {has:,.0f} MB)")
+                changes.append(f"a model with at most {most:,.0f} MB of weights (this one has {has:,.0f} MB)")
         if allowed.pool is not None and needed.pool > allowed.pool:
-            found.append(f"--kv-cache-memory {ceil(needed.pool / 1e6)}M")
-        return found[:3]
+            changes.append(f"--kv-cache-memory {ceil(needed.pool / 1e6)}M")
+        return changes[:3]
 
     def _smaller_settings(self, config: EngineConfig) -> Iterator[str]:
-        """Settings that make every row fit."""
+        """Smaller settings that make every row fit: of the budget, of the chunk size, of both."""
         evicting = self._evicting()
-        least, asked = config.kv_sink + config.kv_recent + 1, config.kv_budget
-        most = asked if config.kv_policy != "none" and isinstance(asked, int) else 1 << 40
-        budgets = [b for b in BUDGETS if least <= b < most]
+        least, configured = config.kv_sink + config.kv_recent + 1, config.kv_budget
+        below = configured if config.kv_policy != "none" and isinstance(configured, int) else 1 << 40
+        budgets = [budget for budget in BUDGETS if least <= budget < below]
         for budget in budgets:
             if self._fits(replace(evicting, kv_budget=budget)):
                 yield f"--kv-budget {budget}" + (
@@ -157,13 +168,18 @@ class PlanQuery:
                 break
 
     def _lengths(self, policy: CompressionPolicy, after: CompressionPolicy | None = None) -> list[Length]:
-        """The lengths with the rows that they need; where compression waits for a prompt's end, all of the prompt's."""
+        """The lengths, with the rows that they need under a policy.
 
-        def rows(one: Length) -> int:
-            needed = (after or policy).rows_needed(one.prompt_tokens, one.max_tokens)
-            return max(one.prompt_tokens, needed) if after else needed
+        Args:
+            policy: which KV pairs stay in a slot.
+            after: the policy that compresses a prompt once all of it has been read, so that all of it must fit.
+        """
 
-        return [replace(one, rows_needed=rows(one)) for one in self.lengths]
+        def rows(length: Length) -> int:
+            needed = (after or policy).rows_needed(length.prompt_tokens, length.max_tokens)
+            return max(length.prompt_tokens, needed) if after else needed
+
+        return [replace(length, rows_needed=rows(length)) for length in self.lengths]
 
     def _fits(self, config: EngineConfig) -> bool:
         builder = self._builder(config)
@@ -171,6 +187,12 @@ class PlanQuery:
 
 
 def device_of(machine: Machine, spec: ModelSpec, config: EngineConfig) -> Device:
-    """A machine as the closed form sees it, with what a process there is expected to hold beside the model."""
+    """A machine as the memory formula sees it, with what a process there is expected to hold beside the model.
+
+    Args:
+        machine: where the job would run.
+        spec: the model's sizes.
+        config: the settings.
+    """
     tokenizer = tokenizer_bytes(config) if machine.kind == "cpu" else 0
     return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + tokenizer, config)
