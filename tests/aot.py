@@ -61,37 +61,46 @@ def built(arch: int) -> list[Built]:
     return [Built(**kernel) for kernel in json.loads(ended.stdout)]
 
 
-def attributes(types: dict[str, str]) -> dict[tuple[int], list]:
-    """What is known of arguments: addresses are divisible by 16 unless another number follows, numbers if 16 does."""
-    return {
-        (place,): [["tt.divisibility", 16]]
-        for place, kind in enumerate(types.values())
-        if kind.endswith(":16") or (kind.startswith("*") and ":" not in kind)
-    }
+def source(variant):
+    """A launch as Triton's compiler takes it: types, constants, and what addresses and numbers are divisible by.
 
-
-def compiled(module, kernel, types, constants, warps, stages, arch) -> Built:
-    """One kernel for one architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+    Addresses are divisible by 16 unless another number follows, numbers if 16 does.
+    """
     from triton.compiler import ASTSource
 
-    plain = {name: kind.split(":")[0] for name, kind in types.items()}
-    source = ASTSource(fn=kernel, signature=plain, constexprs=constants, attrs=attributes(types))
-    options = {"num_warps": warps, "num_stages": stages}
+    constants, divisible, signature = dict(variant.constants), {}, {}
+    for place, (name, kind) in enumerate(variant.types.items()):
+        entries = {(place,): kind} if isinstance(kind, str) else {(place, i): each for i, each in enumerate(kind)}
+        for path, each in entries.items():
+            if each is None:
+                constants[path] = None
+            elif each.endswith(":16") or (each.startswith("*") and ":" not in each):
+                divisible[path] = [["tt.divisibility", 16]]
+        plain = ["constexpr" if each is None else each.split(":")[0] for each in entries.values()]
+        signature[name] = plain[0] if isinstance(kind, str) else type(kind)(*plain)
+    return ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=divisible)
+
+
+def compiled(module, variant, arch) -> Built:
+    """One launch for one architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
     with redirect_stdout(io.StringIO()) as log:
-        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    said = log.getvalue()
-    stored, loaded = map(int, SPILLED.search(said).groups())
-    registers = int(re.search(r"Used (\d+) registers", said).group(1))
-    return Built(module, kernel.__name__, arch, registers, made.metadata.shared, stored + loaded, "serialized" in said)
+        binary = triton.compile(source(variant), target=GPUTarget("cuda", arch, 32), options=options)
+    ptxas = log.getvalue()
+    stored, loaded = map(int, SPILLED.search(ptxas).groups())
+    registers = int(re.search(r"Used (\d+) registers", ptxas).group(1))
+    name, spills = variant.kernel.__name__, stored + loaded
+    return Built(module, name, arch, registers, binary.metadata.shared, spills, "serialized" in ptxas)
 
 
 def main(arch: int) -> None:
     kernels = []
     for module, dims in MODULES.items():
         launches = {repr(launch): launch for dim in dims[arch] for launch in import_module(module).compiled_for(dim)}
-        kernels += [compiled(module, *launch, arch) for launch in launches.values()]
+        kernels += [compiled(module, launch, arch) for launch in launches.values()]
     sys.stdout.write(json.dumps([asdict(kernel) for kernel in kernels]))
 
 

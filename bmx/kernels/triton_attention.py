@@ -1,7 +1,7 @@
-"""The device's side of ``triton_read``: a tile of queries that looks at keys, and a tile of keys that adds up queries.
+"""Triton kernels of a prompt chunk's attention: tiles of queries that attend to keys, and column sums over queries.
 
-The rows of a tile of queries are tokens times the query heads of one kv head: row m is token m // G, head m % G.
-Scores are exponents of two. A dimension that is no power of two is taken in two parts (96 = 64 + 32).
+The rows of a tile of queries are tokens times the query heads of one kv head: row m is token m // G, head m % G. Scores
+are exponents of two. A dimension that is no power of two is computed in two parts (96 = 64 + 32).
 
 Shapes: T packed tokens, N chunks, H query heads, K kv heads, G = H / K, R rows of all slots and heads, D key dim,
 E value dim.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-1e30)  # the maximum of nothing: anything can be subtracted from it
+LOWEST = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that it can be subtracted
 TO_TWO = tl.constexpr(1.4426950408889634)  # from exponents of e to exponents of two
 
 
@@ -29,14 +29,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What kernels are compiled for.
+    """Sizes that the kernels are compiled for.
 
     Attributes:
-        heads: H; ``group``: G.
+        heads: H.
+        group: G.
         window: newest keys that a query sees; 0 for all.
         capped: whether scores are capped.
-        dim, width: D and E in parts.
-        block_m: rows of a tile of queries; ``block_n``: keys of a tile.
+        dim: D in parts.
+        value_dim: E in parts.
+        block_m: rows of a tile of queries.
+        block_n: keys of a tile.
     """
 
     heads: int
@@ -44,101 +47,99 @@ class Sizes:
     window: int
     capped: bool
     dim: Parts
-    width: Parts
+    value_dim: Parts
     block_m: int
     block_n: int
 
 
 @triton.jit
 def _chunk(table, chunks, first, capacity):
-    """A program's chunk: first packed row, tokens, tokens before it, rows in use, limit, first row of the head."""
+    """A program's chunk: first packed row, tokens, tokens before it, rows in use, row limit, first row of the head."""
     entry = table + tl.program_id(2)
-    at = tl.load(entry)
+    offset = tl.load(entry)
     length = tl.load(entry + chunks).to(tl.int32)
     slot = tl.load(entry + 2 * chunks)
     start = tl.load(entry + 3 * chunks).to(tl.int32)
     rows = tl.load(capacity + slot)
     limit = tl.minimum(tl.load(entry + 4 * chunks), rows).to(tl.int32)
-    return at, length, start, tl.minimum(start, limit), limit, tl.load(first + slot) + tl.program_id(1) * rows
+    return offset, length, start, tl.minimum(start, limit), limit, tl.load(first + slot) + tl.program_id(1) * rows
 
 
 @triton.jit
-def _part(base, offsets, there, begin: tl.constexpr, size: tl.constexpr, dim: tl.constexpr, masked: tl.constexpr):
-    """Columns ``begin`` .. ``begin + size`` of the vectors at these offsets; zeros where there are none."""
+def _part(base, offsets, valid, begin: tl.constexpr, size: tl.constexpr, dim: tl.constexpr, masked: tl.constexpr):
+    """Columns ``begin`` .. ``begin + size`` of the vectors at these offsets; zeros outside."""
     columns = begin + tl.arange(0, size)
     at = base + offsets[:, None] + columns[None, :]
     if masked or begin + size > dim:
-        part = tl.load(at, mask=there[:, None] & (columns < dim)[None, :], other=0.0)
+        part = tl.load(at, mask=valid[:, None] & (columns < dim)[None, :], other=0.0)
     else:
         part = tl.load(at)
     return part
 
 
 @triton.jit
-def _vectors(base, offsets, there, parts: tl.constexpr, masked: tl.constexpr):
-    """The vectors at these offsets, in both parts (one of them twice if there is but one); zeros where not there."""
-    low = _part(base, offsets, there, 0, parts.low, parts.whole, masked)
+def _vectors(base, offsets, valid, parts: tl.constexpr, masked: tl.constexpr):
+    """The vectors at these offsets, in two parts (the same one twice if there is but one); zeros where not valid."""
+    low = _part(base, offsets, valid, 0, parts.low, parts.whole, masked)
     high = low
     if parts.high > 0:
-        high = _part(base, offsets, there, parts.low, parts.high, parts.whole, masked)
+        high = _part(base, offsets, valid, parts.low, parts.high, parts.whole, masked)
     return low, high
 
 
 @triton.jit
-def _scores(left_low, left_high, right_low, right_high, inner, sizes: tl.constexpr):
-    """Dot products, or tanh of their share of the cap; both have yet to be multiplied by the factor."""
-    scores = tl.dot(left_low, tl.trans(right_low), input_precision="ieee")
+def _scores(left, right, inner, sizes: tl.constexpr):
+    """Dot products of vectors in two parts, or their tanh under a cap; both are yet to be multiplied by the factor."""
+    scores = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
     if sizes.dim.high > 0:
-        scores = tl.dot(left_high, tl.trans(right_high), scores, input_precision="ieee")
+        scores = tl.dot(left[1], tl.trans(right[1]), scores, input_precision="ieee")
     if sizes.capped:
         scores = 1 - 2 / (1 + tl.exp2(scores * inner))
     return scores
 
 
 @triton.jit
-def _look(
-    top,
-    total,
-    seen_low,
-    seen_high,
-    query_low,
-    query_high,
+def _online_softmax(
+    state,
+    query,
     tokens,
     keys,
     values,
-    keys_row,
-    values_row,
     positions,
     begin,
     stop,
-    factor,
-    inner,
+    factors,
     own: tl.constexpr,
     masked: tl.constexpr,
     sizes: tl.constexpr,
 ):
-    """A tile's queries look at the keys ``begin`` .. ``stop``, one block after another (arXiv 2112.05682).
+    """A tile's queries attend to the keys ``begin`` .. ``stop``, block after block (arXiv 2112.05682).
 
     Args:
-        top, total, seen_low, seen_high: highest score so far; sums of weights, and of weighted values.
-        tokens: the queries' places, which the chunk's ``own`` keys are compared with; with a window they and
-            ``positions`` are those of the sequence where keys are rows of a slot, which all lie before the chunk.
+        state: highest score so far, sum of weights, and sum of weighted values in two parts.
+        query: the tile's queries in two parts.
+        tokens: the queries' places, which are compared with those of the chunk's ``own`` keys, or with the window's:
+            then, for rows of a slot, they and ``positions`` are positions in the sequence.
+        keys: address, and stride from one key to the next.
+        values: address, and stride from one value to the next.
+        factors: what scores are multiplied by, and what dot products are multiplied by before their tanh.
     """
+    top, total, low, high = state
+    factor, inner = factors
     dim: tl.constexpr = sizes.dim
-    width: tl.constexpr = sizes.width
+    value_dim: tl.constexpr = sizes.value_dim
     for n in range(begin, stop, sizes.block_n):
         rows = n + tl.arange(0, sizes.block_n)
-        there = rows < stop
-        key_low, key_high = _vectors(keys, rows * keys_row, there, dim, masked)
-        scores = _scores(query_low, query_high, key_low, key_high, inner, sizes)
+        valid = rows < stop
+        scores = _scores(query, _vectors(keys[0], rows * keys[1], valid, dim, masked), inner, sizes)
         if masked:
-            seen = there[None, :]
+            seen = valid[None, :]
             if own:
                 seen = rows[None, :] <= tokens[:, None]
             if sizes.window > 0:
                 places = rows
                 if not own:
-                    places = tl.load(positions + rows, mask=there, other=-1)
+                    places = tl.load(positions + rows, mask=valid, other=-1)
                 seen = seen & (places[None, :] > tokens[:, None] - sizes.window)
             scores = tl.where(seen, scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1) * factor)
@@ -146,20 +147,20 @@ def _look(
         fade = tl.exp2(top - highest)
         total = total * fade + tl.sum(weights, 1)
         top = highest
-        low, high = _vectors(values, rows * values_row, there, width, masked)
-        weights = weights.to(low.dtype)
-        seen_low = tl.dot(weights, low, seen_low * fade[:, None], input_precision="ieee")
-        if sizes.width.high > 0:
-            seen_high = tl.dot(weights, high, seen_high * fade[:, None], input_precision="ieee")
-    return top, total, seen_low, seen_high
+        value_low, value_high = _vectors(values[0], rows * values[1], valid, value_dim, masked)
+        weights = weights.to(value_low.dtype)
+        low = tl.dot(weights, value_low, low * fade[:, None], input_precision="ieee")
+        if sizes.value_dim.high > 0:
+            high = tl.dot(weights, value_high, high * fade[:, None], input_precision="ieee")
+    return top, total, low, high
 
 
 @triton.jit
-def _store(output, offsets, there, seen, begin: tl.constexpr, size: tl.constexpr, width: tl.constexpr):
+def _store(output, offsets, valid, answer, begin: tl.constexpr, size: tl.constexpr, value_dim: tl.constexpr):
     """Write columns ``begin`` .. ``begin + size`` of the outputs at these offsets."""
     columns = begin + tl.arange(0, size)
-    mask = there[:, None] & (columns < width)[None, :]
-    tl.store(output + offsets[:, None] + columns[None, :], seen.to(output.dtype.element_ty), mask=mask)
+    mask = valid[:, None] & (columns < value_dim)[None, :]
+    tl.store(output + offsets[:, None] + columns[None, :], answer.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["first", "capacity", "table"])
@@ -169,54 +170,45 @@ def attend_kernel(
     query,
     key,
     value,
-    keys,
-    values,
-    positions,
+    slot_rows,
+    keys_row,
+    values_row,
     sinks,
     first,
     capacity,
     table,
     chunks,
-    query_token,
-    query_head,
-    key_token,
-    key_head,
-    value_token,
-    value_head,
-    keys_row,
-    values_row,
     factor,
     inner,
     sizes: tl.constexpr,
 ):
-    """Attention, by programs (tile of the chunk, kv head, chunk); the last tiles, which see most, come first."""
+    """Attention, by programs (tile of the chunk, kv head, chunk); the last tiles, which see most keys, come first."""
     group: tl.constexpr = sizes.group
     dim: tl.constexpr = sizes.dim
+    value_dim: tl.constexpr = sizes.value_dim
     block_m: tl.constexpr = sizes.block_m
-    width_low: tl.constexpr = sizes.width.low
-    width_high: tl.constexpr = sizes.width.high if sizes.width.high > 0 else 1
+    high_size: tl.constexpr = sizes.value_dim.high if sizes.value_dim.high > 0 else 1
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_m
     head = tl.program_id(1)
-    at, length, start, used, _, row = _chunk(table, chunks, first, capacity)
+    offset, length, start, used, _, row = _chunk(table, chunks, first, capacity)
     if begin >= length * group:
         return
     members = begin + tl.arange(0, block_m)
-    tokens, mine = members // group, head * group + members % group
-    there = tokens < length
-    offsets = tokens * query_token + mine * query_head
-    query_low, query_high = _vectors(query + at * query_token, offsets, there, dim, True)
-    top = tl.full([block_m], LOWEST, tl.float32)
-    total = tl.zeros([block_m], tl.float32)
+    tokens, heads = members // group, head * group + members % group
+    valid = tokens < length
+    queries = _vectors(query.data + offset * query.token, tokens * query.token + heads * query.head, valid, dim, True)
+    top, total = tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m], tl.float32)
     if sinks is not None:
-        sink = tl.load(sinks + mine).to(tl.float32) * TO_TWO
+        sink = tl.load(sinks + heads).to(tl.float32) * TO_TWO
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
-    low = tl.zeros([block_m, width_low], tl.float32)
-    high = tl.zeros([block_m, width_high], tl.float32)
-    keys += row * keys_row
-    values += row * values_row
-    key += at * key_token + head * key_head
-    value += at * value_token + head * value_head
+    state = (top, total, tl.zeros([block_m, value_dim.low], tl.float32), tl.zeros([block_m, high_size], tl.float32))
+    keys = (slot_rows.key + row * keys_row, keys_row)
+    values = (slot_rows.value + row * values_row, values_row)
+    own_keys = (key.data + offset * key.token + head * key.head, key.token)
+    own_values = (value.data + offset * value.token + head * value.head, value.token)
+    positions = slot_rows.positions
+    factors = (factor, inner)
     earliest = begin // group
     stop = tl.minimum((begin + block_m - 1) // group + 1, length)
     if sizes.window > 0:
@@ -226,121 +218,111 @@ def attend_kernel(
             used = used * 0
     else:  # whole tiles that all queries see
         past, open_from = used // sizes.block_n * sizes.block_n, (earliest + 1) // sizes.block_n * sizes.block_n
-        top, total, low, high = _look(
-            *(top, total, low, high, query_low, query_high, tokens, keys, values, keys_row, values_row),
-            *(positions, 0, past, factor, inner, False, False, sizes),
+        state = _online_softmax(state, queries, tokens, keys, values, positions, 0, past, factors, False, False, sizes)
+        state = _online_softmax(
+            state, queries, tokens, own_keys, own_values, positions, 0, open_from, factors, True, False, sizes
         )
-        top, total, low, high = _look(
-            *(top, total, low, high, query_low, query_high, tokens, key, value, key_token, value_token),
-            *(positions, 0, open_from, factor, inner, True, False, sizes),
-        )
-    top, total, low, high = _look(
-        *(top, total, low, high, query_low, query_high, start + tokens, keys, values, keys_row, values_row),
-        *(positions, past, used, factor, inner, False, True, sizes),
+    state = _online_softmax(
+        state, queries, start + tokens, keys, values, positions, past, used, factors, False, True, sizes
     )
-    top, total, low, high = _look(
-        *(top, total, low, high, query_low, query_high, tokens, key, value, key_token, value_token),
-        *(positions, open_from, stop, factor, inner, True, True, sizes),
+    top, total, low, high = _online_softmax(
+        state, queries, tokens, own_keys, own_values, positions, open_from, stop, factors, True, True, sizes
     )
-    # Anew, which compilers cannot know as they cannot know that lengths are positive: kept, these would fill registers.
+    # Recompute these indices: `min(length, 0)` is 0, but the compiler cannot prove it, so it does not keep the old ones
+    # in registers.
     members = begin + tl.minimum(length, 0) + tl.arange(0, block_m)
-    tokens, mine = members // group, head * group + members % group
-    there = tokens < length
-    output += at * sizes.heads * sizes.width.whole
-    offsets = (tokens * sizes.heads + mine) * sizes.width.whole
-    _store(output, offsets, there, low / total[:, None], 0, sizes.width.low, sizes.width.whole)
-    if sizes.width.high > 0:
-        _store(output, offsets, there, high / total[:, None], sizes.width.low, sizes.width.high, sizes.width.whole)
+    tokens, heads = members // group, head * group + members % group
+    valid = tokens < length
+    output += offset * sizes.heads * value_dim.whole
+    offsets = (tokens * sizes.heads + heads) * value_dim.whole
+    _store(output, offsets, valid, low / total[:, None], 0, value_dim.low, value_dim.whole)
+    if sizes.value_dim.high > 0:
+        _store(output, offsets, valid, high / total[:, None], value_dim.low, value_dim.high, value_dim.whole)
     if logsums is not None:
-        tl.store(logsums + at * sizes.heads + tokens * sizes.heads + mine, top + tl.log2(total), mask=there)
+        at = logsums + offset * sizes.heads + tokens * sizes.heads + heads
+        tl.store(at, top + tl.log2(total), mask=valid)
 
 
 @triton.jit
-def _columns(
+def _add_columns(
     sums,
-    key_low,
-    key_high,
+    keys,
     places,
     query,
-    query_token,
-    query_head,
     logsums,
-    votes,
+    query_weights,
     begin,
     stop,
     length,
-    factor,
-    inner,
+    factors,
     masked: tl.constexpr,
     squares: tl.constexpr,
     sizes: tl.constexpr,
 ):
-    """Add what the query rows ``begin`` .. ``stop`` of one kv head give to a tile's keys.
+    """Add the attention that a tile's keys receive from the query rows ``begin`` .. ``stop`` of one kv head.
 
     Args:
-        places: the keys' in the chunk; rows of the slot lie before it, at negative ones.
+        sums: of each key.
+        keys: the tile's keys in two parts.
+        places: the keys' places in the chunk; rows of the slot lie before it, at negative places.
+        query: address, and strides from one token and head to the next.
         length: tokens of the chunk.
+        factors: as in ``_online_softmax``.
     """
+    factor, inner = factors
     dim: tl.constexpr = sizes.dim
     for m in range(begin, stop, sizes.block_m):
         members = m + tl.arange(0, sizes.block_m)
-        tokens, mine = members // sizes.group, members % sizes.group
-        there = tokens < length
-        offsets = tokens * query_token + mine * query_head
-        query_low, query_high = _vectors(query, offsets, there, dim, True)
-        scores = _scores(key_low, key_high, query_low, query_high, inner, sizes)
+        tokens, heads = members // sizes.group, members % sizes.group
+        valid = tokens < length
+        queries = _vectors(query[0], tokens * query[1] + heads * query[2], valid, dim, True)
+        scores = _scores(keys, queries, inner, sizes)
         if masked:
             seen = places[:, None] <= tokens[None, :]
             if sizes.window > 0:
                 seen = seen & (places[:, None] > tokens[None, :] - sizes.window)
             scores = tl.where(seen, scores, float("-inf"))
-        logsum = tl.load(logsums + tokens * sizes.heads + mine, mask=there, other=float("inf"))
-        given = tl.exp2(scores * factor - logsum[None, :])
+        logsum = tl.load(logsums + tokens * sizes.heads + heads, mask=valid, other=float("inf"))
+        received = tl.exp2(scores * factor - logsum[None, :])
         if squares:
-            given = given * given
-        if votes is not None:
-            given = given * tl.load(votes + tokens, mask=there, other=0.0)[None, :]
-        sums += tl.sum(given, 1)
+            received = received * received
+        if query_weights is not None:
+            received = received * tl.load(query_weights + tokens, mask=valid, other=0.0)[None, :]
+        sums += tl.sum(received, 1)
     return sums
 
 
 @triton.jit
-def _note(sums, own, mass, old, row, rows, there):
-    """Write sums of slot rows to ``own``, or add them to what is left of the mass that was there before."""
+def _store_sums(sums, own, mass, decay, row, rows, valid):
+    """Write sums of slot rows to ``own``, or add them to the mass, which decays first."""
     if mass is None:
-        tl.store(own + rows, sums, mask=there)
+        tl.store(own + rows, sums, mask=valid)
     else:
-        before = tl.load(mass + row + rows, mask=there, other=0.0)
-        if old is not None:
-            before = before * tl.load(old + tl.program_id(2))
-        tl.store(mass + row + rows, before + sums, mask=there)
+        before = tl.load(mass + row + rows, mask=valid, other=0.0)
+        if decay is not None:
+            before = before * tl.load(decay + tl.program_id(2))
+        tl.store(mass + row + rows, before + sums, mask=valid)
 
 
 @triton.jit(
     do_not_specialize=["chunks", "past_tiles", "own_head"],
-    do_not_specialize_on_alignment=["own", "votes", "first", "capacity", "table"],
+    do_not_specialize_on_alignment=["own", "query_weights", "first", "capacity", "table"],
 )
 def sums_kernel(
     own,
-    mass,
     query,
     key,
-    keys,
-    positions,
+    slot_rows,
+    keys_row,
     logsums,
-    votes,
-    old,
+    query_weights,
+    decay,
     first,
     capacity,
     table,
     chunks,
     past_tiles,
     own_head,
-    query_token,
-    query_head,
-    key_token,
-    key_head,
-    keys_row,
     factor,
     inner,
     squares: tl.constexpr,
@@ -348,59 +330,60 @@ def sums_kernel(
 ):
     """Column sums, by programs (tile of slot rows or, from ``past_tiles`` on, of own keys; kv head; chunk).
 
-    With ``mass``, sums of slot rows are added to it, and chunks whose sequences never evict are left out; without,
-    they are written before those of own keys.
+    With mass, sums of slot rows are added to it, and chunks whose sequences never evict are left out; without, they
+    are written before those of own keys.
     """
     group: tl.constexpr = sizes.group
     dim: tl.constexpr = sizes.dim
     block_n: tl.constexpr = sizes.block_n
     head = tl.program_id(1)
-    at, length, start, used, limit, row = _chunk(table, chunks, first, capacity)
+    offset, length, start, used, limit, row = _chunk(table, chunks, first, capacity)
     counted = length > 0
-    if mass is not None:
+    if slot_rows.mass is not None:
         counted = tl.load(table + 5 * chunks + tl.program_id(2)) > limit
-    query += at * query_token + head * group * query_head
-    logsums += at * sizes.heads + head * group
-    if votes is not None:
-        votes += at
-    own += head.to(tl.int64) * own_head + at
+    queries = (query.data + offset * query.token + head * group * query.head, query.token, query.head)
+    logsums += offset * sizes.heads + head * group
+    if query_weights is not None:
+        query_weights += offset
+    own += head.to(tl.int64) * own_head + offset
+    factors = (factor, inner)
     sums = tl.zeros([block_n], tl.float32)
     last = length * group  # query rows
     tile = tl.program_id(0)
     if tile < past_tiles:
         rows = tile * block_n + tl.arange(0, block_n)
-        there = rows < used
+        valid = rows < used
         if counted and tile * block_n < used:
-            low, high = _vectors(keys + row * keys_row, rows * keys_row, there, dim, True)
+            keys = _vectors(slot_rows.key + row * keys_row, rows * keys_row, valid, dim, True)
             places = rows
             if sizes.window > 0:
-                places = tl.load(positions + row + rows, mask=there, other=-1) - start
-                newest = tl.max(tl.where(there, places, -sizes.window), 0)
+                places = tl.load(slot_rows.positions + row + rows, mask=valid, other=-1) - start
+                newest = tl.max(tl.where(valid, places, -sizes.window), 0)
                 last = tl.minimum(last, (newest + sizes.window) * group)
-            sums = _columns(
-                *(sums, low, high, places, query, query_token, query_head, logsums, votes, 0, last, length),
-                *(factor, inner, sizes.window > 0, squares, sizes),
+            sums = _add_columns(
+                *(sums, keys, places, queries, logsums, query_weights, 0, last, length, factors),
+                *(sizes.window > 0, squares, sizes),
             )
-            _note(sums / group, own, mass, old, row, rows, there)
+            _store_sums(sums / group, own, slot_rows.mass, decay, row, rows, valid)
     else:
         begin = (tile - past_tiles) * block_n
         rows = begin + tl.arange(0, block_n)
-        there = rows < length
+        valid = rows < length
         if begin < length:
             if counted:
-                keys = key + at * key_token + head * key_head
-                low, high = _vectors(keys, rows * key_token, there, dim, True)
+                keys = _vectors(key.data + offset * key.token + head * key.head, rows * key.token, valid, dim, True)
                 seers: tl.constexpr = block_n - 1 + sizes.window
                 middle = begin * group + tl.cdiv(seers * group, sizes.block_m) * sizes.block_m
-                sums = _columns(
-                    *(sums, low, high, rows, query, query_token, query_head, logsums, votes, begin * group),
-                    *(tl.minimum(middle, last), length, factor, inner, True, squares, sizes),
+                stop = tl.minimum(middle, last)
+                sums = _add_columns(
+                    *(sums, keys, rows, queries, logsums, query_weights, begin * group, stop, length, factors),
+                    *(True, squares, sizes),
                 )
                 if sizes.window == 0:  # later queries see all keys of the tile; with a window they see none
-                    sums = _columns(
-                        *(sums, low, high, rows, query, query_token, query_head, logsums, votes, middle),
-                        *(last, length, factor, inner, False, squares, sizes),
+                    sums = _add_columns(
+                        *(sums, keys, rows, queries, logsums, query_weights, middle, last, length, factors),
+                        *(False, squares, sizes),
                     )
-            if mass is None:
+            if slot_rows.mass is None:
                 own += used
-            tl.store(own + rows, sums / group, mask=there)
+            tl.store(own + rows, sums / group, mask=valid)

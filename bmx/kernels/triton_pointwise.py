@@ -7,12 +7,12 @@ Shapes: T tokens, H heads, I inner size, D head dim.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bmx.kernels.triton_operands import Variant, variant
 
 GATE_BLOCK = 1024
 
@@ -94,22 +94,16 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
     return output
 
 
-def compiled_for(head_dim: int) -> list[tuple[Any, dict[str, str], dict[str, int], int, int]]:
-    """The launches of a bfloat16 model with heads of this size: kernel, types, constants, warps and stages of each."""
-    inner, pointer = 32 * head_dim, "*bf16"
-    norm = {"output": pointer, "x": pointer, "weight": pointer, "epsilon": "fp32"}
-    rotary = dict.fromkeys(("output", "x", "cos", "sin"), pointer) | dict.fromkeys(
-        ("by_token", "by_head", "heads"), "i32"
-    )
-    block, half = triton.next_power_of_2(inner), triton.next_power_of_2(head_dim // 2)
+def compiled_for(head_dim: int) -> list[Variant]:
+    """The launches of bfloat16 models with heads of this size, and 32 times that size."""
+    inner, half = 32 * head_dim, triton.next_power_of_2(head_dim // 2)
+    types = dict.fromkeys(("output", "x", "weight", "cos", "sin", "gate", "up"), "*bf16")
+    types |= dict.fromkeys(("by_token", "by_head", "heads", "by_gate", "by_up"), "i32") | {"epsilon": "fp32"}
+    block = triton.next_power_of_2(inner)
+    norm, rotary = {"inner": inner, "block": block}, {"dim": head_dim, "half_block": half}
+    gated = {"inner": 4 * inner, "block": GATE_BLOCK}
     return [
-        (_rms_norm_kernel, norm, {"inner": inner, "block": block}, 4 if block <= 4096 else 8, 1),
-        (_rotate_kernel, rotary, {"dim": head_dim, "half_block": half}, 1, 1),
-        (
-            _gate_kernel,
-            dict.fromkeys(("output", "gate", "up"), pointer) | {"by_gate": "i32", "by_up": "i32"},
-            {"inner": 4 * inner, "block": GATE_BLOCK},
-            4,
-            1,
-        ),
+        variant(_rms_norm_kernel, types, norm, {"num_warps": 4 if block <= 4096 else 8, "num_stages": 1}),
+        variant(_rotate_kernel, types, rotary, {"num_warps": 1, "num_stages": 1}),
+        variant(_gate_kernel, types, gated, {"num_warps": 4, "num_stages": 1}),
     ]

@@ -1,6 +1,6 @@
-"""Prompt chunks read their slots and themselves on a GPU, all chunks of a step at once: attention, and its column sums.
+"""Attention of prompt chunks on a GPU, all chunks of a step at once, and its column sums: how kernels are launched.
 
-Knows tensors only, and reads none on the host. ``triton_tiles`` has what runs on the device.
+Knows tensors only, and reads none on the host. The kernels are in ``triton_attention``.
 
 Shapes: T packed tokens, N chunks, H query heads, K kv heads, R rows of all slots and heads, P rows in use of a slot,
 D key dim, E value dim, M ways of adding up attention.
@@ -21,18 +21,24 @@ from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.transfer import upload
 from bmx.kernels.triton_attention import Parts, Sizes, attend_kernel, sums_kernel
+from bmx.kernels.triton_operands import BF16_TOKENS, SlotRows, Variant, packed, variant
 
 INTERPRETED = interpreted()
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Rows of a tile of queries, keys of a tile, and how many warps and pipeline stages work on them."""
+    """Rows of a tile of queries, keys of a tile, and the warps and pipeline stages of a program."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton takes them."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def _launch_attention(dim: int, itemsize: int) -> Launch:
@@ -73,10 +79,16 @@ def attend(
 
     Args:
         output: [T, H, E], contiguous; only the chunks' tokens are written.
-        query: [T, H, D]; key [T, K, D]; value [T, K, E]: packed tokens of the step, each vector in one piece.
-        scale, softcap, sinks: as in ``reference.attend_chunk``; the scale is positive.
+        query: [T, H, D], of all packed tokens, each vector contiguous.
+        key: [T, K, D], of all packed tokens, each vector contiguous.
+        value: [T, K, E], of all packed tokens, each vector contiguous.
+        rows: the layer's slots.
+        chunks: the prompt chunks.
+        scale: factor of the dot products, positive.
+        softcap: as in ``contract.KernelModule.attend_chunk``.
+        sinks: [H], as in ``contract.KernelModule.attend_chunk``.
         window: newest keys that a query sees, or None.
-        logsums: [T, H] float32, takes the logarithms to base 2 of the sums of exponentials, sinks included.
+        logsums: [T, H] float32; written: logarithms to base 2 of the sums of exponentials, sinks included.
     """
     if not chunks.lengths:
         return
@@ -85,11 +97,10 @@ def attend(
     sizes = _sizes(query.shape[1], kv_heads, query.shape[2], width, softcap, window, launch)
     tiles = triton.cdiv(max(chunks.lengths) * sizes.group, launch.block_m)
     attend_kernel[tiles, kv_heads, len(chunks.lengths)](
-        *(output, logsums, query, key, value, rows.keys, rows.values, rows.positions if window else None, sinks),
-        *(rows.first, rows.capacity, chunks.table, chunks.table.stride(0), *query.stride()[:2], *key.stride()[:2]),
-        *(*value.stride()[:2], rows.keys.stride(0), rows.values.stride(0), *_factors(scale, softcap), sizes),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        *(output, logsums, packed(query), packed(key), packed(value)),
+        *(SlotRows(rows.keys, rows.values, rows.positions if window else None), *_row_strides(rows), sinks),
+        *(rows.first, rows.capacity, chunks.table, chunks.table.stride(0), *_factors(scale, softcap), sizes),
+        **launch.options,
     )
 
 
@@ -104,16 +115,22 @@ def add_up(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Add the attention that slot rows in use receive from their chunk to their mass, once what was there has faded.
+    """Add the attention that slot rows in use receive from their chunk to their mass, which decays first.
 
-    Chunks whose sequences fit into their slots with all that may follow never evict: theirs is not added up.
+    Chunks whose sequences never evict are left out: 0 for their own keys.
 
     Args:
-        rows: with mass.
-        logsums: [T, H], from ``attend``; the others as there.
+        query: [T, H, D], of all packed tokens.
+        key: [T, K, D], of all packed tokens.
+        rows: the layer's slots, with mass; the mass is written.
+        chunks: the prompt chunks.
+        logsums: [T, H], from ``attend``.
+        scale: factor of the dot products, positive.
+        softcap: as in ``attend``.
+        window: as in ``attend``.
 
     Returns:
-        [K, T] float32, the attention that the chunks' own keys receive; of other tokens it means nothing.
+        [K, T] float32, the attention that the chunks' own keys receive; undefined for other tokens.
     """
     own = torch.empty(key.shape[1], key.shape[0], dtype=torch.float32, device=key.device)
     if chunks.lengths:
@@ -137,18 +154,18 @@ def _add_up(
     softcap: float | None = None,
     window: int | None = None,
 ) -> None:
-    """One way of adding up; without ``mass``, ``own`` [K, P + T] takes the sums of slot rows too."""
+    """Add up attention with one set of query weights; without mass, ``own`` [K, P + T] takes sums of slot rows too."""
     heads, dim = query.shape[1:]
     launch = _launch_sums(dim, query.element_size())
     sizes = _sizes(heads, key.shape[1], dim, dim, softcap, window, launch)
     past = max(min(start, limit, rows.largest) for start, limit in zip(chunks.starts, chunks.row_limits, strict=True))
     past_tiles, own_tiles = (triton.cdiv(keys, launch.block_n) for keys in (past, max(chunks.lengths)))
     sums_kernel[past_tiles + own_tiles, key.shape[1], len(chunks.lengths)](
-        *(own, mass, query, key, rows.keys, rows.positions if window else None, logsums, query_weights, chunks.decay),
-        *(rows.first, rows.capacity, chunks.table, chunks.table.stride(0), past_tiles, own.stride(0)),
-        *(*query.stride()[:2], *key.stride()[:2], rows.keys.stride(0), *_factors(scale, softcap), squares, sizes),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        *(own, packed(query), packed(key)),
+        *(SlotRows(rows.keys, None, rows.positions if window else None, mass), _row_strides(rows)[0], logsums),
+        *(query_weights, chunks.decay, rows.first, rows.capacity, chunks.table, chunks.table.stride(0)),
+        *(past_tiles, own.stride(0), *_factors(scale, softcap), squares, sizes),
+        **launch.options,
     )
 
 
@@ -166,7 +183,7 @@ def attend_chunk(
     query_weights: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``reference.attend_chunk``, which takes over where a mask hides keys."""
+    """See ``contract.KernelModule.attend_chunk``; the specification computes it where a mask hides keys."""
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
     if hidden is not None:
         chunk = query, key, value, past_key, past_value
@@ -181,17 +198,22 @@ def attend_chunk(
         return output, None
     logsums = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
     attend(output, query, key, value, rows, chunks, sinks=sinks, logsums=logsums, **options)
-    ways = [(vote, False) for vote in query_weights.contiguous()]
+    ways = [(weights, False) for weights in query_weights.contiguous()]
     ways += [(query_weights[0].contiguous(), True)] if squares else []
     shape = len(ways), key.shape[1], past_key.shape[1] + tokens
     sums = torch.empty(shape, dtype=torch.float32, device=query.device)
-    for own, (vote, squared) in zip(sums, ways, strict=True):
-        _add_up(own, None, query, key, rows, chunks, logsums, vote, squares=squared, **options)
+    for own, (weights, squared) in zip(sums, ways, strict=True):
+        _add_up(own, None, query, key, rows, chunks, logsums, weights, squares=squared, **options)
     return output, sums
 
 
+def _row_strides(rows: Rows) -> tuple[int, int]:
+    """Numbers from one row of keys, and of values, to the next."""
+    return rows.keys.stride(0), rows.values.stride(0)
+
+
 def _one_slot(past_key: Tensor, past_value: Tensor, tokens: int) -> tuple[Rows, Chunks]:
-    """The slot of which a view is given, and the chunk that comes to it."""
+    """A slot as ``Rows`` and a chunk for it as ``Chunks``, from a view of the slot's rows in use."""
     kv_heads, past, _ = past_key.shape
     capacity = _rows_of_head(past_key)
     if capacity is None or capacity != _rows_of_head(past_value):
@@ -222,7 +244,7 @@ def _one_slot(past_key: Tensor, past_value: Tensor, tokens: int) -> tuple[Rows, 
 
 
 def _rows_of_head(past: Tensor) -> int | None:
-    """Rows from one head of a slot to the next; None where the view is not such a slot's first rows."""
+    """Rows from one head of a slot to the next; None if the view cannot be the first rows of a slot's heads."""
     kv_heads, rows, _ = past.shape
     if past.stride(2) != 1:
         return None
@@ -235,21 +257,21 @@ def _rows_of_head(past: Tensor) -> int | None:
 def _sizes(
     heads: int, kv_heads: int, dim: int, width: int, softcap: float | None, window: int | None, launch: Launch
 ) -> Sizes:
-    """What kernels are compiled for."""
+    """Sizes that the kernels are compiled for."""
     return Sizes(
         heads=heads,
         group=heads // kv_heads,
         window=window or 0,
         capped=softcap is not None,
         dim=_parts(dim),
-        width=_parts(width),
+        value_dim=_parts(width),
         block_m=launch.block_m,
         block_n=launch.block_n,
     )
 
 
 def _parts(dim: int) -> Parts:
-    """Two powers of two where that leaves less to be padded than one; none is below 16."""
+    """A dimension in two powers of two where that needs less padding than one; none is below 16."""
     whole = max(16, triton.next_power_of_2(dim))
     low = whole // 2
     high = max(16, triton.next_power_of_2(max(1, dim - low)))
@@ -257,44 +279,33 @@ def _parts(dim: int) -> Parts:
 
 
 def _factors(scale: float, softcap: float | None) -> tuple[float, float]:
-    """What dot products, or tanh of their share of the cap, are multiplied by; and what they are before that tanh."""
+    """The factor of dot products, or of their tanh under a cap; and the factor of dot products before that tanh."""
     to_two = math.log2(math.e)
     return (scale * to_two, 0.0) if softcap is None else (softcap * to_two, 2 * scale / softcap * to_two)
 
 
-def compiled_for(head_dim: int) -> list[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """Kernels as they are launched for bfloat16, 32 heads and 8 kv heads of this size.
-
-    Returns:
-        kernel, types by argument, constants by argument, warps and stages of each. A number with ":16" is divisible by
-        that; so are addresses, but those with a number.
-    """
-    attention, sums = _launch_attention(head_dim, 2), _launch_sums(head_dim, 2)
-    plain = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, attention), "positions": None, "sinks": None}
-    added = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, sums), "positions": None, "squares": False}
-    launches = (
-        (attend_kernel, plain | {"logsums": None}, attention),
-        (attend_kernel, plain, attention),
-        (sums_kernel, added, sums),
-    )
-    return [
-        (kernel, _types(kernel.arg_names, constants), constants, launch.warps, launch.stages)
-        for kernel, constants, launch in launches
-    ]
-
-
-TYPES = {
-    "*bf16": "output query key value keys values",
-    "*fp32": "logsums mass old",
-    "*fp32:4": "own votes",
-    "*i64:8": "first capacity table",
-    "i32": "chunks past_tiles own_head",
-    "fp32": "factor inner",
-    "i32:16": "query_token query_head key_token key_head value_token value_head keys_row values_row",
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("query", "key", "value"), BF16_TOKENS),
+    "output": "*bf16",
+    "logsums": "*fp32",
+    "decay": "*fp32",
+    **dict.fromkeys(("own", "query_weights"), "*fp32:4"),
+    **dict.fromkeys(("first", "capacity", "table"), "*i64:8"),
+    **dict.fromkeys(("chunks", "past_tiles", "own_head"), "i32"),
+    **dict.fromkeys(("keys_row", "values_row"), "i32:16"),
+    **dict.fromkeys(("factor", "inner"), "fp32"),
 }
 
 
-def _types(names: list[str], constants: dict[str, Any]) -> dict[str, str]:
-    """The types of a kernel's arguments when all is bfloat16."""
-    types = {name: kind for kind, named in TYPES.items() for name in named.split()}
-    return {name: "constexpr" if name in constants else types[name] for name in names}
+def compiled_for(head_dim: int) -> list[Variant]:
+    """The launches of bfloat16 models with 32 heads and 8 kv heads of this size."""
+    attention, sums = _launch_attention(head_dim, 2), _launch_sums(head_dim, 2)
+    plain = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, attention), "sinks": None}
+    added = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, sums), "squares": False}
+    attended = TYPES | {"slot_rows": SlotRows("*bf16", "*bf16")}
+    added_up = TYPES | {"slot_rows": SlotRows("*bf16", None, None, "*fp32")}
+    return [
+        variant(attend_kernel, attended, plain | {"logsums": None}, attention.options),
+        variant(attend_kernel, attended, plain, attention.options),
+        variant(sums_kernel, added_up, added, sums.options),
+    ]
