@@ -187,6 +187,7 @@ def attend_kernel(
     dim: tl.constexpr = sizes.dim
     value_dim: tl.constexpr = sizes.value_dim
     block_m: tl.constexpr = sizes.block_m
+    low_size: tl.constexpr = sizes.value_dim.low
     high_size: tl.constexpr = sizes.value_dim.high if sizes.value_dim.high > 0 else 1
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_m
     head = tl.program_id(1)
@@ -202,15 +203,14 @@ def attend_kernel(
         sink = tl.load(sinks + heads).to(tl.float32) * TO_TWO
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
-    state = (top, total, tl.zeros([block_m, value_dim.low], tl.float32), tl.zeros([block_m, high_size], tl.float32))
+    state = (top, total, tl.zeros([block_m, low_size], tl.float32), tl.zeros([block_m, high_size], tl.float32))
     keys = (slot_rows.key + row * keys_row, keys_row)
     values = (slot_rows.value + row * values_row, values_row)
     own_keys = (key.data + offset * key.token + head * key.head, key.token)
     own_values = (value.data + offset * value.token + head * value.head, value.token)
     positions = slot_rows.positions
     factors = (factor, inner)
-    earliest = begin // group
-    stop = tl.minimum((begin + block_m - 1) // group + 1, length)
+    earliest, stop = begin // group, tl.minimum((begin + block_m - 1) // group + 1, length)
     if sizes.window > 0:
         positions += row
         past, open_from = 0, tl.maximum(earliest - sizes.window + 1, 0) // sizes.block_n * sizes.block_n

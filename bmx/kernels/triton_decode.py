@@ -176,16 +176,17 @@ def _decode(
     group: tl.constexpr = sizes.group
     dim: tl.constexpr = sizes.dim
     value_dim: tl.constexpr = sizes.value_dim
+    group_full: tl.constexpr = sizes.group_full
+    value_dim_full: tl.constexpr = sizes.value_dim_full
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     slot = tl.load(slots + token)
-    g = tl.arange(0, sizes.group_full)
-    d, e = tl.arange(0, sizes.dim_full), tl.arange(0, sizes.value_dim_full)
+    g, d, e = tl.arange(0, group_full), tl.arange(0, sizes.dim_full), tl.arange(0, value_dim_full)
     first_head = (token * kv_heads + head) * group  # this program's first query head of all tokens
     out = output + first_head * value_dim + g[:, None] * value_dim + e[None, :]
     written = (g < group)[:, None] & (e < value_dim)[None, :]
     if slot < 0:
-        tl.store(out, tl.zeros([sizes.group_full, sizes.value_dim_full], output.dtype.element_ty), mask=written)
+        tl.store(out, tl.zeros([group_full, value_dim_full], output.dtype.element_ty), mask=written)
         return
     row_count = tl.load(capacity + slot)
     begin = tl.load(first + slot) + head * row_count

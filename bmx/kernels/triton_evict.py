@@ -131,9 +131,10 @@ def _move(
     """One kv head of some survivors of one chunk: they go where ``_choose`` said; without lists, all are appended."""
     dim: tl.constexpr = sizes.dim
     value_dim: tl.constexpr = sizes.value_dim
+    block: tl.constexpr = sizes.block
     head, n = tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
-    j = tl.program_id(0) * sizes.block + tl.arange(0, sizes.block)
+    j = tl.program_id(0) * block + tl.arange(0, block)
     offset = tl.load(table + n)
     slot = tl.load(table + 2 * chunks + n)
     start = tl.load(table + 3 * chunks + n)
@@ -157,7 +158,7 @@ def _move(
     tl.store(rows.value + target[:, None] * value_dim + e[None, :], v, mask=inside)
     tl.store(rows.positions + target, (start + token).to(tl.int32), mask=valid)
     if rows.mass is not None:
-        received = tl.zeros([sizes.block], tl.float32)
+        received = tl.zeros([block], tl.float32)
         if sums is not None:
             received = tl.load(sums + head.to(tl.int64) * packed_tokens + source, mask=valid, other=0.0)
         tl.store(rows.mass + target, received, mask=valid)
