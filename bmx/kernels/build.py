@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels for this processor, once, and keeps the result in the user's cache.
+"""Compiles the C++ kernels for this processor, once, and stores the library in the user's cache.
 
 Knows compilers, caches and where torch keeps its OpenMP; imports no torch, and knows nothing of what is computed.
 """
@@ -22,16 +22,16 @@ SOURCE = Path(__file__).with_name("avx512.cpp")
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp", "-w")
-PATIENCE = 120  # seconds
+TIMEOUT = 120  # seconds that a compiler may take
 
 
 class CannotBuildError(Exception):
-    """Why there are no compiled kernels here; not an error of anybody's."""
+    """The compiled kernels cannot be built on this machine; its text says why."""
 
 
 @cache
 def library() -> ctypes.PyDLL | str:
-    """The compiled kernels, loaded; or the reason why there are none."""
+    """The compiled kernels, loaded; or the reason why there are none here."""
     try:
         return _library()
     except CannotBuildError as reason:
@@ -46,34 +46,34 @@ def _library() -> ctypes.PyDLL:
     if not compiler:
         raise CannotBuildError("no C++ compiler is installed (g++ or clang++)")
     openmp = _openmp()
-    kept = _kept(compiler, openmp)
-    with suppress(OSError):  # not there yet, or not whole
-        return ctypes.PyDLL(str(kept))
+    cached = _cached(compiler, openmp)
+    with suppress(OSError):  # missing, or damaged
+        return ctypes.PyDLL(str(cached))
     with tempfile.TemporaryDirectory(prefix="bmx-") as folder:
-        made = _compile(compiler, openmp, Path(folder))
-        with suppress(OSError):  # a cache that cannot be written costs four seconds the next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            beside = kept.with_suffix(f".{os.getpid()}")
-            shutil.copy(made, beside)
-            beside.replace(kept)
+        built = _compile(compiler, openmp, Path(folder))
+        with suppress(OSError):  # without a cache, the next process compiles again: four seconds
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}")
+            shutil.copy(built, partial)
+            partial.replace(cached)
         try:
-            return ctypes.PyDLL(str(made))
+            return ctypes.PyDLL(str(built))
         except OSError as error:
-            raise CannotBuildError(f"what {compiler} made cannot be loaded: {error}") from None
+            raise CannotBuildError(f"the library that {compiler} built cannot be loaded: {error}") from None
 
 
 def _openmp() -> Path:
-    """The OpenMP library that torch brings: with one of its own, our threads and torch's would fight for the cores."""
+    """The OpenMP library that torch brings; with another one, its threads would compete with torch's for the cores."""
     spec = find_spec("torch")
     folder = Path(spec.origin).parent / "lib" if spec and spec.origin else None
-    found = sorted(folder.glob("libgomp*.so*")) if folder else []
-    if not found:
+    libraries = sorted(folder.glob("libgomp*.so*")) if folder else []
+    if not libraries:
         raise CannotBuildError("torch comes without the OpenMP library of GNU")
-    return found[0]
+    return libraries[0]
 
 
-def _kept(compiler: str, openmp: Path) -> Path:
-    """Where the kernels for this source, processor, compiler and torch are kept."""
+def _cached(compiler: str, openmp: Path) -> Path:
+    """Where the library for this source, processor, compiler and torch is cached."""
     from platformdirs import user_cache_path
 
     parts = (hardware.cpu_name(), *sorted(hardware.cpu_flags()), *FLAGS, str(shutil.which(compiler)), str(openmp))
@@ -83,17 +83,22 @@ def _kept(compiler: str, openmp: Path) -> Path:
 
 
 def _compile(compiler: str, openmp: Path, folder: Path) -> Path:
-    parts, made = folder / "kernels.o", folder / "kernels.so"
+    """Compile and link; returns the library.
+
+    Raises:
+        CannotBuildError: the compiler fails, takes too long, or cannot be started.
+    """
+    objects, built = folder / "kernels.o", folder / "kernels.so"
     commands = (
-        (compiler, *FLAGS, "-c", str(SOURCE), "-o", str(parts)),
-        (compiler, "-shared", str(parts), str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(made)),
+        (compiler, *FLAGS, "-c", str(SOURCE), "-o", str(objects)),
+        (compiler, "-shared", str(objects), str(openmp), f"-Wl,-rpath,{openmp.parent}", "-o", str(built)),
     )
     for command in commands:
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
         except subprocess.CalledProcessError as error:
             lines = [line for line in error.stderr.splitlines() if "error" in line] or [f"exit {error.returncode}"]
             raise CannotBuildError(f"{compiler} cannot compile them: {lines[0]}") from None
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CannotBuildError(f"{compiler} does not work: {error}") from None
-    return made
+    return built

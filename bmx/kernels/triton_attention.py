@@ -118,11 +118,16 @@ def _online_softmax(
     Args:
         state: highest score so far, sum of weights, and sum of weighted values in two parts.
         query: the tile's queries in two parts.
-        tokens: the queries' places, which are compared with those of the chunk's ``own`` keys, or with the window's:
-            then, for rows of a slot, they and ``positions`` are positions in the sequence.
+        tokens: the queries' places in the chunk; with a window and rows of a slot, their positions in the sequence.
         keys: address, and stride from one key to the next.
         values: address, and stride from one value to the next.
+        positions: of the slot's rows in the sequence; used with a window.
+        begin: first key.
+        stop: the key after the last.
         factors: what scores are multiplied by, and what dot products are multiplied by before their tanh.
+        own: whether the keys are the chunk's own, of which a query sees those up to its place.
+        masked: whether some query does not see some key.
+        sizes: what the kernel is compiled for.
     """
     top, total, low, high = state
     factor, inner = factors
@@ -266,8 +271,15 @@ def _add_columns(
         keys: the tile's keys in two parts.
         places: the keys' places in the chunk; rows of the slot lie before it, at negative places.
         query: address, and strides from one token and head to the next.
+        logsums: logarithms to base 2 of the queries' sums of exponentials.
+        query_weights: weight of each token's attention, or None.
+        begin: first query row.
+        stop: the query row after the last.
         length: tokens of the chunk.
         factors: as in ``_online_softmax``.
+        masked: whether some query does not see some key.
+        squares: whether squared probabilities are added up.
+        sizes: what the kernel is compiled for.
     """
     factor, inner = factors
     dim: tl.constexpr = sizes.dim
