@@ -127,7 +127,7 @@ def test_slots_are_what_the_memory_holds_of_whole_prompts_or_of_budgets(bench):
 
 
 def test_a_bound_has_as_many_slots_as_hold_whole_prompts(monkeypatch):
-    """Steps that all take as long make the most slots the best ones; a row more for the answer is not asked for."""
+    """If all steps take equally long, most slots are best; the plan has no row for the answer."""
     monkeypatch.setattr("bmx.measure.decode_bound.decode_step_seconds", lambda *_: 1.0)
     engine = id_engine(kv_policy="none", kv_cache_memory=65_000)
     policy = CompressionPolicy.from_config(EngineConfig(kv_budget=24, kv_sink=2, kv_recent=4))

@@ -163,7 +163,7 @@ def test_the_least_memory_that_holds_is_recommended_and_a_run_takes_it(given, bm
     assert {row["kv"]["budget"] for row in rows} == {least["settings"]["kv_budget"]}
 
 
-def test_nothing_that_holds_is_said_and_no_run_begins_with_it(given, bmx, model):
+def test_without_a_good_candidate_it_says_so_and_no_run_starts_with_it(given, bmx, model):
     ended = given("--kv-budget", "24", "--min-agreement", 0.999)
     assert ended.code == 3
     assert "recommended: nothing" in ended.out
@@ -208,7 +208,7 @@ def test_auto_with_settings_that_contradict_the_calibration_is_refused(given, bm
     )
 
 
-# Going on
+# Resuming
 
 
 def test_what_is_measured_is_kept_and_not_measured_again(given, monkeypatch):
@@ -249,14 +249,14 @@ def test_a_stopped_calibration_keeps_what_is_finished(given, monkeypatch):
     assert [candidate["settings"]["kv_budget"] for candidate in measured()["candidates"]] == [24, 40, 200]
 
 
-def test_another_job_may_not_go_on_with_the_file(given):
+def test_another_job_may_not_resume_with_the_file(given):
     given("--kv-budget", "24")
     ended = given("--kv-budget", "24", "--seed", 5)
     assert ended.code == 2
     assert "seed was 0, is 5" in ended.complaint[0]
 
 
-def test_a_torn_teacher_file_is_made_anew(given):
+def test_a_torn_file_of_full_cache_answers_is_made_again(given):
     given("--kv-budget", "24")
     path = Path("in.calibration.teacher.pt")
     path.write_bytes(path.read_bytes()[:100])

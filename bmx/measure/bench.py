@@ -293,8 +293,7 @@ class _Bench:
             raise batch_max
         self.record.update(state="finished", finished=now(), mean_ratios=mean_ratios(cells))
         write_json(self.output, self.record)
-        for line in bench_summary(self.record):
-            self.display.data(line)
+        self.display.data(*bench_summary(self.record))
         self.display.note(f"measurements: {self.output}; {plots_note(plot_bench(self.record, self.output))}")
 
     def _measure_machine(self) -> Rates:
@@ -366,8 +365,7 @@ class _Bench:
                 cell[name] = side.record(workload, flops, bandwidth)
         cell["ratios"] = ratios(cell)
         self.record["cells"].append(cell)
-        for line in bench_lines(cell):
-            self.display.data(line)
+        self.display.data(*bench_lines(cell))
         if _any_side_fits(cell):
             write_json(self.output, self.record)
 
