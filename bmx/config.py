@@ -242,7 +242,8 @@ class EngineConfig:
             and self.kv_budget <= self.kv_sink + self.kv_recent
         ):
             raise UsageError(
-                f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink, {self.kv_recent} recent tokens",
+                f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink and "
+                f"{self.kv_recent} recent tokens",
                 hint=f"the smallest budget is {self.kv_sink + self.kv_recent + 1}; start with a quarter of the prompt",
             )
         if self.max_num_batched_tokens and self.max_num_batched_tokens < self.eviction_chunk_size:

@@ -296,16 +296,11 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     import yaml
 
+    raw = _config_bytes(path)
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise UsageError(f"config file {path} is larger than {MAX_CONFIG_BYTES} bytes")
         node = yaml.compose(raw, Loader=yaml.SafeLoader)
         keys = [_key(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         values = {} if node is None else yaml.safe_load(raw)
-    except OSError as error:
-        raise UsageError(f"cannot read config file {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
     repeated = {key for key in keys if keys.count(key) > 1}
@@ -314,6 +309,19 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"config file {path} must hold 'name: value' lines")
     return {_key(key): value for key, value in values.items()}
+
+
+def _config_bytes(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read config file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"cannot read config file {path}: {error}") from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise UsageError(f"config file {path} is larger than {MAX_CONFIG_BYTES:,} bytes")
+    return raw
 
 
 def _key(key: Any) -> str:

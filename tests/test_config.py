@@ -287,6 +287,12 @@ def test_a_config_file_that_is_missing_or_a_folder_is_refused(tmp_path):
             RunConfig.gather((), {}, str(path))
 
 
+def test_a_config_file_that_is_too_large_is_refused_for_that(config_file):
+    with pytest.raises(UsageError, match="is larger than 1,000,000 bytes") as error:
+        RunConfig.gather((), {}, config_file("#" * 1_000_001))
+    assert "YAML" not in error.value.message
+
+
 @pytest.mark.parametrize(
     "text", ["", "# nothing\n", "kv-budget: 500\n", "\ufeffkv_budget: 500\r\n", "{kv_budget: 500}"]
 )

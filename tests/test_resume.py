@@ -1,4 +1,4 @@
-"""A command that is given again: it goes on where it ended, or says why it does not; one run at a time on an output."""
+"""A command that is run again resumes where it ended, or says why it does not; one run at a time uses an output."""
 
 from __future__ import annotations
 

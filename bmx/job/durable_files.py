@@ -62,10 +62,10 @@ class LineFile:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if keep is None else 0)
             self._fd = os.dup(1) if path is None else os.open(path, flags, 0o666)
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path is not None
-            if self._regular:
+            if path and self._regular:
                 if os.fstat(self._fd).st_size != (keep or 0):
                     os.ftruncate(self._fd, keep or 0)
-                sync_folder(path.parent)  # type: ignore[union-attr]
+                sync_folder(path.parent)
         except OSError as error:
             raise self._error(error, "cannot create") from None
         self._size = keep or 0
@@ -235,7 +235,8 @@ def _lock(path: Path) -> int | None:
         os.ftruncate(handle, 0)
         _write(handle, json.dumps(this_process()).encode())
     except BlockingIOError:
-        os.close(handle)  # type: ignore[arg-type]
+        if handle is not None:
+            os.close(handle)
         return None
     except OSError as error:
         raise OutputError(

@@ -219,7 +219,7 @@ class Ledger:
         if strangers and not self._limited:
             raise UsageError(
                 f"{output} or its errors have {strangers:,} records of rows that are not in the input",
-                hint=f"{REMEDY}, --retry-failed forgets the errors",
+                hint=f"{REMEDY}, --retry-failed drops the errors",
             )
 
     def todo(self, share: tuple[int, int] = (1, 1)) -> Todo:

@@ -57,7 +57,7 @@ def open_input(path: Path, shown: str | None = None) -> Iterator[BinaryIO]:
             raise InputFileError(f"{name} is a folder, not a file of prompts")
         with _opened(path) as file:
             marks, starts = UTF16
-            if file.peek(2)[:2] in marks + starts:  # type: ignore[attr-defined]
+            if file.peek(2)[:2] in marks + starts:
                 hint = "iconv -f UTF-16 -t UTF-8 < in.jsonl > utf8.jsonl"
                 raise InputFileError(f"{name} is UTF-16, not UTF-8", hint=hint)
             yield file
@@ -67,14 +67,14 @@ def open_input(path: Path, shown: str | None = None) -> Iterator[BinaryIO]:
         raise InputFileError(f"cannot read {name}: {error.strerror}") from None
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> io.BufferedReader:
     with path.open("rb") as file:
         start = file.read(len(ZSTD))
     if path.suffix == ".gz" or start.startswith(GZIP):
         return io.BufferedReader(gzip.open(path), PIECE)
     if path.suffix == ".zst" or start == ZSTD:
         return io.BufferedReader(ZstdFile(path), PIECE)
-    return path.open("rb", PIECE)
+    return io.BufferedReader(path.open("rb", 0), PIECE)
 
 
 class ZstdFile(io.RawIOBase):
