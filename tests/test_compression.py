@@ -215,15 +215,15 @@ def test_unscored_work_is_not_done(monkeypatch):
     """No attention is added up for the full cache, nor for sequences that fit their slot."""
     from bmx.kernels import cpu
 
-    asked = []
+    scored = []
     chunk, slots = cpu.attend_chunk, cpu.attend_slots
 
-    def watched_chunk(*args, votes, **kwargs):
-        asked.append(votes is not None)
-        return chunk(*args, votes=votes, **kwargs)
+    def watched_chunk(*args, query_weights, **kwargs):
+        scored.append(query_weights is not None)
+        return chunk(*args, query_weights=query_weights, **kwargs)
 
     def watched_slots(*args, want_mass, **kwargs):
-        asked.append(want_mass)
+        scored.append(want_mass)
         return slots(*args, want_mass=want_mass, **kwargs)
 
     monkeypatch.setattr(cpu, "attend_chunk", watched_chunk)
@@ -232,14 +232,14 @@ def test_unscored_work_is_not_done(monkeypatch):
     for kept, settings in ((prompts, {"kv_policy": "none"}), (prompts[:1], {"kv_budget": 40})):
         engine, requests = tiny_engine("llama", **settings), as_requests(kept, max_tokens=3)
         plan = engine.plan(engine.measure(requests))
-        asked.clear()  # what was rehearsed is another matter
+        scored.clear()  # what was rehearsed is another matter
         list(engine.run(requests, plan))
-        assert asked
-        assert not any(asked)
+        assert scored
+        assert not any(scored)
     for policy, wanted in (("average-attention", True), ("keydiff", False), ("streaming", False)):
-        asked.clear()
+        scored.clear()
         list(tiny_engine("llama", kv_budget=40, kv_policy=policy).stream(as_requests(prompts[1:], max_tokens=3)))
-        assert asked[-4:] == [wanted] * 4  # the decoding steps' two layers
+        assert scored[-4:] == [wanted] * 4  # the decoding steps' two layers
 
 
 def test_a_plan_made_from_shorter_rows_changes_no_answer():

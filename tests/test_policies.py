@@ -249,15 +249,15 @@ def test_what_ranks_is_of_no_importance_while_nothing_goes(family, name):
     """In each format; in fp8, whose codes are the same with and without eviction, the full cache answers alike."""
     requests = as_requests(random_prompts((30, 9, 22)), max_tokens=NEW)
 
-    def told(policy, **others):
+    def answers_of(policy, **others):
         settings = config(policy, "all", name) | others
         return answers(tiny_engine(family, **settings), requests)
 
-    found = [told(policy) for policy in ("average-attention", "keydiff", "lagkv")]
+    found = [answers_of(policy) for policy in ("average-attention", "keydiff", "lagkv")]
     assert all(other == found[0] for other in found)
-    assert told("h2o", kv_value_norm=True, kv_probe="w5 w6") == found[0]
+    assert answers_of("h2o", kv_value_norm=True, kv_probe="w5 w6") == found[0]
     if name in ("auto", "fp8"):
-        assert told("none") == found[0]
+        assert answers_of("none") == found[0]
 
 
 @pytest.mark.parametrize("name", FORMATS[1:])
@@ -369,19 +369,19 @@ def test_a_probe_leaves_nothing_behind_and_company_changes_no_answer(policy, bud
 def test_what_a_probe_asks_for_counts_for_every_way(policy):
     """With all the weight, or with almost none."""
     requests = as_requests(random_prompts((60, 55, 50), seed=2), max_tokens=NEW)
-    told = [
+    with_probes = [
         answers(tiny_engine("llama", **config(policy, kv_probe=probe, kv_probe_weight=1.0)), requests)
         for probe in ("w5 w6 w7", "w90 w17 w33 w21")
     ]
-    assert told[0] != told[1]
+    assert with_probes[0] != with_probes[1]
 
 
 @pytest.mark.parametrize("policy", ATTENTIVE)
 def test_of_two_that_are_alike_the_one_that_the_probe_looks_at_ranks_higher(policy):
     policy = tiny_engine("llama", **config(policy, kv_probe="w5")).policy
     ones = torch.ones(1, 6)
-    asked = torch.tensor([[0.1, 0.1, 0.4, 0.1, 0.1, 0.2]])
-    shown = {"mass": ones, "squares": ones, "keys": ones.unsqueeze(-1).expand(1, 6, 4), "probe": asked}
+    probed = torch.tensor([[0.1, 0.1, 0.4, 0.1, 0.1, 0.2]])
+    shown = {"mass": ones, "squares": ones, "keys": ones.unsqueeze(-1).expand(1, 6, 4), "probe": probed}
     scores = policy.score(Seen(positions=torch.arange(6).view(1, 6), now=6, inputs=shown, surplus=0, window=1))[0]
     assert scores[2] > scores[3]
 
@@ -502,10 +502,10 @@ def test_layers_that_cannot_share_are_refused(family, pairs):
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ATTENTIVE])
-@pytest.mark.parametrize("asked", [{"kv_probe": "w5"}, {"kv_value_norm": True}], ids=["probe", "value norm"])
-def test_what_weighs_attention_needs_a_way_that_looks_at_it(policy, asked):
-    with pytest.raises(UsageError, match=next(iter(asked))) as refused:
-        tiny_engine("llama", **config(policy, "all"), **asked)
+@pytest.mark.parametrize("settings", [{"kv_probe": "w5"}, {"kv_value_norm": True}], ids=["probe", "value norm"])
+def test_what_weighs_attention_needs_a_way_that_looks_at_it(policy, settings):
+    with pytest.raises(UsageError, match=next(iter(settings))) as refused:
+        tiny_engine("llama", **config(policy, "all"), **settings)
     assert policy in str(refused.value)
     assert all(name in refused.value.hint for name in ATTENTIVE)
 
@@ -620,9 +620,9 @@ def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes
 
     offered("asking", Asking)
     first = []
-    for asked in ({}, {"kv_probe": "w5 w6 w7"}):
+    for probe in ({}, {"kv_probe": "w5 w6 w7"}):
         engine, requests = (
-            tiny_engine("llama", **config("asking"), **asked),
+            tiny_engine("llama", **config("asking"), **probe),
             as_requests(random_prompts((40,)), max_tokens=1),
         )
         plan = engine.plan(engine.measure(requests))

@@ -108,25 +108,25 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    ("family", "told"),
+    ("family", "config"),
     [
-        *(("llama", told) for told in (*SIMPLE, *DEAR, *MORE)),
+        *(("llama", config) for config in (*SIMPLE, *DEAR, *MORE)),
         *((family, SIMPLE[0]) for family in ("qwen3", "phi3", "mistral", "gemma2", "gpt_oss")),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_no_step_waits_for_the_device(family, told, launches):
+def test_no_step_waits_for_the_device(family, config, launches):
     """On a device without contents, whatever asks for a number of a tensor's raises."""
-    told = dict(told) | ({"kv_budget": 0.5} if told["kv_budget"] == "50%" else {})
+    config = dict(config) | ({"kv_budget": 0.5} if config["kv_budget"] == "50%" else {})
     names, watch = launches
-    runner, scheduler = Absent(family, told).runner(LONGROPE if family == "phi3" else None)
+    runner, scheduler = Absent(family, config).runner(LONGROPE if family == "phi3" else None)
     with runner:
         drained(runner, scheduler)  # tables of frequencies are made once
         names.clear()
         watch()
         kinds = drained(runner, scheduler)
     assert kinds == {(True, False), (False, True), (True, True)}
-    alone = told in SIMPLE or told["kv_budget"] == 0.5
+    alone = config in SIMPLE or config["kv_budget"] == 0.5
     assert ("_decode" in names) == alone
     assert (runner.rounds > 1) == alone
 
