@@ -531,7 +531,11 @@ def test_what_contradicts_itself_is_refused(settings, said):
 
 @pytest.mark.parametrize(
     ("settings", "hint"),
-    [({"kv_policy": "h20"}, "h2o"), ({"kv_probe": "instructions"}, "--kv-probe"), ({"kv_budget": 6}, "7 is the least")],
+    [
+        ({"kv_policy": "h20"}, "h2o"),
+        ({"kv_probe": "instructions"}, "--kv-probe"),
+        ({"kv_budget": 6}, "the smallest budget is 7"),
+    ],
     ids=str,
 )
 def test_a_refusal_says_what_would_do(settings, hint):
