@@ -147,17 +147,17 @@ def free_gpu_memory() -> FreeMemory:
     return FreeMemory(min(gpu.free, free), total, source, holders(gpu))
 
 
-def _same_gpu(properties: Any, found: list[Gpu]) -> Gpu | None:
+def _same_gpu(properties: Any, listed: list[Gpu]) -> Gpu | None:
     """The GPU with these CUDA properties, by UUID or PCI address; indices differ between CUDA and NVML."""
     uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-").lower()
-    for gpu in found:
+    for gpu in listed:
         if uuid and gpu.uuid.removeprefix("GPU-").lower() == uuid:
             return gpu
     place: list[Any] = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if None in place:
         return None
     pci = "{:04x}:{:02x}:{:02x}.0".format(*place)
-    return next((gpu for gpu in found if gpu.pci == pci), None)
+    return next((gpu for gpu in listed if gpu.pci == pci), None)
 
 
 def visible_gpus() -> list[Gpu]:
@@ -166,35 +166,35 @@ def visible_gpus() -> list[Gpu]:
     An invalid entry ends the list and a GPU named twice empties it, as in CUDA. Slices (MIG-...) are left out, since
     NVML has no memory figures of a slice. Indices count in PCI order, which is CUDA's where the GPUs are alike or
     CUDA_DEVICE_ORDER is PCI_BUS_ID; otherwise CUDA may put the fastest first. The device that a process really uses
-    is therefore found by UUID: see `free_gpu_memory`.
+    is therefore listed by UUID: see `free_gpu_memory`.
     """
-    found, wanted = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed, wanted = gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
-        return found
+        return listed
     entries = [entry.strip() for entry in wanted.split(",")]
     place_of = _place_by_uuid if entries[0].startswith(("GPU-", "MIG-")) else _place_by_index
     chosen: list[int | str] = []
     for entry in entries:
-        place = place_of(entry, found)
+        place = place_of(entry, listed)
         if place is None:
             break
         if place in chosen:
             return []
         chosen.append(place)
-    return [found[place] for place in chosen if isinstance(place, int)]
+    return [listed[place] for place in chosen if isinstance(place, int)]
 
 
-def _place_by_index(entry: str, found: list[Gpu]) -> int | None:
+def _place_by_index(entry: str, listed: list[Gpu]) -> int | None:
     """The index at the beginning of an entry, as CUDA reads it; None where no GPU has that index."""
     digits = re.match("[0-9]+", entry)
-    return int(digits[0]) if digits and int(digits[0]) < len(found) else None
+    return int(digits[0]) if digits and int(digits[0]) < len(listed) else None
 
 
-def _place_by_uuid(entry: str, found: list[Gpu]) -> int | str | None:
+def _place_by_uuid(entry: str, listed: list[Gpu]) -> int | str | None:
     """The index of the one GPU whose UUID begins with an entry; the entry of a MIG slice itself; None otherwise."""
     if entry.startswith("MIG-"):
         return entry
-    places = [place for place, gpu in enumerate(found) if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
+    places = [place for place, gpu in enumerate(listed) if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
     return places[0] if len(places) == 1 else None
 
 

@@ -239,7 +239,7 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            hint = "answers that were finished are kept; close other programs, or lower --memory-limit"
+            hint = "Finished answers are saved. Close other programs, or lower --memory-limit"
             raise MemoryLimitError("memory ran out, and not only for a step", hint=hint) from error
         finally:
             self._running = False

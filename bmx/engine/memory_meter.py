@@ -156,5 +156,5 @@ def device_errors() -> Iterator[None]:
         if is_out_of_memory(error) or not any(text in str(error).lower() for text in NO_GPU):
             raise
         cause = str(error).strip().splitlines()[0]
-        hint = "answers that were finished are kept; run again, and see the system's log if it comes back"
+        hint = "Finished answers are saved. Run the same command again; if it happens again, see the system's log"
         raise DeviceError(f"the GPU stopped: {cause}", hint=hint) from error

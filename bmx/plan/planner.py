@@ -297,7 +297,7 @@ def _least_waste(candidates: list[int], counts: list[int], enough: float) -> lis
                 rows, chosen = previous[start]
                 if rows + members * capacity < current[stop][0]:
                     current[stop] = (rows + members * capacity, [*chosen, capacity])
-        best = min(best, current[-1], key=lambda found: found[0])
+        best = min(best, current[-1], key=lambda cut: cut[0])
         if best[0] <= enough:
             break
         previous = current
