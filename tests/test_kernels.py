@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from bmx import kernels
 from bmx.errors import UsageError
 from bmx.kernels import cpu, reference
+from bmx.kernels.contract import FUNCTIONS, KernelModule
 from bmx.kernels.registry import CAPABILITIES
 
 KERNELS = pytest.mark.parametrize("kernel", [reference, cpu], ids=["reference", "cpu"])
@@ -411,6 +413,18 @@ def test_the_kernels_chosen_say_why(monkeypatch, device, variable, name, why):
     assert why in chosen.why
     assert callable(chosen.module.attend_chunk)
     assert callable(chosen.module.attend_slots)
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_every_back_end_has_the_functions_of_the_contract(name):
+    """The same parameters, of the same kinds and with the same defaults."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    module = kernels.Kernels(name, "").module
+    for function in FUNCTIONS:
+        specified = list(inspect.signature(getattr(KernelModule, function)).parameters.values())[1:]
+        offered = inspect.signature(getattr(module, function)).parameters.values()
+        assert [(p.name, p.kind, p.default) for p in offered] == [(p.name, p.kind, p.default) for p in specified]
 
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "cuda"), ("cuda", "cpu"), ("cpu", "fast")])

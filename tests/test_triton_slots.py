@@ -184,6 +184,12 @@ def assert_decodes(tokens, rows, slots=SLOTS, now=NOW, limits=LIMITS, **manner):
     answer = true_decode(*tokens, expected, slots, now, limits, **manner)
     torch.testing.assert_close(output.cpu().double(), answer, **NEAR[dtype])
     assert_same_rows(found, expected, **NEAR[dtype])
+    specified = copied(rows)
+    per_token = (torch.tensor(numbers, dtype=torch.int64, device=DEVICE) for numbers in (slots, now, limits))
+    plain = torch.empty_like(output)
+    assert reference.decode_step(plain, *tokens, specified, *per_token, **manner)
+    torch.testing.assert_close(output, plain, **NEAR[dtype])
+    assert_same_rows(found, specified, **NEAR[dtype])
     return found
 
 
@@ -375,6 +381,9 @@ def assert_evicts(rows, chunks, packed, sums, order, dtype=F32, seed=3):
     assert triton_evict.evict(key, value, found, chunks, sums, order=order)
     true_evict(key, value, expected, chunks, sums, order)
     assert_same_rows(found, expected)
+    specified = copied(rows)
+    assert reference.evict(key, value, specified, chunks, sums, order=order)
+    assert_same_rows(found, specified)
     return found
 
 
