@@ -94,7 +94,9 @@ def test_the_cases_hold_each_policy_and_each_pair_of_a_format_and_a_budget():
 @pytest.mark.parametrize(("policy", "kv_format", "budget"), CASES)
 def test_every_policy_format_and_budget_answers_as_without(policy, kv_format, budget):
     rows = [*QUESTIONS[:3], *SHORT[:3]]
-    found, expected, reused = with_and_without(rows=rows, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
+    # In llama's first layer, keys of the same token have the same length but for rounding; in gpt2's, none have.
+    family = "gpt2" if policy == "knorm" else "llama"
+    found, expected, reused = with_and_without(family, rows, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
     assert found == expected
     assert reused > 0 or budget == 0.3  # of a share, rows of other lengths keep other parts
 
