@@ -29,7 +29,7 @@ class BmxError(Exception):
         self.hint = hint
 
 
-class UsageError(BmxError, ValueError):
+class UsageError(BmxError):
     """A flag, an environment variable, a setting or an argument is wrong."""
 
     exit_code = 2
