@@ -62,8 +62,6 @@ def find_paths(config: RunConfig) -> JobPaths:
     try:
         paths = _named_paths(config)
         _check_all(paths, config)
-    except UsageError:
-        raise
     except (OSError, RuntimeError, ValueError) as error:  # names that no file can have, links in a circle
         raise UsageError(f"these files cannot be used: {error}") from None
     return paths
