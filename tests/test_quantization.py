@@ -13,6 +13,7 @@ from families import tiny_model
 from bmx import Engine, EngineConfig, PromptConfig
 from bmx.engine.backend import ModelBackend
 from bmx.errors import ModelError
+from bmx.kernels import reference
 from bmx.model.fused_modules import Int8Linear
 from bmx.model.loader import load_model, prepare, quantize_int8
 from bmx.model.preview import preview_spec
@@ -38,6 +39,19 @@ def test_logits_in_bytes_are_near_those_without(family, dtype):
     assert not isinstance(model.get_output_embeddings(), Int8Linear)
     distance = (after - before).norm() / before.norm()
     assert 1e-4 < distance < 0.2
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_products_of_the_largest_numbers_are_exact(saturates, monkeypatch):
+    """Processors without VNNI saturate products of large numbers: what bmx does there is right on every processor."""
+    if saturates:
+        monkeypatch.setattr(reference, "_saturates", lambda: True)
+    linear = torch.nn.Linear(64, 32, bias=False)
+    linear.weight.data.fill_(1.0)
+    x = torch.full((3, 64), 2.0)
+    x[1] = -2.0
+    x[2, ::2] = 0.5
+    torch.testing.assert_close(Int8Linear(linear)(x), linear(x), atol=0.3, rtol=0)
 
 
 def test_weights_are_counted_as_the_bytes_they_are():

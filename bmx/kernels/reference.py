@@ -10,7 +10,7 @@ P rows in use, D key dim, E value dim, M ways of adding up attention.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -313,11 +313,36 @@ def _linear(x: Tensor, layer: Linear) -> Tensor:
     steps = (greatest - least).clamp(min=1e-30) / 255
     zeros = (-least / steps).round()
     codes = ((rows / steps).round() + zeros).clamp(0, 255)
-    sums = torch._int_mm((codes - 128).to(torch.int8), layer.weight.t())
-    sums = sums + (128 - zeros.int()) * layer.sums
+    sums = _int8_product(codes, layer.weight, layer.sums) - zeros.int() * layer.sums
     y = sums.float() * steps * layer.scales
     y = y if layer.bias is None else y + layer.bias
     return y.to(x.dtype).view(*x.shape[:-1], len(layer.weight))
+
+
+def _int8_product(codes: Tensor, weight: Tensor, weight_sums: Tensor) -> Tensor:
+    """Exact sums of codes times weights: [N, O] int32.
+
+    Processors without VNNI add two products in 16 bits, which saturates where codes are large. There the codes are
+    halved, and both halves multiplied.
+
+    Args:
+        codes: [N, I], whole numbers from 0 to 255.
+        weight: [O, I] int8.
+        weight_sums: [O] int32, the sums of the weights' rows.
+    """
+    parts = [codes]
+    if _saturates():
+        half = (codes / 2).floor()
+        parts = [half, codes - half]
+    signed = [torch._int_mm((part - 128).to(torch.int8), weight.t()) for part in parts]
+    return sum(signed[1:], signed[0]) + len(parts) * 128 * weight_sums
+
+
+@cache
+def _saturates() -> bool:
+    """Whether torch's int8 products are wrong for large numbers on this processor."""
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t().contiguous()) != 64 * 127 * 127).any())
 
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
