@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads than cores wait for each other
 
 import pytest
 import torch
@@ -32,7 +33,6 @@ from bmx.engine.backend import ModelBackend
 from bmx.engine.scheduler import Step
 from bmx.model.loader import LoadedModel, prepare
 
-torch.set_num_threads(1)  # tiny models are slower with more, and much slower on a busy machine
 typer.main.get_command = cache(typer.main.get_command)  # the command line is put together once, not for each call
 
 
