@@ -96,10 +96,9 @@ def sequences(policy, sampling):
         )
 
 
-SIMPLE = [{"kv_budget": 24, "kv_policy": name} for name in ("average-attention", "h2o", "decay", "tova", "streaming")]
+SIMPLE = [{"kv_budget": 24, "kv_policy": name} for name in ("average-attention", "decay", "streaming")]
 DEAR = [{"kv_budget": 24, "kv_policy": name} for name in ("window", "r-kv", "keydiff", "roco", "expected-attention")]
 MORE = [
-    {"kv_budget": 24, "kv_format": "int8"},
     {"kv_budget": 24, "kv_format": "int4"},
     {"kv_budget": 24, "kv_value_norm": True},
     {"kv_budget": 24, "kv_probe": "w7 w8 w9"},
