@@ -24,7 +24,7 @@ class AverageAttention(ScorerDefaults):
     """Attention received per query that could have seen the key (Batch-Max, arXiv 2412.05693).
 
     Dividing by the lifetime removes the advantage of old tokens: under uniform attention over 4,096 tokens the plain
-    sum (H2O) scores the oldest token four orders of magnitude above the newest, the average one.
+    sum (H2O) scores the oldest token four orders of magnitude above the newest, the average only one order.
     """
 
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS

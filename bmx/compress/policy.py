@@ -305,7 +305,7 @@ class CompressionPolicy:
         return self.score(seen)
 
     def victims(self, part: LayerSlots, request: EvictionRequest) -> Tensor:
-        """The row that each decoding slot gives up for its next token: in each head the lowest-ranked unprotected one.
+        """The row that each decoding slot gives up for its next token: in each head, that of the lowest score.
 
         For a slot that is not full yet the result has no meaning.
 
@@ -393,6 +393,6 @@ def _rows(scores: Tensor) -> Tensor:
 
 
 def _by_mean(scores: Tensor, counted: Tensor) -> Tensor:
-    """Scores [..., K, R] divided by the mean, for each head, of those that are counted [..., K, R]."""
+    """Scores [..., K, R] divided by each head's mean score, taken over the rows that are counted [..., K, R]."""
     counts = counted.sum(-1, keepdim=True).clamp(min=1)
     return scores * counts / (scores * counted).sum(-1, keepdim=True).clamp(min=1e-20)

@@ -178,7 +178,7 @@ class SlotAttention:
         if step.decode_batch is None or self._decode_fused(forward, output, inputs):
             return
         if not step.decode_groups:
-            raise RuntimeError("no kernel takes this step")
+            raise RuntimeError("the kernels declined a step that was packed for them alone")
         for group in step.decode_groups:
             output[group.rows] = self._decode_group(forward.layer, group, inputs)
 

@@ -76,7 +76,7 @@ class Engine:
                 as on the command line: ``kv_budget=512``, ``memory_limit="8G"``. They replace those given before.
 
         Raises:
-            ModelError: the model cannot be found, loaded, or run rightly.
+            ModelError: the model cannot be found, loaded, or run correctly.
             MemoryLimitError: not even one short sequence would fit beside it.
             UsageError: an unknown setting, a wrong value, or settings that this model cannot follow.
         """
@@ -159,7 +159,7 @@ class Engine:
         Raises:
             UsageError: an item that is not a request.
             MemoryLimitError: not even one request fits.
-            DeviceError: the GPU failed; what was handed out before is all there is.
+            DeviceError: the GPU failed; no results follow those that were handed out.
         """
         return self.run(list(checked_requests(requests)))
 
@@ -220,10 +220,10 @@ class Engine:
             row_timeout: seconds that a sequence may have its slot; one that takes longer is an error.
             watch: is shown the logits of every token that is to be sampled.
             forced: by request id, the token ids of its answer: the model reads them instead of choosing its own.
-            paused: asked before each request is read; while it is true, none is.
+            paused: called before each request is read; while it returns True, no request is read.
 
         Raises:
-            DeviceError: the GPU failed; what was handed out before is all there is.
+            DeviceError: the GPU failed; no results follow those that were handed out.
         """
         self._check_open()
         if self._running:

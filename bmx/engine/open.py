@@ -28,7 +28,7 @@ def open_model(config: EngineConfig) -> tuple[Any, Backend]:
     """The tokenizer and the model that the settings name.
 
     Raises:
-        ModelError: it cannot be found, loaded, or run rightly.
+        ModelError: it cannot be found, loaded, or run correctly.
         MemoryLimitError: not even one short sequence would fit beside it.
         UsageError: settings that this model cannot follow.
     """

@@ -110,7 +110,7 @@ class _Source:
         return self._next
 
     def take(self) -> None:
-        """Go on to the item after the next."""
+        """Remove the item that ``peek`` returned."""
         self._next = None
 
 

@@ -45,7 +45,7 @@ class Sequence:
         spans: positions [start, stop) that are never evicted.
         forced_answer: token ids of the answer, where the model does not choose them.
 
-    How far it has come, all of it gone in ``restarted``:
+    How far it has come, which ``restarted`` sets back to the start:
 
     Attributes:
         started: when it was given its slot, by the monotonic clock.

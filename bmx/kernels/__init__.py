@@ -78,5 +78,5 @@ def _why_no_triton() -> str:
     if torch is None or not torch.cuda.is_available():
         return ""
     if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        return "what is written in Triton needs a GPU of compute capability 8.0"
+        return "Triton kernels need a GPU of compute capability 8.0 or later"
     return "Triton is not installed (pip install triton)" if find_spec("triton") is None else ""

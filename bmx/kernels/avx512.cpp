@@ -353,7 +353,7 @@ long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const
 // reference.py.
 //
 // views: k and v [tokens][kv_heads][dim or value_dim]; keys, values, positions, mass: [kv_heads][capacity] rows of
-// token slot, `used` of them in use, mass may be null; start: position of the first token; sums [kv_heads][used +
+// the slot, `used` of them in use, mass may be null; start: position of the first token; sums [kv_heads][used +
 // tokens] or null.
 long bmx_evict(const Vectors* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const float* sums,
                long tokens, long kv_heads, long capacity, long limit, long used, long start, long dim, long value_dim,
@@ -411,8 +411,8 @@ long bmx_evict(const Vectors* views, bf16* keys, bf16* values, int32_t* position
 // The decoding tokens' part of a layer: see decode_step in contract.py.
 //
 // views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; keys, values, positions and mass by row;
-// the rows of slot s begin at first[s], `capacity[s]` of them for each kv head, at most
-// `largest`; slots, token_positions and row_limits [batch]; mass may be null.
+// the rows of slot s begin at first[s], `capacity[s]` of them for each kv head, at most `largest`; slots,
+// token_positions and row_limits [batch]; mass may be null.
 long bmx_decode_step(const Vectors* views, bf16* keys, bf16* values, int32_t* positions, float* mass,
                      const int64_t* first, const int64_t* capacity, const int64_t* slots,
                      const int64_t* token_positions, const int64_t* row_limits, long batch, long heads, long kv_heads,

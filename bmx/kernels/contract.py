@@ -5,7 +5,7 @@ torch and is the specification: the other modules compute the same faster, and t
 decline. ``Capabilities`` says what a back end takes over; ``registry`` holds one description for each module.
 
 Shapes: T tokens of a chunk or packed tokens of a step, B decoding tokens, S slots, H query heads, K kv heads,
-G = H / K, C rows of a head in a slot, P rows of a slot in use, D key dim, E value dim, M ways of adding up attention,
+G = H / K, C rows of a head in a slot, P rows of a slot in use, D key dim, E value dim, M sums of attention,
 I and O input and output size of a linear layer.
 """
 
@@ -120,8 +120,8 @@ class KernelModule(Protocol):
     ) -> bool:
         """The decoding tokens' whole part of a layer: append or evict, attend, accumulate.
 
-        A token takes row ``position`` of its slot while that is below its row limit, else in each kv head the row of
-        the pair that goes first in the order (of equals the lowest row). Then it attends to the rows in use, its own
+        A token takes row ``position`` of its slot while that is below its row limit; else, in each kv head, the row of
+        the pair that the order evicts first (of equals, the lowest row). Then it attends to the rows in use, its own
         pair among them, and the mean of its query heads' probabilities is added to the attention mass.
 
         Args:
@@ -135,7 +135,7 @@ class KernelModule(Protocol):
             row_limits: [B] int64, rows of a head that each sequence may use, if its slot has as many.
             scale: factor of the dot products.
             order: which pair is evicted first.
-            decay: factor of the attention mass added up before, as the tokens' attention comes on top.
+            decay: factor on the earlier attention mass, before the tokens' attention is added.
             accumulate: whether to add this step's attention to the mass; the mass of a new pair starts at 0 anyway.
             softcap: as in ``attend_chunk``.
             sinks: [H], as in ``attend_chunk``.
@@ -162,9 +162,9 @@ class KernelModule(Protocol):
         """The prompt chunks' whole part of a layer: attend, add up attention, evict.
 
         Each chunk attends to its slot and causally to itself. The attention that keys receive is added to the mass of
-        rows in use, unless the sequence will never evict. Then the pairs of slot and chunk that go last in the order
-        stay, as many as the row limit says (of equals the first, rows before tokens); survivors of the chunk take, in
-        order, the rows of the pairs that go.
+        rows in use, unless the sequence never evicts. Then as many pairs of slot and chunk are kept as the row limit
+        says: those that the order evicts last (of equals, the first; rows before tokens). The chunk's survivors take,
+        in order, the rows of evicted pairs, then empty rows.
 
         Args:
             output: [T, H, E], contiguous; the chunks' tokens are written, others left as they are.
@@ -232,7 +232,7 @@ class KernelProfile:
         decode_operators: operators started per layer and group of decoding slots.
         own_operators: share of the model's own operators that is left to torch, in their number and their traffic.
         thin_bandwidth: bandwidth of products with few rows, relative to torch's.
-        all_slots: slots that do not decode are attended to as well, unless they are most of them.
+        all_slots: slots that do not decode are attended to as well, unless fewer than half of all decode.
         slot_bandwidth: bandwidth with which slots are read, relative to torch's products with few rows.
         ahead: operators are started while earlier ones run, and replayed where all slots decode.
     """
@@ -267,13 +267,13 @@ class Workspace(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a back end takes over, for those who choose, plan and forecast.
+    """What a back end takes over: read by the choice of kernels, by plans and by forecasts.
 
     Attributes:
         model_dtypes: torch's names of the types for which it replaces the model's linear layers, norms, gated MLPs
             and rotary embedding.
-        fuses_steps: ``decode_step`` and ``prefill_step`` run in place of policy and pool wherever a layer's pairs go
-            by an ``EvictionOrder``.
+        fuses_steps: ``decode_step`` and ``prefill_step`` run in place of policy and pool in layers whose pairs are
+            evicted in an ``EvictionOrder``.
         asynchronous: its steps are launched before earlier ones are done, on any device; torch's own are on a GPU.
         capturable: fused decode steps can be captured as CUDA graphs: nothing in them depends on the host.
         skips_empty_rows: fused steps never read rows that hold no pair, so slots need not be emptied between sequences.

@@ -4,7 +4,7 @@ Implements all of ``contract.KernelModule``, where arguments and results are exp
 against it. Knows tensors only.
 
 Shapes: T chunk tokens, B decoding tokens, S slots, H query heads, K kv heads, G = H / K, C rows of a slot,
-P rows in use, D key dim, E value dim, M ways of adding up attention.
+P rows in use, D key dim, E value dim, M sums of attention.
 """
 
 from __future__ import annotations
@@ -157,15 +157,15 @@ def decode_step(
         if slot < 0:
             output[token] = 0
             continue
-        keys, values, lies_at, mass = rows.slot(slot)
+        keys, values, row_positions, mass = rows.slot(slot)
         limit = min(row_limit, rows.capacities[slot])
         if position < limit:
             row = torch.full_like(heads, position)
         else:
             received = None if mass is None else mass[:, :limit]
-            row = rank(lies_at[:, :limit], received, position, order).argmin(1)  # [K], of equals the first
+            row = rank(row_positions[:, :limit], received, position, order).argmin(1)  # [K], of equals the first
         keys[heads, row], values[heads, row] = key[token], value[token]
-        lies_at[heads, row] = position
+        row_positions[heads, row] = position
         if mass is not None:
             mass[heads, row] = 0
         used = slice(min(position + 1, limit))
@@ -176,7 +176,7 @@ def decode_step(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
-            hidden=None if order.window is None else lies_at[:, used].unsqueeze(0) <= position - order.window,
+            hidden=None if order.window is None else row_positions[:, used].unsqueeze(0) <= position - order.window,
             want_mass=accumulate,
         )
         output[token] = answer[0]
@@ -226,10 +226,10 @@ def prefill_step(
 
 
 def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor | None, *, order: EvictionOrder) -> bool:
-    """What follows the attention of prompt chunks: of each slot and chunk, the best pairs stay.
+    """Keep the best pairs of each slot and its chunk, once the chunks have attended.
 
-    As many stay as the row limit says; of equals the first, rows before tokens. The survivors of a chunk take, in
-    order, the rows of the pairs that go and then empty rows. The mass of rows in use is up to date already.
+    As many are kept as the row limit says; of equals, the first, rows before tokens. The survivors of a chunk take, in
+    order, the rows of evicted pairs, then empty rows. The mass of rows in use is up to date already.
 
     Args:
         key: [T, K, D], of all packed tokens, each vector contiguous.
@@ -277,7 +277,7 @@ def rank(positions: Tensor, mass: Tensor | None, now: int, order: EvictionOrder)
         order: which pair is evicted first.
 
     Returns:
-        +inf for sink and recent tokens; else -inf for NaN. -inf for empty rows and for pairs out of the window.
+        -inf for empty rows and pairs out of the window; of the others, +inf for sink and recent tokens, -inf for NaN.
     """
     received = torch.zeros_like(positions, dtype=torch.float32) if mass is None else mass
     scores = positions.float() if order.by == "age" else received

@@ -59,10 +59,10 @@ class Chunks:
         slots: number of the sequence's slot.
         starts: tokens of the sequence before the chunk.
         row_limits: rows of a head that the sequence may use, if its slot has as many.
-        totals: tokens of the sequence once its answer is as long as it may get.
+        totals: tokens of the sequence when its answer has its maximum length.
         table: [6, N] int64, the same six columns, in this order, on the device.
         query_weights: [T] float32, the weight of each packed token's attention; None if all weigh 1.
-        decay: [N] float32, factor of the mass added up before, as the chunk's attention comes on top; None for 1.
+        decay: [N] float32, factor on the earlier mass, before the chunk's attention is added; None for 1.
     """
 
     offsets: tuple[int, ...]
@@ -76,6 +76,6 @@ class Chunks:
     decay: Tensor | None = None
 
     def may_evict(self, rows: Rows) -> list[bool]:
-        """Of each chunk, whether its sequence will ever evict in this layer."""
+        """Whether each chunk's sequence ever evicts in this layer."""
         each = zip(self.totals, self.row_limits, self.slots, strict=True)
         return [total > min(limit, rows.capacities[slot]) for total, limit, slot in each]

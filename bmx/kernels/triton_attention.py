@@ -20,7 +20,7 @@ TO_TWO = tl.constexpr(1.4426950408889634)  # from exponents of e to exponents of
 
 @dataclass(frozen=True)
 class Parts:
-    """A dimension as one power of two, or as the sum of two; ``high`` is 0 if there is one."""
+    """A dimension as one power of two, or as the sum of two; ``high`` is 0 if one is enough."""
 
     whole: int
     low: int
@@ -79,7 +79,7 @@ def _part(base, offsets, valid, begin: tl.constexpr, size: tl.constexpr, dim: tl
 
 @triton.jit
 def _vectors(base, offsets, valid, parts: tl.constexpr, masked: tl.constexpr):
-    """The vectors at these offsets, in two parts (the same one twice if there is but one); zeros where not valid."""
+    """The vectors at these offsets, in two parts (the first one twice if ``high`` is 0); zeros where not valid."""
     low = _part(base, offsets, valid, 0, parts.low, parts.whole, masked)
     high = low
     if parts.high > 0:

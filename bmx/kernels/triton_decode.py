@@ -58,7 +58,7 @@ def rank(position, received, now, order: tl.constexpr):
     if order.by == "age":
         score = position.to(tl.float32)
     if order.by == "average":
-        age = tl.maximum(now - position, 1)  # of pairs out of the window it does not matter
+        age = tl.maximum(now - position, 1)  # pairs out of the window get -inf below, whatever their age
         score = tl.div_rn(received, age.to(tl.float32))
     score = tl.where((position < order.sink) | (position >= now - order.recent), INFINITY, score)
     gone = (position < 0) | (score != score)  # noqa: PLR0124 - NaN
@@ -211,7 +211,7 @@ def _decode(
     )
     own_key = tl.load(key.data + token * key.token + head * key.head + d, mask=d < dim, other=0.0)
     own_value = tl.load(value.data + token * value.token + head * value.head + e, mask=e < value_dim, other=0.0)
-    tl.debug_barrier()  # the search has read all that it reads
+    tl.debug_barrier()  # every thread has finished the search
     tl.store(keys + row * dim + d, own_key, mask=d < dim)
     tl.store(values + row * value_dim + e, own_value, mask=e < value_dim)
     tl.store(positions + row, position)

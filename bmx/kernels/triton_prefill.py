@@ -3,7 +3,7 @@
 Knows tensors only, and reads none on the host. The kernels are in ``triton_attention``.
 
 Shapes: T packed tokens, N chunks, H query heads, K kv heads, R rows of all slots and heads, P rows in use of a slot,
-D key dim, E value dim, M ways of adding up attention.
+D key dim, E value dim, M sums of attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The tensors in which a layer's keys, or values, lie: in the model's dtype, or encoded; and the newest ones exactly.
+"""Stores of a layer's keys or values, in the model's dtype or encoded; and exact copies of the newest pairs.
 
 Vectors of a slot are independent of each other, so that one can be overwritten alone; only ``ByChannel`` ties groups of
-rows together. Knows rows; knows nothing of scores or of what a vector is for.
+rows together. Knows rows; knows nothing of scores, and does not tell keys from values.
 
 Shapes: S slots, K kv heads, C rows, D dim, W exact rows, B slots addressed, R rows in use, T chunk tokens.
 """

@@ -177,7 +177,7 @@ def spec_from_config(folder: Path, itemsize: int) -> ModelSpec | None:
         itemsize: bytes of an activation.
 
     Raises:
-        ModelError: config.json is not one, or contradicts itself or the weights.
+        ModelError: config.json is missing or not a JSON object, or contradicts itself or the weights.
     """
     config = read_config(folder)
     architecture = ARCHITECTURES.get(str(config.get("model_type")))

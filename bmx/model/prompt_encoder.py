@@ -271,7 +271,7 @@ def _split_at(mark: str, piece: str, plain: bool, token: str) -> list[tuple[str,
     Args:
         mark: stands for the spelling of ``token``.
         piece: a part of a prompt.
-        plain: whether the piece may contain marks; a part of a spelling contains none.
+        plain: whether the piece may contain marks; False for a part of a spelling.
         token: a control token.
 
     Returns:
