@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from bmx.errors import UsageError
 from bmx.policies import POLICIES
-from bmx.settings import ALWAYS, IF_CHUNKED, IF_EVICTING, IF_TRUE, NEVER, NOT_IN_BENCH, Setting
+from bmx.settings import ALWAYS, IF_CHUNKED, IF_EVICTING, IF_TRUE, NEVER, NOT_IN_BENCH, Setting, check_types
 from bmx.units import parse_budget, parse_bytes, parse_count, parse_layers, parse_policy, parse_shared
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
@@ -24,7 +24,7 @@ class EngineConfig:
     """The model, the KV cache and the memory.
 
     Raises:
-        UsageError: values that contradict each other.
+        UsageError: a value of another type, or values that contradict each other.
     """
 
     model: Annotated[
@@ -225,13 +225,18 @@ class EngineConfig:
     ] = True
 
     def __post_init__(self) -> None:
+        check_types(self)
+        budget = self.kv_budget
+        if budget != "auto" and (isinstance(budget, str) or (isinstance(budget, float) and not 0 < budget <= 1)):
+            hint = "512 is a number of KV pairs, 0.25 a quarter of each prompt"
+            raise UsageError(f"kv_budget must be a whole number or a share, not {budget!r:.80}", hint=hint)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1: {self.gpu_memory_utilization}")
         if self.kv_sink < 0 or self.kv_recent < 1:
             raise UsageError("kv_sink must be at least 0 and kv_recent at least 1")
         if not 0 < self.kv_probe_weight <= 1:
             raise UsageError(f"kv_probe_weight must be above 0 and at most 1: {self.kv_probe_weight}")
-        if isinstance(self.kv_budget, float) and self.kv_layer_budgets != "uniform":
+        if isinstance(budget, float) and self.kv_layer_budgets != "uniform":
             raise UsageError(
                 "kv_layer_budgets needs a budget in KV pairs, not a share of the prompt",
                 hint="give --kv-budget a number",
@@ -275,7 +280,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
-    """How a row becomes the text that the model reads."""
+    """How a row becomes the text that the model reads.
+
+    Raises:
+        UsageError: a value of another type.
+    """
 
     system_prompt: Annotated[
         str | None,
@@ -305,3 +314,6 @@ class PromptConfig:
             commands=NOT_IN_BENCH,
         ),
     ] = "error"
+
+    def __post_init__(self) -> None:
+        check_types(self)

@@ -12,6 +12,8 @@ BmxError                  a job that cannot start or continue (exit 1)
 RowError                  one input line cannot be answered: it becomes a Result, never an exit
 """
 
+from __future__ import annotations
+
 
 class BmxError(Exception):
     """A job that cannot start or continue.
@@ -72,3 +74,9 @@ class RowError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return type(self), (
+            self.code,
+            self.message,
+        )  # an exception is otherwise copied and pickled by its message alone

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from bmx.errors import RowError, UsageError
-from bmx.settings import ALWAYS, NOT_IN_BENCH, Setting
+from bmx.settings import ALWAYS, NOT_IN_BENCH, Setting, check_types
 
 MAX_STOP_STRINGS = 16
 
@@ -16,7 +16,7 @@ class SamplingParams:
     """How the tokens of one answer are chosen.
 
     Raises:
-        UsageError: a value out of range; the message names it.
+        UsageError: a value of another type or out of range; the message names it.
     """
 
     max_tokens: Annotated[
@@ -86,6 +86,7 @@ class SamplingParams:
     ] = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         checks = {
             "max_tokens": 1 <= self.max_tokens < 2**31,
             "temperature": 0 <= self.temperature <= 100,
@@ -114,7 +115,7 @@ class Request:
         seeded: whether the seed is the request's own; otherwise the id is mixed into it.
 
     Raises:
-        UsageError: a prompt or messages of another type.
+        UsageError: both of them, or a value of another type.
     """
 
     id: str | int
@@ -125,11 +126,19 @@ class Request:
     seeded: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str | None):
-            raise UsageError(f"a request's prompt must be text, not {type(self.prompt).__name__}")
+        declared: tuple[tuple[str, Any, Any, str], ...] = (
+            ("id", self.id, str | int, "text or a whole number"),
+            ("prompt", self.prompt, str | None, "text"),
+            ("params", self.params, SamplingParams, "SamplingParams"),
+        )
+        for name, value, kind, words in declared:
+            if not isinstance(value, kind):
+                raise UsageError(f"a request's {name} must be {words}, not {type(value).__name__}")
         messages = () if self.messages is None else self.messages
         if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
             raise UsageError("a request's messages must be dicts", hint='[{"role": "user", "content": "Hello"}]')
+        if self.prompt is not None and self.messages is not None:
+            raise UsageError("a request has a prompt or messages, not both")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

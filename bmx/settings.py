@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bmx.errors import UsageError
 from bmx.units import EXPECTED
@@ -129,8 +130,7 @@ class Setting:
         except UnicodeEncodeError:
             raise UsageError(f"{self.name} is not UTF-8") from None
         except (ValueError, TypeError, OverflowError):
-            shown = repr(value)[:80] if value is None or isinstance(value, str | int | float) else "a list or mapping"
-            raise UsageError(f"{self.name} cannot be {shown}", hint=f"it takes {self.expected}") from None
+            raise UsageError(f"{self.name} cannot be {_shown(value)}", hint=f"it takes {self.expected}") from None
 
     def _coerced(self, value: Any) -> Any:
         if value is None and type(None) in get_args(self.type):
@@ -151,6 +151,13 @@ class Setting:
         if isinstance(item, str) and not self.is_path:
             item.encode()
         return item
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, for people: plain values as they are, others by what they are."""
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)[:80]
+    return "a list or mapping" if isinstance(value, list | tuple | Mapping) else f"of type {type(value).__name__}"
 
 
 def _converted(kind: Any, value: Any) -> Any:
@@ -180,3 +187,32 @@ def settings_in(section: type, group: str = "") -> tuple[Setting, ...]:
         default = None if field.default is MISSING else field.default
         described.append(replace(setting, name=field.name, type=kind, default=default, group=group))
     return tuple(described)
+
+
+def check_types(section: Any) -> None:
+    """Compare each value of a dataclass of settings with its declared type.
+
+    Raises:
+        UsageError: a value of another type; the message names the setting.
+    """
+    declaring: type = type(section)
+    for name, kinds in _declared_types(declaring):
+        value = getattr(section, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise UsageError(f"{name} must be {words}, not {_shown(value)}")
+
+
+@cache
+def _declared_types(section: type) -> tuple[tuple[str, tuple[type, ...]], ...]:
+    return tuple((setting.name, tuple(dict.fromkeys(_plain_types(setting.type)))) for setting in settings_in(section))
+
+
+def _plain_types(declared: Any) -> tuple[type, ...]:
+    """The classes of the values that a type allows; a whole number is a number too, and a list may be a tuple's."""
+    origin = get_origin(declared)
+    if origin in (Union, UnionType):
+        return tuple(kind for part in get_args(declared) for kind in _plain_types(part))
+    if origin is Literal:
+        return tuple(type(word) for word in get_args(declared))
+    return {tuple: (tuple, list), float: (float, int)}.get(origin or declared, (origin or declared,))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
+from pathlib import Path
 
 import pytest
 from conftest import answers, as_requests, random_prompts, tiny_engine, words
@@ -11,6 +14,7 @@ from families import tiny_model
 
 import bmx
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams, UsageError
+from bmx.errors import ModelError
 
 PROMPTS = random_prompts((5, 30, 12))
 
@@ -49,6 +53,9 @@ def test_keywords_replace_what_a_config_says():
         ({"gpu_memory_utilization": 2}, "gpu_memory_utilization", None),
         ({"max_tokens": 9}, "max_tokens belongs to a call", "engine.generate(prompts, max_tokens=9)"),
         ({"output_file": "x"}, "unknown setting 'output_file'", None),
+        ({"kv_budget": "auto"}, "kv_budget auto is for runs of the command line", "give a number"),
+        ({"dtype": object()}, "dtype cannot be of type object", "bfloat16"),
+        ({"prompt_template": "Sum up: {document}"}, "prompts from Python are whole", "fill it yourself"),
     ],
 )
 def test_a_wrong_setting_is_refused_at_once(keywords, says, hint):
@@ -136,6 +143,17 @@ def test_a_text_that_cannot_be_answered_is_an_error_among_the_others():
         (lambda engine: engine.stream(Request(id=1)), "a list of requests is needed, not Request"),
         (lambda engine: Request(id=1, prompt=5), "a request's prompt must be text, not int"),
         (lambda engine: Request(id=1, messages="a"), "a request's messages must be dicts"),
+        (lambda engine: Request(id=None, prompt="a"), "a request's id must be text or a whole number, not NoneType"),
+        (lambda engine: Request(id=1, prompt="a", params={"top_k": 5}), "params must be SamplingParams, not dict"),
+        (lambda engine: Request(id=1, prompt="a", messages=({"role": "user", "content": "b"},)), "not both"),
+        (lambda engine: SamplingParams(max_tokens="5"), "max_tokens must be int, not '5'"),
+        (lambda engine: SamplingParams(max_tokens=True), "max_tokens must be int, not True"),
+        (lambda engine: SamplingParams(stop="ab"), "stop must be tuple or list, not 'ab'"),
+        (lambda engine: EngineConfig(kv_sink="4"), "kv_sink must be int, not '4'"),
+        (lambda engine: EngineConfig(memory_limit="8G"), "memory_limit must be int or None, not '8G'"),
+        (lambda engine: EngineConfig(kv_budget="512"), "kv_budget must be a whole number or a share, not '512'"),
+        (lambda engine: EngineConfig(kv_budget=5.5), "kv_budget must be a whole number or a share, not 5.5"),
+        (lambda engine: PromptConfig(system_prompt=5), "system_prompt must be str or None, not 5"),
     ],
 )
 def test_a_wrong_type_is_a_clear_error(fake, call, says):
@@ -143,6 +161,20 @@ def test_a_wrong_type_is_a_clear_error(fake, call, says):
         call(fake)
     assert says in raised.value.message
     assert len(fake.generate(["a"])) == 1  # the engine is of use all the same
+
+
+def test_results_are_copied_and_pickled_with_their_errors():
+    engine = tiny_engine("llama", kv_policy="none")
+    answer, failed = engine.generate([words(PROMPTS[0]), ""], max_tokens=3)
+    pickled = pickle.loads(pickle.dumps([answer, failed]))  # noqa: S301 - its own
+    for again in (pickled, copy.deepcopy([answer, failed])):
+        assert again[0] == answer
+        assert (again[1].id, again[1].error.code, again[1].error.message) == (1, "invalid_request", str(failed.error))
+
+
+def test_a_model_may_be_a_path():
+    with pytest.raises(ModelError, match="no such model folder: /nowhere"):
+        Engine.open(Path("/nowhere"))
 
 
 def test_wrong_values_are_usage_errors():
@@ -173,7 +205,35 @@ def test_a_closed_engine_frees_its_model_and_says_so_when_it_is_used():
     ):
         with pytest.raises(UsageError, match="this engine is closed"):
             use()
+    for use in (lambda: engine.stream([request]), lambda: engine.generate([]), engine.__enter__):
+        with pytest.raises(UsageError, match="this engine is closed"):
+            use()  # at once, not only when a first result is wanted
     engine.close()  # once more does no harm
+
+
+def test_a_stream_outlives_its_closed_engine_and_frees_the_model_when_it_ends():
+    requests = as_requests(PROMPTS, max_tokens=4)
+    engine = tiny_engine(tiny_model("llama"), kv_policy="none", max_num_seqs=1)
+    model = weakref.ref(engine.backend.model)
+    stream = engine.stream(requests)
+    first = next(stream)
+    engine.close()
+    assert len([first, *stream]) == len(requests)
+    gc.collect()
+    assert model() is None
+
+
+def test_two_engines_answer_at_once_and_one_engine_refuses_a_second_stream():
+    requests = as_requests(PROMPTS, max_tokens=4)
+    first, second = (tiny_engine(tiny_model("llama"), kv_policy="none", max_num_seqs=1) for _ in range(2))
+    pairs = list(zip(first.stream(requests), second.stream(requests), strict=True))
+    assert [a.token_ids for a, _ in pairs] == [b.token_ids for _, b in pairs]
+    stream = first.stream(requests)
+    next(stream)
+    with pytest.raises(UsageError, match="answering other requests"):
+        first.generate(["w5"])
+    stream.close()
+    assert first.generate(["w5"], max_tokens=1)[0].error is None
 
 
 def test_an_engine_with_the_same_model_keeps_it():

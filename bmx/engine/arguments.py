@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from os import PathLike
 from typing import Any
 
 from bmx.config import EngineConfig, PromptConfig
 from bmx.errors import UsageError
+from bmx.model.instructions import INSTRUCTIONS
 from bmx.request import Request, Result, SamplingParams
 from bmx.settings import settings_in
 
 
 def gather_settings(
-    model: str | EngineConfig, prompt: PromptConfig | None, keywords: Mapping[str, Any]
+    model: str | PathLike[str] | EngineConfig, prompt: PromptConfig | None, keywords: Mapping[str, Any]
 ) -> tuple[EngineConfig, PromptConfig]:
     """The settings of an engine.
 
     Args:
-        model: a model's name, or settings to begin with.
+        model: a model's name or path, or settings to begin with.
         prompt: settings of prompts to begin with.
         keywords: settings by name, with values as on the command line or in a file; they replace those given before.
 
     Raises:
         UsageError: an unknown name, a wrong type, a value out of range, or values that contradict each other.
     """
-    if isinstance(model, str):
-        model = EngineConfig(model=model)
+    if isinstance(model, str | PathLike):
+        model = EngineConfig(model=str(model))
     if not isinstance(model, EngineConfig) or not isinstance(prompt, PromptConfig | None):
         raise UsageError(
             f"an engine is opened by a model's name or an EngineConfig, and a PromptConfig: not {_kind(model)}, "
@@ -42,10 +44,14 @@ def gather_settings(
         )
     values = _coerced(keywords, (EngineConfig, PromptConfig))
     of_engine = {field.name for field in fields(EngineConfig)}
-    return (
-        replace(model, **{name: value for name, value in values.items() if name in of_engine}),
-        replace(prompt or PromptConfig(), **{name: value for name, value in values.items() if name not in of_engine}),
-    )
+    config = replace(model, **{name: value for name, value in values.items() if name in of_engine})
+    if values.get("prompt_template") and INSTRUCTIONS not in (config.kv_protect, config.kv_probe):
+        raise UsageError(
+            "prompt_template is filled from the rows of a file; prompts from Python are whole",
+            hint="fill it yourself: engine.generate([template.format(document=text) for text in texts])",
+        )
+    others = {name: value for name, value in values.items() if name not in of_engine}
+    return config, replace(prompt or PromptConfig(), **others)
 
 
 def sampling_params(keywords: Mapping[str, Any]) -> SamplingParams:

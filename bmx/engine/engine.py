@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
@@ -66,7 +67,9 @@ class Engine:
         self._running = False
 
     @classmethod
-    def open(cls, model: str | EngineConfig = "demo", prompt: PromptConfig | None = None, **settings: Any) -> Engine:
+    def open(
+        cls, model: str | PathLike[str] | EngineConfig = "demo", prompt: PromptConfig | None = None, **settings: Any
+    ) -> Engine:
         """Load a model.
 
         Args:
@@ -74,6 +77,8 @@ class Engine:
             prompt: settings of prompts.
             settings: settings by their names, as the fields of ``EngineConfig`` and ``PromptConfig`` and with values
                 as on the command line: ``kv_budget=512``, ``memory_limit="8G"``. They replace those given before.
+                ``prompt_template`` fills no prompts here: it only names the words that ``kv_protect="instructions"``
+                and ``kv_probe="instructions"`` look for.
 
         Raises:
             ModelError: the model cannot be found, loaded, or run correctly.
@@ -85,11 +90,16 @@ class Engine:
         return cls(config, prompt, *open_model(config))
 
     def close(self) -> None:
-        """Free the model; this engine is of no use afterwards. An engine with the same model keeps it."""
+        """Free the model. Whatever is called on this engine afterwards raises a ``UsageError``.
+
+        An engine with the same model keeps it. So does a stream that has begun: it can still be read to its end, and
+        the model is freed when it ends or is closed itself.
+        """
         self._backend = None
         release()
 
     def __enter__(self) -> Engine:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,7 +117,7 @@ class Engine:
         return self._backend
 
     def with_config(self, config: EngineConfig) -> Engine:
-        """An engine with the same model and other settings of its cache and memory."""
+        """An engine with the same model and other settings of its cache and memory; one of the two runs at a time."""
         return Engine(config, self._prompt, self.tokenizer, self.backend)
 
     def with_backend(self, backend: Backend) -> Engine:
@@ -147,6 +157,7 @@ class Engine:
         return self._in_order(chat_requests(conversations, sampling_params(sampling)))
 
     def _in_order(self, requests: list[Request]) -> list[Result]:
+        self._check_open()
         results = {result.id: result for result in self.stream(requests)} if requests else {}
         return [results[request.id] for request in requests]
 
@@ -157,10 +168,11 @@ class Engine:
             requests: each with its own id and sampling parameters.
 
         Raises:
-            UsageError: an item that is not a request.
+            UsageError: an item that is not a request, or another stream of this engine has not ended.
             MemoryLimitError: not even one request fits.
             DeviceError: the GPU failed; no results follow those that were handed out.
         """
+        self._check_open()
         return self.run(list(checked_requests(requests)))
 
     def encode(self, request: Request) -> list[int]:
