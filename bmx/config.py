@@ -47,8 +47,8 @@ class EngineConfig:
     quantization: Annotated[
         Literal["none", "int8"],
         Setting(
-            "int8: weights and inputs of the linear layers in 8 bits (W8A8), about twice as fast on a CPU with VNNI; "
-            "`bmx calibrate --quantization int8` measures what it costs",
+            "int8: weights and inputs of the linear layers in 8 bits (W8A8), about 1.5 times as fast on a CPU with "
+            "VNNI; `bmx calibrate --quantization int8` measures what it costs",
             decides_answers=ALWAYS,
             calibrated=True,
         ),

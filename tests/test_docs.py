@@ -149,7 +149,7 @@ def recipes() -> list[str]:
     return blocks(read("docs/guide.md"), "At night")
 
 
-def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_rows(nightly):
+def test_the_crontab_answers_at_night_resumes_and_retries_failed_rows(nightly):
     [crontab] = [block.splitlines() for block in recipes() if "@reboot" in block]
     assert re.match(r"15 1 \* \* \*  /", crontab[0])
     assert re.match(r"@reboot     /", crontab[1])
@@ -169,7 +169,7 @@ def test_the_crontab_answers_at_night_goes_on_after_a_reboot_and_retries_failed_
     assert nightly.log.read_text() == ""
 
 
-def test_the_systemd_timer_is_made_of_two_units_and_a_command_that_runs(nightly):
+def test_the_systemd_timer_is_two_units_and_a_command_that_runs(nightly):
     service, timer = (block for block in recipes() if block.startswith("["))
     units = []
     for text in (service, timer):

@@ -93,7 +93,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize(("files", "expected"), HOSTS.values(), ids=HOSTS)
-def test_free_host_memory_is_the_least_that_anyone_leaves(machine, files, expected):
+def test_free_host_memory_is_the_smallest_of_all_limits(machine, files, expected):
     machine({"/proc/meminfo": MEMINFO} | files)
     found = hardware.free_host_memory()
     assert (found.free, found.total, found.source) == expected
@@ -181,7 +181,7 @@ def test_the_peak_is_the_kernels_own_count(machine):
 
 
 @pytest.mark.parametrize("status", [FileNotFoundError(), "Name:\tbmx\n"], ids=repr)
-def test_without_the_kernels_count_there_is_a_peak(machine, status):
+def test_the_peak_is_known_without_the_kernels_count(machine, status):
     machine({"/proc/self/status": status})
     assert hardware.peak_resident_bytes() > 10**7
 
@@ -260,7 +260,7 @@ CORES = {
 
 
 @pytest.mark.parametrize(("files", "affinity", "expected"), CORES.values(), ids=CORES)
-def test_usable_cores_are_the_least_that_anyone_allows(machine, monkeypatch, files, affinity, expected):
+def test_usable_cores_are_the_smallest_of_all_limits(machine, monkeypatch, files, affinity, expected):
     machine(files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
     assert hardware.usable_cores() == expected
@@ -408,7 +408,7 @@ def test_without_a_driver_there_are_no_gpus(nvml, error):
     assert hardware.gpus() == []
 
 
-def test_a_hidden_device_hides_no_other(nvml):
+def test_a_hidden_device_does_not_hide_the_others(nvml):
     fake = nvml(gpu(), Hidden("container"), gpu(uuid="GPU-bbbb"))
     assert [found.uuid for found in hardware.gpus()] == ["GPU-aaaa", "GPU-bbbb"]
     assert fake.open == 0
@@ -417,7 +417,7 @@ def test_a_hidden_device_hides_no_other(nvml):
 @pytest.mark.parametrize(
     ("error", "unified"), [(NoPermission("memory"), False), (NotSupported("GB10"), True), (NVMLError("?"), False)]
 )
-def test_a_gpu_whose_memory_is_not_told_is_listed(nvml, error, unified):
+def test_a_gpu_whose_memory_nvml_does_not_report_is_listed(nvml, error, unified):
     nvml(gpu(free=error), gpu(uuid="GPU-bbbb"))
     first, second = hardware.gpus()
     assert (first.free, first.total, first.uuid, first.unified) == (None, None, "GPU-aaaa", unified)
@@ -436,7 +436,7 @@ UNTOLD = {
 
 @pytest.mark.parametrize("error", [NoPermission(), NotSupported(), Mismatch()], ids=repr)
 @pytest.mark.parametrize("question", UNTOLD)
-def test_a_question_without_an_answer_costs_only_that_answer(nvml, question, error):
+def test_a_failing_nvml_query_leaves_the_other_fields(nvml, question, error):
     nvml(gpu(**{question: error}), gpu(uuid="GPU-bbbb"))
     first, second = hardware.gpus()
     field, instead = UNTOLD[question]
@@ -444,13 +444,13 @@ def test_a_question_without_an_answer_costs_only_that_answer(nvml, question, err
     assert (first.free, second.uuid) == (70 * GB, "GPU-bbbb")
 
 
-def test_a_driver_that_will_not_count_its_devices_shows_none(nvml):
+def test_a_driver_that_cannot_count_its_devices_shows_none(nvml):
     fake = nvml(gpu(), count=NVMLError("GPU is lost"))
     assert hardware.gpus() == []
     assert fake.open == 0
 
 
-def test_a_driver_that_fails_at_the_end_has_told_all_the_same(nvml):
+def test_gpus_are_listed_although_nvml_fails_to_shut_down(nvml):
     nvml(gpu(), shutdown=NVMLError("uninitialised"))
     assert len(hardware.gpus()) == 1
 
@@ -497,7 +497,7 @@ HOLDERS = {
 
 
 @pytest.mark.parametrize(("users", "order", "text"), HOLDERS.values(), ids=HOLDERS)
-def test_people_are_told_who_else_holds_the_memory(nvml, users, order, text):
+def test_the_other_processes_on_a_gpu_are_named_with_their_memory(nvml, users, order, text):
     nvml(gpu(compute=[process(pid, used) for pid, used in users.items()]))
     (found,) = hardware.gpus()
     assert [other.pid for other in hardware.other_gpu_processes(found)] == order
@@ -553,13 +553,13 @@ def test_visible_gpus_are_those_of_cuda_visible_devices_in_its_order(nvml, monke
 
 
 @pytest.mark.parametrize("variable", ["GPU-a1,", "GPU-a1,G"])
-def test_what_is_no_uuid_is_not_taken_for_the_only_gpu(nvml, monkeypatch, variable):
+def test_an_invalid_uuid_does_not_select_the_only_gpu(nvml, monkeypatch, variable):
     nvml(gpu(uuid=UUIDS["a"]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert len(hardware.visible_gpus()) == 1
 
 
-def test_two_gpus_of_which_nvml_tells_nothing_are_not_the_same_one(nvml, monkeypatch):
+def test_two_gpus_without_uuid_and_bus_id_count_as_two(nvml, monkeypatch):
     nvml(*[gpu(uuid=NoPermission(), bus=NoPermission())] * 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert len(hardware.visible_gpus()) == 2
@@ -622,7 +622,7 @@ DEVICES = {
 
 
 @pytest.mark.parametrize(("properties", "devices", "expected"), DEVICES.values(), ids=DEVICES)
-def test_free_gpu_memory_is_the_less_of_what_cuda_and_nvml_say(nvml, cuda, properties, devices, expected):
+def test_free_gpu_memory_is_the_smaller_of_cudas_and_nvmls_value(nvml, cuda, properties, devices, expected):
     nvml(*devices)
     cuda(is_integrated=0, **properties)
     assert hardware.free_gpu_memory() == hardware.FreeMemory(*expected)
@@ -652,7 +652,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize(("properties", "memory", "meminfo", "group", "expected"), SHARED.values(), ids=SHARED)
-def test_a_gpu_without_memory_of_its_own_has_the_hosts(
+def test_a_gpu_without_memory_of_its_own_shares_the_hosts(
     nvml, cuda, machine, properties, memory, meminfo, group, expected
 ):
     nvml(gpu(free=memory, uuid="GPU-bbbb"))

@@ -59,7 +59,7 @@ def items(option):
     return {name: size for name, size in option["memory"].items() if name != "total"}
 
 
-def test_an_input_is_planned_for_each_budget_the_full_cache_and_decode_only_compression(plan, prompts):
+def test_an_input_is_planned_for_each_budget_the_full_cache_and_decode_only(plan, prompts):
     code, answer = plan(prompts, "--kv-budget", "40,64", "--max-tokens", "8")
     assert code == 0
     assert [(o["cache"], o["kv_budget"]) for o in answer["options"]] == [
@@ -76,7 +76,7 @@ def test_an_input_is_planned_for_each_budget_the_full_cache_and_decode_only_comp
     assert by_cache[0] < by_cache[1] < by_cache[3]
 
 
-def test_the_plan_of_a_run_is_the_plan_that_was_foretold(bmx, model, plan, prompts):
+def test_a_run_uses_the_plan_that_plan_batch_predicted(bmx, model, plan, prompts):
     """Slots, groups, step and every item but those that only a loaded process can tell."""
     settings = ("--kv-budget", "40", "--max-tokens", "8")
     _, answer = plan(prompts, *settings)
@@ -197,7 +197,7 @@ def test_measure_runs_the_largest_step(plan, prompts):
     ],
     ids=str,
 )
-def test_a_question_that_cannot_be_answered_is_one_line_and_a_hint(bmx, large, monkeypatch, arguments, said):
+def test_a_wrong_request_for_a_plan_is_one_line_and_a_hint(bmx, large, monkeypatch, arguments, said):
     monkeypatch.setattr(hardware, "gpus", list)
     ended = bmx("plan-batch", "--model", large, *arguments)
     assert ended.code in (2, 5)
@@ -212,7 +212,7 @@ def test_an_input_without_rows_has_no_plan(bmx, model, tmp_path):
     assert "no rows" in ended.err
 
 
-def test_a_gpu_here_is_planned_for_what_nobody_else_holds(bmx, large, monkeypatch):
+def test_a_plan_for_this_machines_gpu_leaves_out_memory_that_others_hold(bmx, large, monkeypatch):
     gpu = Gpu(
         name="Card", free=30 * 10**9, total=80 * 10**9, uuid="GPU-1", pci="0000:01:00.0",
         processes=(GpuProcess(pid=1, used=50 * 10**9),),
@@ -235,7 +235,7 @@ def test_a_gpu_here_is_planned_for_what_nobody_else_holds(bmx, large, monkeypatc
     ],
     ids=str,
 )
-def test_a_config_that_lies_about_its_heads_is_named(bmx, large, change, said):
+def test_a_config_with_impossible_heads_is_named(bmx, large, change, said):
     config = json.loads((large / "config.json").read_text())
     (large / "config.json").write_text(json.dumps(config | change))
     ended = bmx("plan-batch", "--model", large, "--max-input", "4k", "--gpu", "H100")

@@ -118,7 +118,7 @@ def test_a_limit_for_the_kv_cache_alone_is_kept_too(pool):
     ("total", "pool", "missing"),
     [(10**12, None, 0), (10**12, 10**12, 0), (-1, None, 1), (-1000, 10**12, 1000), (10**12, -5, 5), (-7, -5, 7)],
 )
-def test_what_is_missing_is_what_the_tighter_limit_lacks(total, pool, missing):
+def test_the_missing_bytes_are_those_of_the_tighter_limit(total, pool, missing):
     """Negative limits stand for so much less than what is needed."""
     memory = needed((SlotGroup(1024, 4),))
     total = total if total > 0 else memory.total + total
@@ -193,7 +193,7 @@ def test_attention_works_on_the_largest_slot_and_a_chunk_beside_it():
     assert memory.activations == 10_500 * 1024 + 7
 
 
-def test_slack_is_what_is_lost_in_any_case_and_a_share_of_what_moves():
+def test_slack_is_a_constant_and_a_share_of_activations_and_logits():
     memory = needed((SlotGroup(1024, 4),))
     assert memory.slack == 10 * MB + int(0.1 * (memory.activations + memory.logits))
 
@@ -308,7 +308,7 @@ def test_with_the_missing_megabytes_added_it_fits():
     assert planned(Limits(total=(100 + missing + 1) * MB), [1024]).slots == 1
 
 
-def test_a_tiny_shortage_is_not_called_none():
+def test_a_tiny_shortage_is_not_rounded_to_zero():
     exact = needed((SlotGroup(1024, 1),)).total
     with pytest.raises(MemoryLimitError) as caught:
         planned(Limits(total=exact - 1000), [1024])
@@ -359,7 +359,7 @@ def test_a_mixed_file_loses_less_than_a_tenth_to_rounding(policy, total, spread,
 
 
 @pytest.mark.parametrize("spread", [log_uniform, uniform])
-def test_one_capacity_for_all_would_lose_half_or_more(spread):
+def test_slots_of_one_capacity_would_waste_nearly_half(spread):
     """What the groups are for: the same prompts, all in slots of the longest."""
     rows = spread(200, 6000, 2000)
     assert 1 - sum(rows) / (len(rows) * max(rows)) > 0.45
@@ -389,7 +389,7 @@ def fewest(rows):
     ],
     ids=str,
 )
-def test_there_are_as_few_groups_as_leave_little_unused_and_these_are_the_best(rows):
+def test_groups_are_as_few_as_possible_on_small_files(rows):
     """Against every choice of capacities, on files small enough to try them."""
     found = capacities(rows)
     assert (len(set(found)), sum(found)) == fewest(rows)
@@ -397,7 +397,7 @@ def test_there_are_as_few_groups_as_leave_little_unused_and_these_are_the_best(r
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 2000) | st.integers(1, 60), min_size=1, max_size=9))
-def test_whatever_the_needs_there_are_as_few_groups_as_leave_little_unused(rows):
+def test_groups_are_as_few_as_possible_on_random_files(rows):
     found = capacities(rows)
     assert (len(set(found)), sum(found)) == fewest(rows)
 
@@ -442,7 +442,7 @@ def test_many_long_answers_get_more_slots_than_as_many_short_ones(long):
     assert {group.capacity: group.slots for group in found.groups} == {128: 10, 1024: 10} | {long: 100}
 
 
-def test_many_chunks_are_steps_too():
+def test_slots_are_shared_out_by_chunks_as_well_as_answers():
     """As many rows, as long an answer: one kind reads its prompt in one step, the other in 40."""
     lengths = [Length(256, 10, 100)] * 200 + [Length(40 * 256, 10, 1000)] * 200
     found = planned(Limits(total=10**12, slots=122), lengths)
@@ -462,7 +462,7 @@ def test_a_group_never_has_more_slots_than_rows():
     st.lists(st.builds(Length, st.integers(1, 3000), st.integers(1, 500), st.integers(1, 3000)), min_size=1),
     st.integers(1, 60),
 )
-def test_no_slot_would_be_of_more_use_in_another_group(lengths, slots):
+def test_moving_a_slot_to_another_group_would_not_shorten_the_job(lengths, slots):
     """The group that is busy longest decides how long a job takes. Whichever gave up a slot would be that group."""
     found = planned(Limits(total=10**13, slots=slots), lengths)
     rows, steps = {}, {}
@@ -582,7 +582,7 @@ def test_a_plan_shrinks_strictly_down_to_one_slot_and_one_chunk(rows, slots, chu
     assert len(plans) <= 20  # of 80 slots, and of steps of 40 chunks
 
 
-def test_the_largest_plan_there_is_shrinks_in_few_rounds():
+def test_the_largest_plan_shrinks_to_one_slot_in_few_rounds():
     plans = shrinking(planned(Limits(total=10**13), [16] * 6000))
     assert plans[0].slots == MAX_SLOTS
     assert len(plans) <= 35
@@ -595,7 +595,7 @@ def test_a_plan_shrinks_by_a_quarter_of_its_slots_and_half_of_its_step():
     assert second.groups == (SlotGroup(96, 45), SlotGroup(1000, 30))
 
 
-def test_fill_stays_true_when_groups_are_gone():
+def test_fill_is_computed_again_when_groups_are_dropped():
     """Down to one slot of 1,000 rows, the short rows waste most of it."""
     made = planned(Limits(total=10**13, slots=2), [96] * 99 + [1000])
     assert made.fill == 1.0
@@ -629,13 +629,13 @@ def test_no_step_is_larger_than_the_work_and_a_chunk_always_fits(prompts, config
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("chunk_size", [None, 64, 500])
-def test_chunks_are_what_was_asked_for_where_answers_depend_on_them(chunk_size, kind):
+def test_the_chunk_size_is_fixed_where_answers_depend_on_it(chunk_size, kind):
     found = sizes_of([6000] * 100, kind, chunk_size=chunk_size)
     assert {chunk for chunk, _ in found} == {chunk_size or 512}
     assert len({tokens for _, tokens in found}) > 1  # the rest of the step is free
 
 
-def test_the_chunk_is_free_without_eviction_unless_it_was_asked_for():
+def test_the_chunk_size_is_free_without_eviction_unless_it_is_set():
     free = sizes_of([6000] * 100, kv_policy="none")
     assert len({chunk for chunk, _ in free}) > 1
     assert {chunk for chunk, _ in sizes_of([6000] * 100, kv_policy="none", chunk_size=96)} == {96}
@@ -643,7 +643,7 @@ def test_the_chunk_is_free_without_eviction_unless_it_was_asked_for():
 
 @pytest.mark.parametrize("policy", ["average-attention", "none"])
 @pytest.mark.parametrize("tokens", [512, 600, 1000, 5000])
-def test_the_tokens_of_a_step_are_the_users(tokens, policy):
+def test_max_num_batched_tokens_is_the_size_of_every_step(tokens, policy):
     found = sizes_of([6000] * 100, max_num_batched_tokens=tokens, kv_policy=policy)
     assert {size for _, size in found} == {tokens}
     assert all(chunk <= tokens for chunk, _ in found)
@@ -654,7 +654,7 @@ def test_a_gpu_may_take_larger_steps_than_a_cpu():
     assert largest["cuda"] > 2 * largest["cpu"]
 
 
-def test_the_largest_step_comes_first_and_small_ones_are_there_for_little_memory():
+def test_step_sizes_fall_from_the_largest_to_one_chunk():
     for kind in ("cpu", "cuda"):
         tokens = [size for _, size in sizes_of([6000] * 100, kind)]
         assert tokens == sorted(tokens, reverse=True)
@@ -672,18 +672,18 @@ def test_without_a_limit_a_share_of_what_is_free_may_be_used():
     assert found == Limits(total=4000 * MB, source="50% of what is free, MemAvailable")
 
 
-def test_what_bmx_holds_already_counts_as_free():
+def test_memory_that_bmx_holds_already_counts_as_free():
     assert limits(EngineConfig(gpu_memory_utilization=0.5), FREE, held=1000 * MB).total == 4500 * MB
 
 
-def test_by_default_a_little_is_left_to_others():
+def test_by_default_92_percent_of_the_free_memory_may_be_used():
     found = limits(EngineConfig(), FREE, held=0)
     assert 0.8 * FREE.free < found.total < FREE.free
     assert "92%" in found.source
 
 
 @pytest.mark.parametrize(("asked", "total"), [(300 * MB, 300 * MB), (10**12, 4000 * MB)])
-def test_a_memory_limit_counts_unless_less_is_there(asked, total):
+def test_a_memory_limit_holds_unless_less_is_free(asked, total):
     found = limits(EngineConfig(memory_limit=asked, gpu_memory_utilization=0.5), FREE, held=0)
     assert found.total == total
     assert (found.source == "memory_limit") == (total == asked)

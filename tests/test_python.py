@@ -83,7 +83,7 @@ def test_results_come_in_the_order_of_the_texts():
     assert [result.usage.prompt_tokens for result in results] == [5, 30, 12]
 
 
-def test_any_iterable_of_texts_will_do(fake):
+def test_any_iterable_of_texts_is_accepted(fake):
     texts = ["one two", "three", "four five six"]
     expected = fake.generate(texts)
     assert fake.generate(iter(texts)) == fake.generate(tuple(texts)) == expected

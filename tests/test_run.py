@@ -217,7 +217,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_what_cannot_start_ends_before_the_model_is_loaded_and_writes_nothing(bmx, code, args, said):
+def test_a_job_that_cannot_start_ends_before_the_model_is_loaded(bmx, code, args, said):
     write(row())
     write(row("[/b]"), row(1), row("[/b]"), row("1"), to="twice.jsonl")
     before = folder()
@@ -296,7 +296,7 @@ def test_plain_progress_has_no_escape_codes_no_markup_and_no_wrapping(run):
     assert f"answers are in {name}" in ended.log
 
 
-def test_no_progress_is_silence(run):
+def test_progress_none_prints_nothing(run):
     assert run(write(row()), "-o", "-", "--progress", "none").err == ""
 
 
@@ -373,7 +373,7 @@ def test_a_pipeline_of_processes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_of_stdout_that_has_enough_is_no_error(tmp_path):
+def test_a_reader_that_closes_standard_output_is_no_error(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text(jsonl(*(row(i) for i in range(5000))))
     with started("run", source, "-o", "-", "-m", "fake", "--progress", "none", stdout=subprocess.PIPE) as process:
