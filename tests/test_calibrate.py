@@ -264,6 +264,12 @@ def test_a_torn_file_of_full_cache_answers_is_made_again(given):
     assert len(measured()["candidates"]) == 2
 
 
+def test_an_empty_list_of_candidates_is_one_that_was_not_given(given):
+    ended = given("--kv-policy", "", "--kv-budget", "", "--kv-format", "", "--kv-layer-budgets", "")
+    assert ended.code == 0
+    assert [entry["settings"]["kv_policy"] for entry in measured()["candidates"]] == ["average-attention"]
+
+
 # Wrong things
 
 

@@ -192,7 +192,7 @@ def calibrate(inputs: list[str], config: str | None, **flags: Any) -> None:
     from bmx.measure.calibrate import CalibrateOptions
     from bmx.measure.calibrate import calibrate as run_calibrate
 
-    compared = {name: flags.pop(name) for name in ("kv_policy", "kv_budget", "kv_format", "kv_layer_budgets")}
+    compared = {name: flags.pop(name) or None for name in ("kv_policy", "kv_budget", "kv_format", "kv_layer_budgets")}
     flags["kv_budget"] = EngineConfig().kv_budget  # a config file's `auto` would read what is measured here
     with _session("calibrate", inputs, config, flags) as (settings, own, display, stop):
         options = CalibrateOptions(

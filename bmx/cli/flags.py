@@ -131,7 +131,7 @@ def take_options(command: str, flags: dict[str, Any]) -> dict[str, Any]:
     """
     options = [option for option in OPTIONS if command in option.commands]
     given = {option.name: flags.pop(option.name) for option in options}
-    return {option.name: given[option.name] and option.coerce(given[option.name]) for option in options}
+    return {o.name: None if given[o.name] is None else o.coerce(given[o.name]) for o in options}
 
 
 def values_to_compare(name: str, text: str | None) -> tuple[Any, ...]:
