@@ -107,7 +107,7 @@ class Request:
     """One prompt and how to answer it: either ``prompt`` or ``messages``.
 
     Attributes:
-        id: stands in its result.
+        id: repeated in its result.
         prompt: text.
         messages: a conversation; each message has a ``role`` and a ``content``.
         params: how to sample the answer.

@@ -177,8 +177,8 @@ class Reader:
         if not isinstance(body, dict):
             raise RowError("invalid_request", "'body' must be an object")
         body = {name: value for name, value in body.items() if not _is_default(name, value)}
-        asked = "messages" if row.dialect == "chat.completion" else "prompt"
-        unknown = body.keys() - SAMPLING_FIELDS - OPENAI_KNOWN - {asked}
+        prompt_field = "messages" if row.dialect == "chat.completion" else "prompt"
+        unknown = body.keys() - SAMPLING_FIELDS - OPENAI_KNOWN - {prompt_field}
         if unknown:
             raise RowError("invalid_request", f"unsupported in 'body': {', '.join(sorted(unknown))[:500]}")
         model = body.get("model")

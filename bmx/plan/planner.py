@@ -96,7 +96,7 @@ class Plan:
         memory: bytes that the run takes.
         limits: bytes and slots that it may use.
         too_large: requests that would not fit even alone; they become errors, the others are answered.
-        needs: of the others, (rows of a slot, number of requests that need so many rows).
+        needs: pairs of (rows of a slot, number of requests that need exactly that number), for requests that fit.
         prefix_slots: slots that hold the state of text which several prompts share.
         profiled: what the largest step was measured to take, if it was measured.
     """
@@ -125,7 +125,7 @@ class Plan:
 
 
 def step_sizes(config: EngineConfig, kind: str, lengths: Sequence[Length], probe: int = 0) -> list[StepSize]:
-    """The step sizes to choose from, the fastest first where memory does not matter; none larger than the work.
+    """The step sizes to choose from, the fastest first where memory does not matter. No size is larger than the work.
 
     The ends of chunks decide what is evicted, and so the answers, which must not depend on the machine: chunks have
     the configured size. Where nothing is evicted, the chunk size is free.

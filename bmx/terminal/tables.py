@@ -17,7 +17,7 @@ CALIBRATION_COLUMNS = (
     "length",
 )  # fmt: skip
 BENCH_COLUMNS = (
-    "cache", "slots", "KV cache", "planned", "most seen", "generated tok/s", "in+out tok/s", "prompts/min",
+    "cache", "slots", "KV cache", "planned", "peak", "generated tok/s", "in+out tok/s", "prompts/min",
     "prefill tok/s", "MFU", "decode tok/s", "bandwidth", "batch-max is",
 )  # fmt: skip
 BENCH_NAMES = {"full_cache": "full cache", "decode_only": "decode-only", "batch_max": "batch-max"}
