@@ -161,17 +161,17 @@ CHUNKS = [(1, 0, 1, 32), (5, 3, 3, 64), (33, 20, 4, 64), (130, 45, 1, 96), (70, 
 @pytest.mark.parametrize(("tokens", "past", "group", "dim"), CHUNKS)
 def test_a_chunk_of_a_prompt_attends_as_float64_does(tokens, past, group, dim, details):
     chunk = chunk_of(tokens, past, group=group, dim=dim)
-    told = {"scale": dim**-0.5}
+    options = {"scale": dim**-0.5}
     if details in ("window", "both"):
-        told["hidden"] = window_mask(tokens, past, 2, window=11)
+        options["hidden"] = window_mask(tokens, past, 2, window=11)
     if details in ("sinks", "both"):
-        told["sinks"] = normal(2 * group, dtype=BF16)
-    votes = torch.stack([torch.ones(tokens), (torch.arange(tokens) >= tokens - 9).float()])
-    output, sums = avx512.attend_chunk(*chunk, query_weights=votes, **told)
-    expected, columns = dense_chunk(*chunk, query_weights=votes, **told)
+        options["sinks"] = normal(2 * group, dtype=BF16)
+    query_weights = torch.stack([torch.ones(tokens), (torch.arange(tokens) >= tokens - 9).float()])
+    output, sums = avx512.attend_chunk(*chunk, query_weights=query_weights, **options)
+    expected, columns = dense_chunk(*chunk, query_weights=query_weights, **options)
     torch.testing.assert_close(output.double(), expected, **NEAR)
     torch.testing.assert_close(sums.double(), columns[:-1], **NEAR)
-    unasked, none = avx512.attend_chunk(*chunk, **told)
+    unasked, none = avx512.attend_chunk(*chunk, **options)
     assert none is None
     assert torch.equal(unasked, output)
 
@@ -181,13 +181,13 @@ def test_a_chunk_of_a_prompt_attends_as_float64_does(tokens, past, group, dim, d
 def test_decoding_tokens_attend_as_float64_does(capacity, group, dim, details):
     query = normal(3, 2 * group, dim, dtype=BF16)
     keys, values = normal(5, 2, capacity, dim, seed=1, dtype=BF16), normal(5, 2, capacity, 64, seed=2, dtype=BF16)
-    slots, told = torch.tensor([4, 0, 3]), {"scale": dim**-0.5}
+    slots, options = torch.tensor([4, 0, 3]), {"scale": dim**-0.5}
     if details == "hidden":
-        told["hidden"] = (torch.arange(capacity) > torch.tensor([0, 7, 19]).view(-1, 1, 1)).expand(3, 2, capacity)
+        options["hidden"] = (torch.arange(capacity) > torch.tensor([0, 7, 19]).view(-1, 1, 1)).expand(3, 2, capacity)
     if details == "sinks":
-        told["sinks"] = normal(2 * group, dtype=BF16)
-    output, [mass] = avx512.attend_slots(query, keys, values, slots, want_mass=True, **told)
-    expected, columns = dense_slots(query, keys[slots], values[slots], **told)
+        options["sinks"] = normal(2 * group, dtype=BF16)
+    output, [mass] = avx512.attend_slots(query, keys, values, slots, want_mass=True, **options)
+    expected, columns = dense_slots(query, keys[slots], values[slots], **options)
     torch.testing.assert_close(output.double(), expected, **NEAR)
     torch.testing.assert_close(mass.double(), columns[0], **NEAR)
 
@@ -256,8 +256,8 @@ def test_compiled_and_plain_kernels_say_the_same_of_a_model(family, cpu_kernels)
         seen = logits[name] = []
         requests = as_requests(random_prompts([70]), max_tokens=1)
         answers(engine, requests, watch=lambda request, place, row, seen=seen: seen.append(row.float()))
-    [found], [expected] = logits["avx512"], logits["reference"]
-    assert (found - expected).norm() < 2e-2 * expected.norm()
+    [actual], [expected] = logits["avx512"], logits["reference"]
+    assert (actual - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_the_model_gets_its_own_forwards_back():

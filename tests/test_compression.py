@@ -122,10 +122,10 @@ class Spy:
     def rows(self, layer, slot=0, group=0):
         """Per head: {position: attention mass} of the rows in use."""
         part = self.pool.layer(group, layer)
-        notes = part.row_stats["mass"][slot] if "mass" in part.row_stats else torch.zeros_like(part.positions[slot])
+        received = part.row_stats["mass"][slot] if "mass" in part.row_stats else torch.zeros_like(part.positions[slot])
         return [
             {int(p): float(m) for p, m in zip(positions, mass, strict=True) if p >= 0}
-            for positions, mass in zip(part.positions[slot], notes, strict=True)
+            for positions, mass in zip(part.positions[slot], received, strict=True)
         ]
 
 

@@ -81,8 +81,8 @@ def test_a_sliding_window_larger_than_the_budget_is_compressed_too(window_over_b
     engine = tiny_engine(model, kv_budget=20, kv_recent=6, chunk_size=16)
     layer = engine.policy.layout(engine.spec, 20).layers[0]
     assert (layer.capacity, layer.by_age) == ((20, False) if window_over_budget else (8, True))
-    found = answers(engine, as_requests(prompts, max_tokens=8))
-    assert (found == reference_answers(model, prompts, 8)) is not window_over_budget
+    answered = answers(engine, as_requests(prompts, max_tokens=8))
+    assert (answered == reference_answers(model, prompts, 8)) is not window_over_budget
 
 
 LONGROPE = {

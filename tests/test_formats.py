@@ -75,12 +75,12 @@ def test_steps_are_no_finer_than_the_bits(name):
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
 def test_fp8_rounds_each_number_to_four_significant_bits(scale):
     vectors = drawn(50, 64) * scale
-    found, largest = back("fp8", vectors), vectors.abs().amax(-1, keepdim=True)
+    decoded, largest = back("fp8", vectors), vectors.abs().amax(-1, keepdim=True)
     normal = vectors.abs() > largest / 448 * 2**-6
-    relative = (found - vectors).abs() / vectors.abs()
+    relative = (decoded - vectors).abs() / vectors.abs()
     assert (relative[normal] <= 2**-4 + 3 * HALF).all()
     assert relative[normal].max() > 0.9 * 2**-4
-    assert ((found - vectors).abs() <= largest / 448 * 2**-10 + 3 * HALF * vectors.abs())[~normal].all()
+    assert ((decoded - vectors).abs() <= largest / 448 * 2**-10 + 3 * HALF * vectors.abs())[~normal].all()
 
 
 def test_fp8_keeps_small_numbers_beside_large_ones_where_int8_does_not():
@@ -106,11 +106,11 @@ def test_zeros_come_back_as_zeros(name):
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1e-5, 6e4])
 def test_huge_and_tiny_numbers_stay_numbers_of_their_size(name, size, dtype):
     vectors = (drawn(20, 16).clamp(-1, 1) * size).to(dtype)
-    found = back(name, vectors, dtype)
-    assert found.dtype == dtype
-    assert found.isfinite().all()
-    assert found.float().abs().max() <= 1.1 * size + 1e-4
-    assert (found - vectors).float().abs().max() <= 0.1 * size + 2e-5
+    decoded = back(name, vectors, dtype)
+    assert decoded.dtype == dtype
+    assert decoded.isfinite().all()
+    assert decoded.float().abs().max() <= 1.1 * size + 1e-4
+    assert (decoded - vectors).float().abs().max() <= 0.1 * size + 2e-5
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -123,11 +123,11 @@ def test_numbers_beyond_float16_stay_numbers(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_read_their_own_type(name, dtype):
     vectors = drawn(20, 16).to(dtype)
-    found = back(name, vectors, dtype)
-    assert found.dtype == dtype
+    decoded = back(name, vectors, dtype)
+    assert decoded.dtype == dtype
     exact = back(name, vectors.float())
     ends = exact.abs().amax(-1, keepdim=True) * torch.finfo(dtype).eps * 2
-    assert ((found.float() - exact).abs() <= ends).all()
+    assert ((decoded.float() - exact).abs() <= ends).all()
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -226,7 +226,7 @@ def arrive(part, slot, key, value, sizes):
 def by_group(name, keys):
     """Keys [T, K, D] in whole groups, each channel with levels between its least and its greatest number."""
     levels = 2 ** {"int8": 8, "int4": 4}[name] - 1
-    found = keys.double().clone()
+    decoded = keys.double().clone()
     for start in range(0, len(keys) - KEY_GROUP + 1, KEY_GROUP):
         for head in range(keys.shape[1]):
             for channel in range(keys.shape[2]):
@@ -234,8 +234,8 @@ def by_group(name, keys):
                 low = numbers.min().half()
                 width = ((numbers.max() - numbers.min()) / levels).half()
                 codes = ((numbers - low.float()) / width.float()).round().clamp(0, levels)
-                found[start : start + KEY_GROUP, head, channel] = codes * width.float() + low.float()
-    return found
+                decoded[start : start + KEY_GROUP, head, channel] = codes * width.float() + low.float()
+    return decoded
 
 
 ARRIVALS = [(90,), (1,) * 7, (7, 1, 24, 30), (31, 1, 1), (32, 32), (33, 40), (64, 26), (5, 90 - 5), ()]
@@ -291,9 +291,9 @@ def test_heads_of_an_odd_size_are_stored_too(name, by_channel):
     key, value = drawn(40, 2, 7), drawn(40, 2, 9, seed=1)
     part = allocated(layer(name, 40, exact=KEY_GROUP if by_channel else 4, by_channel=by_channel, dim=7))
     arrive(part, 0, key, value, (37,))
-    for found, given in zip(part.read(0, 40), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
-        assert found.shape == given.shape
-        assert (found - given).abs().max() < 0.3
+    for decoded, given in zip(part.read(0, 40), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
+        assert decoded.shape == given.shape
+        assert (decoded - given).abs().max() < 0.3
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -303,9 +303,9 @@ def test_the_newest_pairs_are_exact_and_the_others_in_fewer_bits(name, exact, si
     key, value = drawn(30, 2, 6), drawn(30, 2, 8, seed=1)
     part = allocated(layer(name, 30, exact=exact))
     arrive(part, 2, key, value, sizes)
-    for found, given in zip(part.read(2, 30), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
-        assert torch.equal(found[:, -exact:], given[:, -exact:])
-        assert torch.equal(found[:, :-exact], back(name, given[:, :-exact]))
+    for decoded, given in zip(part.read(2, 30), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
+        assert torch.equal(decoded[:, -exact:], given[:, -exact:])
+        assert torch.equal(decoded[:, :-exact], back(name, given[:, :-exact]))
     assert not torch.equal(part.read(2, 30)[0], key.transpose(0, 1))
 
 
@@ -371,8 +371,8 @@ def test_the_next_sequence_of_a_slot_finds_nothing_of_the_last(by_channel):
     other = allocated(part.layout)
     for here, slot in ((part, 0), (other, 1)):
         here.append(slot, 0, key[:9] + 1, value[:9], torch.arange(9), {"mass": torch.zeros(2, 9)})
-    for found, expected in zip(part.read(0, 9), other.read(1, 9), strict=True):
-        assert torch.equal(found, expected)
+    for decoded, expected in zip(part.read(0, 9), other.read(1, 9), strict=True):
+        assert torch.equal(decoded, expected)
 
 
 @pytest.mark.parametrize("name", FEW)

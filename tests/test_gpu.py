@@ -49,14 +49,14 @@ def two_sets(monkeypatch):
 @pytest.fixture
 def replays(monkeypatch):
     """How often a graph was replayed."""
-    found, replay = [], torch.cuda.CUDAGraph.replay
+    replayed, replay = [], torch.cuda.CUDAGraph.replay
 
     def counted(graph):
-        found.append(graph)
+        replayed.append(graph)
         replay(graph)
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
-    return found
+    return replayed
 
 
 @cache
@@ -65,13 +65,13 @@ def on_the_device(family):
     return tiny_model(family).to(DEVICE)
 
 
-def engine_of(family, **told):
-    return tiny_engine(on_the_device(family), **told)
+def engine_of(family, **settings):
+    return tiny_engine(on_the_device(family), **settings)
 
 
-def drawn(temperature, **told):
+def drawn(temperature, **settings):
     """Requests of which each draws its own numbers."""
-    params = SamplingParams(max_tokens=20, temperature=temperature, **told)
+    params = SamplingParams(max_tokens=20, temperature=temperature, **settings)
     return [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(PROMPTS)]
 
 
@@ -112,9 +112,9 @@ def test_a_budget_that_holds_everything_changes_nothing(eager):
 @BOTH_WAYS
 def test_each_sequence_keeps_to_its_own_frequencies(two_sets, eager):
     requests = as_requests(PROMPTS, max_tokens=20)
-    for told in ({"kv_policy": "none", "chunk_size": 10, "max_num_seqs": 3}, TIGHT):
-        expected = answers(tiny_engine(tiny_model("phi3"), **told), requests)
-        engine = tiny_engine(tiny_model("phi3").to(DEVICE), enforce_eager=eager, **told)
+    for settings in ({"kv_policy": "none", "chunk_size": 10, "max_num_seqs": 3}, TIGHT):
+        expected = answers(tiny_engine(tiny_model("phi3"), **settings), requests)
+        engine = tiny_engine(tiny_model("phi3").to(DEVICE), enforce_eager=eager, **settings)
         assert answers(engine, requests) == expected
 
 
@@ -135,12 +135,12 @@ def test_decoding_is_captured_and_replayed(family, request, replays):
 @BOTH_WAYS
 def test_what_is_drawn_depends_on_seeds_and_on_nothing_else(eager):
     """On the CPU the same is drawn, token by token."""
-    for temperature, told in ((0.9, {"seed": 3}), (1.5, {"top_k": 20, "top_p": 0.9, "seed": 4})):
-        requests = drawn(temperature, **told)
-        found = answers(engine_of("llama", enforce_eager=eager, **TIGHT), requests)
-        assert found == answers(tiny_engine("llama", **TIGHT), requests)
+    for temperature, settings in ((0.9, {"seed": 3}), (1.5, {"top_k": 20, "top_p": 0.9, "seed": 4})):
+        requests = drawn(temperature, **settings)
+        seeded = answers(engine_of("llama", enforce_eager=eager, **TIGHT), requests)
+        assert seeded == answers(tiny_engine("llama", **TIGHT), requests)
     other = answers(engine_of("llama", enforce_eager=eager, **TIGHT), drawn(1.5, top_k=20, top_p=0.9, seed=5))
-    assert other != found
+    assert other != seeded
 
 
 @BOTH_WAYS
@@ -181,7 +181,7 @@ def test_answers_end_where_they_end():
     end = free["1"][4]
     params = SamplingParams(max_tokens=20, stop_token_ids=(end,))
     requests = [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(PROMPTS)]
-    expected = {name: found[: found.index(end) + 1 if end in found else 20] for name, found in free.items()}
+    expected = {name: ids[: ids.index(end) + 1 if end in ids else 20] for name, ids in free.items()}
     assert answers(engine_of("llama", kv_policy="none", chunk_size=10, max_num_seqs=3), requests) == expected
 
 

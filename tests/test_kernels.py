@@ -107,8 +107,8 @@ def looked_up(kernel, slots, **details):
     return kernel.attend_slots(*slots, want_mass=True, squares=True, **details)
 
 
-def assert_same(found, expected, **tolerance):
-    output, sums = found
+def assert_same(actual, expected, **tolerance):
+    output, sums = actual
     torch.testing.assert_close(output.double(), expected[0], **tolerance)
     torch.testing.assert_close(sums.double(), expected[1], **tolerance)
     assert sums.dtype == torch.float32
@@ -270,17 +270,17 @@ WAYS = (
 def test_attention_is_added_up_as_the_votes_say(kernel, kind, tokens):
     """Votes of zero for whole tiles of queries are no reason to leave out the others."""
     chunk, query_weights = operands(tokens, 20, group=2), some_votes(kind, tokens)
-    found = kernel.attend_chunk(*chunk, scale=0.4, query_weights=query_weights, squares=True)
-    assert found[1].shape == (len(query_weights) + 1, 2, 20 + tokens)
-    assert_same(found, dense_chunk(*chunk, scale=0.4, query_weights=query_weights), **TIGHT)
+    actual = kernel.attend_chunk(*chunk, scale=0.4, query_weights=query_weights, squares=True)
+    assert actual[1].shape == (len(query_weights) + 1, 2, 20 + tokens)
+    assert_same(actual, dense_chunk(*chunk, scale=0.4, query_weights=query_weights), **TIGHT)
 
 
 @KERNELS
 def test_votes_with_all_that_models_ask_for(kernel):
     chunk, query_weights = operands(190, 20, value_dim=4), some_votes("three ways", 190)
     details = {"scale": 0.5, "softcap": 2.0, "sinks": normal(6), "hidden": window_mask(190, 20, 2, window=25)}
-    found = kernel.attend_chunk(*chunk, query_weights=query_weights, squares=True, **details)
-    assert_same(found, dense_chunk(*chunk, query_weights=query_weights, **details), **TIGHT)
+    actual = kernel.attend_chunk(*chunk, query_weights=query_weights, squares=True, **details)
+    assert_same(actual, dense_chunk(*chunk, query_weights=query_weights, **details), **TIGHT)
 
 
 @KERNELS
@@ -328,11 +328,11 @@ def test_only_some_slots_decode_in_any_order(kernel, slots):
     """Few are looked up by themselves; when they are many, all take part, and the others leave no trace."""
     query, keys, values = slot_operands()
     hidden = (torch.arange(20) > torch.tensor([5, 9, 19]).view(-1, 1, 1))[slots]
-    found = kernel.attend_slots(
+    actual = kernel.attend_slots(
         query[slots], keys, values, torch.tensor(slots), scale=0.4, hidden=hidden, want_mass=True, squares=True
     )
     expected = dense_slots(query[slots], keys[slots], values[slots], scale=0.4, hidden=hidden)
-    assert_same(found, expected, **TIGHT)
+    assert_same(actual, expected, **TIGHT)
 
 
 @KERNELS

@@ -89,11 +89,11 @@ class Watch:
     def before(self, runner, step):
         """Remember what slots hold that have no part in the step."""
         pool = runner.pool
-        there = {chunk.sequence.slot_index for chunk in step.chunks}
+        stepped = {chunk.sequence.slot_index for chunk in step.chunks}
         self.others = []
         for group, parts in enumerate(pool.groups):
             for part in set(parts):
-                away = [slot for slot in range(part.slots) if (group, slot) not in there]
+                away = [slot for slot in range(part.slots) if (group, slot) not in stepped]
                 self.others.append((part, away, [t[away].clone() for t in tensors(part)]))
 
     def after(self, runner, step):
@@ -169,17 +169,17 @@ def test_counts_are_exact_others_untouched_and_company_changes_no_answer(policy,
     requests = as_requests(random_prompts(LENGTHS, seed=1), max_tokens=NEW)
     settings = config(policy, budget, name)
     crowd = tiny_engine("llama", **settings, max_num_seqs=3)
-    found, evicted = watched(crowd, requests, budget=budget)
+    answered, evicted = watched(crowd, requests, budget=budget)
     assert (evicted > 0) is (budget != "all")
     turn = EVICTING.index(policy) + list(BUDGETS).index(budget)  # one of the two comparisons for each cell, by turns
     if turn % 2 or budget == "all":
         alone, _ = watched(tiny_engine("llama", **settings), requests[3:4], budget=budget)
-        assert alone == {"3": found["3"]}
+        assert alone == {"3": answered["3"]}
         return
     engine = tiny_engine("llama", **settings)
     plan = engine.plan(engine.measure(requests[3:]))  # other capacities, and slots that are larger than need be
     again, _ = watched(engine, requests[::-1], plan, budget=budget)
-    assert again == found
+    assert again == answered
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_counts_are_exact_others_untouched_and_company_changes_no_answer(policy,
 def test_other_models_keep_as_many_and_answer_alone_as_in_company(family, policy, name, watched):
     requests = as_requests(random_prompts(LENGTHS[:3], seed=1), max_tokens=NEW)
     settings = config(policy, "few", name)
-    found, _ = watched(tiny_engine(family, **settings, max_num_seqs=3), requests, budget="few")
+    answered, _ = watched(tiny_engine(family, **settings, max_num_seqs=3), requests, budget="few")
     alone, _ = watched(tiny_engine(family, **settings), requests[:1], budget="few")
-    assert alone == {"0": found["0"]}
+    assert alone == {"0": answered["0"]}
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
@@ -211,9 +211,9 @@ def test_other_models_keep_as_many_and_answer_alone_as_in_company(family, policy
 def test_a_share_counts_in_models_with_windows(family, policy, watched):
     requests = as_requests(random_prompts(LENGTHS, seed=1), max_tokens=NEW)
     settings = config(policy, "share")
-    found, _ = watched(tiny_engine(family, **settings, max_num_seqs=3), requests, budget="share")
+    answered, _ = watched(tiny_engine(family, **settings, max_num_seqs=3), requests, budget="share")
     alone, _ = watched(tiny_engine(family, **settings), requests[3:4], budget="share")
-    assert alone == {"3": found["3"]}
+    assert alone == {"3": answered["3"]}
     assert limits("share", 40, 1)[0] > WINDOW
 
 
@@ -253,11 +253,11 @@ def test_what_ranks_is_of_no_importance_while_nothing_goes(family, name):
         settings = config(policy, "all", name) | others
         return answers(tiny_engine(family, **settings), requests)
 
-    found = [answers_of(policy) for policy in ("average-attention", "keydiff", "lagkv")]
-    assert all(other == found[0] for other in found)
-    assert answers_of("h2o", kv_value_norm=True, kv_probe="w5 w6") == found[0]
+    answered = [answers_of(policy) for policy in ("average-attention", "keydiff", "lagkv")]
+    assert all(other == answered[0] for other in answered)
+    assert answers_of("h2o", kv_value_norm=True, kv_probe="w5 w6") == answered[0]
     if name in ("auto", "fp8"):
-        assert answers_of("none") == found[0]
+        assert answers_of("none") == answered[0]
 
 
 @pytest.mark.parametrize("name", FORMATS[1:])
@@ -274,10 +274,10 @@ def test_fewer_bits_change_little_while_nothing_goes(name):
 def test_the_full_cache_keeps_everything_in_any_format(name, watched):
     requests = as_requests(random_prompts((70, 9, 40)), max_tokens=NEW)
     settings = config("none", "all", name, max_num_seqs=2)
-    found, evicted = watched(tiny_engine("llama", **settings), requests, budget="all")
+    answered, evicted = watched(tiny_engine("llama", **settings), requests, budget="all")
     assert evicted == 0
     alone, _ = watched(tiny_engine("llama", **settings), requests[:1])
-    assert alone == {"0": found["0"]}
+    assert alone == {"0": answered["0"]}
 
 
 # ---- the job's own words ----
@@ -301,10 +301,10 @@ def test_the_jobs_own_words_are_never_lost(policy, budget, watched):
     """Watched after each step. Other documents are long enough for their words to have gone without protection."""
     requests = as_requests([instructed(d) for d in random_prompts((40, 27, 28))], max_tokens=NEW)
     engine = protecting(policy, budget, max_num_seqs=2)
-    found, evicted = watched(engine, requests, budget=budget)
+    answered, evicted = watched(engine, requests, budget=budget)
     assert evicted > 0
     alone, _ = watched(protecting(policy, budget), requests[:1], budget=budget)
-    assert alone == {"0": found["0"]}
+    assert alone == {"0": answered["0"]}
 
 
 def test_words_that_would_fill_the_budget_are_an_error_of_the_row():
@@ -358,11 +358,11 @@ def test_a_probe_leaves_nothing_behind_and_company_changes_no_answer(policy, bud
     """Counts are exact, and every position kept is a token's of the sequence."""
     requests = as_requests(random_prompts(LENGTHS, seed=1), max_tokens=NEW)
     settings = config(policy, budget, kv_probe="w5 w6 w7")
-    found, _ = watched(tiny_engine(family, **settings, max_num_seqs=3), requests, budget=budget)
+    answered, _ = watched(tiny_engine(family, **settings, max_num_seqs=3), requests, budget=budget)
     alone, _ = watched(tiny_engine(family, **settings), requests[3:4], budget=budget)
-    assert alone == {"3": found["3"]}
+    assert alone == {"3": answered["3"]}
     if family == "llama":
-        assert found != answers(tiny_engine(family, **config(policy, budget)), requests)
+        assert answered != answers(tiny_engine(family, **config(policy, budget)), requests)
 
 
 @pytest.mark.parametrize("policy", ATTENTIVE)
@@ -390,8 +390,8 @@ def test_a_probe_may_be_the_jobs_own_words(watched):
     engine = protecting("h2o", kv_probe="instructions")
     assert engine.probe == (5, 6, 7, 8, 9, 10, 11)
     requests = as_requests([instructed(d) for d in random_prompts((40, 28))], max_tokens=NEW)
-    found, _ = watched(engine, requests, budget="few")
-    assert found == watched(protecting("h2o", kv_probe=words((5, 6, 7, 8, 9, 10, 11))), requests, budget="few")[0]
+    answered, _ = watched(engine, requests, budget="few")
+    assert answered == watched(protecting("h2o", kv_probe=words((5, 6, 7, 8, 9, 10, 11))), requests, budget="few")[0]
 
 
 def test_a_probe_is_asked_where_only_layers_of_smaller_budgets_evict(monkeypatch):
@@ -478,10 +478,10 @@ def test_a_layer_that_reads_anothers_pairs_holds_none(policy, watched):
     assert [layer.owner for layer in engine.spec.layers] == [0, 1, 1]
     sizes = [e.policy.layout(e.spec, 14).nbytes for e in (engine, own)]
     assert sizes[0] * 3 == sizes[1] * 2
-    found, _ = watched(engine, requests)
+    answered, _ = watched(engine, requests)
     alone, _ = watched(tiny_engine("olmo2", **settings, kv_share_layers="2:1"), requests[:1])
-    assert alone == {"0": found["0"]}
-    assert found != answers(own, requests)
+    assert alone == {"0": answered["0"]}
+    assert answered != answers(own, requests)
 
 
 def test_a_chain_of_readers_ends_at_the_one_that_holds():
@@ -607,8 +607,8 @@ def test_a_way_of_another_package_is_known_by_its_name(loaded, offered, watched)
 def test_a_way_of_another_package_sees_what_it_needs(offered, watched):
     offered("looking", Looking)
     requests = as_requests(random_prompts(LENGTHS), max_tokens=NEW)
-    found, _ = watched(tiny_engine("llama", **config("looking")), requests, budget="few")
-    assert found != answers(tiny_engine("llama", **config("h2o")), requests)
+    answered, _ = watched(tiny_engine("llama", **config("looking")), requests, budget="few")
+    assert answered != answers(tiny_engine("llama", **config("h2o")), requests)
 
 
 def test_a_way_of_another_package_is_shown_the_chunks_queries_and_not_the_probes(offered):

@@ -59,14 +59,14 @@ def with_and_without(family="llama", rows=SOME_ROWS, new_tokens=3, **config):
     """Answers with reuse, without, and the tokens that were reused; their logits must be the same, but for rounding."""
     requests = as_requests(rows, max_tokens=new_tokens)
     engine = engine_of(family, **config)
-    found, logits = listened(engine, requests)
+    answered, logits = listened(engine, requests)
     plain = engine_of(family, prefix_reuse=False, **config)
     expected, others = listened(plain, requests)
     assert plain.stats.reused_prompt_tokens == 0
     assert plain.stats.prompt_tokens == engine.stats.prompt_tokens + engine.stats.reused_prompt_tokens
     worst = max(float((logits[key] - others[key]).abs().max()) for key in logits)
     assert worst < 1e-3 * max(float(other.abs().max()) for other in others.values())
-    return found, expected, engine.stats.reused_prompt_tokens
+    return answered, expected, engine.stats.reused_prompt_tokens
 
 
 # ---- the same answers ----
@@ -96,8 +96,8 @@ def test_every_policy_format_and_budget_answers_as_without(policy, kv_format, bu
     rows = [*QUESTIONS[:3], *SHORT[:3]]
     # In llama's first layer, keys of the same token have the same length but for rounding; in gpt2's, none have.
     family = "gpt2" if policy == "knorm" else "llama"
-    found, expected, reused = with_and_without(family, rows, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
-    assert found == expected
+    answered, expected, reused = with_and_without(family, rows, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
+    assert answered == expected
     assert reused > 0 or budget == 0.3  # of a share, rows of other lengths keep other parts
 
 
@@ -113,8 +113,8 @@ def test_every_policy_format_and_budget_answers_as_without(policy, kv_format, bu
 )
 def test_models_with_sliding_windows_answer_as_without(family, policy, kv_format):
     for budget in (24, 70) if kv_format == "auto" and policy != "none" else (24,):
-        found, expected, reused = with_and_without(family, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
-        assert found == expected, budget
+        answered, expected, reused = with_and_without(family, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
+        assert answered == expected, budget
         assert reused > 0
 
 
@@ -124,8 +124,8 @@ def test_windows_between_slot_sizes_answer_as_without(window):
     for budget in (24, 70, 90, 250):
         model = tiny_model("mistral")
         model.config.sliding_window = window
-        found, expected, reused = with_and_without(model, kv_budget=budget)
-        assert found == expected, budget
+        answered, expected, reused = with_and_without(model, kv_budget=budget)
+        assert answered == expected, budget
         assert reused > 0
 
 
@@ -143,16 +143,16 @@ def test_windows_between_slot_sizes_answer_as_without(window):
 )
 def test_other_settings_of_the_cache_change_nothing(config):
     for budget in (24, 70, 110):
-        found, expected, reused = with_and_without(kv_budget=budget, **config)
-        assert found == expected, budget
+        answered, expected, reused = with_and_without(kv_budget=budget, **config)
+        assert answered == expected, budget
         assert reused > 0
 
 
 @pytest.mark.parametrize("chunk_size", [7, 33, 64, 300])
 def test_chunks_of_any_size_change_nothing(chunk_size):
     for policy in ("none", "tova", "decay"):
-        found, expected, reused = with_and_without(kv_policy=policy, kv_budget=70, chunk_size=chunk_size)
-        assert found == expected
+        answered, expected, reused = with_and_without(kv_policy=policy, kv_budget=70, chunk_size=chunk_size)
+        assert answered == expected
         assert reused > 0
 
 
@@ -175,11 +175,11 @@ def test_a_row_that_will_not_evict_is_no_source_for_one_that_will(rows, reused):
     """It adds up no attention; the first of these is read alone at first, and so computes what they share."""
     requests = as_requests([SHORT[i] for i in rows], max_tokens=3)
     engine = engine_of(kv_budget=70)
-    found, expected = {}, answers(engine_of(kv_budget=70, prefix_reuse=False), requests)
+    answered, expected = {}, answers(engine_of(kv_budget=70, prefix_reuse=False), requests)
     source, paused = one_first(requests)
     for result in engine.run(source, engine.plan(engine.measure(requests)), paused=paused):
-        found[result.id] = result.token_ids
-    assert found == expected
+        answered[result.id] = result.token_ids
+    assert answered == expected
     assert engine.stats.reused_prompt_tokens == reused
 
 
@@ -190,18 +190,18 @@ def test_protected_spans_and_templates_change_nothing():
         Request(id=str(i), prompt=words(row), params=SamplingParams(max_tokens=4)) for i, row in enumerate(SHORT)
     ]
     for budget in (80, 100):
-        found = {}
+        answered = {}
         for reuse in (True, False):
             engine = engine_of(kv_budget=budget, kv_protect="instructions", prefix_reuse=reuse)
             engine = Engine(engine.config, prompt, engine.tokenizer, engine.backend)
-            found[reuse] = answers(engine, requests)
-        assert found[True] == found[False]
+            answered[reuse] = answers(engine, requests)
+        assert answered[True] == answered[False]
 
 
 def test_the_same_prompt_several_times_is_read_once_but_for_its_end():
     rows = [DOCUMENT] * 4
-    found, expected, reused = with_and_without(rows=rows, kv_budget=24)
-    assert found == expected
+    answered, expected, reused = with_and_without(rows=rows, kv_budget=24)
+    assert answered == expected
     assert reused == 3 * 135  # the last chunk is read again: it gives the first token
 
 
@@ -261,8 +261,8 @@ def test_more_prefixes_than_places_are_computed_again(steps):
     texts = random_prompts((100,) * 4, seed=9)
     rows = [texts[i] + question for _ in range(3) for i in range(4) for question in random_prompts((6, 7))]
     engine = engine_of(kv_policy="none", max_num_seqs=2)
-    found = answers(engine, as_requests(rows, max_tokens=2))
-    assert found == answers(engine_of(kv_policy="none", prefix_reuse=False), as_requests(rows, max_tokens=2))
+    answered = answers(engine, as_requests(rows, max_tokens=2))
+    assert answered == answers(engine_of(kv_policy="none", prefix_reuse=False), as_requests(rows, max_tokens=2))
     assert engine.stats.reused_prompt_tokens == 12 * 96
 
 
@@ -291,16 +291,16 @@ def test_a_row_that_fails_spoils_no_other():
     poison = next(t for t in range(3, VOCAB) if t not in set().union(*QUESTIONS))
     rows = [[*DOCUMENT, poison, 5], *QUESTIONS]
     requests = as_requests(rows, max_tokens=1)
-    found = []
+    answered = []
     for reuse in (True, False):
         model = tiny_model("llama")
         with torch.no_grad():
             model.model.embed_tokens.weight[poison] = float("nan")
         engine = engine_of(model, kv_policy="none", prefix_reuse=reuse)
-        found.append({r.id: (r.token_ids, r.error and r.error.code) for r in engine.stream(requests)})
-    assert found[0] == found[1]
-    assert found[0]["0"][1] == "nan_logits"
-    assert [error for _, error in found[0].values()].count(None) == 4
+        answered.append({r.id: (r.token_ids, r.error and r.error.code) for r in engine.stream(requests)})
+    assert answered[0] == answered[1]
+    assert answered[0]["0"][1] == "nan_logits"
+    assert [error for _, error in answered[0].values()].count(None) == 4
 
 
 @pytest.mark.parametrize("at", [1, 4, 7, 12, 20])
@@ -349,24 +349,24 @@ def test_when_a_row_takes_too_long_another_computes_what_those_wait_for_that_sha
     engine = clock.drives(engine, [50.0, 50.0, 1.0])
     plan_ = engine.plan(engine.measure(requests))
     source, paused = one_first(requests)
-    found = {r.id: r for r in engine.run(source, plan_, row_timeout=60.0, paused=paused)}
-    assert found["0"].error.code == "timeout"
-    assert {name: found[name].token_ids for name in "123"} == {name: expected[name] for name in "123"}
+    answered = {r.id: r for r in engine.run(source, plan_, row_timeout=60.0, paused=paused)}
+    assert answered["0"].error.code == "timeout"
+    assert {name: answered[name].token_ids for name in "123"} == {name: expected[name] for name in "123"}
     assert readers(steps, 127) == ["1"]
 
 
 def test_rows_are_answered_though_all_that_had_slots_took_too_long(clock):
     requests = as_requests(QUESTIONS, max_tokens=3)
     engine = clock.drives(engine_of(kv_budget=24, max_num_seqs=2), [100.0, 0.0])
-    found = {r.id: r.error for r in engine.run(requests, row_timeout=50.0)}
-    assert sorted(found) == ["0", "1", "2", "3"]
-    assert [error and error.code for error in found.values()] == ["timeout", "timeout", None, None]
+    answered = {r.id: r.error for r in engine.run(requests, row_timeout=50.0)}
+    assert sorted(answered) == ["0", "1", "2", "3"]
+    assert [error and error.code for error in answered.values()] == ["timeout", "timeout", None, None]
 
 
 def test_a_stop_finishes_those_that_wait_in_their_slots():
     stop, requests = Stop(1e9), as_requests(QUESTIONS, max_tokens=3)
     expected = answers(engine_of(kv_budget=24, prefix_reuse=False), requests)
-    engine, found = engine_of(kv_budget=24, max_num_seqs=3), {}
+    engine, answered = engine_of(kv_budget=24, max_num_seqs=3), {}
     plan_ = engine.plan(engine.measure(requests))
 
     def source():
@@ -375,8 +375,8 @@ def test_a_stop_finishes_those_that_wait_in_their_slots():
             stop.request(2)
 
     for result in engine.run(source(), plan_, stop=stop):
-        found[result.id] = result.token_ids
-    assert found == {name: expected[name] for name in found}
+        answered[result.id] = result.token_ids
+    assert answered == {name: expected[name] for name in answered}
 
 
 # ---- what it costs ----
@@ -435,12 +435,12 @@ def test_spare_slots_are_not_made_where_slots_are_few(slots, spare):
 def test_the_fake_engine_reuses_too():
     prompt = " ".join(f"w{i}" for i in range(200))
     requests = [Request(id=str(i), prompt=f"{prompt} q{i}", params=SamplingParams(max_tokens=5)) for i in range(9)]
-    found = []
+    answered = []
     for reuse in (True, False):
         engine = Engine.open(EngineConfig(model="fake", prefix_reuse=reuse))
-        found.append(answers(engine, requests))
+        answered.append(answers(engine, requests))
         assert (engine.stats.reused_prompt_tokens > 0) is reuse
-    assert found[0] == found[1]
+    assert answered[0] == answered[1]
 
 
 # ---- any load, without a model ----

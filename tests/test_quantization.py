@@ -22,10 +22,10 @@ from bmx.model.preview import preview_spec
 def logits_of(loaded, **config):
     """The logits that follow a prompt of 60 tokens."""
     engine = Engine(EngineConfig(kv_policy="none", **config), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
-    found = []
+    logits = []
     requests = as_requests(random_prompts([60]), max_tokens=1)
-    answers(engine, requests, watch=lambda request, place, row: found.append(row.float()))
-    return found[0]
+    answers(engine, requests, watch=lambda request, place, row: logits.append(row.float()))
+    return logits[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

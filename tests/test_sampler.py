@@ -60,9 +60,9 @@ def frequencies(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 def assert_distribution(logits: torch.Tensor, **params) -> None:
     params = SamplingParams(**params)
     expected = reference(logits, params)
-    found = frequencies(logits, params)
-    assert set(found.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1.5 / GRID)
+    actual = frequencies(logits, params)
+    assert set(actual.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1.5 / GRID)
 
 
 SETTINGS = {
@@ -114,8 +114,8 @@ def test_a_penalised_greedy_token_is_that_of_transformers(dtype, penalty):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_greedy_is_the_largest_of_the_models_own_logits(dtype):
     logits = normal(100, 5000).to(dtype)
-    found = tokens(logits.clone(), [SamplingRow(SamplingParams())] * 100)
-    assert found == logits.argmax(-1).tolist()
+    actual = tokens(logits.clone(), [SamplingRow(SamplingParams())] * 100)
+    assert actual == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24, 1 - 2**-53], ids=["0", "half", "near one", "nearest to one"])
@@ -131,8 +131,8 @@ def test_no_draw_picks_what_was_filtered_out(params, draw):
 def test_a_temperature_near_zero_is_greedy(temperature):
     logits = normal(50, VOCAB, scale=2.0)
     logits[:, 0] = 0.0
-    found = tokens(logits.clone(), [SamplingRow(SamplingParams(temperature=temperature), 0.3)] * 50)
-    assert found == logits.argmax(-1).tolist()
+    actual = tokens(logits.clone(), [SamplingRow(SamplingParams(temperature=temperature), 0.3)] * 50)
+    assert actual == logits.argmax(-1).tolist()
 
 
 BAD = {"nan": math.nan, "infinity": math.inf, "nothing allowed": -math.inf}
@@ -209,8 +209,8 @@ def test_another_seed_gives_other_answers(llama):
 
 def test_the_jobs_seed_differs_by_row(llama):
     """The same prompt twice is two answers: the row's id goes into the seed."""
-    found = ask(llama, as_requests([PROMPTS[0]] * 4, seed=5, **HOT))
-    assert len(set(found.values())) == 4
+    actual = ask(llama, as_requests([PROMPTS[0]] * 4, seed=5, **HOT))
+    assert len(set(actual.values())) == 4
 
 
 def seeded(names, seed):
@@ -219,9 +219,9 @@ def seeded(names, seed):
 
 
 def test_a_rows_own_seed_makes_its_answer_whatever_its_id(llama):
-    found = ask(llama, seeded("abc", 5))
-    assert len(set(found.values())) == 1
-    assert ask(llama, seeded("a", 6))["a"] != found["a"]
+    actual = ask(llama, seeded("abc", 5))
+    assert len(set(actual.values())) == 1
+    assert ask(llama, seeded("a", 6))["a"] != actual["a"]
 
 
 def test_a_negative_seed_is_a_seed_of_its_own(llama):
@@ -235,34 +235,34 @@ def test_a_greedy_answer_has_no_seed(llama):
 
 
 def result(model, **params):
-    (found,) = tiny_engine(model).stream(as_requests(PROMPTS[:1], **params))
-    assert found.error is None
-    return found
+    (actual,) = tiny_engine(model).stream(as_requests(PROMPTS[:1], **params))
+    assert actual.error is None
+    return actual
 
 
 def test_an_answer_ends_after_max_tokens(llama):
-    found = result(llama, max_tokens=6)
-    assert len(found.token_ids) == 6
-    assert found.finish_reason == "length"
-    assert found.text == words(found.token_ids)
-    assert found.usage.prompt_tokens == len(PROMPTS[0])
-    assert found.usage.completion_tokens == 6
+    actual = result(llama, max_tokens=6)
+    assert len(actual.token_ids) == 6
+    assert actual.finish_reason == "length"
+    assert actual.text == words(actual.token_ids)
+    assert actual.usage.prompt_tokens == len(PROMPTS[0])
+    assert actual.usage.completion_tokens == 6
 
 
 def test_an_answer_ends_at_a_stop_token_which_is_not_in_its_text(llama):
     free = result(llama, max_tokens=12).token_ids
     stop = free[4]
-    found = result(llama, max_tokens=12, stop_token_ids=(stop,))
-    assert found.token_ids == free[: free.index(stop) + 1]
-    assert found.finish_reason == "stop"
-    assert found.text == words(found.token_ids[:-1])
+    actual = result(llama, max_tokens=12, stop_token_ids=(stop,))
+    assert actual.token_ids == free[: free.index(stop) + 1]
+    assert actual.finish_reason == "stop"
+    assert actual.text == words(actual.token_ids[:-1])
 
 
 def test_a_stop_token_at_the_last_place_is_still_a_stop(llama):
     free = result(llama, max_tokens=5).token_ids
     assert free.index(free[4]) == 4
-    found = result(llama, max_tokens=5, stop_token_ids=(free[4],))
-    assert (found.token_ids, found.finish_reason) == (free, "stop")
+    actual = result(llama, max_tokens=5, stop_token_ids=(free[4],))
+    assert (actual.token_ids, actual.finish_reason) == (free, "stop")
 
 
 @pytest.fixture
@@ -276,29 +276,29 @@ def ending(llama):
 
 def test_the_models_own_end_token_ends_an_answer(ending):
     model, end = ending
-    found = result(model, max_tokens=12)
-    assert found.token_ids[-1] == end
-    assert found.finish_reason == "stop"
-    assert end not in found.token_ids[:-1]
-    assert found.text == words(found.token_ids[:-1])
+    actual = result(model, max_tokens=12)
+    assert actual.token_ids[-1] == end
+    assert actual.finish_reason == "stop"
+    assert end not in actual.token_ids[:-1]
+    assert actual.text == words(actual.token_ids[:-1])
 
 
 def test_ignore_eos_goes_on_past_the_end_token_but_not_past_a_stop_token(ending):
     model, end = ending
-    found = result(model, max_tokens=12, ignore_eos=True)
-    assert len(found.token_ids) == 12
-    assert end in found.token_ids
-    assert found.finish_reason == "length"
+    actual = result(model, max_tokens=12, ignore_eos=True)
+    assert len(actual.token_ids) == 12
+    assert end in actual.token_ids
+    assert actual.finish_reason == "length"
     stopped = result(model, max_tokens=12, ignore_eos=True, stop_token_ids=(end,))
-    assert stopped.token_ids == found.token_ids[: found.token_ids.index(end) + 1]
+    assert stopped.token_ids == actual.token_ids[: actual.token_ids.index(end) + 1]
     assert stopped.finish_reason == "stop"
 
 
 def test_an_answer_ends_before_a_stop_string(llama):
     free = result(llama, max_tokens=12).token_ids
-    found = result(llama, max_tokens=12, stop=(words(free[3:5]),))
-    assert found.text.strip() == words(free[:3])
-    assert found.finish_reason == "stop"
+    actual = result(llama, max_tokens=12, stop=(words(free[3:5]),))
+    assert actual.text.strip() == words(free[:3])
+    assert actual.finish_reason == "stop"
 
 
 def test_a_row_whose_logits_are_no_numbers_is_an_error_and_the_others_are_answered(llama):
@@ -307,6 +307,6 @@ def test_a_row_whose_logits_are_no_numbers_is_an_error_and_the_others_are_answer
     model.get_input_embeddings().weight.data[7] = math.nan
     healthy = [[i for i in prompt if i != 7] for prompt in PROMPTS[:3]]
     engine = tiny_engine(model)
-    found = {r.id: r for r in engine.stream(as_requests([*healthy, [5, 7, 9]], max_tokens=4))}
-    assert found["3"].error.code == "nan_logits"
-    assert {name: found[name].token_ids for name in "012"} == ask(llama, as_requests(healthy, max_tokens=4))
+    actual = {r.id: r for r in engine.stream(as_requests([*healthy, [5, 7, 9]], max_tokens=4))}
+    assert actual["3"].error.code == "nan_logits"
+    assert {name: actual[name].token_ids for name in "012"} == ask(llama, as_requests(healthy, max_tokens=4))

@@ -87,11 +87,11 @@ class Trace:
 
     def chunks(self) -> dict[str, list[tuple[int, int]]]:
         """(start, length) of each sequence's chunks, in order."""
-        found = defaultdict(list)
+        chunks = defaultdict(list)
         for step in self.steps:
             for chunk in step.chunks:
-                found[chunk.sequence.request.id].append((chunk.start, chunk.length))
-        return found
+                chunks[chunk.sequence.request.id].append((chunk.start, chunk.length))
+        return chunks
 
     def prompt_chunks(self) -> dict[str, list[tuple[int, int]]]:
         """The same of prompts alone."""
@@ -522,5 +522,5 @@ def test_a_stop_string_met_before_it_began_again_is_met_again():
 
 def test_the_scheduler_loads_neither_torch_nor_transformers():
     code = "import sys, bmx.engine.scheduler; print(*sorted({'torch', 'transformers'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "\n"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout == "\n"

@@ -144,15 +144,16 @@ def roco(mass, squares, lifetimes, surplus):
 
 
 class Reference:
-    """One sequence by the definitions: an attention function that remembers every key, and sets of what is kept.
+    """One sequence by the definitions: an attention function that remembers every key, and the positions that are kept.
 
     Args:
         policy: a scorer's name.
         capacities: pairs of each layer.
         owners: the layer whose keys each reads.
         windows: of each layer.
-        value_norm, weight: as in the settings; a weight of zero means that there is no probe.
-        spoken: positions of the job's own words, which stay even where a window hides them.
+        value_norm: as in the settings.
+        weight: of the probe, as in the settings; 0 for no probe.
+        spoken: positions of the job's own words, which are kept even where a window hides them.
     """
 
     def __init__(self, policy, capacities, owners, windows, value_norm=False, weight=0.0, spoken=()):
@@ -179,10 +180,10 @@ class Reference:
         window = self.windows[layer]
         if owner == layer:
             for store, tensor in ((self.keys, key), (self.values, value)):
-                mine = store.setdefault(layer, {})
-                mine.update({self.seen + i: tensor[0, :, i] for i in range(count)})
-            for notes in (self.mass, self.squares, self.probed, self.log, self.ranks):
-                notes.setdefault(layer, [{} for _ in range(heads)])
+                vectors = store.setdefault(layer, {})
+                vectors.update({self.seen + i: tensor[0, :, i] for i in range(count)})
+            for statistics in (self.mass, self.squares, self.probed, self.log, self.ranks):
+                statistics.setdefault(layer, [{} for _ in range(heads)])
             self.kept.setdefault(layer, [set() for _ in range(heads)])
             if count == 1:
                 self.evict(layer, new.start, room_for=1)
@@ -191,8 +192,8 @@ class Reference:
         for head in range(heads):
             for i in range(count):
                 position = self.seen + i
-                rivals = [*self.kept[owner][head], *range(self.seen, position + 1)]
-                visible = sorted(p for p in rivals if window is None or p > position - window)
+                candidates = [*self.kept[owner][head], *range(self.seen, position + 1)]
+                visible = sorted(p for p in candidates if window is None or p > position - window)
                 keys, values = (torch.stack([kv[owner][p][head] for p in visible]) for kv in (self.keys, self.values))
                 for g in range(group):
                     q = query[0, head * group + g, i]
@@ -210,29 +211,29 @@ class Reference:
         return output, None
 
     def settle(self, owner, new, query, scaling):
-        """All layers that read these keys have attended: note what they paid, then drop what is too much."""
-        votes = WINDOWS.get(self.policy, math.inf)
+        """All layers that read these keys have attended: sum the attention, then evict what exceeds the capacity."""
+        weighed = WINDOWS.get(self.policy, math.inf)  # newest queries whose attention counts
         for head, received in enumerate(self.received[owner]):
             kept = self.kept[owner][head]
             mass, squares, log = self.mass[owner][head], self.squares[owner][head], self.log[owner][head]
             for p in [*kept, *new]:
-                for notes in (mass, squares):
-                    notes[p] = notes.get(p, 0.0) * max(0.0, 1 - len(new) / votes)
+                for sums in (mass, squares):
+                    sums[p] = sums.get(p, 0.0) * max(0.0, 1 - len(new) / weighed)
             for position in new:
                 for p, weight, square in received[position]:
                     log.setdefault(p, []).append((position, weight))
-                    if position >= new.stop - votes:
+                    if position >= new.stop - weighed:
                         mass[p] += weight
                         squares[p] += square
             if self.policy == "decay":
                 for p in [*kept, *new]:
                     mass[p] = sum(weight * 0.98 ** (new.stop - 1 - position) for position, weight in log.get(p, ()))
             if self.probes:
-                asked = self.probed[owner][head] = dict.fromkeys([*kept, *new], 0.0)
+                probed = self.probed[owner][head] = dict.fromkeys([*kept, *new], 0.0)
                 for position in range(new.stop, new.stop + self.probes):
                     for p, weight, _ in received[position]:
                         if p < new.stop:
-                            asked[p] += weight
+                            probed[p] += weight
             kept.update(new)
         if len(new) > 1:
             queries = query[0].unflatten(0, (len(self.kept[owner]), -1))[:, :, : len(new)]
@@ -241,7 +242,7 @@ class Reference:
             del self.keys[owner][position], self.values[owner][position]
 
     def evict(self, owner, now, room_for, queries=None, scale=None):
-        """Keep the best: sinks and newest first, then by rank, those that were never ranked before all others."""
+        """Keep the best: sinks and newest first, then by rank, with unranked pairs above all ranked ones."""
         capacity = self.capacities[owner]
         if self.by_age(owner):
             capacity = self.windows[owner]
@@ -269,7 +270,7 @@ class Reference:
             kept.intersection_update(sorted(kept, key=order, reverse=True)[: len(kept) - surplus])
 
     def rank(self, owner, head, now, surplus, queries, scale):
-        """Scores of what is kept."""
+        """Scores of the kept pairs, by position."""
         places = sorted(self.kept[owner][head])
         window = self.windows[owner] or math.inf
         lifetimes = [max(1, min(now - p, window)) for p in places]
@@ -277,7 +278,7 @@ class Reference:
         squares = [self.squares[owner][head][p] for p in places]
         keys = [self.keys[owner][p][head].tolist() for p in places]
         values = [self.values[owner][p][head].tolist() for p in places]
-        asked = None if queries is None else queries[head].tolist()
+        vectors = None if queries is None else queries[head].tolist()
         scores = {
             "average-attention": lambda: [m / n for m, n in zip(mass, lifetimes, strict=True)],
             "h2o": lambda: mass,
@@ -289,17 +290,17 @@ class Reference:
             "keydiff": lambda: keydiff(keys),
             "knorm": lambda: knorm(keys),
             "lagkv": lambda: lagkv(keys, values),
-            "expected-attention": lambda: expected_attention(asked, keys, values, scale),
+            "expected-attention": lambda: expected_attention(vectors, keys, values, scale),
             "streaming": lambda: places,
         }[self.policy]()
         if self.value_norm:
             scores = [s * sum(map(abs, v)) for s, v in zip(scores, values, strict=True)]
         if self.weight:
-            asked = self.probed[owner][head]
-            told = [asked[p] for p in places if p in asked]
-            mean, of_probe = sum(scores) / len(scores), sum(told) / len(told)
+            probed = self.probed[owner][head]
+            received = [probed[p] for p in places if p in probed]
+            mean, of_probe = sum(scores) / len(scores), sum(received) / len(received)
             scores = [
-                (1 - self.weight) * s / mean + self.weight * asked[p] / of_probe if p in asked else s / mean
+                (1 - self.weight) * s / mean + self.weight * probed[p] / of_probe if p in probed else s / mean
                 for p, s in zip(places, scores, strict=True)
             ]
         return dict(zip(places, scores, strict=True))
@@ -313,9 +314,9 @@ def read(model, reference, prompt, ends, answer, probe=()):
     tokens, greedy = [*prompt, *answer], []
     ends = [*ends, *range(len(prompt) + 1, len(tokens) + 1)]
     for start, stop in pairwise([0, *ends]):
-        asked = list(probe) if stop <= len(prompt) else []
-        reference.begin(start, len(asked))
-        ids = [*tokens[start:stop], *asked]
+        behind = list(probe) if stop <= len(prompt) else []
+        reference.begin(start, len(behind))
+        ids = [*tokens[start:stop], *behind]
         with torch.inference_mode(), use_attention(model, reference):
             logits = model(
                 input_ids=torch.tensor([ids]),
@@ -368,10 +369,10 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
         rows = spy.rows(owner)
         assert [set(row) for row in rows] == kept
         part = spy.pool.layer(0, owner)
-        for name, told in (("mass", reference.mass), ("squares", reference.squares), ("probe", reference.probed)):
+        for name, statistic in (("mass", reference.mass), ("squares", reference.squares), ("probe", reference.probed)):
             if name not in part.row_stats:
                 continue
-            for head, expected in enumerate(told[owner]):
+            for head, expected in enumerate(statistic[owner]):
                 held = dict(zip(part.positions[0, head].tolist(), part.row_stats[name][0, head].tolist(), strict=True))
                 wanted = {p: expected.get(p, -1.0 if name == "probe" else 0.0) for p in kept[head]}
                 assert {p: held[p] for p in kept[head]} == pytest.approx(wanted, rel=1e-3, abs=1e-5)
@@ -443,7 +444,7 @@ def test_the_value_norm_is_a_factor_of_the_score(family, policy, spy):
 @pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "roco", "window", "tova"])
 def test_a_probe_is_mixed_into_the_score_of_the_prompts_tokens(policy, spy):
     reference = check(spy, "llama", policy, kv_probe=words((9, 17, 5)))
-    assert all(len(told) < len(kept) for told, kept in zip(reference.probed[0], reference.mass[0], strict=True))
+    assert all(len(probed) < len(summed) for probed, summed in zip(reference.probed[0], reference.mass[0], strict=True))
 
 
 @pytest.mark.parametrize("weight", [0.1, 1.0])
@@ -505,9 +506,9 @@ def seen_of(rows, *, now=None, **shown):
     return Seen(positions=positions, now=now or 2 * rows, inputs=shown, scale=0.3)
 
 
-def assert_near(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+def assert_near(actual, expected):
+    for row, expected_row in zip(actual, expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-4, abs=1e-6)
 
 
 def test_keydiff_and_knorm_are_their_definitions():
@@ -558,12 +559,12 @@ def test_r_kv_is_its_definition(importance):
     keys, mass = drawn(2, 30, 6) + 0.3, drawn(2, 30, seed=1).abs()
     seen = seen_of(30, keys=keys, mass=mass)
     lists = zip(mass.double().tolist(), keys.double().tolist(), strict=True)
-    for found, expected in zip(
+    for scores, expected in zip(
         RKV(importance=importance)(seen).tolist(), (r_kv(*h, importance) for h in lists), strict=True
     ):
-        shift = found[0] - expected[0]  # a number for each head, so that no score is negative
-        assert found == pytest.approx([score + shift for score in expected], rel=1e-4, abs=1e-6)
-        assert min(found) >= 0
+        shift = scores[0] - expected[0]  # a number for each head, so that no score is negative
+        assert scores == pytest.approx([score + shift for score in expected], rel=1e-4, abs=1e-6)
+        assert min(scores) >= 0
 
 
 def test_of_two_that_are_attended_alike_r_kv_keeps_the_one_unlike_the_others():

@@ -35,7 +35,7 @@ TOKENIZER = word_tokenizer()
 
 @dataclass(frozen=True)
 class Absent:
-    """A model on a device that has no contents, so that whoever asks for any is found out; and its runs."""
+    """A model on a device that has no contents, so that any read of a number raises; and its runs."""
 
     family: str
     settings: dict
@@ -167,12 +167,12 @@ MODULES = sorted(
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_what_computes_a_step_never_asks_for_numbers(path):
     """Copies to the host do not raise everywhere: no code of a step may spell one."""
-    found = {
+    called = {
         node.func.attr
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
     }
-    assert not found & ASKS
+    assert not called & ASKS
 
 
 def test_numbers_travel_and_come_back():
@@ -252,8 +252,8 @@ def test_late_tokens_change_no_answer(sizes, ahead, rounds, slots):
         words = " ".join(f"{number}x{place}" for place in range(tokens))
         requests.append(Request(id=number, prompt=words, params=params))
     expected, plain = late_answers(requests, 0, 1, max_num_seqs=slots)
-    found, late = late_answers(requests, ahead, rounds, max_num_seqs=slots)
-    assert found == expected
+    answered, late = late_answers(requests, ahead, rounds, max_num_seqs=slots)
+    assert answered == expected
     assert late.backend.last_runner.most_unread <= ahead + 1
     for name in ("prompt_tokens", "generated_tokens", "decode_tokens", "work_done"):
         assert getattr(late.stats, name) == getattr(plain.stats, name), name

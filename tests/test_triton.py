@@ -38,8 +38,8 @@ def chosen(cpu_kernels, monkeypatch):
     monkeypatch.setitem(FAMILIES, "small", lambda: small)
 
 
-def engine_of(family, **told):
-    return tiny_engine(tiny_model(family).to(DEVICE), **told)
+def engine_of(family, **settings):
+    return tiny_engine(tiny_model(family).to(DEVICE), **settings)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
@@ -56,9 +56,9 @@ def test_same_greedy_tokens_as_generate(family):
 )
 def test_the_same_tokens_survive_as_in_plain_torch(family, policy, cpu_kernels):
     requests = as_requests(LONG[:2], max_tokens=5)
-    found = answers(engine_of(family, kv_policy=policy, **TIGHT), requests)
+    answered = answers(engine_of(family, kv_policy=policy, **TIGHT), requests)
     cpu_kernels("reference")
-    assert found == answers(tiny_engine(family, kv_policy=policy, **TIGHT), requests)
+    assert answered == answers(tiny_engine(family, kv_policy=policy, **TIGHT), requests)
 
 
 def test_a_window_that_some_slots_hold_and_others_do_not(cpu_kernels):
@@ -66,13 +66,13 @@ def test_a_window_that_some_slots_hold_and_others_do_not(cpu_kernels):
     model = tiny_model("mistral")
     model.config.sliding_window = 18
     requests = as_requests(LONG[:2], max_tokens=5)
-    found = answers(tiny_engine(model.to(DEVICE), **TIGHT | {"max_num_seqs": 4}), requests)
+    answered = answers(tiny_engine(model.to(DEVICE), **TIGHT | {"max_num_seqs": 4}), requests)
     cpu_kernels("reference")
-    assert found == answers(tiny_engine(model.to("cpu"), **TIGHT | {"max_num_seqs": 4}), requests)
+    assert answered == answers(tiny_engine(model.to("cpu"), **TIGHT | {"max_num_seqs": 4}), requests)
 
 
-def drawn(temperature, seed=None, **told):
-    params = SamplingParams(max_tokens=5, temperature=temperature, **told)
+def drawn(temperature, seed=None, **settings):
+    params = SamplingParams(max_tokens=5, temperature=temperature, **settings)
     return [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(LONG)]
 
 
@@ -92,22 +92,21 @@ def test_a_row_alone_is_the_row_in_a_batch_and_draws_what_it_draws_elsewhere(cpu
 def test_greedy_and_drawn_rows_and_penalties_share_steps(cpu_kernels):
     requests = [*drawn(0.0)[:1], *drawn(0.8)[1:2], *drawn(0.0, repetition_penalty=1.4)[2:]]
     assert len({request.id for request in requests}) == len(requests)
-    found = answers(engine_of("small", **TIGHT), requests)
+    answered = answers(engine_of("small", **TIGHT), requests)
     cpu_kernels("cpu")
-    assert found == answers(tiny_engine("small", **TIGHT), requests)
+    assert answered == answers(tiny_engine("small", **TIGHT), requests)
 
 
 def test_answers_that_end_early_end_there():
-    """The device knows ends, of which it is told eight; the host sees to the ninth."""
+    """The device checks the first eight end tokens of an answer; the host checks the ninth."""
     prompts = PROMPTS[1:]
     free = reference_answers(tiny_model("small"), prompts, 10)
-    never = [token for token in range(100, 140) if all(token not in found for found in free.values())][:8]
+    never = [token for token in range(100, 140) if all(token not in ids for ids in free.values())][:8]
     for ends in ((free["1"][4],), (*never, free["1"][4])):
         params = SamplingParams(max_tokens=10, stop_token_ids=ends)
         requests = [Request(id=str(i), prompt=words(prompt), params=params) for i, prompt in enumerate(prompts)]
         expected = {
-            name: found[: next((i + 1 for i, token in enumerate(found) if token in ends), 10)]
-            for name, found in free.items()
+            name: ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), 10)] for name, ids in free.items()
         }
         assert answers(engine_of("small", kv_policy="none", **CROWDED), requests) == expected
 
@@ -131,9 +130,9 @@ def test_two_sets_of_frequencies_in_the_same_round(monkeypatch, cpu_kernels):
     config.update(LONGROPE)
     monkeypatch.setitem(FAMILIES, "phi3", lambda: config)
     requests = as_requests(random_prompts((10, 60)), max_tokens=4)
-    found = answers(engine_of("phi3", kv_policy="none", **CROWDED), requests)
+    answered = answers(engine_of("phi3", kv_policy="none", **CROWDED), requests)
     cpu_kernels("cpu")
-    assert found == answers(tiny_engine(tiny_model("phi3"), kv_policy="none", **CROWDED), requests)
+    assert answered == answers(tiny_engine(tiny_model("phi3"), kv_policy="none", **CROWDED), requests)
 
 
 def test_a_finished_run_leaves_no_slots_behind():
@@ -154,8 +153,8 @@ def test_a_finished_run_leaves_no_slots_behind():
 
 def test_what_cannot_be_captured_is_launched_anew_and_said(monkeypatch):
     class Capturing(graphs.DecodeGraphs):
-        def __init__(self, *told):
-            super().__init__(*told)
+        def __init__(self, *args):
+            super().__init__(*args)
             self.captures = True
 
     def capture(self, pool, stream):

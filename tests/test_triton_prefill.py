@@ -157,18 +157,18 @@ def slot_rows(case, step, prompt, head):
 def dense(case, step, index):
     """One chunk: output [T, H, E], logarithms to base 2 [T, H] and probabilities [H, T, P + T], in float64."""
     prompt, at = case.prompts[index], step.chunks.offsets[index]
-    mine, own = slice(at, at + prompt.length), torch.arange(prompt.start, prompt.start + prompt.length)
+    of_chunk, own = slice(at, at + prompt.length), torch.arange(prompt.start, prompt.start + prompt.length)
     found = []
     for head in range(case.kv_heads * case.group):
         owner = head // case.group
         here = slot_rows(case, step, prompt, owner)
-        keys = torch.cat([step.rows.keys[here], step.key[mine, owner]]).double()
-        values = torch.cat([step.rows.values[here], step.value[mine, owner]]).double()
+        keys = torch.cat([step.rows.keys[here], step.key[of_chunk, owner]]).double()
+        values = torch.cat([step.rows.values[here], step.value[of_chunk, owner]]).double()
         places = torch.cat([step.rows.positions[here].cpu().long(), own])
         unseen = places[None, :] > own[:, None]
         if case.window is not None:
             unseen |= places[None, :] <= own[:, None] - case.window
-        scores = step.query[mine, head].double() @ keys.T * case.scale
+        scores = step.query[of_chunk, head].double() @ keys.T * case.scale
         if case.softcap is not None:
             scores = case.softcap * torch.tanh(scores / case.softcap)
         scores = scores.masked_fill(unseen.to(DEVICE), float("-inf"))
@@ -249,9 +249,9 @@ def test_mass_is_what_keys_received(name, dtype, weighted):
     own = torch.zeros(case.kv_heads, len(step.query), dtype=torch.float64, device=DEVICE)
     for index, prompt in enumerate(case.prompts):
         at = step.chunks.offsets[index]
-        mine = slice(at, at + prompt.length)
+        of_chunk = slice(at, at + prompt.length)
         given = step.chunks.query_weights
-        query_weights = torch.ones(prompt.length, device=DEVICE) if given is None else given[mine]
+        query_weights = torch.ones(prompt.length, device=DEVICE) if given is None else given[of_chunk]
         weights = dense(case, step, index)[2].unflatten(0, (case.kv_heads, case.group)).mean(1)  # [K, T, P+T]
         sums = torch.einsum("t,ktn->kn", query_weights.double(), weights)
         used = used_rows(case, prompt)
@@ -260,14 +260,14 @@ def test_mass_is_what_keys_received(name, dtype, weighted):
             wanted[here] = (
                 wanted[here] * (1.0 if step.chunks.decay is None else step.chunks.decay[index]) + sums[head, :used]
             )
-        own[:, mine] = sums[:, used:]
+        own[:, of_chunk] = sums[:, used:]
     mass, found = added_up(case, step)
     torch.testing.assert_close(mass.double(), wanted, **NEAR[dtype])
     assert found.dtype == torch.float32
     assert found.shape == own.shape
     for at, length in zip(step.chunks.offsets, step.chunks.lengths, strict=True):
-        mine = slice(at, at + length)
-        torch.testing.assert_close(found[:, mine].double(), own[:, mine], **NEAR[dtype])
+        of_chunk = slice(at, at + length)
+        torch.testing.assert_close(found[:, of_chunk].double(), own[:, of_chunk], **NEAR[dtype])
 
 
 def test_nothing_is_added_up_of_what_never_evicts():
@@ -315,15 +315,15 @@ def test_a_chunk_alone_is_as_it_is_in_company(name, index):
         decay=together.chunks.decay[index : index + 1].clone(),
     )
     at = together.chunks.offsets[index]
-    mine = slice(at, at + case.prompts[index].length)
+    of_chunk = slice(at, at + case.prompts[index].length)
     for one, all_ in zip(attended(case, alone), attended(case, together), strict=True):
-        assert torch.equal(one[mine], all_[mine])
+        assert torch.equal(one[of_chunk], all_[of_chunk])
         assert (one[:at] == UNTOUCHED).all()
-        assert (one[mine.stop :] == UNTOUCHED).all()
+        assert (one[of_chunk.stop :] == UNTOUCHED).all()
     logsums = true_logsums(case, together)
     for step in (together, alone):
         step.own = triton_prefill.add_up(step.query, step.key, step.rows, step.chunks, logsums, **case.details)
-    assert torch.equal(alone.own[:, mine], together.own[:, mine])
+    assert torch.equal(alone.own[:, of_chunk], together.own[:, of_chunk])
     for head in range(case.kv_heads):
         here = slot_rows(case, together, case.prompts[index], head)
         assert torch.equal(alone.rows.mass[here], together.rows.mass[here])

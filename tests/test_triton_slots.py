@@ -75,21 +75,21 @@ def make_rows(seen, limits, *, kv_heads=2, dim=16, value_dim=16, dtype=F32, mass
 
 def copied(rows, device=DEVICE):
     parts = ("keys", "values", "positions", "mass", "first", "capacity")
-    found = {name: getattr(rows, name) for name in parts}
-    return replace(rows, **{name: None if t is None else t.to(device, copy=True) for name, t in found.items()})
+    actual = {name: getattr(rows, name) for name in parts}
+    return replace(rows, **{name: None if t is None else t.to(device, copy=True) for name, t in actual.items()})
 
 
-def assert_same_rows(found, expected, **tolerance):
+def assert_same_rows(actual, expected, **tolerance):
     """The same bits, but where arithmetic of another kind gives the mass."""
     for name in ("keys", "values", "positions"):
-        one, other = getattr(found, name).cpu(), getattr(expected, name).cpu()
+        one, other = getattr(actual, name).cpu(), getattr(expected, name).cpu()
         assert torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0)), name
-    if found.mass is None:
+    if actual.mass is None:
         return
     if tolerance:
-        torch.testing.assert_close(found.mass.cpu(), expected.mass.cpu(), **tolerance)
+        torch.testing.assert_close(actual.mass.cpu(), expected.mass.cpu(), **tolerance)
     else:
-        assert torch.equal(found.mass.cpu(), expected.mass.cpu())
+        assert torch.equal(actual.mass.cpu(), expected.mass.cpu())
 
 
 def score(position, mass, now, order):
@@ -173,24 +173,24 @@ PLAIN = {"scale": 0.3, "order": ranked(), "decay": 1.0, "accumulate": True}
 
 def seen_by_slots(slots=SLOTS, now=NOW, limits=LIMITS):
     """Tokens and rows by slot."""
-    found = {slot: (tokens, limit) for slot, tokens, limit in zip(slots, now, limits, strict=True) if slot >= 0}
-    return zip(*(found.get(slot, (0, 1)) for slot in range(len(CAPACITIES))), strict=True)
+    actual = {slot: (tokens, limit) for slot, tokens, limit in zip(slots, now, limits, strict=True) if slot >= 0}
+    return zip(*(actual.get(slot, (0, 1)) for slot in range(len(CAPACITIES))), strict=True)
 
 
 def assert_decodes(tokens, rows, slots=SLOTS, now=NOW, limits=LIMITS, **manner):
     dtype = tokens[0].dtype
-    output, found = decode(*tokens, rows, slots, now, limits, **manner)
+    output, actual = decode(*tokens, rows, slots, now, limits, **manner)
     expected = copied(rows, "cpu")
     answer = true_decode(*tokens, expected, slots, now, limits, **manner)
     torch.testing.assert_close(output.cpu().double(), answer, **NEAR[dtype])
-    assert_same_rows(found, expected, **NEAR[dtype])
+    assert_same_rows(actual, expected, **NEAR[dtype])
     specified = copied(rows)
     per_token = (torch.tensor(numbers, dtype=torch.int64, device=DEVICE) for numbers in (slots, now, limits))
     plain = torch.empty_like(output)
     assert reference.decode_step(plain, *tokens, specified, *per_token, **manner)
     torch.testing.assert_close(output, plain, **NEAR[dtype])
-    assert_same_rows(found, specified, **NEAR[dtype])
-    return found
+    assert_same_rows(actual, specified, **NEAR[dtype])
+    return actual
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
@@ -215,8 +215,8 @@ def test_a_decoding_step_is_what_float64_says(shape, manner, dtype):
     if "sinks" in manner:
         manner["sinks"] = normal(tokens[0].shape[1], seed=5)
     of_slots = {name: size for name, size in shape.items() if name != "group"}
-    found = assert_decodes(tokens, make_rows(*seen_by_slots(), dtype=dtype, **of_slots), **manner)
-    assert found.mass.isfinite().all()
+    actual = assert_decodes(tokens, make_rows(*seen_by_slots(), dtype=dtype, **of_slots), **manner)
+    assert actual.mass.isfinite().all()
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -254,8 +254,8 @@ def one_full_slot(**kinds):
 
 
 def row_given_up(rows, heads, by="mass", **protected):
-    found = assert_decodes(tokens_of(1), rows, [1], [50], [24], **{**PLAIN, "order": ranked(by, **protected)})
-    return [found.positions[rows_of_head].tolist().index(50) for rows_of_head in heads]
+    actual = assert_decodes(tokens_of(1), rows, [1], [50], [24], **{**PLAIN, "order": ranked(by, **protected)})
+    return [actual.positions[rows_of_head].tolist().index(50) for rows_of_head in heads]
 
 
 @pytest.mark.parametrize("by", ["mass", "average"])
@@ -298,35 +298,35 @@ def test_large_sinks_and_large_scores_do_not_overflow(level):
     manner = {**PLAIN, "sinks": torch.full((4,), level, device=DEVICE)}
     assert_decodes(tokens_of(1), rows, [1], [50], [24], **manner)
     query, key, value = tokens_of(1)
-    output, found = decode(200 * query, key, value, rows, [1], [50], [24], **PLAIN)
+    output, actual = decode(200 * query, key, value, rows, [1], [50], [24], **PLAIN)
     assert output.isfinite().all()
-    assert found.mass.isfinite().all()
+    assert actual.mass.isfinite().all()
 
 
 def test_a_token_alone_and_again_is_the_token_in_company_to_the_last_bit():
     tokens, rows = tokens_of(5, group=3), make_rows(*seen_by_slots())
-    output, found = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
-    again, found_again = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
+    output, actual = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
+    again, actual_again = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
     assert torch.equal(output, again)
-    assert_same_rows(found, found_again)
+    assert_same_rows(actual, actual_again)
     for one, slot in enumerate(SLOTS):
         alone = [t[one : one + 1] for t in tokens]
         answer, rows_alone = decode(*alone, rows, [slot], NOW[one : one + 1], LIMITS[one : one + 1], **PLAIN)
         assert torch.equal(answer[0], output[one])
         begin = slice(int(rows.first[slot]), int(rows.first[slot]) + 2 * CAPACITIES[slot])
         if slot >= 0:
-            assert torch.equal(rows_alone.mass[begin], found.mass[begin])
-            assert torch.equal(rows_alone.positions[begin], found.positions[begin])
+            assert torch.equal(rows_alone.mass[begin], actual.mass[begin])
+            assert torch.equal(rows_alone.positions[begin], actual.positions[begin])
 
 
 def test_idle_rows_and_no_rows_touch_nothing():
     rows = make_rows(*seen_by_slots())
-    output, found = decode(*tokens_of(2), rows, [-1, -1], [3, 400], [5, 5], **PLAIN)
+    output, actual = decode(*tokens_of(2), rows, [-1, -1], [3, 400], [5, 5], **PLAIN)
     assert not output.any()
-    assert_same_rows(found, rows)
-    output, found = decode(*tokens_of(0), rows, [], [], [], **PLAIN)
+    assert_same_rows(actual, rows)
+    output, actual = decode(*tokens_of(0), rows, [], [], [], **PLAIN)
     assert output.shape == (0, 4, 16)
-    assert_same_rows(found, rows)
+    assert_same_rows(actual, rows)
 
 
 # (start, tokens, limit) of a chunk for each slot: of capacities 40, 24, 56, 33
@@ -377,14 +377,14 @@ def true_evict(key, value, rows, chunks, sums, order):
 def assert_evicts(rows, chunks, packed, sums, order, dtype=F32, seed=3):
     dims = rows.keys.shape[-1], rows.values.shape[-1]
     key, value = (strided(packed, rows.kv_heads, dim, seed + i, dtype) for i, dim in enumerate(dims))
-    found, expected = copied(rows), copied(rows, "cpu")
-    assert triton_evict.evict(key, value, found, chunks, sums, order=order)
+    actual, expected = copied(rows), copied(rows, "cpu")
+    assert triton_evict.evict(key, value, actual, chunks, sums, order=order)
     true_evict(key, value, expected, chunks, sums, order)
-    assert_same_rows(found, expected)
+    assert_same_rows(actual, expected)
     specified = copied(rows)
     assert reference.evict(key, value, specified, chunks, sums, order=order)
-    assert_same_rows(found, specified)
-    return found
+    assert_same_rows(actual, specified)
+    return actual
 
 
 def slots_before(wanted, **kinds):
@@ -410,8 +410,8 @@ ORDERS = [
 def test_survivors_are_those_of_the_rules(wanted, order):
     chunks, packed = make_chunks(wanted)
     rows = slots_before(wanted)
-    found = assert_evicts(rows, chunks, packed, uniform(2, packed, seed=8), order)
-    assert not torch.equal(found.positions, rows.positions)
+    actual = assert_evicts(rows, chunks, packed, uniform(2, packed, seed=8), order)
+    assert not torch.equal(actual.positions, rows.positions)
 
 
 @pytest.mark.parametrize("wanted", [FITTING, MIXED], ids=["fitting", "mixed"])
@@ -451,8 +451,8 @@ def test_nothing_of_a_chunk_or_everything_may_stay(rich):
     sums = uniform(2, packed) + 1
     rows.mass[int(rows.first[1]) :][:24] = 5.0 if rich == "slot" else 0.0
     rows.mass[int(rows.first[0]) :][:24] = 5.0 if rich == "slot" else 0.0
-    found = assert_evicts(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
-    stay = found.positions[int(rows.first[1]) :][:24] < 50
+    actual = assert_evicts(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
+    stay = actual.positions[int(rows.first[1]) :][:24] < 50
     assert stay.all() if rich == "slot" else not stay.any()
 
 
@@ -469,15 +469,15 @@ def test_negative_and_broken_scores_are_ranked_too():
 def test_a_chunk_alone_and_again_is_the_chunk_in_company_to_the_last_bit():
     chunks, packed = make_chunks(MIXED)
     rows, sums = slots_before(MIXED), uniform(2, packed)
-    found = assert_evicts(rows, chunks, packed, sums, ranked())
-    assert_same_rows(found, assert_evicts(rows, chunks, packed, sums, ranked()))
+    actual = assert_evicts(rows, chunks, packed, sums, ranked())
+    assert_same_rows(actual, assert_evicts(rows, chunks, packed, sums, ranked()))
     together = copied(rows)
     for one in range(4):
         names = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
         part = {name: getattr(chunks, name)[one : one + 1] for name in names}
         alone = Chunks(**part, table=chunks.table[:, one : one + 1].contiguous())
         together = assert_evicts(together, alone, packed, sums, ranked())
-    assert_same_rows(together, found)
+    assert_same_rows(together, actual)
 
 
 def test_too_many_rows_to_choose_from_are_left_to_others_but_not_to_append_to():
@@ -559,7 +559,7 @@ def test_policy_and_pool_say_the_same(order):
 
     query, key, value = tokens_of(2)
     slots, now = torch.tensor([0, 1], device=DEVICE), torch.tensor([70, 22], device=DEVICE)
-    output, found = decode(query, key, value, rows, [0, 1], [70, 22], [24, 24], **{**PLAIN, "order": order})
+    output, actual = decode(query, key, value, rows, [0, 1], [70, 22], [24, 24], **{**PLAIN, "order": order})
     going = EvictionRequest(
         slots=slots, positions=now, slots_host=(0, 1), positions_host=(70, 22), row_limits_host=(24, 24)
     )
@@ -574,5 +574,5 @@ def test_policy_and_pool_say_the_same(order):
     if part.row_stats:
         policy.observe(part, slots, received, first=True)
     torch.testing.assert_close(output, answer, **NEAR[F32])
-    assert_is_twin(found, part, NEAR[F32])
+    assert_is_twin(actual, part, NEAR[F32])
     assert torch.equal(rows.mass, mass_before)
