@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bmx.cli.commands import app
 from bmx.cli.reference import PAGE, reference
 from bmx.errors import UsageError
-from bmx.job.fingerprint import fingerprint
+from bmx.job.fingerprint import differences, fingerprint
 from bmx.run_config import SECTIONS, RunConfig, all_settings
 from bmx.settings import COMMANDS, DecidesAnswers, Setting, settings_in
 
@@ -216,6 +216,7 @@ def test_a_setting_that_decides_answers_when_it_is_on_leaves_fingerprints_alone_
     off, on = (fingerprint(RunConfig.gather(("x",), {"model": "fake", name: value})) for value in (False, True))
     assert off == fingerprint(RunConfig.gather(("x",), {"model": "fake"}))
     assert on == off | {name: True}
+    assert differences(on, off) == f"{name} was true, is false"
 
 
 # --print-config

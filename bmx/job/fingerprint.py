@@ -55,6 +55,8 @@ def row_hash_key(fingerprint: Mapping[str, Any]) -> bytes:
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """What differs between two fingerprints, for people; empty if nothing does."""
+    off = {s.name: False for s in SETTINGS if s.decides_answers is IF_TRUE}  # a fingerprint leaves these out
+    before, after = off | dict(before), off | dict(after)
     changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     return ", ".join(_difference(name, before.get(name), after.get(name)) for name in changed)
 
