@@ -9,6 +9,7 @@ Shapes: B decoding tokens, H query heads, K kv heads, G = H / K, C rows of a hea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -261,6 +262,7 @@ def decode_step(
     return True
 
 
+@cache
 def _decode_launch(group: int, dim: int, value_dim: int, itemsize: int) -> tuple[DecodeSizes, dict[str, int]]:
     """Sizes that the decoding kernel is compiled for, and its warps and stages."""
     group_full = max(16, triton.next_power_of_2(group))

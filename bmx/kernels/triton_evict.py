@@ -9,6 +9,7 @@ Shapes: N chunks, T packed tokens of a step, K kv heads, C rows of a head in one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -206,6 +207,7 @@ def _choice_launch(largest: int, longest: int) -> tuple[ChoiceSizes, dict[str, i
     return sizes, {"num_warps": min(max(max(sizes.rows, sizes.tokens) // 256, 4), 16), "num_stages": 1}
 
 
+@cache
 def _move_launch(dim: int, value_dim: int) -> tuple[MoveSizes, dict[str, int]]:
     """Sizes that the moving kernel is compiled for, and its warps and stages."""
     full = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)

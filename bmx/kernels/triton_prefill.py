@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -254,6 +255,7 @@ def _rows_of_head(past: Tensor) -> int | None:
     return apart if not over and apart >= rows else None
 
 
+@cache
 def _sizes(
     heads: int, kv_heads: int, dim: int, width: int, softcap: float | None, window: int | None, launch: Launch
 ) -> Sizes:
