@@ -210,20 +210,6 @@ class RunConfig:
     prompt: PromptConfig = PromptConfig()
 
     @classmethod
-    def gather(cls, inputs: tuple[str, ...], flags: Mapping[str, Any], config_file: str | None = None) -> RunConfig:
-        """Flags and variables override the config file, which overrides the defaults.
-
-        Args:
-            inputs: input paths, ``-`` for stdin.
-            flags: settings that were given, by name; ``None`` means not given.
-            config_file: a YAML file of settings.
-
-        Raises:
-            UsageError: an unknown name, a wrong type or a value out of range.
-        """
-        return cls.of(inputs, given_settings(flags, config_file))
-
-    @classmethod
     def of(cls, inputs: tuple[str, ...], values: Mapping[str, Any]) -> RunConfig:
         """The configuration with these values of settings, by name, and defaults for the others.
 

@@ -14,7 +14,7 @@ from bmx.cli.commands import app
 from bmx.cli.reference import PAGE, reference
 from bmx.errors import UsageError
 from bmx.job.fingerprint import differences, fingerprint
-from bmx.run_config import SECTIONS, RunConfig, all_settings
+from bmx.run_config import SECTIONS, RunConfig, all_settings, given_settings
 from bmx.settings import COMMANDS, DecidesAnswers, Setting, settings_in
 
 SETTINGS = all_settings()
@@ -53,7 +53,7 @@ def shown(*args: str, env: dict[str, str] | None = None) -> dict[str, Any]:
 
 def gather(**given: Any) -> dict[str, Any]:
     """The settings in force when these are given."""
-    return RunConfig.gather(("in.jsonl",), given).flat()
+    return RunConfig.of(("in.jsonl",), given_settings(given)).flat()
 
 
 def flag(name: str) -> str:
@@ -213,8 +213,10 @@ def test_every_field_of_a_section_says_whether_it_decides_answers():
 
 @pytest.mark.parametrize("name", sorted({s.name for s in SETTINGS if s.decides_answers is DecidesAnswers.IF_TRUE}))
 def test_a_setting_that_decides_answers_when_it_is_on_leaves_fingerprints_alone_when_it_is_off(name):
-    off, on = (fingerprint(RunConfig.gather(("x",), {"model": "fake", name: value})) for value in (False, True))
-    assert off == fingerprint(RunConfig.gather(("x",), {"model": "fake"}))
+    off, on = (
+        fingerprint(RunConfig.of(("x",), given_settings({"model": "fake", name: value}))) for value in (False, True)
+    )
+    assert off == fingerprint(RunConfig.of(("x",), given_settings({"model": "fake"})))
     assert on == off | {name: True}
     assert differences(on, off) == f"{name} was true, is false"
 
@@ -244,20 +246,20 @@ def test_the_printed_config_is_a_config_file_that_says_the_same(config_file, arg
 )
 def test_an_unknown_setting_is_refused_with_the_one_that_was_probably_meant(config_file, name, meant):
     with pytest.raises(UsageError, match=name) as error:
-        RunConfig.gather((), {}, config_file(f"{name}: 5"))
+        RunConfig.of((), given_settings({}, config_file(f"{name}: 5")))
     assert error.value.hint == f"did you mean {meant!r}?"
 
 
 @pytest.mark.parametrize("text", ["zzzzzz: 1", "inputs: [a.jsonl]", "1: 2", "engine: {model: demo}"])
 def test_an_unknown_setting_is_refused(config_file, text):
     with pytest.raises(UsageError, match="unknown setting"):
-        RunConfig.gather((), {}, config_file(text))
+        RunConfig.of((), given_settings({}, config_file(text)))
 
 
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 2", "seed: 1\nseed: 1", "kv_budget: 100\nkv-budget: 200"])
 def test_a_setting_given_twice_is_refused(config_file, text):
     with pytest.raises(UsageError, match="twice"):
-        RunConfig.gather((), {}, config_file(text))
+        RunConfig.of((), given_settings({}, config_file(text)))
 
 
 @pytest.mark.parametrize(
@@ -279,18 +281,18 @@ def test_a_setting_given_twice_is_refused(config_file, text):
 )
 def test_a_file_that_is_no_flat_yaml_is_refused(config_file, text):
     with pytest.raises(UsageError, match="config file"):
-        RunConfig.gather((), {}, config_file(text))
+        RunConfig.of((), given_settings({}, config_file(text)))
 
 
 def test_a_config_file_that_is_missing_or_a_folder_is_refused(tmp_path):
     for path in (tmp_path / "missing.yaml", tmp_path):
         with pytest.raises(UsageError, match="cannot read config file"):
-            RunConfig.gather((), {}, str(path))
+            RunConfig.of((), given_settings({}, str(path)))
 
 
 def test_a_config_file_that_is_too_large_is_refused_for_that(config_file):
     with pytest.raises(UsageError, match="is larger than 1,000,000 bytes") as error:
-        RunConfig.gather((), {}, config_file("#" * 1_000_001))
+        RunConfig.of((), given_settings({}, config_file("#" * 1_000_001)))
     assert "YAML" not in error.value.message
 
 
@@ -299,7 +301,7 @@ def test_a_config_file_that_is_too_large_is_refused_for_that(config_file):
 )
 def test_unusual_but_valid_files_are_read(config_file, text):
     expected = 500 if "500" in text else 1024
-    assert RunConfig.gather((), {}, config_file(text)).engine.kv_budget == expected
+    assert RunConfig.of((), given_settings({}, config_file(text))).engine.kv_budget == expected
 
 
 # Wrong types
@@ -341,14 +343,14 @@ def test_unusual_but_valid_files_are_read(config_file, text):
 )
 def test_a_value_of_the_wrong_type_is_refused_and_named(config_file, name, value):
     with pytest.raises(UsageError, match=name):
-        RunConfig.gather((), {}, config_file(yaml.safe_dump({name: value})))
+        RunConfig.of((), given_settings({}, config_file(yaml.safe_dump({name: value}))))
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "model", "stop", "kv_budget"])
 def test_a_bomb_of_yaml_anchors_is_refused_in_a_short_line(config_file, name):
     levels = "".join(f"&a{i} [{f'*a{i - 1}, ' * 10}], " for i in range(1, 5))
     with pytest.raises(UsageError, match=name) as error:
-        RunConfig.gather((), {}, config_file(f"{name}: [&a0 [boom], {levels}]"))
+        RunConfig.of((), given_settings({}, config_file(f"{name}: [&a0 [boom], {levels}]")))
     assert len(error.value.message) < 500
 
 

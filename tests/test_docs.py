@@ -18,7 +18,7 @@ from test_structure import ROOMS
 
 from bmx.cli.commands import EXIT_SOME_FAILED, app
 from bmx.errors import BmxError
-from bmx.run_config import JobConfig, RunConfig
+from bmx.run_config import JobConfig, RunConfig, given_settings
 from bmx.shutdown import STOPPING, Interrupted
 
 ROOT = Path(__file__).parent.parent
@@ -213,5 +213,5 @@ def test_the_tables_of_fields_are_those_of_a_run(bmx):
 
 
 def test_the_sample_config_is_valid():
-    config = RunConfig.gather(("x",), {}, str(ROOT / "sample_inputs" / "bmx.yaml"))
+    config = RunConfig.of(("x",), given_settings({}, str(ROOT / "sample_inputs" / "bmx.yaml")))
     assert config.engine.kv_budget == 1024

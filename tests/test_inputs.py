@@ -26,7 +26,7 @@ from bmx.job.input_rows import NOT_SUPPORTED, InputRow
 from bmx.job.job import run as run_job
 from bmx.job.result_writer import ResultWriter
 from bmx.request import Result
-from bmx.run_config import RunConfig
+from bmx.run_config import RunConfig, given_settings
 from bmx.shutdown import Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
@@ -1114,7 +1114,7 @@ def test_i22_an_input_that_changes_while_it_is_read_is_told_of(tmp_path, what):
         "cut": lambda: os.truncate(source, 5000),
         "gone": source.unlink,
     }
-    config = RunConfig.gather((str(source),), {"model": "fake"})
+    config = RunConfig.of((str(source),), given_settings({"model": "fake"}))
     with pytest.raises(BmxError, match=r"the input.* changed"):
         run_job(config, Display("none"), Meanwhile(acts[what]))
     assert not (tmp_path / "in.out.jsonl.lock").exists()
@@ -1129,7 +1129,7 @@ def test_i22_ids_that_occur_twice_only_since_the_input_was_rewritten_are_no_trac
         with source.open("r+") as file:
             file.write(twice)
 
-    config = RunConfig.gather((str(source),), {"model": "fake"})
+    config = RunConfig.of((str(source),), given_settings({"model": "fake"}))
     with pytest.raises(InputFileError, match="has changed while it was read"):
         run_job(config, Display("none"), Meanwhile(rewrite))
 

@@ -10,7 +10,7 @@ from conftest import answers, as_requests, random_prompts, tiny_engine
 
 from bmx.job.job import run as run_job
 from bmx.request import Request, SamplingParams
-from bmx.run_config import RunConfig
+from bmx.run_config import RunConfig, given_settings
 from bmx.shutdown import Interrupted, Stop
 from bmx.terminal.display import Display
 
@@ -123,7 +123,7 @@ def test_finished_rows_that_wait_for_their_turn_when_a_run_is_stopped_are_told_o
     first = {"id": "endless", "prompt": "w", "ignore_eos": True, "max_tokens": 10**6}
     rows = [first, *({"id": i, "prompt": f"w {i}"} for i in range(3))]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = RunConfig.gather((str(source),), {"model": "fake", "order": "input"})
+    config = RunConfig.of((str(source),), given_settings({"model": "fake", "order": "input"}))
     with pytest.raises(Interrupted):
         run_job(config, Display("plain"), AfterSomeSteps())
     assert "0 of 4 rows have their records, 3 finished ones waited for their turn" in capfd.readouterr().err
