@@ -205,7 +205,7 @@ def other_gpu_processes(gpu: Gpu) -> list[GpuProcess]:
 
 
 def holders(gpu: Gpu) -> str:
-    """Other processes that hold memory of a GPU, for people; empty if there are none."""
+    """Other processes that hold memory of a GPU, for people; empty without such processes."""
     others = other_gpu_processes(gpu)
     parts = [
         f"pid {process.pid} holds " + ("an unknown amount" if process.used is None else f"{process.used / 1e6:,.0f} MB")

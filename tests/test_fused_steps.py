@@ -58,7 +58,7 @@ def attention_of(chosen, policy, window=None, sizes=((48, 5),)):
 
 
 def fill(part, slot, tokens, rows):
-    """The slot has seen so many tokens, of which ``rows`` are left, in any order, and all have been attended to."""
+    """A slot after some tokens: it keeps ``rows`` of them, in any order, and each has received attention."""
     random = torch.Generator().manual_seed(slot)
     for head in range(2):
         left = torch.randperm(tokens, generator=random) if tokens > rows else torch.arange(tokens)

@@ -319,7 +319,7 @@ def test_rows_begin_again_when_memory_runs_out(at):
 
 
 class Clock:
-    """A clock that goes on by so many seconds in each step of an engine, the last number from then on."""
+    """A clock that advances by these seconds, one number per step of an engine; the last number repeats."""
 
     def __init__(self):
         self.now, self.seconds = 0.0, [1.0]

@@ -82,7 +82,7 @@ def _library() -> _Library:
     """The compiled functions.
 
     Raises:
-        RuntimeError: there are none on this machine; ``bmx.kernels.choose`` does not choose this module there.
+        RuntimeError: this machine has no compiled kernels; ``bmx.kernels.choose`` never chooses this module there.
     """
     library = build.library()
     if isinstance(library, str):

@@ -31,7 +31,7 @@ class CannotBuildError(Exception):
 
 @cache
 def library() -> ctypes.PyDLL | str:
-    """The compiled kernels, loaded; or the reason why there are none here."""
+    """The compiled kernels, loaded; or the reason why this machine cannot have them."""
     try:
         return _library()
     except CannotBuildError as reason:

@@ -1,7 +1,7 @@
 """Triton kernels of a prompt chunk's attention: tiles of queries that attend to keys, and column sums over queries.
 
 The rows of a tile of queries are tokens times the query heads of one kv head: row m is token m // G, head m % G. Scores
-are exponents of two. A dimension that is no power of two is computed in two parts (96 = 64 + 32).
+are exponents of two. Any other dimension is computed in two parts (96 = 64 + 32).
 
 Shapes: T packed tokens, N chunks, H query heads, K kv heads, G = H / K, R rows of all slots and heads, D key dim,
 E value dim.
