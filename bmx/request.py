@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from bmx.errors import RowError, UsageError
@@ -113,6 +113,7 @@ class Request:
         params: how to sample the answer.
         raw: whether the prompt is continued as it stands, without the model's chat template.
         seeded: whether the seed is the request's own; otherwise the id is mixed into it.
+        chat_template_kwargs: values for variables of the model's chat template, such as ``enable_thinking``.
 
     Raises:
         UsageError: both of them, or a value of another type.
@@ -124,12 +125,14 @@ class Request:
     params: SamplingParams = SamplingParams()
     raw: bool = False
     seeded: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         declared: tuple[tuple[str, Any, Any, str], ...] = (
             ("id", self.id, str | int, "text or a whole number"),
             ("prompt", self.prompt, str | None, "text"),
             ("params", self.params, SamplingParams, "SamplingParams"),
+            ("chat_template_kwargs", self.chat_template_kwargs, dict, "a dict"),
         )
         for name, value, kind, words in declared:
             if not isinstance(value, kind):
@@ -137,6 +140,8 @@ class Request:
         messages = () if self.messages is None else self.messages
         if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
             raise UsageError("a request's messages must be dicts", hint='[{"role": "user", "content": "Hello"}]')
+        if not all(isinstance(name, str) for name in self.chat_template_kwargs):
+            raise UsageError("a request's chat_template_kwargs must have names of variables as keys")
         if self.prompt is not None and self.messages is not None:
             raise UsageError("a request has a prompt or messages, not both")
 

@@ -306,6 +306,17 @@ def test_an_envelope_that_cannot_be_answered_is_an_error(read, envelope):
     assert refusal(read({**openai({"prompt": "x"}), **envelope}))
 
 
+@pytest.mark.parametrize("row", [{"prompt": "x"}, openai({"messages": HELLO}, url=CHAT)])
+def test_c9_variables_of_the_chat_template_are_read(read, row):
+    def with_kwargs(kwargs):
+        own = {"chat_template_kwargs": kwargs}
+        return read(row | ({"body": row["body"] | own} if "body" in row else own))
+
+    assert good(with_kwargs({"enable_thinking": False})).chat_template_kwargs == {"enable_thinking": False}
+    assert good(with_kwargs(None)).chat_template_kwargs == {}
+    assert "'chat_template_kwargs' must be an object" in refusal(with_kwargs("off"))
+
+
 def test_both_dialects_may_stand_in_one_file(read):
     rows = read({"prompt": "x"}, openai({"prompt": "x"}), {"prompt": "x"})
     assert [row.request.raw for row in rows] == [False, True, False]

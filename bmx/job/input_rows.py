@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import string
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ import jsonlines
 from bmx.errors import RowError, UsageError
 from bmx.job.line_reader import LineSet, read_lines
 from bmx.job.output_records import Dialect
+from bmx.job.prompt_template import filled, template_pieces, unescape
 from bmx.request import Request, SamplingParams
 from bmx.run_config import MAX_LINE_BYTES, RunConfig, setting_named
 
@@ -29,7 +29,7 @@ OPENAI_URLS: dict[str, Dialect] = {
     "/v1/chat/completions": "chat.completion",
     "/v1/completions": "text_completion",
 }
-OPENAI_KNOWN = {"model", "user", "metadata", "max_completion_tokens"}
+OPENAI_KNOWN = {"model", "user", "metadata", "max_completion_tokens", "chat_template_kwargs"}
 UNSUPPORTED_DEFAULTS: dict[str, tuple[Any, ...]] = {  # values of unsupported fields that ask for nothing
     "stream": (False,), "n": (1,), "best_of": (1,), "logprobs": (False,), "echo": (False,), "store": (False,),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "min_tokens": (0,), "tools": ([],),
@@ -97,7 +97,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         if self.template is not None:
-            _template_fields(self.template)
+            template_pieces(self.template)
 
     def rows(
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
@@ -162,7 +162,7 @@ class Reader:
         if self.template is None:
             _check_names(values)
         elif messages is None:
-            prompt = _filled(self.template, values)
+            prompt = filled(self.template, values)
         if prompt is not None and messages is not None:
             raise RowError("invalid_request", "give either 'prompt' or 'messages', not both")
         references = values.get(REFERENCE)
@@ -201,7 +201,15 @@ class Reader:
             raise RowError("invalid_request", problem)
         own = {key: values[key] for key in SAMPLING_FIELDS & values.keys() if values[key] is not None}
         params = _params(self.defaults, own) if own else self.defaults
-        return Request(id=row.id, prompt=prompt, messages=messages, params=params, raw=raw, seeded="seed" in own)
+        return Request(
+            id=row.id,
+            prompt=prompt,
+            messages=messages,
+            params=params,
+            raw=raw,
+            seeded="seed" in own,
+            chat_template_kwargs=_template_kwargs(values),
+        )
 
 
 class _Source:
@@ -346,6 +354,20 @@ def _content(content: Any) -> str:
     return content
 
 
+def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
+    """The row's values for variables of the chat template.
+
+    Raises:
+        RowError: not an object.
+    """
+    kwargs = values.get("chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RowError(
+            "invalid_request", "'chat_template_kwargs' must be an object, such as {\"enable_thinking\": false}"
+        )
+    return kwargs or {}
+
+
 def _params(defaults: SamplingParams, own: dict[str, Any]) -> SamplingParams:
     """The row's values over the defaults.
 
@@ -369,38 +391,6 @@ def _replaced(defaults: SamplingParams, own: tuple[tuple[str, type, Any], ...]) 
     return replace(defaults, **{key: setting_named(key).coerce(value) for key, _, value in own})
 
 
-@cache
-def _template_fields(template: str) -> list[tuple[str, str | None]]:
-    """(text, field name or None) pieces of a template; only plain names may stand in braces.
-
-    Raises:
-        UsageError: unbalanced braces, or a placeholder that is not a plain name.
-    """
-    try:
-        pieces = [
-            (text, f"{name}!{conversion}:{form}" if form or conversion else name)
-            for text, name, form, conversion in string.Formatter().parse(template)
-        ]
-    except ValueError as error:
-        raise UsageError(f"prompt_template: {error}", hint="write {{ and }} for braces in the text itself") from None
-    for _, name in pieces:
-        if name is not None and not name.isidentifier():
-            raise UsageError(f"prompt_template: {{{name}}} is not the name of a field")
-    return pieces
-
-
-def _filled(template: str, values: dict[str, Any]) -> str:
-    parts = []
-    for text, name in _template_fields(template):
-        parts.append(text)
-        if name is not None:
-            value = values.get(name)
-            if value is None:
-                raise RowError("invalid_request", f"the row has no field {name!r} for the prompt template")
-            parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return "".join(parts)
-
-
 def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b"") -> Reader:
     """A reader of these files, with the defaults and the template of the job.
 
@@ -412,7 +402,7 @@ def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b
     return Reader(
         paths=paths,
         defaults=config.sampling,
-        template=_unescape(config.prompt.prompt_template),
+        template=unescape(config.prompt.prompt_template),
         models=frozenset(model_names(config)),
         hash_key=hash_key,
         longest=config.job.max_line_bytes,
@@ -425,8 +415,3 @@ def model_names(config: RunConfig) -> tuple[str, ...]:
     last = Path(model).name.removesuffix(".gguf")
     demo = ("SmolLM2-135M-Instruct",) if model == "demo" else ()
     return tuple(dict.fromkeys((*config.job.served_model_name, model, last, *demo)))
-
-
-def _unescape(template: str | None) -> str | None:
-    r"""A template from a shell, in which ``\n`` and ``\t`` typed as two characters become a newline and a tab."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
