@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import word_tokenizer
 from safetensors.torch import load_file, save_file
+
+from bmx import PromptConfig, Request
+from bmx.errors import RowError
+from bmx.model import chat_template
+from bmx.model.prompt_encoder import PromptEncoder
 
 
 @pytest.fixture
@@ -110,6 +118,31 @@ def test_m5_a_chat_template_cannot_leave_its_sandbox_nor_stop_the_run(run, folde
     failed = [json.loads(line) for line in Path("in.out.jsonl.errors.jsonl").read_text().splitlines()]
     assert {row["error"]["code"] for row in failed} == {"invalid_request"}
     assert not any("subprocess" in row["error"]["message"] for row in failed)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%0999999999d' % 1 }}",
+        "{{ messages[0]['content'].ljust(10 ** 10) }}",
+        "{{ 'x' * 10 ** 8 }}",
+        "{% set all = namespace(x='x') %}{% for i in range(60) %}{% set all.x = all.x ~ all.x %}{% endfor %}",
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) ~ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(99) }}",
+    ],
+)
+def test_b4_a_chat_template_computes_and_prints_no_more_than_it_may(template, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    encoder = PromptEncoder(tokenizer, PromptConfig())
+    with pytest.raises(RowError, match=r"it (needs|computes|prints)") as refused:
+        encoder.encode(Request(id="a", prompt="w5"))
+    assert refused.value.code == "invalid_request"
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)) == before
+    tokenizer.chat_template = "{{ messages[0]['content'] }} w7"
+    assert PromptEncoder(tokenizer, PromptConfig()).encode(Request(id="a", prompt="w5")) == [5, 7]
 
 
 def test_m5_a_tokenizer_without_pad_token_and_chat_template_is_enough(run, folder):

@@ -12,6 +12,7 @@ from typing import Any
 
 from bmx.config import PromptConfig
 from bmx.errors import RowError, UsageError
+from bmx.model.chat_template import render_chat
 from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.request import Request
 
@@ -163,10 +164,10 @@ class PromptEncoder:
         marks: dict[str, str] = {}
         try:
             hidden = [self._hide_all(message, marks) for message in messages]
-            text = self._tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
+            text = render_chat(self._tokenizer, hidden, add_generation_prompt=True)
         except Exception as error:  # a template is code of the model's author and may raise anything
             raise RowError("invalid_request", f"the chat template refuses these messages: {error}") from error
-        return str(text), marks
+        return text, marks
 
     def _hide_all(self, value: Any, marks: dict[str, str]) -> Any:
         """``value`` with marks in all of its texts, since a template may print any field of a message."""
