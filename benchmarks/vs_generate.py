@@ -179,13 +179,13 @@ def main() -> None:
           f"KV {stats.kv_bytes / 1e6:.0f} MB  (other processes {ours.others:.1f} CPU s)")  # fmt: skip
     print(f"  prefill {stats.prefill_rate:,.0f} tok/s = {stats.prefill_rate / bound:.0%} of the bound, "
           f"decode {stats.decode_rate:,.0f} tok/s")  # fmt: skip
-    if stats.pure_steps:  # in which nothing but decoding was done
-        active = stats.pure_tokens / stats.pure_steps
+    if stats.decode_steps:  # in which nothing but decoding was done
+        active = stats.decode_tokens / stats.decode_steps
         held = sum(min(budget, len(p) + args.new // 2) for p in prompts) / len(prompts)
         pairs = engine.policy.layout(engine.spec, 1).kv_bytes * held
         read = weights_read(engine.spec, engine.backend.model, round(active)) + active * pairs
         flops = active * (linear_flops(engine.backend.model) + 2 * engine.spec.head_bytes / 2)
-        step = stats.pure_seconds / stats.pure_steps
+        step = stats.decode_seconds / stats.decode_steps
         print(f"  steps that only decode: {active:.1f} tokens in {1e3 * step:.1f} ms; {bandwidth / 1e9:.1f} GB/s allow "
               f"{1e3 * read / bandwidth:.1f} ms ({read / bandwidth / step:.0%} of the bandwidth bound), products alone "
               f"{1e3 * flops / rate:.1f} ms")  # fmt: skip

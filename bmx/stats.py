@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 class Stats:
     """The counters of a run so far.
 
-    A step may mix prompt chunks with single decode tokens. Its seconds are divided in proportion to the tokens, since
-    every packed token costs about the same there.
+    A step may read prompts and decode beside them. Its seconds are then those of a step that reads prompts; the speed
+    of decoding is that of the steps that do nothing else.
     """
 
     rows_total: int = 0  # of the input
@@ -25,18 +25,16 @@ class Stats:
     prompt_tokens: int = 0
     reused_prompt_tokens: int = 0  # copied from another row's slot; not among prompt_tokens
     generated_tokens: int = 0
-    decode_tokens: int = 0
     work_total: int = 0  # tokens of all prompts and of answers of full length
     work_saved: int = 0  # tokens of them that early ends made unnecessary
     memory_bytes: int = 0
     peak_memory_bytes: int = 0
     active_slots: int = 0
     slots: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    pure_steps: int = 0  # steps that only decoded
-    pure_tokens: int = 0  # tokens of these steps
-    pure_seconds: float = 0.0  # seconds of these steps
+    prefill_seconds: float = 0.0  # of the steps that read prompts
+    decode_seconds: float = 0.0  # of the steps that only decoded
+    decode_steps: int = 0  # forward passes of these steps
+    decode_tokens: int = 0  # tokens of these steps
     kv_bytes: int = 0  # bytes of the slots
     full_cache_peak_bytes: int = 0  # the most bytes that full caches would have held
     peak_active_slots: int = 0
@@ -97,13 +95,19 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens computed per second of prompt work."""
+        """Prompt tokens a second of the steps that read prompts; 0 before the first of them."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """Decoded tokens per second of decode work; the first token of an answer comes with its prompt."""
+        """Tokens a second of the steps that only decode; 0 before the first of them."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def generated_rate(self) -> float:
+        """Generated tokens a second of all steps; 0 before the first of them."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return self.generated_tokens / seconds if seconds else 0.0
 
     def count_step(
         self,
@@ -127,16 +131,14 @@ class Stats:
             active: sequences in flight.
             full_cache_bytes: bytes that full caches of these sequences would hold.
         """
-        share = prompt_tokens / max(1, prompt_tokens + decode_tokens)
         self.prompt_tokens += prompt_tokens
-        self.decode_tokens += decode_tokens
         self.generated_tokens += sampled
-        self.prefill_seconds += seconds * share
-        self.decode_seconds += seconds * (1 - share)
-        if decode_tokens and not prompt_tokens:
-            self.pure_steps += rounds
-            self.pure_tokens += decode_tokens
-            self.pure_seconds += seconds
+        if prompt_tokens:
+            self.prefill_seconds += seconds
+        else:
+            self.decode_seconds += seconds
+            self.decode_steps += rounds
+            self.decode_tokens += decode_tokens
         self.active_slots = active
         self.peak_active_slots = max(self.peak_active_slots, active)
         self.full_cache_peak_bytes = max(self.full_cache_peak_bytes, full_cache_bytes)

@@ -52,6 +52,7 @@ SIDE = SideMeasurement(
     seconds=4.0,
     prefill_seconds=2.0,
     decode_seconds=1.0,
+    decode_tokens=7,
     prefill_flops=600,
     step_seconds=0.5,
     step_bytes=100,
@@ -228,7 +229,7 @@ def test_shares_and_ratios_by_hand():
     record = SIDE.record(Workload(prompts=[[1] * 9, [2] * 11], answer_tokens=6), flops=1000.0, bandwidth=400.0)
     assert (record["mfu"], record["bandwidth_share"]) == (0.3, 0.5)
     assert (record["generated_tokens_per_second"], record["tokens_per_second"]) == (3.0, 8.0)
-    assert (record["prefill_tokens_per_second"], record["decode_tokens_per_second"]) == (10.0, 10.0)
+    assert (record["prefill_tokens_per_second"], record["decode_tokens_per_second"]) == (10.0, 7.0)
     assert record["prompts_per_minute"] == 30.0
     cell = {name: {"fits": True, "seconds": s} for name, s in zip(SIDES, (6.0, 4.0, 2.0), strict=True)}
     assert ratios(cell) == {"full_cache": 3.0, "decode_only": 2.0}

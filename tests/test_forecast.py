@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -23,9 +26,10 @@ from bmx.kernels.registry import CAPABILITIES
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan import forecast as forecast_module
 from bmx.plan import machine_speed as rates_module
+from bmx.plan.cards import CARDS, card_named, card_rates
 from bmx.plan.device import Device
 from bmx.plan.forecast import fastest, forecast
-from bmx.plan.machine_speed import CARDS, Rates, card_named, card_rates, forget, machine_rates
+from bmx.plan.machine_speed import Rates, forget, machine_rates
 from bmx.plan.memory import Limits, SlotGroup, StepSize
 from bmx.plan.planner import Length, plan
 from bmx.request import Request, SamplingParams
@@ -164,17 +168,30 @@ def test_longer_prompts_and_longer_answers_take_longer():
 @pytest.mark.parametrize("policy", [FULL, SMALL], ids=["full", "small"])
 @pytest.mark.parametrize("slots", [1, 7, 100])
 def test_every_token_is_accounted_for(slots, policy, kernels):
-    """Seconds of prompts and of decoding, from the rates, are all seconds: the first token comes with the prompt."""
+    """By the rates: reading the prompts takes no more than all seconds, and so does decoding what is left."""
     lengths = requests(60, policy)
     found = foreseen(lengths, policy, slots, kernels=kernels)
-    prompts = sum(length.prompt_tokens for length in lengths)
-    decoded = sum(length.max_tokens - 1 for length in lengths)
-    assert prompts / found.prefill_rate + decoded / found.decode_rate == pytest.approx(found.seconds)
+    prompts, generated = sum(length.prompt_tokens for length in lengths), sum(length.max_tokens for length in lengths)
+    assert generated / found.generated_rate == pytest.approx(found.seconds)
+    reading = prompts / found.prefill_rate
+    assert reading < found.seconds < reading + generated / found.decode_rate
+
+
+@pytest.mark.parametrize("policy", [FULL, SMALL], ids=["full", "small"])
+@pytest.mark.parametrize("slots", [1, 7, 100])
+def test_f_no_speed_of_decoding_is_above_what_reading_weights_and_pairs_allows(slots, policy):
+    """By hand: a step of all slots reads the weights once; mixed steps, in which decoding is free, do not count."""
+    for lengths in (requests(60, policy), [Length(2000, 100, policy.rows_needed(2000, 100))] * 60):
+        found = foreseen(lengths, policy, slots)
+        roof = slots / (SPEC.weight_bytes / RATES.thin_bandwidth)
+        assert 0 < found.decode_rate <= roof
+        assert found.generated_rate <= max(found.decode_rate, found.prefill_rate)
 
 
 def test_answers_of_one_token_are_all_prompt():
     found = foreseen([Length(100, 1, 101)] * 10)
     assert found.decode_rate == 0
+    assert found.generated_rate == pytest.approx(10 / found.seconds)
     assert found.prefill_rate == pytest.approx(1000 / found.seconds)
 
 
@@ -353,7 +370,10 @@ def test_every_card_is_found_however_it_is_spelt(card):
     spellings = [card.name, card.name.lower(), spaced, spaced.replace(" ", "")]
     spellings += [f"NVIDIA {spaced}", f"nvidia-{card.name}"]
     if "RTX" in card.name:
-        spellings.append(f"NVIDIA GeForce {spaced}")
+        bare = spaced.removeprefix("RTX ")
+        spellings += [f"NVIDIA GeForce {spaced}", bare, bare.lower().replace(" ", ""), f"rtx{bare}"]
+    if not re.search("-[0-9]+G$", card.name):
+        spellings += [f"{spaced} {card.gigabytes}GB", f"{card.name}-{card.gigabytes}g", f"{spaced} {card.gigabytes}"]
     assert {card_named(spelling).name for spelling in spellings} == {card.name}
 
 
@@ -366,20 +386,34 @@ def test_every_card_is_found_however_it_is_spelt(card):
         ("a100-80g", "A100-80G"),
         ("A10", "A10"),
         ("NVIDIA L4", "L4"),
+        ("4090", "RTX-4090"),
+        ("a10g", "A10G"),
+        ("A6000", "RTX-A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
+        ("h100-80g", "H100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("h100 80gb pcie", "H100-PCIe"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80G"),
+        ("NVIDIA A100 80GB PCIe", "A100-80G"),
+        ("Tesla V100-SXM2-16GB", "V100-16G"),
+        ("4060 ti 16gb", "RTX-4060-Ti"),
     ],
 )
-def test_a_card_by_its_usual_names(spelling, name):
+def test_f_a_card_by_its_usual_names(spelling, name):
     assert card_named(spelling).name == name
 
 
-@pytest.mark.parametrize("name", ["A100", "rtx", "a", ""])
+@pytest.mark.parametrize("name", ["A100", "v100", "NVIDIA A100 PCIe"])
 def test_an_ambiguous_name_is_refused_with_the_names_there_are(name):
     with pytest.raises(UsageError, match="several cards") as caught:
         card_named(name)
+    assert re.search("[AV]100-[0-9]+G, [AV]100-[0-9]+G$", caught.value.message)
     assert all(card.name in caught.value.hint for card in CARDS)
 
 
-@pytest.mark.parametrize("name", ["MI300X", "H100 twin", "GTX 1080", "nothing"])
+@pytest.mark.parametrize("name", ["MI300X", "H100 twin", "GTX 1080", "nothing", "rtx", "a", "", "80G", "L4 80G"])
 def test_an_unknown_name_is_refused_with_the_names_there_are(name):
     with pytest.raises(UsageError, match="no card") as caught:
         card_named(name)
@@ -388,11 +422,18 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name):
     assert "--gpu-memory" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["RTX 4060", "L40"])
+@pytest.mark.parametrize("name", ["RTX 4060", "RTX 4090 Laptop GPU", "A100 64GB", "RTX 3060 8GB"])
 def test_a_card_is_not_mistaken_for_another_whose_name_goes_on(name):
-    """An RTX 4060 has half the memory of the RTX 4060 Ti listed, an L40 half the speed of an L40S."""
+    """An RTX 4060 has half the memory of the RTX 4060 Ti listed, a laptop's RTX 4090 two thirds of the desktop's."""
     with pytest.raises(UsageError):
         card_named(name)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_f_a_card_offers_less_memory_than_its_name_says(card):
+    """ECC and the driver take their share; the data sheet's gigabytes are powers of two, or of ten."""
+    assert 0.9 * card.gigabytes * 10**9 < card.memory < card.gigabytes * 2**30
+    assert card.memory % 2**20 == pytest.approx(0, abs=2**20)
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
@@ -418,6 +459,7 @@ def measured(monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(rates_module, "measure", measure)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     return calls
 
 
@@ -425,6 +467,7 @@ def cached(tmp_path):
     return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
+DAY = 24 * 3600
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the cache has another place")
 
 
@@ -435,6 +478,24 @@ def test_a_machine_is_measured_once_and_its_rates_are_kept(measured, tmp_path):
     assert measured == [("cpu", "bfloat16")]
     (file,) = cached(tmp_path)
     assert json.loads(file.read_text()) == asdict(first)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("load", "age", "times"),
+    [(0.0, 6 * DAY, 1), (0.0, 8 * DAY, 2), (0.0, -DAY, 2), (1e3, 300, 1), (1e3, 1200, 2)],
+    ids=["idle, this week", "idle, long ago", "idle, from the future", "busy, just now", "busy, a while ago"],
+)
+def test_f_rates_are_measured_again_after_a_week_and_sooner_where_the_machine_was_busy(
+    measured, monkeypatch, tmp_path, load, age, times
+):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    first = machine_rates("cpu", "bfloat16", "a chip")
+    assert ("busy" in first.source) == bool(load)
+    (file,) = cached(tmp_path)
+    os.utime(file, times=(time.time() - age,) * 2)
+    machine_rates("cpu", "bfloat16", "a chip")
+    assert len(measured) == times
 
 
 @linux
@@ -554,7 +615,7 @@ from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, StepSize
 from bmx.plan.planner import Length, plan
-from bmx.plan.machine_speed import card_named, card_rates
+from bmx.plan.cards import card_named, card_rates
 policy = CompressionPolicy.from_config(EngineConfig())
 layer = LayerSpec(query_heads=4, kv_heads=4, key_dim=64, value_dim=64, window=None, owner=0)
 costs = Costs(activation_bytes=10**4, traffic_bytes=10**4, flops=10**7, operators=100)

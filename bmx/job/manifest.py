@@ -99,6 +99,7 @@ def progress_record(stats: Stats) -> dict[str, Any]:
             "generated_tokens": stats.generated_tokens,
             "prefill_tokens_per_second": round(stats.prefill_rate, 1),
             "decode_tokens_per_second": round(stats.decode_rate, 1),
+            "generated_tokens_per_second": round(stats.generated_rate, 1),
         },
     }
 

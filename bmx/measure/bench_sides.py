@@ -63,10 +63,11 @@ class SideMeasurement:
         planned_bytes: bytes of memory in all, by the plan.
         peak_bytes: bytes of memory in all, measured.
         seconds: for all prompts.
-        prefill_seconds: of them, reading prompts.
-        decode_seconds: of them, decoding.
+        prefill_seconds: of them, steps that read prompts, and decode beside them.
+        decode_seconds: of them, steps that only decode.
+        decode_tokens: tokens of the steps that only decode.
         prefill_flops: floating-point operations of reading all prompts.
-        step_seconds: seconds of the steps that only decoded.
+        step_seconds: seconds of decoding steps whose bytes are known.
         step_bytes: bytes that these steps read.
         as_full_cache: whether this upper bound is the full cache's own run, because that was faster.
     """
@@ -78,6 +79,7 @@ class SideMeasurement:
     seconds: float
     prefill_seconds: float
     decode_seconds: float
+    decode_tokens: int
     prefill_flops: int
     step_seconds: float
     step_bytes: int
@@ -92,7 +94,7 @@ class SideMeasurement:
             bandwidth: bytes that it reads in a second.
         """
         prompts = len(workload.prompts)
-        generated, decoded = prompts * workload.answer_tokens, prompts * (workload.answer_tokens - 1)
+        generated = prompts * workload.answer_tokens
         return {
             "fits": True,
             "slots": self.slots,
@@ -109,7 +111,7 @@ class SideMeasurement:
             "prefill_flops": self.prefill_flops,
             "mfu": _ratio(self.prefill_flops, self.prefill_seconds * flops),
             "decode_seconds": self.decode_seconds,
-            "decode_tokens_per_second": _ratio(decoded, self.decode_seconds),
+            "decode_tokens_per_second": _ratio(self.decode_tokens, self.decode_seconds),
             "decode_step_seconds": self.step_seconds,
             "decode_step_bytes": self.step_bytes,
             "bandwidth_share": _ratio(self.step_bytes, self.step_seconds * bandwidth),
@@ -150,7 +152,7 @@ def measure_cache(engine: Engine, plan: Plan, workload: Workload, display: Displ
     """
     stats, seconds = _answer(engine, plan, workload, display)
     spec = engine.spec
-    weights = weights_read(spec, engine.backend.model, stats.pure_tokens // max(1, stats.pure_steps))
+    weights = weights_read(spec, engine.backend.model, stats.decode_tokens // max(1, stats.decode_steps))
     held = workload.held_rows(engine.policy)
     held_bytes = sum(count * engine.policy.layout(spec, rows).kv_bytes for rows, count in held.items())
     bytes_per_prompt = held_bytes // len(workload.prompts)
@@ -162,9 +164,10 @@ def measure_cache(engine: Engine, plan: Plan, workload: Workload, display: Displ
         seconds=seconds,
         prefill_seconds=stats.prefill_seconds,
         decode_seconds=stats.decode_seconds,
+        decode_tokens=stats.decode_tokens,
         prefill_flops=_prefill_flops(engine, plan, workload),
-        step_seconds=stats.pure_seconds,
-        step_bytes=stats.pure_steps * weights + stats.pure_tokens * bytes_per_prompt,
+        step_seconds=stats.decode_seconds,
+        step_bytes=stats.decode_steps * weights + stats.decode_tokens * bytes_per_prompt,
     )
 
 
@@ -210,6 +213,7 @@ def measure_decode_only(
         seconds=read_seconds + decode_seconds,
         prefill_seconds=stats.prefill_seconds,
         decode_seconds=decode_seconds,
+        decode_tokens=len(workload.prompts) * (workload.answer_tokens - 1),
         prefill_flops=_prefill_flops(engine, plan, reading),
         step_seconds=step_seconds,
         step_bytes=step_bytes if step_seconds else 0,

@@ -35,13 +35,15 @@ class Forecast:
 
     Attributes:
         seconds: for all requests.
-        prefill_rate: prompt tokens per second of prompt work, counted as ``Stats`` does.
-        decode_rate: decoded tokens per second of decode work.
+        prefill_rate: prompt tokens a second of the steps that read prompts, and decode beside them.
+        decode_rate: tokens a second of the steps that only decode; 0 without such steps.
+        generated_rate: generated tokens a second of the whole run, if every answer is as long as it may get.
     """
 
     seconds: float
     prefill_rate: float
     decode_rate: float
+    generated_rate: float
 
 
 def forecast(
@@ -72,17 +74,19 @@ def forecast(
     decoded = 0
     for step in _steps(plan, sample):
         seconds = clock.seconds(step) * step.repeats
-        decodes = sum(step.decodes)
-        share = decodes / (decodes + sum(chunk.length for chunk in step.chunks))
-        decoded += decodes * step.repeats
-        decode_seconds += seconds * share
-        prompt_seconds += seconds * (1 - share)
-    prompts = sum(length.prompt_tokens for length in sample)
+        if step.chunks:
+            prompt_seconds += seconds
+        else:
+            decode_seconds += seconds
+            decoded += sum(step.decodes) * step.repeats
+    seconds = prompt_seconds + decode_seconds
+    prompts, generated = (sum(getattr(length, name) for length in sample) for name in ("prompt_tokens", "max_tokens"))
     scale = sum(map(_tokens, served)) / max(1, sum(map(_tokens, sample)))
     return Forecast(
-        seconds=(prompt_seconds + decode_seconds) * scale,
+        seconds=seconds * scale,
         prefill_rate=prompts / prompt_seconds if prompt_seconds else 0.0,
         decode_rate=decoded / decode_seconds if decode_seconds else 0.0,
+        generated_rate=generated / seconds if seconds else 0.0,
     )
 
 

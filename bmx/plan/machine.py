@@ -13,7 +13,8 @@ from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.hardware import FreeMemory
 from bmx.model.loader import dtype_name
-from bmx.plan.machine_speed import Rates, card_named, card_rates, machine_rates
+from bmx.plan.cards import card_named, card_rates
+from bmx.plan.machine_speed import Rates, machine_rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +49,8 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
     """
     if gpu:
         card = card_named(gpu)
-        memory = FreeMemory(
-            gpu_memory or card.memory, gpu_memory or card.memory, "--gpu-memory" if gpu_memory else card.name
-        )
+        size, source = (gpu_memory, "--gpu-memory") if gpu_memory else (card.memory, f"an idle {card.name}")
+        memory = FreeMemory(size, size, source)
         return Machine(kind="cuda", name=card.name, memory=memory, rates=lambda: card_rates(card))
     if gpu_memory:
         memory = FreeMemory(gpu_memory, gpu_memory, "--gpu-memory")

@@ -82,7 +82,7 @@ def status_line(stats: Stats) -> str:
     return (
         f"{stats.rows_before + stats.rows_done:,}/{stats.rows_total:,} rows"
         + (f" ({stats.rows_failed:,} failed)" if stats.rows_failed else "")
-        + f", prompt {stats.prefill_rate:,.0f} tok/s, generated {stats.decode_rate:,.0f} tok/s"
+        + f", prompt {stats.prefill_rate:,.0f} tok/s, generated {stats.generated_rate:,.0f} tok/s"
         + f", {stats.active_slots}/{stats.slots} slots, memory {megabytes(stats.memory_bytes)}"
         + f", {duration(stats.elapsed)} elapsed"
         + (f", about {duration(left)} left" if left is not None else "")
@@ -127,7 +127,8 @@ def summary_lines(stats: Stats, plan: Plan, output: Path | None, errors: Path | 
     reused = f", {stats.reused_prompt_tokens:,} more reused" if stats.reused_prompt_tokens else ""
     yield Line(
         f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens{reused}), "
-        f"decode {stats.decode_rate:,.0f} tok/s ({stats.generated_tokens:,} generated)"
+        f"generated {stats.generated_rate:,.0f} tok/s ({stats.generated_tokens:,} tokens), "
+        f"decode {stats.decode_rate:,.0f} tok/s where no prompt was read"
     )
     yield from _memory_lines(stats, plan)
     if stats.eager:

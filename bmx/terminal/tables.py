@@ -23,7 +23,7 @@ BENCH_COLUMNS = (
 BENCH_NAMES = {"full_cache": "full cache", "decode_only": "decode-only", "batch_max": "batch-max"}
 SCENARIO_COLUMNS = (
     "cache", "budget", "slots", "KV cache", "weights", "activations", "runtime", "total", "KV used",
-    "prefill tok/s", "decode tok/s", "time",
+    "prefill tok/s", "decode tok/s", "generated tok/s", "time",
 )  # fmt: skip
 
 
@@ -130,9 +130,10 @@ def scenario_row(option: Scenario) -> tuple[str, ...]:
         return (option.name, budget, "0", *["-"] * (len(SCENARIO_COLUMNS) - 3))
     plan, forecast = option.plan, option.forecast
     sizes = {name: megabytes(size) for name, size in memory_items(plan.memory)}
-    speed = ("-", "-", "-")
+    speed: tuple[str, ...] = ("-", "-", "-", "-")
     if forecast:
-        speed = (f"{forecast.prefill_rate:,.0f}", f"{forecast.decode_rate:,.0f}", duration(forecast.seconds))
+        rates = (forecast.prefill_rate, forecast.decode_rate, forecast.generated_rate)
+        speed = (*(f"{rate:,.0f}" if rate else "-" for rate in rates), duration(forecast.seconds))
     slots = f"{plan.slots:,}" + (f" (not {plan.too_large:,} rows)" if plan.too_large else "")
     memory = (sizes["KV cache"], sizes["weights"], sizes["activations"], sizes["runtime"], megabytes(plan.memory.total))
     return (option.name, budget, slots, *memory, f"{plan.fill:.0%}", *speed)
