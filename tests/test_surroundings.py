@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bmx.redact import without_secrets
 from bmx.stats import Stats
 from bmx.terminal.display import Display, status_line
+from bmx.terminal.foreign import foreign_lines
 
 SECRET = "hf_" + "s3cr3t" * 6
 WORDS = "the quick brown fox was never here"
@@ -304,3 +308,78 @@ def test_the_stats_file_of_a_run_that_cannot_start_says_so(run):
     ended = run("--stats-file", "stats.json", "--temperature", "1")
     assert ended.code == 2
     assert json.loads(Path("stats.json").read_text())["state"] == "failed"
+
+
+# What other libraries print
+
+
+def foreign(*texts: str, quiet: bool = False, log_format: str = "text") -> None:
+    """Write these texts to standard error as a library would."""
+    with foreign_lines(Display("plain", quiet=quiet, log_format=log_format)):
+        for text in texts:
+            sys.stderr.write(text)
+
+
+def test_b3_what_libraries_print_warn_of_and_log_are_lines_of_the_log(capfd):
+    with foreign_lines(Display("plain", log_format="json")):
+        sys.stderr.write("half a ")
+        sys.stderr.write("line\nand one without an end")
+        warnings.warn("of\ntwo lines", UserWarning, stacklevel=1)
+        warnings.warn("only for developers", DeprecationWarning, stacklevel=1)
+        logging.StreamHandler().handle(logging.makeLogRecord({"msg": "Retrying in 1s"}))
+        logging.getLogger("bmx.somewhere").warning("a warning of bmx")
+    lines = log(capfd.readouterr().err)
+    assert [line["message"] for line in lines] == [
+        "half a line",
+        "and one without an end",
+        "UserWarning: of two lines",
+        "Retrying in 1s",
+        "warning: a warning of bmx",
+    ]
+    assert {line["level"] for line in lines} == {"warning"}
+
+
+def test_b3_quiet_hides_what_libraries_print(capfd):
+    foreign("Retrying\n", quiet=True)
+    assert capfd.readouterr().err == ""
+
+
+def test_b3_a_progress_bar_is_a_line_every_few_seconds(capfd, monkeypatch):
+    bar = [f"\r\x1b[Afile: {n}%|##" for n in range(100)]
+    foreign(*bar, "\r\x1b[Afile: 100%|##\n")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("bmx.terminal.foreign.BAR_SECONDS", 0.0)
+    foreign("\rfile: 1%|#", "\r\x1b[A", "\rfile: 50%|##", "\rfile: 100%|###\n")
+    shown = capfd.readouterr().err.splitlines()
+    assert [line.split("file: ")[1] for line in shown] == ["1%|#", "50%|##", "100%|###"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "HEAD http://me:s3cr3t-pw@hub.local/x",
+        "proxy 'https://s3cr3t-pw@proxy:8080' failed",
+        "GET https://cdn/x?a=1&X-Amz-Signature=s3cr3t-pw&b=2",
+        "curl -H 'Authorization: Basic s3cr3t-pw'",
+        "headers {'authorization': 'Bearer s3cr3t-pw'}",
+        "Bearer s3cr3t-pw",
+        f"token {SECRET}",
+    ],
+)
+def test_b3_secrets_are_taken_out_of_every_line(capfd, text):
+    foreign(text)
+    Display("plain").error(text)
+    shown = capfd.readouterr().err
+    assert shown.count("***") >= 2
+    assert "s3cr3t" not in shown
+
+
+def test_b3_text_without_secrets_stays_as_it_is():
+    text = "see https://example.org/a?page=2 or write to me@example.org, key: value, hf_home"
+    assert without_secrets(text) == text
+
+
+def test_b3_warnings_that_python_would_raise_do_not_end_a_run(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    ended = subprocess_run("run", "in.jsonl", "-m", "fake", "-q", env={"PYTHONWARNINGS": "error"}, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -99,6 +99,7 @@ def _session(
     """
     from bmx.shutdown import Stop
     from bmx.terminal.display import Display
+    from bmx.terminal.foreign import foreign_lines
 
     stop, interrupted_hint = Stop(), INTERRUPTED_HINTS.get(command, RESUME_HINT)
     early_display = Display(log_format=flags.get("log_format") or "text")  # for errors in the settings themselves
@@ -108,7 +109,7 @@ def _session(
         job = config.job
         stop.within = job.shutdown_timeout
         display = Display(job.progress, quiet=job.quiet, log_format=job.log_format)
-        with _errors_shown(display, interrupted_hint):
+        with foreign_lines(display), _errors_shown(display, interrupted_hint):
             yield config, options, display, stop
 
 
@@ -170,6 +171,7 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
     from bmx.measure.plan_batch import PlanBatchOptions
     from bmx.measure.plan_batch import plan_batch as run_plan_batch
     from bmx.terminal.display import Display
+    from bmx.terminal.foreign import foreign_lines
 
     own = take_options("plan-batch", flags)
     as_json = own.pop("json")
@@ -178,7 +180,9 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
     settings = _gathered(inputs, flags, config)
     resolved = tuple(settings.engine.kv_budget if budget == "auto" else budget for budget in budgets or ("auto",))
     options = PlanBatchOptions(budgets=resolved, as_json=as_json, **own)
-    fits = run_plan_batch(settings, options, Display("none" if as_json else "auto"))
+    display = Display("none" if as_json else "auto")
+    with foreign_lines(display):
+        fits = run_plan_batch(settings, options, display)
     if options.check and not fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -234,9 +238,13 @@ def bench(inputs: list[str] | None, config: str | None, **flags: Any) -> None:
 @app.command()
 def env() -> None:
     """Show versions, devices, memory and the kernels chosen: what a bug report needs."""
+    from bmx.terminal.display import Display
     from bmx.terminal.environment import environment
+    from bmx.terminal.foreign import foreign_lines
 
-    for name, value in environment():
+    with foreign_lines(Display()):
+        rows = environment()
+    for name, value in rows:
         typer.echo(f"{name:14} {value}")
 
 

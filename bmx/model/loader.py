@@ -10,6 +10,7 @@ import hashlib
 import io
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
 from bmx.model.demo import local_path
+from bmx.model.hub import reach_model
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
+from bmx.redact import without_secrets
 
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
@@ -65,7 +68,10 @@ def find_source(config: EngineConfig) -> str:
         raise ModelError(f"{name} is not a model folder: it has no config.json", hint=SOURCES)
     if not path.exists() and name.startswith(("/", "./", "../", "~")):
         raise ModelError(f"no such model folder: {name}", hint=SOURCES)
-    return str(path) if path.exists() else name
+    if path.exists():
+        return str(path)
+    reach_model(name, config.revision)
+    return name
 
 
 def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -> Any:
@@ -325,12 +331,15 @@ def loading_errors(name: str) -> Iterator[None]:
         else:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             cause, hint = lines[0] if lines else type(error).__name__, SOURCES
-        raise ModelError(f"cannot load model {name}: {cause}", hint=hint) from error
+        raise ModelError(f"cannot load model {name}: {without_secrets(cause)}", hint=hint) from error
 
 
 def silence_transformers() -> None:
-    """Turn off transformers' progress bars and advice: bmx shows its own."""
+    """Turn off transformers' progress bars and advice: bmx shows its own. Downloads keep their bars."""
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings(action="ignore"):  # a variable of the user's that says otherwise wins
+        transformers_logging.disable_progress_bar()  # those of downloads too
+        enable_progress_bars()
     transformers_logging.set_verbosity_error()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bmx.errors import OutputError
 from bmx.periodic import periodically
+from bmx.redact import without_secrets
 from bmx.terminal.reports import Line, status_line
 from bmx.units import now
 
@@ -40,6 +41,7 @@ class Display:
         self._json = log_format == "json"
         self._mode = "none" if progress == "none" or quiet else "rich" if live and not self._json else "plain"
         self._live = live and not self._json
+        self._stream = sys.stderr  # stays the same while `foreign_lines` takes what others print
         self._silent = sys.stderr is None
         self._made_console: Console | None = None
 
@@ -50,7 +52,7 @@ class Display:
         if self._made_console is None:
             force = True if self._mode == "rich" else None
             self._made_console = Console(
-                stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True, force_terminal=force
+                file=self._stream, markup=False, highlight=False, emoji=False, soft_wrap=True, force_terminal=force
             )
         return self._made_console
 
@@ -69,6 +71,11 @@ class Display:
         """Show something that a person should look at and that does not stop the run."""
         self._print(f"warning: {text}", "warning")
 
+    def foreign(self, text: str) -> None:
+        """Show a line that another library printed, unless the user asked for quiet."""
+        if self._mode != "none":
+            self._print(text, "warning")
+
     def error(self, message: str, hint: str | None = None) -> None:
         """Show what went wrong and what to do about it, also with ``--quiet``."""
         if self._json:
@@ -82,7 +89,7 @@ class Display:
         """Print a line. A full log disk or a closed terminal must not stop the run: from then on nothing is printed."""
         if self._silent:
             return
-        text = printable(text)
+        text = printable(without_secrets(text))
         try:
             if self._live:
                 self._console.print(text)
@@ -95,7 +102,7 @@ class Display:
             self._silent = True
 
     def _line(self, text: str) -> None:
-        stream = sys.stderr
+        stream = self._stream
         stream.write(
             text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8") + "\n"
         )
@@ -108,9 +115,12 @@ class Display:
             self.note(f"{what} ...")
             yield
             return
+        from rich.live import Live
+        from rich.spinner import Spinner
         from rich.text import Text
 
-        with self._console.status(Text(printable(what))):
+        spinner = Spinner("dots", Text(printable(what)))
+        with Live(spinner, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False):
             yield
 
     @contextmanager
@@ -134,6 +144,8 @@ class Display:
             get_renderable=lambda: _panel(stats),
             refresh_per_second=REFRESH_PER_SECOND,
             transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         ):
             yield
 
