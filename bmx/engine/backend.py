@@ -195,7 +195,7 @@ class ModelBackend:
         on_gpu = self.device_type == "cuda"
         return {
             "architecture": self.spec.name,
-            "commit": getattr(model.config, "_commit_hash", None),
+            "commit": self.loaded.commit,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(model.device) if on_gpu else hardware.cpu_name(),
             "attention": self.kernels.name,

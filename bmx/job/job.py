@@ -234,7 +234,7 @@ def _check_same_model(state: JobState, model: dict[str, Any]) -> None:
     """
     earlier = (state.manifest or {}).get("model", model)
     for name in ("commit", "dtype"):
-        if earlier.get(name) != model[name]:
+        if earlier.get(name) not in (None, model[name]):
             flag = f"--{'revision' if name == 'commit' else name} {earlier.get(name)}"
             raise UsageError(
                 f"the output {state.paths.output} was made with {name} {earlier.get(name)} of the model, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from functools import cache
+from pathlib import Path
 
 from bmx.errors import ModelError
 from bmx.redact import without_secrets
@@ -35,13 +36,13 @@ def reach_model(name: str, revision: str | None) -> None:
     Raises:
         ModelError: there is no such model, or the hub cannot be reached and the model is not in the cache.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
     problem = "HF_HUB_OFFLINE forbids asking the hub" if offline else _problem(name, revision)
     if not problem:
         return
-    if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if not cached_commit(name, revision):
         raise ModelError(
             f"cannot load model {name}: it is not in the cache {constants.HF_HUB_CACHE}, and {problem}",
             hint=CHECK_CACHE if offline else CHECK_NETWORK,
@@ -49,6 +50,21 @@ def reach_model(name: str, revision: str | None) -> None:
     if not offline:
         logger.warning("%s; model %s is taken from the cache %s", problem, name, constants.HF_HUB_CACHE)
         constants.HF_HUB_OFFLINE = True
+
+
+def cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a hub model in the cache; None if it is not there, or is a folder.
+
+    Args:
+        name: the model's hub id, or a folder.
+        revision: branch, tag or commit; None is ``main``.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).exists():
+        return None
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _problem(name: str, revision: str | None) -> str | None:

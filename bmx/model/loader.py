@@ -20,7 +20,7 @@ from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
 from bmx.model.demo import local_path
-from bmx.model.hub import reach_model
+from bmx.model.hub import cached_commit, reach_model
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
 from bmx.redact import without_secrets
 
@@ -43,6 +43,7 @@ class LoadedModel:
         end_token_ids: tokens that end an answer.
         rope: its rotary embedding, if that depends on the length of a sequence.
         runtime_bytes: host memory of the process before the model was loaded, or GPU memory of the CUDA context.
+        commit: of a hub model; None for files of this machine.
     """
 
     model: Any
@@ -50,6 +51,7 @@ class LoadedModel:
     end_token_ids: frozenset[int]
     rope: SequenceRope | None
     runtime_bytes: int
+    commit: str | None = None
 
 
 def find_source(config: EngineConfig) -> str:
@@ -129,7 +131,7 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     _check_complete(config.model, loading)
     if device.type == "cpu":
         _read_pages(model)
-    loaded = prepare(model.eval(), runtime)
+    loaded = replace(prepare(model.eval(), runtime), commit=cached_commit(source, config.revision))
     return quantize_int8(loaded) if config.int8 else loaded
 
 
