@@ -96,7 +96,7 @@ def cached(model, online) -> None:
     (folder / "refs" / "main").write_text(COMMIT)
 
 
-def test_b3_without_network_an_unknown_model_is_one_line_without_the_password(run, closed):
+def test_b3_e1_without_network_an_unknown_model_is_one_line_without_the_password(run, closed):
     ended = run()
     assert ended.code == 1
     assert "is not in the cache" in ended.complaint[0]
@@ -106,7 +106,7 @@ def test_b3_without_network_an_unknown_model_is_one_line_without_the_password(ru
     assert not Path("in.out.jsonl").exists()
 
 
-def test_b3_quiet_and_json_logs_have_the_error_alone(run, closed):
+def test_e1_quiet_and_json_logs_have_the_error_alone(run, closed):
     ended = run("-q", "--log-format", "json")
     [error] = map(json.loads, ended.err.splitlines())
     assert error["level"] == "error"
@@ -124,7 +124,7 @@ def test_b3_quiet_and_json_logs_have_the_error_alone(run, closed):
         (429, "answers 429", 3),
     ],
 )
-def test_b3_what_the_hub_answers_is_the_cause(run, server, status, said, asked):
+def test_e1_what_the_hub_answers_is_the_cause(run, server, status, said, asked):
     server.statuses = [status]
     ended = run()
     assert ended.code == 1
@@ -133,19 +133,19 @@ def test_b3_what_the_hub_answers_is_the_cause(run, server, status, said, asked):
     assert server.asked in (asked, asked + 1)  # some releases ask for something else first
 
 
-def test_b3_a_hub_that_is_busy_for_a_moment_is_asked_again(server):
+def test_e1_a_hub_that_is_busy_for_a_moment_is_asked_again(server):
     server.statuses = [503, 503, 200]
     hub.reach_model("org/tiny", None)
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_b3_a_name_that_no_model_can_have_is_not_asked_for(run, server):
+def test_e1_a_name_that_no_model_can_have_is_not_asked_for(run, server):
     ended = run(model="a/b/c")
     assert ended.code == 1
     assert "cannot be a hub id" in ended.complaint[0]
 
 
-def test_b3_without_network_a_cached_model_runs_and_a_warning_says_so(run, closed, cached):
+def test_e1_without_network_a_cached_model_runs_and_a_warning_says_so(run, closed, cached):
     ended = run("-q")
     assert ended.code == 0
     [warning] = ended.log
@@ -154,7 +154,7 @@ def test_b3_without_network_a_cached_model_runs_and_a_warning_says_so(run, close
     assert json.loads(Path("in.out.jsonl.run.json").read_text())["model"]["commit"] == COMMIT
 
 
-def test_b3_offline_by_variable_says_so_and_needs_no_warning(run, closed, monkeypatch, cached):
+def test_e1_offline_by_variable_says_so_and_needs_no_warning(run, closed, monkeypatch, cached):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert run("-q").err == ""
     ended = run("--overwrite", model="org/other")
