@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in typing, which would take a while to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from bmx.config import EngineConfig, PromptConfig
     from bmx.engine.engine import Engine
     from bmx.errors import BmxError, RowError, UsageError
@@ -39,6 +39,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Public names, imported when they are first used, so that ``bmx --help`` loads no torch."""
+    from importlib import import_module
+
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'bmx' has no attribute {name!r}")

@@ -1,5 +1,30 @@
-"""``python -m bmx``."""
+"""``python -m bmx`` and the command ``bmx``: whenever a signal comes, the process ends with its exit code.
 
-from bmx.cli.commands import main
+Nothing heavy is imported before that is so. A command that has something to finish installs handlers of its own
+(``bmx/shutdown.py``); until then and after it, there is nothing to lose.
+"""
 
-main()
+import os
+import signal
+from contextlib import suppress
+
+
+def end(number: int, _: object) -> None:
+    """Say which signal came, and end the process at once, with the exit code that a shell gives to that signal."""
+    with suppress(OSError):
+        os.write(2, f"error: interrupted by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def main() -> None:
+    """Run the command line."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, end)
+    from bmx.cli.commands import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from bmx.errors import UsageError
 from bmx.policies import POLICIES
 from bmx.settings import ALWAYS, IF_CHUNKED, IF_EVICTING, IF_TRUE, NEVER, NOT_IN_BENCH, Setting, check_types
-from bmx.units import parse_budget, parse_bytes, parse_count, parse_layers, parse_policy, parse_shared
+from bmx.units import parse_budget, parse_count, parse_layers, parse_memory, parse_policy, parse_shared
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
 CHUNK_SIZE = 512  # the default where chunk ends decide answers
@@ -34,31 +34,36 @@ class EngineConfig:
             "'fake' answers nonsense at once",
             decides_answers=ALWAYS,
             is_path=True,
+            metavar="MODEL",
             short="-m",
         ),
     ] = "demo"
-    revision: Annotated[str | None, Setting("Branch, tag or commit of a hub model", decides_answers=ALWAYS)] = None
+    revision: Annotated[
+        str | None, Setting("Branch, tag or commit of a hub model", decides_answers=ALWAYS, rare=True)
+    ] = None
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Setting(
-            "bfloat16, float16, float32, or auto: bfloat16 where the device computes it fast", decides_answers=ALWAYS
+            "Number type; auto is bfloat16 where the device computes it fast, else float32",
+            decides_answers=ALWAYS,
+            rare=True,
         ),
     ] = "auto"
     quantization: Annotated[
         Literal["none", "int8"],
         Setting(
-            "int8: weights and inputs of the linear layers in 8 bits (W8A8), about 1.5 times as fast on a CPU with "
-            "VNNI; `bmx calibrate --quantization int8` measures what it costs",
+            "int8: linear layers in 8 bits (W8A8), about 1.5 times as fast on a CPU with VNNI; "
+            "`bmx calibrate --quantization int8` measures what it costs",
             decides_answers=ALWAYS,
             calibrated=True,
         ),
     ] = "none"
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Setting("cpu, cuda, or auto: the GPU if there is one", decides_answers=NEVER),
+        Setting("auto: the GPU if there is one", decides_answers=NEVER, rare=True),
     ] = "auto"
     trust_remote_code: Annotated[
-        bool, Setting("Run Python code that comes with the model", decides_answers=IF_TRUE)
+        bool, Setting("Run Python code that comes with the model", decides_answers=IF_TRUE, rare=True)
     ] = False
     kv_policy: Annotated[
         str,
@@ -67,6 +72,7 @@ class EngineConfig:
             f"cache), or {', '.join(name for name in POLICIES if name not in ('average-attention', 'none'))}",
             decides_answers=ALWAYS,
             parse=parse_policy,
+            metavar="POLICY",
             compared_in={"calibrate": "window,keydiff"},
             calibrated=True,
         ),
@@ -78,6 +84,7 @@ class EngineConfig:
             "or auto: what `bmx calibrate` recommends",
             decides_answers=IF_EVICTING,
             unit="KV pairs",
+            metavar="PAIRS",
             parse=parse_budget,
             help_in={
                 "calibrate": "KV pairs that each layer and head keeps for a sequence: numbers or shares of its prompt "
@@ -89,11 +96,23 @@ class EngineConfig:
     ] = 1024
     kv_sink: Annotated[
         int,
-        Setting("First tokens that are never evicted", decides_answers=IF_EVICTING, unit="tokens", calibrated=True),
+        Setting(
+            "First tokens that are never evicted",
+            decides_answers=IF_EVICTING,
+            unit="tokens",
+            calibrated=True,
+            rare=True,
+        ),
     ] = 4
     kv_recent: Annotated[
         int,
-        Setting("Newest tokens that are never evicted", decides_answers=IF_EVICTING, unit="tokens", calibrated=True),
+        Setting(
+            "Newest tokens that are never evicted",
+            decides_answers=IF_EVICTING,
+            unit="tokens",
+            calibrated=True,
+            rare=True,
+        ),
     ] = 32
     kv_protect: Annotated[
         Literal["none", "instructions"],
@@ -103,6 +122,7 @@ class EngineConfig:
             decides_answers=IF_EVICTING,
             commands=NOT_IN_BENCH,
             calibrated=True,
+            rare=True,
         ),
     ] = "none"
     kv_layer_budgets: Annotated[
@@ -111,6 +131,8 @@ class EngineConfig:
             "The budget of each layer: uniform, pyramid, or factors measured by `bmx calibrate`",
             decides_answers=IF_EVICTING,
             parse=parse_layers,
+            metavar="LAYERS",
+            rare=True,
             compared_in={"calibrate": "uniform,measured"},
             calibrated=True,
         ),
@@ -126,7 +148,9 @@ class EngineConfig:
     ] = "auto"
     kv_value_norm: Annotated[
         bool,
-        Setting("Rank by attention times the norm of the value", decides_answers=IF_EVICTING, calibrated=True),
+        Setting(
+            "Rank by attention times the norm of the value", decides_answers=IF_EVICTING, calibrated=True, rare=True
+        ),
     ] = False
     kv_probe: Annotated[
         str | None,
@@ -137,6 +161,7 @@ class EngineConfig:
             commands=NOT_IN_BENCH,
             calibrated=True,
             private=True,
+            rare=True,
         ),
     ] = None
     kv_probe_weight: Annotated[
@@ -146,6 +171,8 @@ class EngineConfig:
             decides_answers=IF_EVICTING,
             commands=NOT_IN_BENCH,
             calibrated=True,
+            metavar="SHARE",
+            rare=True,
         ),
     ] = 0.5
     kv_share_layers: Annotated[
@@ -154,6 +181,8 @@ class EngineConfig:
             "Layers that read the keys and values of an earlier one: 7:3,12:5 (see `bmx calibrate --share-layers`)",
             decides_answers=ALWAYS,
             parse=parse_shared,
+            metavar="LAYERS",
+            rare=True,
             calibrated=True,
         ),
     ] = None
@@ -164,6 +193,7 @@ class EngineConfig:
             decides_answers=NEVER,
             commands=NOT_IN_BENCH,
             is_path=True,
+            rare=True,
         ),
     ] = None
     chunk_size: Annotated[
@@ -171,6 +201,7 @@ class EngineConfig:
         Setting(
             "Largest number of prompt tokens of one sequence in a step (default 512; planned for the full cache)",
             decides_answers=IF_CHUNKED,
+            rare=True,
             unit="tokens",
             parse=parse_count,
             calibrated=True,
@@ -179,41 +210,54 @@ class EngineConfig:
     memory_limit: Annotated[
         int | None,
         Setting(
-            "Largest amount of memory for everything: weights, activations and KV cache (8G, 8GiB)",
+            "Most memory for everything: weights, activations and KV cache (8G, 8GiB)",
             decides_answers=NEVER,
             unit="bytes",
-            parse=parse_bytes,
+            parse=parse_memory,
         ),
     ] = None
     kv_cache_memory: Annotated[
         int | None,
         Setting(
-            "Largest amount of memory for the KV cache alone (300M)",
+            "Most memory for the KV cache alone (300M)",
             decides_answers=NEVER,
             unit="bytes",
-            parse=parse_bytes,
+            parse=parse_memory,
         ),
     ] = None
     gpu_memory_utilization: Annotated[
         float,
-        Setting("Share of the free memory (GPU or CPU) that bmx may use, at most 1", decides_answers=NEVER),
+        Setting(
+            "Share of the free memory (GPU or CPU) that bmx may use, at most 1",
+            decides_answers=NEVER,
+            metavar="SHARE",
+            rare=True,
+        ),
     ] = 0.92
     max_num_seqs: Annotated[
         int | None,
-        Setting("Largest number of sequences at once", decides_answers=NEVER, unit="sequences", parse=parse_count),
+        Setting(
+            "Largest number of sequences at once",
+            decides_answers=NEVER,
+            unit="sequences",
+            metavar="N",
+            parse=parse_count,
+            rare=True,
+        ),
     ] = None
     max_num_batched_tokens: Annotated[
         int | None,
         Setting(
             "Largest number of tokens in a step; one chunk of a prompt always fits",
             decides_answers=NEVER,
+            rare=True,
             unit="tokens",
             parse=parse_count,
         ),
     ] = None
     enforce_eager: Annotated[
         bool,
-        Setting("On a GPU, launch every step instead of replaying CUDA graphs", decides_answers=NEVER),
+        Setting("On a GPU, launch every step instead of replaying CUDA graphs", decides_answers=NEVER, rare=True),
     ] = False
     max_model_len: Annotated[
         int | None,
@@ -221,7 +265,12 @@ class EngineConfig:
     ] = None
     prefix_reuse: Annotated[
         bool,
-        Setting("Compute text that several prompts begin with only once", decides_answers=NEVER, commands=NOT_IN_BENCH),
+        Setting(
+            "Compute text that several prompts begin with only once",
+            decides_answers=NEVER,
+            commands=NOT_IN_BENCH,
+            rare=True,
+        ),
     ] = True
 
     def __post_init__(self) -> None:
@@ -288,28 +337,36 @@ class PromptConfig:
 
     system_prompt: Annotated[
         str | None,
-        Setting("System message for every conversation that has none of its own", decides_answers=ALWAYS, private=True),
+        Setting(
+            "System message for every conversation that has none of its own; @FILE reads it from a file",
+            decides_answers=ALWAYS,
+            private=True,
+            from_file=True,
+        ),
     ] = None
     prompt_template: Annotated[
         str | None,
         Setting(
-            "Prompt of plain rows: text with {field} placeholders, filled from the row's fields",
+            "Prompt of plain rows: text with {field} placeholders, filled from the row's fields; @FILE reads it from a "
+            "file, @@ begins a text with @",
             decides_answers=ALWAYS,
             private=True,
+            from_file=True,
+            typed_escapes=True,
         ),
     ] = None
     chat_template: Annotated[
         bool, Setting("Wrap plain prompts in the model's chat template, if it has one", decides_answers=ALWAYS)
     ] = True
     parse_special_tokens: Annotated[
-        bool, Setting("Read control tokens written in a document as control tokens", decides_answers=ALWAYS)
+        bool,
+        Setting("Read control tokens written in a document as control tokens", decides_answers=ALWAYS, rare=True),
     ] = False
     on_too_long: Annotated[
         Literal["error", "skip", "truncate-left", "truncate-middle"],
         Setting(
-            "What to do with a prompt that is longer than the model takes: error; skip: an error that does not count "
-            "as a failure; truncate-left, truncate-middle: cut its longest text at the beginning or in the middle, so "
-            "that the answer has room",
+            "A prompt longer than the model takes: error; skip: leave it out, which is no failure; truncate-left, "
+            "truncate-middle: cut its longest text at the beginning or in the middle, so that the answer has room",
             decides_answers=ALWAYS,
             commands=NOT_IN_BENCH,
         ),

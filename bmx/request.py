@@ -47,6 +47,7 @@ class SamplingParams:
         Setting(
             "Drop tokens less likely than this share of the most likely one",
             decides_answers=ALWAYS,
+            rare=True,
             commands=NOT_IN_BENCH,
         ),
     ] = 0.0
@@ -55,6 +56,7 @@ class SamplingParams:
         Setting(
             "Above 1 makes tokens of the prompt and the answer less likely",
             decides_answers=ALWAYS,
+            rare=True,
             commands=NOT_IN_BENCH,
         ),
     ] = 1.0
@@ -67,7 +69,11 @@ class SamplingParams:
     stop_token_ids: Annotated[
         tuple[int, ...],
         Setting(
-            "End the answer at this token id; may be given several times", decides_answers=ALWAYS, commands=NOT_IN_BENCH
+            "End the answer at this token id; may be given several times",
+            decides_answers=ALWAYS,
+            commands=NOT_IN_BENCH,
+            metavar="ID",
+            rare=True,
         ),
     ] = ()
     seed: Annotated[
@@ -81,7 +87,10 @@ class SamplingParams:
     ignore_eos: Annotated[
         bool,
         Setting(
-            "Continue past the model's own end token, up to max_tokens", decides_answers=ALWAYS, commands=NOT_IN_BENCH
+            "Continue past the model's own end token, up to max_tokens",
+            decides_answers=ALWAYS,
+            commands=NOT_IN_BENCH,
+            rare=True,
         ),
     ] = False
 

@@ -7,6 +7,7 @@ contradict each other; it decides nothing and loads nothing.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_TEXT_BYTES = 16 * 10**6  # of a file with a prompt template or a system prompt
 MAX_LINE_BYTES = 16 * 10**6
 
 Section = TypeVar("Section", bound="DataclassInstance")
@@ -39,7 +41,7 @@ class JobConfig:
     output_file: Annotated[
         str | None,
         Setting(
-            "Where answers go (default <input>.out.jsonl; '-' is stdout)",
+            "Where answers go (default <input>.out.jsonl); - is stdout",
             decides_answers=NEVER,
             commands=NOT_IN_PLAN,
             help_in={
@@ -53,7 +55,11 @@ class JobConfig:
     error_file: Annotated[
         str | None,
         Setting(
-            "Where failed rows go (default <output>.errors.jsonl)", decides_answers=NEVER, commands=RUN, is_path=True
+            "Where failed rows go (default <output>.errors.jsonl)",
+            decides_answers=NEVER,
+            commands=RUN,
+            is_path=True,
+            rare=True,
         ),
     ] = None
     resume: Annotated[
@@ -82,8 +88,9 @@ class JobConfig:
     shard: Annotated[
         str | None,
         Setting(
-            "Only the I-th of N shares of the rows, as I/N; each share has an output of its own",
+            "Only the I-th of N shares of the rows, such as 2/8; each share has an output of its own",
             decides_answers=ALWAYS,
+            metavar="I/N",
             parse=parse_shard,
             commands=NOT_IN_BENCH,
         ),
@@ -108,6 +115,7 @@ class JobConfig:
             unit="seconds",
             parse=parse_seconds,
             commands=RUN,
+            rare=True,
         ),
     ] = None
     shutdown_timeout: Annotated[
@@ -118,6 +126,7 @@ class JobConfig:
             unit="seconds",
             parse=parse_seconds,
             commands=("run", "calibrate"),
+            rare=True,
         ),
     ] = 10.0
     lock_wait: Annotated[
@@ -128,24 +137,33 @@ class JobConfig:
             unit="seconds",
             parse=parse_seconds,
             commands=NOT_IN_PLAN,
+            rare=True,
         ),
     ] = 0.0
     max_line_bytes: Annotated[
         int,
-        Setting("A longer line of the input is an error", decides_answers=NEVER, unit="bytes", parse=parse_bytes),
+        Setting(
+            "A longer line of the input is an error",
+            decides_answers=NEVER,
+            unit="bytes",
+            parse=parse_bytes,
+            rare=True,
+        ),
     ] = MAX_LINE_BYTES
     served_model_name: Annotated[
         tuple[str, ...],
         Setting(
             "Name that OpenAI rows may ask for beside the model's own; may be given several times",
             decides_answers=NEVER,
+            metavar="NAME",
+            rare=True,
         ),
     ] = ()
     dry_run: Annotated[bool, Setting("Show the plan and stop", decides_answers=NEVER, commands=RUN)] = False
     progress: Annotated[
         Literal["auto", "rich", "plain", "none"],
         Setting(
-            "rich, plain, none, or auto: live on a terminal, otherwise a line every few seconds",
+            "auto: live on a terminal (rich), else a line every few seconds (plain)",
             decides_answers=NEVER,
             commands=NOT_IN_PLAN,
         ),
@@ -165,12 +183,16 @@ class JobConfig:
     ] = False
     log_format: Annotated[
         Literal["text", "json"],
-        Setting("text, or json: one object per line", decides_answers=NEVER, commands=NOT_IN_PLAN),
+        Setting("Form of the log; json: one object per line", decides_answers=NEVER, commands=NOT_IN_PLAN, rare=True),
     ] = "text"
     stats_file: Annotated[
         str | None,
         Setting(
-            "Keep the counters in this JSON file during the run", decides_answers=NEVER, commands=RUN, is_path=True
+            "Keep the counters in this JSON file during the run",
+            decides_answers=NEVER,
+            commands=RUN,
+            is_path=True,
+            rare=True,
         ),
     ] = None
 
@@ -247,7 +269,30 @@ def given_settings(flags: Mapping[str, Any], config_file: str | None = None) -> 
     """
     given = dict(read_yaml(config_file)) if config_file else {}
     given.update({name: value for name, value in flags.items() if value is not None})
-    return {name: setting_named(name).coerce(value) for name, value in given.items()}
+    return {name: _value(setting_named(name), value) for name, value in given.items()}
+
+
+def _value(setting: Setting, given: Any) -> Any:
+    r"""A given value in its setting's type. ``@FILE`` is read; in other text, a typed ``\n`` or ``\t`` acts.
+
+    Raises:
+        UsageError: a wrong type, or a file that cannot be read.
+    """
+    if not setting.from_file or not isinstance(given, str):
+        return setting.coerce(given)
+    if given.startswith("@") and not given.startswith("@@"):
+        return setting.coerce(_text_of(given[1:], setting))
+    text = given.removeprefix("@") if given.startswith("@@") else given
+    return setting.coerce(text.replace("\\n", "\n").replace("\\t", "\t") if setting.typed_escapes else text)
+
+
+def _text_of(path: str, setting: Setting) -> str:
+    """The text of a file, without its last line end."""
+    raw = _file_bytes(path, f"the file of {setting.flag}", MAX_TEXT_BYTES, "a text that begins with @ is written @@")
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise UsageError(f"the file of {setting.flag}, {path}, is not UTF-8") from None
 
 
 @cache
@@ -282,7 +327,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     import yaml
 
-    raw = _config_bytes(path)
+    raw = _file_bytes(path, "config file", MAX_CONFIG_BYTES)
     try:
         node = yaml.compose(raw, Loader=yaml.SafeLoader)
         keys = [_key(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
@@ -297,16 +342,25 @@ def read_yaml(path: str) -> dict[str, Any]:
     return {_key(key): value for key, value in values.items()}
 
 
-def _config_bytes(path: str) -> bytes:
+def _file_bytes(path: str, what: str, most: int, hint: str | None = None) -> bytes:
+    """A small file that the settings name.
+
+    Args:
+        path: its path; ``~`` at its beginning is the home folder.
+        what: what it is, for messages.
+        most: bytes that it may have.
+        hint: what to do if it cannot be read.
+    """
+    path = os.path.expanduser(path)
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
+            raw = file.read(most + 1)
     except OSError as error:
-        raise UsageError(f"cannot read config file {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {what} {path}: {error.strerror}", hint=hint) from None
     except ValueError as error:
-        raise UsageError(f"cannot read config file {path}: {error}") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise UsageError(f"config file {path} is larger than {MAX_CONFIG_BYTES:,} bytes")
+        raise UsageError(f"cannot read {what} {path}: {error}", hint=hint) from None
+    if len(raw) > most:
+        raise UsageError(f"{what} {path} is larger than {most:,} bytes")
     return raw
 
 

@@ -7,6 +7,7 @@ no setting by name.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from enum import Enum
@@ -15,7 +16,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bmx.errors import UsageError
-from bmx.units import EXPECTED
+from bmx.units import EXPECTED, UnlikelyError
 
 COMMANDS = ("run", "plan-batch", "calibrate", "bench")
 RUN = ("run",)
@@ -50,7 +51,11 @@ class Setting:
         compared_in: commands that take several values and compare them, with an example for each.
         calibrated: whether candidates of ``bmx calibrate`` may differ in it; then a calibration file sets it.
         private: whether it may quote what prompts say; then records keep only a hash of it.
-        is_path: whether it names a file or folder, which may be any bytes.
+        is_path: whether it names a file or folder, which may be any bytes; ``~`` at its beginning is the home folder.
+        from_file: whether ``@FILE`` stands for the text of that file.
+        typed_escapes: whether a backslash with n or t, as typed in a shell, is a line break or a tab.
+        rare: whether help lists it after the common ones.
+        metavar: what help calls its value; derived from unit and type if left out.
         short: its short flag.
         name, type, default, group: of the field that it describes, and the title of the field's section.
     """
@@ -66,6 +71,10 @@ class Setting:
     calibrated: bool = False
     private: bool = False
     is_path: bool = False
+    from_file: bool = False
+    typed_escapes: bool = False
+    rare: bool = False
+    metavar: str = ""
     short: str | None = None
     name: str = ""
     type: Any = str
@@ -93,6 +102,17 @@ class Setting:
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
+    def placeholder(self) -> str:
+        """What help calls its value, such as TOKENS or FILE; its words where it has choices; nothing for a switch."""
+        if self.type is bool:
+            return ""
+        if self.metavar or self.choices:
+            return self.metavar or "|".join(self.choices)
+        if self.unit or self.is_path:
+            return self.unit.upper() if self.unit else "FILE"
+        return {int: "N", float: "NUMBER"}.get(self.item_type, "TEXT")
+
+    @property
     def is_list(self) -> bool:
         """Whether it holds several values."""
         return get_origin(self.type) is tuple
@@ -117,7 +137,13 @@ class Setting:
         several = (self.compared_in or {}).get(command)
         if several is None:
             return replace(self, help=words)
-        return replace(self, help=f"{words}; several values to compare: {several}", type=str | None, parse=None)
+        return replace(
+            self,
+            help=f"{words}; several values to compare: {several}",
+            type=str | None,
+            parse=None,
+            metavar=f"{self.placeholder},...",
+        )
 
     def coerce(self, value: Any) -> Any:
         """``value`` as this setting's type.
@@ -129,6 +155,8 @@ class Setting:
             return self._coerced(value)
         except UnicodeEncodeError:
             raise UsageError(f"{self.name} is not UTF-8") from None
+        except UnlikelyError as unlikely:
+            raise UsageError(f"{self.name} cannot be {unlikely}", hint=unlikely.hint) from None
         except (ValueError, TypeError, OverflowError):
             raise UsageError(f"{self.name} cannot be {_shown(value)}", hint=f"it takes {self.expected}") from None
 
@@ -148,7 +176,9 @@ class Setting:
 
     def _item(self, value: Any) -> Any:
         item = _converted(self.item_type, value)
-        if isinstance(item, str) and not self.is_path:
+        if isinstance(item, str) and self.is_path:
+            return os.path.expanduser(item)
+        if isinstance(item, str):
             item.encode()
         return item
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -32,12 +34,16 @@ class Stop:
 
     Attributes:
         within: as given.
+        acknowledge: is called with the number of a signal that was only recorded. A thread of its own calls it, so that
+            it may print and take locks, whatever the signal has interrupted.
         is_graceful: whether the first signal is only recorded. If not, it raises, as a second one always does.
         signal: the number of the first signal, or None.
     """
 
     def __init__(self, within: float = 0.0) -> None:
         self.within = within
+        self.acknowledge: Callable[[int], None] = lambda _: None
+        self._recorded: SimpleQueue[int | None] = SimpleQueue()  # its put() may be called in a signal handler
         self._deadline = math.inf
         self.is_graceful = False
         self.signal: int | None = None
@@ -63,6 +69,7 @@ class Stop:
             raise Interrupted(number)
         self.signal = number
         self._deadline = time.monotonic() + self.within
+        self._recorded.put(number)
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
@@ -78,10 +85,18 @@ class Stop:
         """Handle the signals that the process does not ignore (``nohup`` ignores SIGHUP) while the body runs."""
         before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING}
         handled = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-        for number in handled:
-            signal.signal(number, lambda number, _: self.request(number))
+        answering = Thread(target=self._acknowledge_all, daemon=True)
+        answering.start()
         try:
+            for number in handled:
+                signal.signal(number, lambda number, _: self.request(number))
             yield
         finally:
             for number in handled:
                 signal.signal(number, before[number])
+            self._recorded.put(None)
+            answering.join()
+
+    def _acknowledge_all(self) -> None:
+        while (number := self._recorded.get()) is not None:
+            self.acknowledge(number)

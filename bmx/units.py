@@ -12,7 +12,16 @@ from typing import Any
 
 from bmx.policies import POLICIES, find_scorer
 
+LEAST_MEMORY = 10**6  # no model runs in less: a smaller size has lost its unit
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class UnlikelyError(ValueError):
+    """A value that can be read and that nobody means; ``hint`` says what may be meant."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def parse_bytes(text: str | int) -> int:
@@ -28,6 +37,22 @@ def parse_bytes(text: str | int) -> int:
     if not 1 <= size < 2**63:
         raise ValueError(f"not a size: {text!r}")
     return int(size)
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of memory for a model, written as for ``parse_bytes``.
+
+    Raises:
+        ValueError: not a size, or too small for any model, as where a unit was forgotten.
+    """
+    size = parse_bytes(text)
+    if size < LEAST_MEMORY:
+        number = re.match(r"[0-9.]+", str(text).strip())
+        value = float(number[0]) if number else 0
+        meant = f"did you mean {value:g}{'G' if value < 200 else 'M'}? " if 0 < value < 1000 else ""
+        shown = "1 byte" if size == 1 else f"{size:,} bytes"
+        raise UnlikelyError(shown, f"{meant}sizes are written like 300M, 8G or 8GiB")
+    return size
 
 
 def parse_count(text: str | int) -> int:
@@ -139,6 +164,7 @@ EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_layers: "uniform, pyramid, or a factor per layer like 1.5,1,0.5",
     parse_shared: "pairs of layers like 7:3,12:5",
     parse_bytes: "a size like 300M, 8G or 8GiB",
+    parse_memory: "a size like 300M, 8G or 8GiB",
     parse_count: "a count like 4096 or 32k",
     parse_counts: "counts like 1000,2k",
     parse_seconds: "seconds, or a time like 90s, 5m or 2h",

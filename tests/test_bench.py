@@ -62,7 +62,8 @@ CELL = ("--shape", "tiny", "--input-tokens", 60, "--output-tokens", 5)
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    """A tiny shape, and a machine whose rates are known."""
+    """A tiny shape, which runs in less than a megabyte, and a machine whose rates are known."""
+    monkeypatch.setattr("bmx.units.LEAST_MEMORY", 1)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(bench_module, "measure", lambda device, dtype: RATES)
 
@@ -278,7 +279,7 @@ def test_shapes_have_the_parameters_of_their_models():
         (("--shape", "tiny", "--preset", "book"), 2, "no preset is called book"),
         (("--shape", "tiny", "--kv-policy", "none"), 2, "the full cache is measured anyway"),
         (("--shape", "tiny", "-o", "-"), 2, "bench keeps what it measures in a file"),
-        (("--shape", "tiny", "-o", "nowhere/b.json"), 1, "the folder nowhere does not exist"),
+        (("--shape", "tiny", "-o", "nowhere/b.json"), 2, "the folder nowhere does not exist"),
         (("--shape", "tiny", "-o", "there.json"), 2, "there.json exists"),
         (("-m", "fake"), 2, "the fake model computes nothing"),
         (("missing.jsonl", "-m", "MODEL", "--output-tokens", 2), 5, "missing.jsonl"),

@@ -119,6 +119,7 @@ def sample(setting: Any) -> Any:
         "kv_share_layers": "7:3",
     }
     special |= {"kv_budget": 2000, "kv_probe_weight": 0.25}  # more than kv_sink and kv_recent; not the default
+    special |= {"memory_limit": 8 * 10**9, "kv_cache_memory": 3 * 10**8}
     if setting.name in special:
         return special[setting.name]
     if get_origin(setting.type) is Literal:
@@ -181,9 +182,15 @@ def test_times_have_units(text, seconds):
 # Help
 
 
+def help_of(*args: str, columns: int = 80, **env: str) -> str:
+    """What ``bmx ... --help`` prints in a terminal of so many columns."""
+    result = CliRunner().invoke(app, [*args, "--help"], env={"COLUMNS": str(columns), **env}, prog_name="bmx")
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
 def test_every_setting_has_a_help_text():
-    text = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "500", "TERMINAL_WIDTH": "500"}).stdout
-    words = " ".join(text.split())
+    words = " ".join(help_of("run").split())
     for setting in SETTINGS:
         assert flag(setting.name) in words
         assert setting.help in words
@@ -191,9 +198,117 @@ def test_every_setting_has_a_help_text():
 
 def test_each_command_takes_the_settings_that_say_so():
     for command in COMMANDS:
-        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).stdout
-        flags = set(re.findall(r"--[a-z-]+", text))
-        assert {s.flag for s in SETTINGS if command in s.commands} == flags & {s.flag for s in SETTINGS}
+        flags = set(re.findall(r"--[a-z-]+", "".join(re.findall(r"(?m)^  .{2}  --.*", help_of(command)))))
+        assert {s.flag for s in SETTINGS if command in s.commands and not s.short} == flags & {s.flag for s in SETTINGS}
+        assert {s.flag for s in SETTINGS if command in s.commands} <= set(re.findall(r"--[a-z-]+", help_of(command)))
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "env"])
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_t1_help_fits_the_terminal_and_has_examples_and_exit_codes(command, columns):
+    lines = help_of(*filter(None, [command]), columns=columns).splitlines()
+    assert max(map(len, lines)) <= min(columns, 100)
+    assert lines[0].startswith(f"Usage: bmx {command}".rstrip())
+    assert [line.isprintable() for line in lines] == [True] * len(lines)
+    examples = lines[lines.index("Examples:") + 1 :][:2]
+    assert all(line.startswith("  bmx ") for line in examples)
+    assert ("Exit codes:" in lines) == bool(command)
+    assert ("Environment variables:" in lines) == (command in COMMANDS)
+    assert all("…" not in line for line in lines)
+
+
+def test_t1_the_front_page_is_short_and_names_every_command():
+    page = help_of()
+    assert len(page.splitlines()) <= 35
+    assert all(re.search(rf"(?m)^  {command} ", page) for command in (*COMMANDS, "env"))
+    assert "--install-completion" in page
+    assert CliRunner().invoke(app, [], env={"COLUMNS": "80"}).stdout == page
+
+
+def test_t1_choices_are_listed_as_they_are_typed_and_values_say_their_unit():
+    text = help_of("run")
+    for setting in SETTINGS:
+        if setting.choices:
+            assert re.search(rf"{setting.flag} {re.escape('|'.join(setting.choices))}(?m:$| )", text)
+    for words in ("--memory-limit BYTES", "--max-tokens TOKENS", "--row-timeout SECONDS", "--stats-file FILE"):
+        assert words in text
+    assert {"(default 256)", "(default 16M)", "(default on)"} <= set(
+        re.findall(r"\(default \w+\)", " ".join(text.split()))
+    )
+    assert not re.search(r"<(str|int|bool|float|list)", text)
+    assert text.index("Job:") < text.index("Prompts:") < text.index("Job, rarely needed:")
+
+
+@pytest.mark.parametrize(("command", "default"), [("calibrate", "<input>.calibration.json"), ("bench", "bench.json")])
+def test_t1_an_output_is_described_as_the_commands_own(command, default):
+    about = help_of(command).split("-o, --output-file FILE")[1].split("      --")[0]
+    assert f"Where the measurements go (default {default})" in " ".join(about.split())
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "env"])
+def test_t1_h_is_help(command):
+    words = [*filter(None, [command])]
+    assert CliRunner().invoke(app, [*words, "-h"], env={"COLUMNS": "80"}).stdout == help_of(*words)
+
+
+def test_t1_a_shell_completes_commands_flags_and_choices():
+    def completed(line: str) -> list[str]:
+        env = {"_BMX_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+        return CliRunner().invoke(app, [], env=env, prog_name="bmx").stdout.split()
+
+    assert {"run", "plan-batch"} <= set(completed("bmx "))
+    assert completed("bmx run --kv-bud") == ["--kv-budget"]
+    assert completed("bmx run --kv-format in") == ["int8", "int4"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said", "hint"),
+    [
+        (("run", "in.jsonl", "--max-token", "5"), "no such option: --max-token", "bmx run -h"),
+        (("run",), "missing argument 'INPUT...'", "bmx run -h"),
+        (("walk",), "no such command 'walk'", "bmx -h"),
+        (("--nope",), "no such option: --nope", "bmx -h"),
+    ],
+)
+def test_t1_a_command_line_that_cannot_be_read_is_an_error_and_a_hint(bmx, args, said, hint):
+    ended = bmx(*args)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.complaint[0]
+    assert ended.complaint[1] == f"hint: {hint} shows what it takes"
+
+
+# Paths and texts in files
+
+
+@pytest.mark.parametrize("name", sorted(setting.name for setting in SETTINGS if setting.is_path))
+def test_e_a_path_may_begin_with_the_home_folder_wherever_it_comes_from(config_file, monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    expected = "/home/somebody/x"
+    assert shown(f"{flag(name)}=~/x")[name] == expected
+    assert shown(env={f"BMX_{name.upper()}": "~/x"})[name] == expected
+    assert shown("--config", config_file(f"{name}: ~/x"))[name] == expected
+
+
+def test_e_the_config_file_itself_may_lie_in_the_home_folder(config_file, monkeypatch):
+    path = config_file("seed: 7")
+    monkeypatch.setenv("HOME", os.path.dirname(path))
+    assert shown("--config=~/bmx.yaml")["seed"] == 7
+
+
+@pytest.mark.parametrize("name", ["system_prompt", "prompt_template"])
+def test_t2_a_text_may_be_read_from_a_file(config_file, tmp_path, monkeypatch, name):
+    (tmp_path / "text").write_bytes("Übersetze:\r\n\\nabla {document}\r\n".encode())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = "Übersetze:\n\\nabla {document}"
+    for path in (f"@{tmp_path}/text", "@~/text"):
+        assert gather(**{name: path})[name] == expected
+        assert shown(flag(name), path)[name] == expected if name == "system_prompt" else True
+    assert gather(**{name: "@@home {document}"})[name] == "@home {document}"
+    text = printed(flag(name), "@@home {document}")
+    assert printed("--config", config_file(text)) == text
+    with pytest.raises(UsageError, match=r"cannot read the file of --.* nowhere: No such file") as error:
+        gather(**{name: "@nowhere"})
+    assert error.value.hint == "a text that begins with @ is written @@"
 
 
 def test_the_reference_page_is_that_of_the_settings():
@@ -367,10 +482,10 @@ def test_a_bomb_of_yaml_anchors_is_refused_in_a_short_line(config_file, name):
         ("8gi", 8 * 2**30),
         ("8 GiB", 8 * 2**30),
         ("1.5g", 1_500_000_000),
-        (".5k", 500),
+        ("1500k", 1_500_000),
         ("2TiB", 2 * 2**40),
-        ("4096", 4096),
-        (4096, 4096),
+        ("4096000", 4_096_000),
+        (4_096_000, 4_096_000),
     ],
 )
 def test_sizes_are_powers_of_ten_or_with_an_i_of_two(text, size):
@@ -385,6 +500,29 @@ def test_sizes_are_powers_of_ten_or_with_an_i_of_two(text, size):
 def test_a_size_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match="memory_limit"):
         gather(memory_limit=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "meant"),
+    [
+        ("8", "8 bytes", "8G"),
+        (24, "24 bytes", "24G"),
+        ("1", "1 byte", "1G"),
+        ("300", "300 bytes", "300M"),
+        ("1.5k", "1,500 bytes", "1.5G"),
+        ("16kb", "16,000 bytes", "16G"),
+        ("999999", "999,999 bytes", ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["memory_limit", "kv_cache_memory"])
+def test_t3_a_memory_of_less_than_a_megabyte_has_lost_its_unit(name, text, shown, meant):
+    with pytest.raises(UsageError, match=f"{name} cannot be {shown}") as error:
+        gather(**{name: text})
+    assert error.value.hint.startswith(f"did you mean {meant}?" if meant else "sizes are written like 300M")
+
+
+def test_a_line_may_be_shorter_than_any_memory():
+    assert gather(max_line_bytes="2k")["max_line_bytes"] == 2000
 
 
 @pytest.mark.parametrize(

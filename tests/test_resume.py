@@ -534,7 +534,7 @@ def test_o10_an_empty_answer_is_an_answer(tmp_path):
 
 
 def test_o12_a_folder_that_is_missing_is_refused_before_anything_is_loaded(tmp_path):
-    check_refused(Work(tmp_path / "work", rows()), "-o", "no/out.jsonl", says="the folder no does not exist", code=1)
+    check_refused(Work(tmp_path / "work", rows()), "-o", "no/out.jsonl", says="the folder no does not exist", code=2)
 
 
 def test_o12_an_output_that_is_a_folder_is_refused_before_anything_is_loaded(tmp_path):
@@ -565,7 +565,7 @@ def test_o12_a_link_to_another_place_is_followed_and_stays(tmp_path, complete):
 def test_o12_a_link_into_a_missing_folder_is_refused_before_anything_is_loaded(tmp_path):
     work = Work(tmp_path / "work", good_rows())
     work.output.symlink_to(tmp_path / "missing" / "out.jsonl")
-    check_refused(work, says="missing does not exist", code=1)
+    check_refused(work, says="missing does not exist", code=2)
 
 
 def test_o8_the_manifest_says_what_became_of_the_run(tmp_path):

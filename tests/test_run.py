@@ -201,7 +201,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run):
     [
         (2, ["in.jsonl", "--no-such-flag"], "--no-such-flag"),
         (2, [], "INPUT"),
-        (2, ["in.jsonl", "--max-tokens", "many"], "max-tokens"),
+        (2, ["in.jsonl", "--max-tokens", "many"], "max_tokens"),
         (2, ["in.jsonl", "--max-tokens", "0"], "max_tokens"),
         (2, ["in.jsonl", "--memory-limit", "much"], "memory_limit"),
         (2, ["in.jsonl", "--kv-policy", "magic"], "kv_policy"),
@@ -209,7 +209,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run):
         (2, ["in.jsonl", "--prompt-template", "{a.b}"], "a.b"),
         (2, ["in.jsonl", "--config", "missing.yaml"], "missing.yaml"),
         (2, ["in.jsonl", "-o", "."], "folder"),
-        (1, ["in.jsonl", "-o", "missing/out.jsonl"], "missing"),
+        (2, ["in.jsonl", "-o", "missing/out.jsonl"], "missing"),
         (5, ["missing.jsonl"], "missing.jsonl"),
         (5, ["in.jsonl", "missing.jsonl"], "missing.jsonl"),
         (5, ["."], "folder"),
@@ -342,7 +342,9 @@ finally:
 
 def started(*args: Any, **pipes: Any) -> subprocess.Popen[bytes]:
     """``bmx`` in a process that Ctrl-C reaches even where the tests run in the background."""
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import bmx.__main__"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom bmx.__main__ import main; main()"
+    )
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stderr=subprocess.PIPE, **pipes)
 
 

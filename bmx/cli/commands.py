@@ -6,41 +6,37 @@ A command's work is elsewhere and is imported when the command runs, so that ``-
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from bmx.cli.flags import known_variables, take_options, values_to_compare, with_flags
+from bmx.cli.help import INPUTS, Command, Front
 from bmx.config import EngineConfig
 from bmx.errors import BmxError, UsageError
-from bmx.run_config import RunConfig, given_settings
+from bmx.run_config import RunConfig, given_settings, setting_named
+from bmx.shutdown import Interrupted, Stop
 
 if TYPE_CHECKING:
-    from bmx.shutdown import Stop
     from bmx.terminal.display import Display
 
 RESUME_HINT = "finished answers are saved; run the same command again to resume"
-INTERRUPTED_HINTS = {"bench": "finished cells are in the output file"}  # of other commands: RESUME_HINT
+INTERRUPTED_HINTS = {  # of other commands: RESUME_HINT
+    "bench": "finished cells are in the output file",
+    "plan-batch": "nothing was written",
+}
 EXIT_SOME_FAILED = 3
 EXIT_DOES_NOT_FIT = 4
-INPUTS = Annotated[
-    list[str], typer.Argument(metavar="INPUT...", help="JSONL files of prompts, also .gz and .zst; - is stdin")
-]
-PLAN_INPUTS = Annotated[
-    list[str] | None, typer.Argument(metavar="[INPUT]...", help="JSONL files of prompts; none with --max-input")
-]
-BENCH_INPUTS = Annotated[
-    list[str] | None, typer.Argument(metavar="[INPUT]...", help="JSONL files of prompts; none: random token ids")
-]
+ABOUT = "Offline batch LLM inference with the KV cache compressed while prompts are read (Batch-Max)."
+HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
+MISUSE = cast("type[Exception]", typer.BadParameter.__base__)  # what typer raises for a wrong command line
 
 app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Offline batch LLM inference with the KV cache compressed while prompts are read (Batch-Max).",
+    cls=Front, help=ABOUT, context_settings=HELP_FLAGS, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
 
@@ -49,8 +45,23 @@ def main() -> None:
     from bmx.terminal.display import Display
 
     _open_standard_streams()
-    with _errors_shown(Display()):
-        app()
+    display = Display()
+    with _errors_shown(display):
+        try:
+            code = app(prog_name="bmx", standalone_mode=False)
+        except MISUSE as misuse:
+            display.error(*_said_of(misuse))
+            sys.exit(UsageError.exit_code)
+        except typer.Abort:
+            sys.exit(Interrupted(signal.SIGINT).exit_code)
+        sys.exit(code or 0)
+
+
+def _said_of(misuse: Any) -> tuple[str, str]:
+    """The message and the hint about a command line that cannot be read."""
+    message = " ".join(misuse.format_message().split()).rstrip(".")
+    path = misuse.ctx.command_path if misuse.ctx else "bmx"
+    return message[:1].lower() + message[1:], f"{path} -h shows what it takes"
 
 
 def _open_standard_streams() -> None:
@@ -70,8 +81,6 @@ def _errors_shown(display: Display, interrupted_hint: str = RESUME_HINT) -> Iter
         display: shows the message.
         interrupted_hint: what a signal leaves behind.
     """
-    from bmx.shutdown import Interrupted
-
     try:
         yield
     except BrokenPipeError:  # the reader of our output has gone, as in `bmx run ... -o - | head`
@@ -97,9 +106,9 @@ def _session(
         config_file: a YAML file of settings.
         flags: settings and options given as flags or variables, by name; None for those not given.
     """
-    from bmx.shutdown import Stop
     from bmx.terminal.display import Display
     from bmx.terminal.foreign import foreign_lines
+    from bmx.terminal.reports import stopping_line
 
     stop, interrupted_hint = Stop(), INTERRUPTED_HINTS.get(command, RESUME_HINT)
     early_display = Display(log_format=flags.get("log_format") or "text")  # for errors in the settings themselves
@@ -109,6 +118,7 @@ def _session(
         job = config.job
         stop.within = job.shutdown_timeout
         display = Display(job.progress, quiet=job.quiet, log_format=job.log_format)
+        stop.acknowledge = lambda number: display.report([stopping_line(number, stop.within)])
         with foreign_lines(display), _errors_shown(display, interrupted_hint):
             yield config, options, display, stop
 
@@ -122,13 +132,16 @@ def _gathered(inputs: list[str] | None, flags: dict[str, Any], config_file: str 
 
 
 @app.callback(invoke_without_command=True)
-def front(version: Annotated[bool, typer.Option("--version", help="Show the version and exit")] = False) -> None:
-    """Offline batch LLM inference with the KV cache compressed while prompts are read (Batch-Max)."""
+def front(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version")] = False
+) -> None:
+    """What ``bmx`` does by itself: show its version, or its front page."""
     if version:
         from bmx import __version__
 
         typer.echo(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def run(inputs: list[str], config: str | None, **flags: Any) -> None:
@@ -151,7 +164,10 @@ def run(inputs: list[str], config: str | None, **flags: Any) -> None:
 def _print_config(settings: RunConfig, display: Display) -> None:
     import yaml
 
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.flat().items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.flat().items()}
+    for name, value in values.items():
+        if setting_named(name).from_file and str(value).startswith("@"):
+            values[name] = f"@{value}"  # in a file of settings, a single @ would name a file
     display.data(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip("\n"))
 
 
@@ -171,20 +187,16 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
     from bmx.measure.plan_batch import PlanBatchOptions
     from bmx.measure.plan_batch import plan_batch as run_plan_batch
     from bmx.terminal.display import Display
-    from bmx.terminal.foreign import foreign_lines
 
-    own = take_options("plan-batch", flags)
-    as_json = own.pop("json")
     budgets = values_to_compare("kv_budget", flags["kv_budget"])
     flags["kv_budget"] = budgets[0] if budgets else None
-    settings = _gathered(inputs, flags, config)
-    resolved = tuple(settings.engine.kv_budget if budget == "auto" else budget for budget in budgets or ("auto",))
-    options = PlanBatchOptions(budgets=resolved, as_json=as_json, **own)
-    display = Display("none" if as_json else "auto")
-    with foreign_lines(display):
-        fits = run_plan_batch(settings, options, display)
-    if options.check and not fits:
-        raise typer.Exit(EXIT_DOES_NOT_FIT)
+    with _session("plan-batch", inputs, config, flags) as (settings, own, display, _):
+        as_json = own.pop("json")
+        resolved = tuple(settings.engine.kv_budget if budget == "auto" else budget for budget in budgets or ("auto",))
+        options = PlanBatchOptions(budgets=resolved, as_json=as_json, **own)
+        fits = run_plan_batch(settings, options, Display("none") if as_json else display)
+        if options.check and not fits:
+            sys.exit(EXIT_DOES_NOT_FIT)
 
 
 def calibrate(inputs: list[str], config: str | None, **flags: Any) -> None:
@@ -224,8 +236,6 @@ def bench(inputs: list[str] | None, config: str | None, **flags: Any) -> None:
         given, preset = given_settings(flags, config), own.pop("preset")
         if own["shape"] and "model" in given:
             raise UsageError("--shape stands for a model: it cannot be combined with --model", hint="choose one")
-        if preset not in (None, "paper"):
-            raise UsageError(f"no preset is called {preset}", hint="there is one: paper")
         paper = preset == "paper"
         options = BenchOptions(
             **{name: value for name, value in own.items() if value is not None},
@@ -235,7 +245,6 @@ def bench(inputs: list[str] | None, config: str | None, **flags: Any) -> None:
         run_bench(settings, options, display)
 
 
-@app.command()
 def env() -> None:
     """Show versions, devices, memory and the kernels chosen: what a bug report needs."""
     from bmx.terminal.display import Display
@@ -248,7 +257,15 @@ def env() -> None:
         typer.echo(f"{name:14} {value}")
 
 
-app.command("run")(with_flags("run", run, INPUTS))
-app.command("plan-batch")(with_flags("plan-batch", plan_batch, PLAN_INPUTS))
-app.command("calibrate")(with_flags("calibrate", calibrate, INPUTS))
-app.command("bench")(with_flags("bench", bench, BENCH_INPUTS))
+def _add(name: str, function: Any) -> None:
+    """Make a function a command, with its help and, if it takes settings, their flags."""
+    app.command(name, cls=Command, context_settings=HELP_FLAGS)(
+        with_flags(name, function, *INPUTS[name]) if name in INPUTS else function
+    )
+
+
+_add("run", run)
+_add("plan-batch", plan_batch)
+_add("calibrate", calibrate)
+_add("bench", bench)
+_add("env", env)

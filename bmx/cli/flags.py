@@ -6,15 +6,15 @@ Everything about a flag comes from its ``Setting``. Knows no command's work.
 from __future__ import annotations
 
 import inspect
-from types import GenericAlias
-from typing import Annotated, Any, get_args
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import typer
 
 from bmx.model.random_models import SHAPES
 from bmx.run_config import all_settings, setting_named
 from bmx.settings import NEVER, Setting
-from bmx.units import parse_bytes, parse_count, parse_counts
+from bmx.units import parse_bytes, parse_count, parse_counts, parse_memory
 
 CONFIG = Annotated[
     str | None, typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings")
@@ -48,13 +48,19 @@ OPTIONS = (
         parse=parse_count,
         unit="tokens",
     ),
-    _option("plan-batch", "gpu", str | None, "Plan for this card instead of this machine (H100, RTX-4090, ...)"),
+    _option(
+        "plan-batch",
+        "gpu",
+        str | None,
+        "Plan for this card instead of this machine (H100, RTX-4090, ...)",
+        metavar="CARD",
+    ),
     _option(
         "plan-batch",
         "gpu_memory",
         int | None,
         "Plan for a GPU with this much memory (24G)",
-        parse=parse_bytes,
+        parse=parse_memory,
         unit="bytes",
     ),
     _option("plan-batch", "check", bool, "Exit 4 when not every row fits, and say what would make it fit"),
@@ -70,6 +76,7 @@ OPTIONS = (
         "min_agreement",
         float | None,
         "Share of next tokens that must be the same as with the full cache (default 0.95)",
+        metavar="SHARE",
     ),
     _option("calibrate", "rows", int | None, "Prompts to measure on, evenly spread over the input (default 16)"),
     _option(
@@ -77,12 +84,14 @@ OPTIONS = (
         "share_layers",
         int | None,
         "Look for this many layers that can read the keys and values of another layer (KVSharer)",
+        rare=True,
     ),
     _option(
         "bench",
         "shape",
         str | None,
         f"Random weights in the shape of a model, without a download: {', '.join(SHAPES)}",
+        metavar="SHAPE",
     ),
     _option(
         "bench",
@@ -107,12 +116,13 @@ OPTIONS = (
         "Largest number of prompts in a measurement (default: twice the slots of Batch-Max, at least 8)",
         parse=parse_count,
         unit="prompts",
+        metavar="N",
     ),
     _option(
         "bench",
         "preset",
-        str | None,
-        "paper: 1000,2000,4000 in, 128,256 out, KV memory a quarter of the weights, budgets a quarter of prompts",
+        Literal["paper"],
+        "1000,2000,4000 tokens in, 128,256 out, KV memory a quarter of the weights, budgets a quarter of prompts",
     ),
 )
 
@@ -149,18 +159,22 @@ def known_variables() -> set[str]:
     return {setting.variable for setting in all_settings()} | set(OTHER_VARIABLES)
 
 
-def with_flags(command: str, function: Any, inputs: Any) -> Any:
+def with_flags(command: str, function: Any, inputs: str, about: str) -> Any:
     """``function`` with the command's flags in its signature, where typer looks for them.
 
     Args:
         command: its name on the command line.
         function: takes ``inputs``, ``config`` and a keyword for each flag.
-        inputs: the annotation of the input files; one that allows None makes them optional.
+        inputs: what the input files are called; in brackets if they may be left out.
+        about: what they are.
     """
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    needed = inspect.Parameter("inputs", keyword, annotation=inputs)
+    keyword, optional = inspect.Parameter.KEYWORD_ONLY, inputs.startswith("[")
+    kind: Any = list[str] | None if optional else list[str]
+    argument = Annotated[kind, typer.Argument(metavar=inputs, help=about)]
     parameters = [
-        needed.replace(default=None) if type(None) in get_args(get_args(inputs)[0]) else needed,
+        inspect.Parameter(
+            "inputs", keyword, annotation=argument, default=None if optional else inspect.Parameter.empty
+        ),
         inspect.Parameter("config", keyword, default=None, annotation=CONFIG),
         *map(_parameter, flags_of(command)),
     ]
@@ -175,7 +189,8 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     option = typer.Option(
         *filter(None, (setting.short, setting.spelling)),
         help=help_text(setting),
-        rich_help_panel=setting.group or None,
+        metavar=setting.placeholder or None,
+        autocompletion=_completer(setting.choices) if setting.choices else None,
         envvar=None if is_option else setting.variable,
         show_envvar=False,
         show_default=False,
@@ -188,19 +203,35 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     )
 
 
+def _completer(words: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """What a shell asks for the words that begin in some way."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
 def help_text(setting: Setting) -> str:
     """What a setting does, and its default unless that is nothing or the text says it."""
-    if isinstance(setting.default, bool) or setting.default in (None, ()) or "(default" in setting.help:
+    nothing = setting.default is None or setting.default is False or setting.default == ()
+    if nothing or "(default" in setting.help:
         return setting.help
-    unit = f" {setting.unit}" if setting.unit else ""
-    default = f"{setting.default:g}" if isinstance(setting.default, float) else setting.default
-    return f"{setting.help} (default {default}{unit})"
+    return f"{setting.help} (default {_default(setting)})"
+
+
+def _default(setting: Setting) -> str:
+    """A default as it would be typed."""
+    default = setting.default
+    if setting.type is bool:
+        return "on"
+    if setting.parse is parse_bytes:
+        return f"{default / 1e6:g}M"
+    return f"{default:g}" if isinstance(default, float) else f"{default}"
 
 
 def _typer_type(setting: Setting) -> Any:
-    """How typer reads a setting: a value with a notation of its own as text, everything else as what it is."""
-    if setting.parse or setting.choices:
-        return str | None
-    if setting.is_list:
-        return GenericAlias(list, (setting.item_type,)) | None
-    return setting.type | None
+    """How typer reads a setting: all but switches as text, which the setting itself turns into its type."""
+    if setting.type is bool:
+        return bool | None
+    return list[str] | None if setting.is_list and not setting.parse else str | None

@@ -20,7 +20,7 @@ import jsonlines
 from bmx.errors import RowError, UsageError
 from bmx.job.line_reader import LineSet, read_lines
 from bmx.job.output_records import Dialect
-from bmx.job.prompt_template import filled, template_pieces, unescape
+from bmx.job.prompt_template import filled, template_pieces
 from bmx.request import Request, SamplingParams
 from bmx.run_config import MAX_LINE_BYTES, RunConfig, setting_named
 
@@ -402,7 +402,7 @@ def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b
     return Reader(
         paths=paths,
         defaults=config.sampling,
-        template=unescape(config.prompt.prompt_template),
+        template=config.prompt.prompt_template,
         models=frozenset(model_names(config)),
         hash_key=hash_key,
         longest=config.job.max_line_bytes,

@@ -52,9 +52,10 @@ def find_paths(config: RunConfig) -> JobPaths:
     """Where everything goes.
 
     Raises:
-        UsageError: the input has no name to derive the output's from, or a file of somebody else would be destroyed.
+        UsageError: the input has no name to derive the output's from, a folder is missing, or a file of somebody else
+            would be destroyed.
         InputFileError: an input is a folder.
-        OutputError: a folder is missing or cannot be written to.
+        OutputError: a folder cannot be written to.
     """
     for name in config.inputs:
         if name != STDIO and (not name or name.endswith("/") or Path(name).name in ("", "..")):
@@ -76,8 +77,8 @@ def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Pat
         default: the file's name where the settings name none.
 
     Raises:
-        UsageError: it is not a file, or a file of somebody else would be destroyed.
-        OutputError: a folder is missing or cannot be written to.
+        UsageError: it is not a file, its folder is missing, or a file of somebody else would be destroyed.
+        OutputError: it cannot be written to.
     """
     paths = find_paths(replace(config, job=replace(config.job, output_file=config.job.output_file or default)))
     if paths.output is None or not paths.manifest:
@@ -149,7 +150,7 @@ def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
     parent = path.resolve().parent
     if not parent.is_dir():
         shown = path.parent if not path.is_symlink() else parent
-        raise OutputError(f"the folder {shown} does not exist", hint="create it, or choose another")
+        raise UsageError(f"the folder {shown} does not exist", hint="create it, or choose another")
     if not _writable(path, parent):
         raise OutputError(f"the {name} {path} cannot be written: permission denied", hint="choose another")
 

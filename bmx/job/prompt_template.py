@@ -48,8 +48,3 @@ def filled(template: str, values: dict[str, Any]) -> str:
                 raise RowError("invalid_request", f"the row has no field {name!r} for the prompt template")
             parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return "".join(parts)
-
-
-def unescape(template: str | None) -> str | None:
-    r"""A template from a shell, in which ``\n`` and ``\t`` typed as two characters become a newline and a tab."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

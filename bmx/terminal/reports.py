@@ -5,6 +5,7 @@ Knows plans, counters, scenarios and records of measurements; prints nothing.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,6 +89,19 @@ def status_line(stats: Stats) -> str:
         + (f", about {duration(left)} left" if left is not None else "")
         + (f", no row finished for {duration(quiet)}" if quiet >= QUIET_SECONDS else "")
     )
+
+
+def stopping_line(number: int, within: float) -> Line:
+    """The answer to a signal while rows are in flight.
+
+    Args:
+        number: of the signal.
+        within: seconds that the rows in flight have.
+    """
+    name = signal.Signals(number).name
+    again = "press Ctrl-C again" if number == signal.SIGINT else f"send {name} again"
+    waiting = f"finishing the rows in flight, up to {duration(within)}" if within else "dropping the rows in flight"
+    return Line(f"{name}: {waiting}; {again} to stop now", "warning")
 
 
 def row_line(result: Result) -> str:
