@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from bmx.errors import UsageError
 from bmx.policies import POLICIES
-from bmx.settings import ALWAYS, IF_CHUNKED, IF_EVICTING, IF_TRUE, NEVER, NOT_IN_BENCH, Setting, check_types
+from bmx.settings import ALWAYS, IF_CHUNKED, IF_CUT, IF_EVICTING, IF_TRUE, NEVER, NOT_IN_BENCH, Setting, check_types
 from bmx.units import parse_budget, parse_count, parse_layers, parse_memory, parse_policy, parse_shared
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
@@ -261,7 +261,7 @@ class EngineConfig:
     ] = False
     max_model_len: Annotated[
         int | None,
-        Setting("Longest prompt and answer together (32k)", decides_answers=ALWAYS, unit="tokens", parse=parse_count),
+        Setting("Longest prompt and answer together (32k)", decides_answers=IF_CUT, unit="tokens", parse=parse_count),
     ] = None
     prefix_reuse: Annotated[
         bool,
@@ -367,7 +367,7 @@ class PromptConfig:
         Setting(
             "A prompt longer than the model takes: error; skip: leave it out, which is no failure; truncate-left, "
             "truncate-middle: cut its longest text at the beginning or in the middle, so that the answer has room",
-            decides_answers=ALWAYS,
+            decides_answers=IF_CUT,
             commands=NOT_IN_BENCH,
         ),
     ] = "error"

@@ -78,6 +78,14 @@ class JobConfig:
             },
         ),
     ] = False
+    set_aside: Annotated[
+        bool,
+        Setting(
+            "Move answers that belong to no row of this job to <output>.set-aside, and resume with the others",
+            decides_answers=NEVER,
+            commands=RUN,
+        ),
+    ] = False
     retry_failed: Annotated[
         bool, Setting("Answer the rows in the error file again", decides_answers=NEVER, commands=RUN)
     ] = False
@@ -199,6 +207,8 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.overwrite and self.retry_failed:
             raise UsageError("--overwrite answers all rows again, --retry-failed only some: choose one")
+        if self.set_aside and (self.overwrite or not self.resume):
+            raise UsageError("--set-aside resumes: it cannot be combined with --overwrite or --no-resume")
         if self.quiet and self.verbose:
             raise UsageError("--quiet and --verbose contradict each other")
         if self.max_errors is not None and self.max_errors < 0:

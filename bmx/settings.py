@@ -25,16 +25,20 @@ NOT_IN_PLAN = ("run", "calibrate", "bench")
 
 
 class DecidesAnswers(Enum):
-    """When the value of a setting can change an answer; then it is part of the run's fingerprint."""
+    """When the value of a setting can change an answer.
+
+    Then it is part of the run's fingerprint, but for ``IF_CUT``: answers to prompts that fit hold for any value.
+    """
 
     ALWAYS = "yes"
     IF_EVICTING = "where KV pairs are evicted"
     IF_CHUNKED = "where KV pairs are evicted or stored in fewer bits"
+    IF_CUT = "for prompts that are too long"
     IF_TRUE = "when it is on"
     NEVER = "no"
 
 
-ALWAYS, IF_EVICTING, IF_CHUNKED, IF_TRUE, NEVER = DecidesAnswers
+ALWAYS, IF_EVICTING, IF_CHUNKED, IF_CUT, IF_TRUE, NEVER = DecidesAnswers
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class Fault:
     Attributes:
         do: ``SIGKILL``, another signal, an error like ``ENOSPC``, or ``short``: a write that takes half of its bytes.
         at: at which call, from 1 on; it is then not made, except that half of a write is where ``torn``.
-        calls: which calls count: of everything for a signal, of bmx.job.durable_files alone for an error.
+        calls: which calls count: of everything for a signal, of the modules that write files for an error.
         torn: the call writes half of its bytes first; of an error, the next call fails.
         times: how often a signal comes.
         lasts: whether all later calls fail too.
@@ -251,7 +251,7 @@ def _warm_up() -> None:
 
 def _become(request: Any) -> None:
     """Make this process the run that is wanted."""
-    from bmx.job import durable_files as files
+    from bmx.job import durable_files, line_file, locks
 
     os.chdir(request.cwd)
     sys.argv = request.argv
@@ -271,8 +271,10 @@ def _become(request: Any) -> None:
     elif fault.do.startswith("SIG"):
         _patch(os, fault)
     else:
-        files.os = SimpleNamespace(**vars(os))  # type: ignore[attr-defined]
-        _patch(files.os, fault)
+        calls = SimpleNamespace(**vars(os))
+        for module in (durable_files, line_file, locks):
+            module.os = calls  # type: ignore[attr-defined]
+        _patch(calls, fault)
 
 
 def _patch(module: Any, fault: Fault) -> None:

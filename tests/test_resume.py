@@ -17,7 +17,7 @@ import pytest
 from forked import Fault, Work
 
 from bmx.errors import LockedError
-from bmx.job.durable_files import locked
+from bmx.job.locks import locked
 from bmx.run_config import all_settings
 from bmx.settings import DecidesAnswers
 

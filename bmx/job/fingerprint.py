@@ -17,12 +17,13 @@ from bmx.config import FAKE, EngineConfig, PromptConfig
 from bmx.model.demo import local_path
 from bmx.request import SamplingParams
 from bmx.run_config import JobConfig, RunConfig
-from bmx.settings import ALWAYS, IF_CHUNKED, IF_EVICTING, IF_TRUE, settings_in
+from bmx.settings import ALWAYS, IF_CHUNKED, IF_CUT, IF_EVICTING, IF_TRUE, settings_in
 
-KEY_FORMAT = 1
+KEY_FORMAT = 2
 SECTIONS = (EngineConfig, SamplingParams, PromptConfig, JobConfig)  # in the order of a fingerprint's entries
 SETTINGS = tuple(setting for section in SECTIONS for setting in settings_in(section))
 PRIVATE = tuple(setting.name for setting in SETTINGS if setting.private)  # only hashes of them are kept
+CUTTING = tuple(setting.name for setting in SETTINGS if setting.decides_answers is IF_CUT)
 MODEL_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py", "config.json", "generation_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model"),
@@ -62,7 +63,9 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _difference(name: str, before: Any, after: Any) -> str:
-    if name in (*PRIVATE, "model_files", "key_format"):
+    if name == "key_format":
+        return "another version of bmx made it"
+    if name in (*PRIVATE, "model_files"):
         return f"{name} has changed"
     return f"{name} was {json.dumps(before)[:80]}, is {json.dumps(after)[:80]}"
 

@@ -6,7 +6,7 @@ rows have a record already the journal's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,14 @@ from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.engine.prompt_lengths import sampling_step
 from bmx.errors import BmxError, InputFileError, UsageError
-from bmx.job.durable_files import locked
-from bmx.job.fingerprint import differences, fingerprint, row_hash_key
+from bmx.job.fingerprint import CUTTING, differences, fingerprint, row_hash_key
 from bmx.job.input_rows import Reader, input_reader, model_names
-from bmx.job.journal import REMEDY, ExistingRecords, Journal, Ledger, Todo, is_error_file
-from bmx.job.manifest import State, read_manifest, run_finished, run_started, write_json
+from bmx.job.journal import REMEDY, Journal
+from bmx.job.ledger import SHOWN, Ledger, Strays, Todo
+from bmx.job.locks import locked
+from bmx.job.manifest import SPARE, State, read_manifest, run_finished, run_started, write_json, write_state
 from bmx.job.paths import JobPaths, file_stamps, find_paths, input_paths
-from bmx.job.result_writer import TOO_LONG, ResultWriter
+from bmx.job.result_writer import TOO_LONG, FirstRows, ResultWriter
 from bmx.job.stats_file import updated_stats_file
 from bmx.plan.planner import Plan, plan_record
 from bmx.request import Request, Result
@@ -31,9 +32,10 @@ from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
 from bmx.terminal.reports import nothing_left_lines, plan_lines, row_line, summary_lines
+from bmx.terminal.tables import counted
 
-SAVED = "finished answers are saved"
-FIND_OUT = "run the same command again to find out what has changed, and to resume"
+FIND_OUT = "finished answers are saved; run the same command again to find out what has changed, and to resume"
+SET_ASIDE = "--set-aside moves them to {path}.set-aside and resumes with the others"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +47,10 @@ class JobState:
         paths: where it writes.
         fingerprint: what decides its answers, beside its rows.
         reader: reads its rows.
+        stamps: the state of the input files before they were read.
         manifest: the manifest of the earlier run that this one resumes, or None.
-        existing: the records of earlier runs.
+        ledger: its rows, and those that have records.
+        journal: the files that hold the records.
         todo: the rows without a record.
     """
 
@@ -54,9 +58,20 @@ class JobState:
     paths: JobPaths
     fingerprint: dict[str, Any]
     reader: Reader
+    stamps: list[tuple[int, ...]]
     manifest: dict[str, Any] | None
-    existing: ExistingRecords
+    ledger: Ledger
+    journal: Journal
     todo: Todo
+
+    def check_input(self) -> None:
+        """Check that the input files are those that were read.
+
+        Raises:
+            InputFileError: they have changed.
+        """
+        if file_stamps(self.reader.paths) != self.stamps:
+            raise InputFileError("the input has changed while it was read", hint=FIND_OUT)
 
 
 def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
@@ -75,51 +90,59 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
         Interrupted: a signal ended it; finished answers are saved.
     """
     check_cache(config.engine, config.prompt)
-    paths = find_paths(config)
+    paths, dry = find_paths(config), config.job.dry_run
     with ExitStack() as stack:
-        for lock in () if config.job.dry_run else paths.locks:
+        for lock in () if dry else paths.locks:
             stack.enter_context(locked(lock, config.job.lock_wait))
         stats = Stats()
-        stack.enter_context(updated_stats_file(None if config.job.dry_run else paths.stats, stats, display.warn))
+        stack.enter_context(updated_stats_file(None if dry else paths.stats, stats, display.warn))
         inputs = stack.enter_context(input_paths(config.inputs))
-        stamps = file_stamps(inputs)
-        state = find_state(config, paths, inputs)
+        journal = Journal(paths.output, paths.errors, read_only=dry)
+        stack.callback(_close_quietly, journal)
+        ledger = stack.enter_context(closing(Ledger()))
+        state = find_state(config, paths, inputs, journal, ledger)
         _count_earlier_runs(stats, state)
         if state.todo.left:
             _answer(state, display, stop or Stop(), stats)
         else:
             _nothing_left(state, display, stats)
-        if file_stamps(inputs) != stamps:
-            raise InputFileError("the input has changed while it was read", hint=f"{SAVED}; {FIND_OUT}")
         return stats
 
 
-def find_state(config: RunConfig, paths: JobPaths, inputs: tuple[Path, ...]) -> JobState:
+def find_state(
+    config: RunConfig, paths: JobPaths, inputs: tuple[Path, ...], journal: Journal, ledger: Ledger
+) -> JobState:
     """What earlier runs have left to do.
 
     Args:
         config: all settings.
         paths: where the job writes.
         inputs: the files that hold the rows.
+        journal: the files that hold the records.
+        ledger: takes the rows and the records.
 
     Raises:
         InputFileError: the input cannot be read, or two rows have the same id.
         UsageError: the output is that of another job.
     """
-    job, mark = config.job, fingerprint(config)
+    job, mark, stamps = config.job, fingerprint(config), file_stamps(inputs)
     reader = input_reader(config, inputs, row_hash_key(mark))
-    if job.overwrite and paths.errors and paths.errors.is_file() and not is_error_file(paths.errors):
-        raise UsageError(f"the error file {paths.errors} holds something else", hint="choose another")
     manifest = read_manifest(paths.manifest) if paths.manifest and not job.overwrite else None
-    with closing(Ledger()) as ledger:
-        ledger.read(reader, job.limit)
-        existing = ExistingRecords()
-        if paths.used and not job.overwrite:
-            _check_same_job(config, paths, mark, manifest)
-            existing = ledger.find(paths.output, paths.errors, retry_failed=job.retry_failed)
-        todo = ledger.todo(job.share)
+    ledger.enter_rows(reader, job.limit)
+    if paths.used and not job.overwrite:
+        _check_same_job(config, paths, mark, manifest)
+        journal.read(ledger, retry_failed=job.retry_failed)
+        _match(config, paths, manifest, ledger)
     return JobState(
-        config=config, paths=paths, fingerprint=mark, reader=reader, manifest=manifest, existing=existing, todo=todo
+        config=config,
+        paths=paths,
+        fingerprint=mark,
+        reader=reader,
+        stamps=stamps,
+        manifest=manifest,
+        ledger=ledger,
+        journal=journal,
+        todo=ledger.todo(job.share),
     )
 
 
@@ -135,19 +158,53 @@ def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], ma
     Raises:
         UsageError: says what differs.
     """
+    hint = f"{SET_ASIDE.format(path=paths.output)}; {REMEDY}"
     if not config.job.resume:
         raise UsageError(f"the output {paths.output} exists", hint=REMEDY)
     if manifest is None:
+        if config.job.set_aside:
+            return
         exists = next(path for path in (paths.output, paths.errors) if path and path.exists() and path.stat().st_size)
-        raise UsageError(f"{exists} exists, and no {paths.manifest} says how it was made", hint=REMEDY)
+        message = f"{exists} exists, and no {paths.manifest} says how it was made"
+        raise UsageError(message, hint=hint.replace("them", "records of other jobs"))
     now, then = config.flat(), manifest["settings"]
-    about_records = ("error_file", "order") if config.job.order == "input" else ("error_file",)  # their place and order
-    changed = differences(
-        manifest["fingerprint"] | {name: then.get(name) for name in about_records},
-        mark | {name: now[name] for name in about_records},
-    )
+    about_files = ("error_file", "order") if config.job.order == "input" else ("error_file",)  # their place and order
+    before, after = ({name: settings.get(name) for name in about_files} for settings in (then, now))
+    if not config.job.set_aside:
+        before, after = manifest["fingerprint"] | before, mark | after
+    changed = differences(before, after)
     if changed:
-        raise UsageError(f"the output {paths.output} was made with other settings: {changed}", hint=REMEDY)
+        message = f"the output {paths.output} was made with other settings: {changed}"
+        raise UsageError(message, hint=REMEDY if config.job.set_aside else hint)
+
+
+def _close_quietly(journal: Journal) -> None:
+    """Close a journal whose run is over, or never began: what is to be said is said."""
+    with suppress(BmxError):
+        journal.close()
+
+
+def _match(config: RunConfig, paths: JobPaths, manifest: dict[str, Any] | None, ledger: Ledger) -> None:
+    """Find the rows of the records.
+
+    Raises:
+        UsageError: answers belong to no row, and the user has not said what becomes of them.
+    """
+    before, after = (manifest or {}).get("settings", {}), config.flat()
+    strays = ledger.match(drop_cut=any(before.get(name) != after[name] for name in CUTTING))
+    if config.job.set_aside:
+        ledger.set_strays_aside()
+    elif strays.count:
+        raise _stray_error(strays, paths)
+
+
+def _stray_error(strays: Strays, paths: JobPaths) -> UsageError:
+    if strays.lines:
+        lines = ", ".join(map(str, strays.lines[:SHOWN])) + (" and more" if len(strays.lines) > SHOWN else "")
+        what = f"rows of the input have changed since they were answered in {paths.output}: see line {lines}"
+    else:
+        what = f"{paths.output} has {counted(strays.count, 'answer')} of rows that are not in the input"
+    return UsageError(what, hint=f"{SET_ASIDE.format(path=paths.output)}; {REMEDY}")
 
 
 def _count_earlier_runs(stats: Stats, state: JobState) -> None:
@@ -165,36 +222,58 @@ def _nothing_left(state: JobState, display: Display, stats: Stats) -> None:
     if state.config.job.dry_run:
         pass
     elif manifest and manifest["state"] == "finished":
-        Journal(state.paths.output, state.paths.errors, state.existing).close()  # cuts off a torn tail
+        _begin(state, display)
+        state.journal.close()
     else:
-        with recording(state, (manifest or {}) | run_started(state.config, state.fingerprint), stats):
+        record = (manifest or {}) | run_started(state.config, state.fingerprint)
+        with recording(state, record, stats, display):
             pass
+    state.check_input()
     display.report(nothing_left_lines(stats, state.paths.errors))
 
 
 def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None:
     """Load the model, make a plan, and answer the rows that have no record."""
-    engine, plan = _prepare(state, display, stats)
-    if state.config.job.dry_run:
+    job, record = state.config.job, run_started(state.config, state.fingerprint)
+    engine = plan = None
+    if _check_first_rows(state):
+        engine, plan = _prepare(state, display, stats)
+        record |= {"model": engine.describe(), "plan": plan_record(plan)}
+    if job.dry_run:
         return
-    record = run_started(state.config, state.fingerprint) | {"model": engine.describe(), "plan": plan_record(plan)}
-    with recording(state, record, stats, plan) as journal, display.live(stats):
+    with recording(state, record, stats, display, plan) as journal, display.live(stats):
         writer = ResultWriter(
             add_record=journal.add,
             stats=stats,
             model=model_names(state.config)[0],
-            in_order=state.config.job.order == "input",
+            in_order=job.order == "input",
             skip_too_long=state.config.prompt.on_too_long == "skip",
-            max_errors=state.config.job.max_errors,
-            on_result=(lambda result: display.note(row_line(result))) if state.config.job.verbose else None,
+            max_errors=job.max_errors,
+            on_result=(lambda result: display.note(row_line(result))) if job.verbose else None,
         )
         _pipe(state, engine, plan, writer, stop)
         if stop.requested and stats.rows_done < state.todo.left:
             held = f", {writer.held:,} finished ones waited for their turn" if writer.held else ""
             done = stats.rows_before + stats.rows_done
             display.note(f"{done:,} of {stats.rows_total:,} rows have their records{held}")
-        _check_complete(stats, state.todo, stop)
+        _check_complete(state, stats, stop)
     display.report(summary_lines(stats, plan, state.paths.output, state.paths.errors))
+
+
+def _check_first_rows(state: JobState) -> bool:
+    """Whether a row can be answered: its own errors need no model.
+
+    Raises:
+        InputFileError: the first rows all fail in the same way, and --max-errors does not say that it may be so.
+    """
+    first = FirstRows() if state.config.job.max_errors is None else None
+    for row in state.reader.rows(state.todo.skip):
+        if row.request:
+            return True
+        if first and row.error and first.alike(row.error):
+            message = f"the first {first.count:,} rows all fail in the same way: {row.error.message}"
+            raise InputFileError(message, hint="mend the rows or the command; --max-errors N runs all the same")
+    return False
 
 
 def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, Plan]:
@@ -205,7 +284,7 @@ def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, P
     """
     engine = _loaded(state.config, display)
     model = engine.describe()
-    if state.existing.output_bytes or state.existing.error_bytes:
+    if state.journal.kept:
         _check_same_model(state, model)
     every = sampling_step(state.todo.left)
     with display.waiting("measuring the prompts, making the plan"):
@@ -243,78 +322,103 @@ def _check_same_model(state: JobState, model: dict[str, Any]) -> None:
             )
 
 
-def _pipe(state: JobState, engine: Engine, plan: Plan, writer: ResultWriter, stop: Stop) -> None:
-    """Read rows, answer them and write the results, until no row is left or the run is to stop."""
-    results = engine.run(
-        _requests(state, writer, stop),
-        plan,
-        stats=writer.stats,
-        stop=stop,
-        row_timeout=state.config.job.row_timeout,
-        paused=lambda: writer.full,
-    )
+def _pipe(state: JobState, engine: Engine | None, plan: Plan | None, writer: ResultWriter, stop: Stop) -> None:
+    """Read rows, answer them and write the results, until no row is left or the run is to stop.
+
+    Args:
+        state: the job.
+        engine: answers the requests; None where no row became one.
+        plan: its plan.
+        writer: takes the results.
+        stop: says when to end early.
+    """
+    rows, timeout = _requests(state, writer, stop), state.config.job.row_timeout
+    if engine:
+        results: Generator[Result] = engine.run(
+            rows, plan, stats=writer.stats, stop=stop, row_timeout=timeout, paused=lambda: writer.full
+        )
+    else:
+        results = (row for row in rows if isinstance(row, Result))
     with closing(results), stop.graceful():
         for result in results:
             writer.put(result)
 
 
 def _requests(state: JobState, writer: ResultWriter, stop: Stop) -> Iterator[Request | Result]:
-    """The rows without a record, as requests; a row that cannot be answered is its own result."""
+    """The rows without a record, as requests; a row that cannot be answered is its own result.
+
+    A row that is not the one which stood in its line before ends the reading: the input is being changed.
+    """
     for row in state.reader.rows(state.todo.skip):
-        if stop.requested:
+        if stop.requested or not state.ledger.is_at(row):
             return
         writer.expect(row)
         yield row.request or Result(id=row.id, error=row.error)
 
 
-def _check_complete(stats: Stats, todo: Todo, stop: Stop) -> None:
+def _check_complete(state: JobState, stats: Stats, stop: Stop) -> None:
     """Check that every row has its record.
 
     Raises:
         Interrupted: a signal ended the run early.
-        BmxError: rows are missing although no signal came.
+        InputFileError: the input has changed.
     """
-    if stats.rows_done == todo.left:
-        return
-    if stop.signal is not None:
+    if stats.rows_done < state.todo.left and stop.signal is not None:
         raise Interrupted(stop.signal)
-    message = f"{stats.rows_done:,} of {todo.left:,} rows were answered: has the input changed in between?"
-    raise BmxError(message, hint=FIND_OUT)
+    state.check_input()
+    if stats.rows_done < state.todo.left:
+        raise InputFileError("the input has changed while it was read", hint=FIND_OUT)
 
 
 @contextmanager
-def recording(state: JobState, record: dict[str, Any], stats: Stats, plan: Plan | None = None) -> Iterator[Journal]:
-    """The journal, open while the body runs, and the manifest, which says how the run ended.
+def recording(
+    state: JobState, record: dict[str, Any], stats: Stats, display: Display, plan: Plan | None = None
+) -> Iterator[Journal]:
+    """The journal, ready for records while the body runs, and the manifest, which says how the run ended.
 
     Args:
         state: the job.
         record: the manifest at the beginning of the run.
         stats: the counters, for the manifest at the end.
+        display: shows how the files of earlier runs were mended.
         plan: the plan, for its predicted memory; None for a run without a model.
 
     Raises:
-        OutputError: the disk is full, or fails. The manifest says "finished" only when everything is on the disk.
+        OutputError: the disk is full or fails, or another program has changed a file. The manifest says "finished"
+            only when everything is on the disk.
     """
-
-    def write_manifest(more: dict[str, Any]) -> None:
-        if state.paths.manifest:
-            write_json(state.paths.manifest, record | more)
-
-    journal = Journal(state.paths.output, state.paths.errors, state.existing)
+    path = state.paths.manifest
     ended: State = "failed"
+    _begin(state, display)
     try:
-        write_manifest({})
-        yield journal
-        journal.close()
+        if path:
+            write_json(path, record, spare=SPARE)
+        yield state.journal
+        state.journal.close()
         ended = "finished"
     except KeyboardInterrupt:
         ended = "interrupted"
         raise
     finally:
-        if ended == "finished":
-            write_manifest(run_finished(ended, plan, stats))
-        else:  # the error that ended the run is on its way: another one must not hide it
+        if ended == "finished" and path:
+            write_json(path, record | run_finished(ended, plan, stats))
+        elif ended != "finished":  # the error that ended the run is on its way: another one must not hide it
             with suppress(BmxError):
-                journal.close()
-            with suppress(BmxError):
-                write_manifest(run_finished(ended, plan, stats))
+                state.journal.close()
+            if path:
+                _write_failed(path, record, ended, plan, stats)
+
+
+def _write_failed(path: Path, record: dict[str, Any], ended: State, plan: Plan | None, stats: Stats) -> None:
+    """Say in the manifest that the run has not finished, on a full disk too."""
+    with suppress(BmxError):
+        try:
+            write_json(path, record | run_finished(ended, plan, stats))
+        except BmxError:
+            write_state(path, record, ended)
+
+
+def _begin(state: JobState, display: Display) -> None:
+    """Mend the files of earlier runs, and tell."""
+    for note in state.journal.begin(state.ledger):
+        display.warn(note)

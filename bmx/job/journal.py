@@ -1,34 +1,26 @@
 """What is done is on disk: the output and the error file of a job are its checkpoint.
 
-Knows which rows have a record and which do not, in bounded memory however many there are. Knows nothing of how rows
-are answered.
+Knows what earlier runs have left in these files and adds records to them. Knows nothing of how rows are answered.
 """
 
 from __future__ import annotations
 
-import re
-import sqlite3
-from collections import Counter, deque
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bmx.errors import BmxError, InputFileError, UsageError
-from bmx.job.durable_files import LineFile, remove_file
-from bmx.job.input_rows import InputRow, Reader, strict_loads
-from bmx.job.line_reader import LineSet
-from bmx.job.output_records import read_record, strict_dumps
-from bmx.request import Request
+from bmx.errors import OutputError, UsageError
+from bmx.job.durable_files import sync_folder, write_all
+from bmx.job.input_rows import strict_loads
+from bmx.job.ledger import Ledger
+from bmx.job.line_file import LineFile
+from bmx.job.output_records import KnownRecord, read_record, renamed, strict_dumps
+from bmx.terminal.tables import counted
 
-SHOWN = 5  # ids or lines named in a message
-CACHE_KIB = 8192
-LONGEST_RECORD = 1 << 26  # bytes
-LONGEST_ROWS = 1000  # lines that are measured even where others are only sampled
 BEGINNING = b'{"id": '  # what every record begins with
 REMEDY = "--overwrite starts over, -o names another output"
+OUTPUT, ERRORS = range(2)  # the files in the ledger
 
 
 class Journal:
@@ -37,18 +29,94 @@ class Journal:
     Args:
         output: where answers go; None is standard output.
         errors: where errors go, created for the first one; None is the same place as the answers.
-        kept: how much of the files stays; what follows is cut off when they are opened.
+        read_only: neither lock nor write the files.
 
     Raises:
+        LockedError: another run writes to one of the files.
         OutputError: a file cannot be opened, written or closed.
     """
 
-    def __init__(self, output: Path | None, errors: Path | None, kept: ExistingRecords) -> None:
-        if errors and errors.is_file() and not kept.error_bytes:
-            remove_file(errors)
-        self._output = LineFile(output, kept.output_bytes)
-        self._error_path = errors
-        self._errors = LineFile(errors, kept.error_bytes) if errors and kept.error_bytes else None
+    def __init__(self, output: Path | None, errors: Path | None, *, read_only: bool = False) -> None:
+        self._files = [LineFile(output, read_only=read_only)]
+        self._ends = [0, 0]  # where the records end in each file
+        self._drop_errors = self._errors_started = False
+        if errors:
+            try:
+                self._files.append(LineFile(errors, read_only=read_only))
+            except BaseException:
+                self._files[OUTPUT].close()
+                raise
+
+    @property
+    def kept(self) -> bool:
+        """Whether the files hold records that stay."""
+        return bool(self._ends[OUTPUT] or (self._ends[ERRORS] and not self._drop_errors))
+
+    def read(self, ledger: Ledger, *, retry_failed: bool = False) -> None:
+        """Enter the records of earlier runs.
+
+        Args:
+            ledger: takes them.
+            retry_failed: leave out the records in the error file, so that their rows are answered again.
+
+        Raises:
+            UsageError: a file holds no record of bmx, but something else.
+        """
+        self._drop_errors = retry_failed
+        for number, file in enumerate(self._files):
+            drop, lines = retry_failed and number == ERRORS, _Records(file)
+            ledger.enter_records(number, ((line, record) for line, record in lines if not (drop and record)))
+            ledger.forget_lines_behind(number, lines.last)
+            self._ends[number] = lines.end
+
+    def begin(self, ledger: Ledger) -> list[str]:
+        """Mend the files and begin to add records.
+
+        Lines that are to be set aside are added to ``<file>.set-aside`` before they are taken out of the file. What a
+        crash left of a last line is cut off.
+
+        Returns:
+            What was set aside or named anew, for people.
+        """
+        notes = [note for number, file in enumerate(self._files) for note in self._mend(ledger, number, file)]
+        self._files[OUTPUT].start(self._ends[OUTPUT])
+        if len(self._files) > 1 and self._ends[ERRORS]:
+            self._start_errors()
+        return notes
+
+    def _start_errors(self) -> None:
+        self._files[ERRORS].start(self._ends[ERRORS])
+        self._errors_started = True
+
+    def _mend(self, ledger: Ledger, number: int, file: LineFile) -> Iterator[str]:
+        aside, moved = ledger.count_moves(number)
+        if aside:
+            other = file.path.with_name(f"{file.path.name}.set-aside")
+            _add_lines(other, (line for line, name in self._lines(ledger, number) if name is _ASIDE))
+            yield f"{counted(aside, 'line')} of {file.path} belong to no row or are no records: they are in {other} now"
+        if moved:
+            yield f"rows without ids have moved in the input: {counted(moved, 'record')} of {file.path} got new numbers"
+        if number == ERRORS and (self._drop_errors or not self._ends[ERRORS]):
+            file.remove()
+            self._ends[ERRORS] = 0
+        elif aside or moved:
+            self._ends[number] = file.replace(_named(self._lines(ledger, number)))
+            if number == ERRORS and not self._ends[ERRORS]:
+                file.remove()
+
+    def _lines(self, ledger: Ledger, number: int) -> Iterator[tuple[bytes, str | object | None]]:
+        """The lines of a file that are not cut off, each with its new id, None to stay as it is, or ``_ASIDE``."""
+        moves = ledger.moves(number)
+        at, line = next(moves, (0, None))
+        end = 0
+        for current, piece in self._files[number].lines():
+            end += len(piece)
+            if end > self._ends[number]:
+                return
+            while at and at < current:
+                at, line = next(moves, (0, None))
+            name = None if at != current else _ASIDE if line is None else f"line-{line}"
+            yield piece, name
 
     def add(self, record: dict[str, Any], failed: bool = False) -> None:
         """Add the record of a row.
@@ -61,260 +129,102 @@ class Journal:
             BrokenPipeError: the reader of standard output has gone.
         """
         line = strict_dumps(record)
-        if not failed or self._error_path is None:
-            self._output.append(line)
+        if not failed or len(self._files) == 1:
+            self._files[OUTPUT].append(line)
             return
-        if self._errors is None:
-            regular = self._error_path.is_file() or not self._error_path.exists()
-            self._errors = LineFile(self._error_path, None if regular else 0)
-        self._errors.append(line)
+        if not self._errors_started:
+            self._start_errors()
+        self._files[ERRORS].append(line)
 
     def close(self) -> None:
-        """Sync and close both files."""
+        """Sync, check and close both files."""
         try:
-            self._output.close()
+            self._files[OUTPUT].close()
         finally:
-            if self._errors:
-                self._errors.close()
+            for file in self._files[ERRORS:]:
+                file.close()
 
 
-@dataclass(slots=True)
-class ExistingRecords:
-    """How much of a job's files earlier runs have written.
-
-    Attributes:
-        output_bytes, error_bytes: bytes up to the end of the last whole record.
-    """
-
-    output_bytes: int = 0
-    error_bytes: int = 0
+_ASIDE = object()
 
 
-@dataclass(frozen=True, slots=True)
-class Todo:
-    """The rows of a job that have no record yet.
-
-    Attributes:
-        rows: number of rows of the job.
-        left: number of rows without a record.
-        failed: number of rows whose record is an error, by error code.
-        skip: numbers of the lines whose rows are not left, or not of this job.
-        longest: numbers of the longest lines, which are measured even where others are only sampled.
-    """
-
-    rows: int
-    left: int
-    failed: Counter[str]
-    skip: LineSet
-    longest: frozenset[int]
-
-    def sample(self, reader: Reader, every: int) -> Iterator[Request]:
-        """One in ``every`` of the requests that are left, and those of the longest lines."""
-        return (row.request for row in reader.rows(self.skip, every, self.longest) if row.request)
+def _named(lines: Iterable[tuple[bytes, Any]]) -> Iterator[bytes]:
+    for line, name in lines:
+        if name is None:
+            yield line
+        elif name is not _ASIDE:
+            yield strict_dumps(renamed(strict_loads(line.decode()), name))
 
 
-class Ledger:
-    """The ids of a job's rows and records, in a private database that spills to the disk. Close it after use."""
-
-    def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)
-        for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", f"cache_size=-{CACHE_KIB}"):
-            self._db.execute(f"PRAGMA {pragma}")
-        self._db.execute("CREATE TABLE rows (name INTEGER, key INTEGER, line INTEGER, size INTEGER)")
-        self._db.execute("CREATE TABLE done (name INTEGER, key INTEGER, code TEXT)")
-        self._lines = self._rows = 0
-        self._limited = False
-
-    def close(self) -> None:
-        """Delete the database."""
-        self._db.close()
-
-    def read(self, reader: Reader, limit: int | None = None) -> int:
-        """Enter the rows of an input, all of them or the first ``limit``.
-
-        Returns:
-            The number of rows entered.
-
-        Raises:
-            InputFileError: a file cannot be read, or two rows have the same id.
-        """
-        self._limited = limit is not None
-        with _full_disk():
-            self._insert("INSERT INTO rows VALUES (?, ?, ?, ?)", self._entries(islice(reader.identities(), limit)))
-            try:
-                self._db.execute("CREATE UNIQUE INDEX by_name ON rows (name)")
-            except sqlite3.IntegrityError:
-                self._refuse_repeated_ids(reader, limit)
-        return self._rows
-
-    def _entries(self, rows: Iterable[InputRow]) -> Iterator[tuple[int, int, int, int]]:
-        for row in rows:
-            self._rows, self._lines = self._rows + 1, row.line
-            yield hash(str(row.id)), _number(row.key), row.line, row.size
-
-    def _refuse_repeated_ids(self, reader: Reader, limit: int | None) -> None:
-        """Name ids that occur twice."""
-        query = "SELECT name FROM rows GROUP BY name HAVING count(*) > 1 LIMIT 1000"
-        names = {name for (name,) in self._db.execute(query)}
-        counts: Counter[str] = Counter(
-            str(row.id) for row in islice(reader.identities(), limit) if hash(str(row.id)) in names
-        )
-        repeated = [name for name, count in counts.items() if count > 1]
-        if not repeated:  # different ids with the same hash
-            self._db.execute("CREATE INDEX by_name ON rows (name)")
-            return
-        shown = ", ".join(repr(name[:80]) for name in repeated[:SHOWN])
-        more = f" and {len(repeated) - SHOWN} more" if len(repeated) > SHOWN else ""
-        raise InputFileError(f"{len(repeated)} ids occur more than once: {shown}{more}", hint="ids must be unique")
-
-    def find(self, output: Path | None, errors: Path | None, *, retry_failed: bool = False) -> ExistingRecords:
-        """Enter the records of earlier runs.
-
-        Args:
-            output: the output of the job; None is standard output, which has none.
-            errors: its error file; None is the same place.
-            retry_failed: leave out the records in the error file, so that their rows are answered again.
-
-        Returns:
-            Where the records end in each file.
-
-        Raises:
-            UsageError: a file holds something else, or records that are not those of these rows.
-        """
-        existing = ExistingRecords()
-
-        def records(path: Path) -> Iterator[tuple[int, int, str | None]]:
-            whole = _Records(path)
-            for name, key, code in whole:
-                yield hash(str(name)), _number(key), code
-            if path == output:
-                existing.output_bytes = whole.end
-            else:
-                existing.error_bytes = whole.end
-
-        with _full_disk():
-            for path in (output, errors):
-                if path and path.is_file() and path == errors and retry_failed:
-                    deque(_Records(path), maxlen=0)  # raises where the file is not one of bmx
-                elif path and path.is_file():
-                    self._insert("INSERT INTO done VALUES (?, ?, ?)", records(path))
-            try:
-                self._db.execute("CREATE UNIQUE INDEX by_done ON done (name)")
-            except sqlite3.IntegrityError:
-                raise UsageError(f"{output} has records of the same id twice", hint=REMEDY) from None
-            self._check_records(output)
-        return existing
-
-    def _check_records(self, output: Path | None) -> None:
-        query = "SELECT line FROM rows JOIN done USING (name) WHERE rows.key != done.key ORDER BY line LIMIT ?"
-        changed = [str(line) for (line,) in self._db.execute(query, (SHOWN + 1,))]
-        if changed:
-            lines = ", ".join(changed[:SHOWN]) + (" and more" if len(changed) > SHOWN else "")
-            raise UsageError(
-                f"rows of the input have changed since their records were written to {output}: see line {lines}",
-                hint=f"{REMEDY}, --retry-failed answers failed rows again as they are now",
-            )
-        query = "SELECT count(*) FROM done WHERE name NOT IN (SELECT name FROM rows)"
-        [(strangers,)] = self._db.execute(query)
-        if strangers and not self._limited:
-            raise UsageError(
-                f"{output} or its errors have {strangers:,} records of rows that are not in the input",
-                hint=f"{REMEDY}, --retry-failed drops the errors",
-            )
-
-    def todo(self, share: tuple[int, int] = (1, 1)) -> Todo:
-        """The rows that have no record yet.
-
-        Args:
-            share: (i, n) restricts the job to the lines i, i + n, i + 2 n, ...
-        """
-        first, step = share
-        skip = LineSet(self._lines)
-        with _full_disk():
-            [(rows,)] = self._db.execute("SELECT count(*) FROM rows WHERE (line - ?) % ? = 0", (first, step))
-            query = "SELECT code, count(*) FROM done JOIN rows USING (name) GROUP BY code"
-            records_by_code: dict[str | None, int] = dict(self._db.execute(query))
-            query = "SELECT line FROM done JOIN rows USING (name) UNION ALL SELECT line FROM rows WHERE (line - ?) % ?"
-            for (line,) in self._db.execute(query, (first, step)):
-                skip.add(line)
-            longest = self._db.execute("SELECT line FROM rows ORDER BY size DESC LIMIT ?", (LONGEST_ROWS,))
-            lines = frozenset(line for (line,) in longest)
-        left = rows - sum(records_by_code.values())
-        failed = Counter({code: count for code, count in records_by_code.items() if code is not None})
-        return Todo(rows, left, failed, skip, lines)
-
-    def _insert(self, statement: str, values: Iterator[tuple[Any, ...]]) -> None:
-        self._db.execute("BEGIN")
-        self._db.executemany(statement, values)
-        self._db.execute("COMMIT")
-
-
-def unanswered_rows(reader: Reader, limit: int | None = None, share: tuple[int, int] = (1, 1)) -> Todo:
-    """The rows of an input for a command that keeps no records: all of them are left.
-
-    Args:
-        reader: reads the input.
-        limit: only the first rows of the input, this many; None for all.
-        share: (i, n) restricts them to the lines i, i + n, i + 2 n, ...
+def _add_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Add lines to a file and sync it.
 
     Raises:
-        InputFileError: a file cannot be read, or two rows have the same id.
+        OutputError: it cannot be written.
     """
-    with closing(Ledger()) as ledger:
-        ledger.read(reader, limit)
-        return ledger.todo(share)
-
-
-@contextmanager
-def _full_disk() -> Iterator[None]:
-    """Turn a full disk under the database into a message."""
     try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise BmxError(f"cannot keep the ids of the rows in temporary files: {error}", hint="see TMPDIR") from None
-
-
-def _number(key: str) -> int:
-    """A row hash as the database takes it: a signed number of 64 bits."""
-    return int(key, 16) - 2**63 if re.fullmatch("[0-9a-f]{16}", key) else 0
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            last = b"\n"
+            for last in lines:
+                write_all(handle, last)
+            if not last.endswith(b"\n"):
+                write_all(handle, b"\n")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="nothing was changed") from None
 
 
 class _Records:
-    """(id, key, error code) of each record in a file; ``end`` is where the last whole record ends.
+    """Pairs of the number of each line of a file and its record, or None for a line that is not a record.
 
-    A write that was cut off by a crash or a power cut leaves a torn tail, which is ignored. Any other line that is not
-    a record was written by somebody else.
+    A write that was cut off by a crash or a power cut leaves a torn tail. ``end`` is where it begins, and ``last`` the
+    number of the line before it.
 
     Raises:
-        UsageError: the file was not written by bmx, or was damaged.
+        UsageError: the file was not written by bmx.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.end = 0
+    def __init__(self, file: LineFile) -> None:
+        self._file = file
+        self.end = self.last = 0
 
-    def __iter__(self) -> Iterator[tuple[str | int, str, str | None]]:
-        torn = 0
-        with self._path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_RECORD), b""), 1):
-                record = _record(line) if line.endswith(b"\n") else None
-                if record and not torn:
-                    yield record
-                    self.end += len(line)
-                elif record or not _is_torn(line):
-                    raise UsageError(f"line {torn or number} of {self._path} is not a record of bmx", hint=REMEDY)
-                torn = torn or (0 if record else number)
+    def __iter__(self) -> Iterator[tuple[int, KnownRecord | None]]:
+        position, found, continued = 0, 0, False
+        for number, piece in self._file.lines():
+            position += len(piece)
+            whole = piece.endswith(b"\n") and not continued
+            record = _record(piece) if whole else None
+            if record or continued or not _is_torn(piece):
+                self.end, self.last = position, number
+            found += record is not None
+            continued = not piece.endswith(b"\n")
+            yield number, record
+        if self.end and not found:
+            raise UsageError(f"{self._file.path} holds something else than records of bmx", hint=REMEDY)
 
 
-def is_error_file(path: Path) -> bool:
-    """Whether a file holds only errors written by bmx."""
+def is_of_bmx(path: Path, *, errors_only: bool = False) -> bool:
+    """Whether a file is one of bmx's outputs, an empty one included.
+
+    Args:
+        path: the file.
+        errors_only: whether all its records must be errors.
+    """
+    file = LineFile(path, read_only=True)
+    records = (record for _, record in _Records(file) if record)
     try:
-        return all(code is not None for _, _, code in _Records(path))
+        return all(record.error_code is not None or not errors_only for record in records)
     except UsageError:
         return False
+    finally:
+        file.close()
 
 
-def _record(line: bytes) -> tuple[str | int, str, str | None] | None:
+def _record(line: bytes) -> KnownRecord | None:
     try:
         return read_record(strict_loads(line.decode()))
     except ValueError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmx import __version__
-from bmx.job.durable_files import replace_file, this_process
+from bmx.job.durable_files import overwrite_file, replace_file, this_process
 from bmx.job.fingerprint import PRIVATE
 from bmx.plan.planner import Plan
 from bmx.run_config import RunConfig
@@ -19,6 +19,8 @@ from bmx.stats import Stats
 from bmx.units import now
 
 FORMAT = 2
+BEGINNING = b'{\n  "format": '
+SPARE = 64  # blanks at the end of a manifest, so that its last state fits in its place on a full disk
 PACKAGES = ("torch", "transformers", "tokenizers", "nvidia-ml-py")
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -35,13 +37,39 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return record if all(isinstance(part, dict) for part in parts) else None
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
+def is_manifest(path: Path) -> bool:
+    """Whether a file may be replaced by a manifest: it is missing, empty, or already a manifest of any version."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return True
+    try:
+        data = path.read_bytes() if path.is_file() else b""
+        record = json.loads(data)
+    except (OSError, ValueError, RecursionError):
+        return data.startswith(BEGINNING)  # a damaged one
+    return isinstance(record, dict) and {"format", "state", "fingerprint"} <= record.keys()
+
+
+def write_state(path: Path, record: dict[str, Any], state: State) -> None:
+    """Say in the manifest how a run ended, though the disk has no room for a new one.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    overwrite_file(path, json.dumps(record | {"state": state, "finished": now()}, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json(path: Path, record: dict[str, Any], spare: int = 0) -> None:
     """Write a record to a file, whole or not at all.
+
+    Args:
+        path: the file.
+        record: what it is to hold.
+        spare: blanks at its end.
 
     Raises:
         OutputError: it cannot be written; the old file is unchanged.
     """
-    replace_file(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_file(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + " " * spare + "\n")
 
 
 def run_started(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from bmx.errors import RowError
 from bmx.request import Result
 
 Dialect = Literal["plain", "chat.completion", "text_completion"]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRecord:
+    """A record that was read again.
+
+    Attributes:
+        id: of its row.
+        key: the hash of the row.
+        error_code: of an error; None for an answer.
+        cut: whether the prompt or the answer was cut to fit.
+    """
+
+    id: str | int
+    key: str
+    error_code: str | None
+    cut: bool
+
+
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
@@ -84,13 +104,22 @@ def _openai_record(result: Result, key: str, dialect: Dialect, model: str) -> di
     return {"id": f"batch_req_{key}", "custom_id": result.id, "response": response, "error": None}
 
 
-def read_record(record: Any) -> tuple[str | int, str, str | None] | None:
-    """(id, key, error code or None) of a line of an output; None if bmx did not write it."""
+def read_record(record: Any) -> KnownRecord | None:
+    """What a line of an output says of its row; None if bmx did not write it."""
     if not isinstance(record, dict):
         return None
     openai = "custom_id" in record
     name, key = record.get("custom_id" if openai else "id"), record.get("id" if openai else "row_hash")
     if not isinstance(name, (str, int)) or not isinstance(key, str):
         return None
-    error = record.get("error")
-    return name, key.removeprefix("batch_req_"), error.get("code", "") if isinstance(error, dict) else None
+    error, body = record.get("error"), record
+    if openai and isinstance(record.get("response"), dict):
+        body = record["response"].get("body")
+    cut = isinstance(body, dict) and bool(body.get("truncated") or body.get("max_tokens"))
+    code = error.get("code", "") if isinstance(error, dict) else None
+    return KnownRecord(name, key.removeprefix("batch_req_"), code, cut)
+
+
+def renamed(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """The same record for a row of another id."""
+    return record | {"custom_id" if "custom_id" in record else "id": name}

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import IO
 
 from bmx.errors import InputFileError, OutputError, UsageError
+from bmx.job.journal import is_of_bmx
 from bmx.job.line_reader import COMPRESSED, open_input
+from bmx.job.manifest import is_manifest
 from bmx.job.stats_file import is_stats_file
 from bmx.run_config import RunConfig
 
 STDIO = "-"
+LONGEST_SUFFIX = len(".errors.jsonl.set-aside")  # of the files beside an output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class JobPaths:
     """All the files that a job writes.
 
     Attributes:
-        output: where answers go; None is standard output.
+        output: where answers go, by the name that the user gave; None is standard output.
         errors: where failed rows go; None is the same place as the answers.
         manifest: beside an output that is a file; None for a stream or a device.
         locks: beside the output, and beside an error file that was named.
@@ -93,14 +96,12 @@ def _named_paths(config: RunConfig) -> JobPaths:
         return JobPaths(output=output, errors=errors, stats=stats)
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder", hint="-o takes a file")
-    if output.is_symlink():
-        output = output.resolve()  # one output, one lock, whatever it is called
-
+    place = output.resolve() if output.is_symlink() else output  # one output, one lock, whatever it is called
     return JobPaths(
         output=output,
-        errors=errors or _beside(output, ".errors.jsonl"),
-        manifest=_beside(output, ".run.json"),
-        locks=tuple(_beside(path, ".lock") for path in (output, errors) if path and not _is_pipe(path)),
+        errors=errors or _beside(place, ".errors.jsonl"),
+        manifest=_beside(place, ".run.json"),
+        locks=tuple(_beside(path, ".lock") for path in (place, errors) if path and not _is_pipe(path)),
         stats=stats,
     )
 
@@ -132,11 +133,16 @@ def _check_all(paths: JobPaths, config: RunConfig) -> None:
         if path:
             _check(name, path, taken)
             taken.append((f"the {name}", path))
-    stats, errors = paths.stats, paths.errors
-    if stats and not is_stats_file(stats):
-        raise UsageError(
-            f"the stats file {stats} exists and is not one of bmx", hint="choose another: it would be replaced"
-        )
+    stats, errors, replaced = paths.stats, paths.errors, config.job.overwrite
+    for name, path, is_own in (
+        ("stats file", stats, is_stats_file),
+        ("manifest", paths.manifest, is_manifest),
+        ("output", paths.output if replaced and paths.manifest else None, is_of_bmx),
+        ("error file", errors if replaced else None, lambda path: is_of_bmx(path, errors_only=True)),
+    ):
+        if path and not _is_pipe(path) and not is_own(path):
+            message = f"the {name} {path} exists and is not one of bmx: it would be replaced"
+            raise UsageError(message, hint="choose another, or move it away")
     if errors and not paths.manifest and not config.job.overwrite and errors.is_file() and errors.stat().st_size:
         raise UsageError(f"the error file {errors} exists", hint="choose another, or replace it with --overwrite")
 
@@ -151,8 +157,17 @@ def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
     if not parent.is_dir():
         shown = path.parent if not path.is_symlink() else parent
         raise UsageError(f"the folder {shown} does not exist", hint="create it, or choose another")
+    _check_length(name, path, parent)
     if not _writable(path, parent):
         raise OutputError(f"the {name} {path} cannot be written: permission denied", hint="choose another")
+
+
+def _check_length(name: str, path: Path, folder: Path) -> None:
+    """Refuse a name that leaves no room for the longest name of a file beside it."""
+    room = os.pathconf(folder, "PC_NAME_MAX") - len(os.fsencode(path.name))
+    if name == "output" and room < LONGEST_SUFFIX:
+        message = f"the name of the output is {LONGEST_SUFFIX - room} bytes too long for the files beside it"
+        raise UsageError(f"{message}: {path.name:.60}...", hint="-o takes a shorter one")
 
 
 def _writable(path: Path, parent: Path) -> bool:
@@ -185,7 +200,7 @@ def input_paths(names: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
             if name == STDIO or _is_pipe(path):
                 copy = stack.enter_context(_temporary_file())
                 _spool(name, copy)
-                path = Path(copy.name)
+                path = Path(f"/proc/self/fd/{copy.fileno()}")
             with open_input(path, shown):
                 paths.append(path)
         yield tuple(paths)
@@ -204,8 +219,9 @@ def _is_pipe(path: Path) -> bool:
 
 @contextmanager
 def _temporary_file() -> Iterator[IO[bytes]]:
+    """A file without a name: nothing of it is left when the process is killed."""
     try:
-        file = tempfile.NamedTemporaryFile(prefix="bmx-", suffix=".jsonl")  # noqa: SIM115 - closed below
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     except OSError as error:
         raise InputFileError(f"cannot create a temporary file: {error.strerror}", hint="see TMPDIR") from None
     with file:

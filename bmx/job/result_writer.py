@@ -5,11 +5,12 @@ Knows rows, results and counters; knows nothing of models or paths.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bmx.errors import BmxError, InputFileError
+from bmx.errors import BmxError, InputFileError, RowError
 from bmx.job.input_rows import InputRow
 from bmx.job.output_records import Dialect, as_record
 from bmx.request import Result
@@ -17,6 +18,32 @@ from bmx.stats import Stats
 
 WINDOW = 4096  # rows in memory between the first unfinished one and the last one read, in the input's order
 TOO_LONG = "context_length_exceeded"
+ALIKE = 100  # rows that fail in the same way, none before them with an answer: the run gives up
+
+
+@dataclass(slots=True)
+class FirstRows:
+    """Whether the first rows of a run have all failed in the same way: then the others would too.
+
+    Attributes:
+        count: number of rows so far that have; None once one has not.
+    """
+
+    count: int | None = 0
+    _way: tuple[str, str] | None = None
+
+    def alike(self, error: RowError | None) -> bool:
+        """Count a row; whether it is the one that decides.
+
+        Args:
+            error: of the row; None for an answer.
+        """
+        if self.count is None:
+            return False
+        way = (error.code, re.sub("[0-9]+", "0", error.message)) if error else None
+        self._way = self._way or way
+        self.count = self.count + 1 if way and way == self._way else None
+        return self.count == ALIKE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,7 +56,8 @@ class ResultWriter:
         model: the model's name in records of the OpenAI dialects.
         in_order: whether results are held back until all rows before them are written.
         skip_too_long: whether a row that is too long does not count as failed.
-        max_errors: the run gives up after more failed rows than this; None for never.
+        max_errors: the run gives up after more failed rows than this; None to give up only when the first rows all
+            fail in the same way.
         on_result: called with each result that is written, or None.
     """
 
@@ -42,6 +70,7 @@ class ResultWriter:
     on_result: Callable[[Result], None] | None = None
     _rows: dict[str | int, tuple[str, Dialect]] = field(default_factory=dict)  # read and not yet written, in order
     _held: dict[str | int, Result] = field(default_factory=dict)
+    _first: FirstRows = field(default_factory=FirstRows)
 
     @property
     def full(self) -> bool:
@@ -80,9 +109,13 @@ class ResultWriter:
         key, dialect = self._rows.pop(result.id)
         code = result.error.code if result.error else None
         self.add_record(as_record(result, key, dialect, self.model), code is not None)
-        self.stats.count_row(code, skipped=self.skip_too_long and code == TOO_LONG)
+        skipped = self.skip_too_long and code == TOO_LONG
+        self.stats.count_row(code, skipped=skipped)
         if self.on_result:
             self.on_result(result)
+        if self.max_errors is None and not skipped and self._first.alike(result.error) and result.error:
+            message = f"gave up: the first {ALIKE} rows all failed in the same way: {result.error.message}"
+            raise BmxError(message, hint="mend the cause and use --retry-failed; --max-errors N runs all the same")
         if self.max_errors is not None and self.stats.failed_now > self.max_errors:
             hint = "run the same command again to resume after them, with --retry-failed to answer them again"
             raise BmxError(f"gave up: {self.stats.failed_now:,} rows failed, more than --max-errors", hint=hint)

@@ -29,7 +29,7 @@ def is_stats_file(path: Path) -> bool:
         record = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and {"format", "state", "rows"} <= record.keys()
+    return isinstance(record, dict) and {"format", "state", "rows", "last_row"} <= record.keys()
 
 
 def stats_record(state: State, stats: Stats) -> dict[str, Any]:

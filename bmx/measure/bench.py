@@ -21,9 +21,9 @@ from bmx.engine.memory_meter import bound_kernel_caches, is_out_of_memory
 from bmx.engine.open import check_memory, use_all_cores
 from bmx.engine.prompt_lengths import max_length
 from bmx.errors import MemoryLimitError, RowError, UsageError
-from bmx.job.durable_files import locked
 from bmx.job.input_rows import input_reader
-from bmx.job.journal import unanswered_rows
+from bmx.job.ledger import unanswered_rows
+from bmx.job.locks import locked
 from bmx.job.manifest import run_started, write_json
 from bmx.job.paths import find_record_path, input_paths
 from bmx.measure.bench_sides import (

@@ -18,10 +18,10 @@ from bmx.config import FAKE, EngineConfig, KVFormat
 from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
-from bmx.job.durable_files import locked
 from bmx.job.fingerprint import differences, fingerprint
 from bmx.job.input_rows import Reader, input_reader
-from bmx.job.journal import Todo, unanswered_rows
+from bmx.job.ledger import Todo, unanswered_rows
+from bmx.job.locks import locked
 from bmx.job.manifest import write_json
 from bmx.job.paths import find_record_path, input_paths
 from bmx.measure.calibration_file import CALIBRATED, FORMAT, default_path, read_calibration

@@ -16,7 +16,7 @@ from bmx.engine.prefix_cache import Reuse
 from bmx.engine.prompt_lengths import PromptMeasurer, max_length, sampling_step
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.job.input_rows import Reader, input_reader
-from bmx.job.journal import Todo, unanswered_rows
+from bmx.job.ledger import Todo, unanswered_rows
 from bmx.job.paths import input_paths
 from bmx.model.loader import load_tokenizer
 from bmx.model.preview import locate_files, preview_spec

@@ -122,12 +122,12 @@ def nothing_left_lines(stats: Stats, errors: Path | None) -> Iterator[Line]:
     yield from _failure_lines(stats, errors)
 
 
-def summary_lines(stats: Stats, plan: Plan, output: Path | None, errors: Path | None) -> Iterator[Line]:
+def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: Path | None) -> Iterator[Line]:
     """What a finished run did.
 
     Args:
         stats: its counters.
-        plan: its plan.
+        plan: its plan; None where no row needed the model.
         output: where the answers are; None for standard output.
         errors: where the failed rows are; None for the same place.
     """
@@ -138,18 +138,23 @@ def summary_lines(stats: Stats, plan: Plan, output: Path | None, errors: Path | 
         f"done: {stats.rows_answered:,} of {stats.rows_total:,} rows answered{skipped}{failed} "
         f"in {duration(stats.elapsed)}{earlier}"
     )
+    if plan:
+        yield from _speed_lines(stats)
+        yield from _memory_lines(stats, plan)
+    yield from _failure_lines(stats, errors)
+    if output:
+        yield Line(f"answers are in {output}")
+
+
+def _speed_lines(stats: Stats) -> Iterator[Line]:
     reused = f", {stats.reused_prompt_tokens:,} more reused" if stats.reused_prompt_tokens else ""
     yield Line(
         f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens{reused}), "
         f"generated {stats.generated_rate:,.0f} tok/s ({stats.generated_tokens:,} tokens), "
         f"decode {stats.decode_rate:,.0f} tok/s where no prompt was read"
     )
-    yield from _memory_lines(stats, plan)
     if stats.eager:
         yield Line(f"decoding was not replayed from CUDA graphs, but launched step by step: {stats.eager}")
-    yield from _failure_lines(stats, errors)
-    if output:
-        yield Line(f"answers are in {output}")
 
 
 def _memory_lines(stats: Stats, plan: Plan) -> Iterator[Line]:
