@@ -133,7 +133,7 @@ def test_o19_the_heartbeat_comes_by_itself(run, monkeypatch):
 
 
 def test_o20_many_rows_that_fail_alike_are_one_line(run):
-    ended = run(rows=["bad"] * 10_000 + [{"prompt": "x"}])
+    ended = run(rows=["bad"] * 10_000 + [{"prompt": "x"}], max_errors=20_000)
     assert ended.code == 3
     assert [line for line in ended.log if "invalid" in line] == [
         "10,000 rows failed: 10,000 invalid_json; see in.out.jsonl.errors.jsonl"

@@ -6,6 +6,7 @@ rows have a record already the journal's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -271,9 +272,13 @@ def _check_first_rows(state: JobState) -> bool:
         if row.request:
             return True
         if first and row.error and first.alike(row.error):
-            message = f"the first {first.count:,} rows all fail in the same way: {row.error.message}"
+            message = f"the first {first.count:,} rows all fail in the same way: {_without_line(row.error.message)}"
             raise InputFileError(message, hint="mend the rows or the command; --max-errors N runs all the same")
     return False
+
+
+def _without_line(message: str) -> str:
+    return re.sub("^line [0-9]+:? ", "", message)
 
 
 def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, Plan]:

@@ -13,7 +13,7 @@ from typing import Any
 from bmx.errors import OutputError, UsageError
 from bmx.job.durable_files import sync_folder, write_all
 from bmx.job.input_rows import strict_loads
-from bmx.job.ledger import Ledger
+from bmx.job.ledger import DROPPED, Ledger
 from bmx.job.line_file import LineFile
 from bmx.job.output_records import KnownRecord, read_record, renamed, strict_dumps
 from bmx.terminal.tables import counted
@@ -21,6 +21,7 @@ from bmx.terminal.tables import counted
 BEGINNING = b'{"id": '  # what every record begins with
 REMEDY = "--overwrite starts over, -o names another output"
 OUTPUT, ERRORS = range(2)  # the files in the ledger
+_STAYS = -1
 
 
 class Journal:
@@ -89,34 +90,32 @@ class Journal:
         self._errors_started = True
 
     def _mend(self, ledger: Ledger, number: int, file: LineFile) -> Iterator[str]:
-        aside, moved = ledger.count_moves(number)
+        aside, dropped, renamed = ledger.count_moves(number)
         if aside:
             other = file.path.with_name(f"{file.path.name}.set-aside")
-            _add_lines(other, (line for line, name in self._lines(ledger, number) if name is _ASIDE))
-            yield f"{counted(aside, 'line')} of {file.path} belong to no row or are no records: they are in {other} now"
-        if moved:
-            yield f"rows without ids have moved in the input: {counted(moved, 'record')} of {file.path} got new numbers"
+            _add_lines(other, (line for line, place in self._lines(ledger, number) if place is None))
+            yield f"moved to {other}: {counted(aside, 'line')} of {file.path} without a row, or that are no records"
+        if dropped:
+            yield f"{counted(dropped, 'error')} of rows that were mended, answered or removed dropped from {file.path}"
+        if renamed:
+            yield f"rows without ids have moved in the input: {counted(renamed, 'record')} of {file.path} renumbered"
+        if aside or dropped or renamed:
+            self._ends[number] = file.replace(_named(self._lines(ledger, number)))
         if number == ERRORS and (self._drop_errors or not self._ends[ERRORS]):
             file.remove()
             self._ends[ERRORS] = 0
-        elif aside or moved:
-            self._ends[number] = file.replace(_named(self._lines(ledger, number)))
-            if number == ERRORS and not self._ends[ERRORS]:
-                file.remove()
 
-    def _lines(self, ledger: Ledger, number: int) -> Iterator[tuple[bytes, str | object | None]]:
-        """The lines of a file that are not cut off, each with its new id, None to stay as it is, or ``_ASIDE``."""
-        moves = ledger.moves(number)
-        at, line = next(moves, (0, None))
-        end = 0
+    def _lines(self, ledger: Ledger, number: int) -> Iterator[tuple[bytes, int | None]]:
+        """The lines of a file that are not cut off, each with its place as in ``Ledger.moves``, or ``_STAYS``."""
+        moves, end = ledger.moves(number), 0
+        at, place = next(moves, (0, None))
         for current, piece in self._files[number].lines():
             end += len(piece)
             if end > self._ends[number]:
                 return
             while at and at < current:
-                at, line = next(moves, (0, None))
-            name = None if at != current else _ASIDE if line is None else f"line-{line}"
-            yield piece, name
+                at, place = next(moves, (0, None))
+            yield piece, place if at == current else _STAYS
 
     def add(self, record: dict[str, Any], failed: bool = False) -> None:
         """Add the record of a row.
@@ -145,15 +144,13 @@ class Journal:
                 file.close()
 
 
-_ASIDE = object()
-
-
-def _named(lines: Iterable[tuple[bytes, Any]]) -> Iterator[bytes]:
-    for line, name in lines:
-        if name is None:
+def _named(lines: Iterable[tuple[bytes, int | None]]) -> Iterator[bytes]:
+    """The lines that stay in a file, under their new names."""
+    for line, place in lines:
+        if place == _STAYS:
             yield line
-        elif name is not _ASIDE:
-            yield strict_dumps(renamed(strict_loads(line.decode()), name))
+        elif place not in (None, DROPPED):
+            yield strict_dumps(renamed(strict_loads(line.decode()), f"line-{place}"))
 
 
 def _add_lines(path: Path, lines: Iterable[bytes]) -> None:

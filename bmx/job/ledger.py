@@ -34,7 +34,7 @@ CREATE TABLE records (
 CREATE TABLE taken (line INTEGER PRIMARY KEY, record INTEGER); -- rows that have a record
 CREATE TABLE moves (file INTEGER, number INTEGER, line INTEGER, PRIMARY KEY (file, number)) WITHOUT ROWID;
 CREATE VIEW lost AS SELECT * FROM records WHERE id NOT IN (SELECT record FROM taken);
-CREATE VIEW strays AS SELECT file, number, name,
+CREATE VIEW strays AS SELECT file, number, name, code,
     code IS NULL AND key NOT IN (SELECT key FROM rows JOIN taken USING (line)) AS is_answer FROM lost;
 """
 MATCH_IN_PLACE = """
@@ -61,7 +61,11 @@ INSERT OR IGNORE INTO moves SELECT file, number, taken.line
 FROM taken JOIN records ON id = record JOIN rows ON rows.line = taken.line
 WHERE NOT own AND taken.line != records.line
 """
-SET_ASIDE = "INSERT OR IGNORE INTO moves SELECT file, number, NULL FROM strays WHERE is_answer = ?"
+DROPPED = 0  # stands for the line of a record that is taken out of its file and not kept
+SET_ASIDE = """
+INSERT OR IGNORE INTO moves SELECT file, number, CASE WHEN code IS NULL THEN NULL ELSE 0 END
+FROM strays WHERE is_answer = ?
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +187,7 @@ class Ledger:
         """Find the row of each record, and what becomes of records without one.
 
         A row without an id is called after its line, which may have moved: its record gets the new name. A second
-        record of a row, and an error of a row that is no longer there, are to be set aside.
+        answer of a row is to be set aside. An error of a row that has an answer, was mended or is gone is dropped.
 
         Args:
             drop_cut: whether records of prompts or answers that were cut to fit count as strays.
@@ -222,16 +226,16 @@ class Ledger:
     def moves(self, file: int) -> Iterator[tuple[int, int | None]]:
         """Pairs of a line of a file and the line of the input after which its record is to be named.
 
-        None instead of the latter is for a line that is to be set aside.
+        Instead of the latter, None is for a line that is to be set aside, and ``DROPPED`` for one to drop.
         """
         query = "SELECT number, line FROM moves WHERE file = ? ORDER BY number"
         return iter(self._db.execute(query, (file,)))
 
-    def count_moves(self, file: int) -> tuple[int, int]:
-        """Numbers of lines to set aside, and of records to name anew."""
-        query = "SELECT count(*) - count(line), count(line) FROM moves WHERE file = ?"
-        [(aside, renamed)] = self._db.execute(query, (file,))
-        return aside, renamed
+    def count_moves(self, file: int) -> tuple[int, int, int]:
+        """Numbers of lines to set aside, of records to drop, and of records to name anew."""
+        query = "SELECT total(line IS NULL), total(line = 0), total(line > 0) FROM moves WHERE file = ?"
+        [(aside, dropped, renamed)] = self._db.execute(query, (file,))
+        return int(aside), int(dropped), int(renamed)
 
     def forget_lines_behind(self, file: int, number: int) -> None:
         """Leave out the lines of a file behind one of them: they will be cut off."""
@@ -240,7 +244,7 @@ class Ledger:
     def is_at(self, row: InputRow) -> bool:
         """Whether a row, read again, is the one that stood in its line when the rows were entered."""
         found = self._db.execute("SELECT key FROM rows WHERE line = ?", (row.line,)).fetchone()
-        return found == (_number(row.key),)
+        return bool(found) and int(found[0]) == _number(row.key)
 
     def todo(self, share: tuple[int, int] = (1, 1)) -> Todo:
         """The rows that have no record yet.

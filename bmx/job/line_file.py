@@ -57,7 +57,11 @@ class LineFile:
             except OSError as error:
                 raise self._error(error, "cannot open") from None
             if not read_only:
-                self._lock()
+                try:
+                    self._lock(self._fd)
+                except BaseException:
+                    os.close(self._fd)
+                    raise
 
     @property
     def path(self) -> Path:
@@ -105,7 +109,7 @@ class LineFile:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             elif not self.exists:
                 self._fd = os.open(self._path, FLAGS | os.O_CREAT, 0o666)
-                self._lock()
+                self._lock(self._fd)
                 if os.fstat(self._fd).st_size:
                     raise OutputError(f"another program has written to {self._name} meanwhile", hint=CHANGED)
                 sync_folder(self._path.resolve().parent)
@@ -123,29 +127,29 @@ class LineFile:
         Raises:
             OutputError: it cannot be written; the old file is unchanged.
         """
-        old, path = self._fd, self.path.resolve()
+        path = self.path.resolve()
         temporary = path.with_name(f".{path.name}.tmp")
+        new = -1
         try:
-            status = os.fstat(old)
-            self._fd = os.open(temporary, FLAGS | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-            self._lock()
+            new = os.open(temporary, FLAGS | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+            self._lock(new)
             for line in lines:
-                write_all(self._fd, line)
-            os.fchmod(self._fd, stat.S_IMODE(status.st_mode))
-            os.fsync(self._fd)
+                write_all(new, line)
+            os.fchmod(new, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            os.fsync(new)
             os.replace(temporary, path)
             sync_folder(path.parent)
         except BaseException as error:
             with suppress(OSError):
                 os.unlink(temporary)
-            if self._fd not in (old, -1):
-                os.close(self._fd)
-            self._fd = old
+            if new >= 0:
+                os.close(new)
             if isinstance(error, OSError):
                 raise self._error(error) from None
             raise
-        os.close(old)
-        return os.fstat(self._fd).st_size
+        os.close(self._fd)
+        self._fd = new
+        return os.fstat(new).st_size
 
     def remove(self) -> None:
         """Remove the file; it is created anew by ``start``.
@@ -242,13 +246,11 @@ class LineFile:
             message = f"{self._name} {what} by another program while the run was at work"
             self._failure = OutputError(message, hint=CHANGED)
 
-    def _lock(self) -> None:
+    def _lock(self, handle: int) -> None:
         """Lock the file itself: it may have several names, and lock files can be deleted."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._fd)
-            self._fd = -1
             raise LockedError(f"another run is at work: it writes to {self._name}") from None
 
     def _error(self, error: OSError, what: str = "cannot write") -> OutputError:

@@ -6,6 +6,7 @@ Holds no prompt, no answer and no secret. Written whole or not at all.
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from bmx.stats import Stats
 from bmx.units import now
 
 FORMAT = 2
-BEGINNING = b'{\n  "format": '
+BEGINNING = re.compile(rb'\{\s*"format"')
 SPARE = 64  # blanks at the end of a manifest, so that its last state fits in its place on a full disk
 PACKAGES = ("torch", "transformers", "tokenizers", "nvidia-ml-py")
 State = Literal["running", "finished", "interrupted", "failed"]
@@ -45,8 +46,8 @@ def is_manifest(path: Path) -> bool:
         data = path.read_bytes() if path.is_file() else b""
         record = json.loads(data)
     except (OSError, ValueError, RecursionError):
-        return data.startswith(BEGINNING)  # a damaged one
-    return isinstance(record, dict) and {"format", "state", "fingerprint"} <= record.keys()
+        return BEGINNING.match(data) is not None  # a damaged one
+    return isinstance(record, dict) and {"format", "fingerprint"} <= record.keys()
 
 
 def write_state(path: Path, record: dict[str, Any], state: State) -> None:
