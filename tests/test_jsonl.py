@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bmx.errors import InputFileError, RowError, UsageError
 from bmx.job.input_rows import NOT_SUPPORTED, InputRow, Reader, strict_loads
 from bmx.job.line_reader import LineSet
-from bmx.job.output_records import as_record, read_record, strict_dumps
+from bmx.job.output_records import KnownRecord, as_record, read_record, strict_dumps
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -896,7 +896,7 @@ def test_any_text_goes_in_and_comes_out(read, text, ascii_only, dialect):
     assert written.count(b"\n") == 1
     assert written.endswith(b"\n")
     record = strict_loads(written.decode())
-    assert read_record(record) == (prompt, KEY, None)
+    assert read_record(record) == KnownRecord(prompt, KEY, None, cut=False)
     if dialect != "plain":
         [choice] = record["response"]["body"]["choices"]
     said = {"plain": lambda: record["text"], "text_completion": lambda: choice["text"]}
@@ -907,7 +907,7 @@ def test_any_text_goes_in_and_comes_out(read, text, ascii_only, dialect):
 def test_a_record_says_again_who_it_is_of_and_how_it_went(name, code, message, dialect):
     error = None if code is None else RowError(code, message)
     written = strict_dumps(as_record(Result(id=name, error=error), KEY, dialect, "mine"))
-    assert read_record(strict_loads(written.decode())) == (name, KEY, code)
+    assert read_record(strict_loads(written.decode())) == KnownRecord(name, KEY, code, cut=False)
 
 
 VALUES = st.recursive(

@@ -168,7 +168,7 @@ def test_an_existing_output_is_refused_and_untouched(run):
 
 
 def test_an_existing_output_is_replaced_when_asked_for(run):
-    Path("out.jsonl").write_text("old\n" * 1000)
+    assert run(write(row("old")), "-o", "out.jsonl").code == 0
     assert run(write(row()), "-o", "out.jsonl", "--overwrite").code == 0
     assert set(records(Path("out.jsonl"))) == {"a"}
 
