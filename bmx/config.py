@@ -6,16 +6,35 @@ contradict each other; it decides nothing and loads nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from bmx.errors import UsageError
 from bmx.policies import POLICIES
-from bmx.settings import ALWAYS, IF_CHUNKED, IF_CUT, IF_EVICTING, IF_TRUE, NEVER, NOT_IN_BENCH, Setting, check_types
-from bmx.units import parse_budget, parse_count, parse_layers, parse_memory, parse_policy, parse_shared
+from bmx.settings import (
+    ALWAYS,
+    IF_CHUNKED,
+    IF_CUT,
+    IF_EVICTING,
+    IF_GIVEN,
+    IF_TRUE,
+    NEVER,
+    NOT_IN_BENCH,
+    Setting,
+    check_types,
+)
+from bmx.units import parse_budget, parse_count, parse_layers, parse_memory, parse_object, parse_policy, parse_shared
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
 CHUNK_SIZE = 512  # the default where chunk ends decide answers
+TEMPLATE_ARGUMENTS = frozenset(  # what rendering a chat template takes beside the template's own variables
+    (
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
+        *("max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+        *("sanitize_control_tokens", "tokenize", "tokenizer", "tokenizer_kwargs", "tools", "truncation"),
+    )
+)
 KVFormat = Literal["auto", "fp8", "int8", "int4"]  # "auto" is the model's dtype; the others are in kv/formats.py
 
 
@@ -362,6 +381,14 @@ class PromptConfig:
         bool,
         Setting("Read control tokens written in a document as control tokens", decides_answers=ALWAYS, rare=True),
     ] = False
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        Setting(
+            'Values for variables of the chat template, as a JSON object: {"enable_thinking": false}; a row\'s own win',
+            decides_answers=IF_GIVEN,
+            parse=parse_object,
+        ),
+    ] = None
     on_too_long: Annotated[
         Literal["error", "skip", "truncate-left", "truncate-middle"],
         Setting(
@@ -374,3 +401,15 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        refuse_template_arguments(self.chat_template_kwargs or {})
+
+
+def refuse_template_arguments(values: Mapping[str, Any]) -> None:
+    """Refuse values for the chat template by names that bmx or transformers gives values itself.
+
+    Raises:
+        UsageError: names them.
+    """
+    taken = sorted(values.keys() & TEMPLATE_ARGUMENTS)
+    if taken:
+        raise UsageError(f"chat_template_kwargs cannot set {', '.join(taken)}")

@@ -35,10 +35,11 @@ class DecidesAnswers(Enum):
     IF_CHUNKED = "where KV pairs are evicted or stored in fewer bits"
     IF_CUT = "for prompts that are too long"
     IF_TRUE = "when it is on"
+    IF_GIVEN = "when it is given"
     NEVER = "no"
 
 
-ALWAYS, IF_EVICTING, IF_CHUNKED, IF_CUT, IF_TRUE, NEVER = DecidesAnswers
+ALWAYS, IF_EVICTING, IF_CHUNKED, IF_CUT, IF_TRUE, IF_GIVEN, NEVER = DecidesAnswers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,11 @@ class Setting:
         return get_origin(self.type) is tuple
 
     @property
+    def is_mapping(self) -> bool:
+        """Whether it holds values by name."""
+        return get_origin(self.item_type) is dict
+
+    @property
     def expected(self) -> str:
         """What values look like, for people."""
         if self.parse:
@@ -167,6 +173,8 @@ class Setting:
     def _coerced(self, value: Any) -> Any:
         if value is None and type(None) in get_args(self.type):
             return None
+        if self.parse and isinstance(value, Mapping) and self.is_mapping:
+            return self.parse(value)
         if self.parse:
             return self.parse(_converted(type(value) if type(value) in (int, float) else str, value))
         if self.choices:

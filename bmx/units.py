@@ -5,10 +5,11 @@ Knows notations; knows no setting.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from bmx.policies import POLICIES, find_scorer
 
@@ -158,6 +159,23 @@ def parse_shard(text: str) -> str:
     return f"{int(match[1])}/{int(match[2])}"
 
 
+def parse_object(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object from its text, or from a mapping of a YAML file or of Python.
+
+    Raises:
+        ValueError: not a JSON object.
+        TypeError: a value that JSON does not have.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    found = json.loads(value if isinstance(value, str) else json.dumps(value), parse_constant=refuse)
+    if not isinstance(found, dict):
+        raise ValueError(f"not a JSON object: {value!r}")
+    return found
+
+
 EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or auto",
     parse_policy: f"one of {', '.join(POLICIES)}",
@@ -168,6 +186,7 @@ EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_count: "a count like 4096 or 32k",
     parse_counts: "counts like 1000,2k",
     parse_seconds: "seconds, or a time like 90s, 5m or 2h",
+    parse_object: 'a JSON object, like {"name": true}',
     parse_shard: "a share like 2/8, the second of eight",
 }
 

@@ -117,6 +117,7 @@ def sample(setting: Any) -> Any:
         "kv_policy": "h2o",
         "kv_layer_budgets": "pyramid",
         "kv_share_layers": "7:3",
+        "chat_template_kwargs": '{"enable_thinking": false}',
     }
     special |= {"kv_budget": 2000, "kv_probe_weight": 0.25}  # more than kv_sink and kv_recent; not the default
     special |= {"memory_limit": 8 * 10**9, "kv_cache_memory": 3 * 10**8}

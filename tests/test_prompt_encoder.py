@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bmx import PromptConfig, Request, RowError, SamplingParams
+from bmx import EngineConfig, PromptConfig, Request, RowError, SamplingParams
+from bmx.compress.policy import CompressionPolicy
+from bmx.engine.prompt_lengths import PromptMeasurer
 from bmx.engine.sequence import Sequence
 from bmx.model.prompt_encoder import Detokenizer, PromptEncoder
 from bmx.request import Result
@@ -215,7 +219,7 @@ def test_no_mix_of_pieces_makes_a_control_token(pieces):
 def test_control_tokens_in_a_document_act_as_such_when_asked_for(document):
     config = PromptConfig(parse_special_tokens=True)
     assert encode(config=config, prompt=document) == templated(("user", document))
-    assert encode(config=config, prompt=document, raw=True) == TOKENIZER(document)["input_ids"]
+    assert encode(config=config, prompt=document, raw=True) == TOKENIZER(document.removeprefix("<s>"))["input_ids"]
 
 
 def harmless(value: Any) -> Any:
@@ -250,6 +254,88 @@ def test_a_spelled_control_token_leaves_the_text_as_it_is_where_blanks_are_visib
     tokenizer = metaspace_tokenizer()
     text = tokenizer.decode(encode(tokenizer, prompt="ab<|im_end|>cd"), skip_special_tokens=False)
     assert text == "<|im_start|>user\nab<|im_end|>cd<|im_end|>\n<|im_start|>assistant\n"
+
+
+# Prompts that are rendered already
+
+RENDERED = "<|im_start|>user\nthe question<|im_end|>\n<|im_start|>assistant\n"
+
+
+def warnings(config: PromptConfig = DEFAULTS, tokenizer: Any = TOKENIZER, **request: Any) -> list[str]:
+    """What is said of ten prompts, two of which are given."""
+    encoder = PromptEncoder(tokenizer, config)
+    for i in range(10):
+        encoder.note(Request(id=i, **request) if i < 2 else Request(id=i, prompt="an ordinary document"))
+    return encoder.warnings()
+
+
+@pytest.mark.parametrize(
+    "text", [RENDERED, f"\n <s>{RENDERED}", "<s>the end", "<|im_end|>", f"Be brief.\n{RENDERED}"], ids=repr
+)
+@pytest.mark.parametrize("kind", ["prompt", "raw", "messages"])
+def test_c6_prompts_that_are_rendered_already_are_counted(kind, text):
+    request = {
+        "prompt": {"prompt": text},
+        "raw": {"prompt": text, "raw": True},
+        "messages": {"messages": ({"role": "system", "content": "x"}, {"role": "user", "content": text})},
+    }[kind]
+    [warning] = warnings(**request)
+    assert "2 of 10 prompts" in warning
+    assert "--parse-special-tokens" in warning
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<p>some <s>old</s> text</p>",
+        "A turn ends with <|im_end|> in ChatML.",
+        "<table><tr></tr></table>",
+        "<<|x|>> <|im_ start|> <|",
+        "a prompt",
+    ],
+)
+def test_c6_ordinary_documents_are_not(text):
+    assert warnings(prompt=text) == []
+
+
+def test_c6_control_tokens_that_may_act_are_only_told_of_where_the_template_comes_around_them():
+    acting = PromptConfig(parse_special_tokens=True)
+    [warning] = warnings(acting, prompt=RENDERED)
+    assert "2 of 10 prompts" in warning
+    assert "--no-chat-template" in warning
+    assert warnings(acting, prompt=RENDERED, raw=True) == []
+    assert warnings(PromptConfig(parse_special_tokens=True, chat_template=False), prompt=RENDERED) == []
+
+
+def test_c6_a_run_says_it_in_one_line_also_when_it_is_quiet(bmx):
+    rows = [{"prompt": f"{RENDERED} {i}"} for i in range(3)] + [{"prompt": "a document"}]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert "control tokens" not in bmx("run", "in.jsonl", "-m", "fake").err  # the fake tokenizer has none
+    encoder = PromptEncoder(TOKENIZER, DEFAULTS)
+    measurer = PromptMeasurer(encoder, CompressionPolicy.from_config(EngineConfig(kv_policy="none")), 1000)
+    measurer.measure([Request(id=i, prompt=row["prompt"]) for i, row in enumerate(rows)])
+    assert ["3 of 4 prompts" in line for line in encoder.warnings()] == [True]
+
+
+@pytest.mark.parametrize("text", ["<s>the end", "<s><s>the end", "the end", RENDERED, f"<s>{RENDERED}"], ids=repr)
+@pytest.mark.parametrize(
+    ("template", "request_"),
+    [
+        (None, {}),
+        (CHATML, {"raw": True}),
+        ("{{ bos_token }}{{ messages[0].content }}", {}),
+        ("<s>{% for m in messages %}{{ m.content }}{% endfor %}", {}),
+    ],
+    ids=["no template", "raw", "template with its token", "template with the spelling"],
+)
+def test_c6_a_prompt_never_begins_with_two_of_the_tokens_that_begin_it(template, request_, text):
+    """The tokenizer adds one to raw prompts, as those of Llama 3, Gemma and Mistral do; the text may have its own."""
+    tokenizer = byte_level_tokenizer(template)
+    ids = encode(tokenizer, PromptConfig(parse_special_tokens=True), prompt=text, **request_)
+    assert ids[:2].count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids) == "<s>" + text.replace("<s>", "")
+    plain = encode(tokenizer, prompt=text, **request_)
+    assert plain.count(tokenizer.bos_token_id) == 1
 
 
 # Prompts that are too long
@@ -397,6 +483,49 @@ def test_a_stop_string_is_found_wherever_token_borders_are(tokenizer, text, stop
 def test_an_end_token_ends_an_answer_and_is_no_part_of_its_text(params, text, reason):
     result = answered("the <|im_end|>end", **params)
     assert (result.text, result.finish_reason) == (text, reason)
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+@pytest.mark.parametrize(
+    ("said", "stop", "text"),
+    [
+        ("the <|im_end|>end", ("<|im_end|>",), "the "),
+        ("the <|im_start|>end", ("<|im_start|>",), "the "),
+        ("<|im_start|>the end", ("<|im_start|>",), ""),
+        ("the <s>user<|im_start|>end", ("<|im_start|>", "nowhere"), "the user"),
+        ("the <s>user <s>end<|im_start|>", ("end<|im_start|>",), "the user "),
+        ("the end<|im_start|>\nuser", ("<|im_start|>\n",), "the end"),
+        ("the end\n<|im_start|>user", ("\n<|im_start|>user",), "the end"),
+        ("é<|im_start|>", ("<|im_start|>",), "é"),
+    ],
+)
+def test_c7_a_stop_string_that_is_or_holds_a_special_token_ends_the_answer(said, stop, text, ignore_eos):
+    result = answered(said, TOKENIZER, stop=stop, ignore_eos=ignore_eos)
+    assert (result.text, result.finish_reason) == (text, "stop")
+
+
+@pytest.mark.parametrize("stop", ["im_start", "start|>", "<|", "|>the"])
+def test_c7_a_part_of_a_special_token_is_no_text_of_an_answer(stop):
+    result = answered("a<|im_start|>the end", stop=(stop,))
+    assert (result.text, result.finish_reason) == ("athe end", "length")
+
+
+def test_c7_a_special_token_that_is_spelled_in_pieces_is_a_stop_string_too():
+    spelled = [*tokens("a <|im_st"), *tokens("art|> b")]
+    assert CONTROL.isdisjoint(spelled)
+    request = Request(id="a", prompt="x", params=SamplingParams(stop=("<|im_start|>",)))
+    sequence = Sequence(
+        request=request, prompt=[0], max_tokens=99, rows_needed=1, end_token_ids=frozenset(), tokenizer=BYTES
+    )
+    for token in spelled:
+        if not sequence.finish_reason:
+            sequence.accept(token)
+    assert (sequence.result(budget=8).text, sequence.finish_reason) == ("a ", "stop")
+
+
+def test_c7_a_special_token_ends_an_answer_where_blanks_are_visible():
+    result = answered("ab cd<|im_start|>ef", metaspace_tokenizer(), stop=("<|im_start|>",))
+    assert (result.text, result.finish_reason) == ("ab cd", "stop")
 
 
 def test_a_stop_string_across_words_of_a_real_run():

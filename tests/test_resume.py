@@ -187,6 +187,7 @@ MATTERS = {
     "prompt_template": ["--prompt-template", "{prompt}!"],
     "chat_template": ["--no-chat-template"],
     "parse_special_tokens": ["--parse-special-tokens"],
+    "chat_template_kwargs": ["--chat-template-kwargs", '{"enable_thinking": false}'],
     "shard": ["--shard", "1/2"],
 }
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
-from bmx.config import EngineConfig, PromptConfig
+from bmx.config import EngineConfig, PromptConfig, refuse_template_arguments
 from bmx.errors import UsageError
 from bmx.model.instructions import INSTRUCTIONS
 from bmx.request import Request, Result, SamplingParams
@@ -79,17 +79,24 @@ def text_requests(prompts: Iterable[str], params: SamplingParams) -> list[Reques
     ]
 
 
-def chat_requests(conversations: Iterable[Iterable[Mapping[str, Any]]], params: SamplingParams) -> list[Request]:
+def chat_requests(
+    conversations: Iterable[Iterable[Mapping[str, Any]]],
+    params: SamplingParams,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Request]:
     """Requests for conversations, with their places as ids.
 
     Args:
         conversations: lists of messages, each message with its role and its content.
         params: how to sample all answers.
+        chat_template_kwargs: values for variables of the chat template.
 
     Raises:
-        UsageError: not a list of lists of messages.
+        UsageError: not a list of lists of messages, or values that bmx sets itself.
     """
     hint = 'a conversation is a list of messages: [[{"role": "user", "content": "Hello"}]]'
+    kwargs = _coerced({"chat_template_kwargs": chat_template_kwargs}, (PromptConfig,))["chat_template_kwargs"] or {}
+    refuse_template_arguments(kwargs)
     requests = []
     for place, conversation in enumerate(_listed(conversations, "conversations", hint)):
         if isinstance(conversation, Mapping):
@@ -97,7 +104,7 @@ def chat_requests(conversations: Iterable[Iterable[Mapping[str, Any]]], params: 
         messages = tuple(_message(m, place, hint) for m in _listed(conversation, "messages", hint))
         if not messages:
             raise UsageError(f"item {place} has no messages", hint=hint)
-        requests.append(Request(id=place, messages=messages, params=params))
+        requests.append(Request(id=place, messages=messages, params=params, chat_template_kwargs=kwargs))
     return requests
 
 
@@ -136,7 +143,11 @@ def _checked(item: Any, kind: type, what: str, place: int, hint: str | None = No
 
 
 def _message(message: Any, place: int, hint: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+    if (
+        not isinstance(message, Mapping)
+        or not isinstance(message.get("role"), str)
+        or not isinstance(message.get("content") or ("" if message.get("tool_calls") else None), str)
+    ):
         raise UsageError(f"item {place} has a message without a role and a content that are text", hint=hint)
     return dict(message)
 

@@ -140,11 +140,18 @@ class Engine:
         """
         return self._in_order(text_requests(prompts, sampling_params(sampling)))
 
-    def chat(self, conversations: Iterable[Iterable[Mapping[str, Any]]], **sampling: Any) -> list[Result]:
-        """Answer conversations.
+    def chat(
+        self,
+        conversations: Iterable[Iterable[Mapping[str, Any]]],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> list[Result]:
+        """Answer conversations. Where the last message is an assistant's, the answer continues it.
 
         Args:
             conversations: lists of messages, each a dict with its ``role`` and its ``content``.
+            chat_template_kwargs: values for variables of the chat template: ``{"enable_thinking": False}``.
             sampling: sampling parameters by name: ``temperature=0.7``.
 
         Returns:
@@ -154,7 +161,7 @@ class Engine:
             UsageError: not a list of lists of messages, an unknown parameter, or a value out of range.
             MemoryLimitError: not even one conversation fits.
         """
-        return self._in_order(chat_requests(conversations, sampling_params(sampling)))
+        return self._in_order(chat_requests(conversations, sampling_params(sampling), chat_template_kwargs))
 
     def _in_order(self, requests: list[Request]) -> list[Result]:
         self._check_open()
@@ -188,6 +195,10 @@ class Engine:
         """The length of each request that can be answered at all; nothing else is kept."""
         self._check_open()
         return self._measurer.measure(requests)
+
+    def prompt_warnings(self) -> list[str]:
+        """What a person should know of the prompts that were measured or encoded: each in a line."""
+        return self._measurer.encoder.warnings()
 
     def plan(self, lengths: Iterable[Length]) -> Plan:
         """The slots and sizes of steps that suit these lengths, within the memory that may be used.

@@ -103,6 +103,7 @@ class PromptMeasurer:
         lengths: list[Length] = []
         before = None
         for request in requests:
+            self.encoder.note(request)
             with suppress(RowError):
                 encoded = self.read(request)
                 shared = self.reuse.shared(encoded, before) if self.reuse and before else 0

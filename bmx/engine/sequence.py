@@ -82,6 +82,8 @@ class Sequence:
     error: str | None = field(init=False, default=None)
     _text: str | None = field(init=False, default=None)
     _detokenizer: Detokenizer | None = field(init=False, default=None)
+    _said: str = field(init=False, default="")  # with special tokens spelled out; kept where there are stop strings
+    _unwritten: list[tuple[int, int]] = field(init=False, default_factory=list)  # where these spellings are in it
     _random: random.Random | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -169,16 +171,28 @@ class Sequence:
             self.finish_reason = "length"
 
     def _meets_stop_string(self, token_id: int) -> bool:
+        """Whether a stop string is met in what was said, special tokens spelled out; the text ends before it."""
         if self._detokenizer is None:
             return False
-        added = self._detokenizer.add(token_id)
-        text = self._detokenizer.text
+        before, added = len(self._said), self._detokenizer.add(token_id)
+        if not added and (added := self._detokenizer.spelling(token_id)):
+            self._unwritten.append((before, before + len(added)))
+        self._said += added
         longest = max(map(len, self.params.stop))
-        start = max(0, len(text) - len(added) - longest + 1)
-        ends = [index for index in (text.find(stop, start) for stop in self.params.stop) if index >= 0]
+        ends = [end for stop in self.params.stop if (end := self._found(stop, max(0, before - longest + 1))) >= 0]
         if ends:
-            self._text = text[: min(ends)]
+            text = self._said[: min(ends)]
+            for first, last in reversed(self._unwritten):
+                text = text[:first] + text[last:]
+            self._text = text
         return bool(ends)
+
+    def _found(self, stop: str, start: int) -> int:
+        """Where a stop string is in what was said, from ``start`` on; it neither begins nor ends inside a spelling."""
+        at = self._said.find(stop, start)
+        while at >= 0 and any(first < edge < last for first, last in self._unwritten for edge in (at, at + len(stop))):
+            at = self._said.find(stop, at + 1)
+        return at
 
     def result(self, budget: int) -> Result:
         """The answer, once finished.

@@ -17,7 +17,7 @@ from bmx.config import FAKE, EngineConfig, PromptConfig
 from bmx.model.demo import local_path
 from bmx.request import SamplingParams
 from bmx.run_config import JobConfig, RunConfig
-from bmx.settings import ALWAYS, IF_CHUNKED, IF_CUT, IF_EVICTING, IF_TRUE, settings_in
+from bmx.settings import ALWAYS, IF_CHUNKED, IF_CUT, IF_EVICTING, IF_GIVEN, IF_TRUE, settings_in
 
 KEY_FORMAT = 2
 SECTIONS = (EngineConfig, SamplingParams, PromptConfig, JobConfig)  # in the order of a fingerprint's entries
@@ -43,6 +43,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     for when, applies in {ALWAYS: True, IF_EVICTING: evicting, IF_CHUNKED: chunked}.items():
         entries |= {s.name: values[s.name] for s in SETTINGS if s.decides_answers is when and applies}
     entries |= {s.name: True for s in SETTINGS if s.decides_answers is IF_TRUE and values[s.name]}
+    entries |= {s.name: values[s.name] for s in SETTINGS if s.decides_answers is IF_GIVEN and values[s.name]}
     for name in PRIVATE:
         entries[name] = entries.get(name) and _hash(entries[name].encode())
     entries |= {"model_files": model_files(config.engine.model), "key_format": KEY_FORMAT}

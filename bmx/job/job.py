@@ -295,6 +295,8 @@ def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, P
     with display.waiting("measuring the prompts, making the plan"):
         lengths = engine.measure(state.todo.sample(state.reader, every))
         plan = engine.plan(lengths)
+    for warning in engine.prompt_warnings():
+        display.warn(warning)
     stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
     display.report(plan_lines(model, plan, lengths, state.todo.left, every))
     return engine, plan

@@ -5,18 +5,21 @@ Knows a tokenizer; knows nothing of models, slots or files.
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bmx.config import PromptConfig
+from bmx.config import PromptConfig, refuse_template_arguments
 from bmx.errors import RowError, UsageError
-from bmx.model.chat_template import render_chat
+from bmx.model.chat_renderer import ChatRenderer
 from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.request import Request
 
 GUESSES = 12  # lengths that are tried for a text that is too long
+LEADING = 200  # first characters of a text, among which a control token may begin it
+TAG = re.compile(r"</?[A-Za-z0-9]+>|\[/?[A-Za-z0-9]+\]")  # a control token that may well be a word of a document
 FILLED = 0.98  # share of the allowed tokens from which no better length is tried
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -25,37 +28,50 @@ class PromptEncoder:
     """Turns a request into the token ids that the model reads.
 
     Text of a row never becomes a control token unless ``parse_special_tokens`` is set: where a document spells a
-    control token (``<|im_end|>``), that spelling is tokenised as two pieces of plain text, and the rest as usual.
+    control token (``<|im_end|>``), that spelling is tokenised as two pieces of plain text, and the rest as usual. What
+    an assistant has said may hold tokens that are not special, such as ``<think>``: the model wrote them as such.
 
     Args:
         tokenizer: a transformers tokenizer.
         config: how rows become prompts.
 
     Raises:
-        UsageError: there is a system prompt, but no chat template to carry it.
+        UsageError: there is a system prompt, or values for the chat template, but no chat template to take them.
     """
 
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         self._tokenizer = tokenizer
         self._config = config
         self._instructions = Instructions.from_config(config)
-        self._control = () if config.parse_special_tokens else _control_tokens(tokenizer)
+        self._renderer = ChatRenderer(tokenizer)
+        self._spellings, special = _control_tokens(tokenizer)
+        self._control = () if config.parse_special_tokens else self._spellings
+        self._of_assistants = () if config.parse_special_tokens else special
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         if config.system_prompt is not None and not (self._has_template and config.chat_template):
             raise UsageError("a system prompt needs the model's chat template, which is missing or turned off")
+        if config.chat_template_kwargs and not self._has_template:
+            raise UsageError("chat_template_kwargs needs the model's chat template, which is missing")
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+        of_turns = (token for token in self._spellings if not template or token in template)
+        self._turn_tokens = tuple(token for token in of_turns if not TAG.fullmatch(token))
+        self._unused: set[str] = set()  # names of values that no chat template takes
+        self._looked_at = self._rendered = 0  # prompts that were measured, and those of them that are rendered already
 
     def encode(self, request: Request) -> list[int]:
         """Token ids of a request's prompt.
 
         Raises:
-            RowError: ``invalid_request``, if the prompt is empty, or the chat template refuses the messages.
+            RowError: ``invalid_request``, if the prompt is empty, or the chat template refuses the messages or leaves
+                out one of them.
         """
         messages = self._messages(request)
         if messages is None:
-            text, marks = self._hide(request.prompt or "")
+            text, marks = self._hide(request.prompt or "", self._control)
             ids = self._tokens(text, marks, add_special_tokens=True)
+            self._unused |= request.chat_template_kwargs.keys()
         else:
-            text, marks = self._render(messages)
+            text, marks = self._render(request, messages)
             ids = self._tokens(text, marks, add_special_tokens=False)
         if not ids:
             raise RowError("invalid_request", "the prompt is empty")
@@ -73,7 +89,7 @@ class PromptEncoder:
         if text is None:
             return ()
         words = self._instructions.question if text == INSTRUCTIONS else text
-        return tuple(self._tokens(*self._hide(f"\n\n{words}"), add_special_tokens=False))
+        return tuple(self._tokens(*self._hide(f"\n\n{words}", self._control), add_special_tokens=False))
 
     def instruction_spans(self, request: Request, length: int) -> tuple[tuple[int, int], ...]:
         """The spans of the job's own instructions among the tokens of a prompt, as (first, end) places.
@@ -86,16 +102,51 @@ class PromptEncoder:
         """
         messages = self._messages(request)
         if messages is None:
-            text, marks = self._hide(request.prompt or "")
+            text, marks = self._hide(request.prompt or "", self._control)
             system = ""
         else:
-            text, marks = self._render(messages)
+            text, marks = self._render(request, messages)
             system = next((str(m.get("content") or "") for m in messages if m.get("role") == "system"), "")
-        end, begin = self._instructions.spans(text, self._hide(system)[0])
+        end, begin = self._instructions.spans(text, self._hide(system, self._control)[0])
         special = messages is None
         head = len(self._tokens(text[:end], marks, add_special_tokens=special)) if end else 0
         tail = len(self._tokens(text[:begin], marks, add_special_tokens=special)) if begin < len(text) else length
         return tuple(span for span in ((0, min(head, length)), (tail, length)) if span[0] < span[1])
+
+    def note(self, request: Request) -> None:
+        """Look at a prompt for what a person should know of; ``warnings`` tells it."""
+        self._looked_at += 1
+        if self._config.parse_special_tokens and (request.raw or request.messages or not self._config.chat_template):
+            return  # its control tokens act, and nothing is wrapped around them
+        texts = [request.prompt] if request.messages is None else [m.get("content") for m in request.messages]
+        self._rendered += any(isinstance(text, str) and self._looks_rendered(text) for text in texts)
+
+    def _looks_rendered(self, text: str) -> bool:
+        """Whether a text begins with a control token, or has two different ones that no other text has."""
+        if text[:LEADING].lstrip().startswith(self._spellings):
+            return True
+        return sum(token in text for token in self._turn_tokens) > 1
+
+    def warnings(self) -> list[str]:
+        """What a person should know of the prompts so far."""
+        lines, rendered = [], f"{self._rendered:,} of {self._looked_at:,} prompts"
+        if self._rendered and self._config.parse_special_tokens:
+            lines.append(
+                f"{rendered} begin with a control token of the model and are put into its chat template once more: "
+                "--no-chat-template leaves them as they are"
+            )
+        elif self._rendered:
+            lines.append(
+                f"{rendered} contain control tokens of the model, which are read as text: --parse-special-tokens lets "
+                "them act, with --no-chat-template if they are rendered already"
+            )
+        if self._renderer.folded:
+            lines.append("the model's chat template takes no system message: its text begins the first user message")
+        lines += [
+            f"chat_template_kwargs sets {name!r}, which the model's chat template does not use: it has no effect"
+            for name in sorted(self._unused)
+        ]
+        return lines
 
     @property
     def truncates(self) -> bool:
@@ -154,37 +205,47 @@ class PromptEncoder:
         elif not self._has_template:
             raise RowError("invalid_request", "this model has no chat template: give 'prompt' instead of 'messages'")
         else:
-            messages = [dict(message) for message in request.messages]
+            messages = [self._renderer.normalised(message) for message in request.messages]
         if self._config.system_prompt is not None and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self._config.system_prompt})
         return messages
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
+    def _render(self, request: Request, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
         """The chat template's text, and the control tokens that documents spell, by the marks in their place."""
         marks: dict[str, str] = {}
+        variables = {**(self._config.chat_template_kwargs or {}), **request.chat_template_kwargs}
         try:
-            hidden = [self._hide_all(message, marks) for message in messages]
-            text = render_chat(self._tokenizer, hidden, add_generation_prompt=True)
-        except Exception as error:  # a template is code of the model's author and may raise anything
-            raise RowError("invalid_request", f"the chat template refuses these messages: {error}") from error
-        return text, marks
+            refuse_template_arguments(request.chat_template_kwargs)
+            hidden = [self._hide_all(message, marks, self._hidden_in(message)) for message in messages]
+            values = self._hide_all(variables, marks, self._control)
+        except RecursionError:
+            raise RowError("invalid_request", "nested too deep") from None
+        except UsageError as error:
+            raise RowError("invalid_request", error.message) from None
+        if variables:
+            self._unused |= variables.keys() - self._renderer.variables
+        return self._renderer.render(hidden, values), marks
 
-    def _hide_all(self, value: Any, marks: dict[str, str]) -> Any:
+    def _hidden_in(self, message: Mapping[str, Any]) -> tuple[str, ...]:
+        """The control tokens that a message's texts may spell but not use."""
+        return self._of_assistants if message.get("role") == "assistant" else self._control
+
+    def _hide_all(self, value: Any, marks: dict[str, str], tokens: tuple[str, ...]) -> Any:
         """``value`` with marks in all of its texts, since a template may print any field of a message."""
-        if not self._control:
+        if not tokens:
             return value
         if isinstance(value, str):
-            text, new = self._hide(value)
+            text, new = self._hide(value, tokens)
             marks.update(new)
             return text
         if isinstance(value, dict):
-            return {self._hide_all(key, marks): self._hide_all(part, marks) for key, part in value.items()}
-        return [self._hide_all(part, marks) for part in value] if isinstance(value, list) else value
+            return {self._hide_all(k, marks, tokens): self._hide_all(part, marks, tokens) for k, part in value.items()}
+        return [self._hide_all(part, marks, tokens) for part in value] if isinstance(value, list) else value
 
-    def _hide(self, text: str) -> tuple[str, dict[str, str]]:
+    def _hide(self, text: str, tokens: tuple[str, ...]) -> tuple[str, dict[str, str]]:
         """``text`` with each spelled control token replaced by a random mark, and the tokens by their marks."""
         marks: dict[str, str] = {}
-        for token in self._control:
+        for token in tokens:
             if token in text:
                 mark = f"bmx{secrets.token_hex(8)}"
                 marks[mark] = token
@@ -202,6 +263,9 @@ class PromptEncoder:
                 ids += self._tokenizer(piece, add_special_tokens=add_special_tokens)["input_ids"]
             elif piece:  # after a control token, so that the tokenizer adds no blank as at the start of a text
                 ids += self._tokenizer(self._control[0] + piece, add_special_tokens=False)["input_ids"][1:]
+        first = getattr(self._tokenizer, "bos_token_id", None)
+        while first is not None and ids[:2] == [first, first]:  # the text has its own, beside the tokenizer's
+            ids = ids[1:]
         return ids
 
 
@@ -248,6 +312,12 @@ class Detokenizer:
         self.text += after[len(before) :]
         return after[len(before) :]
 
+    def spelling(self, token_id: int) -> str:
+        """The spelling of a special token, which a text leaves out; nothing for other tokens."""
+        if self._decode([token_id]):
+            return ""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -258,12 +328,16 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return text.rstrip(REPLACEMENT)
 
 
-def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Spellings of control tokens, the longest first: special tokens, and added tokens that the chat template uses."""
+def _control_tokens(tokenizer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Spellings of control tokens, the longest first: all of them, and the special ones.
+
+    Control tokens are the special tokens, and added tokens that the chat template uses.
+    """
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    spellings = {t.content for t in added if len(t.content.strip()) > 1 and (t.special or t.content in template)}
-    return tuple(sorted(spellings, key=len, reverse=True))
+    added = [t for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if len(t.content.strip()) > 1]
+    special = {t.content for t in added if t.special}
+    spellings = special | {t.content for t in added if t.content in template}
+    return tuple(sorted(spellings, key=len, reverse=True)), tuple(sorted(special, key=len, reverse=True))
 
 
 def _split_at(mark: str, piece: str, plain: bool, token: str) -> list[tuple[str, bool]]:
