@@ -114,7 +114,7 @@ def parse_layers(text: str) -> str | tuple[float, ...]:
     """
     if text in ("uniform", "pyramid"):
         return text
-    factors = tuple(float(part) for part in text.split(","))
+    factors = tuple(float(part) for part in str(text).split(","))
     if not all(0 < factor < 1e6 for factor in factors):
         raise ValueError(f"not factors: {text!r}")
     return tuple(round(factor * len(factors) / sum(factors), 4) for factor in factors)
@@ -126,7 +126,7 @@ def parse_shared(text: str) -> str:
     Raises:
         ValueError: not such pairs, or a layer that would read those of a later layer.
     """
-    pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
+    pairs = [tuple(map(int, pair.split(":"))) for pair in str(text).split(",")]
     if not all(len(pair) == 2 and 0 <= pair[1] < pair[0] for pair in pairs) or len({p[0] for p in pairs}) < len(pairs):
         raise ValueError(f"not pairs of layers: {text!r}")
     return ",".join(f"{reader}:{owner}" for reader, owner in sorted(pairs))

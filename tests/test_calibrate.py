@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,17 +12,27 @@ import pytest
 import torch
 from conftest import as_requests, random_prompts, tiny_engine, words
 from families import FAMILIES, tiny_model
+from hypothesis import given as given_values
+from hypothesis import settings as fuzz
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from bmx.compress.budgets import halting_count
 from bmx.measure import plots as report
+from bmx.measure.calibration_checks import REFERENCES, problem_of
+from bmx.measure.calibration_file import ANSWERS_KEY
 from bmx.measure.full_cache_answers import FullCacheAnswers, compare_token
 from bmx.measure.layer_analysis import layer_factors, layer_needs, shared_layers
 from bmx.measure.metrics import Agreement, rouge_l
 from bmx.request import Result
+from bmx.run_config import all_settings, setting_named
 from bmx.shutdown import Stop
+from bmx.terminal.reports import calibration_lines
 
 FILE = "in.calibration.json"
+ANSWERS = Path("in.calibration.teacher.safetensors")
 FLAGS = ("--max-tokens", 6, "--chunk-size", 16, "--kv-recent", 8, "--rows", 6, "--dtype", "float32")
 
 
@@ -256,14 +267,6 @@ def test_another_job_may_not_resume_with_the_file(given):
     assert "seed was 0, is 5" in ended.complaint[0]
 
 
-def test_a_torn_file_of_full_cache_answers_is_made_again(given):
-    given("--kv-budget", "24")
-    path = Path("in.calibration.teacher.pt")
-    path.write_bytes(path.read_bytes()[:100])
-    assert given("--kv-budget", "24,200").code == 0
-    assert len(measured()["candidates"]) == 2
-
-
 def test_an_empty_list_of_candidates_is_one_that_was_not_given(given):
     ended = given("--kv-policy", "", "--kv-budget", "", "--kv-format", "", "--kv-layer-budgets", "")
     assert ended.code == 0
@@ -310,6 +313,229 @@ def test_rows_that_cannot_be_answered_are_left_out_and_named(given):
     ended = given("--kv-budget", "24", "--rows", 10)
     assert "row long cannot be answered, and is left out" in ended.err
     assert measured()["full_cache"]["rows"] == 8
+
+
+# Files that somebody else has written
+
+
+GOOD = {
+    "calibration_format": 1, "model": "fake", "fingerprint": {}, "candidates": [], "min_agreement": 0.9,
+    "recommended": {"kv_policy": "keydiff", "kv_budget": 64},
+}  # fmt: skip
+
+
+def auto(bmx, *flags):
+    """A run of the fake model that takes its budget from ``in.calibration.json``."""
+    Path("in.jsonl").write_text('{"prompt": "w1 w2"}\n')
+    return bmx("run", "in.jsonl", "-m", "fake", "--kv-budget", "auto", *flags)
+
+
+def test_b1_a_calibration_file_sets_the_cache(bmx):
+    Path(FILE).write_text(json.dumps(GOOD))
+    shown = auto(bmx, "--print-config").out
+    assert "kv_policy: keydiff\nkv_budget: 64\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trust_remote_code", True), ("output_file", "precious.txt"), ("overwrite", True), ("model", "demo"),
+        ("max_tokens", 9), ("prompt_template", "{x}"), ("stats_file", "precious.txt"), ("memory_limit", "1G"),
+        ("config", "x.yaml"), ("nothing", 1), ("kv_budget", "auto"), ("kv_budget", [1]), ("kv_policy", {"a": 1}),
+        ("kv_policy", "magic"), ("kv_value_norm", "yes"), ("kv_sink", None), ("kv_sink", True), ("kv_budget", 10**400),
+        ("kv_probe", "\ud800"), ("kv_layer_budgets", "1e999,1"), ("chunk_size", -5),
+    ],
+)  # fmt: skip
+def test_b1_a_calibration_file_sets_nothing_else(bmx, name, value):
+    """Such a file may come with the data: it is refused as a whole, and nothing of it has an effect."""
+    Path("precious.txt").write_text("mine")
+    Path(FILE).write_text(json.dumps(GOOD | {"recommended": GOOD["recommended"] | {name: value}}))
+    ended = auto(bmx)
+    assert ended.code == 2
+    assert name in ended.complaint[0]
+    assert Path("precious.txt").read_text() == "mine"
+    assert not Path("in.out.jsonl").exists()
+
+
+DAMAGED = {
+    "no JSON": "{", "no text": b"\xff\xfe\x00", "a list": "[1]", "null": "null", "a number": "7",
+    "NaN": json.dumps(GOOD).replace("0.9", "NaN"), "infinity": json.dumps(GOOD).replace("0.9", "1e999"),
+    "very deep": '{"a":' * 100_000 + "1" + "}" * 100_000, "a deep list": "[" * 100_000,
+    "thousands of digits": json.dumps(GOOD).replace("0.9", "9" * 5000),
+    "hundreds of digits": json.dumps(GOOD).replace("0.9", "9" * 500),
+    "another version": json.dumps(GOOD | {"calibration_format": 99}),
+    "no budget": json.dumps(GOOD | {"recommended": {"kv_policy": "keydiff"}}),
+    "a list to take": json.dumps(GOOD | {"recommended": [1]}),
+    "text to take": json.dumps(GOOD | {"recommended": "keydiff"}),
+    "candidates of nothing": json.dumps(GOOD | {"candidates": [None]}),
+    "a list of factors": json.dumps(GOOD | {"halting_test": [1]}),
+    "factors of nothing": json.dumps(GOOD | {"halting_test": {"tolerance": 1, "budget": 1, "factors": [0]}}),
+    "pairs of nothing": json.dumps(GOOD | {"shared_layers": {"asked": 1, "pairs": "3:7"}}),
+    **{f"no {name}": json.dumps({key: GOOD[key] for key in GOOD if key != name}) for name in GOOD if name[:3] != "min"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_b2_a_damaged_calibration_file_is_one_line(bmx, content):
+    Path(FILE).write_bytes(content if isinstance(content, bytes) else content.encode())
+    ended = auto(bmx)
+    assert ended.code == 2
+    assert FILE in ended.complaint[0]
+    assert len(ended.complaint[0]) < 500
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=str)
+def test_b2_what_is_no_file_is_not_read_for_ever(bmx, make):
+    make(FILE)
+    ended = auto(bmx)
+    assert ended.code == 2
+    assert "it is not a file" in ended.complaint[0]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def whole_record(tmp_path_factory):
+    """What a calibration writes, with everything in it that may be measured."""
+    settings = {setting.name: setting.default for setting in all_settings() if setting.calibrated}
+    sizes = {"kv_bytes_per_sequence": 9, "slots": 1, "predicted_seconds": 1.0, "predicted_tokens_per_second": 2.0}
+    candidate = {"settings": settings} | sizes | Agreement().record() | dict.fromkeys(REFERENCES, 0.5)
+    return GOOD | {
+        "candidates": [candidate], "full_cache": sizes | {"rows": 1}, "recommended": settings,
+        "halting_test": {"tolerance": 0.05, "budget": 9, "layers": [9, 9], "factors": [1.0, 1.0]},
+        "shared_layers": {"asked": 1, "least_cosine": 0.5, "pairs": "1:0"},
+    }  # fmt: skip
+
+
+def places(value, path=()):
+    """The paths to all values within a value of JSON."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from places(part, (*path, key))
+
+
+@fuzz(max_examples=300, deadline=None, derandomize=True)
+@given_values(data=st.data())
+def test_b2_any_value_in_any_place_is_either_usable_or_refused(whole_record, data):
+    """Usable: the table can be printed (a calibration recommends anew before), and the settings can be taken."""
+    record = json.loads(json.dumps(whole_record))
+    where = data.draw(st.sampled_from([path for path in places(record) if path]))
+    owner = record
+    for key in where[:-1]:
+        owner = owner[key]
+    if isinstance(owner, dict) and data.draw(st.booleans()):
+        del owner[where[-1]]
+    else:
+        owner[where[-1]] = data.draw(JSON)
+    if problem_of(record):
+        return
+    if {"full_cache", "halting_test", "min_agreement"} <= record.keys():
+        list(calibration_lines(record | {"recommended": None}, Path("x")))
+    for name, value in (record["recommended"] or {}).items():
+        setting_named(name).coerce(value)
+
+
+def test_b2_a_damaged_calibration_is_not_taken_up(given):
+    """A key less, a value of another type, in a file that a calibration has really written."""
+    given("--kv-budget", "24")
+    whole = measured()
+    for damage in (
+        {"candidates": [{}]}, {"candidates": "none"}, {"fingerprint": None}, {"full_cache": {"rows": 6}},
+        {"halting_test": {}}, {"halting_test": whole["halting_test"] | {"factors": ["1"]}},
+        {"candidates": [whole["candidates"][0] | {"top1_agreement": None}]},
+        {"candidates": [whole["candidates"][0] | {"settings": {"overwrite": True}}]},
+    ):  # fmt: skip
+        Path(FILE).write_text(json.dumps(whole | damage))
+        ended = given("--kv-budget", "24")
+        assert ended.code == 2
+        assert "is damaged" in ended.complaint[0]
+
+
+def answers_of_another(path):
+    """The file of another calibration: valid, of the same rows, but decided by something else."""
+    with safe_open(path, "pt") as file:
+        held = json.loads(file.metadata()[ANSWERS_KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a mapping
+    held["made_by"]["seed"] = 77
+    return save(tensors, {ANSWERS_KEY: json.dumps(held)})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.read_bytes()[:100],
+        lambda path: path.read_bytes()[:-9],
+        lambda path: b"",
+        answers_of_another,
+    ],
+    ids=["torn", "cut short", "empty", "another's"],
+)
+def test_b2_answers_of_the_full_cache_that_do_not_fit_are_made_again(given, monkeypatch, damage):
+    given("--kv-budget", "24")
+    whole = ANSWERS.read_bytes()
+    ANSWERS.write_bytes(damage(ANSWERS))
+    assert given("--kv-budget", "24,200").code == 0
+    assert measured()["candidates"][1]["top1_agreement"] == 1
+    assert ANSWERS.read_bytes() == whole
+
+
+def test_a7_rows_that_have_changed_are_not_given_the_old_figures(given, bmx, model):
+    """The ids are the same: rows count by their content."""
+    assert given("--kv-budget", "24", "--min-agreement", 0.01).code == 0
+    before, rows = measured(), Path("in.jsonl").read_text().splitlines()
+    changed = json.loads(rows[0]) | {"prompt": words(random_prompts((50,), seed=9)[0])}
+    Path("in.jsonl").write_text("\n".join([json.dumps(changed), *rows[1:]]) + "\n")
+    ended = given("--kv-budget", "24", "--min-agreement", 0.01)
+    assert ended.code == 2
+    assert "changed since: 'r0'" in ended.complaint[0]
+    assert measured() == before
+    assert given("--kv-budget", "24", "--min-agreement", 0.01, "--overwrite").code == 0
+    assert measured()["candidates"][0]["kl_divergence"] != before["candidates"][0]["kl_divergence"]
+
+
+def test_a7_sizes_are_those_of_the_input_as_it_is(given):
+    """A row outside the sample has changed: what was measured holds, memory and slots are worked out anew."""
+    given("--kv-budget", "30%", "--rows", 1)
+    before, rows = measured(), Path("in.jsonl").read_text().splitlines()
+    longer = json.loads(rows[-1]) | {"prompt": words(random_prompts((200,), seed=9)[0])}
+    Path("in.jsonl").write_text("\n".join([*rows[:-1], json.dumps(longer)]) + "\n")
+    assert given("--kv-budget", "30%", "--rows", 1).code == 3
+    after = measured()
+    assert after["full_cache"]["kv_bytes_per_sequence"] > before["full_cache"]["kv_bytes_per_sequence"]
+    [old], [new] = before["candidates"], after["candidates"]
+    assert new["kv_bytes_per_sequence"] > old["kv_bytes_per_sequence"]
+    assert new["top1_agreement"] == old["top1_agreement"]
+
+
+OTHERS = ["in.calibration.json", "in.calibration.teacher.safetensors", "in.calibration.png", "in.calibration.svg"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("content", ["mine", "{}", '{"format": 2, "state": "finished"}'])
+def test_a8_a_file_of_another_kind_is_never_replaced(given, name, content):
+    Path(name).write_text(content)
+    for flags in ((), ("--overwrite",)):
+        ended = given("--kv-budget", "24", *flags)
+        assert ended.code == 2
+        assert name in ended.complaint[0]
+        assert Path(name).read_text() == content
+        assert {path.name for path in Path().iterdir()} <= {"in.jsonl", name}
+
+
+def test_a8_the_calibrations_own_files_are_replaced(given, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", find_spec)
+    for flags in ((), ("--overwrite",)):
+        assert given("--kv-budget", "24", "--min-agreement", 0.01, *flags).code == 0
+    assert all(Path(name).stat().st_size for name in OTHERS)
+    for name in OTHERS:
+        Path(name).write_bytes(b"")  # an empty file holds nothing that could be lost
+    assert given("--kv-budget", "24", "--min-agreement", 0.01, "--overwrite").code == 0
 
 
 # Layers

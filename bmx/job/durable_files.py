@@ -34,7 +34,7 @@ def write_all(handle: int, data: bytes) -> None:
         rest = rest[os.write(handle, rest) :]
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Replace a file, whole or not at all: write a temporary file, sync it, rename it, sync the folder.
 
     Only one process may replace a file at a time.
@@ -46,7 +46,9 @@ def replace_file(path: Path, text: str) -> None:
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
-            write_all(handle, text.encode(errors="backslashreplace"))  # a path may hold any bytes: an escape in JSON
+            if isinstance(content, str):  # a path may hold any bytes: an escape in JSON
+                content = content.encode(errors="backslashreplace")
+            write_all(handle, content)
             os.fsync(handle)
             os.fchmod(handle, 0o666 & ~_umask())
         finally:

@@ -18,19 +18,26 @@ from bmx.config import FAKE, EngineConfig, KVFormat
 from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
-from bmx.job.fingerprint import differences, fingerprint
 from bmx.job.input_rows import Reader, input_reader
 from bmx.job.ledger import Todo, unanswered_rows
 from bmx.job.locks import locked
 from bmx.job.manifest import write_json
 from bmx.job.paths import find_record_path, input_paths
-from bmx.measure.calibration_file import CALIBRATED, FORMAT, default_path, read_calibration
+from bmx.measure.calibration_checks import CALIBRATED
+from bmx.measure.calibration_file import (
+    answers_path,
+    default_path,
+    is_answers_file,
+    is_calibration_file,
+    saved_or_new_record,
+)
 from bmx.measure.plan_batch import query_for_rows
-from bmx.measure.plots import plot_calibration, plots_note
+from bmx.measure.plots import is_plot, plot_calibration, plot_paths, plots_note
+from bmx.model.spec import share_layers
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
 from bmx.request import Request
-from bmx.run_config import RunConfig
+from bmx.run_config import RunConfig, setting_named
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
@@ -94,6 +101,7 @@ def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, st
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", hint="create it, or name another with -o")
     output, lock = find_record_path(config, "calibrate", str(output))
+    _check_files(output)
     with locked(lock, config.job.lock_wait), input_paths(config.inputs) as paths:
         reader = input_reader(config, paths)
         todo = unanswered_rows(reader, config.job.limit, config.job.share)
@@ -102,7 +110,7 @@ def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, st
             raise UsageError(
                 "there is no row to calibrate on", hint="`bmx run` says what is wrong with the input's rows"
             )
-        record = saved_or_new_record(config, output, sample)
+        record = saved_or_new_record(config, output, sample.keys)
         full_config = replace(config, engine=full_cache_config(config.engine))
         query = query_for_rows(full_config, machine(config.engine, None, None), reader, todo)
         _Calibration(
@@ -134,6 +142,22 @@ def _check(config: RunConfig, options: CalibrateOptions) -> None:
         raise UsageError("rows from standard input have no file to name the calibration after", hint="give one with -o")
 
 
+def _check_files(output: Path) -> None:
+    """Refuse to replace a file that is not of a calibration, whatever ``--overwrite`` says.
+
+    Raises:
+        UsageError: names the file.
+    """
+    if not is_calibration_file(output):
+        raise UsageError(f"{output} exists and is not a calibration file", hint="choose another with -o")
+    kinds = {answers_path(output): is_answers_file} | dict.fromkeys(plot_paths(output), is_plot)
+    for path, is_own in kinds.items():
+        if not is_own(path):
+            raise UsageError(
+                f"{path} exists and would be replaced", hint="move it away, or choose another name with -o"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Rows of the input that candidates are measured on.
@@ -141,10 +165,12 @@ class Sample:
     Attributes:
         requests: their requests, to be answered greedily.
         references: good answers from the input, by the request's place in the sample.
+        keys: a hash of each row's line, by the row's id.
     """
 
     requests: list[Request]
     references: dict[int, tuple[str, ...]]
+    keys: dict[str, str]
 
 
 def read_sample(reader: Reader, todo: Todo, count: int) -> Sample:
@@ -160,6 +186,7 @@ def read_sample(reader: Reader, todo: Todo, count: int) -> Sample:
     return Sample(
         requests=[_greedy(row.request) for row in rows if row.request],
         references={place: row.references for place, row in enumerate(rows)},
+        keys={str(row.id): row.key for row in rows},
     )
 
 
@@ -172,31 +199,6 @@ def full_cache_config(config: EngineConfig) -> EngineConfig:
     return replace(
         config.full_cache, kv_format="auto", kv_share_layers=None, kv_layer_budgets="uniform", quantization="none"
     )
-
-
-def saved_or_new_record(config: RunConfig, output: Path, sample: Sample) -> dict[str, Any]:
-    """The output file's contents: what an earlier call has saved, or a new record.
-
-    Args:
-        config: the settings.
-        output: the file.
-        sample: what is measured on.
-
-    Raises:
-        UsageError: the file was made with other settings.
-    """
-    settings = {name: value for name, value in fingerprint(config).items() if name not in CALIBRATED}
-    settings["rows"] = [str(request.id) for request in sample.requests]
-    saved = None if config.job.overwrite else read_calibration(output)
-    if saved is None:
-        new = {"calibration_format": FORMAT, "begun": now(), "model": config.engine.model, "fingerprint": settings}
-        return new | {"candidates": [], "recommended": None}
-    if saved["fingerprint"] != settings:
-        raise UsageError(
-            f"{output} was made with other settings: {differences(saved['fingerprint'], settings)}",
-            hint="--overwrite replaces it, -o names another file",
-        )
-    return saved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +229,7 @@ class _Calibration:
         """Measure everything that is not measured yet, in order, and recommend a candidate."""
         for candidate in self._candidates([], ""):
             check_cache(candidate, self.config.prompt)
+        self._update_sizes()
         with self.display.waiting(f"loading model {self.config.engine.model}"):
             full = Engine.open(full_cache_config(self.config.engine), self.config.prompt)
         candidates = self._candidates(self._layer_factors(full), self._shared_layers(full))
@@ -285,13 +288,13 @@ class _Calibration:
         """
         from bmx.measure.full_cache_answers import FullCacheAnswers
 
-        path, requests = self.output.with_suffix(".teacher.pt"), self.sample.requests
+        path, requests, made_by = answers_path(self.output), self.sample.requests, self.record["fingerprint"]
         resumed = self.record["candidates"] or "full_cache" in self.record
-        full_answers = FullCacheAnswers.load(path, requests) if resumed else None
+        full_answers = FullCacheAnswers.load(path, requests, made_by, full.spec.vocab) if resumed else None
         if full_answers is None:
             with self._measuring(f"full cache: {len(requests)} prompts") as stats:
                 full_answers = FullCacheAnswers.generate(full, requests, self.stop, stats)
-            full_answers.save(path)
+            full_answers.save(path, made_by)
         for place, reason in full_answers.failed.items():
             self.display.warn(f"row {requests[place].id} cannot be answered, and is left out: {reason}")
         if not full_answers.answers:
@@ -336,9 +339,10 @@ class _Calibration:
 
     def _sizes(self, candidate: EngineConfig) -> dict[str, Any]:
         """A candidate's memory, slots and predicted speed, for all rows of the input."""
-        policy, spec, lengths = CompressionPolicy.from_config(candidate), self.query.spec, self.query.lengths
+        query = replace(self.query, spec=share_layers(self.query.spec, candidate.kv_share_layers))
+        policy, spec, lengths = CompressionPolicy.from_config(candidate), query.spec, query.lengths
         rows = [policy.rows_needed(length.prompt_tokens, length.max_tokens) for length in lengths]
-        scenario = self.query.option("candidate", candidate)
+        scenario = query.option("candidate", candidate)
         seconds = scenario.forecast.seconds if scenario.forecast else None
         answer_tokens = self.query.every * sum(length.max_tokens for length in lengths)
         return {
@@ -347,6 +351,14 @@ class _Calibration:
             "predicted_seconds": round(seconds, 1) if seconds else None,
             "predicted_tokens_per_second": round(answer_tokens / seconds, 1) if seconds else None,
         }
+
+    def _update_sizes(self) -> None:
+        """Work out the sizes of what earlier calls measured anew: they are those of all rows of the input as it is."""
+        for measured in self.record["candidates"]:
+            settings = {name: setting_named(name).coerce(value) for name, value in measured["settings"].items()}
+            measured.update(self._sizes(replace(self.config.engine, **settings)))
+        if "full_cache" in self.record:
+            self.record["full_cache"] |= self._sizes(full_cache_config(self.config.engine))
 
     def _layer_factors(self, full: Engine) -> list[float]:
         """Factors of layer budgets by the halting test, which also gives one budget for all layers."""

@@ -7,17 +7,22 @@ Shapes: V vocabulary, N tokens of an answer, L likeliest tokens that are kept.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from bmx.engine.engine import Engine
 from bmx.engine.runner import Watch
 from bmx.errors import BmxError
+from bmx.job.durable_files import replace_file
+from bmx.measure.calibration_file import ANSWERS_KEY
 from bmx.measure.metrics import Agreement
 from bmx.request import Request, Result
 from bmx.shutdown import Stop
@@ -136,38 +141,73 @@ class FullCacheAnswers:
             raise BmxError(f"only {results} of {len(requests)} answers were compared")
         return agreement
 
-    def save(self, path: Path) -> None:
-        """Write the answers to a file for a later call."""
-        torch.save(
-            {
-                place: {
-                    "ids": answer.ids.int(),
-                    "logs": answer.log_probs,
-                    "token_ids": list(answer.result.token_ids),
-                    "text": answer.result.text,
-                    "reason": answer.result.finish_reason,
-                }
-                for place, answer in self.answers.items()
+    def save(self, path: Path, made_by: Mapping[str, Any]) -> None:
+        """Write the answers to a file for a later call, whole or not at all.
+
+        Args:
+            path: the file, of the safetensors format.
+            made_by: what decided the answers, for JSON.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        answers: dict[int, dict[str, Any]] = {}
+        for place, answer in self.answers.items():
+            tensors |= {f"ids.{place}": answer.ids.int(), f"log_probs.{place}": answer.log_probs.float()}
+            result = answer.result
+            answers[place] = {
+                "token_ids": list(result.token_ids),
+                "text": result.text,
+                "finish_reason": result.finish_reason,
             }
-            | {"failed": self.failed},
-            path,
-        )
+        metadata = json.dumps({"made_by": made_by, "answers": answers, "failed": self.failed})
+        replace_file(path, save(tensors, {ANSWERS_KEY: metadata}))
 
     @classmethod
-    def load(cls, path: Path, requests: list[Request]) -> FullCacheAnswers | None:
-        """The answers that an earlier call saved; None if the file cannot be read or answers other requests."""
+    def load(
+        cls, path: Path, requests: list[Request], made_by: Mapping[str, Any], vocab: int
+    ) -> FullCacheAnswers | None:
+        """The answers that an earlier call saved; None if the file is damaged, or something else decided them.
+
+        Args:
+            path: the file.
+            requests: the sample.
+            made_by: as it was saved.
+            vocab: number of tokens that the model knows.
+        """
         try:
-            saved: dict[Any, Any] = torch.load(path, weights_only=True)
-            failed = saved.pop("failed")
-            answers = {place: _from_saved(place, entry, requests[place]) for place, entry in saved.items()}
-        except Exception:  # a torn file, or one of another program, may fail in any way: the answers are made again
+            with safe_open(path, "pt") as file:
+                saved = json.loads(file.metadata()[ANSWERS_KEY])
+                if saved["made_by"] != made_by:
+                    return None
+                failed = {int(place): str(reason) for place, reason in saved["failed"].items()}
+                answers = {
+                    int(place): _from_saved(file, int(place), entry, requests[int(place)])
+                    for place, entry in saved["answers"].items()
+                }
+        except Exception:  # a damaged file may fail in any way: the answers are made again
             return None
-        return cls(answers, failed) if len(answers) + len(failed) == len(requests) else None
+        usable = all(_is_usable(answer, vocab) for answer in answers.values())
+        return cls(answers, failed) if usable and {*answers, *failed} == set(range(len(requests))) else None
 
 
-def _from_saved(place: int, entry: dict[str, Any], request: Request) -> FullCacheAnswer:
-    result = Result(id=place, text=entry["text"], token_ids=tuple(entry["token_ids"]), finish_reason=entry["reason"])
-    return FullCacheAnswer(request, result, entry["ids"].long(), entry["logs"])
+def _from_saved(file: Any, place: int, entry: dict[str, Any], request: Request) -> FullCacheAnswer:
+    result = Result(
+        id=place, text=str(entry["text"]), token_ids=tuple(entry["token_ids"]), finish_reason=entry["finish_reason"]
+    )
+    return FullCacheAnswer(
+        request, result, file.get_tensor(f"ids.{place}").long(), file.get_tensor(f"log_probs.{place}")
+    )
+
+
+def _is_usable(answer: FullCacheAnswer, vocab: int) -> bool:
+    """Whether an answer's parts fit each other and the model."""
+    ids, log_probs, token_ids = answer.ids, answer.log_probs, answer.result.token_ids
+    if ids.dim() != 2 or ids.shape != log_probs.shape or len(ids) != len(token_ids):
+        return False
+    known = all(isinstance(token, int) and 0 <= token < vocab for token in token_ids)
+    return known and bool(((ids >= 0) & (ids < vocab)).all()) and bool(log_probs.isfinite().all())
 
 
 def _parse_id(request_id: str | int) -> tuple[int, str]:

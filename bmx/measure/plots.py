@@ -13,6 +13,9 @@ from bmx.terminal.tables import BENCH_NAMES, budget_text, candidate_words
 
 MARKERS = {"auto": "o", "fp8": "^", "int8": "s", "int4": "D"}  # by KV format
 OTHER_MARKER = "x"
+METADATA = ("Software", "Creator")  # the entries of PNG and SVG files that name the program
+DRAWN_BY = "bmx, a plot of measurements"
+BEGINNING = 2000  # bytes in which a plot says who has drawn it
 
 
 def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
@@ -80,6 +83,22 @@ def plots_note(files: list[Path]) -> str:
     return f"plots: {', '.join(map(str, files))}" if files else "no plots were drawn: pip install matplotlib"
 
 
+def plot_paths(beside: Path) -> list[Path]:
+    """The PNG and the SVG file that plots of a file of measurements are drawn to."""
+    return [beside.with_suffix(f".{kind}") for kind in ("png", "svg")]
+
+
+def is_plot(path: Path) -> bool:
+    """Whether a file may be replaced by a plot: it is missing, empty, or was drawn by bmx."""
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        beginning = file.read(BEGINNING)
+    return not beginning or DRAWN_BY.encode() in beginning
+
+
 def _canvas() -> tuple[Any, Any]:
     """A figure with one pair of axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -91,9 +110,9 @@ def _canvas() -> tuple[Any, Any]:
 
 
 def _saved(figure: Any, beside: Path) -> list[Path]:
-    paths = [beside.with_suffix(f".{kind}") for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
+    paths = plot_paths(beside)
+    for path, name in zip(paths, METADATA, strict=True):
+        figure.savefig(path, dpi=150, metadata={name: DRAWN_BY})
     return paths
 
 

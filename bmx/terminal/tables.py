@@ -48,7 +48,7 @@ def candidate_words(settings: Mapping[str, Any]) -> str:
 
 def candidate_row(name: str | None, measured: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of a calibration's table: of the full cache, by that name, or of a candidate, if ``name`` is None."""
-    speed = measured["predicted_tokens_per_second"]
+    speed = measured.get("predicted_tokens_per_second")
     sizes = (
         f"{measured['kv_bytes_per_sequence'] / 1e6:,.2f} MB",
         f"{measured['slots']:,}",
