@@ -52,7 +52,7 @@ def make_model(name: str, folder: Path) -> str:
     import transformers
 
     from bmx import EngineConfig
-    from bmx.model.loader import find_source
+    from bmx.model.source import find_source
 
     config = getattr(transformers, f"{kind}Config")(**SMALL, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

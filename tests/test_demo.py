@@ -12,7 +12,7 @@ from conftest import reference_answers
 from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.errors import ModelError
 from bmx.model.demo import demo_model_path
-from bmx.model.loader import find_source
+from bmx.model.source import find_source
 
 SAMPLES = Path(__file__).parent.parent / "sample_inputs"
 pytestmark = pytest.mark.demo

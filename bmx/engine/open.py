@@ -15,8 +15,9 @@ from bmx.engine.fake import FakeBackend, FakeTokenizer
 from bmx.engine.memory_meter import bound_kernel_caches
 from bmx.kernels import choose
 from bmx.model.instructions import INSTRUCTIONS, Instructions
-from bmx.model.loader import RUNTIME_BYTES, choose_device, find_source, load_model, load_tokenizer
+from bmx.model.loader import RUNTIME_BYTES, choose_device, load_model, load_tokenizer
 from bmx.model.preview import preview_spec
+from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, share_layers
 from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device

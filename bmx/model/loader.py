@@ -1,33 +1,26 @@
-"""Loads a model for packed tokens by its name: a hub id, a local folder, a GGUF file or the demo model.
+"""Loads a model for packed tokens from a folder or by its hub id.
 
-Knows transformers' loading and the folder of unpacked GGUF files; knows nothing of KV caches, plans or requests.
+Knows transformers' loading; knows nothing of KV caches, plans or requests.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
-from bmx.model.demo import local_path
-from bmx.model.hub import cached_commit, reach_model
+from bmx.model.hub import cached_commit
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
 from bmx.redact import without_secrets
 
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
 
-CACHE_VERSION = "1"  # of unpacked GGUF files
 PAGE = 4096  # bytes
 RUNTIME_BYTES = {"cpu": 292 * 10**6, "cuda": 750 * 10**6}  # of libraries and a CUDA context, if they are not measured
 SOURCES = "--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file"
@@ -52,28 +45,6 @@ class LoadedModel:
     rope: SequenceRope | None
     runtime_bytes: int
     commit: str | None = None
-
-
-def find_source(config: EngineConfig) -> str:
-    """The folder or hub id to load from; a GGUF file is first unpacked into a folder that is kept.
-
-    Raises:
-        ModelError: the demo model is not installed, or the file or folder does not exist.
-    """
-    path = local_path(config.model)
-    name = str(path) if config.model == "demo" else config.model
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no such model file: {name}", hint=SOURCES)
-        return str(_unpacked_folder(path))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{name} is not a model folder: it has no config.json", hint=SOURCES)
-    if not path.exists() and name.startswith(("/", "./", "../", "~")):
-        raise ModelError(f"no such model folder: {name}", hint=SOURCES)
-    if path.exists():
-        return str(path)
-    reach_model(name, config.revision)
-    return name
 
 
 def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -> Any:
@@ -128,7 +99,7 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
             output_loading_info=True,
             **where,
         )
-    _check_complete(config.model, loading)
+    check_complete(config.model, loading)
     if device.type == "cpu":
         _read_pages(model)
     loaded = replace(prepare(model.eval(), runtime), commit=cached_commit(source, config.revision))
@@ -239,67 +210,7 @@ def _end_tokens(model: Any) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
-def _unpacked_folder(file: Path) -> Path:
-    """The folder of a GGUF file's model in bfloat16 and its tokenizer, unpacked once for each content of the file."""
-    folder = gguf_folder(file)
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the model cache {folder.parent}: {error.strerror}",
-            hint="set XDG_CACHE_HOME to another folder",
-        ) from None
-    try:
-        _unpack(file, work)
-        work.chmod(0o755)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # no other run unpacked it first: the rename itself failed
-                raise
-    except OSError as error:
-        raise ModelError(f"cannot write the model cache {folder.parent}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
-
-
-def gguf_folder(file: Path) -> Path:
-    """The folder in which a GGUF file's unpacked model is kept."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("bmx") / "gguf" / f"{_digest(file)}-{CACHE_VERSION}"
-
-
-def _unpack(file: Path, folder: Path) -> None:
-    import torch
-    import transformers
-
-    silence_transformers()
-    extra = {}
-    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed by default
-        extra["quantization_config"] = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
-    with loading_errors(str(file)), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **extra
-        )
-    _check_complete(str(file), loading)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
-
-
-def _check_complete(name: str, loading: dict[str, Any]) -> None:
+def check_complete(name: str, loading: dict[str, Any]) -> None:
     """Refuse a checkpoint with missing tensors, which transformers would fill with random numbers.
 
     Raises:
@@ -330,6 +241,8 @@ def loading_errors(name: str) -> Iterator[None]:
             raise MemoryLimitError(f"model {name} does not fit on the device", hint="choose a smaller one") from error
         if "trust_remote_code" in str(error):
             cause, hint = "it comes with code of its own", "--trust-remote-code runs it; read it first, and pin it"
+        elif "ignore_mismatched_sizes" in str(error):
+            cause, hint = "its weights have other shapes than its config says", "download the model again"
         else:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             cause, hint = lines[0] if lines else type(error).__name__, SOURCES

@@ -14,16 +14,9 @@ from bmx.errors import ModelError
 from bmx.model.checkpoint import read_headers, weight_bytes
 from bmx.model.config_spec import spec_from_config
 from bmx.model.demo import local_path
-from bmx.model.loader import (
-    SOURCES,
-    dtype_name,
-    find_source,
-    gguf_folder,
-    int8_refusal,
-    loading_errors,
-    prepare,
-    silence_transformers,
-)
+from bmx.model.gguf_cache import find_parts, kept_folder, read_config
+from bmx.model.loader import dtype_name, int8_refusal, loading_errors, prepare, silence_transformers
+from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
 
 TOKENIZER_SIZE = 25  # bytes in memory for each byte of tokenizer.json, measured with one vocabulary of 49,000 tokens
@@ -71,9 +64,11 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
 
     silence_transformers()
     trust = {"trust_remote_code": config.trust_remote_code}
-    file = {"gguf_file": gguf} if gguf else {}
-    with loading_errors(config.model):
-        model_config = AutoConfig.from_pretrained(source, revision=config.revision, **file, **trust)
+    if gguf:
+        model_config = read_config(find_parts(Path(source) / gguf, config.model))
+    else:
+        with loading_errors(config.model):
+            model_config = AutoConfig.from_pretrained(source, revision=config.revision, **trust)
     check_config(model_config)
     quantized = getattr(model_config, "quantization_config", None) is not None
     if quantized:
@@ -108,7 +103,7 @@ def _meta_spec(model_config: Any, dtype: str, config: EngineConfig) -> ModelSpec
 
 
 def locate_files(config: EngineConfig) -> tuple[str, str | None]:
-    """The folder or hub id of a model, and the name of its GGUF file if that has not been unpacked yet.
+    """The folder or hub id of a model, and the name of its (first) GGUF file if that has not been unpacked yet.
 
     Raises:
         ModelError: there is no such file, or the demo model is not installed.
@@ -116,10 +111,9 @@ def locate_files(config: EngineConfig) -> tuple[str, str | None]:
     path = local_path(config.model)
     if path.suffix.lower() != ".gguf":
         return find_source(config), None
-    if not path.is_file():
-        raise ModelError(f"no such model file: {config.model}", hint=SOURCES)
-    folder = gguf_folder(path)
-    return (str(folder), None) if (folder / "config.json").is_file() else (str(path.parent), path.name)
+    parts = find_parts(path, config.model)
+    folder = kept_folder(parts)
+    return (str(folder), None) if (folder / "config.json").is_file() else (str(path.parent), parts[0].name)
 
 
 def tokenizer_bytes(config: EngineConfig) -> int:

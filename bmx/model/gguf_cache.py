@@ -1,0 +1,175 @@
+"""Unpacks GGUF files, whole or split, into folders that are kept in the user's cache.
+
+Knows transformers' loading of GGUF files; knows nothing of running a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bmx.errors import ModelError
+from bmx.model.gguf_config import complete_config
+from bmx.model.gguf_file import GgufFile
+from bmx.model.loader import SOURCES, check_complete, loading_errors, silence_transformers
+
+CACHE_VERSION = "2"  # of unpacked GGUF files
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+
+
+def find_parts(file: Path, name: str) -> list[Path]:
+    """The files of a model in order: all parts of a split one, whichever is given; else the file alone.
+
+    Args:
+        file: a GGUF file.
+        name: how the user calls it.
+
+    Raises:
+        ModelError: the file does not exist, or other parts of it are missing.
+    """
+    if not file.is_file():
+        raise ModelError(f"no such model file: {name}", hint=SOURCES)
+    match = PART.fullmatch(file.name)
+    if not match:
+        return [file]
+    stem, _, count, suffix = match.groups()
+    parts = [file.with_name(f"{stem}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing or not parts:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"{name} is a part of a split model, and {len(missing)} of {int(count)} parts are missing ({shown})",
+            hint=f"put all parts in {file.parent}",
+        )
+    return parts
+
+
+def kept_folder(parts: Sequence[Path]) -> Path:
+    """The folder in which the unpacked model of these parts is kept, or will be."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("bmx") / "gguf" / f"{_digest(parts)}-{CACHE_VERSION}"
+
+
+def unpacked_folder(parts: Sequence[Path]) -> Path:
+    """The folder of a GGUF model in bfloat16 and its tokenizer, unpacked once for each content of its parts.
+
+    Raises:
+        ModelError: the file cannot be read faithfully, or the cache cannot be written.
+    """
+    folder = kept_folder(parts)
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the model cache {folder.parent}: {error.strerror}",
+            hint="set XDG_CACHE_HOME to another folder",
+        ) from None
+    try:
+        _unpack(parts, work)
+        work.chmod(0o755)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # no other run unpacked it first: the rename itself failed
+                raise
+    except OSError as error:
+        raise ModelError(f"cannot write the model cache {folder.parent}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def read_config(parts: Sequence[Path]) -> Any:
+    """The config of a GGUF model, with all that its file says.
+
+    Raises:
+        ModelError: the file cannot be read faithfully.
+    """
+    return _read_config(parts)[1]
+
+
+def _read_config(parts: Sequence[Path]) -> tuple[GgufFile, Any]:
+    from transformers import AutoConfig
+
+    silence_transformers()
+    with loading_errors(str(parts[0])):
+        file = GgufFile.read(parts)
+        try:
+            config = AutoConfig.from_pretrained(parts[0].parent, gguf_file=parts[0].name)
+        except Exception as error:
+            raise file.refusal(f"transformers fails on its architecture, {file.architecture}: {error}") from error
+    complete_config(file, config)
+    return file, config
+
+
+def _unpack(parts: Sequence[Path], folder: Path) -> None:
+    import torch
+    import transformers
+
+    file, config = _read_config(parts)
+    with loading_errors(str(parts[0])), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
+        whole = parts[0] if len(parts) == 1 else _merge(parts, folder / "whole.gguf")
+        extra = {}
+        if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed by default
+            extra["quantization_config"] = transformers.GgufConfig(gguf_file=whole.name, dequantize=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            whole.parent,
+            gguf_file=whole.name,
+            config=config,
+            dtype=torch.bfloat16,
+            output_loading_info=True,
+            **extra,
+        )
+    check_complete(file.name, loading)
+    file.check_all_read(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if len(parts) > 1:
+        del model
+        whole.unlink()
+
+
+def _merge(parts: Sequence[Path], whole: Path) -> Path:
+    """Write the parts of a split model into one file, which transformers can read."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    readers = [GGUFReader(part) for part in parts]
+    fields = {name: field for name, field in readers[0].fields.items() if not name.startswith(("GGUF.", "split."))}
+    writer = GGUFWriter(whole, fields.pop("general.architecture").contents())
+    for name, field in fields.items():
+        kind, inner = field.types[0], field.types[-1]
+        writer.add_key_value(name, field.contents(), kind, inner if kind == GGUFValueType.ARRAY else None)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    for tensor in tensors:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.data)
+    writer.close()
+    return whole
+
+
+def _digest(parts: Sequence[Path]) -> str:
+    digests = []
+    for part in parts:
+        with part.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0][:32] if len(parts) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
