@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bmx import hardware
+from bmx.cache import cache_folder, store, warn_once
 
 CACHE_VERSION = 4
 KEPT_SECONDS = 7 * 24 * 3600.0
@@ -61,8 +62,8 @@ def machine_rates(device: str, dtype: str, name: str) -> Rates:
         dtype: a torch type's name.
         name: of the processor or GPU.
     """
-    file = _cache_file(device, dtype, name)
     with suppress(OSError, ValueError, TypeError):
+        file = _cache_file(device, dtype, name)
         cached = Rates(**json.loads(file.read_text()))
         age, kept = time.time() - file.stat().st_mtime, KEPT_IF_BUSY if cached.source == MEASURED_BUSY else KEPT_SECONDS
         if min(cached.flops, cached.bandwidth, cached.thin_bandwidth, cached.operator_seconds) > 0 and 0 <= age < kept:
@@ -71,9 +72,10 @@ def machine_rates(device: str, dtype: str, name: str) -> Rates:
     rates = measure(device, dtype)
     if busy:
         rates = replace(rates, source=MEASURED_BUSY)
-    with suppress(OSError):  # without a cache, the next call measures again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(rates)))
+    try:
+        store(_cache_file(device, dtype, name), json.dumps(asdict(rates)).encode())
+    except OSError as error:
+        warn_once(f"the speed of this machine cannot be kept ({error.strerror}), and is measured in each run")
     return rates
 
 
@@ -97,10 +99,8 @@ def _busy() -> bool:
 
 
 def _cache_file(device: str, dtype: str, name: str) -> Path:
-    from platformdirs import user_cache_path
-
     key = f"{device}-{dtype}-{hardware.usable_cores()}-{name}-v{CACHE_VERSION}"
-    return user_cache_path("bmx") / "rates" / ("".join(c if c.isalnum() else "-" for c in key) + ".json")
+    return cache_folder("rates") / ("".join(c if c.isalnum() else "-" for c in key) + ".json")
 
 
 def measure(device: str, dtype: str) -> Rates:
