@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from bmx.config import EngineConfig, PromptConfig
 from bmx.errors import UsageError
+from bmx.plain_yaml import plain_mapping
 from bmx.request import SamplingParams
 from bmx.settings import ALWAYS, NEVER, NOT_IN_BENCH, NOT_IN_PLAN, RUN, Setting, settings_in
 from bmx.units import parse_bytes, parse_count, parse_seconds, parse_shard
@@ -335,21 +336,11 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         UsageError: no such file, no YAML, not a mapping, or a key twice.
     """
-    import yaml
-
     raw = _file_bytes(path, "config file", MAX_CONFIG_BYTES)
     try:
-        node = yaml.compose(raw, Loader=yaml.SafeLoader)
-        keys = [_key(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        values = {} if node is None else yaml.safe_load(raw)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"config file {path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
-    repeated = {key for key in keys if keys.count(key) > 1}
-    if repeated:
-        raise UsageError(f"config file {path} sets {', '.join(sorted(repeated))} twice")
-    if not isinstance(values, dict):
-        raise UsageError(f"config file {path} must hold 'name: value' lines")
-    return {_key(key): value for key, value in values.items()}
+        return {name.replace("-", "_"): value for name, value in plain_mapping(raw).items()}
+    except ValueError as error:
+        raise UsageError(f"config file {path} {error}") from None
 
 
 def _file_bytes(path: str, what: str, most: int, hint: str | None = None) -> bytes:
@@ -372,7 +363,3 @@ def _file_bytes(path: str, what: str, most: int, hint: str | None = None) -> byt
     if len(raw) > most:
         raise UsageError(f"{what} {path} is larger than {most:,} bytes")
     return raw
-
-
-def _key(key: Any) -> str:
-    return str(key).replace("-", "_")

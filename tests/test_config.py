@@ -465,7 +465,7 @@ def test_a_value_of_the_wrong_type_is_refused_and_named(config_file, name, value
 @pytest.mark.parametrize("name", ["max_tokens", "model", "stop", "kv_budget"])
 def test_a_bomb_of_yaml_anchors_is_refused_in_a_short_line(config_file, name):
     levels = "".join(f"&a{i} [{f'*a{i - 1}, ' * 10}], " for i in range(1, 5))
-    with pytest.raises(UsageError, match=name) as error:
+    with pytest.raises(UsageError, match="alias") as error:
         RunConfig.of((), given_settings({}, config_file(f"{name}: [&a0 [boom], {levels}]")))
     assert len(error.value.message) < 500
 
