@@ -276,7 +276,7 @@ def test_s4_s6_ids_are_data_and_never_paths_markup_or_escapes(run, name):
     ],
     ids=lambda text: text[:20],
 )
-def test_s5_b4_a_config_is_plain_settings_and_nothing_else(run, text):
+def test_s5_a_config_is_plain_settings_and_nothing_else(run, text):
     Path("bmx.yaml").write_text(text)
     ended = run("--config", "bmx.yaml")
     assert ended.code == 2
