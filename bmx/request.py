@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from bmx.errors import RowError, UsageError
-from bmx.settings import ALWAYS, NOT_IN_BENCH, Setting, check_types
+from bmx.settings import ALWAYS, NOT_IN_BENCH, Setting, check_types, settings_in
 
 MAX_STOP_STRINGS = 16
+HOTTEST = (
+    2  # the range of the interfaces whose files bmx reads; a larger number is likelier a row's data, as in degrees
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +98,13 @@ class SamplingParams:
     ] = False
 
     def __post_init__(self) -> None:
+        for setting in settings_in(SamplingParams):
+            object.__setattr__(self, setting.name, _plain(setting, getattr(self, setting.name)))
         check_types(self)
         checks = {
             "max_tokens": 1 <= self.max_tokens < 2**31,
-            "temperature": 0 <= self.temperature <= 100,
-            "top_p": 0 < self.top_p <= 1,
+            "temperature": 0 <= self.temperature <= HOTTEST,
+            "top_p": 0 <= self.top_p <= 1,
             "top_k": 0 <= self.top_k < 2**31,
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": 0 < self.repetition_penalty <= 100,
@@ -109,6 +114,22 @@ class SamplingParams:
         for name, ok in checks.items():
             if not ok:
                 raise UsageError(f"{name} is out of range: {getattr(self, name)!r:.80}")
+
+
+def _plain(setting: Setting, value: Any) -> Any:
+    """A value as it is kept: one text or number in place of a list of them, whole numbers as such, no ``top_k`` as 0.
+
+    Raises:
+        UsageError: an item of a list has another type.
+    """
+    if setting.is_list:
+        items = (value,) if type(value) in (str, int) else value
+        if isinstance(items, list | tuple) and not all(type(item) is setting.item_type for item in items):
+            raise UsageError(f"{setting.name} cannot be {value!r:.80}", hint=f"it takes {setting.expected}")
+        return tuple(items) if isinstance(items, list) else items
+    if setting.type is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return 0 if setting.name == "top_k" and value == -1 else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,12 +203,14 @@ def _shown(value: Any) -> str:
 
 
 def _converted(kind: Any, value: Any) -> Any:
-    """``value`` as ``kind``: a number's text is read, and a whole number may become a float; nothing else is converted.
+    """``value`` as ``kind``: a number's text is read, a whole number may be a float or become one; nothing else.
 
     Raises:
         TypeError, ValueError, OverflowError: another type, or text that is not such a number.
     """
     allowed = {str: (str,), bool: (bool,), int: (int, str), float: (int, float, str)}[kind]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
         raise TypeError
     return kind(value)

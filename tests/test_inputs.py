@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from bmx.engine import prompt_lengths as lengths
 from bmx.engine.fake import FakeTokenizer
 from bmx.errors import BmxError, InputFileError
-from bmx.job.input_rows import NOT_SUPPORTED, InputRow
+from bmx.job.input_rows import InputRow
 from bmx.job.job import run as run_job
 from bmx.job.result_writer import ResultWriter
+from bmx.job.row_checks import NOT_SUPPORTED
 from bmx.request import Result
 from bmx.run_config import RunConfig, given_settings
 from bmx.shutdown import Stop
@@ -266,7 +267,7 @@ def test_i09_prompt_and_messages_together_are_an_error(run):
     assert "not both" in fails_alone(run(write(row("before"), bad, row("after"))), "bad", "invalid_request")
 
 
-@pytest.mark.parametrize("name", ["n", "logprobs", "max_new_tokens", "temprature", "top-p"])
+@pytest.mark.parametrize("name", ["n", "logprobs", "max_new_tokens", "temprature", "top-k"])
 def test_i09_a_sampling_field_that_would_be_ignored_is_an_error_that_names_it(run, name):
     said = fails_alone(run(write(row("before"), row("bad", **{name: 2}), row("after"))), "bad", "invalid_request")
     assert name in said
@@ -473,7 +474,7 @@ def test_i19_the_same_prompt_under_several_ids_is_answered_for_each(run):
     [
         ({"method": "GET"}, {}, "invalid_request"),
         ({"url": "/v1/embeddings"}, {}, "invalid_request"),
-        ({"url": None}, {}, "invalid_request"),
+        ({"url": "/v1/responses"}, {}, "invalid_request"),
         ({}, {"stream": True}, "invalid_request"),
         ({}, {"n": 2}, "invalid_request"),
         ({}, {"logprobs": True}, "invalid_request"),
@@ -831,7 +832,7 @@ def test_i27_what_looks_like_a_template_is_text(run, text):
         ("temperature", 10**400),
         ("temperature", "hot"),
         ("top_p", 2),
-        ("top_p", 0),
+        ("top_p", -1),
         ("top_k", -2),
         ("max_tokens", 0),
         ("max_tokens", -5),
@@ -1001,7 +1002,7 @@ def test_a_flag_that_is_no_utf_8_is_refused(run, flag):
     assert flag[2:].replace("-", "_") in refused(run(IN, flag, "{prompt} \udcff"), folder(), 2)
 
 
-@pytest.mark.parametrize("template", ["{document", "}", "{}", "{a.b}", "{a[0]}"])
+@pytest.mark.parametrize("template", ["{document", "}", "{}", "{{document}}"])
 def test_a_template_with_anything_but_fields_is_refused(run, template):
     write(row("a"))
     assert "prompt_template" in refused(run(IN, "--prompt-template", template), folder(), 2)

@@ -206,7 +206,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run):
         (2, ["in.jsonl", "--memory-limit", "much"], "memory_limit"),
         (2, ["in.jsonl", "--kv-policy", "magic"], "kv_policy"),
         (2, ["in.jsonl", "--kv-budget", "8"], "kv_budget"),
-        (2, ["in.jsonl", "--prompt-template", "{a.b}"], "a.b"),
+        (2, ["in.jsonl", "--prompt-template", "{a"], "prompt_template"),
         (2, ["in.jsonl", "--config", "missing.yaml"], "missing.yaml"),
         (2, ["in.jsonl", "-o", "."], "folder"),
         (2, ["in.jsonl", "-o", "missing/out.jsonl"], "missing"),

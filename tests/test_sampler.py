@@ -67,7 +67,7 @@ def assert_distribution(logits: torch.Tensor, **params) -> None:
 
 SETTINGS = {
     "plain": {"temperature": 1.0},
-    "hot": {"temperature": 2.5},
+    "hot": {"temperature": 2.0},
     "cold": {"temperature": 0.2},
     "top_k": {"temperature": 1.0, "top_k": 5},
     "top_k of one": {"temperature": 1.5, "top_k": 1},

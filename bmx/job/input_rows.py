@@ -1,51 +1,34 @@
-"""Input rows: lines of strict JSON in the plain or the OpenAI-batch dialect, recognised line by line.
+"""Input rows: lines of strict JSON become requests, whatever dialect each is written in.
 
-Knows the formats of requests; knows nothing of models. A line that cannot become a request is a row with an error.
+Knows lines and requests; knows nothing of models. A line that cannot become a request is a row with an error.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
 
 import jsonlines
 
-from bmx.errors import RowError, UsageError
+from bmx.errors import InputFileError, RowError
+from bmx.job.dialects import PLAIN, Asked, envelope_of, is_answer
 from bmx.job.line_reader import LineSet, read_lines
+from bmx.job.messages import checked_messages, invalid
 from bmx.job.output_records import Dialect
-from bmx.job.prompt_template import filled, template_pieces
+from bmx.job.row_checks import SAMPLING_FIELDS, refuse_continuation, sampling_params
+from bmx.prompt_template import filled, template_fields
 from bmx.request import Request, SamplingParams
-from bmx.run_config import MAX_LINE_BYTES, RunConfig, setting_named
+from bmx.run_config import MAX_LINE_BYTES, RunConfig
 
-SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
-OPENAI_URLS: dict[str, Dialect] = {
-    "/v1/chat/completions": "chat.completion",
-    "/v1/completions": "text_completion",
-}
-OPENAI_KNOWN = {"model", "user", "metadata", "max_completion_tokens", "chat_template_kwargs"}
-UNSUPPORTED_DEFAULTS: dict[str, tuple[Any, ...]] = {  # values of unsupported fields that ask for nothing
-    "stream": (False,), "n": (1,), "best_of": (1,), "logprobs": (False,), "echo": (False,), "store": (False,),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "min_tokens": (0,), "tools": ([],),
-    "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "service_tier": ("auto", "default"),
-    "top_k": (-1,), "length_penalty": (1,), "use_beam_search": (False,), "num_beams": (1,),
-}  # fmt: skip
-NOT_SUPPORTED = {  # sampling fields of other programs, which would have no effect here
-    *("best_of", "beam_width", "do_sample", "frequency_penalty", "guided_choice", "guided_grammar", "guided_json"),
-    *("guided_regex", "length_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_length"),
-    *("max_new_tokens", "min_new_tokens", "min_tokens", "n", "no_repeat_ngram_size", "num_beams"),
-    *("num_return_sequences", "presence_penalty", "response_format", "stop_sequences", "stream", "tool_choice"),
-    *("tools", "top_logprobs", "typical_p", "use_beam_search"),
-}
+WHOLE_REQUESTS = {"messages", "conversations", "body", "params", "request"}
 BLANKS, BYTE_ORDER_MARK = b" \t\r\n", b"\xef\xbb\xbf"
 REFERENCE = "reference"  # the field with a good answer, or a list of them, for `bmx calibrate`
-LIKE_A_FIELD = 0.85  # an unknown name at least this similar to a sampling field is taken for a misspelling
 
 
 @dataclass(slots=True)
@@ -97,7 +80,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         if self.template is not None:
-            template_pieces(self.template)
+            template_fields(self.template)
 
     def rows(
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
@@ -113,24 +96,36 @@ class Reader:
             InputFileError: a file is missing or cannot be read.
         """
         for row, values in self._parsed(skip, every, always):
-            if values is not None:
+            if not row.error and values is not None:
                 try:
                     self._fill(row, values)
                 except RowError as error:
                     row.error = error
                 except RecursionError:
-                    row.error = RowError("invalid_request", "nested too deep")
+                    row.error = invalid("nested too deep")
             yield row
 
     def identities(self) -> Iterator[InputRow]:
-        """All rows with their ids and keys alone."""
-        return (row for row, _ in self._parsed())
+        """All rows with their ids and keys alone.
+
+        Raises:
+            InputFileError: as ``rows``; or the first two rows, or the only one, are answers of an earlier run.
+        """
+        answers = 0
+        for place, (row, values) in enumerate(self._parsed()):
+            if place < 2 and values is not None and not self._is_data(values):
+                answers += is_answer(values)
+            if place == 1 and answers == 2:
+                raise _answers_error()
+            yield row
+        if answers == 1 and place == 0:
+            raise _answers_error()
 
     def _parsed(
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
     ) -> Iterator[tuple[InputRow, dict[str, Any] | None]]:
         """Rows with their ids and the values of their lines; a line that is not an object is a row with an error."""
-        source = _Source(self.paths, self.longest, skip, every, always)
+        source = _Source(self, skip, every, always)
         reader = jsonlines.Reader(source, loads=strict_loads)
         while True:
             try:
@@ -142,101 +137,112 @@ class Reader:
                 if source.blank:
                     continue
                 value, problem = None, f"line {source.number}: {error.__cause__ or error}{source.torn}"
-            key = blake2b(source.line.strip(), key=self.hash_key, digest_size=8)
-            row = InputRow(source.number, f"line-{source.number}", key.hexdigest(), len(source.line))
-            if source.left_out:
-                problem = f"line {source.number} is longer than {self.longest:,} bytes (--max-line-bytes)"
-                row.error = RowError("invalid_request", problem)
+            row = InputRow(source.number, f"line-{source.number}", source.key, source.size)
+            if source.too_long:
+                row.error = invalid(f"the line is longer than {self.longest:,} bytes (--max-line-bytes)")
             elif problem:
                 row.error = RowError("invalid_json", problem)
             else:
-                _identify(row, value)
-            yield row, None if row.error else value
+                self._identify(row, value)
+            yield row, value if isinstance(value, dict) else None
+
+    def _is_data(self, values: dict[str, Any]) -> bool:
+        """Whether the template makes the row's prompt: then all of the row's fields are data.
+
+        A row that holds a whole request, such as messages, is answered as that, unless the template names its field.
+        """
+        if self.template is None:
+            return False
+        whole = WHOLE_REQUESTS & values.keys()
+        return not whole.isdisjoint(template_fields(self.template)) or (
+            envelope_of(values) is PLAIN and whole.isdisjoint(("messages", "conversations"))
+        )
+
+    def _identify(self, row: InputRow, values: dict[str, Any]) -> None:
+        """Give a row its own id, if it has one, and its dialect."""
+        envelope = PLAIN if self._is_data(values) else envelope_of(values)
+        name = next((values[field] for field in envelope.ids if values.get(field) is not None), None)
+        if isinstance(name, float) and name.is_integer():
+            name = int(name)
+        if isinstance(name, str | int) and not isinstance(name, bool):
+            row.id = name
+        elif name is not None:
+            row.error = invalid(f"an id must be text or a whole number, not {type(name).__name__}")
+        row.dialect = envelope.dialect(values)
 
     def _fill(self, row: InputRow, values: dict[str, Any]) -> None:
         """Turn the values of a line into the row's request."""
-        row.request = self._plain(row, values) if row.dialect == "plain" else self._openai(row, values)
+        asked = self._asked(values)
+        if row.dialect == "plain":
+            references = values.get(REFERENCE)
+            texts = references if isinstance(references, list) else [references]
+            row.references = tuple(text for text in texts if isinstance(text, str))
+        else:
+            self._check_model(asked.fields.get("model"))
+        messages = None if asked.messages is None else checked_messages(asked.messages)
+        refuse_continuation(asked.fields, messages[-1]["role"].lower() if messages else None)
+        own = {name: asked.fields[name] for name in SAMPLING_FIELDS if asked.fields.get(name) is not None}
+        row.request = Request(
+            id=row.id,
+            prompt=asked.prompt,
+            messages=messages,
+            params=sampling_params(self.defaults, own, may_be_data=asked.may_be_data) if own else self.defaults,
+            raw=asked.raw,
+            seeded="seed" in own,
+            chat_template_kwargs=_template_kwargs(asked.fields),
+        )
 
-    def _plain(self, row: InputRow, values: dict[str, Any]) -> Request:
-        prompt, messages = values.get("prompt"), values.get("messages")
-        if self.template is None:
-            _check_names(values)
-        elif messages is None:
+    def _asked(self, values: dict[str, Any]) -> Asked:
+        if self.template is not None and self._is_data(values):
             prompt = filled(self.template, values)
-        if prompt is not None and messages is not None:
-            raise RowError("invalid_request", "give either 'prompt' or 'messages', not both")
-        references = values.get(REFERENCE)
-        texts = references if isinstance(references, list) else [references]
-        row.references = tuple(text for text in texts if isinstance(text, str))
-        return self._request(row, prompt, messages, values)
+            if not prompt.strip():
+                raise invalid("the prompt template and the row's fields make an empty prompt")
+            return Asked(prompt=prompt)
+        if is_answer(values):
+            raise invalid("this is an answer of an earlier run, not a prompt")
+        return envelope_of(values).asked(values)
 
-    def _openai(self, row: InputRow, values: dict[str, Any]) -> Request:
-        body, url = values.get("body"), values.get("url")
-        if values.get("method", "POST") != "POST" or not isinstance(url, str) or url not in OPENAI_URLS:
-            raise RowError("invalid_request", f"only POST to {' or '.join(OPENAI_URLS)} is answered")
-        if not isinstance(body, dict):
-            raise RowError("invalid_request", "'body' must be an object")
-        body = {name: value for name, value in body.items() if not _is_default(name, value)}
-        prompt_field = "messages" if row.dialect == "chat.completion" else "prompt"
-        unknown = body.keys() - SAMPLING_FIELDS - OPENAI_KNOWN - {prompt_field}
-        if unknown:
-            raise RowError("invalid_request", f"unsupported in 'body': {', '.join(sorted(unknown))[:500]}")
-        model = body.get("model")
+    def _check_model(self, model: Any) -> None:
         if self.models and model is not None and not (isinstance(model, str) and model in self.models):
             message = f"this job answers as {' or '.join(sorted(self.models))} (more names: --served-model-name)"
             raise RowError("model_not_found", message)
-        if body.get("max_completion_tokens") is not None:
-            body = body | {"max_tokens": body["max_completion_tokens"]}
-        if row.dialect == "text_completion":
-            return self._request(row, body.get("prompt"), None, body, raw=True)
-        return self._request(row, None, body.get("messages", ()), body)
 
-    def _request(
-        self, row: InputRow, prompt: Any, messages: Any, values: dict[str, Any], *, raw: bool = False
-    ) -> Request:
-        if messages is not None:
-            messages = _messages(messages)
-        elif not isinstance(prompt, str) or not prompt.strip():
-            problem = "'prompt' must be text, and not empty" if prompt is not None else "no prompt"
-            raise RowError("invalid_request", problem)
-        own = {key: values[key] for key in SAMPLING_FIELDS & values.keys() if values[key] is not None}
-        params = _params(self.defaults, own) if own else self.defaults
-        return Request(
-            id=row.id,
-            prompt=prompt,
-            messages=messages,
-            params=params,
-            raw=raw,
-            seeded="seed" in own,
-            chat_template_kwargs=_template_kwargs(values),
-        )
+
+def _answers_error() -> InputFileError:
+    return InputFileError(
+        "the input holds answers of an earlier run, not prompts",
+        hint="give the file with the prompts; to ask about answers of bmx: --prompt-template 'Shorten: {text}'",
+    )
 
 
 class _Source:
-    """The lines of some files; ``number``, ``line`` and ``left_out`` describe the line that was read last."""
+    """The lines of a reader's files; its attributes describe the line that was read last.
 
-    def __init__(
-        self, paths: tuple[Path, ...], longest: int, skip: LineSet | None, every: int, always: Container[int]
-    ) -> None:
-        self._paths, self._longest, self._skip, self._every, self._always = paths, longest, skip, every, always
-        self.number = 0
+    Attributes:
+        number: of the line, counted through all files.
+        line: its bytes; empty if it is too long.
+        size: its length in bytes.
+        key: its hash without the white space around it.
+        too_long: whether it is longer than lines may be.
+        torn: a remark for a last line without a newline, which may still be growing.
+    """
+
+    def __init__(self, reader: Reader, skip: LineSet | None, every: int, always: Container[int]) -> None:
+        self._reader, self._skip, self._every, self._always = reader, skip, every, always
+        self.number = self.size = 0
         self.line = b""
-        self.left_out = 0
+        self.key = self.torn = ""
+        self.too_long = False
 
     @property
     def blank(self) -> bool:
         """Whether the line holds nothing but white space or a byte order mark."""
-        return not self.left_out and self.line.strip(BLANKS) in (b"", BYTE_ORDER_MARK)
-
-    @property
-    def torn(self) -> str:
-        """A remark for a last line without a newline, which may still be growing."""
-        return "" if self.line.endswith(b"\n") else " (the file ends in this line: is it still being written?)"
+        return not self.too_long and self.line.strip(BLANKS) in (b"", BYTE_ORDER_MARK)
 
     def __iter__(self) -> Iterator[bytes]:
         chance, wanted, at, skip = Random(0), 0, -1, self._skip
-        lines = (line for path in self._paths for line in read_lines(path, self._longest))
-        for self.number, (self.line, self.left_out) in enumerate(lines, 1):
+        lines = (line for path in self._reader.paths for line in read_lines(path, self._reader.longest))
+        for self.number, (line, rest) in enumerate(lines, 1):
             if skip is not None and self.number > skip.last:
                 return
             if skip is not None and self.number in skip:
@@ -247,24 +253,32 @@ class _Source:
                     wanted = at + chance.randrange(self._every)
                 if at != wanted and self.number not in self._always:
                     continue
-            yield b"" if self.left_out else self.line
+            self._describe(line, rest)
+            yield self.line
+
+    def _describe(self, line: bytes, rest: Iterator[bytes] | None) -> None:
+        self.too_long = rest is not None
+        self.line = b"" if self.too_long else line
+        self.torn = "" if line.endswith(b"\n") else " (the file ends in this line: is it still being written?)"
+        if rest is None:
+            self.size, self.key = len(line), blake2b(line.strip(), key=self._reader.hash_key, digest_size=8).hexdigest()
+        else:
+            self.size, self.key = _hashed(chain((line,), rest), self._reader.hash_key)
 
 
-def _identify(row: InputRow, values: dict[str, Any]) -> None:
-    """Give a row its own id, if it has one, and its dialect."""
-    openai = _is_openai(values)
-    name = values.get("custom_id") if openai else values.get("id")
-    if isinstance(name, (str, int)) and not isinstance(name, bool):
-        row.id = name
-    elif name is not None:
-        row.error = RowError("invalid_request", f"an id must be text or a whole number, not {type(name).__name__}")
-    if openai:
-        url = values.get("url")
-        row.dialect = OPENAI_URLS.get(url if isinstance(url, str) else "", "chat.completion")
-
-
-def _is_openai(values: dict[str, Any]) -> bool:
-    return "custom_id" in values and ("body" in values or "url" in values)
+def _hashed(pieces: Iterable[bytes], key: bytes) -> tuple[int, str]:
+    """The length of a line that comes in pieces, and its hash without the white space around it."""
+    digest, size, blanks, begun = blake2b(key=key, digest_size=8), 0, b"", False
+    for piece in pieces:
+        size += len(piece)
+        text = piece if begun else piece.lstrip()
+        end = len(text.rstrip())
+        if end:
+            digest.update(blanks + text[:end])
+            blanks, begun = text[end:], True
+        elif begun:
+            blanks += text
+    return size, digest.hexdigest()
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -298,63 +312,7 @@ def strict_loads(text: str) -> Any:
     return value
 
 
-def _check_names(values: dict[str, Any]) -> None:
-    """Refuse a sampling field that is unsupported or misspelt and so would have no effect; other fields are data.
-
-    Raises:
-        RowError: names it.
-    """
-    unsupported = {name for name in NOT_SUPPORTED & values.keys() if not _is_default(name, values[name])}
-    if unsupported:
-        raise RowError("invalid_request", f"unsupported: {', '.join(sorted(unsupported))}")
-    for name in sorted(values.keys() - SAMPLING_FIELDS - NOT_SUPPORTED):
-        meant = _meant(name) if len(name) < 40 else None
-        if meant:
-            raise RowError("invalid_request", f"unknown field {name!r}: did you mean {meant!r}?")
-
-
-def _is_default(name: str, value: Any) -> bool:
-    """Whether a field has the value that it has when it is left out."""
-    return value is None or value in UNSUPPORTED_DEFAULTS.get(name, ())
-
-
-@lru_cache(maxsize=1024)
-def _meant(name: str) -> str | None:
-    """The sampling field that a name is a misspelling of."""
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), SAMPLING_FIELDS, n=1, cutoff=LIKE_A_FIELD)
-    return near[0] if near else None
-
-
-def _messages(messages: Any) -> tuple[dict[str, Any], ...]:
-    """Messages whose contents are plain text.
-
-    Raises:
-        RowError: not a list of messages, or content that is not text.
-    """
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise RowError("invalid_request", "'messages' must be a list of at least one object")
-    return tuple(
-        {**message, "role": _role(message), "content": _content(message.get("content"))} for message in messages
-    )
-
-
-def _role(message: dict[str, Any]) -> str:
-    role = message.get("role")
-    if not isinstance(role, str) or not role.isidentifier():
-        raise RowError("invalid_request", "each message needs a 'role' that is a word")
-    return role
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        texts = [part.get("text") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    if not isinstance(content, str) or not content.strip():
-        raise RowError("invalid_request", "each message needs a 'content' that is text, and not empty")
-    return content
-
-
-def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
+def _template_kwargs(values: Mapping[str, Any]) -> dict[str, Any]:
     """The row's values for variables of the chat template.
 
     Raises:
@@ -366,29 +324,6 @@ def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
             "invalid_request", "'chat_template_kwargs' must be an object, such as {\"enable_thinking\": false}"
         )
     return kwargs or {}
-
-
-def _params(defaults: SamplingParams, own: dict[str, Any]) -> SamplingParams:
-    """The row's values over the defaults.
-
-    Raises:
-        RowError: a wrong type, or out of range.
-    """
-    typed = tuple((key, type(value), value) for key, value in own.items())
-    try:
-        return _replaced(defaults, typed) if _hashable(own) else _replaced.__wrapped__(defaults, typed)
-    except UsageError as error:
-        raise RowError("invalid_request", f"{error.message}: {error.hint}" if error.hint else error.message) from None
-
-
-def _hashable(own: dict[str, Any]) -> bool:
-    return not any(isinstance(value, (list, dict)) for value in own.values())
-
-
-@lru_cache(maxsize=1024)
-def _replaced(defaults: SamplingParams, own: tuple[tuple[str, type, Any], ...]) -> SamplingParams:
-    """The defaults with some values replaced; cached, since few rows differ. Types keep 1, 1.0 and True apart."""
-    return replace(defaults, **{key: setting_named(key).coerce(value) for key, _, value in own})
 
 
 def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b"") -> Reader:

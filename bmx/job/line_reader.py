@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bmx.errors import InputFileError
+from bmx.job.file_kinds import refuse_other_kinds
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -22,7 +23,6 @@ PIECE = 1 << 17
 COMPRESSED = (".gz", ".zst")
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such files; no line of JSON begins like this
 ZSTD_PIECE = 256  # compressed bytes at a time: each byte may become a hundred kilobytes
-UTF16 = ((b"\xff\xfe", b"\xfe\xff"), (b"{\0", b"\0{"))  # byte order marks, and how a row begins without one
 
 
 class LineSet:
@@ -49,17 +49,14 @@ def open_input(path: Path, shown: str | None = None) -> Iterator[BinaryIO]:
         shown: its name in messages; None for its path.
 
     Raises:
-        InputFileError: missing, a folder, not readable, damaged, or not UTF-8.
+        InputFileError: missing, a folder, not readable, damaged, or no JSON lines.
     """
     name = shown or str(path)
     try:
         if path.is_dir():
             raise InputFileError(f"{name} is a folder, not a file of prompts")
         with _opened(path) as file:
-            marks, starts = UTF16
-            if file.peek(2)[:2] in marks + starts:
-                hint = "iconv -f UTF-16 -t UTF-8 < in.jsonl > utf8.jsonl"
-                raise InputFileError(f"{name} is UTF-16, not UTF-8", hint=hint)
+            refuse_other_kinds(file.peek(PIECE), name, str(path) if shown in (None, str(path)) else "")
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputFileError(f"cannot read {name}: {error}") from None
@@ -126,23 +123,30 @@ class ZstdFile(io.RawIOBase):
         super().close()
 
 
-def read_lines(path: Path, longest: int) -> Iterator[tuple[bytes, int]]:
-    r"""Pairs of a line, with its ``\n`` if it has one, and the number of its bytes that are left out.
+def read_lines(path: Path, longest: int) -> Iterator[tuple[bytes, Iterator[bytes] | None]]:
+    r"""Pairs of a line, with its ``\n`` if it has one, and the pieces of what is left of a line that is too long.
 
     Args:
         path: the file.
-        longest: bytes of a line that are kept; the rest of a longer line is skipped.
+        longest: bytes of a line that are kept in memory; None follows a line that is not longer.
 
     Raises:
         InputFileError: see ``open_input``.
     """
     with open_input(path) as file:
         while line := file.readline(longest + 1):
-            left_out = 0
-            if len(line) > longest and not line.endswith(b"\n"):
-                while rest := file.readline(PIECE):
-                    left_out += len(rest)
-                    if rest.endswith(b"\n"):
-                        break
-                left_out += 1  # so that it is never 0 for a line that is too long
-            yield line, left_out
+            if len(line) <= longest or line.endswith(b"\n"):
+                yield line, None
+                continue
+            rest = _pieces(file)
+            yield line, rest
+            for _ in rest:  # whatever nobody has read
+                pass
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The pieces of a line up to its end."""
+    while piece := file.readline(PIECE):
+        yield piece
+        if piece.endswith(b"\n"):
+            return

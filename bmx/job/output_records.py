@@ -13,7 +13,14 @@ from typing import Any, Literal
 from bmx.errors import RowError
 from bmx.request import Result
 
-Dialect = Literal["plain", "chat.completion", "text_completion"]
+Dialect = Literal["plain", "chat.completion", "text_completion", "anthropic", "gemini"]
+BATCH = "batch_req_"  # what the ids of records in a batch begin with; the row's hash follows
+_ANTHROPIC_ERRORS = {  # its types of errors, by bmx's codes
+    "model_not_found": "not_found_error",
+    "out_of_memory": "api_error",
+    "nan_logits": "api_error",
+    "timeout": "timeout_error",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,11 @@ def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str =
         model: the model's name in records of the OpenAI dialects.
     """
     if dialect != "plain":
-        return _openai_record(result, key, dialect, model)
+        writers = {"anthropic": _anthropic_record, "gemini": _gemini_record}
+        record = (
+            writers[dialect](result, key, model) if dialect in writers else _openai_record(result, key, dialect, model)
+        )
+        return {"id": f"{BATCH}{key}", **record}
     if result.error:
         return {"id": result.id, "error": _error(result.error), "row_hash": key}
     usage = result.usage
@@ -87,10 +98,10 @@ def _extras(result: Result) -> dict[str, Any]:
 
 def _openai_record(result: Result, key: str, dialect: Dialect, model: str) -> dict[str, Any]:
     if result.error:
-        return {"id": f"batch_req_{key}", "custom_id": result.id, "response": None, "error": _error(result.error)}
+        return {"custom_id": result.id, "response": None, "error": _error(result.error)}
     chat = dialect == "chat.completion"
     content = {"message": {"role": "assistant", "content": result.text}} if chat else {"text": result.text}
-    prompt, answer = (result.usage.prompt_tokens, result.usage.completion_tokens) if result.usage else (0, 0)
+    prompt, answer = _tokens(result)
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{key}",
         "object": dialect,
@@ -101,25 +112,80 @@ def _openai_record(result: Result, key: str, dialect: Dialect, model: str) -> di
         **_extras(result),
     }
     response = {"status_code": 200, "request_id": key, "body": body}
-    return {"id": f"batch_req_{key}", "custom_id": result.id, "response": response, "error": None}
+    return {"custom_id": result.id, "response": response, "error": None}
+
+
+def _anthropic_record(result: Result, key: str, model: str) -> dict[str, Any]:
+    if result.error:
+        error = {"type": _ANTHROPIC_ERRORS.get(result.error.code, "invalid_request_error"), **_error(result.error)}
+        return {"custom_id": result.id, "result": {"type": "errored", "error": {"type": "error", "error": error}}}
+    prompt, answer = _tokens(result)
+    message = {
+        "id": f"msg_{key}",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [{"type": "text", "text": result.text}],
+        "stop_reason": "max_tokens" if result.finish_reason == "length" else "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": prompt, "output_tokens": answer},
+        **_extras(result),
+    }
+    return {"custom_id": result.id, "result": {"type": "succeeded", "message": message}}
+
+
+def _gemini_record(result: Result, key: str, model: str) -> dict[str, Any]:
+    if result.error:
+        return {"key": result.id, "error": _error(result.error)}
+    prompt, answer = _tokens(result)
+    candidate = {
+        "content": {"role": "model", "parts": [{"text": result.text}]},
+        "finishReason": "MAX_TOKENS" if result.finish_reason == "length" else "STOP",
+        "index": 0,
+    }
+    usage = {"promptTokenCount": prompt, "candidatesTokenCount": answer, "totalTokenCount": prompt + answer}
+    response = {
+        "responseId": key,
+        "modelVersion": model,
+        "candidates": [candidate],
+        "usageMetadata": usage,
+        **_extras(result),
+    }
+    return {"key": result.id, "response": response}
+
+
+def _tokens(result: Result) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer."""
+    return (result.usage.prompt_tokens, result.usage.completion_tokens) if result.usage else (0, 0)
 
 
 def read_record(record: Any) -> KnownRecord | None:
     """What a line of an output says of its row; None if bmx did not write it."""
     if not isinstance(record, dict):
         return None
-    openai = "custom_id" in record
-    name, key = record.get("custom_id" if openai else "id"), record.get("id" if openai else "row_hash")
+    field = _id_field(record)
+    name, key = record.get(field), record.get("row_hash" if field == "id" else "id")
     if not isinstance(name, (str, int)) or not isinstance(key, str):
         return None
-    error, body = record.get("error"), record
-    if openai and isinstance(record.get("response"), dict):
-        body = record["response"].get("body")
-    cut = isinstance(body, dict) and bool(body.get("truncated") or body.get("max_tokens"))
+    error = record.get("error") if "result" not in record else _inner(record, "result", "error", "error")
     code = error.get("code", "") if isinstance(error, dict) else None
-    return KnownRecord(name, key.removeprefix("batch_req_"), code, cut)
+    places = {"custom_id": ("result", "message") if "result" in record else ("response", "body"), "key": ("response",)}
+    body = _inner(record, *places.get(field, ()))
+    cut = isinstance(body, dict) and bool(body.get("truncated") or body.get("max_tokens"))
+    return KnownRecord(name, key.removeprefix(BATCH), code, cut)
 
 
 def renamed(record: dict[str, Any], name: str) -> dict[str, Any]:
     """The same record for a row of another id."""
-    return record | {"custom_id" if "custom_id" in record else "id": name}
+    return record | {_id_field(record): name}
+
+
+def _id_field(record: dict[str, Any]) -> str:
+    return next((name for name in ("custom_id", "key") if name in record), "id")
+
+
+def _inner(value: Any, *names: str) -> Any:
+    """What stands in a value under these names; None if it has no such place."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -5,11 +5,11 @@ Knows settings and texts; knows nothing of row ids, models or caches.
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 
 from bmx.config import PromptConfig
 from bmx.errors import UsageError
+from bmx.prompt_template import template_pieces
 
 INSTRUCTIONS = "instructions"  # the value of kv_probe that stands for the job's own instructions
 
@@ -31,9 +31,9 @@ class Instructions:
     @classmethod
     def from_config(cls, config: PromptConfig) -> Instructions:
         """The instructions of a configuration."""
-        parts = list(string.Formatter().parse(config.prompt_template or ""))
-        before = parts[0][0] if parts else ""
-        after = parts[-1][0] if parts and parts[-1][1] is None and len(parts) > 1 else ""
+        parts = template_pieces(config.prompt_template or "")
+        before = parts[0][0]
+        after = parts[-1][0] if len(parts) > 1 else ""
         return cls(system=(config.system_prompt or "").strip(), before=before.strip(), after=after.strip())
 
     @property

@@ -1,0 +1,231 @@
+"""The ways in which rows are written, recognised line by line: what each asks, and where its id stands.
+
+Knows the formats of requests; knows nothing of files. To add one: a value of ``Envelope`` in ``ENVELOPES``, and its
+record in ``bmx/job/output_records.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bmx.job.messages import from_anthropic, from_conversations, from_gemini, invalid
+from bmx.job.output_records import Dialect
+from bmx.job.row_checks import SAMPLING_FIELDS, refuse_unknown, refuse_unsupported, squeezed
+from bmx.prompt_template import shown_fields
+
+LIKELY_PROMPTS = ("question", "query", "text", "document", "article", "content", "problem", "inputs", "input")
+_COMPLETIONS = re.compile(r"(?:^|/)(chat/)?completions/?(?:\?.*)?$")
+_GEMINI_NAMES = {  # of its generation config, and bmx's own
+    "candidatecount": "n",
+    "frequencypenalty": "frequency_penalty",
+    "maxoutputtokens": "max_tokens",
+    "presencepenalty": "presence_penalty",
+    "responselogprobs": "logprobs",
+    "responsemodalities": "modalities",
+    "stopsequences": "stop",
+    "topk": "top_k",
+    "topp": "top_p",
+}
+_GEMINI_NOTHING = {"responsemimetype": ("text/plain",), "tools": ([],), "toolconfig": ({},)}
+_NO_FILTER = {"BLOCK_NONE", "OFF"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a row asks, in bmx's own words, not yet checked.
+
+    Attributes:
+        prompt: text; or ``messages``.
+        messages: a conversation.
+        fields: sampling and other fields by name.
+        raw: whether the prompt is continued as it stands.
+        may_be_data: whether the fields stand among data of the user's.
+    """
+
+    prompt: Any = None
+    messages: Any = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    raw: bool = False
+    may_be_data: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """One way to write a row.
+
+    Attributes:
+        recognised: whether a line's object is written so.
+        ids: names of the fields that may hold the row's id; the first that is there counts.
+        dialect: how its record is written.
+        asked: what it asks; raises RowError where that is nothing that bmx answers.
+    """
+
+    recognised: Callable[[Mapping[str, Any]], bool]
+    ids: tuple[str, ...]
+    dialect: Callable[[Mapping[str, Any]], Dialect]
+    asked: Callable[[Mapping[str, Any]], Asked]
+
+
+def _is_openai(values: Mapping[str, Any]) -> bool:
+    if isinstance(values.get("body"), dict):
+        return "custom_id" in values or "url" in values
+    return "custom_id" in values and ("body" in values or "url" in values) and not values.keys() & _OWN_PROMPTS
+
+
+def _openai_dialect(values: Mapping[str, Any]) -> Dialect:
+    url, body = values.get("url"), values.get("body")
+    if isinstance(url, str):
+        found = _COMPLETIONS.search(url)
+        return "text_completion" if found and not found[1] else "chat.completion"
+    only_prompt = isinstance(body, dict) and "prompt" in body and "messages" not in body
+    return "text_completion" if only_prompt else "chat.completion"
+
+
+def _openai_asked(values: Mapping[str, Any]) -> Asked:
+    body, url, method = values.get("body"), values.get("url"), values.get("method")
+    if not (method is None or (isinstance(method, str) and method.upper() == "POST")):
+        raise invalid("only POST is answered")
+    if not (url is None or (isinstance(url, str) and _COMPLETIONS.search(url))):
+        raise invalid("only urls that end in /chat/completions or /completions are answered")
+    if not isinstance(body, dict):
+        raise invalid("'body' must be an object")
+    raw = _openai_dialect(values) == "text_completion"
+    others = {"max_completion_tokens", "random_seed", "prompt" if raw else "messages"}
+    refuse_unknown(body, "'body'", frozenset(others))
+    fields = dict(body)
+    for name, other in (("max_tokens", "max_completion_tokens"), ("seed", "random_seed")):
+        if body.get(other) is not None:
+            fields[name] = body[other]
+    if raw:
+        return Asked(prompt=_single_prompt(body.get("prompt")), fields=fields, raw=True)
+    return Asked(messages=body.get("messages") or (), fields=fields)
+
+
+def _anthropic_asked(values: Mapping[str, Any]) -> Asked:
+    params = values["params"]
+    fields = {("stop" if name == "stop_sequences" else name): value for name, value in params.items()}
+    refuse_unknown(fields, "'params'", frozenset(("messages", "system", "container", "mcp_servers")))
+    return Asked(messages=from_anthropic(params), fields=fields)
+
+
+def _gemini_asked(values: Mapping[str, Any]) -> Asked:
+    request = dict(values["request"])
+    contents, system, config, safety = (
+        _pop(request, name) for name in ("contents", "systeminstruction", "generationconfig", "safetysettings")
+    )
+    config, safety = config or {}, safety or []
+    if not isinstance(config, dict):
+        raise invalid("'generationConfig' must be an object")
+    if not isinstance(safety, list) or any(not _filters_nothing(setting) for setting in safety):
+        raise invalid("unsupported in 'request': safetySettings (but for the thresholds BLOCK_NONE and OFF)")
+    named = {_GEMINI_NAMES.get(squeezed(name), name): value for name, value in config.items()}
+    fields = {
+        name: value for name, value in (request | named).items() if value not in _GEMINI_NOTHING.get(squeezed(name), ())
+    }
+    refuse_unknown(fields, "'request'", frozenset())
+    return Asked(messages=from_gemini(contents, system), fields=fields)
+
+
+def _pop(values: dict[str, Any], name: str) -> Any:
+    """Take out the field of that name, which may be written ``systemInstruction`` or ``system_instruction``."""
+    return next((values.pop(written) for written in list(values) if squeezed(written) == name), None)
+
+
+def _filters_nothing(setting: Any) -> bool:
+    return isinstance(setting, dict) and setting.get("threshold") in _NO_FILTER
+
+
+def _plain_asked(values: Mapping[str, Any]) -> Asked:
+    prompt, messages, turns = (values.get(name) for name in ("prompt", "messages", "conversations"))
+    refuse_unsupported({**values, "system": None} if turns is not None else values)
+    if isinstance(prompt, list) and prompt and all(isinstance(item, dict) for item in prompt):
+        prompt, messages = None, prompt if messages is None else (prompt, messages)
+    elif messages is None and turns is not None:
+        messages = from_conversations(turns, values.get("system"))
+    if isinstance(messages, tuple) or (prompt is not None and messages is not None):
+        raise invalid("give either 'prompt' or 'messages', not both")
+    if messages is None and prompt is None:
+        raise invalid(_no_prompt(values))
+    if messages is None:
+        prompt = _single_prompt(prompt)
+    return Asked(prompt=prompt, messages=messages, fields=values, may_be_data=True)
+
+
+def _single_prompt(prompt: Any) -> str:
+    """A prompt that is text.
+
+    Raises:
+        RowError: it is something else, which is called what it is.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise invalid("'prompt' is empty")
+        return prompt
+    items = prompt if isinstance(prompt, list) else []
+    if items and all(isinstance(item, int | list) and not isinstance(item, bool) for item in items):
+        raise invalid("'prompt' is a list of token ids: bmx reads text only")
+    if items and all(isinstance(item, str) for item in items):
+        raise invalid("'prompt' is a list of texts: give each a row of its own")
+    what = "is missing or null" if prompt is None else f"must be text, not {_kind(prompt)}"
+    raise invalid(f"'prompt' {what}")
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "text")
+
+
+def _no_prompt(values: Mapping[str, Any]) -> str:
+    """What a row has in place of a prompt, and how to make one of it."""
+    names = [name for name in values if name not in {*SAMPLING_FIELDS, *_IDS}]
+    texts = [name for name in names if isinstance(values[name], str) and values[name].strip() and "{" not in name]
+    message = f"no 'prompt' or 'messages': the row has {shown_fields(names)}"
+    if not texts:
+        return message
+    likely = next((name for name in LIKELY_PROMPTS if name in texts), texts[0])
+    template = "{instruction}\\n\\n{input}" if "instruction" in texts and "input" in values else f"{{{likely}}}"
+    if "instruction" in texts and "input" not in values:
+        template = "{instruction}"
+    return f"{message}; --prompt-template '{template}' makes a prompt of such rows"
+
+
+def _is_gemini(values: Mapping[str, Any]) -> bool:
+    request = values.get("request")
+    return isinstance(request, dict) and "contents" in request and not values.keys() & _OWN_PROMPTS
+
+
+def _is_anthropic(values: Mapping[str, Any]) -> bool:
+    params = values.get("params")
+    return isinstance(params, dict) and "messages" in params and not values.keys() & _OWN_PROMPTS
+
+
+_IDS = ("id", "custom_id")
+_OWN_PROMPTS = {"prompt", "messages", "conversations"}
+PLAIN = Envelope(recognised=lambda _: True, ids=_IDS, dialect=lambda _: "plain", asked=_plain_asked)
+ENVELOPES = (
+    Envelope(recognised=_is_openai, ids=("custom_id", "id"), dialect=_openai_dialect, asked=_openai_asked),
+    Envelope(recognised=_is_anthropic, ids=("custom_id", "id"), dialect=lambda _: "anthropic", asked=_anthropic_asked),
+    Envelope(recognised=_is_gemini, ids=("key", "custom_id", "id"), dialect=lambda _: "gemini", asked=_gemini_asked),
+    PLAIN,
+)
+
+
+def envelope_of(values: Mapping[str, Any]) -> Envelope:
+    """How a row is written; plain if it has no other envelope."""
+    return next(envelope for envelope in ENVELOPES if envelope.recognised(values))
+
+
+def is_answer(values: Mapping[str, Any]) -> bool:
+    """Whether a line is a record of an output, of bmx or of a batch API, and no request."""
+    if values.keys() & {*_OWN_PROMPTS, "body", "params", "request"}:
+        return False
+    if "row_hash" in values:
+        return "text" in values or "error" in values
+    return ("custom_id" in values and bool(values.keys() & {"response", "result"})) or {
+        "key",
+        "response",
+    } <= values.keys()

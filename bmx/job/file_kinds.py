@@ -1,0 +1,147 @@
+"""What a file is that holds no JSON lines, from its first bytes and its name, and the command that converts it.
+
+Knows formats of files; knows nothing of rows. A file is refused only where it is certain that no row could be read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import PurePath
+from typing import Any
+
+from bmx.errors import InputFileError
+
+# In the commands, FILE stands for the file and OUT for the one that it becomes.
+_PANDAS = (
+    "python3 -c \"import pandas, sys; pandas.read_%s(sys.argv[1]).to_json('OUT', orient='records', lines=True)\" FILE"
+)
+_CSV = (
+    'python3 -c "import csv, json, sys; csv.field_size_limit(10**9);'
+    " [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], newline='', encoding='utf-8-sig')%s)]\""
+    " FILE > OUT"
+)
+_REPR = 'python3 -c "import ast, json, sys; [print(json.dumps(ast.literal_eval(s))) for s in sys.stdin if s.strip()]"'
+_YAML = (
+    'python3 -c "import json, sys, yaml; rows = yaml.safe_load(sys.stdin);'
+    ' [print(json.dumps(row, default=str)) for row in (rows if isinstance(rows, list) else [rows])]" < FILE > OUT'
+)
+_MAGIC = (  # first bytes, what the file is, and the command
+    (b"PAR1", "a Parquet file", _PANDAS % "parquet"),
+    (b"ARROW1", "an Arrow file", _PANDAS % "feather"),
+    (b"SQLite format 3\0", "an SQLite database", "sqlite3 -json FILE 'SELECT * FROM prompts' | jq -c '.[]' > OUT"),
+    (b"%PDF-", "a PDF", "pdftotext FILE - | jq -cRs '{prompt: .}' > OUT"),
+    (b"BZh", "compressed with bzip2", "bzip2 -dc FILE > OUT"),
+    (b"\xfd7zXZ\0", "compressed with xz", "xz -dc FILE > OUT"),
+    (b"version https://git-lfs", "a pointer of Git LFS in place of the file", "git lfs pull"),
+)
+_ENCODINGS = (  # byte order marks, and how a file begins without one; those of UTF-32 first, which begin alike
+    ("UTF-32", (b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"{\0\0\0", b"\0\0\0{", b"[\0\0\0", b"\0\0\0[")),
+    ("UTF-16", (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")),
+)
+_COLUMN = re.compile(r'"[^"]+"|\w[\w.-]*(?: [\w.-]+)*')
+_DELIMITERS = {",": "", "\t": ", delimiter='\\t'", ";": ", delimiter=';'"}
+_YAML_START = re.compile(r"---\s*$|%YAML|- +[\w-]+:(\s|$)")
+_REPR_START = re.compile(r"\{\s*'(?:[^'\\]|\\.)*'\s*:")
+_LIST_KEY = re.compile(r'"(\w+)"\s*:\s*\[\s*(?:\{.*)?$')
+_OF_ONE_ROW = {"messages", "prompt", "conversations", "contents"}
+
+
+def refuse_other_kinds(start: bytes, shown: str, name: str) -> None:
+    """Refuse a file that is certainly no file of JSON lines.
+
+    Args:
+        start: its first bytes, decompressed.
+        shown: its name in the message.
+        name: its path in the command; empty for standard input.
+
+    Raises:
+        InputFileError: says what the file is, and which command converts it.
+    """
+    plain = name.removesuffix(".gz").removesuffix(".zst")
+    found = _binary(start) or _text(start, PurePath(plain).suffix.lower())
+    if found is None:
+        return
+    what, command = found
+    path = PurePath(plain or "in.txt")
+    out = path.with_suffix(".lines.jsonl" if path.suffix == ".jsonl" else ".jsonl")
+    if plain != name:
+        unpack = "gunzip -k" if name.endswith(".gz") else "zstd -d"
+        command = f"{unpack} {shlex.quote(name)} && {command}"
+    hint = command.replace("FILE", shlex.quote(str(path))).replace("OUT", shlex.quote(str(out)))
+    raise InputFileError(f"{shown} is {what}, not a file of JSON lines", hint=hint)
+
+
+def _binary(start: bytes) -> tuple[str, str] | None:
+    for magic, what, command in _MAGIC:
+        if start.startswith(magic):
+            return what, command
+    if start.startswith(b"PK\x03\x04"):
+        if b"xl/" in start or b"[Content_Types].xml" in start[:100]:
+            return "an Excel file", _PANDAS % "excel"
+        return "a zip archive", "unzip -p FILE > OUT"
+    if start[257:262] == b"ustar":
+        return "a tar archive", "tar -xOf FILE > OUT"
+    for encoding, starts in _ENCODINGS:
+        if start.startswith(starts):
+            return f"{encoding}, not UTF-8, and so", f"iconv -f {encoding} -t UTF-8 < FILE > OUT"
+    return None
+
+
+def _text(start: bytes, suffix: str) -> tuple[str, str] | None:
+    lines = [line.strip() for line in start.decode("utf-8", "replace").lstrip("\ufeff").split("\n")]
+    first, second, third = ([line for line in lines if line] + ["", "", ""])[:3]
+    if first.startswith("["):
+        return _array(first, second, third, cut="\n" not in start.decode("latin-1"))
+    if first.startswith("{"):
+        return _object(first, second)
+    if first.lower().startswith(("<!doctype", "<html", "<?xml")):
+        return "a page of HTML or XML", 'write each text as a line such as {"prompt": "..."}'
+    if first and (suffix in (".yaml", ".yml") or _YAML_START.match(first)) and not second.startswith("{"):
+        return "YAML", _YAML
+    return _table(first, second, suffix)
+
+
+def _array(first: str, second: str, third: str, *, cut: bool) -> tuple[str, str] | None:
+    """A JSON array, on one line or on several. ``cut`` says that not even its first line is known to its end."""
+    of_objects = re.match(r"\[\s*(\{|$)", first) is not None
+    whole = _json(first) is not None
+    pretty = second and not whole and (_json(second) is None or third.startswith("]"))
+    if of_objects and (pretty or (whole and not second) or (cut and not whole)):
+        return "a JSON array", "jq -c '.[]' FILE > OUT"
+    return None
+
+
+def _object(first: str, second: str) -> tuple[str, str] | None:
+    """One JSON object over several lines, or lines of Python's dicts."""
+    if _REPR_START.match(first) and (not second or _REPR_START.match(second)):
+        return "printed by Python", f"{_REPR} < FILE > OUT"
+    continued = second.startswith(('"', "}", "]")) or (second.startswith("{") and second.endswith((",", "{")))
+    if first.endswith(("{", "[", ",", ":")) and continued and _json(first) is None:
+        key = _LIST_KEY.search(first) or _LIST_KEY.match(second)
+        inner = f"'.{key[1]}[]'" if key and key[1] not in _OF_ONE_ROW else "."
+        return "JSON over several lines", f"jq -c {inner} FILE > OUT"
+    return None
+
+
+def _table(first: str, second: str, suffix: str) -> tuple[str, str] | None:
+    """A table whose first line names the columns."""
+    if not first:
+        return None
+    named = {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(suffix)
+    for delimiter, option in _DELIMITERS.items():
+        columns = first.split(delimiter)
+        header = len(columns) > 1 and all(_COLUMN.fullmatch(column) for column in columns)
+        rows = not second.startswith(("{", "[")) and (delimiter in second or second.startswith('"'))
+        if (header and rows) or (named == delimiter and first.count(";") <= first.count(delimiter)):
+            return ("TSV" if delimiter == "\t" else "CSV"), _CSV % option
+    return None
+
+
+def _json(text: str) -> Any:
+    """The value of a text that is JSON; None for anything else."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
