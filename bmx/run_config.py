@@ -234,24 +234,32 @@ SECTIONS: Mapping[str, type] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """All settings of a command, and its inputs."""
+    """All settings of a command, its inputs, and the names of the settings that the user gave."""
 
     inputs: tuple[str, ...]
+    given: frozenset[str] = frozenset()
     job: JobConfig = JobConfig()
     engine: EngineConfig = EngineConfig()
     sampling: SamplingParams = SamplingParams()
     prompt: PromptConfig = PromptConfig()
 
     @classmethod
-    def of(cls, inputs: tuple[str, ...], values: Mapping[str, Any]) -> RunConfig:
+    def of(cls, inputs: tuple[str, ...], values: Mapping[str, Any], command: str = "run") -> RunConfig:
         """The configuration with these values of settings, by name, and defaults for the others.
+
+        Args:
+            inputs: the input files.
+            values: of settings, by name.
+            command: the command; files and behaviour of a job that it does not take keep their defaults.
 
         Raises:
             UsageError: a value out of range, or values that contradict each other.
         """
+        taken = {name: value for name, value in values.items() if command in setting_named(name).commands}
         return cls(
             inputs=inputs,
-            job=_section(JobConfig, values),
+            given=frozenset(values),
+            job=_section(JobConfig, taken),
             engine=_section(EngineConfig, values),
             sampling=_section(SamplingParams, values),
             prompt=_section(PromptConfig, values),

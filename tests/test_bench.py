@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,11 +278,12 @@ def test_shapes_have_the_parameters_of_their_models():
         (("in.jsonl", "--shape", "tiny"), 2, "it cannot be combined with --shape"),
         (("in.jsonl", "--input-tokens", 60), 2, "it cannot be combined with --input-tokens"),
         (("--shape", "tiny", "--input-tokens", "60,x"), 2, "input_tokens cannot be '60,x'"),
-        (("--shape", "tiny", "--preset", "book"), 2, "no preset is called book"),
+        (("--shape", "tiny", "--preset", "book"), 2, "preset cannot be 'book'"),
         (("--shape", "tiny", "--kv-policy", "none"), 2, "the full cache is measured anyway"),
         (("--shape", "tiny", "-o", "-"), 2, "bench keeps what it measures in a file"),
         (("--shape", "tiny", "-o", "nowhere/b.json"), 2, "the folder nowhere does not exist"),
         (("--shape", "tiny", "-o", "there.json"), 2, "there.json exists"),
+        (("--shape", "tiny", "-o", "there.json", "--overwrite"), 2, "there.json exists and is not a file of bench"),
         (("-m", "fake"), 2, "the fake model computes nothing"),
         (("missing.jsonl", "-m", "MODEL", "--output-tokens", 2), 5, "missing.jsonl"),
         (("-m", "MODEL", "--input-tokens", 300), 2, "takes 256 tokens"),
@@ -296,6 +299,35 @@ def test_what_cannot_be_measured_is_one_line_and_a_hint(bench, model, flags, cod
     assert says in ended.err
     assert not Path("bench.json").exists()
     assert Path("there.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["bench.json", "bench.png", "bench.svg"])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a8_a_file_of_another_kind_is_never_replaced(bench, name, flags):
+    Path(name).write_text('{"calibration_format": 1}')
+    ended = bench(*CELL, *flags)
+    assert (ended.code, Path(name).read_text()) == (2, '{"calibration_format": 1}')
+    assert f"{name} exists" in ended.complaint[0]
+
+
+def test_a8_an_input_is_never_the_output(bench, model):
+    Path("in.jsonl").write_text('{"prompt": "w1 w2"}\n')
+    for flags in ((), ("--overwrite",)):
+        assert bench("in.jsonl", "-m", model, "-o", "in.jsonl", *flags).code == 2
+    assert Path("in.jsonl").read_text() == '{"prompt": "w1 w2"}\n'
+
+
+def test_f_a_config_file_of_a_run_serves_the_bench_though_it_comes_through_a_pipe(bench):
+    """What only a run takes has no effect: neither its files, nor values that contradict flags of a bench."""
+    text = "kv_budget: 20\nerror_file: nowhere/e.jsonl\nstats_file: /\nretry_failed: true\nmax_errors: 1\nlimit: 1\n"
+    os.mkfifo("config")
+    writer = threading.Thread(target=lambda: Path("config").write_text(text))
+    writer.start()
+    ended = bench(*CELL[:2], "--preset", "paper", "--prompts", 2, "--input-tokens", 40, "--output-tokens", 2,
+                  "--overwrite", "--config", "config")  # fmt: skip
+    writer.join()
+    assert ended.code == 0
+    assert measured()["cells"][0]["kv_budget"] == 24  # the flag's, and not a quarter of the prompt
 
 
 def test_a_stopped_bench_keeps_the_cells_that_were_finished(bench, monkeypatch):

@@ -114,7 +114,7 @@ def _session(
     early_display = Display(log_format=flags.get("log_format") or "text")  # for errors in the settings themselves
     with stop.install_handlers(), _errors_shown(early_display, interrupted_hint):
         options = take_options(command, flags)
-        config = _gathered(inputs, flags, config_file)
+        config = _gathered(command, inputs, flags, config_file)
         job = config.job
         stop.within = job.shutdown_timeout
         display = Display(job.progress, quiet=job.quiet, log_format=job.log_format)
@@ -123,12 +123,12 @@ def _session(
             yield config, options, display, stop
 
 
-def _gathered(inputs: list[str] | None, flags: dict[str, Any], config_file: str | None) -> RunConfig:
+def _gathered(command: str, inputs: list[str] | None, flags: dict[str, Any], config_file: str | None) -> RunConfig:
     """Flags over the config file over defaults; a budget of ``auto`` is read from the calibration file."""
     from bmx.measure.calibration_file import with_calibration
 
     names = tuple(inputs or ())
-    return RunConfig.of(names, with_calibration(names, given_settings(flags, config_file)))
+    return RunConfig.of(names, with_calibration(names, given_settings(flags, config_file)), command)
 
 
 @app.callback(invoke_without_command=True)
@@ -233,14 +233,14 @@ def bench(inputs: list[str] | None, config: str | None, **flags: Any) -> None:
     from bmx.measure.bench import bench as run_bench
 
     with _session("bench", inputs, config, flags) as (settings, own, display, _):
-        given, preset = given_settings(flags, config), own.pop("preset")
-        if own["shape"] and "model" in given:
+        preset = own.pop("preset")
+        if own["shape"] and "model" in settings.given:
             raise UsageError("--shape stands for a model: it cannot be combined with --model", hint="choose one")
         paper = preset == "paper"
         options = BenchOptions(
             **{name: value for name, value in own.items() if value is not None},
             paper=paper,
-            quarter=paper and "kv_budget" not in given,
+            quarter=paper and "kv_budget" not in settings.given,
         )
         run_bench(settings, options, display)
 

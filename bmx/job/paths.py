@@ -74,6 +74,8 @@ def find_paths(config: RunConfig) -> JobPaths:
 def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Path, Path]:
     """The one file that a measuring command writes, and its lock; refused like the paths of a job.
 
+    Whether an existing file may be replaced is left to the command: it knows its own kind of file.
+
     Args:
         config: all settings; ``output_file`` names the file.
         command: the command's name, for messages.
@@ -83,7 +85,8 @@ def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Pat
         UsageError: it is not a file, its folder is missing, or a file of somebody else would be destroyed.
         OutputError: it cannot be written to.
     """
-    paths = find_paths(replace(config, job=replace(config.job, output_file=config.job.output_file or default)))
+    job = replace(config.job, output_file=config.job.output_file or default, overwrite=False)
+    paths = find_paths(replace(config, job=job))
     if paths.output is None or not paths.manifest:
         raise UsageError(f"{command} keeps what it measures in a file", hint=f"-o {default}")
     return paths.output, paths.locks[0]

@@ -34,7 +34,8 @@ from bmx.measure.bench_sides import (
     plan_lengths,
     plan_workload,
 )
-from bmx.measure.plots import plot_bench, plots_note
+from bmx.measure.calibration_file import may_replace
+from bmx.measure.plots import check_plots, plot_bench, plots_note
 from bmx.model.loader import dtype_name
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, preview_random_model
 from bmx.plan.machine_speed import Rates, measure
@@ -109,8 +110,7 @@ def bench(config: RunConfig, options: BenchOptions, display: Display) -> None:
     config = replace(config, engine=replace(config.engine, prefix_reuse=False, model=model))
     _check(config, options)
     output, lock = find_record_path(config, "bench", OUTPUT)
-    if output.exists() and not config.job.overwrite:
-        raise UsageError(f"{output} exists", hint="--overwrite replaces it, -o names another file")
+    _check_files(output, config.job.overwrite)
     try:
         with locked(lock, config.job.lock_wait), input_paths(config.inputs) as paths:
             with display.waiting(f"loading model {model}"):
@@ -152,6 +152,28 @@ def _check(config: RunConfig, options: BenchOptions) -> None:
         raise UsageError("kv_probe and kv_protect need text, and bench works on token ids", hint="leave them out")
     for tokens in (0,) if config.inputs else options.inputs:
         CompressionPolicy.from_config(_with_budget(engine, options, tokens))
+
+
+def _check_files(output: Path, overwrite: bool) -> None:
+    """Refuse to replace measurements unasked, and a file that is not of a bench in any case.
+
+    Args:
+        output: the file of the measurements.
+        overwrite: whether measurements may be replaced.
+
+    Raises:
+        UsageError: names the file.
+    """
+    if not is_bench_file(output):
+        raise UsageError(f"{output} exists and is not a file of bench", hint="choose another with -o")
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists", hint="--overwrite replaces it, -o names another file")
+    check_plots(output)
+
+
+def is_bench_file(path: Path) -> bool:
+    """Whether a file may be replaced by a bench: it is missing, empty, or one already."""
+    return may_replace(path, "bench_format")
 
 
 def _with_budget(engine: EngineConfig, options: BenchOptions, tokens: int) -> EngineConfig:

@@ -32,7 +32,7 @@ from bmx.measure.calibration_file import (
     saved_or_new_record,
 )
 from bmx.measure.plan_batch import query_for_rows
-from bmx.measure.plots import is_plot, plot_calibration, plot_paths, plots_note
+from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
 from bmx.model.spec import share_layers
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
@@ -150,12 +150,9 @@ def _check_files(output: Path) -> None:
     """
     if not is_calibration_file(output):
         raise UsageError(f"{output} exists and is not a calibration file", hint="choose another with -o")
-    kinds = {answers_path(output): is_answers_file} | dict.fromkeys(plot_paths(output), is_plot)
-    for path, is_own in kinds.items():
-        if not is_own(path):
-            raise UsageError(
-                f"{path} exists and would be replaced", hint="move it away, or choose another name with -o"
-            )
+    if not is_answers_file(answers_path(output)):
+        raise UsageError(f"{answers_path(output)} exists and would be replaced", hint=CHOOSE_ANOTHER)
+    check_plots(output)
 
 
 @dataclass(frozen=True, slots=True)

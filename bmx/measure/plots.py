@@ -9,12 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bmx.errors import UsageError
 from bmx.terminal.tables import BENCH_NAMES, budget_text, candidate_words
 
 MARKERS = {"auto": "o", "fp8": "^", "int8": "s", "int4": "D"}  # by KV format
 OTHER_MARKER = "x"
 METADATA = ("Software", "Creator")  # the entries of PNG and SVG files that name the program
 DRAWN_BY = "bmx, a plot of measurements"
+CHOOSE_ANOTHER = "move it away, or name another file with -o"
 BEGINNING = 2000  # bytes in which a plot says who has drawn it
 
 
@@ -86,6 +88,20 @@ def plots_note(files: list[Path]) -> str:
 def plot_paths(beside: Path) -> list[Path]:
     """The PNG and the SVG file that plots of a file of measurements are drawn to."""
     return [beside.with_suffix(f".{kind}") for kind in ("png", "svg")]
+
+
+def check_plots(beside: Path) -> None:
+    """Refuse to draw plots over files that are not plots of bmx.
+
+    Args:
+        beside: the file of the measurements.
+
+    Raises:
+        UsageError: names the file.
+    """
+    for path in plot_paths(beside):
+        if not is_plot(path):
+            raise UsageError(f"{path} exists, and a plot would replace it", hint=CHOOSE_ANOTHER)
 
 
 def is_plot(path: Path) -> bool:
