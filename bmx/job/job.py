@@ -19,12 +19,12 @@ from bmx.engine.prompt_lengths import sampling_step
 from bmx.errors import BmxError, InputFileError, UsageError
 from bmx.job.fingerprint import CUTTING, differences, fingerprint, row_hash_key
 from bmx.job.input_rows import Reader, input_reader, model_names
-from bmx.job.journal import REMEDY, Journal
+from bmx.job.journal import REMEDY, SET_ASIDE, Journal
 from bmx.job.ledger import SHOWN, Ledger, Strays, Todo
 from bmx.job.locks import locked
 from bmx.job.manifest import SPARE, State, read_manifest, run_finished, run_started, write_json, write_state
 from bmx.job.paths import JobPaths, file_stamps, find_paths, input_paths
-from bmx.job.result_writer import TOO_LONG, FirstRows, ResultWriter
+from bmx.job.result_writer import ALIKE, TOO_LONG, FirstRows, ResultWriter
 from bmx.job.stats_file import updated_stats_file
 from bmx.plan.planner import Plan, plan_record
 from bmx.request import Request, Result
@@ -36,7 +36,6 @@ from bmx.terminal.reports import nothing_left_lines, plan_lines, row_line, summa
 from bmx.terminal.tables import counted
 
 FIND_OUT = "finished answers are saved; run the same command again to find out what has changed, and to resume"
-SET_ASIDE = "--set-aside moves them to {path}.set-aside and resumes with the others"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +131,7 @@ def find_state(
     ledger.enter_rows(reader, job.limit)
     if paths.used and not job.overwrite:
         _check_same_job(config, paths, mark, manifest)
-        journal.read(ledger, retry_failed=job.retry_failed)
+        journal.read(ledger, retry_failed=job.retry_failed, set_aside=job.set_aside)
         _match(config, paths, manifest, ledger)
     return JobState(
         config=config,
@@ -267,12 +266,13 @@ def _check_first_rows(state: JobState) -> bool:
     Raises:
         InputFileError: the first rows all fail in the same way, and --max-errors does not say that it may be so.
     """
-    first = FirstRows() if state.config.job.max_errors is None else None
+    first = FirstRows()
     for row in state.reader.rows(state.todo.skip):
         if row.request:
             return True
-        if first and row.error and first.alike(row.error):
-            message = f"the first {first.count:,} rows all fail in the same way: {_without_line(row.error.message)}"
+        first.expect(row.id)
+        if first.fail(row.id, row.error) and row.error and state.config.job.max_errors is None:
+            message = f"the first {ALIKE} rows all fail in the same way: {_without_line(row.error.message)}"
             raise InputFileError(message, hint="mend the rows or the command; --max-errors N runs all the same")
     return False
 
@@ -407,22 +407,24 @@ def recording(
         ended = "interrupted"
         raise
     finally:
-        if ended == "finished" and path:
-            write_json(path, record | run_finished(ended, plan, stats))
-        elif ended != "finished":  # the error that ended the run is on its way: another one must not hide it
-            with suppress(BmxError):
-                state.journal.close()
-            if path:
-                _write_failed(path, record, ended, plan, stats)
+        _close_quietly(state.journal)
+        if path:
+            _write_end(path, record, ended, plan, stats)
 
 
-def _write_failed(path: Path, record: dict[str, Any], ended: State, plan: Plan | None, stats: Stats) -> None:
-    """Say in the manifest that the run has not finished, on a full disk too."""
-    with suppress(BmxError):
-        try:
-            write_json(path, record | run_finished(ended, plan, stats))
-        except BmxError:
-            write_state(path, record, ended)
+def _write_end(path: Path, record: dict[str, Any], ended: State, plan: Plan | None, stats: Stats) -> None:
+    """Say in the manifest how the run ended, on a full disk too.
+
+    Raises:
+        OutputError: it cannot be written. An error that has ended the run is not hidden by another one.
+    """
+    try:
+        write_json(path, record | run_finished(ended, plan, stats))
+    except BmxError:
+        with suppress(BmxError):
+            write_state(path, record, "failed" if ended == "finished" else ended)
+        if ended == "finished":
+            raise
 
 
 def _begin(state: JobState, display: Display) -> None:

@@ -19,6 +19,7 @@ from bmx.job.output_records import KnownRecord, read_record, renamed, strict_dum
 from bmx.terminal.tables import counted
 
 BEGINNING = b'{"id": '  # what every record begins with
+SET_ASIDE = "--set-aside moves them to {path}.set-aside and resumes with the others"
 REMEDY = "--overwrite starts over, -o names another output"
 OUTPUT, ERRORS = range(2)  # the files in the ledger
 _STAYS = -1
@@ -53,12 +54,13 @@ class Journal:
         """Whether the files hold records that stay."""
         return bool(self._ends[OUTPUT] or (self._ends[ERRORS] and not self._drop_errors))
 
-    def read(self, ledger: Ledger, *, retry_failed: bool = False) -> None:
+    def read(self, ledger: Ledger, *, retry_failed: bool = False, set_aside: bool = False) -> None:
         """Enter the records of earlier runs.
 
         Args:
             ledger: takes them.
             retry_failed: leave out the records in the error file, so that their rows are answered again.
+            set_aside: also set the lines of a file aside that holds no record at all.
 
         Raises:
             UsageError: a file holds no record of bmx, but something else.
@@ -69,6 +71,9 @@ class Journal:
             ledger.enter_records(number, ((line, record) for line, record in lines if not (drop and record)))
             ledger.forget_lines_behind(number, lines.last)
             self._ends[number] = lines.end
+            if lines.foreign and not set_aside:
+                hint = f"{SET_ASIDE.format(path=file.path)}; {REMEDY}"
+                raise UsageError(f"{file.path} holds something else than records of bmx", hint=hint)
 
     def begin(self, ledger: Ledger) -> list[str]:
         """Mend the files and begin to add records.
@@ -179,15 +184,13 @@ class _Records:
     """Pairs of the number of each line of a file and its record, or None for a line that is not a record.
 
     A write that was cut off by a crash or a power cut leaves a torn tail. ``end`` is where it begins, and ``last`` the
-    number of the line before it.
-
-    Raises:
-        UsageError: the file was not written by bmx.
+    number of the line before it. ``foreign`` is whether the file has lines, but no record among them.
     """
 
     def __init__(self, file: LineFile) -> None:
         self._file = file
         self.end = self.last = 0
+        self.foreign = False
 
     def __iter__(self) -> Iterator[tuple[int, KnownRecord | None]]:
         position, found, continued = 0, 0, False
@@ -200,8 +203,7 @@ class _Records:
             found += record is not None
             continued = not piece.endswith(b"\n")
             yield number, record
-        if self.end and not found:
-            raise UsageError(f"{self._file.path} holds something else than records of bmx", hint=REMEDY)
+        self.foreign = bool(self.end) and not found
 
 
 def is_of_bmx(path: Path, *, errors_only: bool = False) -> bool:
@@ -212,11 +214,11 @@ def is_of_bmx(path: Path, *, errors_only: bool = False) -> bool:
         errors_only: whether all its records must be errors.
     """
     file = LineFile(path, read_only=True)
-    records = (record for _, record in _Records(file) if record)
+    lines = _Records(file)
     try:
-        return all(record.error_code is not None or not errors_only for record in records)
-    except UsageError:
-        return False
+        return all(record is None or record.error_code is not None or not errors_only for _, record in lines) and (
+            not lines.foreign
+        )
     finally:
         file.close()
 

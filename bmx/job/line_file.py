@@ -43,6 +43,10 @@ class LineFile:
     def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
         self._path = path
         self._name = str(path) if path else "standard output"
+        self._watched = path
+        if path:
+            with suppress(OSError):  # there is no working folder
+                self._watched = Path(os.path.abspath(path))
         self._fd = -1
         self._regular = path is not None and (path.is_file() or not path.exists())
         self._size = 0
@@ -235,7 +239,7 @@ class LineFile:
         with self._writing:
             ours, size = os.fstat(self._fd), self._size
         try:
-            there = os.stat(self.path)
+            there = os.stat(self._watched or self.path)
         except (FileNotFoundError, NotADirectoryError):
             what = "was deleted or moved away"
         else:

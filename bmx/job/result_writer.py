@@ -21,29 +21,34 @@ TOO_LONG = "context_length_exceeded"
 ALIKE = 100  # rows that fail in the same way, none before them with an answer: the run gives up
 
 
-@dataclass(slots=True)
 class FirstRows:
-    """Whether the first rows of a run have all failed in the same way: then the others would too.
+    """Whether the first rows of a run all fail in the same way: then the others would too."""
 
-    Attributes:
-        count: number of rows so far that have; None once one has not.
-    """
+    def __init__(self) -> None:
+        self._names: set[str | int] = set()
+        self._failed = 0
+        self._way: tuple[str, str] | None = None
+        self._alike = True
 
-    count: int | None = 0
-    _way: tuple[str, str] | None = None
+    def expect(self, name: str | int) -> None:
+        """Note that a row was read."""
+        if self._alike and len(self._names) < ALIKE:
+            self._names.add(name)
 
-    def alike(self, error: RowError | None) -> bool:
-        """Count a row; whether it is the one that decides.
+    def fail(self, name: str | int, error: RowError | None) -> bool:
+        """Count the result of a row; whether it is the last of the first rows, and all have failed alike.
 
         Args:
+            name: the row's id.
             error: of the row; None for an answer.
         """
-        if self.count is None:
+        if not self._alike or name not in self._names:
             return False
         way = (error.code, re.sub("[0-9]+", "0", error.message)) if error else None
         self._way = self._way or way
-        self.count = self.count + 1 if way and way == self._way else None
-        return self.count == ALIKE
+        self._alike = way is not None and way == self._way
+        self._failed += 1
+        return self._alike and self._failed == ALIKE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +96,7 @@ class ResultWriter:
         if row.id in self._rows:
             raise InputFileError("the input has changed while it was read: an id occurs twice")
         self._rows[row.id] = (row.key, row.dialect)
+        self._first.expect(row.id)
 
     def put(self, result: Result) -> None:
         """Write a result, or hold it back until the rows before it are written.
@@ -113,7 +119,7 @@ class ResultWriter:
         self.stats.count_row(code, skipped=skipped)
         if self.on_result:
             self.on_result(result)
-        if self.max_errors is None and not skipped and self._first.alike(result.error) and result.error:
+        if self.max_errors is None and self._first.fail(result.id, None if skipped else result.error) and result.error:
             message = f"gave up: the first {ALIKE} rows all failed in the same way: {result.error.message}"
             raise BmxError(message, hint="mend the cause and use --retry-failed; --max-errors N runs all the same")
         if self.max_errors is not None and self.stats.failed_now > self.max_errors:
