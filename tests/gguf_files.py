@@ -45,6 +45,18 @@ def random_model(model_type: str = "llama", **changes: Any) -> Any:
     return model.eval()
 
 
+def model_that_says(token: int) -> Any:
+    """A model whose every next token is this one."""
+    model = random_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight[token] = 1.0
+    return model
+
+
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a Llama's queries or keys in the order of GGUF files, where rotated pairs are neighbours."""
     return weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from gguf_files import random_model, write_gguf
+from gguf_files import CHATML, END, MESSAGE_END, START, TURN_END, model_that_says, random_model, write_gguf
 from transformers import AutoModelForCausalLM
 
 from bmx import Engine, EngineConfig
@@ -179,6 +179,36 @@ def test_c1_a_gguf_file_that_is_no_model_is_named_so(tmp_path, kind):
     write_gguf(tmp_path / "tiny.gguf", random_model(), keys={"general.type": kind})
     with pytest.raises(ModelError, match=f"not a model: it says that it is of the type {kind}"):
         unpacked_folder([tmp_path / "tiny.gguf"])
+
+
+# ---- the end of an answer ----
+
+
+def ends(source):
+    """Finish reasons of two answers."""
+    config = EngineConfig(model=str(source), dtype="float32", device="cpu", kv_policy="none")
+    with Engine.open(config) as engine:
+        return {result.finish_reason for result in engine.generate(["he", "heat"], max_tokens=3)}
+
+
+@pytest.mark.parametrize(
+    ("token", "keys", "template"),
+    [
+        (END, {}, None),
+        (TURN_END, {"tokenizer.ggml.eot_token_id": TURN_END}, None),
+        (MESSAGE_END, {"tokenizer.ggml.eom_token_id": MESSAGE_END}, None),
+        (TURN_END, {}, CHATML),
+        (END, {"tokenizer.ggml.eot_token_id": TURN_END}, CHATML),
+    ],
+)
+def test_c2_each_token_that_ends_a_text_a_turn_or_a_message_ends_the_answer(tmp_path, token, keys, template):
+    write_gguf(tmp_path / "tiny.gguf", model_that_says(token), keys=keys, template=template)
+    assert ends(tmp_path / "tiny.gguf") == {"stop"}
+
+
+def test_c2_a_token_that_begins_a_turn_ends_nothing(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", model_that_says(START))
+    assert ends(tmp_path / "tiny.gguf") == {"length"}
 
 
 # ---- split files ----

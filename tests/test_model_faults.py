@@ -181,6 +181,42 @@ def test_m8_a_model_without_an_end_token_ends_at_max_tokens_and_one_with_several
         assert record["text"].split() == first[name][: len(record["text"].split())]
 
 
+def test_c2_the_token_that_the_chat_template_writes_after_an_answer_ends_answers(run, folder):
+    assert run().code == 0
+    end = answers()[0]["text"].split()[1]
+    word_tokenizer(additional_special_tokens=[end, "w1", "w2"]).save_pretrained(folder)
+    template = (
+        "{%% for m in messages %%}{{ m.content }}{%% if m.role == 'assistant' %%} %s w2{%% endif %%}{%% endfor %%}"
+    )
+    for after, reason in {"w1": "length", end: "stop"}.items():
+        change(folder / "tokenizer_config.json", chat_template=template % after)
+        assert run("--overwrite").code == 0
+        assert answers()[0]["finish_reason"] == reason
+
+
+@pytest.mark.parametrize(
+    "text", ["{torn", "[1]", "", '{"eos_token_id": "w5"}', '{"eos_token_id": [[5]]}', '{"eos_token_id": 5.5}']
+)
+def test_e_a_generation_config_that_cannot_be_read_is_refused_by_its_name(run, folder, text):
+    (folder / "generation_config.json").write_text(text)
+    ended = run()
+    assert ended.code == 1
+    assert "generation_config.json" in ended.complaint[0]
+    assert not Path("in.out.jsonl").exists()
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("token", [-1, 128])
+def test_e_an_end_token_outside_of_the_vocabulary_is_warned_of(run, folder, token, file):
+    change(folder / "generation_config.json", eos_token_id=[token] if file == "generation_config.json" else None)
+    change(folder / "config.json", eos_token_id=token)
+    ended = run()
+    assert ended.code == 0
+    [warning] = [line for line in ended.log if line.startswith("warning: ")]
+    assert f"{file} of model" in warning
+    assert f"({token})" in warning
+
+
 def test_m9_a_run_is_not_gone_on_with_by_another_commit_of_its_model(run):
     assert run("--limit", "1").code == 0
     manifest = Path("in.out.jsonl.run.json")

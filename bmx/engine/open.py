@@ -40,7 +40,7 @@ def open_model(config: EngineConfig) -> tuple[Any, Backend]:
     tokenizer = load_tokenizer(source, config)
     check_memory(config, partial(preview_spec, config))
     use_all_cores()
-    return tokenizer, ModelBackend(load_model(source, config))
+    return tokenizer, ModelBackend(load_model(source, config, tokenizer))
 
 
 def check_cache(config: EngineConfig, prompt: PromptConfig) -> None:

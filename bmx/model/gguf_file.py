@@ -14,6 +14,7 @@ ROPE_TENSORS = (FREQS, LONG, SHORT)
 OTHER_WAY = "use the model's own folder with config.json and safetensors, as it was before it was converted to GGUF"
 BIG_ARRAYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 NAMES = "name the parts model-00001-of-00003.gguf and so on, or merge them: llama-gguf-split --merge FIRST WHOLE.gguf"
+NO_TOKEN = 2**32 - 1  # how some writers say that there is none
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -82,7 +83,7 @@ class GgufFile:
     def end_token_ids(self) -> list[int]:
         """Ids of the tokens that end a text, a turn or a message."""
         ids = {self.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS}
-        return sorted(int(token) for token in ids if token is not None)
+        return sorted(int(token) for token in ids if token is not None and token != NO_TOKEN)
 
     def check_all_read(self, model: Any) -> None:
         """Refuse the file if it has more numbers than the loaded model: some of its tensors were left out.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
+from bmx.model.end_tokens import end_tokens
 from bmx.model.hub import cached_commit
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
 from bmx.redact import without_secrets
@@ -70,8 +71,13 @@ def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -
         )
 
 
-def load_model(source: str, config: EngineConfig) -> LoadedModel:
+def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> LoadedModel:
     """Load a model to its device and inspect it.
+
+    Args:
+        source: folder or hub id.
+        config: says how to load it.
+        tokenizer: the model's tokenizer, which knows how a turn ends; without one, the model's config alone decides.
 
     Raises:
         MemoryLimitError: the device has no room for it.
@@ -85,6 +91,7 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     with loading_errors(config.model):
         model_config = AutoConfig.from_pretrained(source, **where)
     check_config(model_config)
+    ends = end_tokens(source, config, model_config, tokenizer) if tokenizer else None
     with contextlib.suppress(KeyError):  # a model with code of its own is not in the table
         _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, so that it counts as runtime
     hardware.trim_heap()
@@ -103,6 +110,7 @@ def load_model(source: str, config: EngineConfig) -> LoadedModel:
     if device.type == "cpu":
         _read_pages(model)
     loaded = replace(prepare(model.eval(), runtime), commit=cached_commit(source, config.revision))
+    loaded = loaded if ends is None else replace(loaded, end_token_ids=ends)
     return quantize_int8(loaded) if config.int8 else loaded
 
 
@@ -245,7 +253,8 @@ def loading_errors(name: str) -> Iterator[None]:
             cause, hint = "its weights have other shapes than its config says", "download the model again"
         else:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            cause, hint = lines[0] if lines else type(error).__name__, SOURCES
+            shown = lines[: 2 if lines and lines[0].endswith(":") else 1]
+            cause, hint = " ".join(shown) or type(error).__name__, SOURCES
         raise ModelError(f"cannot load model {name}: {without_secrets(cause)}", hint=hint) from error
 
 
