@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
 import pytest
+from gguf_files import random_model, write_gguf
 
 from bmx import cache
+from bmx.errors import ModelError
+from bmx.model import gguf_cache
 from bmx.plan import machine_speed
 from bmx.plan.machine_speed import machine_rates
 
@@ -143,3 +147,46 @@ def test_e2_without_a_home_there_is_no_cache_in_the_current_folder(monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *_: Path("~/.cache/bmx"))
     with pytest.raises(OSError, match="no home folder"):
         cache.cache_folder("rates")
+
+
+@pytest.fixture
+def gguf(tmp_path, monkeypatch) -> Path:
+    """A tiny GGUF file; nothing is unpacked yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf", random_model())
+    return tmp_path / "tiny.gguf"
+
+
+def test_e2_a_model_that_cannot_be_unpacked_is_one_line_that_names_the_folder_and_the_variable(gguf, tmp_path):
+    with file_limit(4096), pytest.raises(ModelError, match=r"cache .*/cache/bmx: File too large") as refused:
+        gguf_cache.unpacked_folder([gguf])
+    assert "XDG_CACHE_HOME" in refused.value.hint
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+    assert gguf_cache.kept_folder([gguf]) is None
+    assert gguf_cache.unpacked_folder([gguf]) == gguf_cache.kept_folder([gguf])
+
+
+def test_e2_a_disk_without_room_for_a_model_is_known_before_it_is_unpacked(gguf, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100))
+    with pytest.raises(ModelError, match="No space left on device"):
+        gguf_cache.unpacked_folder([gguf])
+
+
+@pytest.mark.parametrize("place", ["/dev/null/nowhere", None])
+def test_e2_without_a_cache_a_gguf_file_is_refused_in_one_line(gguf, monkeypatch, place):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    if place is None:
+        monkeypatch.setattr("platformdirs.user_cache_path", lambda *_: Path("~/.cache/bmx"))
+    with pytest.raises(ModelError, match=r"Not a directory|no home folder") as refused:
+        gguf_cache.unpacked_folder([gguf])
+    assert "XDG_CACHE_HOME" in refused.value.hint
+
+
+def test_e2_a_model_that_lost_a_part_of_its_weights_is_unpacked_again(gguf):
+    folder = gguf_cache.unpacked_folder([gguf])
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
+    assert gguf_cache.kept_folder([gguf]) is None
+    assert gguf_cache.unpacked_folder([gguf]) == folder
+    assert weights.read_bytes() == content

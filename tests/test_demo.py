@@ -70,7 +70,7 @@ def test_the_unpacked_model_is_kept_and_found_again():
     folder = Path(find_source(EngineConfig()))
     assert folder == Path(find_source(EngineConfig(model=str(demo_model_path()))))
     assert (folder / "config.json").is_file()
-    assert not list(folder.parent.glob(".unpacking-*"))
+    assert not list(folder.parent.glob(".*.partial"))
 
 
 def test_without_the_demo_model_the_error_says_the_line_that_installs_it(monkeypatch):

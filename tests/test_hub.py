@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
+from bmx.errors import ModelError
 from bmx.model import hub
+from bmx.model.loader import loading_errors
 
 COMMIT = "c" * 40
 
@@ -159,3 +163,18 @@ def test_e1_offline_by_variable_says_so_and_needs_no_warning(run, closed, monkey
     assert run("-q").err == ""
     ended = run("--overwrite", model="org/other")
     assert "HF_HUB_OFFLINE" in ended.complaint[0]
+
+
+def test_e2_a_full_cache_of_the_hub_is_named_with_its_variable():
+    for number in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        with pytest.raises(ModelError, match="cannot be kept in the cache") as refused, loading_errors("org/tiny"):
+            raise OSError(number, os.strerror(number))
+        assert os.strerror(number) in refused.value.message
+        assert "HF_HOME" in refused.value.hint
+
+
+def test_e2_a_place_of_the_hub_that_cannot_be_read_is_no_matter_of_the_network(run, server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/dev/null/token")
+    ended = run()
+    assert "cannot read /dev/null/token: Not a directory" in ended.complaint[0]
+    assert "HF_HOME" in ended.complaint[1]

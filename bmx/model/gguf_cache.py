@@ -6,15 +6,18 @@ Knows transformers' loading of GGUF files; knows nothing of running a model.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
+import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bmx.cache import cache_folder, filled, is_whole
 from bmx.errors import ModelError
 from bmx.model.gguf_config import complete_config
 from bmx.model.gguf_file import GgufFile
@@ -51,11 +54,12 @@ def find_parts(file: Path, name: str) -> list[Path]:
     return parts
 
 
-def kept_folder(parts: Sequence[Path]) -> Path:
-    """The folder in which the unpacked model of these parts is kept, or will be."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("bmx") / "gguf" / f"{_digest(parts)}-{CACHE_VERSION}"
+def kept_folder(parts: Sequence[Path]) -> Path | None:
+    """The folder in which the unpacked model of these parts is kept; None if it is not there, or damaged."""
+    with contextlib.suppress(OSError):
+        folder = _folder(parts)
+        return folder if is_whole(folder) else None
+    return None
 
 
 def unpacked_folder(parts: Sequence[Path]) -> Path:
@@ -64,30 +68,18 @@ def unpacked_folder(parts: Sequence[Path]) -> Path:
     Raises:
         ModelError: the file cannot be read faithfully, or the cache cannot be written.
     """
-    folder = kept_folder(parts)
-    if (folder / "config.json").is_file():
-        return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+        return filled(_folder(parts), partial(_unpack, parts))
     except OSError as error:
+        place = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         raise ModelError(
-            f"cannot write the model cache {folder.parent}: {error.strerror}",
-            hint="set XDG_CACHE_HOME to another folder",
+            f"cannot keep the unpacked model in the cache {place}/bmx: {error.strerror or error}",
+            hint="make room there, or set XDG_CACHE_HOME to another folder",
         ) from None
-    try:
-        _unpack(parts, work)
-        work.chmod(0o755)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # no other run unpacked it first: the rename itself failed
-                raise
-    except OSError as error:
-        raise ModelError(f"cannot write the model cache {folder.parent}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+
+
+def _folder(parts: Sequence[Path]) -> Path:
+    return cache_folder("gguf") / f"{_digest(parts)}-{CACHE_VERSION}"
 
 
 def read_config(parts: Sequence[Path]) -> Any:
@@ -117,6 +109,8 @@ def _unpack(parts: Sequence[Path], folder: Path) -> None:
     import torch
     import transformers
 
+    if sum(part.stat().st_size for part in parts) / 2 > shutil.disk_usage(folder).free:  # more than half, in any format
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     file, config = _read_config(parts)
     with loading_errors(str(parts[0])), contextlib.redirect_stderr(io.StringIO()):  # its reader draws bars of its own
         whole = parts[0] if len(parts) == 1 else _merge(parts, folder / "whole.gguf")
@@ -137,11 +131,28 @@ def _unpack(parts: Sequence[Path], folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.generation_config.eos_token_id = config.eos_token_id
-    model.save_pretrained(folder)
+    _save(model, folder)
     tokenizer.save_pretrained(folder)
     if len(parts) > 1:
         del model
         whole.unlink()
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Write a model's files.
+
+    Raises:
+        OSError: they cannot be written; safetensors has errors of its own for that.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def _merge(parts: Sequence[Path], whole: Path) -> Path:

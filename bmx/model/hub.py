@@ -18,7 +18,9 @@ BUSY_WAITS = (1.0, 2.0)  # seconds before a busy hub (429, 5xx) is asked again
 CHECK_NAME = "no folder here has that name either: check it and --revision; private models need HF_TOKEN"
 CHECK_KIND = "--model takes a hub id (owner/name), a local folder or a .gguf file"
 CHECK_NETWORK = "check the name, the network, the proxy and HF_ENDPOINT; or name a local folder or .gguf file"
+CHECK_HOME = "HF_HOME names the folder of the hub's models and token"
 CHECK_CACHE = "check the name, unset HF_HUB_OFFLINE, or name a local folder or .gguf file"
+PLACE_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileNotFoundError)
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,8 @@ def _problem(name: str, revision: str | None) -> str | None:
             if wait is None or not (status == 429 or status >= 500):
                 return f"{hub} answers {status}"
             time.sleep(wait)
+        except PLACE_ERRORS as error:  # the file of the token
+            raise ModelError(f"cannot read {error.filename}: {error.strerror}", hint=CHECK_HOME) from None
         except Exception as error:  # of the HTTP library, whose name changes: no network, no such host, a timeout
             return f"{hub} cannot be reached ({without_secrets(str(error)) or type(error).__name__})"
         else:

@@ -6,9 +6,12 @@ Knows transformers' loading; knows nothing of KV caches, plans or requests.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmx import hardware
@@ -22,6 +25,8 @@ from bmx.redact import without_secrets
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
 
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+CANNOT_WRITE |= {errno.ENOTDIR}
 PAGE = 4096  # bytes
 RUNTIME_BYTES = {"cpu": 292 * 10**6, "cuda": 750 * 10**6}  # of libraries and a CUDA context, if they are not measured
 SOURCES = "--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file"
@@ -251,11 +256,25 @@ def loading_errors(name: str) -> Iterator[None]:
             cause, hint = "it comes with code of its own", "--trust-remote-code runs it; read it first, and pin it"
         elif "ignore_mismatched_sizes" in str(error):
             cause, hint = "its weights have other shapes than its config says", "download the model again"
+        elif isinstance(error, OSError) and error.errno in CANNOT_WRITE and not Path(name).exists():
+            cause, hint = _cache_problem(error.errno)
         else:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             shown = lines[: 2 if lines and lines[0].endswith(":") else 1]
             cause, hint = " ".join(shown) or type(error).__name__, SOURCES
         raise ModelError(f"cannot load model {name}: {without_secrets(cause)}", hint=hint) from error
+
+
+def _cache_problem(number: int) -> tuple[str, str]:
+    """What to say when a hub model cannot be stored, and what to do.
+
+    Args:
+        number: the system's number of the error.
+    """
+    from huggingface_hub import constants
+
+    cause = f"it cannot be kept in the cache {constants.HF_HUB_CACHE}: {os.strerror(number)}"
+    return cause, "make room there, or set HF_HOME to another folder"
 
 
 def silence_transformers() -> None:

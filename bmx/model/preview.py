@@ -113,7 +113,7 @@ def locate_files(config: EngineConfig) -> tuple[str, str | None]:
         return find_source(config), None
     parts = find_parts(path, config.model)
     folder = kept_folder(parts)
-    return (str(folder), None) if (folder / "config.json").is_file() else (str(path.parent), parts[0].name)
+    return (str(folder), None) if folder else (str(path.parent), parts[0].name)
 
 
 def tokenizer_bytes(config: EngineConfig) -> int:
