@@ -149,7 +149,10 @@ def test_c4_a_template_that_takes_only_the_last_message_refuses_the_others():
 def test_c4_a_template_that_cuts_texts_refuses_long_ones():
     template = "{% for m in messages %}{{ m.content[:20] }}{% endfor %}"
     assert rendered(template, ("user", "short enough")) == "short enough"
-    assert "message 1 of 1" in refused(template, ("user", "this text is longer than what the template takes"))
+    for text in ("this text is longer than what the template takes", "word word word word word word", "a " * 20 + "."):
+        assert "message 1 of 1" in refused(template, ("user", text))
+    collapsing = "{% for m in messages %}{{ m.content.split() | join(' ') }}{% endfor %}"
+    assert rendered(collapsing, ("user", " two\n\n words\t")) == "two words"
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, SILENT], ids=["raises", "silent"])
@@ -185,8 +188,11 @@ def test_c4_reasoning_of_earlier_answers_may_go_and_so_may_switches_of_the_templ
     assert "It is Paris." in found
     template = "{{ messages[0].content.replace('/no_think', '') }}{{ messages[1].content }}"
     assert rendered(template, ("system", "answer /no_think"), ("user", "hello")) == "answer hello"
-    template = template.replace("/no_think", "").replace("'', ''", "messages[0].content, 'gone'")
-    assert "message 1 of 2" in refused(template, ("system", "answer /no_think"), ("user", "hello"))
+    assert rendered(template, ("system", "answer/no_think well"), ("user", "hello")) == "answer wellhello"
+    with_filter = template.replace(".replace('/no_think', '')", "|replace('/no_think', '')|trim")
+    assert rendered(with_filter, ("system", "/no_think answer"), ("user", "hello")) == "answerhello"
+    other = template.replace("replace('/no_think', '')", "split('/no_think')[0]")
+    assert "message 1 of 2" in refused(other, ("system", "answer /no_think well"), ("user", "hello"))
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather_of", "arguments": '{"city": "Oslo"}'}}

@@ -497,6 +497,7 @@ def test_an_end_token_ends_an_answer_and_is_no_part_of_its_text(params, text, re
         ("the end<|im_start|>\nuser", ("<|im_start|>\n",), "the end"),
         ("the end\n<|im_start|>user", ("\n<|im_start|>user",), "the end"),
         ("é<|im_start|>", ("<|im_start|>",), "é"),
+        ("the end<|im_end|>", ("end<|im_end|>",), "the "),
     ],
 )
 def test_c7_a_stop_string_that_is_or_holds_a_special_token_ends_the_answer(said, stop, text, ignore_eos):

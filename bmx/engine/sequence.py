@@ -165,7 +165,7 @@ class Sequence:
             self.finish_reason, self.error = "error", "nan_logits"
             return
         self.answer.append(token_id)
-        if token_id in self.last_ids or self._meets_stop_string(token_id):
+        if self._meets_stop_string(token_id) or token_id in self.last_ids:
             self.finish_reason = "stop"
         elif len(self.answer) >= self.max_tokens:
             self.finish_reason = "length"

@@ -292,6 +292,8 @@ class _Calibration:
             with self._measuring(f"full cache: {len(requests)} prompts") as stats:
                 full_answers = FullCacheAnswers.generate(full, requests, self.stop, stats)
             full_answers.save(path, made_by)
+            for warning in full.prompt_warnings():
+                self.display.warn(warning)
         for place, reason in full_answers.failed.items():
             self.display.warn(f"row {requests[place].id} cannot be answered, and is left out: {reason}")
         if not full_answers.answers:

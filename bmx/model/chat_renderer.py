@@ -110,6 +110,16 @@ class ChatRenderer:
         return frozenset(roles)
 
     @cached_property
+    def _switches(self) -> frozenset[str]:
+        """What the template itself takes out of texts, such as ``/no_think``: the literals that it replaces."""
+        from jinja2 import nodes
+
+        calls = list(self._tree.find_all((nodes.Call, nodes.Filter))) if self._tree else []
+        named = [call for call in calls if "replace" in (getattr(call, "name", ""), getattr(call.node, "attr", ""))]
+        first = [call.args[0] for call in named if call.args]
+        return frozenset(part.value for part in first if isinstance(part, nodes.Const) and isinstance(part.value, str))
+
+    @cached_property
     def _tree(self) -> Any:
         """The template's syntax tree; None for a template that cannot be read."""
         from jinja2 import Environment, TemplateError
@@ -187,16 +197,16 @@ class ChatRenderer:
         return frozenset(place for place, own in enumerate(marks) if not all(mark in text for mark in own))
 
     def _shown(self, words: str, message: Message, text: str) -> bool:
-        """Whether the rendered text has a message's words, apart from white space, reasoning and JSON's escapes."""
+        """Whether the rendered text has a message's words, but for white space, JSON's escapes, reasoning, switches."""
         words = words.strip()
         if words in text or json.dumps(words, ensure_ascii=False)[1:-1] in text:
             return True
         if message.get("role") == "assistant":
             for end in REASONING_ENDS:
                 words = words.rpartition(end)[2]
-        # A word that the template's source names may be a switch, such as /no_think, which the template takes out.
-        missing = set(words.split()) - set(text.split())
-        return all(word in text or word in self._source for word in missing)
+        for switch in self._switches:
+            words = words.replace(switch, "")
+        return " ".join(words.split()) in " ".join(text.split())
 
     def _complaint(self, place: int, messages: Sequence[Message]) -> str:
         role = messages[place].get("role")

@@ -48,10 +48,13 @@ class PromptEncoder:
         self._control = () if config.parse_special_tokens else self._spellings
         self._of_assistants = () if config.parse_special_tokens else special
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
-        if config.system_prompt is not None and not (self._has_template and config.chat_template):
-            raise UsageError("a system prompt needs the model's chat template, which is missing or turned off")
-        if config.chat_template_kwargs and not self._has_template:
-            raise UsageError("chat_template_kwargs needs the model's chat template, which is missing")
+        if not (self._has_template and config.chat_template):
+            given = {
+                "a system prompt": config.system_prompt is not None,
+                "chat_template_kwargs": config.chat_template_kwargs,
+            }
+            for what in (name for name, value in given.items() if value):
+                raise UsageError(f"{what} needs the model's chat template, which is missing or turned off")
         template = str(getattr(tokenizer, "chat_template", None) or "")
         of_turns = (token for token in self._spellings if not template or token in template)
         self._turn_tokens = tuple(token for token in of_turns if not TAG.fullmatch(token))
@@ -119,6 +122,7 @@ class PromptEncoder:
         if self._config.parse_special_tokens and (request.raw or request.messages or not self._config.chat_template):
             return  # its control tokens act, and nothing is wrapped around them
         texts = [request.prompt] if request.messages is None else [m.get("content") for m in request.messages]
+        texts.append(self._config.system_prompt)
         self._rendered += any(isinstance(text, str) and self._looks_rendered(text) for text in texts)
 
     def _looks_rendered(self, text: str) -> bool:
