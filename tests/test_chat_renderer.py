@@ -153,6 +153,8 @@ def test_c4_a_template_that_cuts_texts_refuses_long_ones():
         assert "message 1 of 1" in refused(template, ("user", text))
     collapsing = "{% for m in messages %}{{ m.content.split() | join(' ') }}{% endfor %}"
     assert rendered(collapsing, ("user", " two\n\n words\t")) == "two words"
+    in_a_line = "{{ messages[0].content | replace('\\n', ' ') }}{{ messages[0].content.replace(' ', '') }}"
+    assert rendered(in_a_line, ("user", "two\nwords")) == "two wordstwo\nwords"
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, SILENT], ids=["raises", "silent"])

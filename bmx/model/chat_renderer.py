@@ -204,9 +204,11 @@ class ChatRenderer:
         if message.get("role") == "assistant":
             for end in REASONING_ENDS:
                 words = words.rpartition(end)[2]
+        left = words
         for switch in self._switches:
-            words = words.replace(switch, "")
-        return " ".join(words.split()) in " ".join(text.split())
+            left = left.replace(switch, "")
+        line = " ".join(text.split())
+        return any(" ".join(part.split()) in line for part in (words, left))
 
     def _complaint(self, place: int, messages: Sequence[Message]) -> str:
         role = messages[place].get("role")
