@@ -293,7 +293,7 @@ def test_i11_a_byte_order_mark_and_windows_line_ends_are_accepted(run):
 def test_i11_utf_16_is_refused_with_a_remedy(run, encoding):
     IN.write_bytes(raw(row("a")).decode().encode(encoding))
     said = refused(run(IN), folder())
-    assert "in.jsonl is UTF-16" in said
+    assert "in.jsonl is a file in UTF-16" in said
     assert "iconv" in said
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from bmx.errors import InputFileError
@@ -16,6 +16,10 @@ from bmx.errors import InputFileError
 # In the commands, FILE stands for the file and OUT for the one that it becomes.
 _PANDAS = (
     "python3 -c \"import pandas, sys; pandas.read_%s(sys.argv[1]).to_json('OUT', orient='records', lines=True)\" FILE"
+)
+_ARROW_STREAM = (
+    'python3 -c "import pyarrow.ipc, sys; table = pyarrow.ipc.open_stream(sys.argv[1]).read_all();'
+    " table.to_pandas().to_json('OUT', orient='records', lines=True)\" FILE"
 )
 _CSV = (
     'python3 -c "import csv, json, sys; csv.field_size_limit(10**9);'
@@ -30,6 +34,7 @@ _YAML = (
 _MAGIC = (  # first bytes, what the file is, and the command
     (b"PAR1", "a Parquet file", _PANDAS % "parquet"),
     (b"ARROW1", "an Arrow file", _PANDAS % "feather"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", _ARROW_STREAM),
     (b"SQLite format 3\0", "an SQLite database", "sqlite3 -json FILE 'SELECT * FROM prompts' | jq -c '.[]' > OUT"),
     (b"%PDF-", "a PDF", "pdftotext FILE - | jq -cRs '{prompt: .}' > OUT"),
     (b"BZh", "compressed with bzip2", "bzip2 -dc FILE > OUT"),
@@ -37,15 +42,18 @@ _MAGIC = (  # first bytes, what the file is, and the command
     (b"version https://git-lfs", "a pointer of Git LFS in place of the file", "git lfs pull"),
 )
 _ENCODINGS = (  # byte order marks, and how a file begins without one; those of UTF-32 first, which begin alike
-    ("UTF-32", (b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"{\0\0\0", b"\0\0\0{", b"[\0\0\0", b"\0\0\0[")),
-    ("UTF-16", (b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")),
+    ("UTF-32", (b"\xff\xfe\0\0", b"\0\0\xfe\xff")),
+    ("UTF-32LE", (b"{\0\0\0", b"[\0\0\0")),
+    ("UTF-32BE", (b"\0\0\0{", b"\0\0\0[")),
+    ("UTF-16", (b"\xff\xfe", b"\xfe\xff")),
+    ("UTF-16LE", (b"{\0", b"[\0")),
+    ("UTF-16BE", (b"\0{", b"\0[")),
 )
 _COLUMN = re.compile(r'"[^"]+"|\w[\w.-]*(?: [\w.-]+)*')
 _DELIMITERS = {",": "", "\t": ", delimiter='\\t'", ";": ", delimiter=';'"}
 _YAML_START = re.compile(r"---\s*$|%YAML|- +[\w-]+:(\s|$)")
 _REPR_START = re.compile(r"\{\s*'(?:[^'\\]|\\.)*'\s*:")
-_LIST_KEY = re.compile(r'"(\w+)"\s*:\s*\[\s*(?:\{.*)?$')
-_OF_ONE_ROW = {"messages", "prompt", "conversations", "contents"}
+_LIST_OR_ROW = re.compile(r'"(?:(messages|prompt|conversations|contents|params|body)"\s*:|(\w+)"\s*:\s*\[\s*\{)')
 
 
 def refuse_other_kinds(start: bytes, shown: str, name: str) -> None:
@@ -60,17 +68,19 @@ def refuse_other_kinds(start: bytes, shown: str, name: str) -> None:
         InputFileError: says what the file is, and which command converts it.
     """
     plain = name.removesuffix(".gz").removesuffix(".zst")
-    found = _binary(start) or _text(start, PurePath(plain).suffix.lower())
+    found = _binary(start) or _text(start, Path(plain).suffix.lower())
     if found is None:
         return
     what, command = found
-    path = PurePath(plain or "in.txt")
-    out = path.with_suffix(".lines.jsonl" if path.suffix == ".jsonl" else ".jsonl")
+    path = Path(plain or "in.txt")
+    out = path.with_suffix("" if path.stem.endswith(".jsonl") else ".jsonl")
+    if out == path or out.exists():
+        out = path.with_suffix(".lines.jsonl")
     if plain != name:
         unpack = "gunzip -k" if name.endswith(".gz") else "zstd -d"
         command = f"{unpack} {shlex.quote(name)} && {command}"
     hint = command.replace("FILE", shlex.quote(str(path))).replace("OUT", shlex.quote(str(out)))
-    raise InputFileError(f"{shown} is {what}, not a file of JSON lines", hint=hint)
+    raise InputFileError(f"{shown} is {what}, not JSON lines in UTF-8", hint=hint)
 
 
 def _binary(start: bytes) -> tuple[str, str] | None:
@@ -85,17 +95,18 @@ def _binary(start: bytes) -> tuple[str, str] | None:
         return "a tar archive", "tar -xOf FILE > OUT"
     for encoding, starts in _ENCODINGS:
         if start.startswith(starts):
-            return f"{encoding}, not UTF-8, and so", f"iconv -f {encoding} -t UTF-8 < FILE > OUT"
+            return f"a file in {encoding}", f"iconv -f {encoding} -t UTF-8 < FILE > OUT"
     return None
 
 
 def _text(start: bytes, suffix: str) -> tuple[str, str] | None:
-    lines = [line.strip() for line in start.decode("utf-8", "replace").lstrip("\ufeff").split("\n")]
+    text = start.decode("utf-8", "replace").lstrip("\ufeff")
+    lines = [line.strip() for line in text.split("\n", maxsplit=200)[:200]]
     first, second, third = ([line for line in lines if line] + ["", "", ""])[:3]
     if first.startswith("["):
-        return _array(first, second, third, cut="\n" not in start.decode("latin-1"))
+        return _array(first, second, third, cut="\n" not in text)
     if first.startswith("{"):
-        return _object(first, second)
+        return _object(first, second, text)
     if first.lower().startswith(("<!doctype", "<html", "<?xml")):
         return "a page of HTML or XML", 'write each text as a line such as {"prompt": "..."}'
     if first and (suffix in (".yaml", ".yml") or _YAML_START.match(first)) and not second.startswith("{"):
@@ -113,15 +124,15 @@ def _array(first: str, second: str, third: str, *, cut: bool) -> tuple[str, str]
     return None
 
 
-def _object(first: str, second: str) -> tuple[str, str] | None:
-    """One JSON object over several lines, or lines of Python's dicts."""
+def _object(first: str, second: str, text: str) -> tuple[str, str] | None:
+    """JSON objects over several lines, the rows themselves or one with a list of them; or Python's dicts."""
     if _REPR_START.match(first) and (not second or _REPR_START.match(second)):
-        return "printed by Python", f"{_REPR} < FILE > OUT"
+        return "a file of Python dicts", f"{_REPR} < FILE > OUT"
     continued = second.startswith(('"', "}", "]")) or (second.startswith("{") and second.endswith((",", "{")))
     if first.endswith(("{", "[", ",", ":")) and continued and _json(first) is None:
-        key = _LIST_KEY.search(first) or _LIST_KEY.match(second)
-        inner = f"'.{key[1]}[]'" if key and key[1] not in _OF_ONE_ROW else "."
-        return "JSON over several lines", f"jq -c {inner} FILE > OUT"
+        found = _LIST_OR_ROW.search(text)
+        inner = f"'.{found[2]}[]'" if found and found[2] else "."
+        return "JSON that spans lines", f"jq -c {inner} FILE > OUT"
     return None
 
 
