@@ -33,7 +33,7 @@ _GEMINI_NOTHING = {"responsemimetype": ("text/plain",), "tools": ([],), "toolcon
 _NO_FILTER = {"BLOCK_NONE", "OFF"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Asked:
     """What a row asks, in bmx's own words, not yet checked.
 
@@ -205,6 +205,8 @@ def _is_anthropic(values: Mapping[str, Any]) -> bool:
 
 _IDS = ("id", "custom_id")
 _OWN_PROMPTS = {"prompt", "messages", "conversations"}
+_ENVELOPES = {"body", "url", "params", "request"}
+_REQUESTS = _OWN_PROMPTS | {"body", "params", "request"}
 PLAIN = Envelope(recognised=lambda _: True, ids=_IDS, dialect=lambda _: "plain", asked=_plain_asked)
 ENVELOPES = (
     Envelope(recognised=_is_openai, ids=("custom_id", "id"), dialect=_openai_dialect, asked=_openai_asked),
@@ -216,12 +218,14 @@ ENVELOPES = (
 
 def envelope_of(values: Mapping[str, Any]) -> Envelope:
     """How a row is written; plain if it has no other envelope."""
+    if values.keys().isdisjoint(_ENVELOPES):
+        return PLAIN
     return next(envelope for envelope in ENVELOPES if envelope.recognised(values))
 
 
 def is_answer(values: Mapping[str, Any]) -> bool:
     """Whether a line is a record of an output, of bmx or of a batch API, and no request."""
-    if values.keys() & {*_OWN_PROMPTS, "body", "params", "request"}:
+    if not values.keys().isdisjoint(_REQUESTS):
         return False
     if "row_hash" in values:
         return "text" in values or "error" in values

@@ -181,7 +181,7 @@ class Reader:
             self._check_model(asked.fields.get("model"))
         messages = None if asked.messages is None else checked_messages(asked.messages)
         refuse_continuation(asked.fields, messages[-1]["role"].lower() if messages else None)
-        own = {name: asked.fields[name] for name in SAMPLING_FIELDS if asked.fields.get(name) is not None}
+        own = {name: value for name in SAMPLING_FIELDS if (value := asked.fields.get(name)) is not None}
         row.request = Request(
             id=row.id,
             prompt=asked.prompt,

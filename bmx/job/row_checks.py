@@ -82,6 +82,7 @@ INSTEAD = {  # what to write in place of a field that is not supported
     "random_seed": "'seed'",
     "repeat_penalty": "'repetition_penalty'",
 }  # fmt: skip
+LONGEST_NAME = 40  # letters of a misspelt field, and more than any field has
 LONG_NAME = 8  # letters from which one wrong letter is a typo and no other word
 
 
@@ -99,13 +100,19 @@ def refuse_unsupported(values: Mapping[str, Any]) -> None:
     Raises:
         RowError: names them.
     """
-    unsupported = [name for name in NOT_SUPPORTED.keys() & values.keys() if not asks_for_nothing(name, values[name])]
+    unsupported, misspelt = [], []
+    for name, value in values.items():
+        if name in _KNOWN_IN_PLAIN_ROWS:
+            continue
+        if name in NOT_SUPPORTED:
+            if not asks_for_nothing(name, value):
+                unsupported.append(name)
+        elif len(name) < LONGEST_NAME and (meant := _meant(name)) and _is_good(meant, value):
+            misspelt.append(f"unknown field {name!r}: did you mean {meant!r}?")
     if unsupported:
         raise invalid(f"unsupported: {_named(unsupported)} ({IF_DATA})")
-    for name in sorted(values.keys() - _KNOWN - NOT_SUPPORTED.keys()):
-        meant = _meant(name) if len(name) < 40 else None
-        if meant and _is_good(meant, values[name]):
-            raise invalid(f"unknown field {name!r}: did you mean {meant!r}? ({IF_DATA})")
+    if misspelt:
+        raise invalid(f"{min(misspelt)} ({IF_DATA})")
 
 
 def refuse_unknown(values: Mapping[str, Any], where: str, known: frozenset[str]) -> None:
@@ -143,6 +150,8 @@ def refuse_continuation(values: Mapping[str, Any], last_role: str | None) -> Non
     Raises:
         RowError: names the field.
     """
+    if not values.keys() & {"continue_final_message", "add_generation_prompt"}:
+        return
     continued = last_role in ("assistant", "model")
     for name, done in (("continue_final_message", continued), ("add_generation_prompt", not continued)):
         value = values.get(name)
@@ -220,3 +229,4 @@ def _one_typo(written: str, meant: str) -> bool:
 
 
 _KNOWN = frozenset((*SAMPLING_FIELDS, "add_generation_prompt", "chat_template_kwargs", "continue_final_message"))
+_KNOWN_IN_PLAIN_ROWS = _KNOWN | {"id", "messages", "prompt"}
