@@ -510,6 +510,18 @@ def test_a9_answers_that_were_cut_to_fit_are_not_those_of_other_limits(tmp_path)
     assert work.answers["long"]["truncated"]
 
 
+def test_a1_rows_that_moved_from_one_share_to_another_are_not_counted_in_both(tmp_path):
+    work = Work(tmp_path / "work", [{"prompt": f"prompt {i}"} for i in range(10)], "--shard", "1/2")
+    assert work().code == 0
+    assert len(work.records) == 5
+    work.put([{"prompt": "new"}, *({"prompt": f"prompt {i}"} for i in range(10))])
+    ended = work()
+    assert ended.code == 2
+    assert "see line 1, 3, 5, 7, 9" in ended.err
+    assert work("--set-aside").code == 0
+    assert set(work.records) == {f"line-{i}" for i in (1, 3, 5, 7, 9, 11)}
+
+
 def test_b5_a_lock_that_is_a_link_is_not_followed(tmp_path):
     work = Work(tmp_path / "work", [{"prompt": "x"}])
     (tmp_path / "precious").write_text("")

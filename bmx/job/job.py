@@ -191,7 +191,7 @@ def _match(config: RunConfig, paths: JobPaths, manifest: dict[str, Any] | None, 
         UsageError: answers belong to no row, and the user has not said what becomes of them.
     """
     before, after = (manifest or {}).get("settings", {}), config.flat()
-    strays = ledger.match(drop_cut=any(before.get(name) != after[name] for name in CUTTING))
+    strays = ledger.match(config.job.share, drop_cut=any(before.get(name) != after[name] for name in CUTTING))
     if config.job.set_aside:
         ledger.set_strays_aside()
     elif strays.count:

@@ -215,10 +215,11 @@ def is_of_bmx(path: Path, *, errors_only: bool = False) -> bool:
     """
     file = LineFile(path, read_only=True)
     lines = _Records(file)
+    records = (record for _, record in lines if record)
     try:
-        return all(record is None or record.error_code is not None or not errors_only for _, record in lines) and (
-            not lines.foreign
-        )
+        if errors_only:
+            return all(record.error_code is not None for record in records) and not lines.foreign
+        return next(records, None) is not None or not lines.foreign
     finally:
         file.close()
 

@@ -183,13 +183,14 @@ class Ledger:
         with _full_disk():
             self._insert("INSERT INTO records VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", entries())
 
-    def match(self, *, drop_cut: bool = False) -> Strays:
+    def match(self, share: tuple[int, int] = (1, 1), *, drop_cut: bool = False) -> Strays:
         """Find the row of each record, and what becomes of records without one.
 
         A row without an id is called after its line, which may have moved: its record gets the new name. A second
         answer of a row is to be set aside. An error of a row that has an answer, was mended or is gone is dropped.
 
         Args:
+            share: the lines of this job, as for ``todo``; a record of another row is a stray.
             drop_cut: whether records of prompts or answers that were cut to fit count as strays.
         """
         with _full_disk():
@@ -202,6 +203,7 @@ class Ledger:
                 for statement in (MATCH_IN_PLACE, MATCH_OWN_IDS, MATCH_MOVED):
                     if not self._all_matched:
                         self._db.execute(statement, (is_answer,))
+            self._db.execute("DELETE FROM taken WHERE (line - ?) % ?", share)
             self._db.execute(RENAME_MOVED)
             if self._all_matched:
                 return Strays(0, ())

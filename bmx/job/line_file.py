@@ -255,7 +255,9 @@ class LineFile:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LockedError(f"another run is at work: it writes to {self._name}") from None
+            raise LockedError(f"another run is at work: it writes to {self._name}", hint="wait for its end") from None
+        except OSError as error:
+            raise self._error(error, "cannot lock") from None
 
     def _error(self, error: OSError, what: str = "cannot write") -> OutputError:
         return OutputError(f"{what} {self._name}: {error.strerror}", hint=KEPT)
