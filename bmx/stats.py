@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+QUIET_SECONDS = 30.0  # a run in which no row finished for less than this is never unusually quiet
+
 
 @dataclass(slots=True, kw_only=True)
 class Stats:
@@ -22,11 +24,14 @@ class Stats:
     errors: Counter[str] = field(default_factory=Counter)  # failed rows by code, in this run or before
     failed_now: int = 0  # failed rows of this run
     last_row: float | None = None  # when a row was last finished, by the monotonic clock
+    longest_quiet: float = 0.0  # most seconds in which no row was finished, before one was
     prompt_tokens: int = 0
     reused_prompt_tokens: int = 0  # copied from another row's slot; not among prompt_tokens
     generated_tokens: int = 0
-    work_total: int = 0  # tokens of all prompts and of answers of full length
-    work_saved: int = 0  # tokens of them that early ends made unnecessary
+    prompt_work: int = 0  # tokens of all prompts
+    answer_work: int = 0  # most tokens that all answers may have
+    ended_work: int = 0  # most tokens that the answers may have had which have ended
+    ended_tokens: int = 0  # tokens that these have
     memory_bytes: int = 0
     peak_memory_bytes: int = 0
     active_slots: int = 0
@@ -65,6 +70,7 @@ class Stats:
             skipped: whether it was left out on purpose.
         """
         self.rows_done += 1
+        self.longest_quiet = max(self.longest_quiet, self.quiet_seconds)
         self.last_row = time.monotonic()
         if skipped:
             self.rows_skipped += 1
@@ -81,17 +87,63 @@ class Stats:
         """Seconds since the run began."""
         return time.monotonic() - self.started
 
+    def count_answer(self, allowed: int, tokens: int) -> None:
+        """Add an answer that has ended.
+
+        Args:
+            allowed: most tokens that it might have had.
+            tokens: those that it has.
+        """
+        self.ended_work += allowed
+        self.ended_tokens += tokens
+
     @property
-    def work_done(self) -> int:
-        """Tokens of ``work_total`` that were computed or copied, or that an early end made unnecessary."""
-        return self.prompt_tokens + self.reused_prompt_tokens + self.generated_tokens + self.work_saved
+    def _prompt_tokens_left(self) -> int:
+        return max(0, self.prompt_work - self.prompt_tokens - self.reused_prompt_tokens)
+
+    @property
+    def _answer_tokens_left(self) -> float:
+        """Tokens that answers will still get, if they use the share of their room that ended answers have used."""
+        share = self.ended_tokens / self.ended_work if self.ended_work else 1.0
+        begun = self.generated_tokens - self.ended_tokens
+        return max(0.0, (self.answer_work - self.ended_work) * share - begun)
+
+    @property
+    def reading_seconds_left(self) -> float | None:
+        """Seconds that the steps take which read the remaining prompts, at their pace so far; None before the first."""
+        if not self.prompt_tokens:
+            return None
+        return self._prompt_tokens_left * self.prefill_seconds / self.prompt_tokens
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds that the remaining work takes at the pace so far; None before the first step."""
-        if not self.work_done or not self.work_total:
+        """Seconds that the remaining work takes; None as long as the pace of a kind of step that it needs is not known.
+
+        Prompts and answers are counted apart, since their tokens differ in cost by orders of magnitude. Answers also
+        grow in the steps that read prompts; only the other tokens need steps of their own.
+        """
+        reading = self.reading_seconds_left
+        if reading is None or not (self.prompt_work or self.answer_work):
             return None
-        return self.elapsed * max(0, self.work_total - self.work_done) / self.work_done
+        beside = (self.generated_tokens - self.decode_tokens) / self.prompt_tokens
+        alone = self._answer_tokens_left - beside * self._prompt_tokens_left
+        if alone <= 0:
+            return reading
+        return reading + alone * self.decode_seconds / self.decode_tokens if self.decode_tokens else None
+
+    @property
+    def share_done(self) -> float | None:
+        """Share of the run's time that has passed; None as long as the time left is not known."""
+        left, passed = self.seconds_left, self.prefill_seconds + self.decode_seconds
+        return None if left is None else passed / (passed + left) if passed + left else 0.0
+
+    @property
+    def is_unusually_quiet(self) -> bool:
+        """Whether no row was finished for much longer than this run's rows take."""
+        left = self.seconds_left if self.seconds_left is not None else self.reading_seconds_left
+        seconds = self.prefill_seconds + self.decode_seconds + (left or 0.0)
+        row_seconds = seconds * self.slots / max(1, self.rows_total - self.rows_before)
+        return self.quiet_seconds >= max(QUIET_SECONDS, 2 * row_seconds, 2 * self.longest_quiet)
 
     @property
     def prefill_rate(self) -> float:

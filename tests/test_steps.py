@@ -255,7 +255,7 @@ def test_late_tokens_change_no_answer(sizes, ahead, rounds, slots):
     answered, late = late_answers(requests, ahead, rounds, max_num_seqs=slots)
     assert answered == expected
     assert late.backend.last_runner.most_unread <= ahead + 1
-    for name in ("prompt_tokens", "generated_tokens", "work_done"):
+    for name in ("prompt_tokens", "generated_tokens", "ended_work", "ended_tokens"):
         assert getattr(late.stats, name) == getattr(plain.stats, name), name
 
 

@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 
+from bmx.plan.memory import SlotGroup
 from bmx.redact import without_secrets
 from bmx.stats import Stats
-from bmx.terminal.display import Display, status_line
+from bmx.terminal.display import Display
 from bmx.terminal.foreign import foreign_lines
+from bmx.terminal.reports import plan_range, status_line
+from bmx.terminal.tables import megabytes
 
 SECRET = "hf_" + "s3cr3t" * 6
 WORDS = "the quick brown fox was never here"
@@ -118,6 +121,54 @@ def test_o19_a_run_in_which_no_row_finishes_says_for_how_long(monkeypatch):
     assert "no row finished" not in status_line(stats)
 
 
+def halfway(**more: Any) -> Stats:
+    """A run in 2 slots that has read 1,000 of 4,000 prompt tokens in 10 s and generated 100 of 400 in 20 s."""
+    stats = Stats(rows_total=4, slots=2, prompt_work=4000, answer_work=400, **more)
+    stats.prompt_tokens, stats.prefill_seconds = 1000, 10.0
+    stats.generated_tokens, stats.decode_tokens, stats.decode_seconds = 100, 100, 20.0
+    return stats
+
+
+def test_t6_a_silence_that_is_usual_for_the_job_is_not_told_of():
+    stats = halfway()  # 120 s in all for 4 rows in 2 slots: a row takes about a minute
+    stats.started -= 100
+    assert "no row finished" not in status_line(stats)
+    stats.started -= 25
+    assert "no row finished for 2 min 05 s" in status_line(stats)
+    stats.count_row(None)
+    stats.last_row -= 200  # not twice the longest silence before
+    assert "no row finished" not in status_line(stats)
+    stats.last_row -= 60
+    assert "no row finished for 4 min 20 s" in status_line(stats)
+
+
+def test_t7_the_time_left_counts_prompts_and_answers_apart():
+    assert halfway().seconds_left == pytest.approx(3000 * 0.01 + 300 * 0.2)
+    reading = Stats(rows_total=4, prompt_work=4000, answer_work=400)
+    assert (reading.seconds_left, reading.share_done) == (None, None)
+    reading.count_step(
+        prompt_tokens=1000, decode_tokens=0, sampled=1, rounds=1, seconds=10.0, active=2, full_cache_bytes=0
+    )
+    assert reading.seconds_left is None  # how long the answers take is not known yet
+    assert "at least 30 s left" in status_line(reading)
+    beside = halfway(ended_work=400, ended_tokens=100)  # every answer has ended: only prompts are left
+    assert beside.seconds_left == pytest.approx(30.0)
+
+
+def test_t7_early_ends_shorten_the_time_left_by_what_they_tell_of_other_answers():
+    stats = halfway()
+    stats.count_answer(allowed=100, tokens=10)  # a tenth of what it might have had
+    assert stats.seconds_left == pytest.approx(3000 * 0.01)  # the 90 tokens in flight are more than the rest will need
+    stats.answer_work = 10**6
+    assert stats.seconds_left == pytest.approx(30 + ((10**6 - 100) * 0.1 - 90) * 0.2)
+
+
+def test_t7_tokens_that_grow_beside_prompts_need_no_steps_of_their_own():
+    stats = halfway()
+    stats.generated_tokens += 200  # in the steps that read the 1,000 prompt tokens
+    assert stats.seconds_left == pytest.approx(30.0)
+
+
 def test_o19_the_heartbeat_comes_by_itself(run, monkeypatch):
     """Every line of it has the counters; here it beats as fast as it can, during a row that takes until its timeout."""
     monkeypatch.setattr("bmx.terminal.display.EARLY_SECONDS", 0.01)
@@ -130,6 +181,103 @@ def test_o19_the_heartbeat_comes_by_itself(run, monkeypatch):
     assert [json.loads(line)["id"] for line in Path("in.out.jsonl").read_text().splitlines()] == ["b"]
     [failed] = Path("in.out.jsonl.errors.jsonl").read_text().splitlines()
     assert json.loads(failed)["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_t4_the_live_progress_shows_bar_rows_time_left_and_speed(width):
+    from rich.console import Console
+
+    from bmx.terminal.progress import RunProgress
+
+    stats = halfway(rows_done=1, active_slots=2, memory_bytes=826_000_000)
+    stats.errors["timeout"] += 1
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(RunProgress(stats, console))
+    bar, rest = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", console.file.getvalue()).splitlines()
+    assert max(len(bar), len(rest)) <= width
+    assert bar.startswith("━" * 8)
+    assert bar.rstrip().endswith("25%, 1/4 rows (1 failed), about 1 min 30 s left")
+    assert "prompt 100 tok/s, generated 3 tok/s, 0 s elapsed" in rest
+    assert "2/2 slots, memory 826 MB" in rest
+
+
+def test_t4_what_does_not_fit_beside_the_rest_is_left_out():
+    from bmx.terminal.progress import fitting
+
+    assert list(fitting(["a" * 50, "b" * 20, "c" * 40, "d" * 4], 78)) == ["a" * 50, "b" * 20, "d" * 4]
+    assert list(fitting(["a" * 50], 20)) == ["a" * 50]
+
+
+class Terminal(io.StringIO):
+    """A standard error that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("progress", ["auto", "rich"])
+def test_t4_a_terminal_that_only_takes_lines_gets_lines(monkeypatch, progress):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for name, live in (("dumb", False), ("unknown", False), ("xterm", True)):
+        monkeypatch.setenv("TERM", name)
+        display = Display(progress)
+        with display.waiting("loading"), display.live(Stats()):
+            display.note("hello")
+        text = sys.stderr.getvalue()
+        assert ("\x1b" in text) == live
+        assert bool(re.search(r"(?m)^\d{4}-\d\d-\d\dT\S+Z hello$", text)) != live
+        sys.stderr.truncate(0)
+
+
+def test_t4_no_color_has_no_colours(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with Display().live(halfway()):
+        pass
+    assert "rows" in sys.stderr.getvalue()
+    assert not re.search(r"\x1b\[[0-9;]*m", sys.stderr.getvalue())
+
+
+def test_t4_long_lines_break_between_words_on_a_terminal_and_paths_stay_whole(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "30")
+    path = "/data/" + "x" * 40
+    Display().note(f"one two three four five six seven {path} eight")
+    assert sys.stderr.getvalue().splitlines() == ["one two three four five six", "seven", path, "eight"]
+
+
+class Broken(Terminal):
+    """A terminal that is gone, or a log on a full disk."""
+
+    def write(self, _: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    flush = write
+
+
+@pytest.mark.parametrize("mode", ["rich", "plain"])
+def test_t4_a_display_that_breaks_does_not_stop_the_run(run, monkeypatch, mode):
+    monkeypatch.setattr("bmx.terminal.display.EARLY_SECONDS", 0.01)
+    monkeypatch.setattr(sys, "stderr", Broken())
+    monkeypatch.setenv("TERM", "xterm")
+    assert run("-v", "--progress", mode).code == 0
+    assert len(Path("in.out.jsonl").read_text().splitlines()) == 5
+
+
+def test_t5_the_plan_is_told_in_ranges():
+    groups = tuple(SlotGroup(capacity=128 * i, slots=i) for i in range(1, 12))
+    assert plan_range(groups) == "66 of 128 to 1,408 KV pairs"
+    assert plan_range(groups[:1]) == "1 of 128 KV pairs"
+
+
+def test_t8_one_is_not_many_and_small_is_not_nothing(run):
+    ended = run(rows=[{"id": 1, "prompt": "w"}])
+    assert ended.code == 0
+    assert "1 prompt of 1 token in all" in ended.err
+    assert not re.search(r"\b1 (prompts|tokens|rows|slots|times)\b| 0 MB|\b(?!100)[1-9]\d{2,}% of the", ended.err)
+    assert megabytes(4321) == "4 kB"
 
 
 def test_o20_many_rows_that_fail_alike_are_one_line(run):

@@ -257,7 +257,8 @@ class Run:
             full_cache_bytes=self._full_cache.nbytes(launched.held),
         )
         stats.memory_bytes, stats.peak_memory_bytes = meter.now, meter.peak
-        stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in finished)
+        for sequence in finished:
+            stats.count_answer(sequence.max_tokens, len(sequence.answer))
 
     def drain_finished(self) -> Iterator[Result]:
         """The results of finished sequences that were not handed out yet."""
@@ -336,8 +337,8 @@ class _Attempt:
             elif now - sequence.started >= allowed:
                 late.append(sequence)
         self._scheduler.drop(late)
-        self._context.stats.work_saved += sum(sequence.max_tokens - len(sequence.answer) for sequence in late)
         for sequence in late:
+            self._context.stats.count_answer(sequence.max_tokens, len(sequence.answer))
             yield failure(sequence, "timeout", f"not finished after {allowed:g} s (--row-timeout)")
 
     def _launch_next(self) -> int:

@@ -297,7 +297,8 @@ def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, P
         plan = engine.plan(lengths)
     for warning in engine.prompt_warnings():
         display.warn(warning)
-    stats.work_total = every * sum(length.prompt_tokens + length.max_tokens for length in lengths)
+    stats.prompt_work = every * sum(length.prompt_tokens for length in lengths)
+    stats.answer_work = every * sum(length.max_tokens for length in lengths)
     display.report(plan_lines(model, plan, lengths, state.todo.left, every))
     return engine, plan
 

@@ -274,7 +274,8 @@ def _answer(engine: Engine, plan: Plan, workload: Workload, display: Display) ->
     beginnings = [ids[: plan.step.chunk_size] for ids in workload.prompts[:2]]
     list(engine.run(_requests(beginnings, min(2, answer_tokens)), plan))
     prompts = len(workload.prompts)
-    stats = Stats(rows_total=prompts, work_total=workload.prompt_tokens + prompts * answer_tokens)
+    answers = prompts * answer_tokens
+    stats = Stats(rows_total=prompts, prompt_work=workload.prompt_tokens, answer_work=answers)
     started = time.perf_counter()
     requests = _requests(workload.prompts, answer_tokens)
     with display.live(stats), closing(engine.run(requests, plan, stats=stats)) as results:

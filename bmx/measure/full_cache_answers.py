@@ -237,7 +237,8 @@ def _answer(
     lengths = engine.measure(requests)
     plan, stats = engine.plan(lengths), stats or Stats()
     stats.rows_total = len(requests)
-    stats.work_total = sum(length.prompt_tokens + length.max_tokens for length in lengths)
+    stats.prompt_work = sum(length.prompt_tokens for length in lengths)
+    stats.answer_work = sum(length.max_tokens for length in lengths)
     for result in engine.run(requests, plan, stats=stats, stop=stop, watch=watch, forced=forced):
         stats.count_row(result.error.code if result.error else None)
         yield result

@@ -6,10 +6,12 @@ On a terminal the progress is live; elsewhere it is a plain line every few secon
 from __future__ import annotations
 
 import json
+import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bmx.errors import OutputError
 from bmx.periodic import periodically
@@ -18,13 +20,13 @@ from bmx.terminal.reports import Line, status_line
 from bmx.units import now
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
+    from rich.console import Console
 
     from bmx.stats import Stats
 
 EARLY_SECONDS, LATER_SECONDS = 10.0, 60.0  # between lines of progress off a terminal
 EARLY_UNTIL = 120.0  # seconds since the run began
-REFRESH_PER_SECOND = 2.0
+DUMB = ("dumb", "unknown")  # terminals that only take lines
 
 
 class Display:
@@ -37,12 +39,11 @@ class Display:
     """
 
     def __init__(self, progress: str = "auto", *, quiet: bool = False, log_format: str = "text") -> None:
-        live = progress == "rich" or (progress == "auto" and sys.stderr is not None and sys.stderr.isatty())
+        self._stream = LastingStream(sys.stderr)  # the same while `foreign_lines` takes what others print
         self._json = log_format == "json"
-        self._mode = "none" if progress == "none" or quiet else "rich" if live and not self._json else "plain"
-        self._live = live and not self._json
-        self._stream = sys.stderr  # stays the same while `foreign_lines` takes what others print
-        self._silent = sys.stderr is None
+        wanted = progress == "rich" or (progress == "auto" and self._stream.isatty())
+        self._live = wanted and not self._json and os.environ.get("TERM", "").lower() not in DUMB
+        self._mode = "none" if progress == "none" or quiet else "rich" if self._live else "plain"
         self._made_console: Console | None = None
 
     @property
@@ -50,9 +51,12 @@ class Display:
         from rich.console import Console
 
         if self._made_console is None:
-            force = True if self._mode == "rich" else None
             self._made_console = Console(
-                file=self._stream, markup=False, highlight=False, emoji=False, soft_wrap=True, force_terminal=force
+                file=self._stream,  # type: ignore[arg-type]  # it writes, and that is all that rich does
+                markup=False,
+                highlight=False,
+                emoji=False,
+                force_terminal=True if self._mode == "rich" else None,
             )
         return self._made_console
 
@@ -86,27 +90,21 @@ class Display:
             self._print(f"hint: {hint}", "error")
 
     def _print(self, text: str, level: str, numbers: Mapping[str, Any] | None = None) -> None:
-        """Print a line. A full log disk or a closed terminal must not stop the run: from then on nothing is printed."""
-        if self._silent:
-            return
+        """Print a line."""
         text = printable(without_secrets(text))
-        try:
-            if self._live:
-                self._console.print(text)
-            elif self._json:
-                line = {"time": now(), "level": level, "message": text, **(numbers or {})}
-                self._line(json.dumps(line, allow_nan=False))
-            else:
-                self._line(f"{now()} {text}")
-        except (OSError, ValueError):
-            self._silent = True
+        if self._live:
+            self._console.print(self._wrapped(text), soft_wrap=True)
+        elif self._json:
+            line = {"time": now(), "level": level, "message": text, **(numbers or {})}
+            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
+        else:
+            self._stream.write(f"{now()} {text}\n")
+        self._stream.flush()
 
-    def _line(self, text: str) -> None:
-        stream = self._stream
-        stream.write(
-            text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8") + "\n"
-        )
-        stream.flush()
+    def _wrapped(self, text: str) -> str:
+        """Text in lines of the terminal's width; a long word such as a path stays whole."""
+        width = self._console.width
+        return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) if text else text
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -127,26 +125,14 @@ class Display:
     def live(self, stats: Stats) -> Iterator[None]:
         """Show the counters while the body runs."""
         if self._mode == "rich":
-            with self._rich(stats):
+            from bmx.terminal.progress import shown
+
+            with shown(stats, self._console):
                 yield
         elif self._mode == "plain":
             with self._plain(stats):
                 yield
         else:
-            yield
-
-    @contextmanager
-    def _rich(self, stats: Stats) -> Iterator[None]:
-        from rich.live import Live
-
-        with Live(
-            console=self._console,
-            get_renderable=lambda: _panel(stats),
-            refresh_per_second=REFRESH_PER_SECOND,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        ):
             yield
 
     @contextmanager
@@ -176,13 +162,39 @@ class Display:
             raise OutputError(f"cannot write standard output: {error.strerror}") from None
 
 
-def _panel(stats: Stats) -> Group:
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.text import Text
+class LastingStream:
+    """Standard error as the display writes to it: a full log disk or a closed terminal must not stop a run.
 
-    bar = ProgressBar(total=max(1, stats.work_total), completed=min(stats.work_done, stats.work_total), width=60)
-    return Group(bar, Text(status_line(stats)))
+    From the first failure on, what is written is lost. A character that the encoding lacks is written as its code.
+
+    Args:
+        stream: the standard error; None if there is none.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.encoding = (stream and stream.encoding) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._stream is not None and self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        """Write text, or lose it."""
+        if self._stream is not None:
+            try:
+                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+            except (OSError, ValueError):
+                self._stream = None
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand what was written to the system, or lose it."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._stream = None
 
 
 def printable(text: str) -> str:

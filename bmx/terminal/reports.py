@@ -25,12 +25,11 @@ from bmx.terminal.tables import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from bmx.plan.memory import SlotGroup
     from bmx.plan.planner import Length, Plan
     from bmx.plan.scenarios import PlanQuery, Scenario
     from bmx.request import Result
     from bmx.stats import Stats
-
-QUIET_SECONDS = 30.0  # a run without a finished row for this long says so
 
 
 class Line(NamedTuple):
@@ -60,35 +59,60 @@ def plan_lines(
         every: one in this many rows was measured.
     """
     tokens = every * sum(length.prompt_tokens for length in lengths)
-    groups = " + ".join(f"{group.slots} x {group.capacity:,}" for group in plan.groups)
-    prefixes = "".join(f"; {group.slots} x {group.capacity:,} for shared prefixes" for group in plan.prefix_slots)
-    count = f"{len(lengths):,} prompts of {tokens:,} tokens in all"
+    count = f"{counted(len(lengths), 'prompt')} of {counted(tokens, 'token')} in all"
     if every > 1:
         count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (one in {every} was measured)"
     yield Line(f"{model['architecture']}, {count}, attention: {model['attention']}")
+    prefixes = f", {plan_range(plan.prefix_slots)} for shared text" if plan.prefix_slots else ""
     yield Line(
-        f"slots: {plan.slots} at once ({groups} KV pairs, {plan.fill:.0%} of them used{prefixes}), "
-        f"chunks of {plan.step.chunk_size}, up to {plan.step.max_num_batched_tokens:,} tokens a step"
+        f"slots: {plan_range(plan.groups)} ({plan.fill:.0%} of them used){prefixes}; "
+        f"steps of up to {counted(plan.step.max_num_batched_tokens, 'token')}, chunks of {plan.step.chunk_size:,}"
     )
     if plan.too_large:
-        yield Line(f"{plan.too_large * every:,} rows need more memory than may be used and will be errors")
-    items = " + ".join(f"{name} {megabytes(size)}" for name, size in memory_items(plan.memory))
+        rows_too_large = counted(plan.too_large * every, "row")
+        yield Line(f"{rows_too_large} of the input would need more memory than may be used, and will be errors")
+    items = " + ".join(f"{name} {megabytes(size)}" for name, size in memory_items(plan.memory) if size)
     total = f"{megabytes(plan.memory.total)} of {megabytes(plan.limits.total)} ({plan.limits.source})"
     yield Line(f"memory: {items} = {total}")
 
 
+def plan_range(groups: Sequence[SlotGroup]) -> str:
+    """Slots of some capacities in a few words, such as "8 of 256 to 1,024 KV pairs"."""
+    capacities = sorted({group.capacity for group in groups})
+    pairs = f"{capacities[0]:,} to {capacities[-1]:,}" if len(capacities) > 1 else f"{capacities[0]:,}"
+    return f"{sum(group.slots for group in groups):,} of {pairs} KV pairs"
+
+
 def status_line(stats: Stats) -> str:
     """The counters in a line."""
-    left, quiet = stats.seconds_left, stats.quiet_seconds
-    return (
-        f"{stats.rows_before + stats.rows_done:,}/{stats.rows_total:,} rows"
-        + (f" ({stats.rows_failed:,} failed)" if stats.rows_failed else "")
-        + f", prompt {stats.prefill_rate:,.0f} tok/s, generated {stats.generated_rate:,.0f} tok/s"
-        + f", {stats.active_slots}/{stats.slots} slots, memory {megabytes(stats.memory_bytes)}"
-        + f", {duration(stats.elapsed)} elapsed"
-        + (f", about {duration(left)} left" if left is not None else "")
-        + (f", no row finished for {duration(quiet)}" if quiet >= QUIET_SECONDS else "")
-    )
+    rows, *time_left = rows_and_time(stats)
+    return ", ".join((rows, *speeds(stats), *time_left))
+
+
+def rows_and_time(stats: Stats) -> Iterator[str]:
+    """What a person wants to know first, in parts, the most important one first."""
+    failed = f" ({stats.rows_failed:,} failed)" if stats.rows_failed else ""
+    yield f"{stats.rows_before + stats.rows_done:,}/{stats.rows_total:,} rows{failed}"
+    left, reading = stats.seconds_left, stats.reading_seconds_left
+    if left is not None:
+        yield f"about {duration(left)} left"
+    elif reading:
+        yield f"at least {duration(reading)} left"
+
+
+def speeds(stats: Stats) -> Iterator[str]:
+    """What else the counters say, in parts, the most important one first."""
+    if stats.is_unusually_quiet:
+        yield f"no row finished for {duration(stats.quiet_seconds)}"
+    if stats.prefill_rate:
+        yield f"prompt {stats.prefill_rate:,.0f} tok/s"
+    if stats.generated_rate:
+        yield f"generated {stats.generated_rate:,.0f} tok/s"
+    yield f"{duration(stats.elapsed)} elapsed"
+    if stats.slots:
+        yield f"{stats.active_slots}/{stats.slots} slots"
+    if stats.memory_bytes:
+        yield f"memory {megabytes(stats.memory_bytes)}"
 
 
 def stopping_line(number: int, within: float) -> Line:
@@ -98,10 +122,10 @@ def stopping_line(number: int, within: float) -> Line:
         number: of the signal.
         within: seconds that the rows in flight have.
     """
-    name = signal.Signals(number).name
-    again = "press Ctrl-C again" if number == signal.SIGINT else f"send {name} again"
     waiting = f"finishing the rows in flight, up to {duration(within)}" if within else "dropping the rows in flight"
-    return Line(f"{name}: {waiting}; {again} to stop now", "warning")
+    if number == signal.SIGINT:
+        return Line(f"{waiting}; press Ctrl-C again to stop now", "warning")
+    return Line(f"{signal.Signals(number).name}: {waiting}; a second signal stops at once", "warning")
 
 
 def row_line(result: Result) -> str:
@@ -135,7 +159,7 @@ def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: 
     skipped = f", {stats.rows_skipped:,} skipped" if stats.rows_skipped else ""
     failed = f", {stats.rows_failed:,} failed" if stats.rows_failed else ""
     yield Line(
-        f"done: {stats.rows_answered:,} of {stats.rows_total:,} rows answered{skipped}{failed} "
+        f"done: {stats.rows_answered:,} of {counted(stats.rows_total, 'row')} answered{skipped}{failed} "
         f"in {duration(stats.elapsed)}{earlier}"
     )
     if plan:
@@ -149,7 +173,7 @@ def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: 
 def _speed_lines(stats: Stats) -> Iterator[Line]:
     reused = f", {stats.reused_prompt_tokens:,} more reused" if stats.reused_prompt_tokens else ""
     yield Line(
-        f"prefill {stats.prefill_rate:,.0f} tok/s ({stats.prompt_tokens:,} tokens{reused}), "
+        f"prefill {stats.prefill_rate:,.0f} tok/s ({counted(stats.prompt_tokens, 'token')}{reused}), "
         f"generated {stats.generated_rate:,.0f} tok/s ({stats.generated_tokens:,} tokens), "
         f"decode {stats.decode_rate:,.0f} tok/s where no prompt was read"
     )
@@ -158,16 +182,18 @@ def _speed_lines(stats: Stats) -> Iterator[Line]:
 
 
 def _memory_lines(stats: Stats, plan: Plan) -> Iterator[Line]:
-    full = stats.full_cache_peak_bytes
-    share = f", {stats.kv_bytes / full:.0%} of the {megabytes(full)} that full caches would have taken" if full else ""
-    yield Line(f"KV cache {megabytes(stats.kv_bytes)} in {stats.slots} slots{share}")
+    full, share = stats.full_cache_peak_bytes, ""
+    if full > stats.kv_bytes:
+        share = f", {stats.kv_bytes / full:.0%} of the {megabytes(full)} that full caches would have taken"
+    if stats.kv_bytes:
+        yield Line(f"KV cache {megabytes(stats.kv_bytes)} in {counted(stats.slots, 'slot')}{share}")
     planned, peak = plan.memory.total, stats.peak_memory_bytes
     if peak:
         yield Line(f"memory planned {megabytes(planned)}, peak {megabytes(peak)} ({peak / planned - 1:+.1%})")
     if stats.shrunk_to:
         slots, tokens = stats.shrunk_to[-1]
-        times = len(stats.shrunk_to)
-        yield Line(f"memory ran out {times} times: the run continued with {slots} slots, {tokens} tokens a step")
+        times, left = counted(len(stats.shrunk_to), "time"), counted(slots, "slot")
+        yield Line(f"memory ran out {times}: the run continued with {left} and {counted(tokens, 'token')} a step")
 
 
 def _failure_lines(stats: Stats, errors: Path | None) -> Iterator[Line]:

@@ -163,6 +163,8 @@ def counted(number: int, noun: str) -> str:
 
 def megabytes(size: float) -> str:
     """Bytes for people, in powers of ten like the limits."""
+    if size < 1e6:
+        return f"{size / 1e3:,.0f} kB"
     return f"{size / 1e9:,.1f} GB" if size >= 1e10 else f"{size / 1e6:,.0f} MB"
 
 
