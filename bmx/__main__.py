@@ -1,9 +1,10 @@
-"""``python -m bmx`` and the command ``bmx``: whenever a signal comes, the process ends with its exit code.
+"""``python -m bmx`` and the command ``bmx``: whenever a signal comes, the process ends with its exit code, in silence.
 
 Nothing heavy is imported before that is so. A command that has something to finish installs handlers of its own
 (``bmx/shutdown.py``); until then and after it, there is nothing to lose.
 """
 
+import atexit
 import os
 import signal
 from contextlib import suppress
@@ -21,6 +22,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)
+            atexit.register(signal.signal, number, signal.SIG_IGN)  # all threads have ended: the exit code stands
     from bmx.cli.commands import main as run
 
     run()

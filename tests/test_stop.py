@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 from conftest import answers, as_requests, random_prompts, tiny_engine
@@ -13,6 +16,7 @@ from bmx.request import Request, SamplingParams
 from bmx.run_config import RunConfig, given_settings
 from bmx.shutdown import Interrupted, Stop
 from bmx.terminal.display import Display
+from bmx.terminal.reports import stopping_line
 
 PROMPTS = random_prompts((5, 30, 17, 23, 9, 12))
 
@@ -128,3 +132,78 @@ def test_finished_rows_that_wait_for_their_turn_when_a_run_is_stopped_are_told_o
         run_job(config, Display("plain"), AfterSomeSteps())
     assert "0 of 4 rows have their records, 3 finished ones waited for their turn" in capfd.readouterr().err
     assert (tmp_path / "in.out.jsonl").read_text() == ""
+
+
+STARTED = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom bmx.__main__ import main; main()"
+)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("typer", signal.SIGINT), ("bmx.run_config", signal.SIGTERM), ("bmx.engine.engine", signal.SIGINT)],
+)
+def test_t9_a_signal_while_modules_are_loaded_ends_without_a_traceback(tmp_path, moment, number):
+    """The signal comes when a module begins to be loaded."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    told = f"""
+import os, sys
+class Signal:
+    def find_spec(self, name, path=None, target=None):
+        if name == {moment!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Signal())
+sys.argv = ["bmx", "run", "in.jsonl", "-m", "fake"]
+{STARTED}"""
+    ended = subprocess.run([sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + number
+    assert "Traceback" not in ended.stderr
+    assert f"error: interrupted by {number.name}" in ended.stderr
+
+
+def test_t9_a_recorded_signal_is_acknowledged_by_a_thread_that_may_take_locks():
+    stop, lock, said = Stop(1e9), threading.Lock(), []
+
+    def acknowledge(number: int) -> None:
+        with lock:
+            said.append(number)
+
+    stop.acknowledge = acknowledge
+    with stop.install_handlers(), stop.graceful():
+        with lock:  # held by what the signal interrupts
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+    assert said == [signal.SIGINT]
+
+
+@pytest.mark.parametrize(
+    ("number", "within", "said"),
+    [
+        (signal.SIGINT, 10.0, "finishing the rows in flight, up to 10 s; press Ctrl-C again to stop now"),
+        (signal.SIGINT, 0.0, "dropping the rows in flight; press Ctrl-C again to stop now"),
+        (
+            signal.SIGTERM,
+            90.0,
+            "SIGTERM: finishing the rows in flight, up to 1 min 30 s; a second signal stops at once",
+        ),
+    ],
+)
+def test_t9_a_signal_is_answered_in_words(number, within, said):
+    assert stopping_line(number, within).text == said
+
+
+def test_t9_ctrl_c_is_acknowledged_while_rows_are_in_flight(tmp_path):
+    rows = "".join(f'{{"id": {i}, "prompt": "x", "max_tokens": 1000000, "ignore_eos": true}}\n' for i in range(3))
+    (tmp_path / "in.jsonl").write_text(rows)
+    command = [sys.executable, "-c", STARTED, "run", "in.jsonl", "-m", "fake", "--shutdown-timeout", "1m"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stderr.readline, "")
+        assert any("memory:" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        found = next(lines)  # or it came before the first step
+        assert "finishing the rows in flight, up to 1 min" in found or "interrupted" in found
+        process.send_signal(signal.SIGINT)
+        rest = "".join(lines)
+    assert process.returncode == 130
+    assert "Traceback" not in rest
