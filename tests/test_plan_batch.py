@@ -197,6 +197,7 @@ def test_measure_runs_the_largest_step(plan, prompts):
         (("--max-input", "200k"), "leaves no room"),
         (("--max-input", "4k", "--gpu", "H100", "--measure"), "--measure"),
         (("--max-input", "4k", "--device", "cuda"), "no GPU"),
+        (("--max-input", "4k", "--shape", "qwen3-8b"), "it cannot be combined with --model"),
     ],
     ids=str,
 )
@@ -208,11 +209,112 @@ def test_a_wrong_request_for_a_plan_is_one_line_and_a_hint(bmx, large, monkeypat
     assert "Traceback" not in ended.err
 
 
-def test_an_input_without_rows_has_no_plan(bmx, model, tmp_path):
-    (tmp_path / "in.jsonl").write_text("\n\n")
-    ended = bmx("plan-batch", tmp_path / "in.jsonl", "--model", model)
-    assert ended.code == 2
+@pytest.mark.parametrize(("text", "flags"), [("\n\n", ()), ('{"prompt": "w1"}\n', ("--shard", "2/2"))])
+def test_an_input_without_rows_has_no_plan(bmx, model, tmp_path, text, flags):
+    (tmp_path / "in.jsonl").write_text(text)
+    ended = bmx("plan-batch", tmp_path / "in.jsonl", "--model", model, *flags)
+    assert ended.code == 5
     assert "no rows" in ended.err
+
+
+LONG = 300  # tokens: more than the 256 positions of the tiny model
+
+
+@pytest.fixture
+def rows_of(tmp_path):
+    """Writes an input of rows with these numbers of tokens; a text in place of a number is a line as it is."""
+
+    def write(*lengths):
+        path = tmp_path / "in.jsonl"
+        rows = [
+            length if isinstance(length, str) else json.dumps({"id": f"r{i}", "prompt": words([5] * length)})
+            for i, length in enumerate(lengths)
+        ]
+        path.write_text("".join(f"{row}\n" for row in rows))
+        return path
+
+    return write
+
+
+def test_f_rows_that_the_model_does_not_take_are_counted_and_named_and_fail_the_check(bmx, model, plan, rows_of):
+    path = rows_of(20, LONG, LONG)
+    code, answer = plan(path, "--check")
+    assert (code, answer["fits"]) == (4, False)
+    assert [option["fits"] for option in answer["options"]] == [False] * 3
+    assert (answer["rows"], answer["measured_rows"], answer["prompt_tokens"]) == (3, 3, 20)
+    [failed] = answer["unanswerable"]
+    assert (failed["code"], failed["rows"]) == ("context_length_exceeded", 2)
+    assert [example["id"] for example in failed["examples"]] == ["r1", "r2"]
+    assert answer["remedies"] == ["--on-too-long truncate-middle"]
+    assert plan(path, "--check", "--on-too-long", "truncate-middle")[0] == 0
+    assert plan(path, "--check", "--on-too-long", "skip")[0] == 0
+    assert plan(path)[0] == 0  # without --check it is an answer like any other
+    shown = bmx("plan-batch", path, "--model", model, "--device", "cpu", "--dtype", "float32", "--check")
+    assert "2 of 3 rows cannot be answered (context_length_exceeded): 'r1', 'r2'; 'r1': the prompt has 300" in shown.out
+    assert "3 prompts, 20 tokens in those that can be answered" in shown.out
+
+
+def test_f_where_all_rows_are_too_long_there_is_no_table_but_an_answer(bmx, model, plan, rows_of):
+    path = rows_of(LONG, LONG)
+    code, answer = plan(path, "--check")
+    assert (code, answer["fits"], answer["options"], answer["prompt_tokens"]) == (4, False, [], 0)
+    shown = bmx("plan-batch", path, "--model", model, "--device", "cpu", "--dtype", "float32")
+    assert shown.code == 0
+    assert "2 of 2 rows cannot be answered (context_length_exceeded)" in shown.out
+
+
+def test_f_a_file_of_which_no_row_can_be_read_cannot_be_used(bmx, model, rows_of):
+    ended = bmx("plan-batch", rows_of("nonsense", "[1]", '{"id": 1}'), "--model", model, "--check")
+    assert ended.code == 5
+    assert "2 of 3 rows cannot be answered (invalid_json): 'line-1', 'line-2'" in ended.err
+    assert "1 of 3 rows cannot be answered (invalid_request)" in ended.err
+
+
+def test_f_rows_that_cannot_be_read_are_named_and_do_not_fail_the_check(plan, rows_of):
+    """They are errors of a run, but not for lack of memory or of positions."""
+    code, answer = plan(rows_of("nonsense", 20), "--check")
+    assert (code, answer["fits"]) == (0, True)
+    assert [(failed["code"], failed["rows"]) for failed in answer["unanswerable"]] == [("invalid_json", 1)]
+
+
+def test_f_the_full_cache_alone_is_planned_where_nothing_is_to_be_evicted(plan, prompts):
+    _, answer = plan(prompts, "--kv-policy", "none", "--kv-format", "int8")
+    assert [option["cache"] for option in answer["options"]] == ["full cache"]
+
+
+def test_f_limit_and_share_act_on_rows_of_an_input_and_on_imagined_ones(plan, large, prompts, bmx):
+    assert plan(prompts, "--limit", 3)[1]["prompt_tokens"] == sum(map(len, ROWS[:3]))
+    assert plan(prompts, "--limit", 4, "--shard", "2/2")[1]["prompt_tokens"] == len(ROWS[1]) + len(ROWS[3])
+    for flags, rows in (
+        ((), 1000),
+        (("--limit", 7), 7),
+        (("--limit", 7, "--shard", "2/2"), 3),
+        (("--limit", "2k"), 2000),
+    ):
+        ended = bmx("plan-batch", "--model", large, "--max-input", 100, "--gpu", "H100", "--json", *flags)
+        assert json.loads(ended.out)["rows"] == rows
+
+
+def test_f_rows_that_do_not_fit_in_memory_are_named(bmx, model, plan, prompts):
+    flags = ("--kv-policy", "none", "--max-tokens", "4", "--kv-cache-memory", "12K")
+    [full] = plan(prompts, *flags)[1]["options"]
+    longest = sorted(range(5), key=lambda i: -len(ROWS[i]))[: full["too_large"]]
+    assert full["too_large_ids"] == [str(i) for i in sorted(longest)]
+    shown = bmx("plan-batch", prompts, "--model", model, "--device", "cpu", "--dtype", "float32", *flags)
+    names = ", ".join(repr(name) for name in full["too_large_ids"])
+    assert f"full cache: no slot for {names}\n" in shown.out
+
+
+def test_f_counts_are_counted(bmx, model, rows_of):
+    shown = bmx("plan-batch", rows_of(1), "--model", model, "--device", "cpu", "--dtype", "float32")
+    assert "1 prompt, 1 token in all" in shown.out
+
+
+def test_f_a_shape_stands_for_a_model_without_its_files(bmx):
+    asked = ("--max-input", "4k", "--gpu", "L4", "--json")
+    answer = json.loads(bmx("plan-batch", "--shape", "smollm2-135m", *asked).out)
+    assert (answer["model"], answer["architecture"]) == ("smollm2-135m", "LlamaForCausalLM")
+    assert answer["options"][0]["memory"]["weights"] == pytest.approx(269e6, rel=0.01)
 
 
 def test_a_plan_for_this_machines_gpu_leaves_out_memory_that_others_hold(bmx, large, monkeypatch):
@@ -266,3 +368,18 @@ def test_a_limit_below_the_weights_is_refused_before_they_are_loaded(bmx, model,
     needed = next(word for word in ended.err.split() if word.endswith("M") and word[:-1].isdigit())
     monkeypatch.undo()
     assert f"--memory-limit {needed}" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--shape", "llama-9", "--max-input", "4k"), "no shape is called llama-9"),
+        (("--shape", "qwen3-8b", "in.jsonl"), "no tokenizer"),
+        (("--shape", "qwen3-8b", "--max-input", "4k", "--measure"), "--measure"),
+    ],
+    ids=str,
+)
+def test_f_a_wrong_request_for_a_shape_is_one_line_and_a_hint(bmx, arguments, said):
+    ended = bmx("plan-batch", *arguments)
+    assert ended.code == 2
+    assert said in ended.complaint[0]

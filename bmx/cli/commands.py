@@ -193,6 +193,8 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
     with _session("plan-batch", inputs, config, flags) as (settings, own, display, _):
         as_json = own.pop("json")
         resolved = tuple(settings.engine.kv_budget if budget == "auto" else budget for budget in budgets or ("auto",))
+        if own["shape"] and "model" in settings.given:
+            raise UsageError("--shape stands for a model: it cannot be combined with --model", hint="choose one")
         options = PlanBatchOptions(budgets=resolved, as_json=as_json, **own)
         fits = run_plan_batch(settings, options, Display("none") if as_json else display)
         if options.check and not fits:

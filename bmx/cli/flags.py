@@ -44,9 +44,16 @@ OPTIONS = (
         "plan-batch",
         "max_input",
         int | None,
-        "Plan for 1,000 imagined requests with this many prompt tokens each, instead of an INPUT (4k)",
+        "Plan for 1,000 imagined requests (or --limit) with this many prompt tokens each, instead of an INPUT (4k)",
         parse=parse_count,
         unit="tokens",
+    ),
+    _option(
+        "plan-batch",
+        "shape",
+        str | None,
+        f"Plan for a model of this shape, without its files; with --max-input: {', '.join(SHAPES)}",
+        metavar="SHAPE",
     ),
     _option(
         "plan-batch",
@@ -63,7 +70,12 @@ OPTIONS = (
         parse=parse_memory,
         unit="bytes",
     ),
-    _option("plan-batch", "check", bool, "Exit 4 when not every row fits, and say what would make it fit"),
+    _option(
+        "plan-batch",
+        "check",
+        bool,
+        "Exit 4 when a row does not fit (memory, model), and say what would make it fit",
+    ),
     _option(
         "plan-batch",
         "measure",

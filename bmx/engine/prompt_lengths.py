@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from bmx.compress.policy import CompressionPolicy
@@ -98,17 +97,28 @@ class PromptMeasurer:
             raise RowError("invalid_request", message)
         return spans
 
-    def measure(self, requests: Iterable[Request]) -> list[Length]:
-        """The lengths of the requests that can be answered."""
+    def measure(
+        self, requests: Iterable[Request], on_error: Callable[[Request, RowError], None] | None = None
+    ) -> list[Length]:
+        """The lengths of the requests that can be answered.
+
+        Args:
+            requests: what is measured.
+            on_error: is called with each request that cannot be answered, and why.
+        """
         lengths: list[Length] = []
         before = None
         for request in requests:
             self.encoder.note(request)
-            with suppress(RowError):
+            try:
                 encoded = self.read(request)
-                shared = self.reuse.shared(encoded, before) if self.reuse and before else 0
-                lengths.append(replace(encoded.length, shared=shared) if shared else encoded.length)
-                before = encoded
+            except RowError as error:
+                if on_error:
+                    on_error(request, error)
+                continue
+            shared = self.reuse.shared(encoded, before) if self.reuse and before else 0
+            lengths.append(replace(encoded.length, shared=shared) if shared else encoded.length)
+            before = encoded
         return lengths
 
 

@@ -43,7 +43,7 @@ from bmx.plan.memory import limits
 from bmx.plan.planner import Length, Plan
 from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
-from bmx.terminal.tables import BENCH_NAMES, bench_lines, bench_summary
+from bmx.terminal.tables import BENCH_NAMES, bench_lines, bench_summary, counted
 from bmx.units import now
 
 FORMAT = 1
@@ -349,8 +349,8 @@ class _Bench:
 
     def _announce(self, side: str, workload: Workload) -> None:
         prompts, mean = len(workload.prompts), workload.prompt_tokens / len(workload.prompts)
-        work = f"{prompts:,} prompts of {mean:,.0f} tokens, {workload.answer_tokens:,} generated for each"
-        self.display.note(f"{BENCH_NAMES[side]}: {work} ...")
+        work = f"{counted(prompts, 'prompt')} of {counted(round(mean), 'token')}"
+        self.display.note(f"{BENCH_NAMES[side]}: {work}, {workload.answer_tokens:,} generated for each ...")
 
     def _random_prompts(self, tokens: int, count: int) -> list[list[int]]:
         """``count`` prompts of ``tokens`` random token ids, the same for the same seed."""

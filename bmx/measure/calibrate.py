@@ -31,7 +31,7 @@ from bmx.measure.calibration_file import (
     is_calibration_file,
     saved_or_new_record,
 )
-from bmx.measure.plan_batch import query_for_rows
+from bmx.measure.plan_query import query_for_rows
 from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
 from bmx.model.spec import share_layers
 from bmx.plan.machine import machine
@@ -41,7 +41,7 @@ from bmx.run_config import RunConfig, setting_named
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
-from bmx.terminal.reports import calibration_lines
+from bmx.terminal.reports import calibration_lines, failed_lines
 from bmx.terminal.tables import candidate_words
 from bmx.units import now
 
@@ -113,6 +113,8 @@ def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, st
         record = saved_or_new_record(config, output, sample.keys)
         full_config = replace(config, engine=full_cache_config(config.engine))
         query = query_for_rows(full_config, machine(config.engine, None, None), reader, todo)
+        if not query.lengths:
+            raise UsageError(f"there is no row to calibrate on: {'; '.join(failed_lines(query))}")
         _Calibration(
             config=config,
             options=options,

@@ -1,37 +1,31 @@
 """``bmx plan-batch``: what of a job would fit, and how long it would take; no weights are loaded.
 
-Builds the query, from an input's rows or from rows of an imagined length. What fits is the business of ``scenarios``,
-and how it is shown that of the display.
+Knows the order of things. What is asked is the business of ``plan_query``, what fits that of ``scenarios``, and how it
+is shown that of the display.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from bmx.compress.policy import CompressionPolicy
-from bmx.engine.prefix_cache import Reuse
-from bmx.engine.prompt_lengths import PromptMeasurer, max_length, sampling_step
-from bmx.errors import MemoryLimitError, UsageError
+from bmx.errors import InputFileError, MemoryLimitError, UsageError
 from bmx.job.input_rows import Reader, input_reader
 from bmx.job.ledger import Todo, unanswered_rows
 from bmx.job.paths import input_paths
-from bmx.model.loader import load_tokenizer
-from bmx.model.preview import locate_files, preview_spec
-from bmx.model.prompt_encoder import PromptEncoder
-from bmx.model.spec import share_layers
-from bmx.plan.machine import Machine, machine
-from bmx.plan.planner import Length, plan_record
-from bmx.plan.scenarios import PlanQuery, Scenario, device_of
+from bmx.measure.plan_query import query_for_length, query_for_rows
+from bmx.model.random_models import SHAPES
+from bmx.plan.machine import machine
+from bmx.plan.planner import plan_record
+from bmx.plan.scenarios import FailedRows, PlanQuery, Scenario
 from bmx.request import Request
 from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
-from bmx.terminal.reports import profile_lines, scenario_lines
+from bmx.terminal.reports import failed_lines, profile_lines, scenario_lines
 
-TOKEN_CHARACTERS = 3  # of a probe, for an estimate of its tokens without a tokenizer
-IMAGINED_ROWS = 1000  # number of rows without an input
+CUT = "--on-too-long truncate-middle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +35,7 @@ class PlanBatchOptions:
     Attributes:
         budgets: KV budgets to compare.
         max_input: prompt tokens of imagined rows, in place of an input.
+        shape: shape of a model with random weights, by its name in ``SHAPES``; None for the configured model.
         gpu: name of a GPU to plan for, which need not be in this machine.
         gpu_memory: bytes of memory of that GPU.
         check: whether rows that do not fit are a failure.
@@ -50,6 +45,7 @@ class PlanBatchOptions:
 
     budgets: tuple[int | float | str, ...]
     max_input: int | None = None
+    shape: str | None = None
     gpu: str | None = None
     gpu_memory: int | None = None
     check: bool = False
@@ -66,15 +62,15 @@ def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -
         display: shows the answer.
 
     Returns:
-        Whether every row fits with the first budget, or with the full cache if that is the policy.
+        Whether every row fits with the first budget, or with the full cache if that is the policy. Rows that cannot
+        be answered for another reason than their length do not count.
 
     Raises:
+        InputFileError: no row of the input can be answered, for other reasons than its length.
         BmxError: the input, the model or the machine cannot be read.
     """
-    if bool(config.inputs) == (options.max_input is not None):
-        raise UsageError(
-            "plan-batch takes an INPUT or --max-input", hint="bmx plan-batch prompts.jsonl, or --max-input 4k"
-        )
+    _check(config, options)
+    config = replace(config, engine=replace(config.engine, model=options.shape or config.engine.model))
     target = machine(config.engine, options.gpu, options.gpu_memory)
     with input_paths(config.inputs) as paths:
         if paths:
@@ -83,36 +79,82 @@ def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -
             query = query_for_rows(config, target, reader, todo)
             sample: Iterable[Request] | None = todo.sample(reader, query.every)
         else:
-            query, sample = query_for_length(config, target, options.max_input or 1), None
-        scenarios = list(query.options(options.budgets))
-        full_cache = config.engine.kv_policy == "none"
-        chosen = next(scenario for scenario in scenarios if (scenario.name == "full cache") == full_cache)
-        measured = _measure_step(config, options, query, sample) if options.measure else None
-    remedies = query.remedies() if not chosen.fits else []
+            query, sample = query_for_length(config, target, options.max_input or 1, options.shape), None
+        if not query.lengths and not query.too_long:
+            raise InputFileError(f"there is nothing to plan: {'; '.join(failed_lines(query))}")
+        scenarios = list(query.options(options.budgets)) if query.lengths else []
+        fits = bool(scenarios) and _chosen(query, scenarios).fits and not query.too_long
+        remedies = query.remedies() if not fits and not query.too_long else []
+        if query.too_long:
+            remedies = _remedies_by_cutting(query_for_rows(_cutting(config), target, reader, todo))
+        measured = _measure_step(config, options, query, sample) if options.measure and scenarios else None
     if options.as_json:
-        answer = record(query, scenarios) | {"fits": chosen.fits, "remedies": remedies}
+        answer = record(query, scenarios) | {"fits": fits, "remedies": remedies}
         display.data(json.dumps(answer | ({"measured": measured} if measured else {}), indent=2))
-        return chosen.fits
+        return fits
     display.data(*scenario_lines(query, scenarios))
     if measured:
         display.data(*profile_lines(measured))
-    if chosen.problem:
-        display.error(chosen.problem.message)
+    if options.check and not fits:
+        problem = _chosen(query, scenarios).problem if scenarios else None
+        display.error(problem.message if problem else "some rows are longer than the model takes")
     for remedy in remedies:
         display.data(f"would make it fit: {remedy}")
-    return chosen.fits
+    return fits
+
+
+def _chosen(query: PlanQuery, scenarios: Sequence[Scenario]) -> Scenario:
+    """The scenario of the first budget, or of the full cache if that is the policy."""
+    full_cache = query.config.kv_policy == "none"
+    return next(scenario for scenario in scenarios if (scenario.name == "full cache") == full_cache)
+
+
+def _cutting(config: RunConfig) -> RunConfig:
+    """The settings with prompts cut that are longer than the model takes."""
+    return replace(config, prompt=replace(config.prompt, on_too_long="truncate-middle"))
+
+
+def _remedies_by_cutting(query: PlanQuery) -> list[str]:
+    """What would make every row fit where some are longer than the model takes.
+
+    Args:
+        query: the job with such rows cut.
+    """
+    if not query.lengths or query.too_long:
+        return []
+    if _chosen(query, list(query.options([query.config.kv_budget]))).fits:
+        return [CUT]
+    return [f"{remedy}{' ' if remedy.startswith('--') else ', with '}{CUT}" for remedy in query.remedies()]
+
+
+def _check(config: RunConfig, options: PlanBatchOptions) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        UsageError: names them.
+    """
+    if bool(config.inputs) == (options.max_input is not None):
+        raise UsageError(
+            "plan-batch takes an INPUT or --max-input", hint="bmx plan-batch prompts.jsonl, or --max-input 4k"
+        )
+    if options.shape and options.shape not in SHAPES:
+        raise UsageError(f"no shape is called {options.shape}", hint=f"the shapes are {', '.join(SHAPES)}")
+    if options.shape and config.inputs:
+        raise UsageError("a --shape has no tokenizer for the prompts of an INPUT", hint="give --max-input 4k instead")
+    if options.shape and options.measure:
+        raise UsageError("--measure loads a model: it cannot be combined with --shape", hint="bmx bench takes shapes")
 
 
 def _rows_to_plan(config: RunConfig, reader: Reader) -> Todo:
     """The rows of an input.
 
     Raises:
-        InputFileError: the input cannot be read, or two rows have the same id.
-        UsageError: the input has no rows.
+        InputFileError: the input cannot be read, two rows have the same id, or there are no rows.
     """
     todo = unanswered_rows(reader, config.job.limit, config.job.share)
     if not todo.left:
-        raise UsageError("the input has no rows: there is nothing to plan")
+        of_what = f"share {config.job.shard} of the input" if config.job.shard else "the input"
+        raise InputFileError(f"{of_what} has no rows: there is nothing to plan")
     return todo
 
 
@@ -151,73 +193,6 @@ def _measure_step(
     }
 
 
-def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int) -> PlanQuery:
-    """The query about a job of imagined rows, all of one length.
-
-    Args:
-        config: the settings.
-        target: the machine to plan for.
-        prompt_tokens: of each row.
-
-    Raises:
-        ModelError: the model cannot be found or read.
-        UsageError: the model takes no more than the prompt.
-    """
-    engine = config.engine
-    spec = share_layers(preview_spec(engine, target.kind), engine.kv_share_layers)
-    policy = CompressionPolicy.from_config(engine)
-    longest = max_length(engine, spec)
-    answer = min(config.sampling.max_tokens, longest - prompt_tokens)
-    if answer < 1:
-        raise UsageError(
-            f"--max-input {prompt_tokens} leaves no room for an answer: {spec.name} takes {longest} tokens"
-        )
-    length = Length.of(policy, prompt_tokens, answer)
-    return PlanQuery(
-        config=engine,
-        spec=spec,
-        machine=target,
-        device=device_of(target, spec, engine),
-        lengths=(length,) * IMAGINED_ROWS,
-        rows=IMAGINED_ROWS,
-        probe=len(engine.kv_probe or "") // TOKEN_CHARACTERS,
-    )
-
-
-def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Todo) -> PlanQuery:
-    """The query about the rows of an input; of a large input, a sample is measured.
-
-    Args:
-        config: the settings.
-        target: the machine to plan for.
-        reader: reads the input.
-        todo: its rows that are left to do.
-
-    Raises:
-        ModelError: the model cannot be found or read.
-    """
-    engine = config.engine
-    spec = share_layers(preview_spec(engine, target.kind), engine.kv_share_layers)
-    policy = CompressionPolicy.from_config(engine)
-    source, gguf = locate_files(engine)
-    encoder = PromptEncoder(load_tokenizer(source, engine, gguf), config.prompt)
-    every = sampling_step(todo.left)
-    reuse = None
-    if engine.prefix_reuse:
-        reuse = Reuse(spec=spec, policy=policy, chunk_size=engine.eviction_chunk_size)
-    measurer = PromptMeasurer(encoder, policy, max_length(engine, spec), reuse)
-    return PlanQuery(
-        config=engine,
-        spec=spec,
-        machine=target,
-        device=device_of(target, spec, engine),
-        lengths=tuple(measurer.measure(todo.sample(reader, every))),
-        rows=todo.left,
-        every=every,
-        probe=len(encoder.probe(engine.kv_probe)),
-    )
-
-
 def record(query: PlanQuery, scenarios: Sequence[Scenario]) -> dict[str, Any]:
     """The answer for JSON."""
     target = query.machine
@@ -234,14 +209,23 @@ def record(query: PlanQuery, scenarios: Sequence[Scenario]) -> dict[str, Any]:
             "rates": asdict(rates) if rates else None,
         },
         "rows": query.rows,
-        "measured_rows": len(query.lengths),
+        "measured_rows": query.measured,
         "prompt_tokens": sum(length.prompt_tokens for length in query.lengths) * query.every,
-        "options": [_scenario_record(scenario) for scenario in scenarios],
+        "unanswerable": list(map(_failed_record, query.failed)),
+        "options": [_scenario_record(scenario, query.too_long) for scenario in scenarios],
     }
 
 
-def _scenario_record(scenario: Scenario) -> dict[str, Any]:
-    result: dict[str, Any] = {"cache": scenario.name, "kv_budget": scenario.budget, "fits": scenario.fits}
+def _failed_record(failed: FailedRows) -> dict[str, Any]:
+    examples = [{"id": name, "message": message} for name, message in failed.named]
+    return {"code": failed.code, "rows": failed.count, "examples": examples}
+
+
+def _scenario_record(scenario: Scenario, too_long: bool) -> dict[str, Any]:
+    fits = scenario.fits and not too_long
+    result: dict[str, Any] = {"cache": scenario.name, "kv_budget": scenario.budget, "fits": fits}
+    if scenario.left_out:
+        result["too_large_ids"] = list(scenario.left_out)
     if scenario.problem:
         result["problem"] = scenario.problem.message
     if scenario.plan:

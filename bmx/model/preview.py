@@ -40,11 +40,21 @@ def preview_spec(config: EngineConfig, device: str) -> ModelSpec:
     if config.int8 and device != "cpu":
         raise int8_refusal()
     spec = _unquantized_spec(config, device)
-    return _with_int8_weights(spec) if config.int8 else spec
+    return with_int8_weights(spec, device) if config.int8 else spec
 
 
-def _with_int8_weights(spec: ModelSpec) -> ModelSpec:
-    """About the spec of the model with int8 linear layers: a byte for each weight, eight for each output."""
+def with_int8_weights(spec: ModelSpec, device: str) -> ModelSpec:
+    """About the spec of the model with int8 linear layers: a byte for each weight, eight for each output.
+
+    Args:
+        spec: of the model without them.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        UsageError: the device has none.
+    """
+    if device != "cpu":
+        raise int8_refusal()
     weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
     hidden = spec.head_bytes // spec.itemsize // spec.vocab
     saved = weights * (spec.itemsize - 1) - OUTPUT_BYTES * weights // hidden

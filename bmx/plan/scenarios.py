@@ -6,7 +6,8 @@ Knows sizes and rates; loads no model and reads no file of prompts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import ceil
 
 from bmx import kernels
@@ -21,11 +22,13 @@ from bmx.plan.device import Device
 from bmx.plan.forecast import Forecast
 from bmx.plan.machine import Machine
 from bmx.plan.machine_speed import TYPICAL
-from bmx.plan.memory import Memory, does_not_fit, limits
+from bmx.plan.memory import Limits, Memory, does_not_fit, limits
 from bmx.plan.planner import Length, Plan
 
 BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # tried where the configured budget does not fit
 CHUNKS = (256, 128, 64, 32)  # tried where the configured chunk size does not fit
+NAMED_ROWS = 5  # rows that are named at most
+TOO_LONG = "context_length_exceeded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,7 @@ class Scenario:
         plan: None where not even one row fits.
         forecast: the expected time; None without a plan, or where the machine's speed is unknown.
         problem: how much memory is missing where not all rows fit.
+        left_out: the first of the rows that do not fit, by their ids.
     """
 
     name: str
@@ -45,11 +49,38 @@ class Scenario:
     plan: Plan | None
     forecast: Forecast | None
     problem: MemoryLimitError | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether every row fits."""
+        """Whether every row that can be answered fits."""
         return self.plan is not None and not self.plan.too_large
+
+
+@dataclass(slots=True)
+class FailedRows:
+    """Rows that cannot be answered, whatever the memory.
+
+    Attributes:
+        code: their error code.
+        count: how many were found.
+        named: ids and messages of the first of them.
+    """
+
+    code: str
+    count: int = 0
+    named: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, name: str | int, message: str) -> None:
+        """Add a row.
+
+        Args:
+            name: its id.
+            message: why it fails.
+        """
+        self.count += 1
+        if len(self.named) < NAMED_ROWS:
+            self.named.append((str(name), message))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +96,9 @@ class PlanQuery:
         rows: number of requests.
         every: the sampling interval of ``lengths``.
         probe: tokens of the probe, if there is one.
+        names: ids of the requests in ``lengths``; empty for imagined ones.
+        failed: rows that were read for ``lengths`` and cannot be answered, by error code.
+        skips_too_long: whether rows that are longer than the model takes are left out on purpose.
     """
 
     config: EngineConfig
@@ -75,10 +109,34 @@ class PlanQuery:
     rows: int
     every: int = 1
     probe: int = 0
+    names: tuple[str, ...] = ()
+    failed: tuple[FailedRows, ...] = ()
+    skips_too_long: bool = False
+
+    @property
+    def measured(self) -> int:
+        """Number of rows that were read: those of ``lengths``, and those that cannot be answered."""
+        return len(self.lengths) + sum(failed.count for failed in self.failed)
+
+    @property
+    def too_long(self) -> bool:
+        """Whether some rows are longer than the model takes, and not left out on purpose."""
+        return not self.skips_too_long and any(failed.code == TOO_LONG for failed in self.failed)
+
+    @property
+    def limits(self) -> Limits:
+        """What the job may use."""
+        return limits(self.config, self.machine.memory, self.machine.held)
 
     def options(self, budgets: Sequence[int | float | str]) -> Iterator[Scenario]:
-        """The scenarios: Batch-Max with each budget, decode-only compression with the first, and the full cache."""
+        """The scenarios: Batch-Max with each budget, decode-only compression with the first, and the full cache.
+
+        Where nothing is to be evicted, the full cache alone.
+        """
         evicting, full = self._evicting(), self.config.full_cache
+        if self.config.kv_policy == "none":
+            yield self.option("full cache", full)
+            return
         for budget in budgets:
             yield self.option("batch-max", replace(evicting, kv_budget=budget))
         yield self.option("decode-only", full, replace(evicting, kv_budget=budgets[0]))
@@ -108,9 +166,22 @@ class PlanQuery:
         if rates:
             kept = [after.layout(self.spec, after.rows_needed(g.capacity, 0)) for g in plan.groups] if after else None
             forecast = builder.forecast(plan, lengths, rates, kept)
-            forecast = replace(forecast, seconds=forecast.seconds * self.rows / max(1, len(lengths)))
+            forecast = replace(forecast, seconds=forecast.seconds * self.rows / max(1, self.measured))
         problem = does_not_fit(self._alone(builder, lengths), plan.limits) if plan.too_large else None
-        return Scenario(name=name, budget=budget, plan=plan, forecast=forecast, problem=problem)
+        return Scenario(
+            name=name,
+            budget=budget,
+            plan=plan,
+            forecast=forecast,
+            problem=problem,
+            left_out=self._left_out(plan, lengths) if plan.too_large else (),
+        )
+
+    def _left_out(self, plan: Plan, lengths: Sequence[Length]) -> tuple[str, ...]:
+        """The ids of the first rows that a plan has no slot for."""
+        largest = max(group.capacity for group in plan.groups)
+        names = zip(self.names, lengths, strict=False)
+        return tuple(islice((name for name, length in names if length.rows_needed > largest), NAMED_ROWS))
 
     def _builder(self, config: EngineConfig) -> PlanBuilder:
         machine = self.machine
@@ -120,7 +191,7 @@ class PlanQuery:
             policy=CompressionPolicy.from_config(config),
             device=self.device,
             kernels=kernels.choose(machine.kind),
-            limits=limits(config, machine.memory, machine.held),
+            limits=self.limits,
             rates=lambda: machine.rates() or TYPICAL,
             probe_tokens=self.probe if config.kv_probe else 0,
         )
@@ -153,9 +224,8 @@ class PlanQuery:
         budgets = [budget for budget in BUDGETS if least <= budget < below]
         for budget in budgets:
             if self._fits(replace(evicting, kv_budget=budget)):
-                yield f"--kv-budget {budget}" + (
-                    " with --kv-policy average-attention" if config.kv_policy == "none" else ""
-                )
+                policy = "--kv-policy average-attention " if config.kv_policy == "none" else ""
+                yield f"{policy}--kv-budget {budget}"
                 break
         for chunk in CHUNKS:
             if chunk < config.eviction_chunk_size and self._fits(replace(config, chunk_size=chunk)):
@@ -164,7 +234,8 @@ class PlanQuery:
         both = [(b, c) for b in budgets for c in CHUNKS if c < config.eviction_chunk_size]
         for budget, chunk in both:
             if self._fits(replace(evicting, kv_budget=budget, chunk_size=chunk)):
-                yield f"--kv-budget {budget} --chunk-size {chunk}"
+                policy = "--kv-policy average-attention " if config.kv_policy == "none" else ""
+                yield f"{policy}--kv-budget {budget} --chunk-size {chunk}"
                 break
 
     def _lengths(self, policy: CompressionPolicy, after: CompressionPolicy | None = None) -> list[Length]:
@@ -186,13 +257,14 @@ class PlanQuery:
         return not builder.limits.missing(self._alone(builder, self._lengths(builder.policy)))
 
 
-def device_of(machine: Machine, spec: ModelSpec, config: EngineConfig) -> Device:
+def device_of(machine: Machine, spec: ModelSpec, config: EngineConfig, *, tokenizer: bool = True) -> Device:
     """A machine as the memory formula sees it, with what a process there is expected to hold beside the model.
 
     Args:
         machine: where the job would run.
         spec: the model's sizes.
         config: the settings.
+        tokenizer: whether the process holds the model's tokenizer.
     """
-    tokenizer = tokenizer_bytes(config) if machine.kind == "cpu" else 0
-    return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + tokenizer, config)
+    held = tokenizer_bytes(config) if machine.kind == "cpu" and tokenizer else 0
+    return Device.of(machine.kind, spec, RUNTIME_BYTES[machine.kind] + held, config)

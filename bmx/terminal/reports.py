@@ -207,23 +207,47 @@ def _failure_lines(stats: Stats, errors: Path | None) -> Iterator[Line]:
 
 def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[str]:
     """What fits, as a table, with what it was worked out for."""
-    machine, lengths = query.machine, query.lengths
+    machine, lengths, limits = query.machine, query.lengths, query.limits
     tokens = query.every * sum(length.prompt_tokens for length in lengths)
     sampled = f" (one in {query.every} measured)" if query.every > 1 else ""
-    yield f"{query.spec.name}: {query.rows:,} prompts{sampled}, {tokens:,} tokens in all"
-    plans = [scenario.plan for scenario in scenarios if scenario.plan]
-    memory, limit = machine.memory, plans[0].limits if plans else None
-    allowed = f"{megabytes(limit.total)} may be used ({limit.source})" if limit else f"free by {memory.source}"
-    yield f"on {machine.name}, {megabytes(memory.free)} free: {allowed}"
+    whose = "those that can be answered" if query.failed else "all"
+    yield f"{query.spec.name}: {counted(query.rows, 'prompt')}{sampled}, {counted(tokens, 'token')} in {whose}"
+    yield from failed_lines(query)
+    yield (
+        f"on {machine.name}, {megabytes(machine.memory.free)} free: "
+        f"{megabytes(limits.total)} may be used ({limits.source})"
+    )
     rates = machine.rates()
     if rates:
         yield f"at {rates.flops / 1e12:,.2f} TFLOP/s and {rates.bandwidth / 1e9:,.0f} GB/s ({rates.source})"
+    if not scenarios:
+        return
     yield ""
     yield from aligned([SCENARIO_COLUMNS, *map(scenario_row, scenarios)])
     yield ""
     for scenario in scenarios:
         if scenario.problem:
             yield f"{scenario.name}: {scenario.problem.message}"
+        if scenario.plan and scenario.left_out:
+            yield f"{scenario.name}: no slot for {_named(scenario.left_out, scenario.plan.too_large)}"
+
+
+def failed_lines(query: PlanQuery) -> Iterator[str]:
+    """Which rows cannot be answered, and why: a line for each error code."""
+    for failed in query.failed:
+        names = [name for name, _ in failed.named]
+        of_all = counted(query.measured, "row") + (" that were read" if query.every > 1 else "")
+        skipped = " and will be skipped" if query.skips_too_long and failed.code == "context_length_exceeded" else ""
+        yield (
+            f"{failed.count:,} of {of_all} cannot be answered{skipped} ({failed.code}): {_named(names, failed.count)}; "
+            f"{failed.named[0][0][:80]!r}: {failed.named[0][1][:300]}"
+        )
+
+
+def _named(names: Sequence[str], count: int) -> str:
+    """The first of some ids, and how many more there are."""
+    more = f" and {count - len(names):,} more" if count > len(names) else ""
+    return ", ".join(repr(name[:80]) for name in names) + more
 
 
 def calibration_lines(record: Mapping[str, Any], path: Path) -> Iterator[str]:
@@ -234,7 +258,7 @@ def calibration_lines(record: Mapping[str, Any], path: Path) -> Iterator[str]:
         path: the calibration file.
     """
     full = record["full_cache"]
-    yield f"{record['model']}: {full['rows']} prompts, against the full cache"
+    yield f"{record['model']}: {counted(full['rows'], 'prompt')}, against the full cache"
     rows = [candidate_row("full cache", full), *(candidate_row(None, entry) for entry in record["candidates"])]
     yield from aligned([CALIBRATION_COLUMNS, *rows])
     halting = record["halting_test"]

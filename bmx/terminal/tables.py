@@ -71,8 +71,9 @@ def candidate_row(name: str | None, measured: Mapping[str, Any]) -> tuple[str, .
 
 def bench_lines(cell: Mapping[str, Any]) -> list[str]:
     """One cell of a bench: its prompts, then a table of its sides."""
+    tokens = counted(round(cell["input_tokens"]), "token")
     head = (
-        f"{counted(cell['prompts'], 'prompt')} of {cell['input_tokens']:,.0f} tokens, {cell['output_tokens']:,} "
+        f"{counted(cell['prompts'], 'prompt')} of {tokens}, {cell['output_tokens']:,} "
         f"generated for each, budget {budget_text(cell['kv_budget'])}; this machine: "
         f"{cell['flops_per_second'] / 1e12:,.3g} TFLOP/s, {cell['bytes_per_second'] / 1e9:,.3g} GB/s"
     )
@@ -134,7 +135,7 @@ def scenario_row(option: Scenario) -> tuple[str, ...]:
     if forecast:
         rates = (forecast.prefill_rate, forecast.decode_rate, forecast.generated_rate)
         speed = (*(f"{rate:,.0f}" if rate else "-" for rate in rates), duration(forecast.seconds))
-    slots = f"{plan.slots:,}" + (f" (not {plan.too_large:,} rows)" if plan.too_large else "")
+    slots = f"{plan.slots:,}" + (f" (not {counted(plan.too_large, 'row')})" if plan.too_large else "")
     memory = (sizes["KV cache"], sizes["weights"], sizes["activations"], sizes["runtime"], megabytes(plan.memory.total))
     return (option.name, budget, slots, *memory, f"{plan.fill:.0%}", *speed)
 
