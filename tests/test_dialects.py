@@ -79,7 +79,7 @@ def without_time(record: dict[str, Any]) -> str:
 
 
 @EVERY_KIND
-def test_d_a_row_is_answered_in_its_own_kind_and_found_again(bmx, row, id_field, answer_field):
+def test_d1_a_row_is_answered_in_its_own_kind_and_found_again(bmx, row, id_field, answer_field):
     broken = json.loads(json.dumps(row).replace('"a"', '"bad"').replace("w1 w2", "  "))
     IN.write_text("".join(json.dumps(line) + "\n" for line in (row, broken, {"id": "other", "prompt": "w1 w2"})))
     assert bmx("run", IN, "-m", "fake").code == 3
@@ -102,7 +102,7 @@ def test_d_a_row_is_answered_in_its_own_kind_and_found_again(bmx, row, id_field,
     assert [found[id_field] for found in records(ERRORS)] == ["bad"]
 
 
-def test_d_all_kinds_may_stand_in_one_file(bmx):
+def test_d1_all_kinds_may_stand_in_one_file(bmx):
     rows = [json.loads(json.dumps(row).replace('"a"', json.dumps(kind))) for kind, (row, _, _) in KINDS.items()]
     IN.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert bmx("run", IN, "-m", "fake", "--order", "input").code == 0
@@ -119,13 +119,13 @@ def test_d_all_kinds_may_stand_in_one_file(bmx):
     ],
     ids=lambda row: next(iter(row)),
 )
-def test_d_a_row_without_an_id_is_the_number_of_its_line_in_every_kind(read, row):
+def test_d1_a_row_without_an_id_is_the_number_of_its_line_in_every_kind(read, row):
     found = read(row)
     assert (found.id, found.error) == ("line-1", None)
 
 
 @pytest.mark.parametrize("field", ["id", "custom_id"])
-def test_d_a_whole_number_may_be_written_as_a_float(read, field):
+def test_d3_a_whole_number_may_be_written_as_a_float(read, field):
     row = read({field: 1.0, "prompt": "x", "max_tokens": 64.0, "top_k": -1, "seed": 3.0, "stop_token_ids": [2.0]})
     assert (row.id, type(row.id)) == (1, int)
     assert row.request.params == SamplingParams(max_tokens=64, seed=3, stop_token_ids=(2,))
@@ -134,14 +134,14 @@ def test_d_a_whole_number_may_be_written_as_a_float(read, field):
     assert "id must be" in read({"id": 1.5, "prompt": "x"}).error.message
 
 
-def test_d_a_top_p_of_zero_is_the_likeliest_token_alone(read):
+def test_d3_a_top_p_of_zero_is_the_likeliest_token_alone(read):
     assert read({"prompt": "x", "top_p": 0}).request.params.top_p == 0
 
 
 # Anthropic
 
 
-def test_d_anthropic_params_with_a_system_prompt_parts_and_names_of_their_own(read):
+def test_d1_anthropic_params_with_a_system_prompt_parts_and_names_of_their_own(read):
     params = {
         "model": "mine",
         "system": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief.", "cache_control": {}}],
@@ -160,7 +160,7 @@ def test_d_anthropic_params_with_a_system_prompt_parts_and_names_of_their_own(re
     assert request.params == SamplingParams(max_tokens=20, stop=("END",), temperature=1.0, top_k=5)
 
 
-def test_d_anthropic_tools_are_calls_and_messages_of_their_own(read):
+def test_d1_anthropic_tools_are_calls_and_messages_of_their_own(read):
     messages = [
         USER,
         {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "weather", "input": {}}]},
@@ -188,13 +188,13 @@ def test_d_anthropic_tools_are_calls_and_messages_of_their_own(read):
         ),
     ],
 )
-def test_d_what_an_anthropic_row_asks_in_vain_is_named(read, params, named):
+def test_d1_what_an_anthropic_row_asks_in_vain_is_named(read, params, named):
     row = read({"custom_id": "a", "params": {"messages": [USER], **params}})
     assert named in row.error.message
     assert row.dialect == "anthropic"
 
 
-def test_d_an_anthropic_row_for_another_model_is_told_so(read):
+def test_d1_an_anthropic_row_for_another_model_is_told_so(read):
     row = read({"custom_id": "a", "params": {"model": "other", "messages": [USER]}}, models=frozenset({"mine"}))
     assert row.error.code == "model_not_found"
 
@@ -205,7 +205,7 @@ def test_d_an_anthropic_row_for_another_model_is_told_so(read):
 @pytest.mark.parametrize(
     "names", [("systemInstruction", "generationConfig"), ("system_instruction", "generation_config")]
 )
-def test_d_gemini_requests_in_both_spellings(read, names):
+def test_d1_gemini_requests_in_both_spellings(read, names):
     system, config = names
     request = {
         "contents": [
@@ -245,7 +245,7 @@ def test_d_gemini_requests_in_both_spellings(read, names):
     ],
     ids=str,
 )
-def test_d_what_a_gemini_row_asks_in_vain_is_named(read, more, named):
+def test_d1_what_a_gemini_row_asks_in_vain_is_named(read, more, named):
     row = read({"key": "a", "request": {"contents": [{"parts": [{"text": "x"}]}], **more}})
     assert named in row.error.message
     assert (row.id, row.dialect) == ("a", "gemini")
@@ -254,7 +254,7 @@ def test_d_what_a_gemini_row_asks_in_vain_is_named(read, more, named):
 # Conversations
 
 
-def test_d_sharegpt_speakers_are_roles(read):
+def test_d1_sharegpt_speakers_are_roles(read):
     speakers = ["system", "human", "gpt", "User", "chatgpt", "human", "bard", "tool", "assistant", "user"]
     turns = [{"from": name, "value": f"w{n}", "weight": 1} for n, name in enumerate(speakers)]
     roles = [m["role"] for m in read({"conversations": turns}).request.messages]
@@ -263,7 +263,7 @@ def test_d_sharegpt_speakers_are_roles(read):
     ]
 
 
-def test_d_sharegpt_with_a_system_prompt_beside_it_or_an_unknown_speaker(read):
+def test_d1_sharegpt_with_a_system_prompt_beside_it_or_an_unknown_speaker(read):
     turns = [{"from": "human", "value": "w1"}]
     found = read({"conversations": turns, "system": "Be brief."}).request.messages
     assert [m["content"] for m in found] == ["Be brief.", "w1"]
@@ -274,7 +274,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "argumen
 
 
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}], ids=str)
-def test_d_a_history_of_tools_is_kept_for_the_template(read, content):
+def test_d2_a_history_of_tools_is_kept_for_the_template(read, content):
     called = {"role": "assistant", **content, "tool_calls": [CALL]}
     told = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": ""}
     found = read({"messages": [USER, called, told, USER]}).request.messages
@@ -283,7 +283,7 @@ def test_d_a_history_of_tools_is_kept_for_the_template(read, content):
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 @pytest.mark.parametrize("content", ["", "  ", None, []])
-def test_d_an_empty_system_message_is_dropped(read, role, content):
+def test_d2_an_empty_system_message_is_dropped(read, role, content):
     assert read({"messages": [{"role": role, "content": content}, USER]}).request.messages == (USER,)
 
 
@@ -300,7 +300,7 @@ def test_d_an_empty_system_message_is_dropped(read, role, content):
         ([{"role": "user", "content": 5}], "must be text"),
     ],
 )  # fmt: skip
-def test_d_a_message_without_text_is_called_what_it_is(read, messages, said):
+def test_d6_a_message_without_text_is_called_what_it_is(read, messages, said):
     assert said in read({"messages": messages}).error.message
 
 
@@ -316,7 +316,7 @@ def test_d_a_message_without_text_is_called_what_it_is(read, messages, said):
         (" ", "empty"),
     ],
 )
-def test_d_a_prompt_that_is_no_text_is_called_what_it_is(read, prompt, said):
+def test_d6_a_prompt_that_is_no_text_is_called_what_it_is(read, prompt, said):
     assert said in read({"prompt": prompt}).error.message
     assert said in read({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": prompt}}).error.message
 
@@ -333,7 +333,7 @@ def test_d_a_prompt_that_is_no_text_is_called_what_it_is(read, prompt, said):
         ({"id": 1, "n_pages": 5}, "'n_pages'", None),
     ],
 )
-def test_d_a_row_without_a_prompt_is_told_what_it_has_and_how_to_use_it(read, row, shown, template):
+def test_d6_a_row_without_a_prompt_is_told_what_it_has_and_how_to_use_it(read, row, shown, template):
     message = read(row).error.message
     assert message.startswith("no 'prompt' or 'messages'")
     assert shown in message
@@ -374,6 +374,6 @@ def test_c10_how_a_conversation_goes_on_may_be_said_as_bmx_does_it(read, message
         {"id": "a", "prompt": "x", "response": "y", "result": "z"},
     ],
 )
-def test_d_a_plain_row_may_have_columns_that_others_use_for_requests(read, row):
+def test_d1_a_plain_row_may_have_columns_that_others_use_for_requests(read, row):
     found = read(row)
     assert (found.id, found.error, found.dialect) == ("a", None, "plain")

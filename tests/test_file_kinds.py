@@ -84,7 +84,7 @@ def refusal(path: Path) -> InputFileError:
 
 
 @pytest.mark.parametrize(("name", "content", "what", "command"), [(n, *kind) for n, kind in KINDS.items()], ids=KINDS)
-def test_d_a_file_of_another_kind_is_called_what_it_is(tmp_path, monkeypatch, name, content, what, command):
+def test_d5_a_file_of_another_kind_is_called_what_it_is(tmp_path, monkeypatch, name, content, what, command):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
     refused = refusal(Path(name))
@@ -94,7 +94,7 @@ def test_d_a_file_of_another_kind_is_called_what_it_is(tmp_path, monkeypatch, na
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
 @pytest.mark.parametrize("name", ["in.json", "in.csv", "table.txt", "in.parquet"])
-def test_d_a_compressed_file_of_another_kind_too(tmp_path, monkeypatch, name, suffix, pack):
+def test_d5_a_compressed_file_of_another_kind_too(tmp_path, monkeypatch, name, suffix, pack):
     monkeypatch.chdir(tmp_path)
     content, what, _ = KINDS[name]
     path = Path(name + suffix)
@@ -105,7 +105,7 @@ def test_d_a_compressed_file_of_another_kind_too(tmp_path, monkeypatch, name, su
 
 
 @pytest.mark.parametrize("name", ["in.json", "object.json", "table.txt", "dicts.txt", "in.parquet"])
-def test_d_standard_input_of_another_kind_ends_with_5_before_the_model_is_loaded(bmx, name):
+def test_d5_standard_input_of_another_kind_ends_with_5_before_the_model_is_loaded(bmx, name):
     content, what, _ = KINDS[name]
     ended = bmx("run", "-", "-o", "out.jsonl", "-m", "fake", stdin=content)
     assert ended.code == 5
@@ -115,7 +115,7 @@ def test_d_standard_input_of_another_kind_ends_with_5_before_the_model_is_loaded
 
 
 @pytest.mark.parametrize("name", ["in.csv", "marked.csv", "semicolons.csv", "in.tsv", "table.txt", "dicts.txt"])
-def test_d_the_command_converts_the_file(tmp_path, monkeypatch, name):
+def test_d5_the_command_converts_the_file(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(KINDS[name][0])
     command = refusal(Path(name)).hint.replace("python3", shlex.quote(sys.executable), 1)
@@ -126,7 +126,7 @@ def test_d_the_command_converts_the_file(tmp_path, monkeypatch, name):
     assert [row.request.prompt.replace("\r", "") for row in rows] == [row["prompt"] for row in ROWS]
 
 
-def test_d_the_command_writes_over_no_file_that_exists(tmp_path, monkeypatch):
+def test_d5_the_command_writes_over_no_file_that_exists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("in.json").write_bytes(KINDS["in.json"][0])
     Path("in.jsonl").touch()
@@ -140,7 +140,7 @@ def test_d_the_command_writes_over_no_file_that_exists(tmp_path, monkeypatch):
         *("- id: 1", "---", "id: 1", "null", "5", '"text"', "Hello, world", "PAR", "BZ", "<", "}"),
     ],
 )
-def test_d_a_single_bad_line_before_good_ones_is_an_error_of_its_row_alone(tmp_path, first):
+def test_d5_a_single_bad_line_before_good_ones_is_an_error_of_its_row_alone(tmp_path, first):
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join([first, *LINES]) + "\n")
     bad, *good = Reader(paths=(path,)).rows()
@@ -162,7 +162,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_d_an_output_in_place_of_an_input_is_refused_as_a_whole(bmx, answer, count):
+def test_d5_an_output_in_place_of_an_input_is_refused_as_a_whole(bmx, answer, count):
     rows = [json.loads(json.dumps(answer).replace('"a"', f'"a{n}"')) for n in range(count)]
     Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ended = bmx("run", "in.jsonl", "-m", "fake")
@@ -172,7 +172,7 @@ def test_d_an_output_in_place_of_an_input_is_refused_as_a_whole(bmx, answer, cou
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_d_a_single_answer_among_prompts_is_an_error_of_its_row(tmp_path, answer):
+def test_d5_a_single_answer_among_prompts_is_an_error_of_its_row(tmp_path, answer):
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join([json.dumps(answer), *LINES]))
     bad, *good = Reader(paths=(path,)).rows()
@@ -181,6 +181,6 @@ def test_d_a_single_answer_among_prompts_is_an_error_of_its_row(tmp_path, answer
     assert len(list(Reader(paths=(path,)).identities())) == 3
 
 
-def test_d_answers_may_be_the_data_of_a_template(bmx):
+def test_d5_answers_may_be_the_data_of_a_template(bmx):
     Path("in.jsonl").write_text(json.dumps(ANSWERS["bmx"]) + "\n")
     assert bmx("run", "in.jsonl", "-m", "fake", "--prompt-template", "Shorten: {text}").code == 0

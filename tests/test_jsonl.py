@@ -452,17 +452,17 @@ def test_braces_in_a_document_are_only_text(read):
 
 
 @pytest.mark.parametrize("name", ["my column", "doc-id", "a.b", "a[0]", "Größe", "文書", "0", "x!r", "n:>9", " padded"])
-def test_d_a_column_of_a_template_may_have_any_name_without_braces(read, name):
+def test_d4_a_column_of_a_template_may_have_any_name_without_braces(read, name):
     assert good(read({name: "the text", "a": {"b": 1}}, template=f"<{{{name}}}>")).prompt == "<the text>"
 
 
-def test_d_a_field_that_the_row_lacks_is_named_with_those_that_it_has(read):
+def test_d4_a_field_that_the_row_lacks_is_named_with_those_that_it_has(read):
     message = refusal(read({"text": "x", "title": "y", "note": None}, template="{document}"))
     assert message.startswith("the row has no field 'document'")
     assert message.endswith("the row has 'text', 'title'")
 
 
-def test_d_a_field_without_a_value_is_an_error_and_not_the_word_none(read):
+def test_d4_a_field_without_a_value_is_an_error_and_not_the_word_none(read):
     message = refusal(read({"document": None, "text": "x"}, template="Summarize: {document}"))
     assert message.startswith("the field 'document' is null")
     assert message.endswith("the row has 'text'")
