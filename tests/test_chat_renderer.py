@@ -116,6 +116,8 @@ def test_c4_other_names_of_a_role_are_read_as_the_templates_own(template, names,
         ("m.get('role') == 'ipython' or m.role == 'user'", "tool", "[ipython]be brief"),
         ("m.role|lower == 'user' or m.role == 'human'", "human", "[user]be brief"),
         ("m.role == 'human' or m.role == 'bot'", "human", "[human]be brief"),
+        ("m.role == 'observation' or m.role == 'user'", "tool", "[observation]be brief"),
+        ("m.role in ['tool', 'user']", "observation", "[tool]be brief"),
         ("true", "critic", "[critic]be brief"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from bmx.errors import RowError, UsageError
 from bmx.job.messages import invalid
+from bmx.model.chat_renderer import ASSISTANTS
 from bmx.request import SamplingParams
 from bmx.run_config import setting_named
 
@@ -152,7 +153,7 @@ def refuse_continuation(values: Mapping[str, Any], last_role: str | None) -> Non
     """
     if not values.keys() & {"continue_final_message", "add_generation_prompt"}:
         return
-    continued = last_role in ("assistant", "model")
+    continued = last_role in ASSISTANTS
     for name, done in (("continue_final_message", continued), ("add_generation_prompt", not continued)):
         value = values.get(name)
         if value is not None and value is not done:

@@ -17,12 +17,14 @@ from bmx.errors import RowError
 from bmx.model.chat_template import render_chat
 
 STANDARD_ROLES = ("system", "user", "assistant", "tool")
+ASSISTANTS = ("assistant", "ai", "bot", "chatgpt", "gpt", "model")
 SAME_ROLES: Mapping[str, tuple[str, ...]] = {  # names of one role, the preferred one first
     "developer": ("developer", "system"),
     "human": ("user", "human"),
-    **{name: ("assistant", name) for name in ("ai", "bot", "chatgpt", "gpt", "model")},
-    "function": ("function", "tool", "ipython"),
-    "tool": ("tool", "function", "ipython"),
+    **{name: ("assistant", name) for name in ASSISTANTS[1:]},
+    "function": ("function", "tool", "ipython", "observation"),
+    "observation": ("observation", "tool", "function", "ipython"),
+    "tool": ("tool", "function", "ipython", "observation"),
 }
 REASONING_ENDS = ("</think>", "</thinking>", "[/THINK]", "<channel|>")  # templates drop what an earlier answer thought
 SHAPES = 4096  # shapes of conversations that are remembered

@@ -72,7 +72,7 @@ class PromptEncoder:
         if messages is None:
             text, marks = self._hide(request.prompt or "", self._control)
             ids = self._tokens(text, marks, add_special_tokens=True)
-            self._unused |= request.chat_template_kwargs.keys()
+            self._unused |= _own_variables(request).keys()
         else:
             text, marks = self._render(request, messages)
             ids = self._tokens(text, marks, add_special_tokens=False)
@@ -217,15 +217,12 @@ class PromptEncoder:
     def _render(self, request: Request, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
         """The chat template's text, and the control tokens that documents spell, by the marks in their place."""
         marks: dict[str, str] = {}
-        variables = {**(self._config.chat_template_kwargs or {}), **request.chat_template_kwargs}
+        variables = {**(self._config.chat_template_kwargs or {}), **_own_variables(request)}
         try:
-            refuse_template_arguments(request.chat_template_kwargs)
             hidden = [self._hide_all(message, marks, self._hidden_in(message)) for message in messages]
             values = self._hide_all(variables, marks, self._control)
         except RecursionError:
             raise RowError("invalid_request", "nested too deep") from None
-        except UsageError as error:
-            raise RowError("invalid_request", error.message) from None
         if variables:
             self._unused |= variables.keys() - self._renderer.variables
         return self._renderer.render(hidden, values), marks
@@ -271,6 +268,19 @@ class PromptEncoder:
         while first is not None and ids[:2] == [first, first]:  # the text has its own, beside the tokenizer's
             ids = ids[1:]
         return ids
+
+
+def _own_variables(request: Request) -> Mapping[str, Any]:
+    """A request's own values for variables of the chat template.
+
+    Raises:
+        RowError: ``invalid_request``, if bmx sets one of them itself.
+    """
+    try:
+        refuse_template_arguments(request.chat_template_kwargs)
+    except UsageError as error:
+        raise RowError("invalid_request", error.message) from None
+    return request.chat_template_kwargs
 
 
 def _longest_text(request: Request) -> tuple[int | None, str]:
