@@ -62,10 +62,14 @@ def cached_commit(name: str, revision: str | None) -> str | None:
         revision: branch, tag or commit; None is ``main``.
     """
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if Path(name).exists():
         return None
-    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # it cannot be the name of a model
+        return None
     return Path(file).parent.name if isinstance(file, str) else None
 
 
