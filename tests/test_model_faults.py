@@ -217,6 +217,27 @@ def test_e_an_end_token_outside_of_the_vocabulary_is_warned_of(run, folder, toke
     assert f"({token})" in warning
 
 
+def test_c8_tokens_that_the_model_does_not_have_fail_their_rows_alone(bmx, folder):
+    word_tokenizer(131).save_pretrained(folder)
+    lines = [
+        {"id": "good", "prompt": "w3 w4"},
+        {"id": "beyond", "prompt": "w3 w130 w4"},
+        {"id": "stop", "prompt": "w3 w4", "stop_token_ids": [128]},
+        {"id": "negative", "prompt": "w3 w4", "stop_token_ids": [-1]},
+        {"id": "last", "prompt": "w127 w4", "stop_token_ids": [127]},
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(line | {"max_tokens": 3}) + "\n" for line in lines))
+    ended = bmx("run", "rows.jsonl", "--model", folder)
+    assert ended.code == 3
+    assert any("tokens up to 130" in line for line in ended.log if line.startswith("warning: "))
+    assert {json.loads(line)["id"] for line in Path("rows.out.jsonl").read_text().splitlines()} == {"good", "last"}
+    failed = [json.loads(line) for line in Path("rows.out.jsonl.errors.jsonl").read_text().splitlines()]
+    assert {record["id"]: record["error"]["code"] for record in failed} == dict.fromkeys(
+        ("beyond", "stop", "negative"), "invalid_request"
+    )
+    assert all("0 to 127" in record["error"]["message"] for record in failed)
+
+
 def test_m9_a_run_is_not_gone_on_with_by_another_commit_of_its_model(run):
     assert run("--limit", "1").code == 0
     manifest = Path("in.out.jsonl.run.json")

@@ -62,8 +62,10 @@ class Engine:
         if config.prefix_reuse and backend.shares_prefixes:
             reuse = Reuse(spec=self.spec, policy=self.policy, chunk_size=config.eviction_chunk_size)
         encoder = PromptEncoder(tokenizer, prompt)
-        self._measurer = PromptMeasurer(encoder, self.policy, max_length(config, self.spec), reuse)
+        self._measurer = PromptMeasurer(encoder, self.policy, max_length(config, self.spec), reuse, self.spec.vocab)
         self.probe = encoder.probe(config.kv_probe)
+        if max(self.probe, default=0) >= self.spec.vocab:
+            raise UsageError("kv_probe has a word that the model has no token for; its tokenizer knows more tokens")
         self._running = False
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from bmx.compress.policy import CompressionPolicy
@@ -53,12 +53,14 @@ class PromptMeasurer:
         policy: says how many rows of a slot a request needs.
         max_length: most tokens of prompt and answer together.
         reuse: says how many leading tokens a request shares with the one before it; None if nothing is shared.
+        vocab: tokens that the model has; a tokenizer may have more. None looks at no token.
     """
 
     encoder: PromptEncoder
     policy: CompressionPolicy
     max_length: int
     reuse: Reuse | None = None
+    vocab: int | None = None
 
     def read(self, request: Request) -> EncodedPrompt:
         """A request as the model will see it.
@@ -67,9 +69,11 @@ class PromptMeasurer:
         the answer gets the room that is left.
 
         Raises:
-            RowError: it has no text, or its prompt leaves no room for an answer.
+            RowError: it has no text, a token that the model does not have, or no room for an answer.
         """
         prompt, answer = self.encoder.encode(request), request.params.max_tokens
+        self._check_tokens("the prompt has", prompt)
+        self._check_tokens("stop_token_ids has", request.params.stop_token_ids)
         before = len(prompt)
         if before + answer > self.max_length and self.encoder.truncates:
             request, prompt = self.encoder.truncate(request, max(1, self.max_length - answer, self.max_length // 2))
@@ -79,6 +83,17 @@ class PromptMeasurer:
             raise RowError("context_length_exceeded", message)
         length = Length.of(self.policy, len(prompt), min(answer, room))
         return EncodedPrompt(prompt, length, before - len(prompt), self._spans(request, length))
+
+    def _check_tokens(self, where: str, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model has no embedding for, before they are in a step with other rows.
+
+        Raises:
+            RowError: one of them is such a token.
+        """
+        for token in (max(ids, default=0), min(ids, default=0)):
+            if self.vocab and not 0 <= token < self.vocab:
+                message = f"{where} the token {token}, and the model has the tokens 0 to {self.vocab - 1} only"
+                raise RowError("invalid_request", message)
 
     def _spans(self, request: Request, length: Length) -> tuple[tuple[int, int], ...]:
         """The protected spans of a request whose KV pairs will be evicted; none if nothing will be evicted.

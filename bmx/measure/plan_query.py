@@ -103,7 +103,7 @@ def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Tod
     reuse = None
     if engine.prefix_reuse:
         reuse = Reuse(spec=spec, policy=policy, chunk_size=engine.eviction_chunk_size)
-    measurer = PromptMeasurer(encoder, policy, max_length(engine, spec), reuse)
+    measurer = PromptMeasurer(encoder, policy, max_length(engine, spec), reuse, spec.vocab)
     names: dict[str | int, None] = {}
     failed: dict[str, FailedRows] = {}
 

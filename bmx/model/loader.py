@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from bmx.redact import without_secrets
 
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
+
+logger = logging.getLogger(__name__)
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 CANNOT_WRITE |= {errno.ENOTDIR}
@@ -97,6 +100,7 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         model_config = AutoConfig.from_pretrained(source, **where)
     check_config(model_config)
     ends = end_tokens(source, config, model_config, tokenizer) if tokenizer else None
+    _compare_vocabularies(tokenizer, model_config, config.model)
     with contextlib.suppress(KeyError):  # a model with code of its own is not in the table
         _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, so that it counts as runtime
     hardware.trim_heap()
@@ -117,6 +121,15 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
     loaded = replace(prepare(model.eval(), runtime), commit=cached_commit(source, config.revision))
     loaded = loaded if ends is None else replace(loaded, end_token_ids=ends)
     return quantize_int8(loaded) if config.int8 else loaded
+
+
+def _compare_vocabularies(tokenizer: Any, model_config: Any, name: str) -> None:
+    """Warn of a tokenizer that has more tokens than its model: rows with one of those will fail."""
+    vocab = getattr(model_config.get_text_config(decoder=True), "vocab_size", None) or 2**31
+    last = max(tokenizer.get_vocab().values(), default=0) if tokenizer else 0
+    if last >= vocab:
+        text = "the tokenizer of model %s has tokens up to %d, and the model only up to %d; rows with others fail"
+        logger.warning(text, name, last, vocab - 1)
 
 
 def quantize_int8(loaded: LoadedModel) -> LoadedModel:
