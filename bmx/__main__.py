@@ -7,7 +7,11 @@ Nothing heavy is imported before that is so. A command that has something to fin
 import atexit
 import os
 import signal
+import sys
 from contextlib import suppress
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = tuple(128 + number for number in STOPPING)
 
 
 def end(number: int, _: object) -> None:
@@ -19,13 +23,21 @@ def end(number: int, _: object) -> None:
 
 def main() -> None:
     """Run the command line."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)
             atexit.register(signal.signal, number, signal.SIG_IGN)  # all threads have ended: the exit code stands
     from bmx.cli.commands import main as run
 
-    run()
+    try:
+        run()
+    except SystemExit as ended:
+        if ended.code not in INTERRUPTED:
+            raise
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(int(ended.code))  # everything is closed: whoever stops a run does not wait for other threads
 
 
 if __name__ == "__main__":

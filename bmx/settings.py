@@ -133,7 +133,8 @@ class Setting:
         if self.parse:
             return EXPECTED[self.parse]
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        kind = " or ".join(self.choices) or words.get(self.item_type, str(self.item_type))
+        choices = ", ".join(self.choices[:-1]) + (f" or {self.choices[-1]}" if self.choices else "")
+        kind = choices.removeprefix(" or ") or words.get(self.item_type, str(self.item_type))
         return f"{kind}, or a list of such" if self.is_list else kind
 
     @property

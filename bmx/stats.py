@@ -129,7 +129,11 @@ class Stats:
         alone = self._answer_tokens_left - beside * self._prompt_tokens_left
         if alone <= 0:
             return reading
-        return reading + alone * self.decode_seconds / self.decode_tokens if self.decode_tokens else None
+        if not self.decode_tokens:
+            return None
+        rows_left = max(1, self.rows_total - self.rows_before - self.rows_done)
+        together = min(rows_left, self.decode_tokens / self.decode_steps)  # the last rows decode beside fewer others
+        return reading + alone / together * self.decode_seconds / self.decode_steps
 
     @property
     def share_done(self) -> float | None:

@@ -17,6 +17,7 @@ import typer
 from test_structure import ROOMS
 
 from bmx.cli.commands import EXIT_SOME_FAILED, app
+from bmx.cli.help import EXIT_CODES
 from bmx.errors import BmxError
 from bmx.run_config import JobConfig, RunConfig, given_settings
 from bmx.shutdown import STOPPING, Interrupted
@@ -193,6 +194,8 @@ def test_the_table_of_exit_codes_is_that_of_the_errors():
     raised = {error.exit_code for error in [BmxError, *BmxError.__subclasses__()]}
     stopped = {Interrupted(number).exit_code for number in STOPPING}
     assert codes == {0, EXIT_SOME_FAILED} | raised | stopped
+    in_help = {int(code) for cell, _ in EXIT_CODES["run"] for code in cell.split(",")}
+    assert in_help == codes
 
 
 def documented(section: str) -> set[str]:

@@ -125,7 +125,8 @@ def halfway(**more: Any) -> Stats:
     """A run in 2 slots that has read 1,000 of 4,000 prompt tokens in 10 s and generated 100 of 400 in 20 s."""
     stats = Stats(rows_total=4, slots=2, prompt_work=4000, answer_work=400, **more)
     stats.prompt_tokens, stats.prefill_seconds = 1000, 10.0
-    stats.generated_tokens, stats.decode_tokens, stats.decode_seconds = 100, 100, 20.0
+    stats.generated_tokens = stats.decode_tokens = 100
+    stats.decode_steps, stats.decode_seconds = 50, 20.0
     return stats
 
 
@@ -161,6 +162,11 @@ def test_t7_early_ends_shorten_the_time_left_by_what_they_tell_of_other_answers(
     assert stats.seconds_left == pytest.approx(3000 * 0.01)  # the 90 tokens in flight are more than the rest will need
     stats.answer_work = 10**6
     assert stats.seconds_left == pytest.approx(30 + ((10**6 - 100) * 0.1 - 90) * 0.2)
+
+
+def test_t7_the_last_rows_decode_beside_fewer_others():
+    stats = halfway(rows_done=3)  # one row is left: half as many tokens in a step of the same length
+    assert stats.seconds_left == pytest.approx(3000 * 0.01 + 300 * 0.4)
 
 
 def test_t7_tokens_that_grow_beside_prompts_need_no_steps_of_their_own():
@@ -344,6 +350,13 @@ def test_a_stats_file_that_cannot_be_written_is_said_once_and_does_not_stop_the_
         "warning: cannot write stats/stats.json: No space left on device"
     ]
     assert list(Path("stats").iterdir()) == []
+
+
+def test_t4_help_on_a_full_disk_is_one_line():
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run([sys.executable, "-m", "bmx", "-h"], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (ended.returncode, ended.stderr.count(b"\n")) == (1, 2)
+    assert b"No space left on device" in ended.stderr
 
 
 # Secrets and strangers

@@ -5,6 +5,7 @@ A command's work is elsewhere and is imported when the command runs, so that ``-
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -54,6 +55,13 @@ def main() -> None:
             sys.exit(UsageError.exit_code)
         except typer.Abort:
             sys.exit(Interrupted(signal.SIGINT).exit_code)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            display.error(
+                f"there is no room left on a disk: {error}", "free some space, and run the same command again"
+            )
+            sys.exit(BmxError.exit_code)
         sys.exit(code or 0)
 
 
