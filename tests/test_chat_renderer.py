@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_prompt_encoder import byte_level_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, RowError, UsageError
 from bmx.job.fingerprint import fingerprint
@@ -370,3 +373,47 @@ def test_c9_a_run_without_values_has_the_fingerprint_that_it_had():
     empty = replace(config, prompt=PromptConfig(chat_template_kwargs={}))
     assert fingerprint(config) == fingerprint(empty)
     assert fingerprint(given) == fingerprint(config) | {"chat_template_kwargs": OFF}
+
+
+# A whole run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model of Llama's kind whose template skips roles that it does not know."""
+    own = tokenizer(SKIPS)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(own), eos_token_id=own.eos_token_id, **sizes))
+    for saved in (model, own):
+        saved.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_c4_and_c5_and_c6_and_c9_in_a_run(bmx, folder):
+    rows = [
+        {"id": "critic", "messages": [{"role": "user", "content": "hello"}, {"role": "critic", "content": "a"}]},
+        {"id": "open", "messages": [{"role": "user", "content": "hello"}, {"role": "gpt", "content": "Sure, "}]},
+        {"id": "plain", "prompt": "hello"},
+        {"id": "rendered", "prompt": "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nSure, "},
+        {"id": "variables", "prompt": "hello", "chat_template_kwargs": {"enable_thinking": False, "nothing": 1}},
+        {
+            "custom_id": "raw",
+            "url": "/v1/completions",
+            "body": {"prompt": "<s><|im_start|>user\nhello", "max_tokens": 3},
+        },
+    ]
+    Path("in.jsonl").write_text("".join(json.dumps({"max_tokens": 3} | row) + "\n" for row in rows))
+    ended = bmx("run", "in.jsonl", "-m", folder, "-o", "out.jsonl", "-q")
+    assert ended.code == 3
+    warned = [line for line in ended.err.splitlines() if "warning" in line]
+    assert len(warned) == 2
+    assert "2 of 6 prompts" in warned[0]
+    assert "'nothing'" in warned[1]
+    [failed] = map(json.loads, Path("out.jsonl.errors.jsonl").read_text().splitlines())
+    assert (failed["id"], failed["error"]["code"]) == ("critic", "invalid_request")
+    records = {record["id"]: record for record in map(json.loads, Path("out.jsonl").read_text().splitlines())}
+    prompt = rendered(SKIPS, ("user", "hello"), ("assistant", "Sure, "))
+    assert records["open"]["usage"]["prompt_tokens"] == len(
+        tokenizer(SKIPS)(prompt, add_special_tokens=False).input_ids
+    )
