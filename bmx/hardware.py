@@ -82,23 +82,27 @@ class Gpu:
 def free_host_memory() -> FreeMemory:
     """The free memory of the host: the least of what the system, the control groups and the process's limits leave.
 
-    Reclaimable page cache counts as free: Linux's MemAvailable, and a group's limit less the pages it cannot drop.
+    Page cache counts as free: Linux's MemAvailable, and a group's limit less the pages that it cannot drop. What this
+    process holds beside such pages (`held_bytes`) does not.
     """
     return min((_system_memory(), *_group_limits(), *_own_limits()), key=lambda memory: memory.free)
 
 
 def _group_limits() -> Iterator[FreeMemory]:
     """The free memory of each control group of this process that has a limit."""
-    for prefix, limit_file, used_file, cache_key in (
-        ("", "memory.max", "memory.current", "inactive_file"),
-        ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for prefix, limit_file, used_file, prefix_of_lists in (
+        ("", "memory.max", "memory.current", ""),
+        ("", "memory.high", "memory.current", ""),  # above it, the system slows the group down
+        ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         for group in _own_groups(prefix.rstrip("/")):
             limit, used = _number(group / limit_file), _number(group / used_file)
             if limit is None or used is None or limit >= NO_LIMIT:
                 continue
-            free = limit - used + _stat(group / "memory.stat", cache_key)
-            yield FreeMemory(max(0, free), limit, f"cgroup {prefix}{limit_file}")
+            droppable = sum(
+                _stat(group / "memory.stat", f"{prefix_of_lists}{list_}_file") for list_ in ("active", "inactive")
+            )
+            yield FreeMemory(min(limit, max(0, limit - used + droppable)), limit, f"cgroup {prefix}{limit_file}")
 
 
 def _own_limits() -> Iterator[FreeMemory]:
@@ -292,6 +296,12 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_resident_bytes()
+
+
+def held_bytes() -> int:
+    """Bytes that this process holds and the system cannot drop: without pages of files, which count as free memory."""
+    anonymous, shared = _own_status("RssAnon"), _own_status("RssShmem")
+    return resident_bytes() if anonymous is None else anonymous + (shared or 0)
 
 
 def peak_resident_bytes() -> int:

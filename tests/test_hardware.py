@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from bmx import hardware
+from bmx.config import EngineConfig
+from bmx.plan.memory import limits as job_limits
 
 GB = 10**9
 CGROUP = "/sys/fs/cgroup"
@@ -51,7 +53,7 @@ def v2(limit: str, used: int, cached: int = 0) -> dict[str, str]:
     return {
         f"{CGROUP}/memory.max": f"{limit}\n",
         f"{CGROUP}/memory.current": f"{used}\n",
-        f"{CGROUP}/memory.stat": f"anon 5\ninactive_file {cached}\nactive_file 9\n",
+        f"{CGROUP}/memory.stat": f"anon 5\ninactive_file {cached - cached // 3}\nactive_file {cached // 3}\n",
     }
 
 
@@ -59,7 +61,9 @@ def v1(limit: str, used: int, cached: int = 0) -> dict[str, str]:
     return {
         f"{CGROUP}/memory/memory.limit_in_bytes": f"{limit}\n",
         f"{CGROUP}/memory/memory.usage_in_bytes": f"{used}\n",
-        f"{CGROUP}/memory/memory.stat": f"cache 77\ninactive_file 1\ntotal_inactive_file {cached}\n",
+        f"{CGROUP}/memory/memory.stat": (
+            f"cache 77\ninactive_file 1\ntotal_inactive_file {cached - cached // 3}\ntotal_active_file {cached // 3}\n"
+        ),
     }
 
 
@@ -79,6 +83,11 @@ HOSTS = {
         v2(f"{8 * GB}", 3 * GB) | {f"{CGROUP}/memory.current": PermissionError()},
         MEMINFO_WINS,
     ),
+    "v2 limit above which the group is slowed down": (
+        v2(f"{8 * GB}", 3 * GB) | {f"{CGROUP}/memory.high": f"{5 * GB}\n"},
+        (2 * GB, 5 * GB, "cgroup memory.high"),
+    ),
+    "v2 more page cache than is used": (v2(f"{8 * GB}", GB, 3 * GB), (8 * GB, 8 * GB, "cgroup memory.max")),
     "v1 without a limit": (v1(V1_NO_LIMIT, 3 * GB), MEMINFO_WINS),
     "v1 limit": (v1(f"{4 * GB}", 3 * GB), (GB, 4 * GB, "cgroup memory/memory.limit_in_bytes")),
     "v1 page cache counts as free": (
@@ -142,6 +151,39 @@ OWN_LIMITS = {
 def test_the_process_own_limits_count(machine, limits, status, expected):
     machine({"/proc/meminfo": MEMINFO, "/proc/self/status": status}, limits)
     assert hardware.free_host_memory() == hardware.FreeMemory(*expected)
+
+
+MB = 10**6
+ANONYMOUS, OF_FILES = 120 * MB // 1024, 180 * MB // 1024
+OWN = f"VmSize:\t {2000 * MB // 1024} kB\nRssAnon:\t {ANONYMOUS} kB\nRssFile:\t {OF_FILES} kB\n"
+SMALL = {
+    "v2, libraries in the group's cache": (v2(f"{419 * MB}", 330 * MB, 200 * MB), {}, 419 * MB),
+    "v2, libraries in another group's cache": (v2(f"{419 * MB}", 130 * MB), {}, 419 * MB),
+    "v2, the process came from another group": (v2(f"{419 * MB}", 10 * MB), {}, 419 * MB),
+    "v2, the parent's limit": (
+        {name.replace(CGROUP, f"{CGROUP}/jobs"): text for name, text in v2(f"{419 * MB}", 330 * MB, 200 * MB).items()}
+        | {"/proc/self/cgroup": "0::/jobs/one\n"},
+        {},
+        419 * MB,
+    ),
+    "v1": (v1(f"{419 * MB}", 330 * MB, 200 * MB), {}, 419 * MB),
+    "address space": ({}, {"RLIMIT_AS": 2100 * MB}, 100 * MB + 300 * MB),
+}
+
+
+@pytest.mark.parametrize(("files", "own_limits", "most"), SMALL.values(), ids=SMALL)
+def test_e_no_more_may_be_used_than_the_group_and_the_process_may_have(machine, files, own_limits, most):
+    """Pages of files count once: as free memory, and not as held besides."""
+    machine({"/proc/meminfo": MEMINFO, "/proc/self/status": OWN} | files, own_limits)
+    memory, held = hardware.free_host_memory(), hardware.held_bytes()
+    assert held == pytest.approx(120 * MB, abs=1024)
+    allowed = job_limits(EngineConfig(gpu_memory_utilization=1.0), memory, held).total
+    assert 0.5 * most < allowed <= most
+
+
+def test_e_without_the_kernels_own_count_all_resident_memory_is_held(machine):
+    machine({"/proc/self/status": "Name:\tbmx\n"})
+    assert hardware.held_bytes() == hardware.resident_bytes()
 
 
 def test_a_group_with_less_than_the_process_own_limit_wins(machine):

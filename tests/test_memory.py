@@ -433,7 +433,7 @@ def test_a_rehearsal_that_always_fails_gives_the_smallest_plan_and_ends():
 class Meter:
     """Measures what it is told to."""
 
-    now = 0
+    now = held = 0
     free_memory = staticmethod(free_host_memory)
 
     def __init__(self, peak: int, exact: bool = True) -> None:

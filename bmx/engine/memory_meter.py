@@ -104,6 +104,11 @@ class MemoryMeter:
 
         return torch.cuda.memory_reserved() + self._context
 
+    @property
+    def held(self) -> int:
+        """Bytes held now that are missing in the free memory: of the host, without pages of files."""
+        return self.now if self._cuda else hardware.held_bytes()
+
 
 class FullCacheSize:
     """What full caches would hold of sequences, for comparison with what is held.

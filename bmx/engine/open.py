@@ -75,9 +75,9 @@ def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> N
     kind = choose_device(config).type
     if kind == "cuda":
         gpus = hardware.visible_gpus()
-        memory, held = gpus[0].free_memory if gpus else None, 0
+        memory, held, runtime = gpus[0].free_memory if gpus else None, 0, RUNTIME_BYTES[kind]
     else:
-        memory, held = hardware.free_host_memory(), hardware.resident_bytes()
+        memory, held, runtime = hardware.free_host_memory(), hardware.held_bytes(), hardware.resident_bytes()
     if memory is None:
         return  # what is free is known when CUDA has begun
     spec = share_layers(preview(kind), config.kv_share_layers)
@@ -87,7 +87,7 @@ def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> N
         config=config,
         spec=spec,
         policy=policy,
-        device=Device.of(kind, spec, held or RUNTIME_BYTES[kind], config),
+        device=Device.of(kind, spec, runtime, config),
         kernels=choose(kind),
         limits=limits(config, memory, held),
     )

@@ -51,7 +51,7 @@ class RunPlanner:
         """
         lengths = list(lengths) or [Length(1, 1, 1)]
         meter = self.backend.meter
-        builder = self._builder(limits(self.config, meter.free_memory(), held=meter.now))
+        builder = self._builder(limits(self.config, meter.free_memory(), held=meter.held))
         sizes = builder.step_sizes(lengths)
         if not self.backend.measurable:
             return builder.plan(lengths, sizes[:1])

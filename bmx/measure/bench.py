@@ -258,7 +258,7 @@ def _with_fixed_memory(
         longest = max(map(len, prompts), default=max(options.inputs)) + max(options.outputs)
         row = CompressionPolicy.from_config(config.full_cache).layout(spec, longest).nbytes
         pool = max(spec.weight_bytes // PAPER_SHARE, row)
-    total = limits(config, meter.free_memory(), meter.now).total
+    total = limits(config, meter.free_memory(), meter.held).total
     return replace(config, memory_limit=total, kv_cache_memory=pool)
 
 

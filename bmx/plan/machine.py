@@ -64,7 +64,7 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
         kind="cpu",
         name=hardware.cpu_name(),
         memory=hardware.free_host_memory(),
-        held=hardware.resident_bytes(),
+        held=hardware.held_bytes(),
         rates=lambda: machine_rates("cpu", dtype_name(config, "cpu"), hardware.cpu_name()),
     )
 

@@ -123,9 +123,9 @@ def limits(config: EngineConfig, memory: FreeMemory, held: int) -> Limits:
     Args:
         config: the settings.
         memory: the free memory of the device.
-        held: bytes of the device's memory that bmx holds already.
+        held: bytes that bmx holds already, and that are not among the free ones.
     """
-    total = int((memory.free + held) * config.gpu_memory_utilization)
+    total = int(min(memory.free + held, memory.total) * config.gpu_memory_utilization)
     held_by_others = f"; {memory.holders}" if memory.holders else ""
     source = f"{config.gpu_memory_utilization:.0%} of what is free, {memory.source}{held_by_others}"
     if config.memory_limit is not None and config.memory_limit < total:
