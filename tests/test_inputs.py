@@ -386,7 +386,7 @@ def test_i16_a_longest_line_that_is_no_size_is_refused(run, size):
 def test_i17_an_id_that_occurs_twice_is_refused_before_anything_is_written(run, lines):
     write(*lines)
     name = lines[0]["id"]
-    assert f"1 ids occur more than once: '{name}'" in refused(run(IN), folder())
+    assert f"an id occurs more than once: '{name}'" in refused(run(IN), folder())
 
 
 def test_i17_ids_are_counted_across_dialects_errors_and_files(run):

@@ -160,7 +160,8 @@ class Ledger:
             return
         shown = ", ".join(repr(name[:80]) for name in repeated[:SHOWN])
         more = f" and {number - SHOWN:,} more" if number > SHOWN else ""
-        raise InputFileError(f"{number:,} ids occur more than once: {shown}{more}", hint="ids must be unique")
+        what = "an id occurs" if number == 1 else f"{number:,} ids occur"
+        raise InputFileError(f"{what} more than once: {shown}{more}", hint="ids must be unique")
 
     def enter_records(self, file: int, records: Iterable[tuple[int, KnownRecord | None]]) -> None:
         """Enter the lines of a file of records.
