@@ -19,14 +19,16 @@ from conftest import Ended
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from bmx.config import PromptConfig
 from bmx.engine import prompt_lengths as lengths
 from bmx.engine.fake import FakeTokenizer
-from bmx.errors import BmxError, InputFileError
+from bmx.errors import BmxError, InputFileError, RowError
 from bmx.job.input_rows import InputRow
 from bmx.job.job import run as run_job
 from bmx.job.result_writer import ResultWriter
 from bmx.job.row_checks import NOT_SUPPORTED
-from bmx.request import Result
+from bmx.model.prompt_encoder import PromptEncoder
+from bmx.request import Request, Result
 from bmx.run_config import RunConfig, given_settings
 from bmx.shutdown import Stop
 from bmx.stats import Stats
@@ -373,6 +375,35 @@ def test_i16_the_longest_line_can_be_set(run):
     size = IN.stat().st_size - 1
     assert run(IN, "--max-line-bytes", size).code == 0
     assert run(IN, "--max-line-bytes", size - 1, "--overwrite").code == 3
+
+
+def test_i16_a_line_that_was_too_long_is_the_same_row_when_more_is_allowed(run):
+    write(row("long", words(500)), row("short"))
+    assert run(IN, "--max-line-bytes", 1000).code == 3
+    assert failures() == {"line-1": "invalid_request"}
+    assert run(IN, "--max-line-bytes", 10_000, "--retry-failed").code == 0
+    assert set(answers()) == {"long", "short"}
+
+
+def test_i16_a_prompt_that_cannot_fit_is_not_made_tokens():
+    class Unread(FakeTokenizer):
+        def get_vocab(self):
+            return {"w1": 1, "w1000": 2}
+
+        def __call__(self, text, **_):
+            raise AssertionError("read")
+
+    measurer = lengths.PromptMeasurer(PromptEncoder(Unread(), PromptConfig()), policy=None, max_length=1000)
+    with pytest.raises(RowError) as refused:
+        measurer.read(Request(id=1, prompt="w1 " * 400_000))
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_i16_the_words_of_a_huge_text_are_those_of_its_pieces(monkeypatch):
+    text = " w1\tw2\n\u00a0w3\x1c w4\x85\r\x0b\x0cwörter w1 "
+    at_once = FakeTokenizer()(text)
+    monkeypatch.setattr("bmx.engine.fake.PIECE", 1)
+    assert FakeTokenizer()(text) == at_once
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "many"])

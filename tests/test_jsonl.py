@@ -673,6 +673,17 @@ def test_a_line_that_is_too_long_fails_alone(read, end):
     assert (failed[0].line, failed[0].id, last.line) == (3, "line-3", 4)
 
 
+@pytest.mark.parametrize("blanks", ["", " " * 300_000, "\t\r "])
+def test_a_line_that_is_too_long_has_the_key_of_the_whole_line(read, blanks):
+    text = f'{blanks}{{"prompt": "{"x y" * 100_000}{" " * 300_000}z"}}{blanks}'
+    [whole] = read(text)
+    for longest in (20, 131_072, 300_001, 500_000):
+        cut, after = read(text, {"prompt": "x"}, longest=longest)
+        assert (cut.key, cut.size) == (whole.key, whole.size)
+        assert "longer than" in cut.error.message
+        assert after.request
+
+
 def test_a_last_line_without_newline_may_be_as_long_as_any(read):
     row = line({"id": "a", "prompt": "x"})
     assert good(read(row, longest=len(row), end=b"")).prompt == "x"

@@ -6,6 +6,7 @@ as it would, in milliseconds and without torch. ``--model fake``.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -23,8 +24,11 @@ from bmx.plan.memory import StepSize
 
 END = 0  # the token that ends an answer
 WORDS = 5000
+PIECE = 1 << 20  # bytes of a text whose words are read one by one
 ENDS = 8  # one token in eight ends the answer
 MAX_LENGTH = 1 << 20
+_WORD = re.compile(rb"\S+")
+_IDS = (1, *range(1, WORDS))  # each id once in memory, however often it occurs
 LAYER = LayerSpec(query_heads=1, kv_heads=1, key_dim=8, value_dim=8, window=None, owner=0)
 COSTS = Costs(activation_bytes=1024, traffic_bytes=1024, flops=1024, operators=1)
 SPEC = ModelSpec(
@@ -50,7 +54,9 @@ class FakeTokenizer:
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         """Token ids of a text."""
-        return {"input_ids": [number % WORDS or 1 for number in map(crc32, text.encode().split())]}
+        data = text.encode()
+        words = data.split() if len(data) < PIECE else (found[0] for found in _WORD.finditer(data))
+        return {"input_ids": [_IDS[number % WORDS] for number in map(crc32, words)]}
 
     def decode(self, ids: Iterable[int], **_: Any) -> str:
         """The text of token ids."""

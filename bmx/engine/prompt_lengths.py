@@ -71,6 +71,9 @@ class PromptMeasurer:
         Raises:
             RowError: it has no text, a token that the model does not have, or no room for an answer.
         """
+        if not self.encoder.truncates and self.encoder.surely_longer(request, self.max_length):
+            message = f"the prompt is far longer than the {self.max_length} tokens that it and the answer may have"
+            raise RowError("context_length_exceeded", message)
         prompt, answer = self.encoder.encode(request), request.params.max_tokens
         self._check_tokens("the prompt has", prompt)
         self._check_tokens("stop_token_ids has", request.params.stop_token_ids)

@@ -21,6 +21,8 @@ GUESSES = 12  # lengths that are tried for a text that is too long
 LEADING = 200  # first characters of a text, among which a control token may begin it
 TAG = re.compile(r"</?[A-Za-z0-9]+>|\[/?[A-Za-z0-9]+\]")  # a control token that may well be a word of a document
 FILLED = 0.98  # share of the allowed tokens from which no better length is tried
+HUGE = 1_000_000  # characters of a text from which it is worth to look at its size first
+COMPOSED = 4  # characters that a tokenizer may read as one before it looks for tokens
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -151,6 +153,19 @@ class PromptEncoder:
             for name in sorted(self._unused)
         ]
         return lines
+
+    def surely_longer(self, request: Request, tokens: int) -> bool:
+        """Whether a prompt must have more tokens than this, told from its size alone: reading it would take gigabytes.
+
+        Args:
+            request: the prompt's request.
+            tokens: most tokens of the prompt.
+        """
+        characters = len(_longest_text(request)[1])
+        if characters < HUGE or not hasattr(self._tokenizer, "get_vocab"):
+            return False
+        longest = max(len(spelling) for spelling in self._tokenizer.get_vocab())
+        return characters > tokens * longest * COMPOSED
 
     @property
     def truncates(self) -> bool:
