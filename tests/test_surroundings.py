@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from bmx.cli.process import check_process
+from bmx.errors import ModelError, UsageError
+from bmx.model.loader import check_libraries
 from bmx.plan.memory import SlotGroup
 from bmx.redact import without_secrets
 from bmx.stats import Stats
@@ -287,7 +290,7 @@ def test_t8_one_is_not_many_and_small_is_not_nothing(run):
 
 
 def test_o20_many_rows_that_fail_alike_are_one_line(run):
-    ended = run(rows=["bad"] * 10_000 + [{"prompt": "x"}], max_errors=20_000)
+    ended = run("--max-errors", "20000", rows=["bad"] * 10_000 + [{"prompt": "x"}])
     assert ended.code == 3
     assert [line for line in ended.log if "invalid" in line] == [
         "10,000 rows failed: 10,000 invalid_json; see in.out.jsonl.errors.jsonl"
@@ -383,7 +386,7 @@ def test_s2_prompts_and_answers_are_never_in_the_log_nor_beside_the_output(run, 
     rows = [{"id": 1, "prompt": WORDS}, {"id": 2, "prompt": WORDS, "temperature": WORDS}, f'{{"prompt": "{WORDS}"']
     ended = run("--prompt-template", template, "--stats-file", "s.json", *args, rows=rows)
     assert ended.code == 3
-    answer = json.loads(Path("in.out.jsonl").read_text())["text"]
+    answer = json.loads(Path("in.out.jsonl").read_text().splitlines()[0])["text"]
     told = ended.err + Path("in.out.jsonl.run.json").read_text() + Path("s.json").read_text()
     for private in ("quick", "Secretly", answer):
         assert private
@@ -551,3 +554,34 @@ def test_b3_warnings_that_python_would_raise_do_not_end_a_run(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     ended = subprocess_run("run", "in.jsonl", "-m", "fake", "-q", env={"PYTHONWARNINGS": "error"}, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+# A process that libraries cannot work in
+
+
+@pytest.mark.parametrize("threads", ["0", "abc", "-1", "1.5", " ", "99999999"])
+def test_e3_a_number_of_threads_that_is_none_is_refused(run, monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    ended = run()
+    assert ended.code == 2
+    assert "OMP_NUM_THREADS" in ended.complaint[0]
+
+
+@pytest.mark.parametrize("threads", ["", "1", "02", "2,1"])
+def test_e3_other_numbers_of_threads_are_taken(run, monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert run().code == 0
+
+
+def test_e3_a_current_folder_that_was_deleted_is_said(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UsageError, match="current folder has been deleted"):
+        check_process()
+
+
+def test_e3_a_library_that_cannot_be_loaded_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModelError, match="transformers cannot be loaded: import of transformers halted"):
+        check_libraries()

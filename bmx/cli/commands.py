@@ -17,6 +17,7 @@ import typer
 
 from bmx.cli.flags import known_variables, take_options, values_to_compare, with_flags
 from bmx.cli.help import INPUTS, Command, Front
+from bmx.cli.process import check_process
 from bmx.config import EngineConfig
 from bmx.errors import BmxError, UsageError
 from bmx.run_config import RunConfig, given_settings, setting_named
@@ -121,6 +122,7 @@ def _session(
     stop, interrupted_hint = Stop(), INTERRUPTED_HINTS.get(command, RESUME_HINT)
     early_display = Display(log_format=flags.get("log_format") or "text")  # for errors in the settings themselves
     with stop.install_handlers(), _errors_shown(early_display, interrupted_hint):
+        check_process()
         options = take_options(command, flags)
         config = _gathered(command, inputs, flags, config_file)
         job = config.job

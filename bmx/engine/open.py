@@ -15,7 +15,7 @@ from bmx.engine.fake import FakeBackend, FakeTokenizer
 from bmx.engine.memory_meter import bound_kernel_caches
 from bmx.kernels import choose
 from bmx.model.instructions import INSTRUCTIONS, Instructions
-from bmx.model.loader import RUNTIME_BYTES, choose_device, load_model, load_tokenizer
+from bmx.model.loader import RUNTIME_BYTES, check_libraries, choose_device, load_model, load_tokenizer
 from bmx.model.preview import preview_spec
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, share_layers
@@ -35,6 +35,7 @@ def open_model(config: EngineConfig) -> tuple[Any, Backend]:
     """
     if config.model == FAKE:
         return FakeTokenizer(), FakeBackend()
+    check_libraries()
     bound_kernel_caches()
     source = find_source(config)
     tokenizer = load_tokenizer(source, config)

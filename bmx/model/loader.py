@@ -290,6 +290,20 @@ def _cache_problem(number: int) -> tuple[str, str]:
     return cause, "make room there, or set HF_HOME to another folder"
 
 
+def check_libraries() -> None:
+    """Import transformers, and with it torch.
+
+    Raises:
+        ModelError: they are missing, broken, or do not go together.
+    """
+    try:
+        import transformers  # noqa: F401
+    except Exception as error:  # whatever their files raise when they are loaded
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "`bmx env` shows the versions; install bmx again, in an environment of its own"
+        raise ModelError(f"transformers cannot be loaded: {lines[0]}", hint=hint) from error
+
+
 def silence_transformers() -> None:
     """Turn off transformers' progress bars and advice: bmx shows its own. Downloads keep their bars."""
     from huggingface_hub.utils.tqdm import enable_progress_bars

@@ -15,7 +15,7 @@ from bmx.model.checkpoint import read_headers, weight_bytes
 from bmx.model.config_spec import spec_from_config
 from bmx.model.demo import local_path
 from bmx.model.gguf_cache import find_parts, kept_folder, read_config
-from bmx.model.loader import dtype_name, int8_refusal, loading_errors, prepare, silence_transformers
+from bmx.model.loader import check_libraries, dtype_name, int8_refusal, loading_errors, prepare, silence_transformers
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
 
@@ -70,6 +70,7 @@ def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:
 
 
 def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig, dtype: str) -> ModelSpec:
+    check_libraries()
     from transformers import AutoConfig
 
     silence_transformers()
