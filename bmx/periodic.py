@@ -1,10 +1,15 @@
-"""A call that is repeated in a thread while other work is done. Knows threads, not what is called."""
+"""Calls in a thread while other work is done: repeated ones, and one when the work takes long. Knows threads only."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LONG_SECONDS = 3.0
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,3 +33,15 @@ def periodically(seconds: Callable[[], float], act: Callable[[], None]) -> Itera
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def said_if_long(text: str) -> Iterator[None]:
+    """Log a warning when the body, which may wait for ever, takes longer than a moment."""
+    timer = threading.Timer(LONG_SECONDS, logger.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

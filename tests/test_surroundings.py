@@ -10,6 +10,7 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -585,3 +586,51 @@ def test_e3_a_library_that_cannot_be_loaded_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelError, match="transformers cannot be loaded: import of transformers halted"):
         check_libraries()
+
+
+# Pipes that nobody serves
+
+
+@pytest.fixture
+def fifo(monkeypatch):
+    """A function that makes a named pipe; what takes longer than a moment is said at once."""
+    monkeypatch.setattr("bmx.periodic.LONG_SECONDS", 0.0)
+
+    def make(name: str) -> Path:
+        os.mkfifo(name)
+        return Path(name)
+
+    return make
+
+
+def test_e4_an_input_pipe_without_a_writer_is_waited_for_aloud(bmx, fifo, caplog):
+    pipe = fifo("pipe")
+
+    def write_when_waited_for() -> None:
+        while not any("waiting for the end of pipe" in line for line in caplog.messages):
+            os.sched_yield()
+        pipe.write_text('{"prompt": "x"}\n')
+
+    writer = threading.Thread(target=write_when_waited_for, daemon=True)
+    writer.start()
+    ended = bmx("run", "pipe", "-m", "fake", "-o", "out.jsonl")
+    writer.join()
+    assert ended.code == 0
+    assert "warning: waiting for the end of pipe: a pipe is read as a whole first" in ended.log
+    assert len(Path("out.jsonl").read_text().splitlines()) == 1
+
+
+def test_e4_an_output_pipe_without_a_reader_is_waited_for_aloud(run, fifo, caplog):
+    pipe, read = fifo("pipe"), []
+
+    def read_when_waited_for() -> None:
+        while "waiting for a program that reads pipe" not in caplog.messages:
+            os.sched_yield()
+        read.append(pipe.read_text())
+
+    reader = threading.Thread(target=read_when_waited_for, daemon=True)
+    reader.start()
+    ended = run("-o", "pipe")
+    reader.join()
+    assert ended.code == 0
+    assert len(read[0].splitlines()) == 5

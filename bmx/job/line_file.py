@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bmx.errors import BmxError, LockedError, OutputError
 from bmx.job.durable_files import KEPT, remove_file, sync_folder, write_all
+from bmx.periodic import said_if_long
 
 SYNC_SECONDS = 1.0  # lines written longer ago than this survive a power cut
 PIECE = 1 << 26  # bytes of a line that are in memory at a time
@@ -110,7 +111,8 @@ class LineFile:
             if self._path is None:
                 self._fd = os.dup(1)
             elif not self._regular:
-                self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                with said_if_long(f"waiting for a program that reads {self._name}"):
+                    self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             elif not self.exists:
                 self._fd = os.open(self._path, FLAGS | os.O_CREAT, 0o666)
                 self._lock(self._fd)

@@ -20,6 +20,7 @@ from bmx.job.journal import is_of_bmx
 from bmx.job.line_reader import COMPRESSED, open_input
 from bmx.job.manifest import is_manifest
 from bmx.job.stats_file import is_stats_file
+from bmx.periodic import said_if_long
 from bmx.run_config import RunConfig
 
 STDIO = "-"
@@ -235,8 +236,12 @@ def _spool(name: str, copy: IO[bytes]) -> None:
     """Copy an input that can be read only once."""
     if name == STDIO and sys.stdin is None:
         raise InputFileError("standard input is closed")
+    shown = "standard input" if name == STDIO else name
     try:
-        with sys.stdin.buffer if name == STDIO else Path(name).open("rb") as pipe:
+        with (
+            said_if_long(f"waiting for the end of {shown}: a pipe is read as a whole first"),
+            sys.stdin.buffer if name == STDIO else Path(name).open("rb") as pipe,
+        ):
             shutil.copyfileobj(pipe, copy)
         copy.flush()
     except OSError as error:
