@@ -387,6 +387,8 @@ class PromptConfig:
             'Values for variables of the chat template, as a JSON object: {"enable_thinking": false}; a row\'s own win',
             decides_answers=IF_GIVEN,
             parse=parse_object,
+            metavar="JSON",
+            rare=True,
         ),
     ] = None
     on_too_long: Annotated[

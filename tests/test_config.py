@@ -140,7 +140,7 @@ def typed(name: str, value: Any, word: str) -> list[str]:
 
 @pytest.mark.parametrize("contradictory", [False, True])
 def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file, contradictory):
-    names = {"retry_failed", "verbose"}  # not together with --overwrite, --quiet
+    names = {"retry_failed", "verbose", "set_aside"}  # not together with --overwrite, --quiet
     values = {s.name: sample(s) for s in SETTINGS if (s.name in names) == contradictory}
     words = {name: value[0] if isinstance(value, list) else str(value) for name, value in values.items()}
     as_flags = shown(*(word for name in values for word in typed(name, values[name], words[name])))

@@ -36,6 +36,12 @@ def test_settings_are_keywords_as_on_the_command_line():
     assert len(engine.encode(Request(id=0, prompt=prompt))) == len(plain.encode(Request(id=0, prompt=prompt))) + 2
 
 
+def test_e_a_model_may_lie_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    with pytest.raises(ModelError, match="/home/somebody/no-such-model"):
+        Engine.open("~/no-such-model")
+
+
 def test_keywords_replace_what_a_config_says():
     config = EngineConfig(model="fake", kv_budget=300, kv_sink=2)
     engine = Engine.open(config, PromptConfig(chat_template=False), kv_budget=400)

@@ -29,7 +29,7 @@ def gather_settings(
         UsageError: an unknown name, a wrong type, a value out of range, or values that contradict each other.
     """
     if isinstance(model, str | PathLike):
-        model = EngineConfig(model=str(model))
+        model = EngineConfig(**_coerced({"model": str(model)}, (EngineConfig,)))
     if not isinstance(model, EngineConfig) or not isinstance(prompt, PromptConfig | None):
         raise UsageError(
             f"an engine is opened by a model's name or an EngineConfig, and a PromptConfig: not {_kind(model)}, "
