@@ -378,7 +378,7 @@ def test_weights_that_are_missing(folder):
 def test_weights_as_pickle_alone(folder):
     (folder / "model.safetensors").unlink()
     torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
-    assert_not_opened(folder, "safetensors")
+    assert_not_opened(folder, "pickled")
 
 
 def test_a_shard_that_is_missing(folder):

@@ -19,9 +19,10 @@ from typing import Any
 
 from bmx.cache import cache_folder, filled, is_whole
 from bmx.errors import ModelError
+from bmx.model.folders import SOURCES
 from bmx.model.gguf_config import complete_config
 from bmx.model.gguf_file import GgufFile
-from bmx.model.loader import SOURCES, check_complete, loading_errors, silence_transformers
+from bmx.model.loader import check_complete, loading_errors, silence_transformers
 
 CACHE_VERSION = "2"  # of unpacked GGUF files
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)

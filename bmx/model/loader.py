@@ -19,6 +19,7 @@ from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError
 from bmx.model.end_tokens import end_tokens
+from bmx.model.folders import SOURCES, refuse_no_weights, tokenizer_problem
 from bmx.model.hub import cached_commit
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
 from bmx.redact import without_secrets
@@ -30,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 CANNOT_WRITE |= {errno.ENOTDIR}
+COPY = "copy the tokenizer's files from the model that it was made from"
 PAGE = 4096  # bytes
 RUNTIME_BYTES = {"cpu": 292 * 10**6, "cuda": 750 * 10**6}  # of libraries and a CUDA context, if they are not measured
-SOURCES = "--model takes a hub id, a local folder with config.json and safetensors, or a .gguf file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +72,19 @@ def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -
 
     silence_transformers()
     with loading_errors(config.model):
-        return AutoTokenizer.from_pretrained(
-            source,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            **({"gguf_file": gguf} if gguf else {}),
-        )
+        try:
+            return AutoTokenizer.from_pretrained(
+                source,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                **({"gguf_file": gguf} if gguf else {}),
+            )
+        except ValueError as error:
+            if "backend tokenizer" not in str(error) or not Path(source).is_dir():
+                raise
+            raise ModelError(
+                f"cannot load model {config.model}: {tokenizer_problem(Path(source))}", hint=COPY
+            ) from None
 
 
 def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> LoadedModel:
@@ -99,6 +107,8 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
     with loading_errors(config.model):
         model_config = AutoConfig.from_pretrained(source, **where)
     check_config(model_config)
+    if Path(source).is_dir():
+        refuse_no_weights(Path(source), config.model)
     ends = end_tokens(source, config, model_config, tokenizer) if tokenizer else None
     _compare_vocabularies(tokenizer, model_config, config.model)
     with contextlib.suppress(KeyError):  # a model with code of its own is not in the table
@@ -269,6 +279,9 @@ def loading_errors(name: str) -> Iterator[None]:
             cause, hint = "it comes with code of its own", "--trust-remote-code runs it; read it first, and pin it"
         elif "ignore_mismatched_sizes" in str(error):
             cause, hint = "its weights have other shapes than its config says", "download the model again"
+        elif isinstance(error, ImportError):
+            cause = str(error).strip().partition("\n")[0]
+            hint = "install what it needs, or use the model in another form: as it was before, or a .gguf file"
         elif isinstance(error, OSError) and error.errno in CANNOT_WRITE and not Path(name).exists():
             cause, hint = _cache_problem(error.errno)
         else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.model.demo import local_path
+from bmx.model.folders import SOURCES, refuse_no_model
 from bmx.model.gguf_cache import find_parts, unpacked_folder
 from bmx.model.hub import reach_model
-from bmx.model.loader import SOURCES
 
 
 def find_source(config: EngineConfig) -> str:
@@ -20,11 +20,13 @@ def find_source(config: EngineConfig) -> str:
     name = str(path) if config.model == "demo" else config.model
     if path.suffix.lower() == ".gguf":
         return str(unpacked_folder(find_parts(path, name)))
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{name} is not a model folder: it has no config.json", hint=SOURCES)
-    if not path.exists() and name.startswith(("/", "./", "../", "~")):
-        raise ModelError(f"no such model folder: {name}", hint=SOURCES)
     if path.exists():
+        try:
+            refuse_no_model(path, name)
+        except OSError as error:
+            raise ModelError(f"cannot read {name}: {error.strerror}") from None
         return str(path)
+    if name.startswith(("/", "./", "../", "~")):
+        raise ModelError(f"no such model folder: {name}", hint=SOURCES)
     reach_model(name, config.revision)
     return name
