@@ -331,6 +331,8 @@ def test_d6_a_prompt_that_is_no_text_is_called_what_it_is(read, prompt, said):
         ({"instruction": "Name it.", "output": "x"}, "'output'", "{instruction}"),
         ({"id": 1}, "no fields", None),
         ({"id": 1, "n_pages": 5}, "'n_pages'", None),
+        ({"recordId": "r1", "modelInput": {}}, "'modelInput'", None),
+        ({"title": "T", "body": "a longer text"}, "'title', 'body'", "{body}"),
     ],
 )
 def test_d6_a_row_without_a_prompt_is_told_what_it_has_and_how_to_use_it(read, row, shown, template):
@@ -342,6 +344,10 @@ def test_d6_a_row_without_a_prompt_is_told_what_it_has_and_how_to_use_it(read, r
     else:
         assert f"--prompt-template '{template}'" in message
         assert read(row, template=template.replace(r"\n", "\n")).error is None
+
+
+def test_d6_a_list_of_rows_within_an_object_is_seen(read):
+    assert "jq -c '.data[]'" in read({"version": 1, "data": [{"prompt": "x"}]}).error.message
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from bmx.job.output_records import Dialect
 from bmx.job.row_checks import SAMPLING_FIELDS, refuse_unknown, refuse_unsupported, squeezed
 from bmx.prompt_template import shown_fields
 
-LIKELY_PROMPTS = ("question", "query", "text", "document", "article", "content", "problem", "inputs", "input")
+LIKELY_PROMPTS = (
+    *("question", "query", "user", "problem", "document", "article", "text", "content", "inputs", "input"),
+)
 _COMPLETIONS = re.compile(r"(?:^|/)(chat/)?completions/?(?:\?.*)?$")
 _GEMINI_NAMES = {  # of its generation config, and bmx's own
     "candidatecount": "n",
@@ -182,15 +184,27 @@ def _kind(value: Any) -> str:
 def _no_prompt(values: Mapping[str, Any]) -> str:
     """What a row has in place of a prompt, and how to make one of it."""
     names = [name for name in values if name not in {*SAMPLING_FIELDS, *_IDS}]
-    texts = [name for name in names if isinstance(values[name], str) and values[name].strip() and "{" not in name]
     message = f"no 'prompt' or 'messages': the row has {shown_fields(names)}"
-    if not texts:
-        return message
-    likely = next((name for name in LIKELY_PROMPTS if name in texts), texts[0])
-    template = "{instruction}\\n\\n{input}" if "instruction" in texts and "input" in values else f"{{{likely}}}"
-    if "instruction" in texts and "input" not in values:
-        template = "{instruction}"
-    return f"{message}; --prompt-template '{template}' makes a prompt of such rows"
+    template = _likely_template({name: values[name] for name in names if "{" not in name and "}" not in name})
+    if template:
+        return f"{message}; --prompt-template '{template}' makes a prompt of such rows"
+    inner = next((name for name in names if _is_list_of_objects(values[name]) and name.isidentifier()), None)
+    return f"{message}; jq -c '.{inner}[]' makes rows of that list" if inner else message
+
+
+def _likely_template(values: Mapping[str, Any]) -> str | None:
+    """A template of the fields that most likely are the prompt: of a usual name, or else the longest text."""
+    texts = {name: value for name, value in values.items() if isinstance(value, str) and value.strip()}
+    if "instruction" in texts:
+        return "{instruction}\\n\\n{input}" if isinstance(values.get("input"), str) else "{instruction}"
+    usual = [name for name in LIKELY_PROMPTS if name in texts]
+    others = [name for name in texts if not squeezed(name).endswith("id")]
+    likely = usual[0] if usual else max(others, key=lambda name: len(texts[name]), default=None)
+    return f"{{{likely}}}" if likely else None
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _is_gemini(values: Mapping[str, Any]) -> bool:

@@ -88,15 +88,22 @@ def _binary(start: bytes) -> tuple[str, str] | None:
         if start.startswith(magic):
             return what, command
     if start.startswith(b"PK\x03\x04"):
-        if b"xl/" in start or b"[Content_Types].xml" in start[:100]:
-            return "an Excel file", _PANDAS % "excel"
-        return "a zip archive", "unzip -p FILE > OUT"
+        return _zipped(start)
     if start[257:262] == b"ustar":
         return "a tar archive", "tar -xOf FILE > OUT"
     for encoding, starts in _ENCODINGS:
         if start.startswith(starts):
             return f"a file in {encoding}", f"iconv -f {encoding} -t UTF-8 < FILE > OUT"
     return None
+
+
+def _zipped(start: bytes) -> tuple[str, str]:
+    """A document of an office program, or any other archive."""
+    if b"xl/" in start or b"opendocument.spreadsheet" in start:
+        return "a spreadsheet", _PANDAS % "excel"
+    if b"word/" in start or b"opendocument.text" in start:
+        return "a text document", "pandoc -t plain --wrap=none FILE | jq -cRs '{prompt: .}' > OUT"
+    return "a zip archive", "unzip -p FILE > OUT"
 
 
 def _text(start: bytes, suffix: str) -> tuple[str, str] | None:

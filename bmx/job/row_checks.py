@@ -60,15 +60,17 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {  # fields of other programs, and t
         *("logits_processors", "stop_sequences", "stop_strings", "suppress_tokens", "tools"),
     ), ([],)),
     **dict.fromkeys(("detokenize", "include_reasoning", "skip_special_tokens", "use_cache"), (True,)),
-    **dict.fromkeys(("extra_body", "extra_headers", "extra_query", "logit_bias", "stream_options"), ({},)),
+    **dict.fromkeys(("extra_body", "extra_headers", "extra_query", "logit_bias"), ({},)),
     **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto", {"type": "auto"}, {"type": "none"})),
     **dict.fromkeys(("logprobs", "prompt_logprobs"), (False, 0)),
     "modalities": (["text"], ["TEXT"]),
     "response_format": ({"type": "text"},),
+    "stream_options": ({}, {"include_usage": True}, {"include_usage": False}),
 }  # fmt: skip
 _ASKS_FOR_NOTHING = NOT_SUPPORTED | {  # with names that are likelier data where a row has no envelope
     "functions": ([],),
     "store": (False,),
+    "suffix": ("",),
     "thinking": ({"type": "disabled"},),
 }
 INSTEAD = {  # what to write in place of a field that is not supported
