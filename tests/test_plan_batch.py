@@ -375,6 +375,7 @@ def test_a_limit_below_the_weights_is_refused_before_they_are_loaded(bmx, model,
     [
         (("--shape", "llama-9", "--max-input", "4k"), "no shape is called llama-9"),
         (("--shape", "qwen3-8b", "in.jsonl"), "no tokenizer"),
+        (("--shape", "qwen3-8b", "--max-input", "4k", "--limit", 3, "--shard", "5/7"), "share 5/7 of 3 rows"),
         (("--shape", "qwen3-8b", "--max-input", "4k", "--measure"), "--measure"),
     ],
     ids=str,

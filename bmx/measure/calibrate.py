@@ -42,7 +42,7 @@ from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
 from bmx.terminal.reports import calibration_lines, failed_lines
-from bmx.terminal.tables import candidate_words
+from bmx.terminal.tables import candidate_words, counted
 from bmx.units import now
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ class _Calibration:
         resumed = self.record["candidates"] or "full_cache" in self.record
         full_answers = FullCacheAnswers.load(path, requests, made_by, full.spec.vocab) if resumed else None
         if full_answers is None:
-            with self._measuring(f"full cache: {len(requests)} prompts") as stats:
+            with self._measuring(f"full cache: {counted(len(requests), 'prompt')}") as stats:
                 full_answers = FullCacheAnswers.generate(full, requests, self.stop, stats)
             full_answers.save(path, made_by)
             for warning in full.prompt_warnings():
@@ -367,7 +367,7 @@ class _Calibration:
 
         if "halting_test" not in self.record:
             requests = self.sample.requests[:HALTING_ROWS]
-            with self._measuring(f"what layers need: {len(requests)} prompts") as stats:
+            with self._measuring(f"what layers need: {counted(len(requests), 'prompt')}") as stats:
                 needs = layer_needs(full, requests, TOLERANCE, stats)
             self.record["halting_test"] = {
                 "tolerance": TOLERANCE,

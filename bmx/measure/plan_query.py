@@ -41,7 +41,7 @@ def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int, sha
 
     Raises:
         ModelError: the model cannot be found or read.
-        UsageError: the model takes no more than the prompt.
+        UsageError: the model takes no more than the prompt, or the share has no rows.
     """
     engine, answer = config.engine, config.sampling.max_tokens
     if shape:
@@ -56,7 +56,10 @@ def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int, sha
             f"--max-input {prompt_tokens} leaves no room for an answer: {spec.name} takes {longest} tokens"
         )
     first, shares = config.job.share
-    rows = max(1, ceil(((config.job.limit or IMAGINED_ROWS) - first + 1) / shares))
+    of_all = config.job.limit or IMAGINED_ROWS
+    rows = ceil((of_all - first + 1) / shares)
+    if rows < 1:
+        raise UsageError(f"share {config.job.shard} of {of_all} rows has no rows", hint="give a larger --limit")
     length = Length.of(CompressionPolicy.from_config(engine), prompt_tokens, answer)
     return PlanQuery(
         config=engine,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bmx.errors import UsageError
-from bmx.terminal.tables import BENCH_NAMES, budget_text, candidate_words
+from bmx.terminal.tables import BENCH_NAMES, budget_text, candidate_words, counted
 
 MARKERS = {"auto": "o", "fp8": "^", "int8": "s", "int4": "D"}  # by KV format
 OTHER_MARKER = "x"
@@ -45,7 +45,7 @@ def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
     axes.axhline(100 * record["min_agreement"], color="0.6", linestyle="--", label="least agreement")
     axes.set_xlabel("memory of a sequence's KV cache (MB, mean)")
     axes.set_ylabel("next tokens equal to the full cache's (%)")
-    axes.set_title(f"{record['model']}: {record['full_cache']['rows']} prompts")
+    axes.set_title(f"{record['model']}: {counted(record['full_cache']['rows'], 'prompt')}")
     axes.set_xscale("log")
     axes.legend(fontsize="small")
     return _saved(figure, beside)

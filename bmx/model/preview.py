@@ -51,7 +51,7 @@ def with_int8_weights(spec: ModelSpec, device: str) -> ModelSpec:
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        UsageError: the device has none.
+        ModelError: the device has none.
     """
     if device != "cpu":
         raise int8_refusal()

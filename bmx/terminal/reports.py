@@ -263,8 +263,8 @@ def calibration_lines(record: Mapping[str, Any], path: Path) -> Iterator[str]:
     yield from aligned([CALIBRATION_COLUMNS, *rows])
     halting = record["halting_test"]
     yield (
-        f"halting test: {halting['budget']:,} pairs a layer, on average, keep all but {halting['tolerance']:.0%} "
-        "of the last query's attention (DBudgetKV)"
+        f"halting test: {counted(halting['budget'], 'pair')} a layer, on average, keep all but "
+        f"{halting['tolerance']:.0%} of the last query's attention (DBudgetKV)"
     )
     if record["recommended"] is None:
         best = max((entry["top1_agreement"] for entry in record["candidates"]), default=0.0)
