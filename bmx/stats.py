@@ -109,20 +109,30 @@ class Stats:
         return max(0.0, (self.answer_work - self.ended_work) * share - begun)
 
     @property
-    def reading_seconds_left(self) -> float | None:
-        """Seconds that the steps take which read the remaining prompts, at their pace so far; None before the first."""
+    def _step_seconds(self) -> float:
+        """Seconds of all steps so far."""
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def _overhead(self) -> float:
+        """How many times as long as its steps the run has taken: rows are read and written between them."""
+        return max(1.0, self.elapsed / self._step_seconds) if self._step_seconds else 1.0
+
+    @property
+    def _reading_left(self) -> float | None:
+        """Seconds of the steps that read the remaining prompts, at their pace so far; None before the first one."""
         if not self.prompt_tokens:
             return None
         return self._prompt_tokens_left * self.prefill_seconds / self.prompt_tokens
 
     @property
-    def seconds_left(self) -> float | None:
-        """Seconds that the remaining work takes; None as long as the pace of a kind of step that it needs is not known.
+    def _steps_left(self) -> float | None:
+        """Seconds of the remaining steps; None as long as the pace of a kind that is needed is not known.
 
         Prompts and answers are counted apart, since their tokens differ in cost by orders of magnitude. Answers also
         grow in the steps that read prompts; only the other tokens need steps of their own.
         """
-        reading = self.reading_seconds_left
+        reading = self._reading_left
         if reading is None or not (self.prompt_work or self.answer_work):
             return None
         beside = (self.generated_tokens - self.decode_tokens) / self.prompt_tokens
@@ -136,17 +146,26 @@ class Stats:
         return reading + alone / together * self.decode_seconds / self.decode_steps
 
     @property
+    def reading_seconds_left(self) -> float | None:
+        """Seconds until all prompts are read; None before the first step."""
+        return None if self._reading_left is None else self._reading_left * self._overhead
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that the remaining work takes; None as long as the speed of prompts or answers is not known."""
+        return None if self._steps_left is None else self._steps_left * self._overhead
+
+    @property
     def share_done(self) -> float | None:
         """Share of the run's time that has passed; None as long as the time left is not known."""
-        left, passed = self.seconds_left, self.prefill_seconds + self.decode_seconds
+        left, passed = self._steps_left, self._step_seconds
         return None if left is None else passed / (passed + left) if passed + left else 0.0
 
     @property
     def is_unusually_quiet(self) -> bool:
         """Whether no row was finished for much longer than this run's rows take."""
-        left = self.seconds_left if self.seconds_left is not None else self.reading_seconds_left
-        seconds = self.prefill_seconds + self.decode_seconds + (left or 0.0)
-        row_seconds = seconds * self.slots / max(1, self.rows_total - self.rows_before)
+        left = self._steps_left if self._steps_left is not None else self._reading_left
+        row_seconds = (self._step_seconds + (left or 0.0)) * self.slots / max(1, self.rows_total - self.rows_before)
         return self.quiet_seconds >= max(QUIET_SECONDS, 2 * row_seconds, 2 * self.longest_quiet)
 
     @property

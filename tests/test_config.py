@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from bmx.cli.commands import app
+from bmx.cli.help import EXAMPLES
 from bmx.cli.reference import PAGE, reference
 from bmx.errors import UsageError
 from bmx.job.fingerprint import differences, fingerprint
@@ -218,6 +221,12 @@ def test_t1_help_fits_the_terminal_and_has_examples_and_exit_codes(command, colu
     assert all("…" not in line for line in lines)
 
 
+@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+def test_t1_every_example_is_a_command_line_that_bmx_takes(line):
+    _, name, *args = shlex.split(line.split(">", maxsplit=1)[0])
+    assert typer.main.get_command(app).commands[name].make_context(name, args) is not None
+
+
 def test_t1_the_front_page_is_short_and_names_every_command():
     page = help_of()
     assert len(page.splitlines()) <= 35
@@ -265,10 +274,10 @@ def test_t1_a_shell_completes_commands_flags_and_choices():
 @pytest.mark.parametrize(
     ("args", "said", "hint"),
     [
-        (("run", "in.jsonl", "--max-token", "5"), "no such option: --max-token", "bmx run -h"),
+        (("run", "in.jsonl", "--max-token", "5"), "no such option", "bmx run -h"),
         (("run",), "missing argument 'INPUT...'", "bmx run -h"),
         (("walk",), "no such command 'walk'", "bmx -h"),
-        (("--nope",), "no such option: --nope", "bmx -h"),
+        (("--nope",), "no such option", "bmx -h"),
     ],
 )
 def test_t1_a_command_line_that_cannot_be_read_is_an_error_and_a_hint(bmx, args, said, hint):

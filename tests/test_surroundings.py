@@ -173,6 +173,12 @@ def test_t7_the_last_rows_decode_beside_fewer_others():
     assert stats.seconds_left == pytest.approx(3000 * 0.01 + 300 * 0.4)
 
 
+def test_t7_the_time_between_steps_counts_too():
+    stats = halfway()
+    stats.started -= 60  # twice the seconds of its steps
+    assert stats.seconds_left == pytest.approx(2 * (30 + 60), rel=0.01)
+
+
 def test_t7_tokens_that_grow_beside_prompts_need_no_steps_of_their_own():
     stats = halfway()
     stats.generated_tokens += 200  # in the steps that read the 1,000 prompt tokens
