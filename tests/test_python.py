@@ -171,6 +171,19 @@ def test_a_wrong_type_is_a_clear_error(fake, call, says):
     assert len(fake.generate(["a"])) == 1  # the engine is of use all the same
 
 
+def test_c11_one_stop_string_and_whole_numbers_may_be_written_as_such(fake):
+    plain = SamplingParams(max_tokens=5, stop=("THE END",), stop_token_ids=(7,), top_k=0, seed=3)
+    short = SamplingParams(max_tokens=5.0, stop="THE END", stop_token_ids=7, top_k=-1, seed=3.0)
+    assert short == plain
+    assert [type(value) for value in (short.max_tokens, short.seed)] == [int, int]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+    whole = fake.generate(["w1 w2"], max_tokens=40, ignore_eos=True)[0].text
+    word = whole.split()[3]
+    [cut] = fake.generate(["w1 w2"], max_tokens=40.0, ignore_eos=True, stop=word, top_k=-1)
+    assert cut.text == whole[: whole.index(word)]
+
+
 def test_results_are_copied_and_pickled_with_their_errors():
     engine = tiny_engine("llama", kv_policy="none")
     answer, failed = engine.generate([words(PROMPTS[0]), ""], max_tokens=3)
