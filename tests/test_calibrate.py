@@ -454,7 +454,8 @@ def test_b2_a_damaged_calibration_is_not_taken_up(given):
         Path(FILE).write_text(json.dumps(whole | damage))
         ended = given("--kv-budget", "24")
         assert ended.code == 2
-        assert "is damaged" in ended.complaint[0]
+        assert "cannot be used" in ended.complaint[0]
+        assert "--overwrite" in ended.complaint[1]
 
 
 def answers_of_another(path):

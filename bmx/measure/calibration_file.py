@@ -98,8 +98,12 @@ def is_answers_file(path: Path) -> bool:
     return not beginning or beginning[LENGTH_BYTES:] == ANSWERS_BEGINNING
 
 
-def read_calibration(path: Path) -> dict[str, Any] | None:
+def read_calibration(path: Path, hint: str = REMEDY) -> dict[str, Any] | None:
     """The contents of a calibration file; None if it does not exist.
+
+    Args:
+        path: the file.
+        hint: what to do about one that cannot be used.
 
     Raises:
         UsageError: the file cannot be read, is not a calibration file, or is damaged.
@@ -109,12 +113,12 @@ def read_calibration(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the calibration file {path}: {error}", hint=REMEDY) from None
+        raise UsageError(f"cannot read the calibration file {path}: {error}", hint=hint) from None
     if record.get("calibration_format") != FORMAT:
-        raise UsageError(f"{path} is not a calibration file of this version of bmx", hint=REMEDY)
+        raise UsageError(f"{path} is not a calibration file of this version of bmx", hint=hint)
     problem = problem_of(record)
     if problem:
-        raise UsageError(f"the calibration file {path} is damaged: {problem}", hint=REMEDY)
+        raise UsageError(f"the calibration file {path} cannot be used: {problem}", hint=hint)
     return record
 
 
@@ -181,11 +185,11 @@ def saved_or_new_record(config: RunConfig, output: Path, rows: dict[str, str]) -
     """
     settings = {name: value for name, value in fingerprint(config).items() if name not in CALIBRATED}
     settings["rows"] = rows
-    saved = None if config.job.overwrite else read_calibration(output)
+    hint = "--overwrite replaces it, -o names another file"
+    saved = None if config.job.overwrite else read_calibration(output, hint)
     if saved is None:
         new = {"calibration_format": FORMAT, "begun": now(), "model": config.engine.model, "fingerprint": settings}
         return new | {"candidates": [], "recommended": None}
-    hint = "--overwrite replaces it, -o names another file"
     changed = differences(saved["fingerprint"] | {"rows": rows}, settings)
     if changed:
         raise UsageError(f"{output} was made with other settings: {changed}", hint=hint)

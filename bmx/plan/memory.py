@@ -178,9 +178,12 @@ def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
         size, limit, what, flag = needed.pool, limits.pool or 0, "for the KV cache", "--kv-cache-memory"
     enough = ceil(size / 1e6)
     weights = f", {needed.weights / 1e6:,.0f} MB of it weights" if what == "in all" else ""
+    way_out = f"{flag} {enough}M is the least for it; or"
+    if flag == "--memory-limit" and limits.source != "memory_limit":
+        way_out = "make more memory free for it, or"
     return MemoryLimitError(
         f"one sequence needs {enough:,} MB {what}{weights}; {limit / 1e6:,.0f} MB may be used ({limits.source}): "
         f"{ceil((size - limit) / 1e6):,} MB are missing",
-        hint=f"{flag} {enough}M is the least for it; or lower --kv-budget or --chunk-size, or choose a smaller model; "
+        hint=f"{way_out} lower --kv-budget or --chunk-size, or choose a smaller model; "
         "`bmx plan-batch --check` computes what would fit",
     )
