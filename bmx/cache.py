@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bmx.periodic import said_if_long
+
 CONTENTS = "contents.json"  # the names and sizes of a folder's files, written last
 REMEDY = "set XDG_CACHE_HOME to a folder that can be written"
 
@@ -129,7 +131,8 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a lock while the body runs; the file stays, since others may wait for it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with said_if_long(f"waiting for another run that writes beside {path}"):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -178,3 +178,20 @@ def test_e2_a_place_of_the_hub_that_cannot_be_read_is_no_matter_of_the_network(r
     ended = run()
     assert "cannot read /dev/null/token: Not a directory" in ended.complaint[0]
     assert "HF_HOME" in ended.complaint[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("model.safetensors", "damaged"), ("config.json", "damaged"), ("tokenizer.json", "no tokenizer")],
+)
+def test_e2_a_damaged_file_in_the_hubs_cache_is_named_with_the_way_out(run, closed, cached, file, said):
+    path = Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "snapshots" / COMMIT / file
+    if file == "tokenizer.json":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    ended = run("--log-format", "json")
+    [*_, error] = map(json.loads, ended.err.splitlines())
+    assert ended.code == 1
+    assert said in error["message"]
+    assert error["hint"].startswith(f"delete {constants.HF_HUB_CACHE}/models--org--tiny:")

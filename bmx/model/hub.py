@@ -112,6 +112,8 @@ def _problem(name: str, revision: str | None) -> str | None:
             if wait is None or not (status == 429 or status >= 500):
                 return f"{hub} answers {status}"
             time.sleep(wait)
+        except UnicodeEncodeError:
+            raise ModelError("HF_TOKEN has characters that no token has", hint="copy it again") from None
         except PLACE_ERRORS as error:  # the file of the token
             raise ModelError(f"cannot read {error.filename}: {error.strerror}", hint=CHECK_HOME) from None
         except Exception as error:  # of the HTTP library, whose name changes: no network, no such host, a timeout

@@ -6,9 +6,7 @@ Knows transformers' loading; knows nothing of KV caches, plans or requests.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,16 +19,14 @@ from bmx.errors import MemoryLimitError, ModelError
 from bmx.model.end_tokens import end_tokens
 from bmx.model.folders import SOURCES, refuse_no_weights, tokenizer_problem
 from bmx.model.hub import cached_commit
+from bmx.model.load_problems import cause_and_hint
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
-from bmx.redact import without_secrets
 
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
 
 logger = logging.getLogger(__name__)
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
-CANNOT_WRITE |= {errno.ENOTDIR}
 COPY = "copy the tokenizer's files from the model that it was made from"
 PAGE = 4096  # bytes
 RUNTIME_BYTES = {"cpu": 292 * 10**6, "cuda": 750 * 10**6}  # of libraries and a CUDA context, if they are not measured
@@ -275,32 +271,8 @@ def loading_errors(name: str) -> Iterator[None]:
 
         if isinstance(error, torch.OutOfMemoryError):
             raise MemoryLimitError(f"model {name} does not fit on the device", hint="choose a smaller one") from error
-        if "trust_remote_code" in str(error):
-            cause, hint = "it comes with code of its own", "--trust-remote-code runs it; read it first, and pin it"
-        elif "ignore_mismatched_sizes" in str(error):
-            cause, hint = "its weights have other shapes than its config says", "download the model again"
-        elif isinstance(error, ImportError):
-            cause = str(error).strip().partition("\n")[0]
-            hint = "install what it needs, or use the model in another form: as it was before, or a .gguf file"
-        elif isinstance(error, OSError) and error.errno in CANNOT_WRITE and not Path(name).exists():
-            cause, hint = _cache_problem(error.errno)
-        else:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            shown = lines[: 2 if lines and lines[0].endswith(":") else 1]
-            cause, hint = " ".join(shown) or type(error).__name__, SOURCES
-        raise ModelError(f"cannot load model {name}: {without_secrets(cause)}", hint=hint) from error
-
-
-def _cache_problem(number: int) -> tuple[str, str]:
-    """What to say when a hub model cannot be stored, and what to do.
-
-    Args:
-        number: the system's number of the error.
-    """
-    from huggingface_hub import constants
-
-    cause = f"it cannot be kept in the cache {constants.HF_HUB_CACHE}: {os.strerror(number)}"
-    return cause, "make room there, or set HF_HOME to another folder"
+        cause, hint = cause_and_hint(name, error)
+        raise ModelError(f"cannot load model {name}: {cause}", hint=hint) from error
 
 
 def check_libraries() -> None:
