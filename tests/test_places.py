@@ -98,7 +98,7 @@ def test_a_stats_file_of_an_earlier_run_is_replaced(run):
         (2, ("in.jsonl", "-o", "y", "--stats-file", "circle")),
         (2, ("in.jsonl", "-o", "a\0b")),
         (2, ("in.jsonl", "-o", ".")),
-        (1, ("in.jsonl", "-o", "in.jsonl/y")),
+        (2, ("in.jsonl", "-o", "in.jsonl/y")),
         (1, ("in.jsonl", "-m", "~nobody-of-that-name/x")),
         (1, ("in.jsonl", "-m", "m" * 5000)),
         (1, ("in.jsonl", "-m", "a\0b")),

@@ -160,7 +160,8 @@ def _check(name: str, path: Path, taken: list[tuple[str, Path]]) -> None:
     parent = path.resolve().parent
     if not parent.is_dir():
         shown = path.parent if not path.is_symlink() else parent
-        raise UsageError(f"the folder {shown} does not exist", hint="create it, or choose another")
+        problem = f"{shown} is not a folder" if shown.exists() else f"the folder {shown} does not exist"
+        raise UsageError(problem, hint="create it, or choose another")
     _check_length(name, path, parent)
     if not _writable(path.resolve(), parent):
         raise OutputError(f"the {name} {path} cannot be written: permission denied", hint="choose another")
