@@ -519,7 +519,8 @@ OTHERS = ["in.calibration.json", "in.calibration.teacher.safetensors", "in.calib
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("content", ["mine", "{}", '{"format": 2, "state": "finished"}'])
-def test_a8_a_file_of_another_kind_is_never_replaced(given, name, content):
+def test_a8_a_file_of_another_kind_is_never_replaced(given, monkeypatch, name, content):
+    monkeypatch.setattr(report, "find_spec", find_spec)
     Path(name).write_text(content)
     for flags in ((), ("--overwrite",)):
         ended = given("--kv-budget", "24", *flags)
@@ -527,6 +528,21 @@ def test_a8_a_file_of_another_kind_is_never_replaced(given, name, content):
         assert name in ended.complaint[0]
         assert Path(name).read_text() == content
         assert {path.name for path in Path().iterdir()} <= {"in.jsonl", name}
+
+
+def test_a8_a_plot_that_nobody_draws_is_in_nobodys_way(given):
+    """Without matplotlib."""
+    Path("in.calibration.png").write_text("mine")
+    assert given("--kv-budget", "24", "--min-agreement", 0.01).code == 0
+    assert Path("in.calibration.png").read_text() == "mine"
+
+
+def test_a8_a_link_is_followed(given):
+    Path("there").mkdir()
+    Path("c.json").symlink_to("there/c.json")
+    assert given("--kv-budget", "24", "--min-agreement", 0.01, "-o", "c.json").code == 0
+    assert Path("c.json").is_symlink()
+    assert measured("there/c.json")["candidates"]
 
 
 def test_a8_the_calibrations_own_files_are_replaced(given, monkeypatch):

@@ -90,7 +90,7 @@ def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Pat
     paths = find_paths(replace(config, job=job))
     if paths.output is None or not paths.manifest:
         raise UsageError(f"{command} keeps what it measures in a file", hint=f"-o {default}")
-    return paths.output, paths.locks[0]
+    return paths.output.resolve() if paths.output.is_symlink() else paths.output, paths.locks[0]
 
 
 def _named_paths(config: RunConfig) -> JobPaths:

@@ -99,7 +99,7 @@ def check_plots(beside: Path) -> None:
     Raises:
         UsageError: names the file.
     """
-    for path in plot_paths(beside):
+    for path in plot_paths(beside) if find_spec("matplotlib") else ():
         if not is_plot(path):
             raise UsageError(f"{path} exists, and a plot would replace it", hint=CHOOSE_ANOTHER)
 
