@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTROL = ("<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|eom|>")
-TOKENS = (*bytes_to_unicode().values(), "he", *CONTROL)
+TOKENS = (*bytes_to_unicode().values(), "he", "at", *CONTROL)
 END, START, TURN_END, MESSAGE_END = range(len(TOKENS) - len(CONTROL), len(TOKENS))
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -142,10 +142,15 @@ def write_gguf(
         ".attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": list(TOKENS),
-        "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.merges": ["h e", "a t"],
         "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.token_type": [int(TokenType.NORMAL)] * 257 + [int(TokenType.CONTROL)] * len(CONTROL),
+        "tokenizer.ggml.token_type": [int(TokenType.NORMAL)] * 258 + [int(TokenType.CONTROL)] * len(CONTROL),
+        "tokenizer.ggml.scores": [0.0] * len(TOKENS),
+        "tokenizer.ggml.bos_token_id": END,
         "tokenizer.ggml.eos_token_id": END,
+        "tokenizer.ggml.padding_token_id": END,
+        "tokenizer.ggml.unknown_token_id": END,
+        "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": template,
         **(keys or {}),
     }
