@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from bmx import Engine, EngineConfig
 from bmx.errors import ModelError
-from bmx.model.gguf_cache import find_parts, unpacked_folder
+from bmx.job.fingerprint import model_files
+from bmx.model.gguf_cache import unpacked_folder
+from bmx.model.gguf_file import find_parts
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +224,13 @@ def test_c3_any_part_of_a_split_model_stands_for_all(tmp_path, given):
     assert torch.equal(logits(found), logits(model))
     [folder] = (tmp_path / "cache").rglob("config.json")
     assert not list(folder.parent.glob("*.gguf"))
+
+
+def test_c3_a_split_model_is_known_by_all_of_its_parts(tmp_path):
+    files = write_gguf(tmp_path / "tiny", random_model(), parts=2)
+    before = {model_files(str(file)) for file in files}
+    write_gguf(tmp_path / "tiny", model_that_says(END), parts=2)
+    assert len(before | {model_files(str(file)) for file in files}) == 2
 
 
 def test_c3_missing_parts_are_named(tmp_path):

@@ -145,6 +145,17 @@ def test_b4_a_chat_template_computes_and_prints_no_more_than_it_may(template, mo
     assert PromptEncoder(tokenizer, PromptConfig()).encode(Request(id="a", prompt="w5")) == [5, 7]
 
 
+def test_b4_a_chat_template_without_end_refuses_the_model_before_a_row_is_read(run, folder, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    word_tokenizer().save_pretrained(folder)
+    change(folder / "tokenizer_config.json", chat_template=endless)
+    ended = run()
+    assert ended.code == 1
+    assert "chat template" in ended.complaint[0]
+    assert not Path("in.out.jsonl").exists()
+
+
 def test_m5_a_tokenizer_without_pad_token_and_chat_template_is_enough(run, folder):
     assert "pad_token" not in json.loads((folder / "tokenizer_config.json").read_text())
     assert run().code == 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from bmx.config import FAKE, EngineConfig, PromptConfig
 from bmx.model.demo import local_path
+from bmx.model.gguf_file import find_parts
 from bmx.request import SamplingParams
 from bmx.run_config import JobConfig, RunConfig
 from bmx.settings import ALWAYS, IF_CHUNKED, IF_CUT, IF_EVICTING, IF_GIVEN, IF_TRUE, settings_in
@@ -76,7 +77,7 @@ def model_files(model: str) -> str | None:
     if model == FAKE:
         return None
     path = local_path(model)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(path.iterdir()) if path.is_dir() else find_parts(path, model) if path.is_file() else []
     digest = blake2b(digest_size=8)
     for file in files:
         if any(fnmatch(file.name, pattern) for pattern in MODEL_FILES) and file.is_file():

@@ -19,40 +19,11 @@ from typing import Any
 
 from bmx.cache import cache_folder, filled, is_whole
 from bmx.errors import ModelError
-from bmx.model.folders import SOURCES
 from bmx.model.gguf_config import complete_config
 from bmx.model.gguf_file import GgufFile
 from bmx.model.loader import check_complete, loading_errors, silence_transformers
 
 CACHE_VERSION = "2"  # of unpacked GGUF files
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
-
-
-def find_parts(file: Path, name: str) -> list[Path]:
-    """The files of a model in order: all parts of a split one, whichever is given; else the file alone.
-
-    Args:
-        file: a GGUF file.
-        name: how the user calls it.
-
-    Raises:
-        ModelError: the file does not exist, or other parts of it are missing.
-    """
-    if not file.is_file():
-        raise ModelError(f"no such model file: {name}", hint=SOURCES)
-    match = PART.fullmatch(file.name)
-    if not match:
-        return [file]
-    stem, _, count, suffix = match.groups()
-    parts = [file.with_name(f"{stem}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing or not parts:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(
-            f"{name} is a part of a split model, and {len(missing)} of {int(count)} parts are missing ({shown})",
-            hint=f"put all parts in {file.parent}",
-        )
-    return parts
 
 
 def kept_folder(parts: Sequence[Path]) -> Path | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bmx.errors import ModelError
+from bmx.model.folders import SOURCES
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (FREQS, LONG, SHORT)
@@ -15,7 +17,35 @@ OTHER_WAY = "use the model's own folder with config.json and safetensors, as it 
 BIG_ARRAYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
 NAMES = "name the parts model-00001-of-00003.gguf and so on, or merge them: llama-gguf-split --merge FIRST WHOLE.gguf"
 NO_TOKEN = 2**32 - 1  # how some writers say that there is none
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def find_parts(file: Path, name: str) -> list[Path]:
+    """The files of a model in order: all parts of a split one, whichever is given; else the file alone.
+
+    Args:
+        file: a GGUF file.
+        name: how the user calls it.
+
+    Raises:
+        ModelError: the file does not exist, or other parts of it are missing.
+    """
+    if not file.is_file():
+        raise ModelError(f"no such model file: {name}", hint=SOURCES)
+    match = PART.fullmatch(file.name)
+    if not match:
+        return [file]
+    stem, _, count, suffix = match.groups()
+    parts = [file.with_name(f"{stem}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing or not parts:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"{name} is a part of a split model, and {len(missing)} of {int(count)} parts are missing ({shown})",
+            hint=f"put all parts in {file.parent}, or merge them: llama-gguf-split --merge FIRST WHOLE.gguf",
+        )
+    return parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from bmx.errors import ModelError
 from bmx.model.checkpoint import read_headers, weight_bytes
 from bmx.model.config_spec import spec_from_config
 from bmx.model.demo import local_path
-from bmx.model.gguf_cache import find_parts, kept_folder, read_config
+from bmx.model.gguf_cache import kept_folder, read_config
+from bmx.model.gguf_file import find_parts
 from bmx.model.loader import check_libraries, dtype_name, int8_refusal, loading_errors, prepare, silence_transformers
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config

@@ -6,7 +6,8 @@ from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.model.demo import local_path
 from bmx.model.folders import SOURCES, refuse_no_model
-from bmx.model.gguf_cache import find_parts, unpacked_folder
+from bmx.model.gguf_cache import unpacked_folder
+from bmx.model.gguf_file import find_parts
 from bmx.model.hub import reach_model
 
 
