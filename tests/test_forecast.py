@@ -33,6 +33,8 @@ from bmx.plan.machine_speed import Rates, forget, machine_rates
 from bmx.plan.memory import Limits, SlotGroup, StepSize
 from bmx.plan.planner import Length, plan
 from bmx.request import Request, SamplingParams
+from bmx.stats import Stats
+from bmx.terminal.reports import summary_lines
 
 MB = 10**6
 H, WIDE, D, LAYERS = 1024, 4096, 64, 12  # hidden, intermediate, head_dim
@@ -193,6 +195,24 @@ def test_answers_of_one_token_are_all_prompt():
     assert found.decode_rate == 0
     assert found.generated_rate == pytest.approx(10 / found.seconds)
     assert found.prefill_rate == pytest.approx(1000 / found.seconds)
+
+
+def test_f_a_run_counts_its_speeds_as_the_forecast_does():
+    """By hand: two steps that read, one of them decoding beside, and one that only decodes, of two passes."""
+    stats, more = Stats(), {"active": 1, "full_cache_bytes": 0}
+    stats.count_step(prompt_tokens=90, decode_tokens=0, sampled=1, rounds=1, seconds=1.0, **more)
+    stats.count_step(prompt_tokens=90, decode_tokens=10, sampled=11, rounds=1, seconds=2.0, **more)
+    assert (stats.decode_rate, stats.prefill_rate) == (0, 60)
+    assert "where no prompt was read" not in speeds_of(stats)
+    stats.count_step(prompt_tokens=0, decode_tokens=20, sampled=20, rounds=2, seconds=1.0, **more)
+    assert (stats.decode_rate, stats.decode_steps, stats.generated_rate) == (20, 2, 8)
+    assert "generated 8 tok/s (32 tokens), decode 20 tok/s where no prompt was read" in speeds_of(stats)
+
+
+def speeds_of(stats):
+    """The line of a run's summary about its speeds."""
+    lines = [line.text for line in summary_lines(stats, planned(requests(1)), None, None)]
+    return next(line for line in lines if "tok/s" in line)
 
 
 def steps_of(scheduler, lengths):

@@ -172,10 +172,10 @@ def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: 
 
 def _speed_lines(stats: Stats) -> Iterator[Line]:
     reused = f", {stats.reused_prompt_tokens:,} more reused" if stats.reused_prompt_tokens else ""
+    alone = f", decode {stats.decode_rate:,.0f} tok/s where no prompt was read" if stats.decode_steps else ""
     yield Line(
         f"prefill {stats.prefill_rate:,.0f} tok/s ({counted(stats.prompt_tokens, 'token')}{reused}), "
-        f"generated {stats.generated_rate:,.0f} tok/s ({stats.generated_tokens:,} tokens), "
-        f"decode {stats.decode_rate:,.0f} tok/s where no prompt was read"
+        f"generated {stats.generated_rate:,.0f} tok/s ({stats.generated_tokens:,} tokens){alone}"
     )
     if stats.eager:
         yield Line(f"decoding was not replayed from CUDA graphs, but launched step by step: {stats.eager}")
