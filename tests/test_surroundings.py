@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from bmx.cli.process import check_process
-from bmx.errors import ModelError, UsageError
-from bmx.model.loader import check_libraries
+from bmx.errors import MemoryLimitError, ModelError, UsageError
+from bmx.model.loader import check_libraries, loading_errors
 from bmx.plan.memory import SlotGroup
 from bmx.redact import without_secrets
 from bmx.stats import Stats
@@ -592,6 +592,28 @@ def test_e3_a_library_that_cannot_be_loaded_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelError, match="transformers cannot be loaded: import of transformers halted"):
         check_libraries()
+
+
+def test_e3_a_torch_that_cannot_be_loaded_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bmx.job.job", None)  # what needs torch is imported with it
+    ended = run()
+    assert ended.code == 1
+    assert ended.complaint[0].startswith("error: a library cannot be loaded: ")
+
+
+def test_e3_a_system_that_gives_no_memory_for_a_model_is_said():
+    with pytest.raises(MemoryLimitError, match="no memory to load model tiny"), loading_errors("tiny"):
+        raise MemoryError
+
+
+def test_e3_a_process_without_memory_ends_in_one_line(run, monkeypatch):
+    def refused(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("bmx.job.job.find_paths", refused)
+    ended = run()
+    assert ended.code == 4
+    assert "no more memory" in ended.complaint[0]
 
 
 # Pipes that nobody serves

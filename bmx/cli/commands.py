@@ -31,6 +31,7 @@ INTERRUPTED_HINTS = {  # of other commands: RESUME_HINT
     "bench": "finished cells are in the output file",
     "plan-batch": "nothing was written",
 }
+REINSTALL = "install bmx again, in an environment of its own"
 EXIT_SOME_FAILED = 3
 EXIT_DOES_NOT_FIT = 4
 ABOUT = "Offline batch LLM inference with the KV cache compressed while prompts are read (Batch-Max)."
@@ -98,6 +99,12 @@ def _errors_shown(display: Display, interrupted_hint: str = RESUME_HINT) -> Iter
     except BmxError as error:
         display.error(error.message, error.hint)
         sys.exit(error.exit_code)
+    except ImportError as error:
+        display.error(f"a library cannot be loaded: {str(error).strip().partition(chr(10))[0]}", REINSTALL)
+        sys.exit(BmxError.exit_code)
+    except MemoryError:
+        display.error("the system gives this process no more memory", "see `ulimit -v`, and what else runs here")
+        sys.exit(EXIT_DOES_NOT_FIT)
     except Interrupted as interrupted:
         display.error(str(interrupted), interrupted_hint)
         sys.exit(interrupted.exit_code)

@@ -271,6 +271,8 @@ def loading_errors(name: str) -> Iterator[None]:
 
         if isinstance(error, torch.OutOfMemoryError):
             raise MemoryLimitError(f"model {name} does not fit on the device", hint="choose a smaller one") from error
+        if isinstance(error, MemoryError):  # the system refuses more
+            raise MemoryLimitError(f"there is no memory to load model {name}", hint="see `ulimit -v`") from error
         cause, hint = cause_and_hint(name, error)
         raise ModelError(f"cannot load model {name}: {cause}", hint=hint) from error
 
@@ -285,7 +287,7 @@ def check_libraries() -> None:
         import transformers  # noqa: F401
     except Exception as error:  # whatever their files raise when they are loaded
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "`bmx env` shows the versions; install bmx again, in an environment of its own"
+        hint = "install bmx again, in an environment of its own"
         raise ModelError(f"transformers cannot be loaded: {lines[0]}", hint=hint) from error
 
 
