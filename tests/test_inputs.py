@@ -616,7 +616,7 @@ def test_i21_standard_input_can_be_read_once_only(run):
 def test_i21_complaints_about_standard_input_name_it_as_such(run):
     ended = run("-", "-o", OUT, stdin=raw(row("a")).decode().encode("utf-16"))
     assert ended.code == 5
-    assert "standard input is UTF-16" in ended.err
+    assert "standard input is a file in UTF-16" in ended.err
     assert "input-0" not in ended.err
 
 
