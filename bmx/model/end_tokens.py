@@ -37,9 +37,9 @@ def end_tokens(source: str, config: EngineConfig, model_config: Any, tokenizer: 
     text = model_config.get_text_config(decoder=True)
     file, stated = FILE, _stated(source, config)
     if stated is None:
-        file, stated = "config.json", text.eos_token_id
+        file, stated = "config.json", getattr(text, "eos_token_id", None)
     if stated is None:
-        file, stated = "the tokenizer", tokenizer.eos_token_id
+        file, stated = "the tokenizer", getattr(tokenizer, "eos_token_id", None)
     vocab = getattr(text, "vocab_size", None) or 2**31
     ids = _checked(stated, f"{file} of model {config.model}", vocab)
     turn = _end_of_turn(tokenizer, config.model)
@@ -123,7 +123,7 @@ def _control_tokens(tokenizer: Any) -> dict[str, tuple[int, bool]]:
     template = str(tokenizer.chat_template)
     return {
         token.content: (int(i), token.special)
-        for i, token in tokenizer.added_tokens_decoder.items()
+        for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
         if token.content.strip()
         and (token.special or (token.content in template and not token.content.strip()[0].isalnum()))
     }
