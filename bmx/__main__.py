@@ -21,8 +21,15 @@ def end(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
+def show_unraisable(error: "sys.UnraisableHookArgs") -> None:
+    """Report an error that Python cannot raise, as in a finalizer; a signal that came just then is none."""
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
+
+
 def main() -> None:
     """Run the command line."""
+    sys.unraisablehook = show_unraisable
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)

@@ -66,6 +66,7 @@ class Stop:
         """
         if self.requested or not self.is_graceful:
             self.signal = number
+            self._deadline = 0.0  # where Python cannot raise, as in a finalizer, the run ends at its next check
             raise Interrupted(number)
         self.signal = number
         self._deadline = time.monotonic() + self.within

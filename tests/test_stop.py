@@ -11,6 +11,7 @@ import threading
 import pytest
 from conftest import answers, as_requests, random_prompts, tiny_engine
 
+from bmx.__main__ import show_unraisable
 from bmx.job.job import run as run_job
 from bmx.request import Request, SamplingParams
 from bmx.run_config import RunConfig, given_settings
@@ -206,4 +207,21 @@ def test_t9_ctrl_c_is_acknowledged_while_rows_are_in_flight(tmp_path):
         process.send_signal(signal.SIGINT)
         rest = "".join(lines)
     assert process.returncode == 130
-    assert "Traceback" not in rest
+    assert "Traceback" not in rest, rest
+
+
+class Finalized:
+    """An object that is finalized in the very moment of a second Ctrl-C."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_t9_a_signal_that_a_finalizer_swallows_ends_the_run_at_its_next_check(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", show_unraisable)
+    stop = Stop(1e9)
+    with stop.install_handlers(), stop.graceful():
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.overdue
+        Finalized()
+        assert stop.overdue
