@@ -407,7 +407,7 @@ def test_a3_set_aside_with_other_settings_moves_all_answers_and_starts_over(tmp_
     old = work.output.read_bytes()
     ended = work("--seed", 5)
     assert ended.code == 2
-    assert f"--set-aside moves them to {ASIDE}" in ended.err
+    assert f"--set-aside moves the earlier answers to {ASIDE}" in ended.err
     assert work("--seed", 5, "--set-aside").code == 0
     assert (work.folder / ASIDE).read_bytes() == old
     assert len(work.records) == 6

@@ -158,7 +158,6 @@ def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], ma
     Raises:
         UsageError: says what differs.
     """
-    hint = f"{SET_ASIDE.format(path=paths.output)}; {REMEDY}"
     if not config.job.resume:
         raise UsageError(f"the output {paths.output} exists", hint=REMEDY)
     if manifest is None:
@@ -166,16 +165,18 @@ def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], ma
             return
         exists = next(path for path in (paths.output, paths.errors) if path and path.exists() and path.stat().st_size)
         message = f"{exists} exists, and no {paths.manifest} says how it was made"
-        raise UsageError(message, hint=hint.replace("them", "records of other jobs"))
+        raise UsageError(message, hint=f"{SET_ASIDE.format(what='answers of other jobs', path=paths.output)}; {REMEDY}")
     now, then = config.flat(), manifest["settings"]
     about_files = ("error_file", "order") if config.job.order == "input" else ("error_file",)  # their place and order
     before, after = ({name: settings.get(name) for name in about_files} for settings in (then, now))
+    hint = REMEDY
     if not config.job.set_aside:
+        if differences(manifest["fingerprint"], mark):
+            hint = f"{SET_ASIDE.format(what='the earlier answers', path=paths.output)}; {REMEDY}"
         before, after = manifest["fingerprint"] | before, mark | after
     changed = differences(before, after)
     if changed:
-        message = f"the output {paths.output} was made with other settings: {changed}"
-        raise UsageError(message, hint=REMEDY if config.job.set_aside else hint)
+        raise UsageError(f"the output {paths.output} was made with other settings: {changed}", hint=hint)
 
 
 def _close_quietly(journal: Journal) -> None:
@@ -204,7 +205,7 @@ def _stray_error(strays: Strays, paths: JobPaths) -> UsageError:
         what = f"rows of the input have changed since they were answered in {paths.output}: see line {lines}"
     else:
         what = f"{paths.output} has {counted(strays.count, 'answer')} of rows that are not in the input"
-    return UsageError(what, hint=f"{SET_ASIDE.format(path=paths.output)}; {REMEDY}")
+    return UsageError(what, hint=f"{SET_ASIDE.format(what='these answers', path=paths.output)}; {REMEDY}")
 
 
 def _count_earlier_runs(stats: Stats, state: JobState) -> None:

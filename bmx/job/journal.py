@@ -19,7 +19,7 @@ from bmx.job.output_records import KnownRecord, read_record, renamed, strict_dum
 from bmx.terminal.tables import counted
 
 BEGINNING = b'{"id": '  # what every record begins with
-SET_ASIDE = "--set-aside moves them to {path}.set-aside and resumes with the others"
+SET_ASIDE = "--set-aside moves {what} to {path}.set-aside and answers what is missing"
 REMEDY = "--overwrite starts over, -o names another output"
 OUTPUT, ERRORS = range(2)  # the files in the ledger
 _STAYS = -1
@@ -72,7 +72,7 @@ class Journal:
             ledger.forget_lines_behind(number, lines.last)
             self._ends[number] = lines.end
             if lines.foreign and not set_aside:
-                hint = f"{SET_ASIDE.format(path=file.path)}; {REMEDY}"
+                hint = f"{SET_ASIDE.format(what='its lines', path=file.path)}; {REMEDY}"
                 raise UsageError(f"{file.path} holds something else than records of bmx", hint=hint)
 
     def begin(self, ledger: Ledger) -> list[str]:
