@@ -384,7 +384,10 @@ def test_b2_a_damaged_calibration_file_is_one_line(bmx, content):
     assert len(ended.complaint[0]) < 500
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=str)
+IDS = ["folder", "pipe", "device"]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=IDS)
 def test_b2_what_is_no_file_is_not_read_for_ever(bmx, make):
     make(FILE)
     ended = auto(bmx)
