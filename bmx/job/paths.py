@@ -138,9 +138,10 @@ def _check_all(paths: JobPaths, config: RunConfig) -> None:
             _check(name, path, taken)
             taken.append((f"the {name}", path))
     stats, errors, replaced = paths.stats, paths.errors, config.job.overwrite
+    may_be_damaged = (replaced or config.job.set_aside) and paths.used and paths.output and is_of_bmx(paths.output)
     for name, path, is_own in (
         ("stats file", stats, is_stats_file),
-        ("manifest", paths.manifest, is_manifest),
+        ("manifest", None if may_be_damaged else paths.manifest, is_manifest),
         ("output", paths.output if replaced and paths.manifest else None, is_of_bmx),
         ("error file", errors if replaced else None, lambda path: is_of_bmx(path, errors_only=True)),
     ):
