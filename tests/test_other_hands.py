@@ -352,6 +352,48 @@ def test_a2_a_link_that_is_turned_to_another_file_ends_the_run(tmp_path):
     assert "out.jsonl was deleted or moved away by another program" in ended.err
 
 
+CHANGES_BEFORE_START = {name: GONE[name] for name in ("deleted", "moved", "cut short", "emptied", "replaced", "longer")}
+CHANGES_BEFORE_START["in another order"] = lambda path, _: path.write_bytes(b"".join(reversed(lines_of(path))))
+
+
+@pytest.mark.parametrize("what", CHANGES_BEFORE_START)
+def test_a2_an_output_that_is_changed_while_the_model_is_loaded_is_left_as_it_is(tmp_path, what):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b"".join(b'{"id": "row %d", "text": "an answer"}\n' % number for number in range(9)))
+    file, kept = LineFile(path), path.stat().st_size
+    time.sleep(0.02)  # the clock of a file system is coarse
+    CHANGES_BEFORE_START[what](path, Random(0))
+    left = path.read_bytes() if path.exists() else None
+    for step in (lambda: file.start(kept), lambda: file.replace([b"mended\n"]), file.remove):
+        with pytest.raises(OutputError, match="by another program"):
+            step()
+        assert (path.read_bytes() if path.exists() else None) == left
+
+
+def test_a2_a_file_that_takes_the_place_of_an_output_while_it_is_mended_is_not_replaced(tmp_path):
+    rows = [{"prompt": f"prompt {i}"} for i in range(5)]
+    work = Work(tmp_path / "work", rows)
+    assert work().code == 0
+    work.put([{"prompt": "a new first row"}, *rows])  # all records are to be named anew
+    run = stopped(work, at=4)
+    assert (work.folder / ".out.jsonl.tmp").exists()
+    (work.folder / "notes.txt").write_text("my notes\n")
+    (work.folder / "notes.txt").replace(work.output)
+    ended = continued(run)
+    assert ended.code == 1
+    assert "out.jsonl was replaced by another program" in ended.err
+    assert work.output.read_text() == "my notes\n"
+
+
+def test_a2_an_output_in_the_folder_above_that_of_a_link_is_where_it_should_be(tmp_path):
+    work = Work(tmp_path / "work", [{"prompt": "x"}])
+    (tmp_path / "work/real/inner").mkdir(parents=True)
+    (tmp_path / "work/link").symlink_to("real/inner")
+    ended = work("-o", "link/../out.jsonl")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "work/real/out.jsonl").exists()
+
+
 def test_a2_an_error_file_is_watched_too(tmp_path):
     work = Work(tmp_path / "work", [b"no JSON", *(make_row(Random(1), number) for number in range(20))])
     run = stopped(work, at=8)

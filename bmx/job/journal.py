@@ -83,7 +83,12 @@ class Journal:
 
         Returns:
             What was set aside or named anew, for people.
+
+        Raises:
+            OutputError: a file cannot be written, or another program has changed it since it was read.
         """
+        for file in self._files:
+            file.check_unchanged()
         notes = [note for number, file in enumerate(self._files) for note in self._mend(ledger, number, file)]
         self._files[OUTPUT].start(self._ends[OUTPUT])
         if len(self._files) > 1 and self._ends[ERRORS]:

@@ -47,10 +47,10 @@ class LineFile:
         self._watched = path
         if path:
             with suppress(OSError):  # there is no working folder
-                self._watched = Path(os.path.abspath(path))
+                self._watched = path.absolute()  # not os.path.abspath: what is before ".." may be a link
         self._fd = -1
         self._regular = path is not None and (path.is_file() or not path.exists())
-        self._size = 0
+        self._size = self._time = 0
         self._dirty = False
         self._failure: BmxError | None = None
         self._writing = threading.Lock()
@@ -67,6 +67,7 @@ class LineFile:
                 except BaseException:
                     os.close(self._fd)
                     raise
+            self._note_state()
 
     @property
     def path(self) -> Path:
@@ -95,6 +96,27 @@ class LineFile:
                 yield number, piece
                 number += piece.endswith(b"\n")
 
+    def check_unchanged(self) -> None:
+        """Check before ``start`` that the file is still as it was when it was opened: what was read is what is there.
+
+        Raises:
+            OutputError: another program has changed it.
+        """
+        if not self.exists:
+            return
+        try:
+            self._check()
+            if not self._failure and os.fstat(self._fd).st_mtime_ns != self._time:
+                self._failure = self._changed("was written to")
+        except OSError as error:
+            raise self._error(error, "cannot check") from None
+        if self._failure:
+            raise self._failure
+
+    def _note_state(self) -> None:
+        status = os.fstat(self._fd)
+        self._size, self._time = status.st_size, status.st_mtime_ns
+
     def start(self, keep: int) -> None:
         """Create the file, or cut it off, and begin to watch it.
 
@@ -103,8 +125,9 @@ class LineFile:
 
         Raises:
             LockedError: another run has created it meanwhile.
-            OutputError: it cannot be created or written.
+            OutputError: it cannot be created or written, or another program has changed it since it was opened.
         """
+        self.check_unchanged()
         if self._path is None and sys.stdout is None:
             raise OutputError("standard output is closed", hint="-o takes a file")
         try:
@@ -131,7 +154,7 @@ class LineFile:
         """Put a new file in place of this one, whole or not at all; returns its size. Only before ``start``.
 
         Raises:
-            OutputError: it cannot be written; the old file is unchanged.
+            OutputError: it cannot be written, or another program has changed the old one; the old file stays.
         """
         path = self.path.resolve()
         temporary = path.with_name(f".{path.name}.tmp")
@@ -143,6 +166,7 @@ class LineFile:
                 write_all(new, line)
             os.fchmod(new, stat.S_IMODE(os.fstat(self._fd).st_mode))
             os.fsync(new)
+            self.check_unchanged()
             os.replace(temporary, path)
             sync_folder(path.parent)
         except BaseException as error:
@@ -155,16 +179,18 @@ class LineFile:
             raise
         os.close(self._fd)
         self._fd = new
-        return os.fstat(new).st_size
+        self._note_state()
+        return self._size
 
     def remove(self) -> None:
-        """Remove the file; it is created anew by ``start``.
+        """Remove the file, not a link to it; it is created anew by ``start``.
 
         Raises:
-            OutputError: it cannot be removed.
+            OutputError: it cannot be removed, or another program has changed it.
         """
         if self.exists:
-            remove_file(self.path)
+            self.check_unchanged()
+            remove_file(self.path.resolve())
             os.close(self._fd)
             self._fd = -1
 
@@ -249,8 +275,11 @@ class LineFile:
         if not what and ours.st_size != size:
             what = f"has {ours.st_size:,} bytes instead of {size:,}: it was changed"
         if what:
-            message = f"{self._name} {what} by another program while the run was at work"
-            self._failure = OutputError(message, hint=CHANGED)
+            self._failure = self._changed(what)
+
+    def _changed(self, what: str) -> OutputError:
+        message = f"{self._name} {what} by another program while the run was at work"
+        return OutputError(message, hint=CHANGED)
 
     def _lock(self, handle: int) -> None:
         """Lock the file itself: it may have several names, and lock files can be deleted."""
