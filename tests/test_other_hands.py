@@ -493,6 +493,28 @@ def test_a5_files_of_other_kinds_are_never_replaced(tmp_path, kind, flag):
     assert work.files == before
 
 
+LIKE_RECORDS = {
+    "numbers that are none": b'{"id": 1, "score": NaN}\n{"id": 2, "score": NaN}\n',
+    "one of those without an end": b'{"id": 1, "score": NaN}',
+    "a key twice": b'{"id": 1, "a": 1, "a": 2}\n',
+    "lines cut short": b'{"id": 1, "text": "The\n{"id": 2, "text": "A\n',
+    "answers of another service": b'{"id": "batch_req_wnaDys", "custom_id": "1", "response": {}, "error": null}\n',
+    "keys and ids": b'{"id": "u1", "key": "colour", "value": 3}\n',
+}
+
+
+@pytest.mark.parametrize("kind", LIKE_RECORDS)
+def test_a5_lines_that_only_resemble_records_are_never_replaced_nor_dropped(tmp_path, kind):
+    work = Work(tmp_path / "work", [{"id": i, "prompt": f"prompt {i}"} for i in range(3)])
+    work.output.write_bytes(LIKE_RECORDS[kind])
+    for flags in ((), ("--overwrite",)):
+        assert work(*flags).code == 2
+        assert work.output.read_bytes() == LIKE_RECORDS[kind]
+    assert work("--set-aside").code == 0
+    assert len(work.records) == 3
+    assert (work.folder / ASIDE).read_bytes().rstrip(b"\n") == LIKE_RECORDS[kind].rstrip(b"\n")
+
+
 def test_a5_a_file_where_the_manifest_should_be_is_not_replaced(tmp_path):
     work = Work(tmp_path / "work", [{"prompt": "x"}])
     work.manifest.write_text('{"my": "notes"}')

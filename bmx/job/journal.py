@@ -5,6 +5,7 @@ Knows what earlier runs have left in these files and adds records to them. Knows
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -237,13 +238,16 @@ def _record(line: bytes) -> KnownRecord | None:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line may be what a crash left of a record: its beginning, then zeros of a block never written."""
+    """Whether a line may be what a crash left of a record: its beginning, then zeros of a block never written.
+
+    A line that has its end, or is a whole value of another program (with NaN, with a key twice), is not.
+    """
     left = line.rstrip(b"\0\n")
     if BEGINNING.startswith(left):
         return True
-    if not left.startswith(BEGINNING):
+    if not left.startswith(BEGINNING) or line.endswith(b"\n"):
         return False
     try:
-        return read_record(strict_loads(left.decode())) is not None  # only its newline is missing
-    except ValueError:
+        return read_record(json.loads(left)) is not None  # only its newline is missing
+    except (ValueError, RecursionError):
         return True

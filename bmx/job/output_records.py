@@ -6,6 +6,7 @@ Knows formats; knows nothing of files.
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from bmx.request import Result
 
 Dialect = Literal["plain", "chat.completion", "text_completion", "anthropic", "gemini"]
 BATCH = "batch_req_"  # what the ids of records in a batch begin with; the row's hash follows
+_KEYS = (re.compile(f"{BATCH}[0-9a-f]{{16}}"), re.compile("[0-9a-f]{16}"))  # of a batch's records; of plain ones
 _ANTHROPIC_ERRORS = {  # its types of errors, by bmx's codes
     "model_not_found": "not_found_error",
     "out_of_memory": "api_error",
@@ -165,7 +167,7 @@ def read_record(record: Any) -> KnownRecord | None:
         return None
     field = _id_field(record)
     name, key = record.get(field), record.get("row_hash" if field == "id" else "id")
-    if not isinstance(name, (str, int)) or not isinstance(key, str):
+    if not isinstance(name, (str, int)) or not isinstance(key, str) or not _KEYS[field == "id"].fullmatch(key):
         return None
     error = record.get("error") if "result" not in record else _inner(record, "result", "error", "error")
     code = error.get("code", "") if isinstance(error, dict) else None
