@@ -429,6 +429,35 @@ def test_a3_an_output_that_was_written_twice_is_mended(tmp_path):
     assert len(lines_of(work.folder / ASIDE)) == 3
 
 
+@pytest.mark.parametrize("torn", [False, True])
+def test_a3_a_disk_that_is_full_while_lines_are_set_aside_harms_none_of_them(tmp_path, torn):
+    work = Work(tmp_path / "work", [{"id": i, "prompt": f"prompt {i}"} for i in range(3)])
+    assert work().code == 0
+    lines = lines_of(work.output)
+    work.output.write_bytes(b"".join(lines * 2))
+    aside = work.folder / ASIDE
+    if torn:
+        aside.write_bytes(lines[0][:20])  # as a run leaves it that is killed there
+    ended = work(fault=Fault(do="ENOSPC", at=4, calls=("write",), torn=True))
+    assert ended.code == 1
+    assert f"cannot write {ASIDE}" in ended.err
+    assert aside.read_bytes() == (lines[0][:20] if torn else b"")
+    assert work.output.read_bytes() == b"".join(lines * 2)
+    assert work().code == 0
+    assert lines_of(aside) == ([lines[0][:20] + b"\n"] if torn else []) + lines
+
+
+@pytest.mark.parametrize("flags", [("--retry-failed",), ("--overwrite",)])
+def test_a3_an_error_file_that_is_a_link_stays_one(tmp_path, flags):
+    work = Work(tmp_path / "work", [{"id": "a", "prompt": "x"}, b"no JSON"], "--error-file", "link.jsonl")
+    (work.folder / "link.jsonl").symlink_to(tmp_path / "errors.jsonl")
+    assert work().code == 3
+    first = (tmp_path / "errors.jsonl").read_bytes()
+    assert work(*flags).code == 3
+    assert (work.folder / "link.jsonl").is_symlink()
+    assert (tmp_path / "errors.jsonl").read_bytes() == first
+
+
 def test_a3_set_aside_keeps_what_belongs_to_the_job_though_its_manifest_is_gone(tmp_path):
     work = Work(tmp_path / "work", [{"id": i, "prompt": f"prompt {i}"} for i in range(6)])
     assert work().code == 0
@@ -513,6 +542,25 @@ def test_a5_lines_that_only_resemble_records_are_never_replaced_nor_dropped(tmp_
     assert work("--set-aside").code == 0
     assert len(work.records) == 3
     assert (work.folder / ASIDE).read_bytes().rstrip(b"\n") == LIKE_RECORDS[kind].rstrip(b"\n")
+
+
+@pytest.mark.parametrize("flag", ["--stats-file", "the manifest"])
+def test_a5_a_pipe_is_never_replaced_by_a_file(tmp_path, flag):
+    work = Work(tmp_path / "work", [{"prompt": "x"}])
+    pipe = work.folder / "pipe" if flag.startswith("-") else work.manifest
+    os.mkfifo(pipe)
+    ended = work(*((flag, "pipe") if flag.startswith("-") else ()))
+    assert ended.code == 2
+    assert f"{pipe.name} exists and is not one of bmx" in ended.err
+    assert pipe.is_fifo()
+
+
+def test_a5_a_stats_file_that_is_a_link_stays_one(tmp_path):
+    work = Work(tmp_path / "work", [{"prompt": "x"}], "--stats-file", "link.json")
+    (work.folder / "link.json").symlink_to(tmp_path / "stats.json")
+    assert work().code == 0
+    assert (work.folder / "link.json").is_symlink()
+    assert json.loads((tmp_path / "stats.json").read_bytes())["state"] == "finished"
 
 
 def test_a5_a_file_where_the_manifest_should_be_is_not_replaced(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -165,20 +166,25 @@ def _named(lines: Iterable[tuple[bytes, int | None]]) -> Iterator[bytes]:
 
 
 def _add_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """Add lines to a file and sync it.
+    """Add lines to a file and sync it: all of them or none.
 
     Raises:
         OutputError: it cannot be written.
     """
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            last = b"\n"
-            for last in lines:
-                write_all(handle, last)
-            if not last.endswith(b"\n"):
-                write_all(handle, b"\n")
-            os.fsync(handle)
+            size = os.fstat(handle).st_size
+            last = os.pread(handle, 1, size - 1) if size else b"\n"
+            try:
+                for line in chain(() if last == b"\n" else (b"\n",), lines):  # a run may have died in a line
+                    write_all(handle, last := line)
+                if not last.endswith(b"\n"):
+                    write_all(handle, b"\n")
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, size)
+                raise
         finally:
             os.close(handle)
         sync_folder(path.parent)

@@ -96,6 +96,8 @@ def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Pat
 def _named_paths(config: RunConfig) -> JobPaths:
     job, output = config.job, _output(config)
     errors, stats = (Path(name) if name else None for name in (job.error_file, job.stats_file))
+    if stats and stats.is_symlink() and not _is_pipe(stats):
+        stats = stats.resolve()  # the file is replaced, never the link
     if output is None or _is_pipe(output):
         return JobPaths(output=output, errors=errors, stats=stats)
     if output.is_dir():
@@ -137,15 +139,15 @@ def _check_all(paths: JobPaths, config: RunConfig) -> None:
         if path:
             _check(name, path, taken)
             taken.append((f"the {name}", path))
-    stats, errors, replaced = paths.stats, paths.errors, config.job.overwrite
+    errors, replaced = paths.errors, config.job.overwrite
     may_be_damaged = (replaced or config.job.set_aside) and paths.used and paths.output and is_of_bmx(paths.output)
     for name, path, is_own in (
-        ("stats file", stats, is_stats_file),
+        ("stats file", paths.stats, is_stats_file),
         ("manifest", None if may_be_damaged else paths.manifest, is_manifest),
         ("output", paths.output if replaced and paths.manifest else None, is_of_bmx),
-        ("error file", errors if replaced else None, lambda path: is_of_bmx(path, errors_only=True)),
+        ("error file", errors if replaced else None, lambda path: _is_pipe(path) or is_of_bmx(path, errors_only=True)),
     ):
-        if path and not _is_pipe(path) and not is_own(path):
+        if path and not is_own(path):
             message = f"the {name} {path} exists and is not one of bmx: it would be replaced"
             raise UsageError(message, hint="choose another, or move it away")
     if errors and not paths.manifest and not config.job.overwrite and errors.is_file() and errors.stat().st_size:
