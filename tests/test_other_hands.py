@@ -485,6 +485,28 @@ def test_a3_set_aside_with_other_settings_moves_all_answers_and_starts_over(tmp_
     assert work("--seed", 5).code == 0
 
 
+def test_a3_answers_and_errors_in_each_others_files_keep_their_meaning(tmp_path):
+    rows = [{"id": 1, "prompt": "w " * 50, "max_tokens": 4}, {"id": 2, "prompt": "x", "max_tokens": 4}]
+    work = Work(tmp_path / "work", rows, "--max-model-len", 20)
+    assert work().code == 3
+    answer, error = work.output.read_bytes(), work.errors.read_bytes()
+    work.output.write_bytes(error)
+    work.errors.write_bytes(answer)
+    ended = work("--retry-failed", "--on-too-long", "truncate-left")
+    assert ended.code == 0, ended.err
+    assert work.errors.read_bytes() == answer
+    assert work.answers.keys() == {1}
+
+
+def test_a3_set_aside_on_a_finished_job_is_in_its_manifest(tmp_path):
+    work = Work(tmp_path / "work", [{"id": i, "prompt": f"prompt {i}"} for i in range(5)])
+    assert work().code == 0
+    work.put([{"id": i, "prompt": f"prompt {i}"} for i in range(4)])
+    assert work().code == 2
+    assert work("--set-aside").code == 0
+    assert json.loads(work.manifest.read_bytes())["rows"]["total"] == 4
+
+
 def test_a4_a_second_run_is_refused_though_the_lock_file_was_deleted(tmp_path):
     work = Work(tmp_path / "work", [{"id": i, "prompt": f"prompt {i}"} for i in range(20)])
     run = stopped(work, at=8)

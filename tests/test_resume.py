@@ -286,7 +286,7 @@ def test_o9_failed_rows_are_answered_again_when_asked_to(tmp_path):
     work.put(fixed)
     ended = work()
     assert ended.code == expected().code == 0, ended.err
-    assert "1 error of rows that were mended" in ended.err
+    assert "dropped from out.jsonl.errors.jsonl: 1 error" in ended.err
     assert work.records == expected.records
     assert work.output.read_bytes().startswith(answers)
     assert not work.errors.exists()

@@ -222,7 +222,7 @@ def _nothing_left(state: JobState, display: Display, stats: Stats) -> None:
     manifest = state.manifest
     if state.config.job.dry_run:
         pass
-    elif manifest and manifest["state"] == "finished":
+    elif manifest and manifest["state"] == "finished" and manifest.get("rows", {}).get("total") == stats.rows_total:
         _begin(state, display)
         state.journal.close()
     else:
@@ -290,7 +290,7 @@ def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, P
     """
     engine = _loaded(state.config, display)
     model = engine.describe()
-    if state.journal.kept:
+    if state.ledger.has_records:
         _check_same_model(state, model)
     every = sampling_step(state.todo.left)
     with display.waiting("measuring the prompts, making the plan"):
@@ -431,5 +431,4 @@ def _write_end(path: Path, record: dict[str, Any], ended: State, plan: Plan | No
 
 def _begin(state: JobState, display: Display) -> None:
     """Mend the files of earlier runs, and tell."""
-    for note in state.journal.begin(state.ledger):
-        display.warn(note)
+    display.report(state.journal.begin(state.ledger))

@@ -18,6 +18,7 @@ from bmx.job.input_rows import strict_loads
 from bmx.job.ledger import DROPPED, Ledger
 from bmx.job.line_file import LineFile
 from bmx.job.output_records import KnownRecord, read_record, renamed, strict_dumps
+from bmx.terminal.reports import Line
 from bmx.terminal.tables import counted
 
 BEGINNING = b'{"id": '  # what every record begins with
@@ -43,7 +44,7 @@ class Journal:
     def __init__(self, output: Path | None, errors: Path | None, *, read_only: bool = False) -> None:
         self._files = [LineFile(output, read_only=read_only)]
         self._ends = [0, 0]  # where the records end in each file
-        self._drop_errors = self._errors_started = False
+        self._errors_started = False
         if errors:
             try:
                 self._files.append(LineFile(errors, read_only=read_only))
@@ -51,33 +52,27 @@ class Journal:
                 self._files[OUTPUT].close()
                 raise
 
-    @property
-    def kept(self) -> bool:
-        """Whether the files hold records that stay."""
-        return bool(self._ends[OUTPUT] or (self._ends[ERRORS] and not self._drop_errors))
-
     def read(self, ledger: Ledger, *, retry_failed: bool = False, set_aside: bool = False) -> None:
         """Enter the records of earlier runs.
 
         Args:
             ledger: takes them.
-            retry_failed: leave out the records in the error file, so that their rows are answered again.
+            retry_failed: drop errors, so that their rows are answered again.
             set_aside: also set the lines of a file aside that holds no record at all.
 
         Raises:
             UsageError: a file holds no record of bmx, but something else.
         """
-        self._drop_errors = retry_failed
         for number, file in enumerate(self._files):
-            drop, lines = retry_failed and number == ERRORS, _Records(file)
-            ledger.enter_records(number, ((line, record) for line, record in lines if not (drop and record)))
+            lines = _Records(file)
+            ledger.enter_records(number, lines, drop_errors=retry_failed)
             ledger.forget_lines_behind(number, lines.last)
             self._ends[number] = lines.end
             if lines.foreign and not set_aside:
                 hint = f"{SET_ASIDE.format(what='its lines', path=file.path)}; {REMEDY}"
                 raise UsageError(f"{file.path} holds something else than records of bmx", hint=hint)
 
-    def begin(self, ledger: Ledger) -> list[str]:
+    def begin(self, ledger: Ledger) -> list[Line]:
         """Mend the files and begin to add records.
 
         Lines that are to be set aside are added to ``<file>.set-aside`` before they are taken out of the file. What a
@@ -101,21 +96,22 @@ class Journal:
         self._files[ERRORS].start(self._ends[ERRORS])
         self._errors_started = True
 
-    def _mend(self, ledger: Ledger, number: int, file: LineFile) -> Iterator[str]:
+    def _mend(self, ledger: Ledger, number: int, file: LineFile) -> Iterator[Line]:
         aside, dropped, renamed = ledger.count_moves(number)
         if aside:
             other = file.path.with_name(f"{file.path.name}.set-aside")
             _add_lines(other, (line for line, place in self._lines(ledger, number) if place is None))
-            yield f"moved to {other}: {counted(aside, 'line')} of {file.path} without a row, or that are no records"
+            lines = counted(aside, "line")
+            yield Line(f"warning: moved to {other}: {lines} of {file.path} without a row, or no records", "warning")
         if dropped:
-            yield f"{counted(dropped, 'error')} of rows that were mended, answered or removed dropped from {file.path}"
+            yield Line(f"dropped from {file.path}: {counted(dropped, 'error')} of rows to answer, or answered since")
         if renamed:
-            yield f"rows without ids have moved in the input: {counted(renamed, 'record')} of {file.path} renumbered"
+            records = counted(renamed, "record")
+            yield Line(f"rows without ids have moved in the input: {records} of {file.path} renumbered")
         if aside or dropped or renamed:
             self._ends[number] = file.replace(_named(self._lines(ledger, number)))
-        if number == ERRORS and (self._drop_errors or not self._ends[ERRORS]):
+        if number == ERRORS and not self._ends[ERRORS]:
             file.remove()
-            self._ends[ERRORS] = 0
 
     def _lines(self, ledger: Ledger, number: int) -> Iterator[tuple[bytes, int | None]]:
         """The lines of a file that are not cut off, each with its place as in ``Ledger.moves``, or ``_STAYS``."""

@@ -40,19 +40,20 @@ CREATE VIEW strays AS SELECT file, number, name, code,
 MATCH_IN_PLACE = """
 INSERT OR IGNORE INTO taken SELECT rows.line, records.id
 FROM records JOIN rows ON rows.line = records.line AND rows.key = records.key
-WHERE NOT own AND NOT cut AND (code IS NULL) = ?
+WHERE NOT own AND NOT cut AND (code IS NULL) = :is_answer AND (rows.line - :first) % :step = 0
 """
 MATCH_OWN_IDS = """
 INSERT OR IGNORE INTO taken SELECT rows.line, records.id FROM records JOIN rows ON rows.key = records.key
-WHERE own AND NOT cut AND (code IS NULL) = ?
+WHERE own AND NOT cut AND (code IS NULL) = :is_answer AND (rows.line - :first) % :step = 0
 """
 MATCH_MOVED = """
 WITH unplaced AS (
     SELECT id, key, row_number() OVER (PARTITION BY key ORDER BY id) AS n
-    FROM lost WHERE line IS NOT NULL AND NOT cut AND (code IS NULL) = ?
+    FROM lost WHERE line IS NOT NULL AND NOT cut AND (code IS NULL) = :is_answer
 ), untaken AS (
     SELECT line, key, row_number() OVER (PARTITION BY key ORDER BY line) AS n
     FROM rows WHERE NOT own AND key IN (SELECT key FROM unplaced) AND line NOT IN (SELECT line FROM taken)
+        AND (line - :first) % :step = 0
 )
 INSERT INTO taken SELECT untaken.line, unplaced.id FROM unplaced JOIN untaken USING (key, n)
 """
@@ -61,9 +62,13 @@ INSERT OR IGNORE INTO moves SELECT file, number, taken.line
 FROM taken JOIN records ON id = record JOIN rows ON rows.line = taken.line
 WHERE NOT own AND taken.line != records.line
 """
+FORGET_UNKNOWN = """
+DELETE FROM records WHERE name NOT IN (SELECT name FROM rows) AND key NOT IN (SELECT key FROM rows)
+"""
 DROPPED = 0  # stands for the line of a record that is taken out of its file and not kept
 SET_ASIDE = """
-INSERT OR IGNORE INTO moves SELECT file, number, CASE WHEN code IS NULL THEN NULL ELSE 0 END
+INSERT OR IGNORE INTO moves
+SELECT file, number, CASE WHEN code IS NOT NULL AND name IN (SELECT name FROM rows) THEN 0 END
 FROM strays WHERE is_answer = ?
 """
 
@@ -108,6 +113,9 @@ class Ledger:
     """The rows of a job and the records of earlier runs, in a private database that spills to the disk.
 
     Enter the rows, then the records, then match them. Close it after use.
+
+    Attributes:
+        has_records: whether records of earlier runs were entered.
     """
 
     def __init__(self) -> None:
@@ -116,7 +124,7 @@ class Ledger:
             self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(TABLES)
         self._lines = self._rows = 0
-        self._limited = False
+        self._limited = self.has_records = False
 
     def close(self) -> None:
         """Delete the database."""
@@ -163,19 +171,25 @@ class Ledger:
         what = "an id occurs" if number == 1 else f"{number:,} ids occur"
         raise InputFileError(f"{what} more than once: {shown}{more}", hint="ids must be unique")
 
-    def enter_records(self, file: int, records: Iterable[tuple[int, KnownRecord | None]]) -> None:
+    def enter_records(
+        self, file: int, records: Iterable[tuple[int, KnownRecord | None]], *, drop_errors: bool = False
+    ) -> None:
         """Enter the lines of a file of records.
 
         Args:
             file: a number that stands for the file.
             records: pairs of a line's number and its record; None for a line that is none and is to be set aside.
+            drop_errors: whether errors are to be dropped, so that their rows are answered again.
         """
 
         def entries() -> Iterator[tuple[Any, ...]]:
             for number, record in records:
-                if record is None:
-                    self._db.execute("INSERT OR IGNORE INTO moves VALUES (?, ?, NULL)", (file, number))
+                dropped = record is not None and record.error_code is not None and drop_errors
+                if record is None or dropped:
+                    place = DROPPED if dropped else None
+                    self._db.execute("INSERT OR IGNORE INTO moves VALUES (?, ?, ?)", (file, number, place))
                     continue
+                self.has_records = True
                 name = str(record.id)
                 line = LINE_NAME.fullmatch(name)
                 key = _number(record.key)
@@ -188,7 +202,8 @@ class Ledger:
         """Find the row of each record, and what becomes of records without one.
 
         A row without an id is called after its line, which may have moved: its record gets the new name. A second
-        answer of a row is to be set aside. An error of a row that has an answer, was mended or is gone is dropped.
+        answer of a row, and an error of a row that is gone, are to be set aside. An error of a row that was answered or
+        mended is dropped.
 
         Args:
             share: the lines of this job, as for ``todo``; a record of another row is a stray.
@@ -197,14 +212,14 @@ class Ledger:
         with _full_disk():
             if not drop_cut:
                 self._db.execute("UPDATE records SET cut = 0 WHERE cut")
-            if self._limited:  # records of other ids may be those of rows behind the limit
-                self._db.execute("DELETE FROM records WHERE name NOT IN (SELECT name FROM rows)")
             self._db.execute("CREATE INDEX by_key ON rows (key)")
+            if self._limited:  # other records may be those of rows behind the limit
+                self._db.execute(FORGET_UNKNOWN)
             for is_answer in (True, False):  # an answer counts before an error of the same row
                 for statement in (MATCH_IN_PLACE, MATCH_OWN_IDS, MATCH_MOVED):
                     if not self._all_matched:
-                        self._db.execute(statement, (is_answer,))
-            self._db.execute("DELETE FROM taken WHERE (line - ?) % ?", share)
+                        values = {"is_answer": is_answer, "first": share[0], "step": share[1]}
+                        self._db.execute(statement, values)
             self._db.execute(RENAME_MOVED)
             if self._all_matched:
                 return Strays(0, ())

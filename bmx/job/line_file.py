@@ -164,7 +164,10 @@ class LineFile:
             self._lock(new)
             for line in lines:
                 write_all(new, line)
-            os.fchmod(new, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            status = os.fstat(self._fd)
+            with suppress(OSError):  # only the superuser may give files away
+                os.fchown(new, status.st_uid, status.st_gid)
+            os.fchmod(new, stat.S_IMODE(status.st_mode))
             os.fsync(new)
             self.check_unchanged()
             os.replace(temporary, path)
