@@ -362,9 +362,12 @@ def test_a_stats_file_that_cannot_be_written_is_said_once_and_does_not_stop_the_
     assert list(Path("stats").iterdir()) == []
 
 
-def test_t4_help_on_a_full_disk_is_one_line():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_t4_help_on_a_full_disk_is_one_line(unbuffered):
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "bmx", "-h"]
     with Path("/dev/full").open("wb") as full:
-        ended = subprocess.run([sys.executable, "-m", "bmx", "-h"], stdout=full, stderr=subprocess.PIPE, check=False)
+        ended = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, check=False)
     assert (ended.returncode, ended.stderr.count(b"\n")) == (1, 2)
     assert b"No space left on device" in ended.stderr
 

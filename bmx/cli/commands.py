@@ -52,6 +52,8 @@ def main() -> None:
     with _errors_shown(display):
         try:
             code = app(prog_name="bmx", standalone_mode=False)
+            if sys.stdout:
+                sys.stdout.flush()
         except MISUSE as misuse:
             display.error(*_said_of(misuse))
             sys.exit(UsageError.exit_code)
@@ -60,6 +62,7 @@ def main() -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes when it ends
             display.error(
                 f"there is no room left on a disk: {error}", "free some space, and run the same command again"
             )
