@@ -22,7 +22,7 @@ def end(number: int, _: object) -> None:
 
 
 def show_unraisable(error: "sys.UnraisableHookArgs") -> None:
-    """Report an error that Python cannot raise, as in a finalizer; a signal that came just then is none."""
+    """Report an error that Python cannot raise, as in a finalizer; a signal that came just then is not reported."""
     if not issubclass(error.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(error)
 

@@ -42,6 +42,7 @@ def is_manifest(path: Path) -> bool:
     """Whether a file may be replaced by a manifest: it is missing, empty, or already a manifest of any version."""
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return True
+    data = b""
     try:
         data = path.read_bytes() if path.is_file() else b""
         record = json.loads(data)
