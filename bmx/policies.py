@@ -11,6 +11,7 @@ SCORER_GROUP = "bmx.scorers"  # the entry points by which other packages add pol
 _ATTENTION, _KEYS = "bmx.compress.attention_scorers", "bmx.compress.key_scorers"
 SCORERS = {
     "average-attention": f"{_ATTENTION}:AverageAttention",
+    "far-attention": f"{_ATTENTION}:FarAttention",
     "h2o": f"{_ATTENTION}:AttentionMass",
     "decay": f"{_ATTENTION}:A2SF",
     "roco": f"{_ATTENTION}:RoCo",

@@ -47,7 +47,10 @@ def dense_head(query, keys, values, unseen, *, scale, softcap=None, sink=None):
     return probabilities @ values.double(), probabilities
 
 
-def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=None, query_weights=None, **details):
+def dense_chunk(
+    query, key, value, past_key, past_value, *, sinks=None, hidden=None, query_weights=None, past_places=None,
+    distance=0, power=1, **details,
+):  # fmt: skip
     """A chunk's output [T, H, E] and sums [M + 1, K, P + T] (squares last), query head by query head."""
     tokens, heads, _ = query.shape
     kv_heads, past, _ = past_key.shape
@@ -62,9 +65,13 @@ def dense_chunk(query, key, value, past_key, past_value, *, sinks=None, hidden=N
         keys, values = torch.cat([past_key[owner], key[:, owner]]), torch.cat([past_value[owner], value[:, owner]])
         sink = None if sinks is None else sinks[head]
         output[:, head], weights = dense_head(query[:, head], keys, values, unseen, sink=sink, **details)
+        places = torch.arange(tokens) if past_places is None else torch.cat([past_places[owner], torch.arange(tokens)])
+        if distance:
+            for token, row in enumerate(weights):
+                row[[token - place < distance for place in places.tolist()]] = 0
         for way, ballots in enumerate(query_weights):
             for query_weight, row in zip(ballots, weights, strict=True):
-                sums[way, owner] += query_weight * row / group
+                sums[way, owner] += query_weight * row**power / group
         for query_weight, row in zip(query_weights[0], weights, strict=True):
             sums[-1, owner] += query_weight * row * row / group
     return output, sums
@@ -121,6 +128,42 @@ def assert_same(actual, expected, **tolerance):
 def test_a_chunk_attends_to_its_slot_and_causally_to_itself(kernel, tokens, past, group):
     chunk = operands(tokens, past, group=group, kv_heads=2)
     assert_same(attended(kernel, chunk, scale=0.4), dense_chunk(*chunk, scale=0.4), **TIGHT)
+
+
+def places_of(past, kv_heads, newest=0):
+    """[K, P] places of a slot's tokens before a chunk, in another order for each head; some are long gone."""
+    generator = torch.Generator().manual_seed(past)
+    older = -1 - newest - torch.arange(past) - torch.arange(past) // 3 * 5
+    return torch.stack([older[torch.randperm(past, generator=generator)] for _ in range(kv_heads)]).int()
+
+
+@KERNELS
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("distance", [1, 7, 64, 400])
+@pytest.mark.parametrize(("tokens", "past"), [(1, 30), (40, 0), (63, 5), (200, 90)])
+def test_only_far_queries_count_for_a_key(kernel, tokens, past, distance, power):
+    chunk = operands(tokens, past, group=3)
+    details = {
+        "scale": 0.4,
+        "sinks": normal(6),
+        "query_weights": torch.rand(2, tokens),
+        "past_places": places_of(past, 2),
+        "distance": distance,
+        "power": power,
+    }
+    output, sums = kernel.attend_chunk(*chunk, **details)
+    expected, expected_sums = dense_chunk(*chunk, **details)
+    torch.testing.assert_close(output.double(), expected, **TIGHT)
+    torch.testing.assert_close(sums.double(), expected_sums[:-1], **TIGHT)
+
+
+@KERNELS
+def test_a_slot_that_decodes_gives_squares_alone(kernel):
+    slots = slot_operands()
+    output, sums = kernel.attend_slots(*slots, scale=0.4, want_mass=True, power=2)
+    expected, expected_sums = dense_slots(*slots, scale=0.4)
+    torch.testing.assert_close(output.double(), expected, **TIGHT)
+    torch.testing.assert_close(sums.double(), expected_sums[1:], **TIGHT)
 
 
 @KERNELS

@@ -160,6 +160,7 @@ class Reference:
         self.policy, self.value_norm, self.weight, self.spoken = policy, value_norm, weight, set(spoken)
         self.capacities, self.owners, self.windows = capacities, owners, windows
         self.seldom = policy in SELDOM or value_norm
+        self.far = policy == "far-attention"
         self.keys, self.values, self.kept, self.ranks = {}, {}, {}, {}
         self.mass, self.squares, self.probed, self.log = {}, {}, {}, {}
         self.layer = self.seen = self.probes = 0
@@ -205,7 +206,8 @@ class Reference:
                     weights = torch.softmax(scores, 0)[: len(visible)]
                     output[0, i, head * group + g] = weights @ values
                     for p, weight in zip(visible, weights.tolist(), strict=True):
-                        received[head].setdefault(position, []).append((p, weight / group, weight**2 / group))
+                        counted = (weight**2 if position - p >= RECENT else 0.0) if self.far else weight
+                        received[head].setdefault(position, []).append((p, counted / group, weight**2 / group))
         if layer == max(i for i, other in enumerate(self.owners) if other == owner):
             self.settle(owner, new, query, scaling)
         return output, None
@@ -273,7 +275,8 @@ class Reference:
         """Scores of the kept pairs, by position."""
         places = sorted(self.kept[owner][head])
         window = self.windows[owner] or math.inf
-        lifetimes = [max(1, min(now - p, window)) for p in places]
+        near = RECENT if self.far else 0
+        lifetimes = [max(1, min(now - p, window) - near) for p in places]
         mass = [self.mass[owner][head][p] for p in places]
         squares = [self.squares[owner][head][p] for p in places]
         keys = [self.keys[owner][p][head].tolist() for p in places]
@@ -281,6 +284,7 @@ class Reference:
         vectors = None if queries is None else queries[head].tolist()
         scores = {
             "average-attention": lambda: [m / n for m, n in zip(mass, lifetimes, strict=True)],
+            "far-attention": lambda: [math.sqrt(m / n) for m, n in zip(mass, lifetimes, strict=True)],
             "h2o": lambda: mass,
             "decay": lambda: mass,
             "tova": lambda: mass,
@@ -296,7 +300,7 @@ class Reference:
         if self.value_norm:
             scores = [s * sum(map(abs, v)) for s, v in zip(scores, values, strict=True)]
         if self.weight:
-            probed = self.probed[owner][head]
+            probed = {p: math.sqrt(sum_) if self.far else sum_ for p, sum_ in self.probed[owner][head].items()}
             received = [probed[p] for p in places if p in probed]
             mean, of_probe = sum(scores) / len(scores), sum(received) / len(received)
             scores = [

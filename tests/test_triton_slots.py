@@ -572,7 +572,7 @@ def test_policy_and_pool_say_the_same(order):
         query, part.keys.vectors, part.values.vectors, slots, scale=0.3, hidden=hidden, want_mass=True
     )
     if part.row_stats:
-        policy.observe(part, slots, received, first=True)
+        policy.observe(part, slots, now, received, first=True)
     torch.testing.assert_close(output, answer, **NEAR[F32])
     assert_is_twin(actual, part, NEAR[F32])
     assert torch.equal(rows.mass, mass_before)

@@ -35,6 +35,24 @@ class AverageAttention(ScorerDefaults):
 
 
 @dataclass(frozen=True, slots=True)
+class FarAttention(ScorerDefaults):
+    """Attention received from far queries alone: the root of its mean square.
+
+    A token attends mostly to its neighbours, whatever they say. This local attention is most of what a key receives in
+    its life, and says least about the time after the prompt. So queries count for a key only from ``kv_recent`` tokens
+    after it on, when it is no longer protected. The root of the mean square stands between the mean and the maximum: a
+    few queries that need a pair badly count. ``benchmarks/RESULTS.md`` compares it with other scores.
+    """
+
+    needs: ClassVar[Needs] = Needs.ATTENTION_MASS
+    query_weights: QueryWeights = QueryWeights(far=True, power=2)
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """The root of attention mass / number of far queries."""
+        return (seen.attention_mass / seen.lifetime).pow(1 / self.query_weights.power)
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionMass(ScorerDefaults):
     """The attention that a key received, summed over queries with ``query_weights``.
 

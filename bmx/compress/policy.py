@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bmx.compress.attention_scorers import AttentionMass, AverageAttention, Recency
+from bmx.compress.attention_scorers import AttentionMass, AverageAttention, FarAttention, Recency
 from bmx.compress.budgets import Budget
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, QueryWeights, Scorer, Seen
@@ -35,6 +35,7 @@ _KERNEL_ORDERS = {  # the formulas that kernels know, and what ``EvictionOrder``
     Recency.__call__: "age",
     AttentionMass.__call__: "mass",
     AverageAttention.__call__: "average",
+    FarAttention.__call__: "average",
 }
 
 
@@ -165,17 +166,37 @@ class CompressionPolicy:
         by = "age" if layout.by_age else _kernel_order(self.scorer)
         if by != "age" and (layout.row_stats != ("mass",) or self.value_norm):
             return None
-        return EvictionOrder(by=by, sink=self.sink, recent=self.recent, window=layout.window) if by else None
+        if not by:
+            return None
+        return EvictionOrder(
+            by=by,
+            sink=self.sink,
+            recent=self.recent,
+            window=layout.window,
+            distance=self.distance,
+            power=self.summed.power,
+        )
+
+    @property
+    def summed(self) -> QueryWeights:
+        """How attention is summed over queries."""
+        return QueryWeights() if self.scorer is None else self.scorer.query_weights
+
+    @property
+    def distance(self) -> int:
+        """How many tokens after a key queries begin to count for it."""
+        return self.recent if self.summed.far else 0
 
     def decay(self, queries: int) -> float:
         """The factor on the attention that was summed before, as the attention of ``queries`` more is added."""
-        return 1.0 if self.scorer is None else self.scorer.query_weights.decay_over(queries)
+        return self.summed.decay_over(queries)
 
     @property
     def weighs_queries(self) -> bool:
-        """Whether the attention of some queries counts for more than that of others."""
-        scorer = self.scorer
-        return scorer is not None and Needs.ATTENTION_MASS in scorer.needs and scorer.query_weights != QueryWeights()
+        """Whether the attention of some queries counts for more than that of others, whatever the key."""
+        scorer, weights = self.scorer, self.summed
+        alike = weights.decay == 1 and weights.window is None
+        return scorer is not None and Needs.ATTENTION_MASS in scorer.needs and not alike
 
     def query_weights(self, queries: int, probes: int) -> list[list[float]]:
         """The weight of each query in each sum of attention [M][T + probes]; the sum of squares is not among them.
@@ -203,7 +224,7 @@ class CompressionPolicy:
             scores = scores * seen.values.abs().sum(-1)
         if self.probe:
             probed = seen.probe >= 0
-            of_probe = _by_mean(seen.probe.clamp(min=0), probed)
+            of_probe = _by_mean(seen.probe.clamp(min=0).pow(1 / self.summed.power), probed)
             scores = _by_mean(scores, seen.valid)
             scores = scores.where(~probed, (1 - self.probe) * scores + self.probe * of_probe)
         return scores
@@ -300,6 +321,7 @@ class CompressionPolicy:
             inputs=inputs,
             surplus=candidates.shape[1] - min(chunk.row_limit, part.layout.capacity),
             window=part.layout.window,
+            distance=self.distance,
             scale=chunk.scale,
         )
         return self.score(seen)
@@ -333,8 +355,7 @@ class CompressionPolicy:
             return positions.float()
         if self.every == 1:
             inputs = {name: part.row_stats[name][request.slots] for name in self.attention_stats}
-            seen = Seen(positions=positions, now=now, inputs=inputs, window=part.layout.window)
-            return self.score(seen)
+            return self.score(self._seen(part, positions, now, inputs))
         if self.every:
             self._rank_again(part, request)
         return part.row_stats["rank"][request.slots]
@@ -349,19 +370,28 @@ class CompressionPolicy:
             inputs = {name: part.row_stats[name][slot, :, :rows] for name in self.attention_stats}
             if self.needs & (Needs.KEYS | Needs.VALUES):
                 inputs["keys"], inputs["values"] = part.read(slot, rows)
-            seen = Seen(positions=part.positions[slot, :, :rows], now=now, inputs=inputs, window=part.layout.window)
+            seen = self._seen(part, part.positions[slot, :, :rows], now, inputs)
             part.row_stats["rank"][slot, :, :rows] = self.score(seen)
 
-    def observe(self, part: LayerSlots, slots: Tensor, sums: Tensor, first: bool) -> None:
+    def _seen(self, part: LayerSlots, positions: Tensor, now: Tensor | int, inputs: Mapping[str, Tensor]) -> Seen:
+        """What the scorer is given of rows of slots."""
+        window, distance = part.layout.window, self.distance
+        return Seen(positions=positions, now=now, inputs=inputs, window=window, distance=distance)
+
+    def observe(self, part: LayerSlots, slots: Tensor, positions: Tensor, sums: Tensor, first: bool) -> None:
         """Add what decoding tokens have attended to.
 
         Args:
             part: the layer's slots; their statistics are written.
             slots: [B].
+            positions: [B], of the tokens.
             sums: [M, B, K, C], without the probe's.
             first: whether this layer is the first to read these rows: earlier attention decays once per token.
         """
         decay = self.decay(1) if first else 1.0
+        if self.distance:
+            far = part.positions[slots] <= positions.view(-1, 1, 1) - self.distance
+            sums = sums * far
         names = [name for name in self.attention_stats if name != "probe"]
         for name, received in zip(names, sums, strict=True):
             stat = part.row_stats[name]

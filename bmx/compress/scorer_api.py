@@ -39,10 +39,14 @@ class QueryWeights:
         decay: factor on a query's weight for each query that follows it.
         window: number of newest queries with a weight above zero; None for all. Where fewer come at once (in decoding,
             one), they replace their share of the sum, so that it always stands for about ``window`` queries.
+        far: a query counts for a key only if the key is no longer among the protected newest tokens.
+        power: of a probability, as it is summed: 1 or 2.
     """
 
     decay: float = 1.0
     window: int | None = None
+    far: bool = False
+    power: int = 1
 
     def decay_over(self, queries: int) -> float:
         """The factor on the attention that was summed before, as the attention of ``queries`` more is added."""
@@ -64,6 +68,7 @@ class Seen:
         inputs: the tensors that the scorer needs, by name; others are missing.
         surplus: the number of rows that must be evicted.
         window: newest keys that a query sees (sliding window), or None.
+        distance: a query counts for a key if it lies at least that many tokens after it.
         scale: factor of the dot products.
     """
 
@@ -72,11 +77,15 @@ class Seen:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     surplus: int = 1
     window: int | None = None
+    distance: int = 0
     scale: float = 1.0
 
     @property
     def attention_mass(self) -> Tensor:
-        """[..., K, R] float32, attention received: weighted by query, averaged over a kv head's query heads."""
+        """[..., K, R] float32, attention received, to the scorer's power, from queries that count.
+
+        It is weighted by query, and averaged over a kv head's query heads.
+        """
         return self.inputs["mass"]
 
     @property
@@ -106,8 +115,12 @@ class Seen:
 
     @property
     def lifetime(self) -> Tensor:
-        """[..., K, R]: how many queries could see each key: positions p .. now - 1, at most a sliding window."""
-        return (self.now - self.positions).clamp(min=1, max=self.window)
+        """[..., K, R]: how many queries that count could see each key, at least 1.
+
+        They lie at positions p + ``distance`` .. now - 1, less far from the key than a sliding window is wide.
+        """
+        most = None if self.window is None else max(1, self.window - self.distance)
+        return (self.now - self.positions - self.distance).clamp(min=1, max=most)
 
     @property
     def valid(self) -> Tensor:

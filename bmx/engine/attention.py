@@ -250,6 +250,9 @@ class SlotAttention:
             hidden=out_of_window(positions, chunk.start, chunk.length + chunk.probes, layout.window),
             query_weights=self._weights_of(chunk, layout, keys.device),
             squares=Needs.SQUARES in self._policy.needs,
+            past_places=positions - chunk.start,
+            distance=self._policy.distance,
+            power=self._policy.summed.power,
             **inputs.options,
         )
         return output, None if sums is None else sums[..., : used + chunk.length]  # without the probe's keys
@@ -293,7 +296,7 @@ class SlotAttention:
             self._insert(part, group, inputs.key[group.rows], inputs.value[group.rows])
         output, sums = self._attend_slots(part, group, inputs)
         if sums is not None:
-            self._policy.observe(part, group.slots, sums, first=owns_rows)
+            self._policy.observe(part, group.slots, group.positions, sums, first=owns_rows)
         return output
 
     def _attend_slots(self, part: LayerSlots, group: DecodeGroup, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:
@@ -309,6 +312,7 @@ class SlotAttention:
             hidden=_hidden_rows(part, group),
             want_mass="mass" in row_stats and group.evicting(part.layout.capacity),
             squares="squares" in row_stats,
+            power=self._policy.summed.power,
             **inputs.options,
         )
 

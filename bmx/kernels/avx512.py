@@ -179,11 +179,15 @@ def attend_chunk(
     hidden: Tensor | None = None,
     query_weights: Tensor | None = None,
     squares: bool = False,
+    past_places: Tensor | None = None,
+    distance: int = 0,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_chunk``."""
     operands = (query, key, value, past_key, past_value)
-    if softcap is not None or squares or scale <= 0 or not all(map(_takes, operands)):
-        details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
+    far = {"past_places": past_places, "distance": distance, "power": power}
+    if distance or power != 1 or softcap is not None or squares or scale <= 0 or not all(map(_takes, operands)):
+        details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares} | far
         return cpu.attend_chunk(*operands, scale=scale, query_weights=query_weights, **details)
     tokens, heads, dim = query.shape
     kv_heads, past, value_dim = past_value.shape
@@ -214,11 +218,14 @@ def attend_slots(
     hidden: Tensor | None = None,
     want_mass: bool = False,
     squares: bool = False,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_slots``."""
     contiguous = keys.is_contiguous() and values.is_contiguous()
-    if softcap is not None or squares or scale <= 0 or not (contiguous and all(map(_takes, (query, keys, values)))):
+    taken = contiguous and all(map(_takes, (query, keys, values)))
+    if power != 1 or softcap is not None or squares or scale <= 0 or not taken:
         details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
+        details["power"] = power
         return cpu.attend_slots(query, keys, values, slots, scale=scale, want_mass=want_mass, **details)
     batch, heads, dim = query.shape
     _, kv_heads, capacity, value_dim = values.shape
@@ -257,7 +264,7 @@ def decode_step(
 ) -> bool:
     """See ``contract.KernelModule.decode_step``; no slot may be -1."""
     vectors = (query, key, value, rows.keys, rows.values)
-    if softcap is not None or scale <= 0 or not all(map(_takes, vectors)):
+    if order.distance or order.power != 1 or softcap is not None or scale <= 0 or not all(map(_takes, vectors)):
         return False
     batch, heads, dim = query.shape
     sinks = None if sinks is None else sinks.float()
@@ -285,7 +292,8 @@ def prefill_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.prefill_step``; one chunk after another."""
-    if softcap is not None or scale <= 0 or not all(map(_takes, (query, key, value, rows.keys, rows.values))):
+    vectors = (query, key, value, rows.keys, rows.values)
+    if order.distance or order.power != 1 or softcap is not None or scale <= 0 or not all(map(_takes, vectors)):
         return False
     decay = [1.0] * len(chunks.offsets) if chunks.decay is None else chunks.decay.tolist()
     for n, evicts in enumerate(chunks.may_evict(rows)):

@@ -42,6 +42,9 @@ class KernelModule(Protocol):
         hidden: Tensor | None = None,
         query_weights: Tensor | None = None,
         squares: bool = False,
+        past_places: Tensor | None = None,
+        distance: int = 0,
+        power: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """A prompt chunk attends to its slot (all rows in use) and to itself (causally).
 
@@ -57,11 +60,16 @@ class KernelModule(Protocol):
             hidden: [K, T, P + T] bool, True where a sliding window hides a key from a query.
             query_weights: [M, T] float32, the weight of each query's attention in each of M sums; None for no sums.
             squares: whether to add up the squared probabilities too, with the first of these weights.
+            past_places: [K, P] int32, the places of the slot's tokens, counted from the chunk's first token: negative.
+                Needed with a distance.
+            distance: a query counts for a key if it lies at least that many tokens after it.
+            power: of a probability, as it is summed: 1 or 2.
 
         Returns:
             output: [T, H, E].
-            sums: [M, K, P + T] float32 ([M + 1, K, P + T] with squares), slot rows first: over queries, weighted, of
-                the mean over a kv head's query heads of the attention probabilities. None without query weights.
+            sums: [M, K, P + T] float32 ([M + 1, K, P + T] with squares), slot rows first: over queries that count,
+                weighted, of the mean over a kv head's query heads of the attention probabilities to that power. None
+                without query weights.
         """
         ...
 
@@ -78,6 +86,7 @@ class KernelModule(Protocol):
         hidden: Tensor | None = None,
         want_mass: bool = False,
         squares: bool = False,
+        power: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """One decoding token per slot attends to its slot, which holds the token's own pair already.
 
@@ -92,11 +101,12 @@ class KernelModule(Protocol):
             hidden: bool, broadcastable to [B, K, C]; True for rows not in use or out of the window.
             want_mass: whether to return the attention that each key receives.
             squares: whether to return the squared probabilities too.
+            power: of a probability, as it is returned: 1 or 2.
 
         Returns:
             output: [B, H, E].
             sums: [1, B, K, C] float32 ([2, B, K, C] with squares): means over a kv head's query heads of the attention
-                probabilities. None if they are not wanted.
+                probabilities to that power. None if they are not wanted.
         """
         ...
 
@@ -122,7 +132,8 @@ class KernelModule(Protocol):
 
         A token takes row ``position`` of its slot while that is below its row limit; else, in each kv head, the row of
         the pair that the order evicts first (of equals, the lowest row). Then it attends to the rows in use, its own
-        pair among them, and the mean of its query heads' probabilities is added to the attention mass.
+        pair among them, and the mean of its query heads' probabilities, to the order's power, is added to the attention
+        mass of the rows that are at least the order's distance before it.
 
         Args:
             output: [B, H, E], contiguous; written.
@@ -161,10 +172,10 @@ class KernelModule(Protocol):
     ) -> bool:
         """The prompt chunks' whole part of a layer: attend, add up attention, evict.
 
-        Each chunk attends to its slot and causally to itself. The attention that keys receive is added to the mass of
-        rows in use, unless the sequence never evicts. Then as many pairs of slot and chunk are kept as the row limit
-        says: those that the order evicts last (of equals, the first; rows before tokens). The chunk's survivors take,
-        in order, the rows of evicted pairs, then empty rows.
+        Each chunk attends to its slot and causally to itself. The attention that keys receive, as the order counts it
+        (distance and power), is added to the mass of rows in use, unless the sequence never evicts. Then as many pairs
+        of slot and chunk are kept as the row limit says: those that the order evicts last (of equals, the first; rows
+        before tokens). The chunk's survivors take, in order, the rows of evicted pairs, then empty rows.
 
         Args:
             output: [T, H, E], contiguous; the chunks' tokens are written, others left as they are.

@@ -33,6 +33,9 @@ def attend_chunk(
     hidden: Tensor | None = None,
     query_weights: Tensor | None = None,
     squares: bool = False,
+    past_places: Tensor | None = None,
+    distance: int = 0,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_chunk``."""
     tokens, heads, dim = query.shape
@@ -62,26 +65,52 @@ def attend_chunk(
             sink = None if sink_rows is None else sink_rows[head, : len(scores)]
             weights = reference.softmax_with_sinks(scores, sink)
             torch.mm(weights, values[head, :width], out=output[head, of_tile])
-            if sums is not None and row_weights is not None:
-                _add_up(sums[:, head, :width], row_weights[:, of_tile], weights)
+            if sums is not None and row_weights is not None and row_weights[:, of_tile].any():
+                if distance:
+                    places = None if past_places is None else past_places[head]
+                    _leave_out_near(weights, places, start, stop, group, distance)
+                _add_up(sums[:, head, :width], row_weights[:, of_tile], weights, power)
     output = output.view(kv_heads, tokens, group, -1).transpose(0, 1).reshape(tokens, heads, -1)
     return output, None if sums is None else sums.div_(group)
 
 
-def _add_up(sums: Tensor, row_weights: Tensor, probabilities: Tensor) -> None:
-    """Add a tile's weighted probabilities to the column sums; nothing if all weights are 0.
+def _leave_out_near(
+    probabilities: Tensor, past_places: Tensor | None, start: int, stop: int, group: int, distance: int
+) -> None:
+    """Set a tile's probabilities of near keys to 0.
+
+    Args:
+        probabilities: [R, P + stop]; written.
+        past_places: [P], as in ``contract.KernelModule.attend_chunk``; None for no rows.
+        start: the tile's first token.
+        stop: the token after its last.
+        group: G.
+        distance: in tokens.
+    """
+    past = probabilities.shape[1] - stop
+    tokens = torch.arange(start, stop).repeat_interleave(group).unsqueeze(1)  # [R, 1]
+    first = max(0, start - distance + 1)  # own keys before it are far from all of the tile's queries
+    own = probabilities[:, past + first :]
+    own.masked_fill_(tokens - torch.arange(first, stop) < distance, 0)
+    if past_places is not None and start < distance - 1:
+        near = min(stop, distance - 1) - start  # rows of a slot are far from later queries
+        probabilities[: near * group, :past].masked_fill_(tokens[: near * group] - past_places < distance, 0)
+
+
+def _add_up(sums: Tensor, row_weights: Tensor, probabilities: Tensor, power: int) -> None:
+    """Add a tile's weighted probabilities to the column sums.
 
     Args:
         sums: [M, N], or [M + 1, N] with the squares last.
         row_weights: [M, R].
         probabilities: [R, N].
+        power: of a probability, as it is summed.
     """
-    if not row_weights.any():
-        return
     ways = len(row_weights)
-    sums[:ways] += torch.mm(row_weights, probabilities)
-    if len(sums) > ways:
-        sums[ways:] += torch.mm(row_weights[:1], probabilities.square())
+    squares = probabilities.square() if power == 2 or len(sums) > ways else None
+    sums[:ways] += torch.mm(row_weights, probabilities if squares is None or power == 1 else squares)
+    if len(sums) > ways and squares is not None:
+        sums[ways:] += torch.mm(row_weights[:1], squares)
 
 
 def _scores(rows: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -13,13 +13,17 @@ class EvictionOrder:
 
     Attributes:
         by: ``age``: the oldest; ``mass``: the one that received the least attention; ``average``: the least attention
-            per query that could have seen it.
+            per query that counts for it and could have seen it.
         sink: first tokens of a sequence, which are never evicted.
         recent: newest tokens, which are never evicted.
         window: newest keys that a query sees, or None for all; pairs out of the window are evicted before all others.
+        distance: a query counts for a key if it lies at least that many tokens after it; not more than ``recent``.
+        power: of a probability, as it is summed: 1 or 2; a root of the average would change no order.
     """
 
     by: str
     sink: int
     recent: int
     window: int | None
+    distance: int = 0
+    power: int = 1

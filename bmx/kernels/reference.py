@@ -33,6 +33,9 @@ def attend_chunk(
     hidden: Tensor | None = None,
     query_weights: Tensor | None = None,
     squares: bool = False,
+    past_places: Tensor | None = None,
+    distance: int = 0,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_chunk``."""
     tokens, heads, _ = query.shape
@@ -52,11 +55,30 @@ def attend_chunk(
     output = output.permute(2, 0, 1, 3).reshape(tokens, heads, -1)
     if query_weights is None:
         return output, None
-    sums = torch.einsum("mt,ktn->mkn", query_weights, weights.mean(1))
+    if distance:
+        weights = weights.masked_fill(near_keys(past_places, kv_heads, tokens, distance, query.device).unsqueeze(1), 0)
+    sums = torch.einsum("mt,ktn->mkn", query_weights, weights.pow(power).mean(1))
     if squares:
         squared = torch.einsum("t,ktn->kn", query_weights[0], weights.square().mean(1))
         sums = torch.cat([sums, squared.unsqueeze(0)])
     return output, sums
+
+
+def near_keys(past_places: Tensor | None, kv_heads: int, tokens: int, distance: int, device: torch.device) -> Tensor:
+    """[K, T, P + T] bool: keys that a chunk's query does not count for: it lies less than ``distance`` after.
+
+    Args:
+        past_places: [K, P], as in ``contract.KernelModule.attend_chunk``; None for no rows.
+        kv_heads: K.
+        tokens: of the chunk.
+        distance: in tokens.
+        device: where the result is.
+    """
+    own = torch.arange(tokens, device=device)
+    places = own.expand(kv_heads, -1)
+    if past_places is not None:
+        places = torch.cat([past_places, places], dim=1)
+    return own.view(1, -1, 1) - places.unsqueeze(1) < distance
 
 
 def out_of_window(positions: Tensor, start: int, tokens: int, window: int | None) -> Tensor | None:
@@ -87,13 +109,15 @@ def attend_slots(
     hidden: Tensor | None = None,
     want_mass: bool = False,
     squares: bool = False,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_slots``.
 
     Copying the keys of some slots costs more than attending to all: from half of them on, slots that do not decode take
     part with a query of zeros.
     """
-    attend = partial(_attend_slots, scale=scale, softcap=softcap, sinks=sinks, want_mass=want_mass, squares=squares)
+    powers = ([power] if want_mass else []) + ([2] if want_mass and squares else [])
+    attend = partial(_attend_slots, scale=scale, softcap=softcap, sinks=sinks, powers=powers)
     if slots is None:
         return attend(query, keys, values, hidden)
     if 2 * len(slots) < len(keys):
@@ -115,10 +139,9 @@ def _attend_slots(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    want_mass: bool,
-    squares: bool,
+    powers: list[int],
 ) -> tuple[Tensor, Tensor | None]:
-    """``attend_slots`` with one token for every slot, in order."""
+    """``attend_slots`` with one token for every slot, in order, and sums of these powers of probabilities."""
     batch, kv_heads, capacity, dim = keys.shape
     grouped = query.reshape(batch * kv_heads, -1, dim)  # [B*K, G, D]
     scores = scaled_scores(grouped, keys.flatten(0, 1), scale).view(batch, kv_heads, -1, capacity)  # [B, K, G, C]
@@ -128,9 +151,7 @@ def _attend_slots(
     weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(kv_heads, -1, 1))
     output = torch.matmul(weights.to(values.dtype), values)  # [B, K, G, E]
     output = output.reshape(batch, query.shape[1], -1)
-    if not want_mass:
-        return output, None
-    return output, torch.stack([weights.mean(2)] + ([weights.square().mean(2)] if squares else []))
+    return output, torch.stack([weights.pow(power).mean(2) for power in powers]) if powers else None
 
 
 def decode_step(
@@ -178,10 +199,12 @@ def decode_step(
             sinks=sinks,
             hidden=None if order.window is None else row_positions[:, used].unsqueeze(0) <= position - order.window,
             want_mass=accumulate,
+            power=order.power,
         )
         output[token] = answer[0]
         if mass is not None and sums is not None:
-            mass[:, used] = mass[:, used] * decay + sums[0, 0]
+            counts = row_positions[:, used] <= position - order.distance
+            mass[:, used] = mass[:, used] * decay + sums[0, 0] * counts
     return True
 
 
@@ -217,6 +240,9 @@ def prefill_step(
             sinks=sinks,
             hidden=out_of_window(positions[:, :used], start, chunks.lengths[n], order.window),
             query_weights=weights[own].unsqueeze(0) if evicts and mass is not None else None,
+            past_places=positions[:, :used] - start,
+            distance=order.distance,
+            power=order.power,
         )
         if sums is not None and mass is not None and own_sums is not None:
             decay = 1.0 if chunks.decay is None else chunks.decay[n]
@@ -282,7 +308,10 @@ def rank(positions: Tensor, mass: Tensor | None, now: int, order: EvictionOrder)
     received = torch.zeros_like(positions, dtype=torch.float32) if mass is None else mass
     scores = positions.float() if order.by == "age" else received
     if order.by == "average":
-        scores = scores / (now - positions).clamp(1, order.window).float()  # queries that could see the pair
+        most = None if order.window is None else max(1, order.window - order.distance)
+        scores = (
+            scores / (now - positions - order.distance).clamp(1, most).float()
+        )  # queries that count and could see it
     scores = scores.masked_fill((positions < order.sink) | (positions >= now - order.recent), float("inf"))
     gone = (positions < 0) | scores.isnan()
     if order.window is not None:

@@ -40,7 +40,7 @@ def prefill_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.prefill_step``; declines a negative scale, and too many rows to choose from."""
-    if scale <= 0 or not fits(rows, chunks):
+    if order.distance or order.power != 1 or scale <= 0 or not fits(rows, chunks):
         return False
     scored = rows.mass is not None and any(chunks.may_evict(rows))
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": order.window}

@@ -248,6 +248,8 @@ def decode_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.decode_step``; declines nothing, and nothing waits for the device."""
+    if order.distance or order.power != 1:
+        return False
     batch, heads, dim = query.shape
     if not batch:
         return True

@@ -183,13 +183,24 @@ def attend_chunk(
     hidden: Tensor | None = None,
     query_weights: Tensor | None = None,
     squares: bool = False,
+    past_places: Tensor | None = None,
+    distance: int = 0,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_chunk``; the specification computes it where a mask hides keys."""
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    if hidden is not None:
+    if hidden is not None or distance or power != 1:
         chunk = query, key, value, past_key, past_value
         return reference.attend_chunk(
-            *chunk, sinks=sinks, hidden=hidden, query_weights=query_weights, squares=squares, **options
+            *chunk,
+            sinks=sinks,
+            hidden=hidden,
+            query_weights=query_weights,
+            squares=squares,
+            past_places=past_places,
+            distance=distance,
+            power=power,
+            **options,
         )
     tokens, heads, _ = query.shape
     rows, chunks = _one_slot(past_key, past_value, tokens)
