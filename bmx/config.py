@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from bmx.errors import UsageError
+from bmx.kv_formats import AUTO_FORMAT, formats_of
 from bmx.policies import POLICIES
 from bmx.settings import (
     ALWAYS,
@@ -23,8 +24,18 @@ from bmx.settings import (
     NOT_IN_BENCH,
     Setting,
     check_types,
+    settings_in,
 )
-from bmx.units import parse_budget, parse_count, parse_layers, parse_memory, parse_object, parse_policy, parse_shared
+from bmx.units import (
+    parse_budget,
+    parse_count,
+    parse_format,
+    parse_layers,
+    parse_memory,
+    parse_object,
+    parse_policy,
+    parse_shared,
+)
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
 CHUNK_SIZE = 512  # the default where chunk ends decide answers
@@ -35,7 +46,6 @@ TEMPLATE_ARGUMENTS = frozenset(  # what rendering a chat template takes beside t
         *("sanitize_control_tokens", "tokenize", "tokenizer", "tokenizer_kwargs", "tools", "truncation"),
     )
 )
-KVFormat = Literal["auto", "fp8", "int8", "int4"]  # "auto" is the model's dtype; the others are in kv/formats.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,11 +167,14 @@ class EngineConfig:
         ),
     ] = "uniform"
     kv_format: Annotated[
-        KVFormat,
+        str,
         Setting(
-            "How KV pairs are stored: auto (the model's dtype), fp8, int8 or int4; the newest pairs always stay exact",
+            "How KV pairs are stored: model (the model's own type), fp8, int8 or int4; int8/int4 for keys in int8 and "
+            f"values in int4; auto is {AUTO_FORMAT}",
             decides_answers=ALWAYS,
-            compared_in={"calibrate": "auto,int8"},
+            parse=parse_format,
+            metavar="FORMAT",
+            compared_in={"calibrate": "model,int8,int8/int4"},
             calibrated=True,
         ),
     ] = "auto"
@@ -294,6 +307,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        kv_format = next(setting for setting in settings_in(EngineConfig) if setting.name == "kv_format")
+        object.__setattr__(self, "kv_format", kv_format.coerce(self.kv_format))  # never ``auto``
         budget = self.kv_budget
         if budget != "auto" and (isinstance(budget, str) or (isinstance(budget, float) and not 0 < budget <= 1)):
             hint = "512 is a number of KV pairs, 0.25 a quarter of each prompt"
@@ -333,7 +348,12 @@ class EngineConfig:
     @property
     def chunking_is_free(self) -> bool:
         """Whether answers do not depend on where chunks end: nothing is evicted, and nothing is rounded when stored."""
-        return self.kv_policy == "none" and self.kv_format == "auto"
+        return self.kv_policy == "none" and self.kv_format == "model"
+
+    @property
+    def pair_formats(self) -> tuple[str, str]:
+        """The formats of keys and values."""
+        return formats_of(self.kv_format)
 
     @property
     def full_cache(self) -> EngineConfig:

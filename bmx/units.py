@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
+from bmx.kv_formats import KV_FORMATS, formats_of
 from bmx.policies import POLICIES, find_scorer
 
 LEAST_MEMORY = 10**6  # no model runs in less: a smaller size has lost its unit
@@ -106,6 +107,16 @@ def parse_policy(text: str) -> str:
     return text
 
 
+def parse_format(text: str) -> str:
+    """A KV format's canonical name: ``int8`` for keys and values alike, ``int8/int4`` for each its own.
+
+    Raises:
+        ValueError: not one or two names of formats.
+    """
+    keys, values = formats_of(text)
+    return keys if keys == values else f"{keys}/{values}"
+
+
 def parse_layers(text: str) -> str | tuple[float, ...]:
     """Layer budgets from ``uniform``, ``pyramid``, or factors like ``1.5,1,0.5``, which are scaled to a mean of 1.
 
@@ -179,6 +190,7 @@ def parse_object(value: str | Mapping[str, Any]) -> dict[str, Any]:
 EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or auto",
     parse_policy: f"one of {', '.join(POLICIES)}",
+    parse_format: f"auto, {', '.join(KV_FORMATS)}, or those of keys and values, like int8/int4",
     parse_layers: "uniform, pyramid, or a factor per layer like 1.5,1,0.5",
     parse_shared: "pairs of layers like 7:3,12:5",
     parse_bytes: "a size like 300M, 8G or 8GiB",

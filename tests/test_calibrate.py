@@ -89,7 +89,7 @@ def test_every_combination_is_measured_once_and_stands_in_the_table(given):
     assert evicting == {
         (policy, budget, form, layers)
         for policy in ("average-attention", "keydiff")
-        for form in ("auto", "int8")
+        for form in ("model", "int8")
         for budget, layers in ((24, "uniform"), (24, "pyramid"), (0.4, "uniform"))
     }
     assert [t[2] for t in tried if t[0] == "none"] == ["int8"]  # the full cache itself is what all is measured against

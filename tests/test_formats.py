@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import get_args
+from itertools import product
 
 import pytest
 import torch
 from conftest import tiny_engine
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import EngineConfig, KVFormat
-from bmx.kv.formats import FORMATS, KEY_GROUP
+from bmx.config import EngineConfig
+from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL, Stored
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots
-from bmx.kv.stores import allocate
+from bmx.kv.stores import RowStore
+from bmx.kv_formats import KV_FORMATS
 
 CPU = torch.device("cpu")
 FEW = ("fp8", "int8", "int4")
 HALF = 2.0**-11  # relative rounding of a float16
+PAIRS = tuple(map("/".join, product((MODEL, *FEW), repeat=2)))  # of keys and values
 LEVELS = {"int8": 254, "int4": 15}
 
 
@@ -28,8 +30,14 @@ def drawn(*shape, seed=0):
 
 
 def back(name, vectors, dtype=torch.float32):
+    if name == MODEL:
+        return vectors.to(dtype)
     form = FORMATS[name]
     return form.decode(*form.encode(vectors), dtype)[..., : vectors.shape[-1]]
+
+
+def store_of(name, shape, dim):
+    return RowStore(Stored.zeros(name, shape, dim, torch.float32, CPU), dim, torch.float32)
 
 
 def step(name, vectors):
@@ -45,7 +53,7 @@ def slack(vectors):
 
 
 def test_every_format_is_a_choice_of_the_setting():
-    assert {"auto", *FORMATS} == set(get_args(KVFormat))
+    assert (MODEL, *FORMATS) == KV_FORMATS
     assert set(FORMATS) == set(FEW)
 
 
@@ -151,27 +159,27 @@ def test_the_empty_dimensions_of_a_store_are_any(name, dim):
 
 
 @pytest.mark.parametrize("dim", [8, 5])
-@pytest.mark.parametrize("name", ["auto", *FEW])
+@pytest.mark.parametrize("name", ["model", *FEW])
 def test_overwriting_one_vector_leaves_all_others_as_they_were(name, dim):
-    store = allocate(name, (2, 3, 6), dim, torch.float32, CPU)
+    store = store_of(name, (2, 3, 6), dim)
     everything = slice(None)
-    store.write(everything, drawn(2, 3, 6, dim))
+    store.stored.write(everything, drawn(2, 3, 6, dim))
     before = store.read(everything)[..., :dim].clone()
     new = 50 * drawn(3, dim, seed=1)
     at = (torch.tensor([[1]]), torch.arange(3), torch.tensor([[4, 0, 2]]))
-    store.write(at, new.unsqueeze(0))
+    store.stored.write(at, new.unsqueeze(0))
     after = store.read(everything)[..., :dim].clone()
     changed = torch.zeros(2, 3, 6, dtype=torch.bool)
     changed[at] = True
     assert torch.equal(after[~changed], before[~changed])
-    assert torch.equal(after[at][0], new if name == "auto" else back(name, new))
+    assert torch.equal(after[at][0], new if name == "model" else back(name, new))
 
 
-@pytest.mark.parametrize("name", ["auto", *FEW])
+@pytest.mark.parametrize("name", ["model", *FEW])
 def test_an_empty_store_and_a_cleared_slot_are_zero(name):
-    store = allocate(name, (2, 3, 6), 8, torch.float32, CPU)
+    store = store_of(name, (2, 3, 6), 8)
     assert (store.read(slice(None)) == 0).all()
-    store.write(slice(None), drawn(2, 3, 6, 8))
+    store.stored.write(slice(None), drawn(2, 3, 6, 8))
     other = store.read(1).clone()
     store.clear(0)
     assert (store.read(0) == 0).all()
@@ -180,8 +188,8 @@ def test_an_empty_store_and_a_cleared_slot_are_zero(name):
 
 @pytest.mark.parametrize("name", FEW)
 def test_numbers_that_are_none_go_with_the_slot(name):
-    store = allocate(name, (2, 1, 4), 8, torch.float32, CPU)
-    store.write(slice(None), torch.full((2, 1, 4, 8), math.nan))
+    store = store_of(name, (2, 1, 4), 8)
+    store.stored.write(slice(None), torch.full((2, 1, 4, 8), math.nan))
     store.clear(0)
     assert store.read(0).isfinite().all()
 
@@ -189,7 +197,7 @@ def test_numbers_that_are_none_go_with_the_slot(name):
 # ---- layers of a pool ----
 
 
-def layer(name, capacity, *, exact=0, by_channel=False, heads=2, dim=6, row_stats=()):
+def layer(name, capacity, *, by_channel=False, heads=2, dim=6, row_stats=()):
     return LayerLayout(
         capacity=capacity,
         kv_heads=heads,
@@ -200,8 +208,8 @@ def layer(name, capacity, *, exact=0, by_channel=False, heads=2, dim=6, row_stat
         owner=0,
         last_reader=0,
         by_age=False,
-        format=name,
-        exact=exact,
+        key_format=name.split("/")[0],
+        value_format=name.split("/")[-1],
         by_channel=by_channel,
         row_stats=row_stats,
     )
@@ -246,7 +254,7 @@ ARRIVALS = [(90,), (1,) * 7, (7, 1, 24, 30), (31, 1, 1), (32, 32), (33, 40), (64
 def test_keys_by_channel_are_whole_groups_however_they_arrived(name, sizes):
     """A group is one of 32 tokens in a row; what is not yet a whole group is exact."""
     key, value = drawn(90, 2, 6) * torch.logspace(-2, 2, 6), drawn(90, 2, 8, seed=1)
-    part = allocated(layer(name, 95, exact=KEY_GROUP, by_channel=True))
+    part = allocated(layer(name, 95, by_channel=True))
     arrive(part, 1, key, value, sizes)
     keys, values = part.read(1, 90)
     expected = by_group(name, key).transpose(0, 1)
@@ -264,7 +272,7 @@ def test_keys_by_channel_are_whole_groups_however_they_arrived(name, sizes):
 @pytest.mark.parametrize("capacity", [5, 32, 33, 70])
 def test_a_slot_need_not_be_a_multiple_of_a_group(name, capacity):
     key, value = drawn(capacity, 2, 6), drawn(capacity, 2, 8, seed=1)
-    part = allocated(layer(name, capacity, exact=KEY_GROUP, by_channel=True))
+    part = allocated(layer(name, capacity, by_channel=True))
     arrive(part, 0, key, value, (3,))
     keys, values = part.read_slots(torch.tensor([0]))
     assert (keys.shape, values.shape) == ((1, 2, capacity, 6), (1, 2, capacity, 8))
@@ -277,7 +285,7 @@ def test_scaling_by_channel_spares_small_channels_that_stand_beside_large_ones()
     key, value = drawn(90, 2, 6) * torch.tensor([100.0, 1, 1, 1, 1, 1]), drawn(90, 2, 8)
     errors = []
     for by_channel in (True, False):
-        part = allocated(layer("int4", 90, exact=KEY_GROUP if by_channel else 1, by_channel=by_channel))
+        part = allocated(layer("int4", 90, by_channel=by_channel))
         arrive(part, 0, key, value, (90,))
         errors.append(float((part.read(0, 58)[0] - key.transpose(0, 1)[:, :58])[..., 1:].abs().mean()))
     assert errors[0] < 0.1 < errors[1]
@@ -289,79 +297,38 @@ def test_scaling_by_channel_spares_small_channels_that_stand_beside_large_ones()
 def test_heads_of_an_odd_size_are_stored_too(name, by_channel):
     """Two codes to a byte leave half a byte over."""
     key, value = drawn(40, 2, 7), drawn(40, 2, 9, seed=1)
-    part = allocated(layer(name, 40, exact=KEY_GROUP if by_channel else 4, by_channel=by_channel, dim=7))
+    part = allocated(layer(name, 40, by_channel=by_channel, dim=7))
     arrive(part, 0, key, value, (37,))
     for decoded, given in zip(part.read(0, 40), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
         assert decoded.shape == given.shape
         assert (decoded - given).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("exact", [1, 4, 9])
-@pytest.mark.parametrize("sizes", [(30,), (3, 5, 2), (), (1, 28), (9, 9)], ids=str)
-def test_the_newest_pairs_are_exact_and_the_others_in_fewer_bits(name, exact, sizes):
-    key, value = drawn(30, 2, 6), drawn(30, 2, 8, seed=1)
-    part = allocated(layer(name, 30, exact=exact))
-    arrive(part, 2, key, value, sizes)
-    for decoded, given in zip(part.read(2, 30), (key.transpose(0, 1), value.transpose(0, 1)), strict=True):
-        assert torch.equal(decoded[:, -exact:], given[:, -exact:])
-        assert torch.equal(decoded[:, :-exact], back(name, given[:, :-exact]))
-    assert not torch.equal(part.read(2, 30)[0], key.transpose(0, 1))
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_the_newest_pairs_are_exact_where_each_head_has_them_in_other_rows(name):
-    """A full slot: each new token takes the row of whatever its head gives up."""
-    exact, capacity = 4, 10
-    part = allocated(layer(name, capacity, exact=exact))
-    key, value = drawn(60, 2, 6), drawn(60, 2, 8, seed=1)
-    arrive(part, 1, key[:capacity], value[:capacity], (capacity,))
-    generator = torch.Generator().manual_seed(2)
-    for position in range(capacity, 60):
-        rows = []
-        for head in range(2):
-            old = (part.positions[1, head] < position - exact).nonzero().flatten()
-            rows.append(int(old[torch.randint(len(old), (1,), generator=generator)]))
-        at = torch.tensor([position])
-        part.write(torch.tensor([1]), torch.tensor([rows]), key[at], value[at], at)
-        keys, values = part.read(1, capacity)
-        for head in range(2):
-            for row, place in enumerate(part.positions[1, head].tolist()):
-                pair = (key[place, head], value[place, head])
-                if place <= position - exact:
-                    pair = tuple(back(name, vector) for vector in pair)
-                assert torch.equal(keys[head, row], pair[0])
-                assert torch.equal(values[head, row], pair[1])
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_a_chunk_that_replaces_others_leaves_the_newest_exact(name):
-    exact, capacity = 4, 10
-    part = allocated(layer(name, capacity, exact=exact))
-    key, value = drawn(22, 2, 6), drawn(22, 2, 8, seed=1)
-    arrive(part, 1, key[:capacity], value[:capacity], (7, 3))
-    generator = torch.Generator().manual_seed(2)
+@pytest.mark.parametrize("name", PAIRS)
+def test_keys_and_values_have_formats_of_their_own(name):
+    """In a full slot, where each head has given up other rows, and in chunks that replace some of them."""
+    capacity, (keys_in, values_in) = 10, name.split("/")
+    part = allocated(layer(name, capacity, dim=7))
+    key, value = drawn(60, 2, 7), drawn(60, 2, 9, seed=1)
+    arrive(part, 1, key[:capacity], value[:capacity], (7, 1))
     keep = torch.zeros(2, 22, dtype=torch.bool)
     for head in range(2):
-        keep[head, torch.randperm(22 - exact, generator=generator)[: capacity - exact]] = True
-    keep[:, -exact:] = True
-    part.replace(1, keep, key[capacity:], value[capacity:], torch.arange(capacity, 22), {})
+        keep[head, torch.randperm(22, generator=torch.Generator().manual_seed(head))[:capacity]] = True
+    part.replace(1, keep, key[capacity:22], value[capacity:22], torch.arange(capacity, 22), {})
+    for position in range(22, 60):
+        at = torch.tensor([position])
+        rows = torch.tensor([[position % capacity, 3 * position % capacity]])
+        part.write(torch.tensor([1]), rows, key[at], value[at], at)
     keys, values = part.read(1, capacity)
     for head in range(2):
-        assert set(part.positions[1, head].tolist()) == set(keep[head].nonzero().flatten().tolist())
         for row, place in enumerate(part.positions[1, head].tolist()):
-            pair = (key[place, head], value[place, head])
-            if place < 22 - exact:
-                pair = tuple(back(name, vector) for vector in pair)
-            assert torch.equal(keys[head, row], pair[0])
-            assert torch.equal(values[head, row], pair[1])
+            assert torch.equal(keys[head, row], back(keys_in, key[place, head]))
+            assert torch.equal(values[head, row], back(values_in, value[place, head]))
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_the_next_sequence_of_a_slot_finds_nothing_of_the_last(by_channel):
-    part = allocated(
-        layer("int8", 40, exact=KEY_GROUP if by_channel else 4, by_channel=by_channel, row_stats=("mass",))
-    )
+    part = allocated(layer("int8", 40, by_channel=by_channel, row_stats=("mass",)))
     key, value = drawn(40, 2, 6), drawn(40, 2, 8, seed=1)
     part.append(0, 0, key, torch.full_like(value, math.nan), torch.arange(40), {"mass": torch.ones(2, 40)})
     part.reset(0)
@@ -375,15 +342,10 @@ def test_the_next_sequence_of_a_slot_finds_nothing_of_the_last(by_channel):
         assert torch.equal(decoded, expected)
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_a_short_sequence_is_not_overlaid_by_the_newest_pairs_of_the_last_one(name):
-    """Those of the last one lay in any rows, the first ones too."""
-    part = allocated(layer(name, 10, exact=4), slots=1)
-    key, value = drawn(14, 2, 6), drawn(14, 2, 8, seed=1)
-    arrive(part, 0, key[:10], value[:10], (10,))
-    for position in range(10, 14):  # over the oldest ones
-        at = torch.tensor([position])
-        part.write(torch.tensor([0]), (at - 10).unsqueeze(1), key[at], value[at], at)
+def test_a_short_sequence_is_not_overlaid_by_the_newest_keys_of_the_last_one():
+    part = allocated(layer("int4", 40, by_channel=True), slots=1)
+    key, value = drawn(40, 2, 6), drawn(40, 2, 8, seed=1)
+    arrive(part, 0, key, value, (40,))
     part.reset(0)
     arrive(part, 0, -key[:2], -value[:2], (2,))
     keys, values = part.read(0, 2)
@@ -397,16 +359,16 @@ def test_a_short_sequence_is_not_overlaid_by_the_newest_pairs_of_the_last_one(na
 @pytest.mark.parametrize("capacity", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("dim", [6, 7])
 @pytest.mark.parametrize(
-    ("name", "exact", "by_channel"),
-    [("auto", 0, False), *[(n, e, False) for n in FEW for e in (1, 5)], *[(n, 32, True) for n in ("int8", "int4")]],
+    ("name", "by_channel"),
+    [("model", False), *((name, False) for name in PAIRS), *((name, True) for name in ("int8", "int4", "int8/int4"))],
 )
-def test_what_is_held_is_what_the_layout_promises(name, exact, by_channel, dim, capacity):
-    layout = layer(name, capacity, exact=exact, by_channel=by_channel, dim=dim, row_stats=("mass", "rank"))
+def test_what_is_held_is_what_the_layout_promises(name, by_channel, dim, capacity):
+    layout = layer(name, capacity, by_channel=by_channel, dim=dim, row_stats=("mass", "rank"))
     part = allocated(layout, slots=4)
     assert part.nbytes == 4 * (layout.kv_bytes + layout.score_bytes)
 
 
-@pytest.mark.parametrize("name", ["auto", *FEW])
+@pytest.mark.parametrize("name", ["model", *FEW, "int8/int4", "int4/model", "model/int8"])
 @pytest.mark.parametrize("policy", ["none", "average-attention", "roco", "keydiff", "streaming"])
 @pytest.mark.parametrize("family", ["llama", "gemma3n_text", "deepseek_v3"])
 def test_a_pool_holds_what_its_layouts_promise(family, policy, name):
@@ -429,15 +391,15 @@ def pair_bytes(name, policy, dtype_bytes=2):
 @pytest.mark.parametrize(("name", "ratio"), [("fp8", 1.8), ("int8", 1.8), ("int4", 3.3)])
 def test_fewer_bits_are_fewer_bytes(name, ratio, policy):
     """Of 16-bit models: scales, offsets and exact copies of the newest take little of what is saved."""
-    assert pair_bytes("auto", policy) == 2 * 2 * 128
-    assert pair_bytes("auto", policy) / pair_bytes(name, policy) > ratio
+    assert pair_bytes("model", policy) == 2 * 2 * 128
+    assert pair_bytes("model", policy) / pair_bytes(name, policy) > ratio
 
 
 @pytest.mark.parametrize(("name", "more"), [("int8", 2.5), ("int4", 3)])
 def test_a_slot_takes_less_of_the_memory_with_all_that_belongs_to_it(name, more):
     """Positions, too, of a float32 model with heads of 16."""
     engines = [
-        tiny_engine("gemma", kv_policy="streaming", kv_format=f, kv_budget=200, kv_recent=4) for f in ("auto", name)
+        tiny_engine("gemma", kv_policy="streaming", kv_format=f, kv_budget=200, kv_recent=4) for f in ("model", name)
     ]
     plain, few = (engine.policy.layout(engine.spec, 150).nbytes for engine in engines)
     assert plain / few > more

@@ -17,6 +17,7 @@ from bmx.kernels.registry import CAPABILITIES
 from bmx.kernels.slot_views import Chunks
 from bmx.kv.layout import KVLayout, LayerLayout
 from bmx.kv.pool import KVPool
+from bmx.kv_formats import formats_of
 
 BF16 = torch.bfloat16
 NEAR = {"atol": 2e-2, "rtol": 2e-2}  # eight bits of a number
@@ -35,25 +36,38 @@ class Chosen(kernels.Kernels):
 
 CHUNK_COLUMNS = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
 COMPILED = pytest.mark.skipif(isinstance(build.library(), str), reason="there are no compiled kernels here")
-EITHER = pytest.mark.parametrize("name", ["reference", pytest.param("avx512", marks=COMPILED)])
+EITHER = pytest.mark.parametrize(  # kernels with each format that their fused steps read
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[COMPILED] if name == "avx512" else [])
+        for name in ("reference", "avx512")
+        for form in ("model", "fp8", "int8", "int4", "int8/int4", "model/int4")
+        if {"model", *CAPABILITIES[name].row_formats}.issuperset(formats_of(form))
+    ],
+)
 
 
-def attention_of(chosen, policy, window=None, sizes=((48, 5),)):
+def attention_of(chosen, policy, window=None, sizes=((48, 5),), form="model"):
     """One layer's attention and its pool, with the same random pairs each time; K 2, D 32; groups of (C, S)."""
-    capacity = sizes[-1][0]
+    capacity, (keys, values) = sizes[-1][0], formats_of(form)
     made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
     layouts = tuple(
         KVLayout((
             LayerLayout(
                 capacity=rows, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
                 by_age=False, row_stats=made.attention_stats if made.scorer else (),
+                key_format=keys, value_format=values,
             ),
         ))
         for rows, _ in sizes
     )  # fmt: skip
     pool = KVPool(layouts, tuple(slots for _, slots in sizes), BF16, torch.device("cpu"))
-    pool.rows[0].keys.copy_(normal(*pool.rows[0].keys.shape, seed=1))
-    pool.rows[0].values.copy_(normal(*pool.rows[0].values.shape, seed=2))
+    for group, (_, slots) in enumerate(sizes):
+        part = pool.layer(group, 0)
+        for slot in range(slots):
+            for seed, store in enumerate((part.keys, part.values)):
+                vectors = normal(2, part.layout.capacity, 32, seed=2 * slot + seed, dtype=BF16)
+                store.append(slot, 0, vectors)
     return SlotAttention(pool, made, chosen), pool
 
 
@@ -80,10 +94,15 @@ def assert_same(results):
     torch.testing.assert_close(output, unfused_output, **NEAR)
     rows, expected = pool.rows[0], unfused_pool.rows[0]
     assert torch.equal(rows.positions, expected.positions)
-    assert torch.equal(rows.keys, expected.keys)
-    assert torch.equal(rows.values, expected.values)
+    for part in ("keys", "values", "key_scales", "value_scales"):
+        assert same(getattr(rows, part), getattr(expected, part))
     if rows.mass is not None:
         torch.testing.assert_close(rows.mass, expected.mass, **NEAR)
+
+
+def same(tensor, other):
+    """Equal tensors, or none on both sides."""
+    return tensor is other is None or torch.equal(tensor, other)
 
 
 POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova"])
@@ -93,11 +112,11 @@ POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay
 @pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova", "streaming", "none"])
 @pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, window, limits):
+def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, window, limits, form):
     """Two groups of slots, of which the second one's have sequences that evict."""
     found, now, seen = [], (100, 30, 60, 47), (20, 7)
     for fused in (False, True):
-        attention, pool = attention_of(Chosen(name, "", fused), policy, window, sizes=((31, 3), (48, 5)))
+        attention, pool = attention_of(Chosen(name, "", fused), policy, window, ((31, 3), (48, 5)), form)
         slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
         for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
             tokens = asked
@@ -130,11 +149,11 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, wi
 @pytest.mark.parametrize("window", [None, 60])
 @pytest.mark.parametrize("limit", [48, 40])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 30), (0, 60), (20, 30), (48, 17), (100, 64), (40, 8)])
-def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(name, policy, start, tokens, limit, window):
+def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(name, policy, start, tokens, limit, window, form):
     """One that evicts, behind a decoding token, and one that never will."""
     found = []
     for fused in (False, True):
-        attention, pool = attention_of(Chosen(name, "", fused), policy, window)
+        attention, pool = attention_of(Chosen(name, "", fused), policy, window, form=form)
         fill(pool.layer(0, 0), 1, start, limit)
         prompts = (
             PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),

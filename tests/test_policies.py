@@ -38,13 +38,13 @@ SINK, RECENT, NEW = 2, 4, 8
 FIXED = SINK + RECENT
 EVICTING = tuple(name for name in POLICIES if name != "none")
 ATTENTIVE = ("average-attention", "far-attention", "h2o", "decay", "roco", "window", "tova", "r-kv")
-FORMATS = ("auto", "fp8", "int8", "int4")
+FORMATS = ("model", "fp8", "int8", "int4")
 BUDGETS = {"few": 14, "share": 0.4, "pyramid": 14, "all": 400}
 LENGTHS = (33, 3, 21, 40, 13)  # one is shorter than the newest tokens that stay
 BASE = {"kv_sink": SINK, "kv_recent": RECENT, "chunk_size": 10, "max_num_batched_tokens": 64}
 
 
-def config(policy, budget="few", name="auto", **others):
+def config(policy, budget="few", name="model", **others):
     """Settings of a cell."""
     shape = {"kv_layer_budgets": "pyramid"} if budget == "pyramid" else {}
     return BASE | {"kv_policy": policy, "kv_budget": BUDGETS[budget], "kv_format": name} | shape | others
@@ -186,16 +186,16 @@ def test_counts_are_exact_others_untouched_and_company_changes_no_answer(policy,
     ("family", "policy", "name"),
     [
         ("mistral", "roco", "int4"),
-        ("mistral", "keydiff", "auto"),
+        ("mistral", "keydiff", "model"),
         ("gemma2", "window", "int4"),
-        ("gemma2", "average-attention", "auto"),
+        ("gemma2", "average-attention", "model"),
         ("gemma3n_text", "window", "int8"),
-        ("gpt2", "roco", "auto"),
+        ("gpt2", "roco", "model"),
         ("gpt2", "lagkv", "fp8"),
         ("gpt_oss", "roco", "int8"),
         ("gpt_oss", "keydiff", "int4"),
         ("deepseek_v3", "expected-attention", "int4"),
-        ("deepseek_v3", "r-kv", "auto"),
+        ("deepseek_v3", "r-kv", "model"),
     ],
 )
 def test_other_models_keep_as_many_and_answer_alone_as_in_company(family, policy, name, watched):
@@ -256,7 +256,7 @@ def test_what_ranks_is_of_no_importance_while_nothing_goes(family, name):
     answered = [answers_of(policy) for policy in ("average-attention", "keydiff", "lagkv")]
     assert all(other == answered[0] for other in answered)
     assert answers_of("h2o", kv_value_norm=True, kv_probe="w5 w6") == answered[0]
-    if name in ("auto", "fp8"):
+    if name in ("model", "fp8"):
         assert answers_of("none") == answered[0]
 
 
@@ -265,7 +265,7 @@ def test_fewer_bits_change_little_while_nothing_goes(name):
     """The first tokens are those of exact pairs: keys and values are nearly what they were."""
     requests = as_requests(random_prompts((40,) * 12), max_tokens=2)
     for policy in ("none", "average-attention"):
-        exact, coded = (answers(tiny_engine("llama", **config(policy, "all", f)), requests) for f in ("auto", name))
+        exact, coded = (answers(tiny_engine("llama", **config(policy, "all", f)), requests) for f in ("model", name))
         same = sum(exact[i][0] == coded[i][0] for i in exact)
         assert same >= (11 if name == "int8" else 6)
 

@@ -74,20 +74,20 @@ def with_and_without(family="llama", rows=SOME_ROWS, new_tokens=3, **config):
 BUDGETS = (24, 70, 0.3)  # at 70, the shortest rows never evict, and the others in the chunk that follows what is shared
 
 
-FORMATS = ("auto", "fp8", "int8", "int4")
+FORMATS = ("model", "fp8", "int8", "int4")
 EVICTING = [policy for policy in POLICIES if policy != "none"]
 # Exact pairs with every budget that is a number; of the other formats and a share, each pair with some of the policies.
 CASES = [
     *product(["none"], FORMATS, BUDGETS[:1]),
-    *product(EVICTING, ["auto"], BUDGETS[:2]),
+    *product(EVICTING, ["model"], BUDGETS[:2]),
     *((policy, FORMATS[1 + i % 3], BUDGETS[i // 3 % 3]) for i, policy in enumerate(EVICTING)),
-    *product(["average-attention", "window", "keydiff", "expected-attention"], ["auto"], BUDGETS[2:]),
+    *product(["average-attention", "window", "keydiff", "expected-attention"], ["model"], BUDGETS[2:]),
 ]
 
 
 def test_the_cases_hold_each_policy_and_each_pair_of_a_format_and_a_budget():
-    assert {policy for policy, form, _ in CASES if form == "auto"} == set(POLICIES)
-    assert {policy for policy, form, _ in CASES if form != "auto"} == set(POLICIES)
+    assert {policy for policy, form, _ in CASES if form == "model"} == set(POLICIES)
+    assert {policy for policy, form, _ in CASES if form != "model"} == set(POLICIES)
     assert {case[1:] for case in CASES if case[0] != "none"} == set(product(FORMATS, BUDGETS))
 
 
@@ -104,7 +104,7 @@ def test_every_policy_format_and_budget_answers_as_without(policy, kv_format, bu
 @pytest.mark.parametrize(
     ("family", "policy", "kv_format"),
     [
-        (family, policy, ("auto", "int4")[(i + j) % 2])
+        (family, policy, ("model", "int4")[(i + j) % 2])
         for (i, family), (j, policy) in product(
             enumerate(["mistral", "gemma3_text", "gpt_oss"]),
             enumerate(["none", "average-attention", "window", "streaming"]),
@@ -112,7 +112,7 @@ def test_every_policy_format_and_budget_answers_as_without(policy, kv_format, bu
     ],
 )
 def test_models_with_sliding_windows_answer_as_without(family, policy, kv_format):
-    for budget in (24, 70) if kv_format == "auto" and policy != "none" else (24,):
+    for budget in (24, 70) if kv_format == "model" and policy != "none" else (24,):
         answered, expected, reused = with_and_without(family, kv_policy=policy, kv_format=kv_format, kv_budget=budget)
         assert answered == expected, budget
         assert reused > 0
@@ -558,7 +558,7 @@ def test_spans_matter_once_something_is_evicted():
     tails=st.tuples(st.integers(1, 80), st.integers(1, 80)),
     chunk_size=st.integers(1, 90),
     policy=st.sampled_from(["none", "average-attention", "window", "expected-attention"]),
-    kv_format=st.sampled_from(["auto", "int8"]),
+    kv_format=st.sampled_from(["model", "int8"]),
     budget=st.sampled_from([40, 100, 0.5]),
 )
 def test_what_two_prompts_share_is_the_same_either_way(common, tails, chunk_size, policy, kv_format, budget):

@@ -519,8 +519,8 @@ def twin_of(rows, slots, order):
     for slot in range(slots):
         begin = int(rows.first[slot])
         there = slice(begin, begin + 48)
-        part.keys.vectors[slot] = rows.keys[there].view(2, 24, 16)
-        part.values.vectors[slot] = rows.values[there].view(2, 24, 16)
+        part.keys.stored.numbers[slot] = rows.keys[there].view(2, 24, 16)
+        part.values.stored.numbers[slot] = rows.values[there].view(2, 24, 16)
         part.positions[slot] = rows.positions[there].view(2, 24)
         for note in part.row_stats.values():
             note[slot] = rows.mass[there].view(2, 24)
@@ -532,8 +532,8 @@ def assert_is_twin(rows, part, tolerance):
         begin = int(rows.first[slot])
         there = slice(begin, begin + 48)
         assert torch.equal(rows.positions[there].view(2, 24), part.positions[slot])
-        assert torch.equal(rows.keys[there].view(2, 24, 16), part.keys.vectors[slot])
-        assert torch.equal(rows.values[there].view(2, 24, 16), part.values.vectors[slot])
+        assert torch.equal(rows.keys[there].view(2, 24, 16), part.keys.stored.numbers[slot])
+        assert torch.equal(rows.values[there].view(2, 24, 16), part.values.stored.numbers[slot])
         for note in part.row_stats.values():
             torch.testing.assert_close(rows.mass[there].view(2, 24), note[slot], **tolerance)
 
@@ -569,7 +569,7 @@ def test_policy_and_pool_say_the_same(order):
     if order.window:
         hidden = hidden | (part.positions <= now.view(-1, 1, 1) - order.window)
     answer, received = reference.attend_slots(
-        query, part.keys.vectors, part.values.vectors, slots, scale=0.3, hidden=hidden, want_mass=True
+        query, part.keys.stored.numbers, part.values.stored.numbers, slots, scale=0.3, hidden=hidden, want_mass=True
     )
     if part.row_stats:
         policy.observe(part, slots, now, received, first=True)

@@ -19,8 +19,9 @@ from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, QueryWeights, Sc
 from bmx.compress.scorers import attention_policies, scorer_named
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
+from bmx.kernels.contract import Capabilities
+from bmx.kernels.formats import FORMATS, MODEL
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kv.formats import FORMATS, KEY_GROUP
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout
 from bmx.model.spec import LayerSpec, ModelSpec
 
@@ -50,7 +51,8 @@ class CompressionPolicy:
         recent: number of newest tokens that are never evicted.
         value_norm: scores are multiplied by the L1 norm of the pair's value (VATP, arXiv 2406.12335, section 3).
         probe: the share of the probe's attention in the scores; 0 without a probe.
-        format: how pairs are stored: ``auto`` (the model's dtype) or a name in ``FORMATS``.
+        key_format: how keys are stored: ``model`` (in the model's dtype) or a name in ``FORMATS``.
+        value_format: how values are stored.
         protects: whether the job's instructions are never evicted.
     """
 
@@ -60,7 +62,8 @@ class CompressionPolicy:
     recent: int
     value_norm: bool = False
     probe: float = 0.0
-    format: str = "auto"
+    key_format: str = MODEL
+    value_format: str = MODEL
     protects: bool = False
 
     @classmethod
@@ -81,6 +84,7 @@ class CompressionPolicy:
             raise UsageError(
                 "kv_budget auto is for runs of the command line", hint="give a number, or a share like 25%"
             )
+        key_format, value_format = config.pair_formats
         return cls(
             scorer=scorer,
             budget=Budget.of(config.kv_budget, config.kv_sink + config.kv_recent, config.kv_layer_budgets),
@@ -88,7 +92,8 @@ class CompressionPolicy:
             recent=config.kv_recent,
             value_norm=config.kv_value_norm,
             probe=config.kv_probe_weight if config.kv_probe else 0.0,
-            format=config.kv_format,
+            key_format=key_format,
+            value_format=value_format,
             protects=config.kv_protect != "none" and scorer is not None,
         )
 
@@ -114,8 +119,6 @@ class CompressionPolicy:
             rows = min(capacity, self.budget.layer(layer.owner, len(spec.layers)))
         by_age = layer.window is not None and (layer.window <= rows or self.budget.share is not None)
         rows = min(rows, layer.window or rows)
-        encoding, keeps_all = FORMATS.get(self.format), self.scorer is None and layer.window is None
-        by_channel = encoding is not None and encoding.by_channel and keeps_all
         return LayerLayout(
             capacity=rows,
             kv_heads=layer.kv_heads,
@@ -126,11 +129,16 @@ class CompressionPolicy:
             owner=layer.owner,
             last_reader=spec.last_reader(layer.owner),
             by_age=by_age,
-            format=self.format,
-            exact=0 if encoding is None else KEY_GROUP if by_channel else min(self.recent, rows),
-            by_channel=by_channel,
+            key_format=self.key_format,
+            value_format=self.value_format,
+            by_channel=layer.window is None and _scales_by_channel(self.scorer, self.key_format),
             row_stats=() if by_age or self.scorer is None else self._row_stats,
         )
+
+    @property
+    def encodes(self) -> bool:
+        """Whether keys or values are stored in fewer bits."""
+        return (self.key_format, self.value_format) != (MODEL, MODEL)
 
     @property
     def needs(self) -> Needs:
@@ -401,11 +409,17 @@ class CompressionPolicy:
                 stat[slots] = stat[slots] * decay + received
 
 
-def left_to_kernels(config: EngineConfig) -> bool:
+def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
     """Whether kernels can do whole steps under this configuration, in layers that share nothing."""
     beyond_kernels = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
-    ranked = bool(_kernel_order(scorer_named(config.kv_policy)))
-    return ranked and not beyond_kernels and config.kv_format not in FORMATS
+    scorer, formats = scorer_named(config.kv_policy), config.pair_formats
+    beyond_kernels = beyond_kernels or _scales_by_channel(scorer, formats[0])
+    return bool(_kernel_order(scorer)) and not beyond_kernels and capabilities.fuses(*formats)
+
+
+def _scales_by_channel(scorer: Scorer | None, key_format: str) -> bool:
+    """Whether keys are scaled by channel in layers without a window: they can be, and nothing is evicted."""
+    return scorer is None and key_format in FORMATS and FORMATS[key_format].by_channel
 
 
 def _kernel_order(scorer: Scorer | None) -> str:

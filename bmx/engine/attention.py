@@ -22,6 +22,7 @@ from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import Kernels
+from bmx.kernels.contract import Capabilities
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference import out_of_window
 from bmx.kernels.slot_views import Rows
@@ -110,8 +111,7 @@ class SlotAttention:
         self._pool = pool
         self._policy = policy
         self._kernels = kernels.module
-        fuses_steps = kernels.capabilities.fuses_steps
-        self._fused = [self._fused_inputs(layer) if fuses_steps else None for layer in range(len(pool.rows))]
+        self._fused = [self._fused_inputs(layer, kernels.capabilities) for layer in range(len(pool.rows))]
         self._query_weights: dict[tuple[int, int], Tensor | None] = {}
         self._forward: Forward | None = None
 
@@ -166,11 +166,12 @@ class SlotAttention:
         """Whether kernels can do every layer's whole part of a plain step."""
         return None not in self._fused
 
-    def _fused_inputs(self, layer: int) -> tuple[Rows, EvictionOrder] | None:
+    def _fused_inputs(self, layer: int, capabilities: Capabilities) -> tuple[Rows, EvictionOrder] | None:
         """What kernels need to do a layer's whole part of a step; None where they cannot."""
         rows, layout = self._pool.rows[layer], self._pool.layer(0, layer).layout
         order, shares_nothing = self._policy.eviction_order(layout), layout.owner == layer == layout.last_reader
-        return (rows, order) if shares_nothing and rows is not None and order is not None else None
+        able = capabilities.fuses(*layout.formats)
+        return (rows, order) if able and shares_nothing and rows is not None and order is not None else None
 
     def _decode_tokens(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the decoding tokens, the first rows of the output [N, H, E]."""

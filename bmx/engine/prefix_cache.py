@@ -18,7 +18,6 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs
 from bmx.engine.scheduler import Step
 from bmx.engine.sequence import Prefix, Sequence
-from bmx.kv.formats import FORMATS
 from bmx.kv.layout import SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
@@ -141,7 +140,7 @@ class Reuse:
         They are not if pairs are encoded (a chunk attends to its own pairs exactly, and to earlier ones decoded), or
         if the scorer looks at the queries of a chunk.
         """
-        return self.policy.format not in FORMATS and Needs.QUERIES not in self.policy.needs
+        return not self.policy.encodes and Needs.QUERIES not in self.policy.needs
 
     @property
     def _query_window(self) -> int:

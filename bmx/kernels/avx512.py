@@ -299,7 +299,8 @@ def prefill_step(
     for n, evicts in enumerate(chunks.may_evict(rows)):
         own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
         start, tokens, limit = chunks.starts[n], chunks.lengths[n], chunks.row_limits[n]
-        slot = keys, values, positions, mass = rows.slot(chunks.slots[n])
+        slot = rows.slot(chunks.slots[n])
+        keys, values, positions, mass = slot.keys.numbers, slot.values.numbers, slot.positions, slot.mass
         limit = min(limit, len(positions[0]))
         used = min(start, limit)
         output[own], sums = attend_chunk(
@@ -308,7 +309,7 @@ def prefill_step(
             query_weights=_weights(chunks, own) if evicts and mass is not None else None,
         )  # fmt: skip
         views = (_Vectors * 2)(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in (key[own], value[own])))
-        state = map(_address, (*slot, None if sums is None else sums[0]))
+        state = map(_address, (keys, values, positions, mass, None if sums is None else sums[0]))
         sizes = (tokens, rows.kv_heads, len(positions[0]), limit, used, start, key.shape[-1], value.shape[-1])
         library = _library()
         library.call(library.functions.bmx_evict, views, *state, *sizes, decay[n], _order(order))

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from bmx.kernels.formats import MODEL
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -130,6 +132,7 @@ class KernelModule(Protocol):
     ) -> bool:
         """The decoding tokens' whole part of a layer: append or evict, attend, accumulate.
 
+        Pairs in fewer bits are decoded as they are read, and encoded when they are stored, before the token attends.
         A token takes row ``position`` of its slot while that is below its row limit; else, in each kv head, the row of
         the pair that the order evicts first (of equals, the lowest row). Then it attends to the rows in use, its own
         pair among them, and the mean of its query heads' probabilities, to the order's power, is added to the attention
@@ -172,10 +175,11 @@ class KernelModule(Protocol):
     ) -> bool:
         """The prompt chunks' whole part of a layer: attend, add up attention, evict.
 
-        Each chunk attends to its slot and causally to itself. The attention that keys receive, as the order counts it
-        (distance and power), is added to the mass of rows in use, unless the sequence never evicts. Then as many pairs
-        of slot and chunk are kept as the row limit says: those that the order evicts last (of equals, the first; rows
-        before tokens). The chunk's survivors take, in order, the rows of evicted pairs, then empty rows.
+        Each chunk attends to its slot and causally to itself, to its own pairs as they are given; pairs in fewer bits
+        are decoded as they are read, and encoded when they are stored. The attention that keys receive, as the order
+        counts it (distance and power), is added to the mass of rows in use, unless the sequence never evicts. Then as
+        many pairs of slot and chunk are kept as the row limit says: those that the order evicts last (of equals, the
+        first; rows before tokens). The chunk's survivors take, in order, the rows of evicted pairs, then empty rows.
 
         Args:
             output: [T, H, E], contiguous; the chunks' tokens are written, others left as they are.
@@ -285,6 +289,7 @@ class Capabilities:
             and rotary embedding.
         fuses_steps: ``decode_step`` and ``prefill_step`` run in place of policy and pool in layers whose pairs are
             evicted in an ``EvictionOrder``.
+        row_formats: names of the formats, beside the model's dtype, in which fused steps read and store pairs.
         asynchronous: its steps are launched before earlier ones are done, on any device; torch's own are on a GPU.
         capturable: fused decode steps can be captured as CUDA graphs: nothing in them depends on the host.
         skips_empty_rows: fused steps never read rows that hold no pair, so slots need not be emptied between sequences.
@@ -296,6 +301,7 @@ class Capabilities:
 
     model_dtypes: tuple[str, ...] = ()
     fuses_steps: bool = False
+    row_formats: tuple[str, ...] = ()
     asynchronous: bool = False
     capturable: bool = False
     skips_empty_rows: bool = False
@@ -303,6 +309,10 @@ class Capabilities:
     unfused_workspace: Workspace | None = None
     profile: KernelProfile
     wide_profile: KernelProfile | None = None
+
+    def fuses(self, *formats: str) -> bool:
+        """Whether fused steps read and store pairs in all of these formats."""
+        return self.fuses_steps and {MODEL, *self.row_formats}.issuperset(formats)
 
     def runs_ahead(self, device_type: str) -> bool:
         """Whether steps on this type of device return before they are computed."""

@@ -185,15 +185,16 @@ def decode_step(
         else:
             received = None if mass is None else mass[:, :limit]
             row = rank(row_positions[:, :limit], received, position, order).argmin(1)  # [K], of equals the first
-        keys[heads, row], values[heads, row] = key[token], value[token]
+        keys.write((heads, row), key[token])
+        values.write((heads, row), value[token])
         row_positions[heads, row] = position
         if mass is not None:
             mass[heads, row] = 0
         used = slice(min(position + 1, limit))
         answer, sums = attend_slots(
             query[token].unsqueeze(0),
-            keys[:, used].unsqueeze(0),
-            values[:, used].unsqueeze(0),
+            keys.read((None, slice(None), used), key.shape[-1], key.dtype),
+            values.read((None, slice(None), used), value.shape[-1], value.dtype),
             scale=scale,
             softcap=softcap,
             sinks=sinks,
@@ -233,8 +234,8 @@ def prefill_step(
             query[own],
             key[own],
             value[own],
-            keys[:, :used],
-            values[:, :used],
+            keys.read((slice(None), slice(used)), key.shape[-1], key.dtype),
+            values.read((slice(None), slice(used)), value.shape[-1], value.dtype),
             scale=scale,
             softcap=softcap,
             sinks=sinks,
@@ -286,7 +287,8 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
             survivors = stays[head, used:].nonzero().squeeze(1)
             free = torch.cat([~stays[head, :used], stays.new_ones(limit - used)]).nonzero().squeeze(1)
             row = free[: len(survivors)]
-            keys[head, row], values[head, row] = key[own][survivors, head], value[own][survivors, head]
+            keys.write((head, row), key[own][survivors, head])
+            values.write((head, row), value[own][survivors, head])
             positions[head, row] = own_positions[survivors]
             if mass is not None and received is not None:
                 mass[head, row] = received[head, used + survivors]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from bmx.kernels import workspace
 from bmx.kernels.contract import Capabilities, KernelProfile
+from bmx.kernels.formats import FORMATS
 
 
 def interpreted() -> bool:
@@ -41,7 +42,7 @@ _GPU = KernelProfile(
 )
 
 CAPABILITIES: Mapping[str, Capabilities] = {
-    "reference": Capabilities(workspace=workspace.whole_matrices, profile=_PLAIN),
+    "reference": Capabilities(row_formats=tuple(FORMATS), workspace=workspace.whole_matrices, profile=_PLAIN),
     "cpu": Capabilities(workspace=workspace.tiles, profile=_TILED),
     "avx512": Capabilities(
         model_dtypes=("bfloat16",),

@@ -6,10 +6,28 @@ Shapes: R rows of all slots and heads, S slots, D key dim, E value dim, N chunks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from bmx.kernels.formats import MODEL, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class SlotView(NamedTuple):
+    """Views of one slot.
+
+    Attributes:
+        keys: [K, C, D], as they are stored.
+        values: [K, C, E], as they are stored.
+        positions: [K, C].
+        mass: [K, C], or None.
+    """
+
+    keys: Stored
+    values: Stored
+    positions: Tensor
+    mass: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -20,8 +38,8 @@ class Rows:
     until it evicts; from then on survivors lie in any order.
 
     Attributes:
-        keys: [R, D].
-        values: [R, E].
+        keys: [R, D] in the model's dtype, or codes [R, bytes] uint8; ``formats`` says what they mean.
+        values: [R, E] in the model's dtype, or codes.
         positions: [R] int32, the token's position in its sequence; -1 where the row is empty.
         mass: [R] float32, attention received from queries so far; None where the eviction order does not need it.
         first: [S] int64, first row of each slot.
@@ -29,6 +47,10 @@ class Rows:
         kv_heads: K.
         capacities: ``capacity`` on the host.
         largest: the largest capacity.
+        key_scales: [R, 1 or 2] float16, scale and offset of each key's codes; None in the model's dtype.
+        value_scales: the same of the values.
+        key_format: ``model``, or the name of the keys' format.
+        value_format: ``model``, or the name of the values' format.
     """
 
     keys: Tensor
@@ -40,13 +62,26 @@ class Rows:
     kv_heads: int
     capacities: tuple[int, ...]
     largest: int
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    key_format: str = MODEL
+    value_format: str = MODEL
 
-    def slot(self, slot: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Views of one slot: keys [K, C, D], values [K, C, E], positions [K, C] and mass [K, C] (or None)."""
+    @property
+    def formats(self) -> tuple[str, str]:
+        """The formats of keys and values."""
+        return self.key_format, self.value_format
+
+    def slot(self, slot: int) -> SlotView:
+        """Views of one slot."""
         first, shape = int(self.first[slot]), (self.kv_heads, self.capacities[slot])
         own = slice(first, first + shape[0] * shape[1])
-        mass = None if self.mass is None else self.mass[own].view(shape)
-        return self.keys[own].view(*shape, -1), self.values[own].view(*shape, -1), self.positions[own].view(shape), mass
+        return SlotView(
+            Stored(self.keys, self.key_scales, self.key_format).rows(first, shape),
+            Stored(self.values, self.value_scales, self.value_format).rows(first, shape),
+            self.positions[own].view(shape),
+            None if self.mass is None else self.mass[own].view(shape),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bmx.kv.formats import FORMATS, KEY_GROUP, Format
+from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL
 
 POSITION_BYTES = 4  # of an int32 position
 ROW_STAT_BYTES = 4  # of a float32 statistic
@@ -42,10 +42,10 @@ class LayerLayout:
         owner: the layer that holds the rows; a layer that is not its own owner holds nothing.
         last_reader: the last layer that reads this owner's rows.
         by_age: the oldest pair is evicted, since all that a window can still see fits; otherwise the scorer ranks.
-        format: how pairs are stored: ``auto`` in the model's dtype, else encoded in fewer bits.
-        exact: newest pairs that are stored in the model's dtype too, where pairs are encoded (W).
-        by_channel: keys are scaled by channel over groups of tokens, which works only where nothing is evicted; needs
-            ``exact`` to be a whole group.
+        key_format: how keys are stored: ``model`` in the model's dtype, else the name of a format of fewer bits.
+        value_format: how values are stored.
+        by_channel: keys are scaled by channel over groups of tokens, which works only where nothing is evicted. The
+            newest pairs, as many as a group has, are then stored in the model's dtype too.
         row_stats: names of the statistics that eviction stores for each row.
     """
 
@@ -58,29 +58,33 @@ class LayerLayout:
     owner: int
     last_reader: int
     by_age: bool
-    format: str = "auto"
-    exact: int = 0
+    key_format: str = MODEL
+    value_format: str = MODEL
     by_channel: bool = False
     row_stats: tuple[str, ...] = ()
 
     @property
-    def encoding(self) -> Format | None:
-        """The format's encoding; None where pairs are stored in the model's dtype."""
-        return FORMATS.get(self.format)
+    def formats(self) -> tuple[str, str]:
+        """The formats of keys and values."""
+        return self.key_format, self.value_format
+
+    @property
+    def encodes(self) -> bool:
+        """Whether keys or values are stored in fewer bits."""
+        return self.formats != (MODEL, MODEL)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values."""
-        exact_pair = (self.key_dim + self.value_dim) * self.itemsize
-        encoding = self.encoding
-        if encoding is None:
-            return self.capacity * self.kv_heads * exact_pair
-        if self.by_channel:
-            keys = -(-self.capacity // KEY_GROUP) * encoding.group_bytes(self.key_dim)
-        else:
-            keys = self.capacity * encoding.vector_bytes(self.key_dim)
-        values = self.capacity * encoding.vector_bytes(self.value_dim)
-        return self.kv_heads * (keys + values + self.exact * (exact_pair + POSITION_BYTES))
+        values = self.capacity * self._vector_bytes(self.value_format, self.value_dim)
+        if not self.by_channel:
+            return self.kv_heads * (self.capacity * self._vector_bytes(self.key_format, self.key_dim) + values)
+        keys = -(-self.capacity // KEY_GROUP) * FORMATS[self.key_format].group_bytes(self.key_dim)
+        exact = KEY_GROUP * ((self.key_dim + self.value_dim) * self.itemsize + POSITION_BYTES)
+        return self.kv_heads * (keys + values + exact)
+
+    def _vector_bytes(self, name: str, dim: int) -> int:
+        return dim * self.itemsize if name == MODEL else FORMATS[name].vector_bytes(dim)
 
     @property
     def score_bytes(self) -> int:

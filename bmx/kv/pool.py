@@ -16,9 +16,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from bmx.kernels.formats import Stored
 from bmx.kernels.slot_views import Rows
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout, SlotIndex
-from bmx.kv.stores import EMPTY, ExactWindow, Plain, Shape, Store, allocate, allocate_by_channel
+from bmx.kv.stores import EMPTY, ExactWindow, RowStore, Shape, Store, allocate_by_channel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,7 @@ class LayerSlots:
         values: store of [S, K, C, E].
         positions: [S, K, C] int32, the token's position in its sequence, -1 where the row is empty.
         row_stats: by name, [S, K, C] float32: what eviction stores for each row.
-        newest: exact copies of the newest pairs, where pairs are encoded; else None.
+        newest: exact copies of the newest pairs, where keys are scaled by channel; else None.
     """
 
     layout: LayerLayout
@@ -51,17 +52,20 @@ class LayerSlots:
             dtype: of keys and values.
             device: where the tensors are.
         """
-        shape, name = (slots, layout.kv_heads, layout.capacity), layout.format
-        newest = ExactWindow.allocate(layout, slots, dtype, device) if layout.exact else None
+        shape = (slots, layout.kv_heads, layout.capacity)
+        newest = ExactWindow.allocate(layout, slots, dtype, device) if layout.by_channel else None
         keys: Store
-        if layout.by_channel and newest is not None:
-            keys = allocate_by_channel(name, shape, newest.keys)
+        if newest is not None:
+            keys = allocate_by_channel(layout.key_format, shape, newest.keys)
         else:
-            keys = allocate(name, shape, layout.key_dim, dtype, device)
+            keys = RowStore(
+                Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device), layout.key_dim, dtype
+            )
+        values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device)
         return cls(
             layout,
             keys,
-            allocate(name, shape, layout.value_dim, dtype, device),
+            RowStore(values, layout.value_dim, dtype),
             torch.full(shape, EMPTY, dtype=torch.int32, device=device),
             {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats},
             newest,
@@ -82,7 +86,7 @@ class LayerSlots:
     @property
     def reads_in_place(self) -> bool:
         """Whether reading all slots copies nothing, since vectors are stored in the model's dtype."""
-        return self.layout.encoding is None
+        return not self.layout.encodes
 
     def read(self, slot: int, rows: int) -> tuple[Tensor, Tensor]:
         """The first ``rows`` rows of one slot: keys [K, R, D] and values [K, R, E]."""
@@ -201,14 +205,15 @@ SlotTables = dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]]  # first r
 def _allocate_layer(
     parts: Parts, dtype: torch.dtype, device: torch.device, tables: SlotTables
 ) -> tuple[tuple[LayerSlots, ...], Rows | None]:
-    """One layer's slots in all groups; views of one ``Rows`` if ranked alike and stored in the model's dtype."""
+    """One layer's slots in all groups; views of one ``Rows`` if ranked alike and stored row by row."""
     ranked_alike = len({(layout.row_stats, layout.by_age) for layout, _ in parts}) == 1
-    if not ranked_alike or parts[0][0].encoding is not None:
-        return tuple(LayerSlots.allocate(layout, count, dtype, device) for layout, count in parts), None
     layout, heads = parts[0][0], parts[0][0].kv_heads
+    if not ranked_alike or layout.by_channel:
+        return tuple(LayerSlots.allocate(part, count, dtype, device) for part, count in parts), None
     capacities = tuple(part.capacity for part, count in parts for _ in range(count))
     total = heads * sum(capacities)
-    keys, values = (torch.zeros(total, dim, dtype=dtype, device=device) for dim in (layout.key_dim, layout.value_dim))
+    keys = Stored.zeros(layout.key_format, (total,), layout.key_dim, dtype, device)
+    values = Stored.zeros(layout.value_format, (total,), layout.value_dim, dtype, device)
     positions = torch.full((total,), EMPTY, dtype=torch.int32, device=device)
     row_stats = {name: torch.full((total,), ROW_STATS[name], device=device) for name in layout.row_stats}
     groups, begin = [], 0
@@ -217,8 +222,8 @@ def _allocate_layer(
         groups.append(
             LayerSlots(
                 part,
-                Plain(_view(keys, begin, shape)),
-                Plain(_view(values, begin, shape)),
+                RowStore(keys.rows(begin, shape), part.key_dim, dtype),
+                RowStore(values.rows(begin, shape), part.value_dim, dtype),
                 _view(positions, begin, shape),
                 {name: _view(stat, begin, shape) for name, stat in row_stats.items()},
                 None,
@@ -227,8 +232,12 @@ def _allocate_layer(
         begin += count * heads * part.capacity
     first, capacity = _slot_table(heads, capacities, device, tables)
     rows = Rows(
-        keys=keys,
-        values=values,
+        keys=keys.numbers,
+        values=values.numbers,
+        key_scales=keys.scales,
+        value_scales=values.scales,
+        key_format=keys.format,
+        value_format=values.format,
         positions=positions,
         mass=row_stats.get("mass"),
         first=first,
@@ -241,9 +250,9 @@ def _allocate_layer(
 
 
 def _view(flat: Tensor, begin: int, shape: Shape) -> Tensor:
-    """Rows of a tensor [R, ...] from ``begin`` on, as [S, K, C, ...]."""
+    """Rows of a tensor [R] from ``begin`` on, as [S, K, C]."""
     slots, heads, capacity = shape
-    return flat[begin : begin + slots * heads * capacity].view(*shape, *flat.shape[1:])
+    return flat[begin : begin + slots * heads * capacity].view(shape)
 
 
 def _slot_table(
@@ -269,8 +278,8 @@ class KVPool:
     Attributes:
         groups: by group, each layer's slots.
         slot_offsets: number of slots in the groups before each; slot s of group g has number slot_offsets[g] + s.
-        rows: by layer, the slots of all groups in one piece, where groups are ranked alike and stored in the model's
-            dtype; else None.
+        rows: by layer, the slots of all groups in one piece, where groups are ranked alike and pairs are stored row by
+            row; else None.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.kv.formats import FORMATS, KEY_GROUP, Format
+from bmx.kernels.formats import FORMATS, KEY_GROUP, Format, Stored
 from bmx.kv.layout import LayerLayout
 
 EMPTY = -1  # a row or position that holds no pair
@@ -95,86 +95,43 @@ class Store(ABC):
             part[slot] = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class RowStore(Store):
-    """A store of independent rows."""
+    """A store of independent rows.
 
-    __slots__ = ()
+    Attributes:
+        stored: [S, K, C, D].
+        dim: D.
+        dtype: of the vectors that are read.
+    """
 
-    @abstractmethod
-    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
-        """What is written into each part for vectors [..., D]."""
+    stored: Stored
+    dim: int
+    dtype: torch.dtype
 
-    def write(self, index: Any, vectors: Tensor) -> None:
-        """Write vectors [..., D] at an index of [S, K, C]."""
-        for part, encoded in zip(self.parts, self.encode(vectors), strict=True):
-            part[index] = encoded
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The vectors, or their codes and scales."""
+        return self.stored.parts
+
+    def read(self, index: Any) -> Tensor:
+        """See ``Store``."""
+        return self.stored.read(index, self.dim, self.dtype)
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
         """See ``Store``."""
-        self.write((slot, slice(None), slice(used, used + vectors.shape[1])), vectors)
+        self.stored.write((slot, slice(None), slice(used, used + vectors.shape[1])), vectors)
 
     def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
         """See ``Store``."""
-        self.write(index, vectors)
+        self.stored.write(index, vectors)
 
     def replace(self, slot: int, evicted: Tensor, chosen: Tensor, vectors: Tensor) -> None:
         """See ``Store``."""
         heads = torch.arange(len(evicted), device=evicted.device).unsqueeze(1)
-        for part, encoded in zip(self.parts, self.encode(vectors), strict=True):
+        for part, encoded in zip(self.parts, self.stored.encode(vectors), strict=True):
             rows = part[slot, :, : evicted.shape[1]]
             rows.copy_(torch.where(evicted.unsqueeze(-1), encoded[chosen, heads], rows))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Plain(RowStore):
-    """Vectors in the model's own dtype: ``vectors`` [S, K, C, D]."""
-
-    vectors: Tensor
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """The vectors."""
-        return (self.vectors,)
-
-    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
-        """The vectors themselves."""
-        return (vectors,)
-
-    def read(self, index: Any) -> Tensor:
-        """The vectors themselves."""
-        return self.vectors[index]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PerVector(RowStore):
-    """Encoded vectors, each with a scale of its own.
-
-    Attributes:
-        format: encodes and decodes.
-        codes: [S, K, C, D] uint8, or fewer bytes for each vector.
-        scales: [S, K, C, 1 or 2] float16: scale, and offset in formats that have one.
-        dtype: of the vectors that are read.
-        dim: D.
-    """
-
-    format: Format
-    codes: Tensor
-    scales: Tensor
-    dtype: torch.dtype
-    dim: int
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """Codes and scales."""
-        return self.codes, self.scales
-
-    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
-        """Their codes and scales."""
-        return self.format.encode(vectors)
-
-    def read(self, index: Any) -> Tensor:
-        """The decoded vectors."""
-        return self.format.decode(self.codes[index], self.scales[index], self.dtype)[..., : self.dim]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -246,6 +203,8 @@ class ByChannel(Store):
 class ExactWindow:
     """The newest pairs of each slot in the model's own dtype, beside their codes: position p is at p mod W.
 
+    Where keys are scaled by channel, W is a group of them.
+
     Attributes:
         keys: [S, K, W, D].
         values: [S, K, W, E].
@@ -266,7 +225,7 @@ class ExactWindow:
             dtype: of keys and values.
             device: where the tensors are.
         """
-        shape = (slots, layout.kv_heads, layout.exact)
+        shape = (slots, layout.kv_heads, KEY_GROUP)
         return cls(
             torch.zeros(*shape, layout.key_dim, dtype=dtype, device=device),
             torch.zeros(*shape, layout.value_dim, dtype=dtype, device=device),
@@ -351,24 +310,6 @@ class ExactWindow:
         """Forget the pairs of a slot. Values are zeroed: a NaN times a weight of zero is a NaN."""
         self.rows[slot] = EMPTY
         self.values[slot] = 0.0
-
-
-def allocate(name: str, shape: Shape, dim: int, dtype: torch.dtype, device: torch.device) -> RowStore:
-    """An empty store of independent vectors of ``dim`` numbers.
-
-    Args:
-        name: of the format; ``auto`` for the model's own dtype.
-        shape: slots, kv heads, rows.
-        dim: D.
-        dtype: of the vectors that are read.
-        device: where the tensors are.
-    """
-    form = FORMATS.get(name)
-    if form is None:
-        return Plain(torch.zeros(*shape, dim, dtype=dtype, device=device))
-    codes = torch.zeros(*shape, form.code_bytes(dim), dtype=torch.uint8, device=device)
-    scales = torch.zeros(*shape, form.scales, dtype=torch.float16, device=device)
-    return PerVector(form, codes, scales, dtype, dim)
 
 
 def allocate_by_channel(name: str, shape: Shape, newest: Tensor) -> ByChannel:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import FAKE, EngineConfig, KVFormat
+from bmx.config import FAKE, EngineConfig
 from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
@@ -73,7 +73,7 @@ class CalibrateOptions:
 
     policies: tuple[str, ...] = ()
     budgets: tuple[int | float, ...] = ()
-    formats: tuple[KVFormat, ...] = ()
+    formats: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     min_agreement: float = 0.95
     rows: int = ROWS
@@ -196,7 +196,7 @@ def _greedy(request: Request) -> Request:
 def full_cache_config(config: EngineConfig) -> EngineConfig:
     """The settings that candidates are compared with: nothing evicted, quantized or shared."""
     return replace(
-        config.full_cache, kv_format="auto", kv_share_layers=None, kv_layer_budgets="uniform", quantization="none"
+        config.full_cache, kv_format="model", kv_share_layers=None, kv_layer_budgets="uniform", quantization="none"
     )
 
 

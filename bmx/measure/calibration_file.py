@@ -119,6 +119,9 @@ def read_calibration(path: Path, hint: str = REMEDY) -> dict[str, Any] | None:
     problem = problem_of(record)
     if problem:
         raise UsageError(f"the calibration file {path} cannot be used: {problem}", hint=hint)
+    for settings in (*(candidate["settings"] for candidate in record["candidates"]), record.get("recommended") or {}):
+        if settings.get("kv_format") == "auto":  # earlier versions wrote it for the model's own dtype
+            settings["kv_format"] = "model"
     return record
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from bmx.errors import UsageError
 from bmx.terminal.tables import BENCH_NAMES, budget_text, candidate_words, counted
 
-MARKERS = {"auto": "o", "fp8": "^", "int8": "s", "int4": "D"}  # by KV format
+MARKERS = {"model": "o", "fp8": "^", "int8": "s", "int4": "D"}  # by KV format
 OTHER_MARKER = "x"
 METADATA = ("Software", "Creator")  # the entries of PNG and SVG files that name the program
 DRAWN_BY = "bmx, a plot of measurements"

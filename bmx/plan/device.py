@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bmx import kernels
 from bmx.compress.policy import left_to_kernels
 from bmx.config import EngineConfig
+from bmx.kernels.formats import MODEL
 from bmx.model.spec import ModelSpec
 
 # Bytes, and share of activations and logits, that allocators lose; measured by benchmarks/memory.py.
@@ -47,13 +48,15 @@ class Device:
             config: the settings.
         """
         config = config or EngineConfig()
-        capabilities, fused = kernels.choose(kind).capabilities, left_to_kernels(config)
+        capabilities = kernels.choose(kind).capabilities
+        fused = left_to_kernels(config, capabilities)
         bytes_of = capabilities.workspace_bytes(fused)
         heads = max(layer.query_heads for layer in spec.layers)
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
         kv_heads = max(layer.kv_heads for layer in spec.layers)
-        unpacked_row = 0 if config.kv_format == "auto" else 2 * kv_heads * head_dim * (spec.itemsize + 1)
+        unpacks = config.kv_format != MODEL and not fused
+        unpacked_row = 2 * kv_heads * head_dim * (spec.itemsize + 1) if unpacks else 0
 
         def workspace(chunk: int, rows: int, slots: int) -> int:
             sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}

@@ -264,7 +264,7 @@ class _Clock:
         unpacked = sum(
             layer.capacity * spec.kv_heads * (spec.key_dim + spec.value_dim) * self._spec.itemsize
             for layer, spec in layers
-            if layer.encoding is not None
+            if layer.encodes
         )
         return layout.kv_bytes + scores + UNPACK_PASSES * unpacked
 

@@ -37,7 +37,7 @@ def candidate_words(settings: Mapping[str, Any]) -> str:
     words = [settings["kv_policy"]] + (["int8 weights"] if settings.get("quantization") == "int8" else [])
     if settings["kv_policy"] != "none":
         words.append(budget_text(settings["kv_budget"]))
-    if settings["kv_format"] != "auto":
+    if settings["kv_format"] != "model":
         words.append(settings["kv_format"])
     if settings["kv_layer_budgets"] != "uniform":
         words.append("pyramid" if settings["kv_layer_budgets"] == "pyramid" else "measured layers")

@@ -1,15 +1,17 @@
 """The formats in which KV pairs can be stored in fewer bits: how a vector is encoded, and in how many bytes.
 
-A format is one class here, with its name among the choices of the setting ``kv_format``. This file knows numbers, and
-nothing of slots, positions or scores. It loads torch only while it encodes or decodes, since plans need bytes alone.
+A format is one class here, with its name among the ``KV_FORMATS`` of the settings. This file knows numbers, and nothing
+of slots, positions or scores. It loads torch only while it encodes or decodes, since plans need bytes alone.
 
 Shapes: D numbers of a vector, G rows of a group (``KEY_GROUP``), for any leading shape [...].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +167,73 @@ class Int4(Format):
         return torch.cat([codes & 15, codes >> 4], dim=-1)
 
 
-FORMATS: Mapping[str, Format] = {"fp8": FP8(), "int8": Int8(), "int4": Int4()}  # beside "auto": the model's own dtype
+MODEL = "model"  # the name of the model's own dtype, in which nothing is encoded
+FORMATS: Mapping[str, Format] = {"fp8": FP8(), "int8": Int8(), "int4": Int4()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """Vectors [..., D] as they lie in memory.
+
+    Attributes:
+        numbers: [..., D] in the model's dtype, or codes [..., bytes] uint8.
+        scales: [..., 1 or 2] float16: scale, and offset in formats that have one; None in the model's dtype.
+        format: ``model`` or a name in ``FORMATS``.
+    """
+
+    numbers: Tensor
+    scales: Tensor | None
+    format: str
+
+    @classmethod
+    def zeros(cls, name: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Stored:
+        """Memory for vectors; all are zero.
+
+        Args:
+            name: of the format.
+            shape: the leading shape.
+            dim: D.
+            dtype: the model's.
+            device: where the memory is.
+        """
+        import torch
+
+        if name == MODEL:
+            return cls(torch.zeros(*shape, dim, dtype=dtype, device=device), None, name)
+        codes = torch.zeros(*shape, FORMATS[name].code_bytes(dim), dtype=torch.uint8, device=device)
+        return cls(codes, torch.zeros(*shape, FORMATS[name].scales, dtype=torch.float16, device=device), name)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors that hold the vectors."""
+        return (self.numbers,) if self.scales is None else (self.numbers, self.scales)
+
+    def rows(self, begin: int, shape: tuple[int, ...]) -> Stored:
+        """The rows [R, D] from ``begin`` on, seen in another leading shape."""
+        stop = begin + math.prod(shape)
+        numbers, *scales = (part[begin:stop].view(*shape, part.shape[-1]) for part in self.parts)
+        return Stored(numbers, scales[0] if scales else None, self.format)
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """What is written into each of the parts for vectors [..., D]."""
+        return (vectors,) if self.scales is None else FORMATS[self.format].encode(vectors)
+
+    def write(self, index: Any, vectors: Tensor) -> None:
+        """Store vectors [..., D] at an index of the leading shape."""
+        for part, encoded in zip(self.parts, self.encode(vectors), strict=True):
+            part[index] = encoded
+
+    def read(self, index: Any, dim: int, dtype: torch.dtype) -> Tensor:
+        """Vectors [..., D] at an index of the leading shape; in the model's dtype a view, if the index allows it.
+
+        Args:
+            index: of the leading shape.
+            dim: D.
+            dtype: of decoded vectors.
+        """
+        if self.scales is None:
+            return self.numbers[index]
+        return FORMATS[self.format].decode(self.numbers[index], self.scales[index], dtype)[..., :dim]
 
 
 def _scaled(vectors: Tensor, largest: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,22 @@
+"""The names of the formats in which keys and values are stored, and what ``auto`` stands for.
+
+How each is encoded is in ``bmx.kernels.formats``. Knows names; loads no torch.
+"""
+
+from __future__ import annotations
+
+KV_FORMATS = ("model", "fp8", "int8", "int4")  # "model" is the model's own dtype
+AUTO_FORMAT = "model"  # what ``auto`` stands for: settings, fingerprints and records name this, never ``auto``
+
+
+def formats_of(text: str) -> tuple[str, str]:
+    """The formats of keys and values in ``int8``, ``int8/int4`` or ``auto``.
+
+    Raises:
+        ValueError: not one or two names of formats.
+    """
+    keys, slash, values = (AUTO_FORMAT if text == "auto" else text).partition("/")
+    pair = (keys, values if slash else keys)
+    if not set(pair) <= set(KV_FORMATS):
+        raise ValueError(f"no format: {text!r}")
+    return pair
