@@ -269,7 +269,7 @@ def test_t1_a_shell_completes_commands_flags_and_choices():
 
     assert {"run", "plan-batch"} <= set(completed("bmx "))
     assert completed("bmx run --kv-bud") == ["--kv-budget"]
-    assert completed("bmx run --kv-format in") == ["int8", "int4"]
+    assert completed("bmx run --kv-protect ") == ["none", "instructions"]
 
 
 @pytest.mark.parametrize(
