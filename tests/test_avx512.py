@@ -18,6 +18,8 @@ from bmx import Engine, EngineConfig, PromptConfig, kernels
 from bmx.engine.backend import ModelBackend
 from bmx.kernels import build, reference
 from bmx.kernels.linear import Linear
+from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.slot_views import Chunks, Rows
 from bmx.model.fused_modules import Int8Linear, fused_modules
 from bmx.model.loader import prepare, quantize_int8
 
@@ -27,6 +29,7 @@ if isinstance(build.library(), str):
 from bmx.kernels import avx512
 
 BF16 = torch.bfloat16
+CHUNK_COLUMNS = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
 NEAR = {"atol": 2e-2, "rtol": 2e-2}  # eight bits of a number
 
 
@@ -191,6 +194,141 @@ def test_decoding_tokens_attend_as_float64_does(capacity, group, dim, details):
     expected, columns = dense_slots(query, keys[slots], values[slots], **options)
     torch.testing.assert_close(output.double(), expected, **NEAR)
     torch.testing.assert_close(mass.double(), columns[0], **NEAR)
+
+
+def far_sums(query, keys, asked_at, kept_at, *, scale, distance, power, weights=None, window=None, sinks=None):
+    """Powers of probabilities that keys [N, K, D] at [N, K] receive from queries [T, H, D] at [T], in float64: [K, N].
+
+    Queries see keys up to their own place, and count for those that lie ``distance`` before them.
+    """
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    gap = asked_at.view(-1, 1, 1) - kept_at  # [T, N, K]
+    seen = (gap >= 0) & (gap < (window or 10**9))
+    sums = torch.zeros(kv_heads, len(keys), dtype=torch.float64)
+    for head in range(heads):
+        owner = head * kv_heads // heads
+        scores = scale * query[:, head].double() @ keys[:, owner].double().T
+        scores = scores.masked_fill(~seen[..., owner], -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[head].double().expand(len(query), 1)], 1)
+        counted = scores.softmax(1)[:, : len(keys)] ** power * (gap[..., owner] >= distance)
+        sums[owner] += (counted if weights is None else counted * weights.double()[:, None]).sum(0) * kv_heads / heads
+    return sums
+
+
+def assert_near(sums, expected):
+    """Sums of probabilities that were rounded to eight bits; those that are small next to others, too."""
+    torch.testing.assert_close(sums.double(), expected, atol=1e-6, rtol=1e-2)
+
+
+FAR = pytest.mark.parametrize(("distance", "power"), [(0, 2), (1, 1), (7, 2), (37, 1), (64, 2), (300, 1)])
+
+
+@FAR
+@pytest.mark.parametrize("details", ["plain", "both"])
+@pytest.mark.parametrize(("tokens", "past", "group", "dim"), CHUNKS)
+def test_a_key_counts_for_far_queries_alone(tokens, past, group, dim, details, distance, power):
+    """Rows of a slot lie in any order, with gaps, and differently in each head."""
+    chunk = query, key, _, past_key, _ = chunk_of(tokens, past, group=group, dim=dim)
+    random = torch.Generator().manual_seed(1)
+    places = torch.stack([-1 - torch.randperm(3 * past, generator=random)[:past] for _ in range(2)]).int()
+    asked_at = torch.arange(tokens)
+    kept_at = torch.cat([places.T, asked_at[:, None].expand(-1, 2)])
+    weights = torch.stack([torch.rand(tokens, generator=random), (asked_at >= tokens - 9).float()])
+    options, details = {"scale": dim**-0.5}, {"window": 11, "sinks": normal(2 * group)} if details == "both" else {}
+    if details:
+        options["sinks"] = details["sinks"]
+        options["hidden"] = kept_at.T[:, None, :] <= asked_at[None, :, None] - 11
+    _, sums = avx512.attend_chunk(
+        *chunk, query_weights=weights, past_places=places, distance=distance, power=power, **options
+    )
+    keys = torch.cat([past_key.transpose(0, 1), key])
+    details |= {"scale": dim**-0.5, "distance": distance, "power": power}
+    for one, of_one in zip(sums, weights, strict=True):
+        torch.testing.assert_close(
+            one.double(), far_sums(query, keys, asked_at, kept_at, weights=of_one, **details), **NEAR
+        )
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("group", [1, 3])
+def test_powers_of_the_attention_of_decoding_tokens(group, power):
+    query, keys = normal(3, 2 * group, 64, dtype=BF16), normal(3, 2, 33, 64, seed=1, dtype=BF16)
+    _, [mass] = avx512.attend_slots(query, keys, keys, scale=0.125, want_mass=True, power=power)
+    at = torch.zeros(33, 2)
+    for one, asked, kept in zip(mass, query, keys, strict=True):
+        options = {"scale": 0.125, "distance": 0, "power": power}
+        expected = far_sums(asked[None], kept.transpose(0, 1), torch.zeros(1), at, **options)
+        assert_near(one, expected)
+
+
+def rows_of(capacity, kv_heads=2, dim=64, value_dim=32, dtype=BF16):
+    """Two slots without pairs."""
+    numbers = 2 * kv_heads * capacity
+    return Rows(
+        keys=torch.zeros(numbers, dim, dtype=dtype), values=torch.zeros(numbers, value_dim, dtype=dtype),
+        positions=torch.full((numbers,), -1, dtype=torch.int32), mass=torch.zeros(numbers),
+        first=torch.tensor([0, kv_heads * capacity]), capacity=torch.tensor([capacity] * 2), kv_heads=kv_heads,
+        capacities=(capacity, capacity), largest=capacity,
+    )  # fmt: skip
+
+
+def read(module, rows, sequence, start, stop, order, limit, **options):
+    """Slot 1 reads these tokens of a sequence (q, k, v), one alone as a decoding token; returns their output."""
+    q, k, v = (one[start:stop] for one in sequence)
+    output, options = q.new_empty(*q.shape[:2], v.shape[-1]), {"scale": 0.125, "order": order, **options}
+    if stop - start == 1:
+        numbers = (torch.tensor([n]) for n in (1, start, limit))
+        done = module.decode_step(output, q, k, v, rows, *numbers, decay=1.0, accumulate=True, **options)
+    else:
+        columns = ((0,), (stop - start,), (1,), (start,), (limit,), (10**6,))
+        chunks = Chunks(**dict(zip(CHUNK_COLUMNS, columns, strict=True)), table=torch.tensor(columns))
+        done = module.prefill_step(output, q, k, v, rows, chunks, **options)
+    assert done
+    return output
+
+
+def sequence_of(tokens, heads=6, kv_heads=2, dim=64, value_dim=32):
+    sizes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    return [normal(tokens, *size, seed=i, dtype=BF16) for i, size in enumerate(sizes)]
+
+
+@FAR
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("cuts", [(90,), (2, 30, 75), (64, 80, 88)])
+def test_far_attention_of_a_whole_sequence_however_it_is_cut(cuts, window, distance, power):
+    """Of prompt and answer: each key's sum is that of the full matrix."""
+    query, key, _ = sequence = sequence_of(100)
+    order = EvictionOrder(by="mass", sink=2, recent=distance, window=window, distance=distance, power=power)
+    rows, at = rows_of(100), torch.arange(100)
+    sinks = normal(6)
+    for start, stop in itertools.pairwise((0, *cuts, *range(cuts[-1] + 1, 101))):
+        read(avx512, rows, sequence, start, stop, order, 100, sinks=sinks)
+    details = {"scale": 0.125, "distance": distance, "power": power, "window": window, "sinks": sinks}
+    expected = far_sums(query, key, at, at[:, None].expand(-1, 2), **details)
+    assert_near(rows.slot(1)[3], expected)
+
+
+@pytest.mark.parametrize("by", ["average", "mass"])
+@pytest.mark.parametrize(("distance", "power"), [(0, 2), (9, 1), (30, 2)])
+@pytest.mark.parametrize("window", [None, 80])
+@pytest.mark.parametrize("cuts", [(170,), (40, 45, 120, 170)])
+def test_far_attention_evicts_what_the_specification_evicts(cuts, window, distance, power, by):
+    """Before each step, both have the same pairs and sums; the specification computes in float32."""
+    query, key, _ = sequence = sequence_of(190)
+    query[..., 0], key[..., 0] = 12, 3 * key[..., 0]  # some keys matter more than others: rounding decides nothing
+    wide = [one.float() for one in sequence]
+    order = EvictionOrder(by=by, sink=2, recent=distance + 4, window=window, distance=distance, power=power)
+    rows, expected = rows_of(64), rows_of(64, dtype=torch.float32)
+    for start, stop in itertools.pairwise((0, *cuts, *range(cuts[-1] + 1, 191))):
+        expected.mass.copy_(rows.mass)
+        output = read(avx512, rows, sequence, start, stop, order, 60)
+        expected_output = read(reference, expected, wide, start, stop, order, 60)
+        assert torch.equal(rows.positions, expected.positions)
+        assert torch.equal(rows.keys.float(), expected.keys)
+        assert torch.equal(rows.values.float(), expected.values)
+        assert_near(rows.mass, expected.mass.double())
+        torch.testing.assert_close(output.float(), expected_output, **NEAR)
 
 
 def test_what_is_no_number_stays_none():

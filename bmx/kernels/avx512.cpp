@@ -5,8 +5,10 @@
 // so that an answer does not depend on its batch. Threads are torch's own OpenMP threads. A function with working
 // memory returns 0, or, if the memory is too small, the bytes that it needs: then it has done nothing else.
 
-#include "attention.h"
+#include "chunk.h"
+#include "eviction.h"
 #include "gemm.h"
+#include "slot.h"
 
 #include <cmath>
 #include <functional>
@@ -61,139 +63,6 @@ inline void put(bf16* y, long at, long column, __m512 v, const bf16* bias, const
         v = _mm512_mul_ps(rounded(_mm512_mul_ps(g, share)), rounded(v));
     }
     store_bf16(y + at, v);
-}
-
-// The attention of a prompt chunk to its slot and to itself: operands, sizes, and working memory.
-//
-// Keys and values of slot and chunk are packed into panels first: BLOCK keys, or two registers of value columns. Then
-// every task is a tile of ROWS query rows of one kv head; row r is token r / group, query head r % group of it.
-struct ChunkAttention {
-    static constexpr long BLOCK = WIDE * LANES;
-
-    Vectors q, k, v, past_k, past_v;
-    long tokens, heads, kv_heads, past, dim, value_dim;
-    float scale;
-    const uint8_t* hidden;
-    const float *sinks, *query_weights;
-    long ways;
-    bf16* out;
-
-    long group = heads / kv_heads, total = past + tokens, blocks = (total + BLOCK - 1) / BLOCK, full = blocks * BLOCK;
-    long words = dim / 2, pairs = full / 2, halves = value_dim / (2 * LANES);
-    long tiles_of_head = (tokens * group + ROWS - 1) / ROWS;
-    size_t key_words = static_cast<size_t>(kv_heads) * full * words;
-    size_t value_words = static_cast<size_t>(kv_heads) * full * (value_dim / 2);
-    size_t sums_size = static_cast<size_t>(ways) * kv_heads * full;
-    size_t tile_size = ROWS * (full + full / 2 + value_dim + words);
-    word *key_panels = nullptr, *value_panels = nullptr;
-    float *sums_of_threads = nullptr, *tiles_of_threads = nullptr;
-
-    struct Tile {          // a thread's
-        float* scores;     // [ROWS][full]
-        bf16* weights;     // [ROWS][full]
-        float* answers;    // [ROWS][value_dim]
-        word* queries;     // [ROWS][words]
-        float over[ROWS];  // 1 / sums of weights
-    };
-
-    size_t bytes() const {
-        return Work::bytes<word>(key_words) + Work::bytes<word>(value_words) +
-               omp_get_max_threads() * (Work::bytes<float>(sums_size) + Work::bytes<float>(tile_size));
-    }
-    void take(Work work) {
-        key_panels = work.take<word>(key_words);
-        value_panels = work.take<word>(value_words);
-        sums_of_threads = work.take<float>(omp_get_max_threads() * sums_size);
-        tiles_of_threads = work.take<float>(omp_get_max_threads() * tile_size);
-    }
-    float* sums_of(int thread) const { return sums_of_threads + thread * sums_size; }
-    Tile tile_of(int thread) const {
-        float* scores = tiles_of_threads + thread * tile_size;
-        float* answers = scores + ROWS * (full + full / 2);
-        return {scores,
-                reinterpret_cast<bf16*>(scores + ROWS * full),
-                answers,
-                reinterpret_cast<word*>(answers + ROWS * value_dim),
-                {}};
-    }
-    const bf16* key(long i, long head) const {
-        return i < past ? past_k.at(i, head) : i < total ? k.at(i - past, head) : nullptr;
-    }
-    const bf16* value(long i, long head) const {
-        return i < past ? past_v.at(i, head) : i < total ? v.at(i - past, head) : nullptr;
-    }
-    void pack_block(long head, long first) const;
-    void attend(long head, long first, long rows, Tile& tile) const;
-    void add_up(long head, long first, long rows, const Tile& tile, float* sums) const;
-};
-
-// Packs the keys and values `first` .. `first + BLOCK` of one kv head.
-void ChunkAttention::pack_block(long head, long first) const {
-    const word* lines[BLOCK];
-    for (long i = 0; i < BLOCK; i++) lines[i] = reinterpret_cast<const word*>(key(first + i, head));
-    pack(lines, words, key_panels + (head * full + first) * words, static_cast<int>(BLOCK));
-    for (long i = first; i < first + BLOCK; i += 2) {
-        const bf16 *a = value(i, head), *b = value(i + 1, head);
-        for (long e = 0; e < value_dim; e += LANES) {
-            const auto half = [&](const bf16* p) {
-                return p ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + e)))
-                         : _mm512_setzero_si512();
-            };
-            word* to = value_panels + ((head * halves + e / (2 * LANES)) * pairs + i / 2) * 2 * LANES;
-            _mm512_store_si512(to + e % (2 * LANES), _mm512_or_si512(half(a), _mm512_slli_epi32(half(b), 16)));
-        }
-    }
-}
-
-// The query rows `first` .. `first + rows` of one kv head: weights that are not divided yet, and outputs.
-void ChunkAttention::attend(long head, long first, long rows, Tile& tile) const {
-    const long width = past + (first + rows - 1) / group + 1, reach = (width + BLOCK - 1) / BLOCK * BLOCK;
-    for (long r = 0; r < rows; r++) {
-        const long token = (first + r) / group, query_head = head * group + (first + r) % group;
-        std::memcpy(tile.queries + r * words, q.at(token, query_head), dim * sizeof(bf16));
-    }
-    for (long b = 0; b < reach; b += BLOCK)
-        tiles<Halves, WIDE>(tile.queries, words, rows, key_panels + (head * full + b) * words, words, true,
-                            tile.scores + b, full);
-    for (long r = 0; r < rows; r++) {
-        const long token = (first + r) / group, query_head = head * group + (first + r) % group;
-        const uint8_t* mask = hidden ? hidden + (head * tokens + token) * total : nullptr;
-        tile.over[r] = softmax_row(tile.scores + r * full, tile.weights + r * full, reach, past + token + 1, mask,
-                                   scale, sinks ? sinks + query_head : nullptr);
-    }
-    for (long h = 0; h < halves; h++)
-        tiles<Halves, 2>(reinterpret_cast<const word*>(tile.weights), full / 2, rows,
-                         value_panels + (head * halves + h) * pairs * 2 * LANES, (width + 1) / 2, true,
-                         tile.answers + h * 2 * LANES, value_dim);
-    for (long r = 0; r < rows; r++) {
-        const long token = (first + r) / group, query_head = head * group + (first + r) % group;
-        for (long e = 0; e < value_dim; e += LANES) {
-            const __m512 answer = _mm512_load_ps(tile.answers + r * value_dim + e);
-            store_bf16(out + (token * heads + query_head) * value_dim + e,
-                       _mm512_mul_ps(answer, _mm512_set1_ps(tile.over[r])));
-        }
-    }
-}
-
-// Adds the weighted probabilities of a tile's rows to this thread's sums [ways][kv_heads][full].
-void ChunkAttention::add_up(long head, long first, long rows, const Tile& tile, float* sums) const {
-    const long width = past + (first + rows - 1) / group + 1, reach = (width + BLOCK - 1) / BLOCK * BLOCK;
-    for (long way = 0; way < ways; way++) {
-        __m512 factor[ROWS];
-        bool any = false;
-        for (long r = 0; r < ROWS; r++) {
-            const float weight = r < rows ? query_weights[way * tokens + (first + r) / group] : 0.0f;
-            factor[r] = _mm512_set1_ps(weight == 0.0f ? 0.0f : weight * tile.over[r] / static_cast<float>(group));
-            any = any || weight != 0.0f;
-        }
-        float* to = sums + (way * kv_heads + head) * full;
-        for (long i = 0; any && i < reach; i += LANES) {
-            __m512 sum = _mm512_load_ps(to + i);
-            for (long r = 0; r < rows; r++)
-                sum = _mm512_fmadd_ps(factor[r], load_bf16(tile.weights + r * full + i), sum);
-            _mm512_store_ps(to + i, sum);
-        }
-    }
 }
 
 }  // namespace
@@ -287,13 +156,15 @@ void bmx_rotate(const bf16* x, long token, long head, const bf16* cos, const bf1
 //
 // views: q [tokens][heads][dim], k [tokens][kv_heads][dim], v [tokens][kv_heads][value_dim], past_k
 // [past][kv_heads][dim], past_v [past][kv_heads][value_dim]; hidden [kv_heads][tokens][past + tokens] or null; sinks
-// [heads] or null; query_weights [ways][tokens]; out [tokens][heads][value_dim]; sums [ways][kv_heads][past + tokens],
-// zeros.
+// [heads] or null; query_weights [ways][tokens]; past_places [kv_heads][past], or null if distance is 0; out
+// [tokens][heads][value_dim]; sums [ways][kv_heads][past + tokens], zeros.
 long bmx_attend_chunk(const Vectors* views, long tokens, long heads, long kv_heads, long past, long dim, long value_dim,
-                      float scale, const uint8_t* hidden, const float* sinks, const float* query_weights, long ways,
-                      bf16* out, float* sums, char* work, long size) {
-    ChunkAttention chunk{views[0], views[1],  views[2], views[3], views[4], tokens,        heads, kv_heads, past,
-                         dim,      value_dim, scale,    hidden,   sinks,    query_weights, ways,  out};
+                      long ways, float scale, int distance, int power, const uint8_t* hidden, const float* sinks,
+                      const float* query_weights, const int32_t* past_places, bf16* out, float* sums, char* work,
+                      long size) {
+    ChunkAttention chunk{views[0], views[1], views[2], views[3],      views[4],    tokens,   heads,
+                         kv_heads, past,     dim,      value_dim,     ways,        scale,    distance,
+                         power,    hidden,   sinks,    query_weights, past_places, out};
     const long needed = static_cast<long>(chunk.bytes());
     if (size < needed) return needed;
     chunk.take(Work{work});
@@ -327,9 +198,9 @@ long bmx_attend_chunk(const Vectors* views, long tokens, long heads, long kv_hea
 // [batch], or null for 0, 1, ...; hidden bool by two strides (batch, head), or null; out [batch][heads][value_dim];
 // mass [batch][kv_heads][capacity] or null.
 long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const int64_t* slots, long batch, long heads,
-                      long kv_heads, long capacity, long dim, long value_dim, float scale, const uint8_t* hidden,
-                      long hidden_batch, long hidden_head, const float* sinks, bf16* out, float* mass, char* work,
-                      long size) {
+                      long kv_heads, long capacity, long dim, long value_dim, float scale, int power,
+                      const uint8_t* hidden, long hidden_batch, long hidden_head, const float* sinks, bf16* out,
+                      float* mass, char* work, long size) {
     const long group = heads / kv_heads;
     const size_t bytes_each = Slot::bytes(capacity, group);
     const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
@@ -340,6 +211,7 @@ long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const
         const long begin = ((slots ? slots[token] : token) * kv_heads + head) * capacity;
         Slot slot{q + first * dim, keys + begin * dim, values + begin * value_dim, capacity, group, dim, value_dim};
         slot.take(Work{work + omp_get_thread_num() * bytes_each});
+        slot.power = power;
         slot.hidden = hidden ? hidden + token * hidden_batch + head * hidden_head : nullptr;
         slot.sinks = sinks ? sinks + head * group : nullptr;
         slot.attend(scale, out + first * value_dim);
@@ -454,11 +326,16 @@ long bmx_decode_step(const Vectors* views, bf16* keys, bf16* values, int32_t* po
                 Stream{keys + next_begin * dim, values + next_begin * value_dim, filled * dim, filled * value_dim};
         }
         slot.sinks = sinks ? sinks + head * group : nullptr;
+        slot.power = order.power;
         slot.attend(scale, out + (token * heads + head * group) * value_dim);
+        const int farthest = static_cast<int>(position) - order.distance;  // later positions receive nothing
         for (long i = 0; row_mass && accumulate && i < slot.rows; i += LANES) {
             const __mmask16 valid = seen(i, slot.rows, nullptr);
             const __m512 before = _mm512_maskz_loadu_ps(valid, row_mass + i);
-            _mm512_mask_storeu_ps(row_mass + i, valid, _mm512_fmadd_ps(before, _mm512_set1_ps(decay), slot.mean(i)));
+            const __m512i place = _mm512_maskz_loadu_epi32(valid, row_positions + i);
+            const __mmask16 far = _mm512_cmple_epi32_mask(place, _mm512_set1_epi32(farthest));
+            const __m512 received = _mm512_maskz_mov_ps(far, slot.mean(i));
+            _mm512_mask_storeu_ps(row_mass + i, valid, _mm512_fmadd_ps(before, _mm512_set1_ps(decay), received));
         }
     }
     return 0;

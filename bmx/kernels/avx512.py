@@ -42,7 +42,7 @@ class _Layer(ctypes.Structure):
 class _Order(ctypes.Structure):
     """An ``EvictionOrder``, as the C++ sees it."""
 
-    _fields_ = (("by", ctypes.c_int), ("sink", ctypes.c_int), ("recent", ctypes.c_int), ("window", ctypes.c_int))
+    _fields_ = tuple((name, ctypes.c_int) for name in ("by", "sink", "recent", "window", "distance", "power"))
 
 
 class _Library:
@@ -52,12 +52,12 @@ class _Library:
     """
 
     def __init__(self, library: ctypes.PyDLL) -> None:
-        pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+        pointer, number, flag, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
         working: dict[str, list[Any]] = {
-            "bmx_linear": [pointer] * 2 + [ctypes.c_int] * 2 + [pointer] + [number] * 2,
-            "bmx_attend_chunk": [pointer, *[number] * 6, real, pointer, pointer, pointer, number, pointer, pointer],
-            "bmx_attend_slots": [pointer] * 4 + [number] * 6 + [real, pointer, number, number] + [pointer] * 3,
-            "bmx_decode_step": [pointer] * 10 + [number] * 6 + [real] * 2 + [ctypes.c_int, _Order] + [pointer] * 2,
+            "bmx_linear": [pointer] * 2 + [flag] * 2 + [pointer] + [number] * 2,
+            "bmx_attend_chunk": [pointer] + [number] * 7 + [real, flag, flag] + [pointer] * 6,
+            "bmx_attend_slots": [pointer] * 4 + [number] * 6 + [real, flag, pointer, number, number] + [pointer] * 3,
+            "bmx_decode_step": [pointer] * 10 + [number] * 6 + [real] * 2 + [flag, _Order] + [pointer] * 2,
             "bmx_evict": [pointer] * 6 + [number] * 8 + [real, _Order],
         }
         for name, arguments in working.items():
@@ -185,10 +185,10 @@ def attend_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_chunk``."""
     operands = (query, key, value, past_key, past_value)
-    far = {"past_places": past_places, "distance": distance, "power": power}
-    if distance or power != 1 or softcap is not None or squares or scale <= 0 or not all(map(_takes, operands)):
-        details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares} | far
-        return cpu.attend_chunk(*operands, scale=scale, query_weights=query_weights, **details)
+    if softcap is not None or squares or scale <= 0 or not all(map(_takes, operands)):
+        details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
+        details |= {"query_weights": query_weights, "past_places": past_places, "distance": distance, "power": power}
+        return cpu.attend_chunk(*operands, scale=scale, **details)
     tokens, heads, dim = query.shape
     kv_heads, past, value_dim = past_value.shape
     output = query.new_empty(tokens, heads, value_dim)
@@ -199,8 +199,9 @@ def attend_chunk(
     sinks = None if sinks is None else sinks.float()
     hidden = None if hidden is None else hidden.contiguous()
     query_weights = None if query_weights is None else query_weights.contiguous()
-    sizes = (tokens, heads, kv_heads, past, dim, value_dim)
-    options = (scale, _address(hidden), _address(sinks), _address(query_weights), ways)
+    past_places = None if past_places is None else past_places.contiguous()
+    sizes = (tokens, heads, kv_heads, past, dim, value_dim, ways)
+    options = (scale, distance, power, *map(_address, (hidden, sinks, query_weights, past_places)))
     library = _library()
     library.call(library.functions.bmx_attend_chunk, views, *sizes, *options, _address(output), _address(sums))
     return output, sums if ways else None
@@ -222,11 +223,10 @@ def attend_slots(
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_slots``."""
     contiguous = keys.is_contiguous() and values.is_contiguous()
-    taken = contiguous and all(map(_takes, (query, keys, values)))
-    if power != 1 or softcap is not None or squares or scale <= 0 or not taken:
+    if softcap is not None or squares or scale <= 0 or not (contiguous and all(map(_takes, (query, keys, values)))):
         details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
-        details["power"] = power
-        return cpu.attend_slots(query, keys, values, slots, scale=scale, want_mass=want_mass, **details)
+        details |= {"want_mass": want_mass, "power": power}
+        return cpu.attend_slots(query, keys, values, slots, scale=scale, **details)
     batch, heads, dim = query.shape
     _, kv_heads, capacity, value_dim = values.shape
     query, sinks = query.contiguous(), None if sinks is None else sinks.float()
@@ -239,7 +239,7 @@ def attend_slots(
         strides = (hidden.stride(0), hidden.stride(1))
     operands = (_address(query), _address(keys), _address(values), _address(slots))
     sizes = (batch, heads, kv_heads, capacity, dim, value_dim)
-    options = (scale, _address(hidden), *strides, _address(sinks))
+    options = (scale, power, _address(hidden), *strides, _address(sinks))
     library = _library()
     library.call(library.functions.bmx_attend_slots, *operands, *sizes, *options, _address(output), _address(mass))
     return output, mass
@@ -264,7 +264,7 @@ def decode_step(
 ) -> bool:
     """See ``contract.KernelModule.decode_step``; no slot may be -1."""
     vectors = (query, key, value, rows.keys, rows.values)
-    if order.distance or order.power != 1 or softcap is not None or scale <= 0 or not all(map(_takes, vectors)):
+    if softcap is not None or scale <= 0 or not all(map(_takes, vectors)):
         return False
     batch, heads, dim = query.shape
     sinks = None if sinks is None else sinks.float()
@@ -292,8 +292,7 @@ def prefill_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.prefill_step``; one chunk after another."""
-    vectors = (query, key, value, rows.keys, rows.values)
-    if order.distance or order.power != 1 or softcap is not None or scale <= 0 or not all(map(_takes, vectors)):
+    if softcap is not None or scale <= 0 or not all(map(_takes, (query, key, value, rows.keys, rows.values))):
         return False
     decay = [1.0] * len(chunks.offsets) if chunks.decay is None else chunks.decay.tolist()
     for n, evicts in enumerate(chunks.may_evict(rows)):
@@ -307,6 +306,8 @@ def prefill_step(
             query[own], key[own], value[own], keys[:, :used], values[:, :used], scale=scale, sinks=sinks,
             hidden=reference.out_of_window(positions[:, :used], start, tokens, order.window),
             query_weights=_weights(chunks, own) if evicts and mass is not None else None,
+            past_places=positions[:, :used] - start if order.distance else None,
+            distance=order.distance, power=order.power,
         )  # fmt: skip
         views = (_Vectors * 2)(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in (key[own], value[own])))
         state = map(_address, (keys, values, positions, mass, None if sums is None else sums[0]))
@@ -324,7 +325,8 @@ def _weights(chunks: Chunks, own: slice) -> Tensor:
 
 
 def _order(order: EvictionOrder) -> _Order:
-    return _Order(RANKS.index(order.by), order.sink, order.recent, order.window or 0)
+    by, window = RANKS.index(order.by), order.window or 0
+    return _Order(by, order.sink, order.recent, window, order.distance, order.power)
 
 
 def _takes(tensor: Tensor) -> bool:
