@@ -22,7 +22,7 @@ from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 
 LIMIT = 1e-2  # relative error, Frobenius norm
-RANKING = EvictionOrder(by="average", sink=4, recent=32, window=None)
+RANKING = EvictionOrder(by="average", sink=4, recent=32, window=None, distance=32, power=2)
 SEEN = 3  # times as many tokens as a slot has rows have passed it
 Note = Callable[[str, Any], None]
 
@@ -67,7 +67,7 @@ class Size:
 
     @property
     def order(self) -> EvictionOrder:
-        return RANKING if self.capacity >= 512 else replace(RANKING, sink=2, recent=4)
+        return RANKING if self.capacity >= 512 else replace(RANKING, sink=2, recent=4, distance=4)
 
 
 def sizes(place: Place) -> list[Size]:
@@ -170,7 +170,7 @@ def make_chunks(size: Size, starts: list[int], place: Place) -> Chunks:
 
 def scores_of(positions: Tensor, mass: Tensor | None, now: int | Tensor, order: EvictionOrder) -> Tensor:
     """What pairs are worth, by age where there is no mass; float32, as kernels have it; ``now`` broadcasts."""
-    worth = positions.float() if mass is None else mass / (now - positions).clamp(min=1).float()
+    worth = positions.float() if mass is None else mass / (now - positions - order.distance).clamp(min=1).float()
     worth = worth.masked_fill((positions < order.sink) | (positions >= now - order.recent), float("inf"))
     return worth.masked_fill(positions < 0, float("-inf"))
 
@@ -224,7 +224,8 @@ def true_decode(tokens: list[Tensor], rows: Rows, now: list[int], size: Size, co
     weights = torch.softmax(logits.masked_fill(unused.unsqueeze(2), float("-inf")), -1)
     if mass is not None:
         mass.scatter_(2, victim, 0.0)
-        mass += weights.mean(2).float() if counted else 0.0
+        far = at - positions >= size.order.distance
+        mass += (weights**size.order.power).mean(2).float() * far if counted else 0.0
     return torch.einsum("skgc,skcd->skgd", weights, values.double().nan_to_num()).reshape(s, size.heads, -1)
 
 
@@ -298,10 +299,13 @@ class Reading:
         triton_prefill.attend(into[0], *self.tokens, self.rows, self.chunks, scale=scale, logsums=into[1])
         return into
 
-    def add_up(self, logsums: Tensor) -> Tensor:
+    def add_up(self, logsums: Tensor, far: bool = True) -> Tensor:
         from bmx.kernels import triton_prefill
 
-        return triton_prefill.add_up(*self.tokens[:2], self.rows, self.chunks, logsums, scale=self.size.dim**-0.5)
+        options = {"scale": self.size.dim**-0.5}
+        if far:
+            options |= {"distance": self.size.order.distance, "power": self.size.order.power}
+        return triton_prefill.add_up(*self.tokens[:2], self.rows, self.chunks, logsums, **options)
 
     def evict(self, sums: Tensor) -> None:
         from bmx.kernels import triton_evict
@@ -326,7 +330,10 @@ class Reading:
             logs.append((torch.logsumexp(logits, -1) * 1.4426950408889634).flatten(0, 1).T)
             weights = torch.softmax(logits, -1)
             outputs.append(torch.einsum("kgtc,kcd->tkgd", weights, values).flatten(1, 2))
-            seen = weights.mean(1).sum(1)  # [K, P + T]
+            now = torch.arange(start, start + t, device=keys.device)
+            places = torch.cat([by_head(self.rows, self.rows.positions)[n, :, :used], now.expand(k, -1)], 1)
+            far = now[:, None] - places[:, None] >= size.order.distance  # [K, T, P + T]
+            seen = ((weights**size.order.power).mean(1) * far).sum(1)  # [K, P + T]
             mass[n, :, :used] += seen[:, :used]
             owns.append(seen[:, used:])
         return torch.cat(outputs), torch.cat(logs), mass.flatten(), torch.cat(owns, 1)
@@ -412,7 +419,12 @@ def time_reading(size: Size, place: Place, rates: dict[str, float]) -> dict[str,
         }
     logsums = reading.attend(reading.poisoned(True))[1]
     sums = reading.add_up(logsums)
-    for name, work in (("add_up", lambda: reading.add_up(logsums)), ("evict", lambda: reading.evict(sums))):
+    works = {
+        "add_up": lambda: reading.add_up(logsums),
+        "add_up_from_all_queries": lambda: reading.add_up(logsums, far=False),
+        "evict": lambda: reading.evict(sums),
+    }
+    for name, work in works.items():
         seconds = median_seconds(work, place)
         found[name] = {"microseconds": 1e6 * seconds, "share_of_layer": seconds / layer if layer else None}
     return found

@@ -94,7 +94,7 @@ def test_the_same_tokens_survive_as_on_the_cpu(family, eager):
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("policy", ["h2o", "decay", "tova", "streaming", "window", "keydiff"])
+@pytest.mark.parametrize("policy", ["far-attention", "h2o", "decay", "tova", "streaming", "window", "keydiff"])
 def test_every_way_to_rank_keeps_what_it_keeps_on_the_cpu(policy, eager):
     """Some are simple enough for the kernels, others are ranked by torch."""
     requests = as_requests(PROMPTS, max_tokens=20)
@@ -251,7 +251,14 @@ def sequences(policy, largest, temperature):
 @BOTH_WAYS
 @pytest.mark.parametrize(
     ("family", "policy"),
-    [("llama", "average-attention"), ("llama", "decay"), ("llama", "streaming"), ("qwen3", "h2o"), ("phi3", "h2o")],
+    [
+        ("llama", "far-attention"),
+        ("llama", "average-attention"),
+        ("llama", "decay"),
+        ("llama", "streaming"),
+        ("qwen3", "h2o"),
+        ("phi3", "h2o"),
+    ],
 )
 def test_no_step_waits_for_the_device(family, policy, eager, two_sets):
     """The second time, when everything is compiled and captured."""

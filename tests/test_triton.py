@@ -52,7 +52,13 @@ def test_same_greedy_tokens_as_generate(family):
 
 @pytest.mark.parametrize(
     ("family", "policy"),
-    [("llama", "average-attention"), ("small", "decay"), ("small", "streaming"), ("llama", "window")],
+    [
+        ("llama", "far-attention"),
+        ("small", "average-attention"),
+        ("small", "decay"),
+        ("small", "streaming"),
+        ("llama", "window"),
+    ],
 )
 def test_the_same_tokens_survive_as_in_plain_torch(family, policy, cpu_kernels):
     requests = as_requests(LONG[:2], max_tokens=5)

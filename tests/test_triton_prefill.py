@@ -47,11 +47,18 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     scale: float = 0.4
+    distance: int = 0
+    power: int = 1
 
     @property
     def details(self):
         """What both kernels take as keywords."""
         return {"scale": self.scale, "softcap": self.softcap, "window": self.window}
+
+    @property
+    def counting(self):
+        """What the sums take besides."""
+        return {**self.details, "distance": self.distance, "power": self.power}
 
 
 MIXED = (
@@ -74,6 +81,23 @@ CASES = {
     "window that ends where the second tile begins": Case((Prompt(slot=1, length=40, start=30, limit=48),), window=18),
     "window wider than all": Case(MIXED, FOUR, window=500),
     "all together": Case(MIXED, FOUR, kv_heads=1, group=3, dim=24, width=48, window=25, softcap=2.0, sinks=True),
+}
+FAR = {
+    "far": Case(MIXED, FOUR, distance=9, power=2),
+    "far by one": Case(MIXED, FOUR, distance=1),
+    "cubes": Case(MIXED, FOUR, power=3),
+    "farther than chunks are long": Case(MIXED, FOUR, distance=45, power=2),
+    "farther than anything": Case(MIXED, FOUR, distance=2000),
+    "far, within a window": Case(MIXED, FOUR, window=13, distance=5, power=2),
+    "farther than the window": Case(MIXED, FOUR, window=13, distance=20),
+    "just as far as the window": Case(MIXED, FOUR, window=13, distance=13),
+    "far, three heads each, other sizes": Case(
+        MIXED, FOUR, kv_heads=1, group=3, dim=96, width=64, distance=17, power=2
+    ),
+    "far, one head each": Case(MIXED, FOUR, group=1, dim=24, width=40, distance=16, power=2),
+    "far, all together": Case(
+        MIXED, FOUR, kv_heads=1, group=3, dim=24, width=48, window=25, softcap=2.0, sinks=True, distance=6, power=2
+    ),
 }
 
 
@@ -155,7 +179,7 @@ def slot_rows(case, step, prompt, head):
 
 
 def dense(case, step, index):
-    """One chunk: output [T, H, E], logarithms to base 2 [T, H] and probabilities [H, T, P + T], in float64."""
+    """One chunk in float64: output [T, H, E], logarithms to base 2 [T, H], and [H, T, P + T] what is summed."""
     prompt, at = case.prompts[index], step.chunks.offsets[index]
     of_chunk, own = slice(at, at + prompt.length), torch.arange(prompt.start, prompt.start + prompt.length)
     found = []
@@ -177,7 +201,8 @@ def dense(case, step, index):
             extra = step.sinks[head].double().expand(len(scores), 1)
         logsum = torch.logsumexp(torch.cat([scores, extra], dim=1), dim=1)
         weights = torch.exp(scores - logsum[:, None])
-        found.append((weights @ values, logsum / math.log(2), weights))
+        far = (own[:, None] - places[None, :] >= case.distance).to(DEVICE)
+        found.append((weights @ values, logsum / math.log(2), weights**case.power * far))
     outputs, logsums, weights = zip(*found, strict=True)
     return torch.stack(outputs, 1), torch.stack(logsums, 1), torch.stack(weights)
 
@@ -202,7 +227,8 @@ def true_logsums(case, step):
 
 def added_up(case, step):
     """The mass of all rows afterwards, and what own keys got."""
-    own = triton_prefill.add_up(step.query, step.key, step.rows, step.chunks, true_logsums(case, step), **case.details)
+    operands = step.query, step.key, step.rows, step.chunks, true_logsums(case, step)
+    own = triton_prefill.add_up(*operands, **case.counting)
     return step.rows.mass, own
 
 
@@ -235,6 +261,8 @@ def test_logarithms_nobody_asked_for_change_nothing():
 
 # Every case once, by turns with weights and without; those of HALF both ways.
 TURNS = [(name, dtype, bool(turn % 2)) for turn, (name, dtype) in enumerate(TYPED)]
+TURNS += [(name, torch.float32, bool(turn % 2)) for turn, name in enumerate(FAR)]
+TURNS += [("far", torch.float16, True), ("far, all together", torch.float16, False)]
 TURNS += [
     (name, torch.float32, not weighted) for name, dtype, weighted in TURNS if name in HALF and dtype == torch.float32
 ]
@@ -243,7 +271,7 @@ TURNS += [
 @pytest.mark.parametrize(("name", "dtype", "weighted"), TURNS)
 def test_mass_is_what_keys_received(name, dtype, weighted):
     """The mass of all rows is compared: those not in use and those of other slots stay as they are."""
-    case = CASES[name]
+    case = (CASES | FAR)[name]
     step = step_of(case, dtype, query_weights=weighted, decay=weighted)
     wanted = step.mass.double()
     own = torch.zeros(case.kv_heads, len(step.query), dtype=torch.float64, device=DEVICE)
@@ -292,8 +320,8 @@ def test_nothing_is_added_up_of_what_never_evicts():
         assert (own[:, at : at + prompts[index].length] == 0).all() == nothing
 
 
-def test_runs_are_alike_bit_for_bit():
-    case = CASES["all together"]
+@pytest.mark.parametrize("case", [CASES["all together"], FAR["far, all together"]], ids=["near", "far"])
+def test_runs_are_alike_bit_for_bit(case):
     first, again = (step_of(case, query_weights=True, decay=True) for _ in range(2))
     for one, other in zip(attended(case, first), attended(case, again), strict=True):
         assert torch.equal(one, other)
@@ -304,9 +332,9 @@ def test_runs_are_alike_bit_for_bit():
 
 
 @pytest.mark.parametrize("index", [0, 2])
-@pytest.mark.parametrize("name", ["four chunks", "all together"])
+@pytest.mark.parametrize("name", ["four chunks", "all together", "far"])
 def test_a_chunk_alone_is_as_it_is_in_company(name, index):
-    case = CASES[name]
+    case = (CASES | FAR)[name]
     together, alone = step_of(case, decay=True), step_of(case, decay=True)
     columns = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
     alone.chunks = Chunks(
@@ -322,7 +350,7 @@ def test_a_chunk_alone_is_as_it_is_in_company(name, index):
         assert (one[of_chunk.stop :] == UNTOUCHED).all()
     logsums = true_logsums(case, together)
     for step in (together, alone):
-        step.own = triton_prefill.add_up(step.query, step.key, step.rows, step.chunks, logsums, **case.details)
+        step.own = triton_prefill.add_up(step.query, step.key, step.rows, step.chunks, logsums, **case.counting)
     assert torch.equal(alone.own[:, of_chunk], together.own[:, of_chunk])
     for head in range(case.kv_heads):
         here = slot_rows(case, together, case.prompts[index], head)
@@ -352,6 +380,13 @@ def chunk_of(tokens, past, *, kv_heads=2, group=2, dim=16, width=16, dtype=torch
 
 def on_host(chunk):
     return [t.cpu() for t in chunk]
+
+
+def places_of(past, kv_heads):
+    """[K, P] places of a slot's tokens before a chunk, some of them gone, in another order for each head."""
+    older = -1 - torch.arange(past) - torch.arange(past) // 4 * 3
+    random = torch.Generator().manual_seed(past)
+    return torch.stack([older[torch.randperm(past, generator=random)] for _ in range(kv_heads)]).int().to(DEVICE)
 
 
 def compared(chunk, query_weights, dtype=torch.float32, squares=True, **details):
@@ -408,6 +443,15 @@ def test_one_chunk_of_any_shape(shape, dtype):
     compared(chunk_of(**shape, dtype=dtype), torch.rand(2, shape["tokens"]).to(DEVICE), dtype, scale=0.3)
 
 
+@pytest.mark.parametrize(("distance", "power"), [(1, 1), (7, 2), (20, 1), (50, 2)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_one_chunk_of_which_only_far_queries_count(shape, distance, power):
+    shape = {"kv_heads": 2, **shape}
+    counting = {"distance": distance, "power": power, "past_places": places_of(shape["past"], shape["kv_heads"])}
+    weights = some_votes("three ways", shape["tokens"]).to(DEVICE)
+    compared(chunk_of(**shape), weights, squares=power == 1, scale=0.3, **counting)
+
+
 def test_sums_nobody_asked_for_are_not_there():
     chunk = chunk_of(20, 17)
     output, none = triton_prefill.attend_chunk(*chunk, scale=0.4, squares=True)
@@ -428,7 +472,11 @@ def test_a_slot_may_be_laid_out_in_any_way():
 
 def test_hidden_keys_are_left_to_the_plain_kernels():
     query_weights = some_votes("one way", 33).to(DEVICE)
-    compared(chunk_of(33, 20), query_weights, scale=0.4, hidden=window_mask(33, 20, 2, window=7).to(DEVICE))
+    hidden = window_mask(33, 20, 2, window=7).to(DEVICE)
+    compared(chunk_of(33, 20), query_weights, scale=0.4, hidden=hidden)
+    compared(
+        chunk_of(33, 20), query_weights, scale=0.4, hidden=hidden, distance=4, power=2, past_places=places_of(20, 2)
+    )
 
 
 def test_dot_products_too_large_for_float16_are_scaled_before_they_are_rounded():

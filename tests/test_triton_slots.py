@@ -24,6 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F16 = torch.float32, torch.float16
 NEAR = {F32: {"atol": 2e-5, "rtol": 2e-5}, F16: {"atol": 4e-3, "rtol": 4e-3}}
 CAPACITIES = (40, 24, 56, 33)
+ROOT_MEAN_SQUARE = {"distance": 3, "power": 2}  # of the queries that come when a pair is not among the newest
 INFINITY = float("inf")
 
 
@@ -40,8 +41,8 @@ def strided(tokens, heads, dim, seed, dtype):
     return normal(1, heads, tokens, dim, seed=seed, dtype=dtype)[0].transpose(0, 1)
 
 
-def ranked(by="average", sink=2, recent=3, window=None):
-    return EvictionOrder(by=by, sink=sink, recent=recent, window=window)
+def ranked(by="average", sink=2, recent=3, window=None, **counting):
+    return EvictionOrder(by=by, sink=sink, recent=recent, window=window, **counting)
 
 
 def make_rows(seen, limits, *, kv_heads=2, dim=16, value_dim=16, dtype=F32, mass=True, capacities=CAPACITIES, seed=0):
@@ -98,8 +99,8 @@ def score(position, mass, now, order):
     if order.by == "age":
         value = float(position)
     if order.by == "average":
-        queries = max(now - position, 1)
-        queries = queries if order.window is None else min(queries, order.window)
+        queries = max(now - position - order.distance, 1)
+        queries = queries if order.window is None else min(queries, max(order.window - order.distance, 1))
         value = float(torch.tensor(mass, dtype=F32) / torch.tensor(queries, dtype=F32))
     if position < order.sink or position >= now - order.recent:
         value = INFINITY
@@ -146,7 +147,8 @@ def true_decode(
                     logits = torch.cat([logits, sinks[which].cpu().double().view(1)])
                 weights = torch.softmax(logits, 0)[: len(seen)]
                 output[one, which] = weights @ rows.values[used].double()
-                seen += weights / group
+                seen += weights**order.power / group
+            seen[at - rows.positions[used] < order.distance] = 0
             if accumulate and rows.mass is not None:
                 rows.mass[used] = (rows.mass[used].double() * decay + seen).float()
     return output
@@ -206,6 +208,10 @@ def assert_decodes(tokens, rows, slots=SLOTS, now=NOW, limits=LIMITS, **manner):
         ({"group": 2}, {"order": ranked("mass", sink=8, recent=9), "accumulate": False}),
         ({"group": 2}, {"order": ranked("average", sink=0, recent=0), "decay": 0.0}),
         ({"group": 17, "kv_heads": 1}, {"order": ranked("mass")}),
+        ({"group": 3}, {"order": ranked("average", recent=9, distance=9, power=2)}),
+        ({"group": 1, "dim": 96, "value_dim": 64}, {"order": ranked("mass", distance=1), "decay": 0.5}),
+        ({"group": 4}, {"order": ranked("average", window=25, recent=6, distance=6, power=2), "sinks": True}),
+        ({"group": 2}, {"order": ranked("average", window=12, recent=30, distance=30, power=2), "softcap": 0.8}),
     ],
 )
 def test_a_decoding_step_is_what_float64_says(shape, manner, dtype):
@@ -225,10 +231,12 @@ def test_what_is_not_added_up_is_not_asked_for(window):
     assert_decodes(tokens_of(5), rows, **{**PLAIN, "order": ranked("age", window=window)})
 
 
-@pytest.mark.parametrize("by", ["age", "mass", "average"])
-def test_step_after_step_each_slot_gives_up_what_the_rules_say(by):
+@pytest.mark.parametrize(
+    ("by", "counting"), [("age", {}), ("mass", {}), ("average", {}), ("average", ROOT_MEAN_SQUARE)]
+)
+def test_step_after_step_each_slot_gives_up_what_the_rules_say(by, counting):
     """From before the first eviction until everything but the first tokens has gone."""
-    slots, limits, manner = [3, 1], [8, 10], {**PLAIN, "order": ranked(by), "decay": 0.8}
+    slots, limits, manner = [3, 1], [8, 10], {**PLAIN, "order": ranked(by, **counting), "decay": 0.8}
     rows = make_rows([0, 7, 0, 6], [1, 10, 1, 8])
     for step in range(9):
         rows = assert_decodes(tokens_of(2, seed=step), rows, slots, [6 + step, 7 + step], limits, **manner)
@@ -399,6 +407,8 @@ ORDERS = [
     ranked("average", sink=0, recent=0, window=26),
     ranked("mass", sink=5, recent=12, window=40),
     ranked("age", sink=0, recent=0, window=12),
+    ranked("average", recent=10, distance=10, power=2),
+    ranked("average", recent=12, distance=12, window=40),
 ]
 
 

@@ -40,12 +40,13 @@ def prefill_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.prefill_step``; declines a negative scale, and too many rows to choose from."""
-    if order.distance or order.power != 1 or scale <= 0 or not fits(rows, chunks):
+    if scale <= 0 or not fits(rows, chunks):
         return False
     scored = rows.mass is not None and any(chunks.may_evict(rows))
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": order.window}
     logsums = query.new_empty(query.shape[:2], dtype=torch.float32) if scored else None
     attend(output, query, key, value, rows, chunks, sinks=sinks, logsums=logsums, **options)
+    options |= {"distance": order.distance, "power": order.power}
     sums = None if logsums is None else add_up(query, key, rows, chunks, logsums, **options)
     return evict(key, value, rows, chunks, sums, order=order)
 

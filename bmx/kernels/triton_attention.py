@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that it can be subtracted
+NEVER = tl.constexpr(-(2**30))  # the place of no key: before all others
 TO_TWO = tl.constexpr(1.4426950408889634)  # from exponents of e to exponents of two
 
 
@@ -261,7 +262,8 @@ def _add_columns(
     length,
     factors,
     masked: tl.constexpr,
-    squares: tl.constexpr,
+    distance: tl.constexpr,
+    power: tl.constexpr,
     sizes: tl.constexpr,
 ):
     """Add the attention that a tile's keys receive from the query rows ``begin`` .. ``stop`` of one kv head.
@@ -277,8 +279,9 @@ def _add_columns(
         stop: the query row after the last.
         length: tokens of the chunk.
         factors: as in ``_online_softmax``.
-        masked: whether some query does not see some key.
-        squares: whether squared probabilities are added up.
+        masked: whether some query does not see some key, or is nearer to it than ``distance``.
+        distance: tokens that a query must be behind a key at least, so that its attention counts.
+        power: of the probabilities that are added up.
         sizes: what the kernel is compiled for.
     """
     factor, inner = factors
@@ -290,18 +293,70 @@ def _add_columns(
         queries = _vectors(query[0], tokens * query[1] + heads * query[2], valid, dim, True)
         scores = _scores(keys, queries, inner, sizes)
         if masked:
-            seen = places[:, None] <= tokens[None, :]
+            seen = places[:, None] <= tokens[None, :] - distance
             if sizes.window > 0:
                 seen = seen & (places[:, None] > tokens[None, :] - sizes.window)
             scores = tl.where(seen, scores, float("-inf"))
         logsum = tl.load(logsums + tokens * sizes.heads + heads, mask=valid, other=float("inf"))
-        received = tl.exp2(scores * factor - logsum[None, :])
-        if squares:
-            received = received * received
+        received = tl.exp2(scores * (factor * power) - (logsum * power)[None, :])
         if query_weights is not None:
             received = received * tl.load(query_weights + tokens, mask=valid, other=0.0)[None, :]
         sums += tl.sum(received, 1)
     return sums
+
+
+@triton.jit
+def _column_sums(
+    keys,
+    places,
+    query,
+    logsums,
+    query_weights,
+    begin,
+    middle,
+    last,
+    length,
+    factors,
+    masked: tl.constexpr,
+    distance: tl.constexpr,
+    power: tl.constexpr,
+    sizes: tl.constexpr,
+):
+    """The attention that a tile's keys receive from the query rows ``begin`` .. ``last`` of one kv head.
+
+    From ``middle`` on, each of them sees all keys of the tile and counts for them; with a window, none does. Without
+    ``masked``, ``middle`` is ``begin``. The rest is as in ``_add_columns``.
+    """
+    sums = tl.zeros([sizes.block_n], tl.float32)
+    if masked:
+        sums = _add_columns(
+            *(sums, keys, places, query, logsums, query_weights, begin, tl.minimum(middle, last), length, factors),
+            *(True, distance, power, sizes),
+        )
+    if sizes.window == 0:
+        sums = _add_columns(
+            *(sums, keys, places, query, logsums, query_weights, middle, last, length, factors),
+            *(False, distance, power, sizes),
+        )
+    return sums
+
+
+@triton.jit
+def _past_places(positions, row, rows, valid, start, length, distance: tl.constexpr, sizes: tl.constexpr):
+    """A tile of slot rows: their places in the chunk, all negative, and the query rows that ``_column_sums`` takes."""
+    places, begin, middle, last = rows, 0, 0, length
+    if sizes.window > 0 or distance > 0:
+        places = tl.load(positions + row + rows, mask=valid, other=-1) - start
+        oldest = tl.min(tl.where(valid, places, 0), 0)
+        newest = tl.max(tl.where(valid, places, NEVER), 0)
+        begin = tl.maximum(oldest + distance, 0)
+        middle = tl.maximum(newest + distance, 0)
+        if sizes.window > 0:
+            last = tl.minimum(length, newest + sizes.window)
+            middle = last
+    begin *= sizes.group
+    middle = begin + tl.cdiv(middle * sizes.group - begin, sizes.block_m) * sizes.block_m  # whole tiles of queries
+    return places, begin, middle, last * sizes.group
 
 
 @triton.jit
@@ -337,7 +392,8 @@ def sums_kernel(
     own_head,
     factor,
     inner,
-    squares: tl.constexpr,
+    distance: tl.constexpr,
+    power: tl.constexpr,
     sizes: tl.constexpr,
 ):
     """Column sums, by programs (tile of slot rows or, from ``past_tiles`` on, of own keys; kv head; chunk).
@@ -360,21 +416,18 @@ def sums_kernel(
     own += head.to(tl.int64) * own_head + offset
     factors = (factor, inner)
     sums = tl.zeros([block_n], tl.float32)
-    last = length * group  # query rows
     tile = tl.program_id(0)
     if tile < past_tiles:
         rows = tile * block_n + tl.arange(0, block_n)
         valid = rows < used
         if counted and tile * block_n < used:
             keys = _vectors(slot_rows.key + row * keys_row, rows * keys_row, valid, dim, True)
-            places = rows
-            if sizes.window > 0:
-                places = tl.load(slot_rows.positions + row + rows, mask=valid, other=-1) - start
-                newest = tl.max(tl.where(valid, places, -sizes.window), 0)
-                last = tl.minimum(last, (newest + sizes.window) * group)
-            sums = _add_columns(
-                *(sums, keys, places, queries, logsums, query_weights, 0, last, length, factors),
-                *(sizes.window > 0, squares, sizes),
+            places, begin, middle, last = _past_places(
+                slot_rows.positions, row, rows, valid, start, length, distance, sizes
+            )
+            sums = _column_sums(
+                *(keys, places, queries, logsums, query_weights, begin, middle, last, length, factors),
+                *(sizes.window > 0 or distance > 0, distance, power, sizes),
             )
             _store_sums(sums / group, own, slot_rows.mass, decay, row, rows, valid)
     else:
@@ -384,18 +437,13 @@ def sums_kernel(
         if begin < length:
             if counted:
                 keys = _vectors(key.data + offset * key.token + head * key.head, rows * key.token, valid, dim, True)
-                seers: tl.constexpr = block_n - 1 + sizes.window
-                middle = begin * group + tl.cdiv(seers * group, sizes.block_m) * sizes.block_m
-                stop = tl.minimum(middle, last)
-                sums = _add_columns(
-                    *(sums, keys, rows, queries, logsums, query_weights, begin * group, stop, length, factors),
-                    *(True, squares, sizes),
+                far = (begin + distance) * group  # earlier queries are near all keys of the tile
+                seers: tl.constexpr = block_n - 1 + (max(sizes.window - distance, 0) if sizes.window > 0 else 0)
+                middle = far + tl.cdiv(seers * group, sizes.block_m) * sizes.block_m
+                sums = _column_sums(
+                    *(keys, rows, queries, logsums, query_weights, far, middle, length * group, length, factors),
+                    *(True, distance, power, sizes),
                 )
-                if sizes.window == 0:  # later queries see all keys of the tile; with a window they see none
-                    sums = _add_columns(
-                        *(sums, keys, rows, queries, logsums, query_weights, middle, last, length, factors),
-                        *(False, squares, sizes),
-                    )
             if slot_rows.mass is None:
                 own += used
             tl.store(own + rows, sums / group, mask=valid)

@@ -59,7 +59,7 @@ def rank(position, received, now, order: tl.constexpr):
     if order.by == "age":
         score = position.to(tl.float32)
     if order.by == "average":
-        age = tl.maximum(now - position, 1)  # pairs out of the window get -inf below, whatever their age
+        age = tl.maximum(now - position - order.distance, 1)  # pairs out of the window get -inf below
         score = tl.div_rn(received, age.to(tl.float32))
     score = tl.where((position < order.sink) | (position >= now - order.recent), INFINITY, score)
     gone = (position < 0) | (score != score)  # noqa: PLR0124 - NaN
@@ -151,21 +151,30 @@ def _attend(
 
 
 @triton.jit
-def _accumulate(mass, scratch, valid, row, used, width, own, top, total, decay, sizes: tl.constexpr):
-    """Add the mean of the query heads' probabilities to the mass of all rows in use."""
+def _accumulate(
+    mass, scratch, positions, valid, row, used, position, width, own, top, total, decay,
+    order: tl.constexpr, sizes: tl.constexpr,
+):  # fmt: skip
+    """Add the mean of the query heads' probabilities, raised to the power, to the mass of all far rows in use."""
     group: tl.constexpr = sizes.group
     block: tl.constexpr = sizes.count
-    g, over = tl.arange(0, sizes.group_full), 1.0 / total
+    g, shared = tl.arange(0, sizes.group_full), tl.log2(total)
     tl.debug_barrier()  # other threads wrote what is read here
     for start in range(0, used, block):
         c = start + tl.arange(0, block)
         read = (c < used) & (c != row)
         at = scratch + g[:, None] * width + c[None, :]
         scores = tl.load(at, mask=valid[:, None] & read[None, :], other=-INFINITY)
-        seen = tl.sum(tl.exp2(scores - top[:, None]) * over[:, None], 0) / group
+        seen = tl.sum(tl.exp2((scores - top[:, None] - shared[:, None]) * order.power), 0) / group
+        if order.distance > 0:
+            far = tl.load(positions + c, mask=read, other=0) <= position - order.distance
+            seen = tl.where(far, seen, 0.0)
         before = tl.load(mass + c, mask=read, other=0.0)
         tl.store(mass + c, before * decay + seen, mask=read)
-    tl.store(mass + row, tl.sum(tl.where(valid, tl.exp2(own - top) * over, 0.0), 0) / group)
+    first = 0.0
+    if order.distance == 0:
+        first = tl.sum(tl.where(valid, tl.exp2((own - top - shared) * order.power), 0.0), 0) / group
+    tl.store(mass + row, first)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "token_positions", "row_limits"])
@@ -225,7 +234,9 @@ def _decode(
     )  # fmt: skip
     tl.store(out, (answer / total[:, None]).to(output.dtype.element_ty), mask=written)
     if scratch is not None:
-        _accumulate(mass, scratch, g < group, row, used, width, own, top, total, decay, sizes)
+        _accumulate(
+            mass, scratch, positions, g < group, row, used, position, width, own, top, total, decay, order, sizes
+        )
     elif mass is not None:
         tl.store(mass + row, 0.0)
 
@@ -248,8 +259,6 @@ def decode_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.decode_step``; declines nothing, and nothing waits for the device."""
-    if order.distance or order.power != 1:
-        return False
     batch, heads, dim = query.shape
     if not batch:
         return True
@@ -303,12 +312,12 @@ TYPES = {
 
 def compiled_for(head_dim: int) -> list[Variant]:
     """The launches of bfloat16 models with heads of this size."""
-    average = EvictionOrder(by="average", sink=4, recent=64, window=None)
+    far = EvictionOrder(by="average", sink=4, recent=64, window=None, distance=64, power=2)
     models: list[tuple[int, EvictionOrder, float | None, bool, bool]] = [  # G, order, softcap, sinks, accumulate
-        (4, average, None, False, True),
+        (4, far, None, False, True),
         (1, EvictionOrder(by="age", sink=0, recent=0, window=None), None, False, False),
         (8, EvictionOrder(by="mass", sink=4, recent=64, window=4096), 50.0, True, True),
-        (71, average, None, False, True),
+        (71, far, None, False, True),
     ]
     variants = []
     for group, order, softcap, sinks, accumulate in models:

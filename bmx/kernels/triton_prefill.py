@@ -115,6 +115,8 @@ def add_up(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    distance: int = 0,
+    power: int = 1,
 ) -> Tensor:
     """Add the attention that slot rows in use receive from their chunk to their mass, which decays first.
 
@@ -129,14 +131,16 @@ def add_up(
         scale: factor of the dot products, positive.
         softcap: as in ``attend``.
         window: as in ``attend``.
+        distance: as in ``ranking.EvictionOrder``.
+        power: as in ``ranking.EvictionOrder``.
 
     Returns:
         [K, T] float32, the attention that the chunks' own keys receive; undefined for other tokens.
     """
     own = torch.empty(key.shape[1], key.shape[0], dtype=torch.float32, device=key.device)
     if chunks.lengths:
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
-        _add_up(own, rows.mass, query, key, rows, chunks, logsums, chunks.query_weights, squares=False, **options)
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "distance": distance}
+        _add_up(own, rows.mass, query, key, rows, chunks, logsums, chunks.query_weights, power=power, **options)
     return own
 
 
@@ -150,10 +154,11 @@ def _add_up(
     logsums: Tensor,
     query_weights: Tensor | None,
     *,
-    squares: bool,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    distance: int = 0,
+    power: int = 1,
 ) -> None:
     """Add up attention with one set of query weights; without mass, ``own`` [K, P + T] takes sums of slot rows too."""
     heads, dim = query.shape[1:]
@@ -163,9 +168,9 @@ def _add_up(
     past_tiles, own_tiles = (triton.cdiv(keys, launch.block_n) for keys in (past, max(chunks.lengths)))
     sums_kernel[past_tiles + own_tiles, key.shape[1], len(chunks.lengths)](
         *(own, packed(query), packed(key)),
-        *(SlotRows(rows.keys, None, rows.positions if window else None, mass), _row_strides(rows)[0], logsums),
-        *(query_weights, chunks.decay, rows.first, rows.capacity, chunks.table, chunks.table.stride(0)),
-        *(past_tiles, own.stride(0), *_factors(scale, softcap), squares, sizes),
+        *(SlotRows(rows.keys, None, rows.positions if window or distance else None, mass), _row_strides(rows)[0]),
+        *(logsums, query_weights, chunks.decay, rows.first, rows.capacity, chunks.table, chunks.table.stride(0)),
+        *(past_tiles, own.stride(0), *_factors(scale, softcap), distance, power, sizes),
         **launch.options,
     )
 
@@ -189,33 +194,24 @@ def attend_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_chunk``; the specification computes it where a mask hides keys."""
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-    if hidden is not None or distance or power != 1:
-        chunk = query, key, value, past_key, past_value
-        return reference.attend_chunk(
-            *chunk,
-            sinks=sinks,
-            hidden=hidden,
-            query_weights=query_weights,
-            squares=squares,
-            past_places=past_places,
-            distance=distance,
-            power=power,
-            **options,
-        )
+    if hidden is not None:
+        options |= {"sinks": sinks, "hidden": hidden, "query_weights": query_weights, "squares": squares}
+        far: dict[str, Any] = {"past_places": past_places, "distance": distance, "power": power}
+        return reference.attend_chunk(query, key, value, past_key, past_value, **options, **far)
     tokens, heads, _ = query.shape
-    rows, chunks = _one_slot(past_key, past_value, tokens)
+    rows, chunks = _one_slot(past_key, past_value, past_places if distance else None, tokens)
     output = value.new_empty(tokens, heads, value.shape[-1])
     if query_weights is None:
         attend(output, query, key, value, rows, chunks, sinks=sinks, **options)
         return output, None
     logsums = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
     attend(output, query, key, value, rows, chunks, sinks=sinks, logsums=logsums, **options)
-    ways = [(weights, False) for weights in query_weights.contiguous()]
-    ways += [(query_weights[0].contiguous(), True)] if squares else []
+    ways = [(weights, power) for weights in query_weights.contiguous()]
+    ways += [(query_weights[0].contiguous(), 2)] if squares else []
     shape = len(ways), key.shape[1], past_key.shape[1] + tokens
     sums = torch.empty(shape, dtype=torch.float32, device=query.device)
-    for own, (weights, squared) in zip(sums, ways, strict=True):
-        _add_up(own, None, query, key, rows, chunks, logsums, weights, squares=squared, **options)
+    for own, (weights, raised) in zip(sums, ways, strict=True):
+        _add_up(own, None, query, key, rows, chunks, logsums, weights, distance=distance, power=raised, **options)
     return output, sums
 
 
@@ -224,7 +220,7 @@ def _row_strides(rows: Rows) -> tuple[int, int]:
     return rows.keys.stride(0), rows.values.stride(0)
 
 
-def _one_slot(past_key: Tensor, past_value: Tensor, tokens: int) -> tuple[Rows, Chunks]:
+def _one_slot(past_key: Tensor, past_value: Tensor, past_places: Tensor | None, tokens: int) -> tuple[Rows, Chunks]:
     """A slot as ``Rows`` and a chunk for it as ``Chunks``, from a view of the slot's rows in use."""
     kv_heads, past, _ = past_key.shape
     capacity = _rows_of_head(past_key)
@@ -232,10 +228,13 @@ def _one_slot(past_key: Tensor, past_value: Tensor, tokens: int) -> tuple[Rows, 
         past_key, past_value, capacity = past_key.contiguous(), past_value.contiguous(), past
     numbers = [0, tokens, 0, past, past, past + tokens, 0, capacity]
     table = upload(numbers, past_key.device)
+    positions = table  # unread: no window, and near queries count
+    if past_places is not None:  # the kernel subtracts the chunk's start, here ``past``
+        positions = torch.nn.functional.pad(past_places + past, (0, capacity - past))
     rows = Rows(
         keys=past_key[0],
         values=past_value[0],
-        positions=table,  # unread: no window
+        positions=positions,
         mass=None,
         first=table[6:7],
         capacity=table[7:],
@@ -314,11 +313,13 @@ def compiled_for(head_dim: int) -> list[Variant]:
     """The launches of bfloat16 models with 32 heads and 8 kv heads of this size."""
     attention, sums = _launch_attention(head_dim, 2), _launch_sums(head_dim, 2)
     plain = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, attention), "sinks": None}
-    added = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, sums), "squares": False}
+    added = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, sums)}
     attended = TYPES | {"slot_rows": SlotRows("*bf16", "*bf16")}
-    added_up = TYPES | {"slot_rows": SlotRows("*bf16", None, None, "*fp32")}
+    near = TYPES | {"slot_rows": SlotRows("*bf16", None, None, "*fp32")}
+    far = TYPES | {"slot_rows": SlotRows("*bf16", None, "*i32", "*fp32")}
     return [
         variant(attend_kernel, attended, plain | {"logsums": None}, attention.options),
         variant(attend_kernel, attended, plain, attention.options),
-        variant(sums_kernel, added_up, added, sums.options),
+        variant(sums_kernel, near, added | {"distance": 0, "power": 1}, sums.options),
+        variant(sums_kernel, far, added | {"distance": 32, "power": 2}, sums.options),
     ]
