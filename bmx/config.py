@@ -27,6 +27,7 @@ from bmx.settings import (
     settings_in,
 )
 from bmx.units import (
+    is_budget,
     parse_budget,
     parse_count,
     parse_format,
@@ -109,8 +110,8 @@ class EngineConfig:
     kv_budget: Annotated[
         int | float | str,
         Setting(
-            "KV pairs that each layer and head keeps for a sequence: a number, a share of its prompt (25%), "
-            "or auto: what `bmx calibrate` recommends",
+            "KV pairs that each layer and head keeps for a sequence: a number, a share of its prompt (25%), as many "
+            "as take a share of the bytes of its full cache (25%bytes), or auto: what `bmx calibrate` recommends",
             decides_answers=IF_EVICTING,
             unit="KV pairs",
             metavar="PAIRS",
@@ -310,8 +311,8 @@ class EngineConfig:
         kv_format = next(setting for setting in settings_in(EngineConfig) if setting.name == "kv_format")
         object.__setattr__(self, "kv_format", kv_format.coerce(self.kv_format))  # never ``auto``
         budget = self.kv_budget
-        if budget != "auto" and (isinstance(budget, str) or (isinstance(budget, float) and not 0 < budget <= 1)):
-            hint = "512 is a number of KV pairs, 0.25 a quarter of each prompt"
+        if not is_budget(budget):
+            hint = "512 is a number of KV pairs, 0.25 a quarter of each prompt, '25%bytes' a quarter of its bytes"
             raise UsageError(f"kv_budget must be a whole number or a share, not {budget!r:.80}", hint=hint)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1: {self.gpu_memory_utilization}")
@@ -319,16 +320,11 @@ class EngineConfig:
             raise UsageError("kv_sink must be at least 0 and kv_recent at least 1")
         if not 0 < self.kv_probe_weight <= 1:
             raise UsageError(f"kv_probe_weight must be above 0 and at most 1: {self.kv_probe_weight}")
-        if isinstance(budget, float) and self.kv_layer_budgets != "uniform":
+        if not isinstance(budget, int) and budget != "auto" and self.kv_layer_budgets != "uniform":
             raise UsageError(
-                "kv_layer_budgets needs a budget in KV pairs, not a share of the prompt",
-                hint="give --kv-budget a number",
+                "kv_layer_budgets needs a budget in KV pairs, not a share", hint="give --kv-budget a number"
             )
-        if (
-            self.kv_policy != "none"
-            and isinstance(self.kv_budget, int)
-            and self.kv_budget <= self.kv_sink + self.kv_recent
-        ):
+        if self.kv_policy != "none" and isinstance(budget, int) and budget <= self.kv_sink + self.kv_recent:
             raise UsageError(
                 f"kv_budget {self.kv_budget} leaves no room beside {self.kv_sink} sink and "
                 f"{self.kv_recent} recent tokens",

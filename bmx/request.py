@@ -186,11 +186,19 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVUsage:
-    """KV pairs per layer and head of one answer: the most that may be kept, those kept, and those evicted."""
+    """KV pairs per layer and head of one answer.
+
+    Attributes:
+        budget: the most that may be kept.
+        kept: those kept.
+        evicted: the others.
+        asked: the budget as the user gave it, where that is a share: ``25%`` (of the pairs) or ``25%bytes``.
+    """
 
     budget: int
     kept: int
     evicted: int
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

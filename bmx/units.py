@@ -80,7 +80,7 @@ def parse_counts(text: str | int) -> tuple[int, ...]:
 
 
 def parse_budget(text: str | float) -> int | float | str:
-    """A KV budget from ``1024``, ``2k``, ``25%`` (of the prompt; 0.25 in a file) or ``auto``.
+    """A KV budget from ``1024``, ``2k``, ``25%`` (of the prompt; 0.25 in a file), ``25%bytes`` or ``auto``.
 
     Raises:
         ValueError: not in any of these notations.
@@ -88,12 +88,36 @@ def parse_budget(text: str | float) -> int | float | str:
     words = str(text).strip()
     if words == "auto":
         return words
+    if words.endswith("bytes"):
+        return f"{100 * _byte_share(words):g}%bytes"
     if isinstance(text, float) or words.endswith("%") or words.startswith("0."):
         share = float(words.removesuffix("%")) / (100 if words.endswith("%") else 1)
         if not 0 < share < 1:
             raise ValueError(f"not a share below 100%: {text!r}")
         return share
     return parse_count(words)
+
+
+def byte_share(budget: float | str) -> float | None:
+    """The share of the full cache's bytes that a budget is; None for one in pairs."""
+    return _byte_share(budget) if isinstance(budget, str) and budget.endswith("bytes") else None
+
+
+def is_budget(value: float | str) -> bool:
+    """Whether a value is a KV budget as ``parse_budget`` returns it."""
+    if isinstance(value, str):
+        try:
+            return parse_budget(value) == value
+        except ValueError:
+            return False
+    return isinstance(value, int) or 0 < value < 1
+
+
+def _byte_share(words: str) -> float:
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)%\s*bytes", words)
+    if not match or not 0 < float(match[1]) < 100:
+        raise ValueError(f"not a share of bytes below 100%: {words!r}")
+    return float(match[1]) / 100
 
 
 def parse_policy(text: str) -> str:
@@ -188,7 +212,7 @@ def parse_object(value: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 EXPECTED: Mapping[Callable[[Any], Any], str] = {
-    parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or auto",
+    parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or of its bytes like 25%bytes, or auto",
     parse_policy: f"one of {', '.join(POLICIES)}",
     parse_format: f"auto, {', '.join(KV_FORMATS)}, or those of keys and values, like int8/int4",
     parse_layers: "uniform, pyramid, or a factor per layer like 1.5,1,0.5",

@@ -1,4 +1,4 @@
-"""How many KV pairs a sequence keeps: a number, or a share of its prompt; the same in all layers, or not.
+"""How many KV pairs a sequence keeps: a number, a share of its prompt, or what some bytes hold; layer by layer.
 
 Knows lengths and counts; touches no tensor and loads no torch.
 """
@@ -6,10 +6,13 @@ Knows lengths and counts; touches no tensor and loads no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, floor
+from typing import Any
 
 from bmx.errors import UsageError
+from bmx.kv.layout import KVLayout
+from bmx.units import byte_share
 
 PYRAMID_BASE = 20  # the last layer has 1 / PYRAMID_BASE of an even share
 
@@ -20,27 +23,54 @@ class Budget:
 
     Attributes:
         pairs: KV pairs of every sequence, on average over the layers; None if ``share`` is set.
-        share: the share of the prompt's tokens to keep, below 1; None if ``pairs`` is set.
+        share: the share of the prompt's tokens to keep; above 1 where bytes suffice for pairs of the answer too.
         fixed: pairs that every layer has alike: sink and recent tokens.
+        asked: a share as the user gave it, such as ``25%`` (of the pairs) or ``25%bytes``; empty for a number of pairs.
         layers: ``uniform``, ``pyramid``, or a factor per layer, 1 on average, on the pairs that are not fixed.
     """
 
     pairs: int | None
     share: float | None
     fixed: int
+    asked: str = ""
     layers: str | tuple[float, ...] = "uniform"
 
     @classmethod
-    def of(cls, wanted: float, fixed: int, layers: str | tuple[float, ...]) -> Budget:
+    def of(cls, wanted: float | str, fixed: int, layers: str | tuple[float, ...]) -> Budget:
         """From settings.
 
         Args:
-            wanted: a number of pairs, or a share of the prompt below 1.
+            wanted: a number of pairs, a share of the prompt below 1, or a share of the full cache's bytes.
             fixed: sink and recent tokens together.
             layers: as the attribute of that name.
         """
-        share = wanted if wanted < 1 else None
-        return cls(pairs=None if share else int(wanted), share=share, fixed=fixed, layers=layers)
+        of_bytes = byte_share(wanted)
+        share = float(wanted) if of_bytes is None else of_bytes
+        if share >= 1:
+            return cls(pairs=int(share), share=None, fixed=fixed, layers=layers)
+        asked = f"{100 * share:g}%" + ("" if of_bytes is None else "bytes")
+        return cls(pairs=None, share=share, fixed=fixed, asked=asked, layers=layers)
+
+    def in_pairs(self, pair: KVLayout) -> Budget:
+        """A budget in bytes as a share of the prompt's pairs; any other as it is.
+
+        The full cache counts with keys and values in the model's own type; what is kept, with all that is stored: codes
+        and their scales, positions, and the scores by which pairs are ranked.
+
+        Args:
+            pair: a slot of one row.
+        """
+        of_bytes = self.of_bytes
+        return replace(self, share=of_bytes * pair.full_cache_bytes / pair.nbytes) if of_bytes else self
+
+    @property
+    def of_bytes(self) -> float | None:
+        """The share of the full cache's bytes that the user asked for; None for a budget in pairs."""
+        return byte_share(self.asked)
+
+    def record(self) -> dict[str, Any]:
+        """What the user asked for and what became of it, for JSON."""
+        return {"asked": self.asked or self.pairs, "pairs": self.pairs, "share_of_pairs": self.share}
 
     def rows(self, prompt_tokens: int, max_tokens: int) -> int:
         """Rows of a slot that a sequence needs in the layer that keeps most."""
@@ -53,7 +83,8 @@ class Budget:
     def _rows(self, prompt_tokens: int, max_tokens: int, factor: float) -> int:
         total = prompt_tokens + max_tokens
         if self.share is not None:
-            return min(total, max(2 * self.fixed, ceil(self.share * prompt_tokens)))
+            pairs = self.share * prompt_tokens
+            return min(total, max(2 * self.fixed, floor(pairs) if self.of_bytes else ceil(pairs)))
         return min(total, self._pairs(factor))
 
     @property

@@ -9,7 +9,7 @@ attention, B decoding slots, N spans.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bmx.compress.attention_scorers import AttentionMass, AverageAttention, FarAttention, Recency
@@ -67,8 +67,12 @@ class CompressionPolicy:
     protects: bool = False
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> CompressionPolicy:
+    def from_config(cls, config: EngineConfig, spec: ModelSpec | None = None) -> CompressionPolicy:
         """The policy that the configuration names.
+
+        Args:
+            config: the settings.
+            spec: of the model, whose sizes turn a budget in bytes into pairs; not needed to check settings.
 
         Raises:
             UsageError: there is no such policy, or it cannot be combined with the other settings.
@@ -80,12 +84,12 @@ class CompressionPolicy:
                 *names, last = attention_policies()
                 hint = f"{', '.join(names)} and {last} do"
                 raise UsageError(f"{name} needs a policy that looks at attention, unlike {config.kv_policy}", hint=hint)
-        if isinstance(config.kv_budget, str):
+        if config.kv_budget == "auto":
             raise UsageError(
                 "kv_budget auto is for runs of the command line", hint="give a number, or a share like 25%"
             )
         key_format, value_format = config.pair_formats
-        return cls(
+        policy = cls(
             scorer=scorer,
             budget=Budget.of(config.kv_budget, config.kv_sink + config.kv_recent, config.kv_layer_budgets),
             sink=config.kv_sink,
@@ -96,6 +100,7 @@ class CompressionPolicy:
             value_format=value_format,
             protects=config.kv_protect != "none" and scorer is not None,
         )
+        return replace(policy, budget=policy.budget.in_pairs(policy.layout(spec, 1))) if spec else policy
 
     def rows_needed(self, prompt_tokens: int, max_tokens: int) -> int:
         """Rows of a slot that a sequence needs in the layer that keeps most."""

@@ -56,7 +56,7 @@ class Engine:
         self._backend: Backend | None = backend
         self.spec = share_layers(backend.spec, config.kv_share_layers)
         self.tokenizer = tokenizer
-        self.policy = CompressionPolicy.from_config(config)
+        self.policy = CompressionPolicy.from_config(config, self.spec)
         self.stats = Stats()
         reuse = None
         if config.prefix_reuse and backend.shares_prefixes:

@@ -82,7 +82,7 @@ def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> N
     if memory is None:
         return  # what is free is known when CUDA has begun
     spec = share_layers(preview(kind), config.kv_share_layers)
-    policy = CompressionPolicy.from_config(config)
+    policy = CompressionPolicy.from_config(config, spec)
     shortest = Length.of(policy, 1, 1)
     builder = PlanBuilder(
         config=config,

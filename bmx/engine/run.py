@@ -271,7 +271,9 @@ class Run:
         if sequence.error:
             return failure(sequence, sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
         policy = self._context.policy
-        return sequence.result(capacity if policy.scorer is None else policy.budget.pairs or sequence.rows_needed)
+        if policy.scorer is None:
+            return sequence.result(capacity)
+        return sequence.result(policy.budget.pairs or sequence.rows_needed, policy.budget.asked)
 
 
 class _Attempt:

@@ -239,7 +239,8 @@ def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None
     engine = plan = None
     if _check_first_rows(state):
         engine, plan = _prepare(state, display, stats)
-        record |= {"model": engine.describe(), "plan": plan_record(plan)}
+        budget = engine.policy.budget.record() if engine.policy.scorer else None
+        record |= {"model": engine.describe(), "plan": {"kv_budget": budget} | plan_record(plan)}
     if job.dry_run:
         return
     with recording(state, record, stats, display, plan) as journal, display.live(stats):
@@ -300,7 +301,8 @@ def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, P
         display.warn(warning)
     stats.prompt_work = every * sum(length.prompt_tokens for length in lengths)
     stats.answer_work = every * sum(length.max_tokens for length in lengths)
-    display.report(plan_lines(model, plan, lengths, state.todo.left, every))
+    budget = engine.policy.budget if engine.policy.scorer else None
+    display.report(plan_lines(model, plan, lengths, state.todo.left, every, budget))
     return engine, plan
 
 

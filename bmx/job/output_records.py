@@ -89,8 +89,9 @@ def _error(error: RowError) -> dict[str, str]:
 def _extras(result: Result) -> dict[str, Any]:
     """What only bmx reports: the row's KV cache, and what was done to a row that was too long."""
     kv = result.kv
+    asked = {"asked": kv.asked} if kv and kv.asked else {}
     extras: dict[str, Any] = {
-        "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted},
+        "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted, **asked},
         "truncated": result.truncated,
     }
     if result.clamped_to:

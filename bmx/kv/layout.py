@@ -87,6 +87,11 @@ class LayerLayout:
         return dim * self.itemsize if name == MODEL else FORMATS[name].vector_bytes(dim)
 
     @property
+    def full_cache_bytes(self) -> int:
+        """Bytes that the keys and values of as many pairs take in the model's own type."""
+        return self.capacity * self.kv_heads * (self.key_dim + self.value_dim) * self.itemsize
+
+    @property
     def score_bytes(self) -> int:
         """Bytes of positions and row statistics."""
         return self.capacity * self.kv_heads * (POSITION_BYTES + ROW_STAT_BYTES * len(self.row_stats))
@@ -107,6 +112,11 @@ class KVLayout:
     def score_bytes(self) -> int:
         """Bytes of a slot's positions and row statistics."""
         return sum(layer.score_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
+
+    @property
+    def full_cache_bytes(self) -> int:
+        """Bytes that the keys and values of as many pairs take in the model's own type."""
+        return sum(layer.full_cache_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
 
     @property
     def nbytes(self) -> int:

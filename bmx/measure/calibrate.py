@@ -341,7 +341,8 @@ class _Calibration:
     def _sizes(self, candidate: EngineConfig) -> dict[str, Any]:
         """A candidate's memory, slots and predicted speed, for all rows of the input."""
         query = replace(self.query, spec=share_layers(self.query.spec, candidate.kv_share_layers))
-        policy, spec, lengths = CompressionPolicy.from_config(candidate), query.spec, query.lengths
+        spec, lengths = query.spec, query.lengths
+        policy = CompressionPolicy.from_config(candidate, spec)
         rows = [policy.rows_needed(length.prompt_tokens, length.max_tokens) for length in lengths]
         scenario = query.option("candidate", candidate)
         seconds = scenario.forecast.seconds if scenario.forecast else None

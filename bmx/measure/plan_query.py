@@ -60,7 +60,7 @@ def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int, sha
     rows = ceil((of_all - first + 1) / shares)
     if rows < 1:
         raise UsageError(f"share {config.job.shard} of {of_all} rows has no rows", hint="give a larger --limit")
-    length = Length.of(CompressionPolicy.from_config(engine), prompt_tokens, answer)
+    length = Length.of(CompressionPolicy.from_config(engine, spec), prompt_tokens, answer)
     return PlanQuery(
         config=engine,
         spec=spec,
@@ -99,7 +99,7 @@ def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Tod
     """
     engine = config.engine
     spec = share_layers(preview_spec(engine, target.kind), engine.kv_share_layers)
-    policy = CompressionPolicy.from_config(engine)
+    policy = CompressionPolicy.from_config(engine, spec)
     source, gguf = locate_files(engine)
     encoder = PromptEncoder(load_tokenizer(source, engine, gguf), config.prompt)
     every = sampling_step(todo.left)

@@ -155,7 +155,7 @@ class PlanQuery:
             then: settings by which each prompt is compressed, at once and for free, when all of it has been read: the
                 best that compression in decoding alone could do.
         """
-        builder, after = self._builder(config), CompressionPolicy.from_config(then) if then else None
+        builder, after = self._builder(config), CompressionPolicy.from_config(then, self.spec) if then else None
         lengths = self._lengths(builder.policy, after)
         budget = config.kv_budget if builder.policy.scorer else then.kv_budget if then else None
         try:
@@ -188,7 +188,7 @@ class PlanQuery:
         return PlanBuilder(
             config=config,
             spec=self.spec,
-            policy=CompressionPolicy.from_config(config),
+            policy=CompressionPolicy.from_config(config, self.spec),
             device=self.device,
             kernels=kernels.choose(machine.kind),
             limits=self.limits,

@@ -25,6 +25,7 @@ from bmx.terminal.tables import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from bmx.compress.budgets import Budget
     from bmx.plan.memory import SlotGroup
     from bmx.plan.planner import Length, Plan
     from bmx.plan.scenarios import PlanQuery, Scenario
@@ -47,7 +48,7 @@ class Line(NamedTuple):
 
 
 def plan_lines(
-    model: Mapping[str, Any], plan: Plan, lengths: Sequence[Length], rows: int, every: int
+    model: Mapping[str, Any], plan: Plan, lengths: Sequence[Length], rows: int, every: int, budget: Budget | None
 ) -> Iterator[Line]:
     """What was decided, with the sum that says why it fits.
 
@@ -57,12 +58,16 @@ def plan_lines(
         lengths: those of the measured prompts.
         rows: number of rows to answer.
         every: one in this many rows was measured.
+        budget: how many pairs a sequence may keep; None for all.
     """
     tokens = every * sum(length.prompt_tokens for length in lengths)
     count = f"{counted(len(lengths), 'prompt')} of {counted(tokens, 'token')} in all"
     if every > 1:
         count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (one in {every} was measured)"
     yield Line(f"{model['architecture']}, {count}, attention: {model['attention']}")
+    if budget and budget.of_bytes:
+        share, pairs = f"{100 * budget.of_bytes:g}%", f"{min(1.0, budget.share or 0.0):.1%}"
+        yield Line(f"budget: {share} of the full cache's bytes hold {pairs} of each prompt's KV pairs")
     prefixes = f", {plan_range(plan.prefix_slots)} for shared text" if plan.prefix_slots else ""
     yield Line(
         f"slots: {plan_range(plan.groups)} ({plan.fill:.0%} of them used){prefixes}; "
