@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from bmx.errors import UsageError
 from bmx.kv_formats import AUTO_FORMAT, formats_of
-from bmx.policies import POLICIES
+from bmx.policies import DEFAULT_POLICY, POLICIES
 from bmx.settings import (
     ALWAYS,
     IF_CHUNKED,
@@ -98,15 +98,15 @@ class EngineConfig:
     kv_policy: Annotated[
         str,
         Setting(
-            "How KV pairs are ranked for eviction: average-attention (Batch-Max), none (keep everything: the full "
-            f"cache), or {', '.join(name for name in POLICIES if name not in ('average-attention', 'none'))}",
+            "How KV pairs are ranked for eviction: far-attention, none (keep everything: the full cache), "
+            f"average-attention (Batch-Max), or {', '.join(POLICIES[2:-1])}",
             decides_answers=ALWAYS,
             parse=parse_policy,
             metavar="POLICY",
             compared_in={"calibrate": "window,keydiff"},
             calibrated=True,
         ),
-    ] = "average-attention"
+    ] = DEFAULT_POLICY
     kv_budget: Annotated[
         int | float | str,
         Setting(
@@ -137,13 +137,13 @@ class EngineConfig:
     kv_recent: Annotated[
         int,
         Setting(
-            "Newest tokens that are never evicted",
+            "Newest tokens that are never evicted; far-attention ranks a pair by the queries that follow them",
             decides_answers=IF_EVICTING,
             unit="tokens",
             calibrated=True,
             rare=True,
         ),
-    ] = 32
+    ] = 64
     kv_protect: Annotated[
         Literal["none", "instructions"],
         Setting(

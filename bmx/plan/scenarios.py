@@ -24,6 +24,7 @@ from bmx.plan.machine import Machine
 from bmx.plan.machine_speed import TYPICAL
 from bmx.plan.memory import Limits, Memory, does_not_fit, limits
 from bmx.plan.planner import Length, Plan
+from bmx.policies import DEFAULT_POLICY
 
 BUDGETS = (4096, 2048, 1024, 512, 256, 128, 64)  # tried where the configured budget does not fit
 CHUNKS = (256, 128, 64, 32)  # tried where the configured chunk size does not fit
@@ -144,7 +145,7 @@ class PlanQuery:
 
     def _evicting(self) -> EngineConfig:
         """The settings with a policy that evicts."""
-        return replace(self.config, kv_policy="average-attention") if self.config.kv_policy == "none" else self.config
+        return replace(self.config, kv_policy=DEFAULT_POLICY) if self.config.kv_policy == "none" else self.config
 
     def option(self, name: str, config: EngineConfig, then: EngineConfig | None = None) -> Scenario:
         """One scenario.
@@ -224,7 +225,7 @@ class PlanQuery:
         budgets = [budget for budget in BUDGETS if least <= budget < below]
         for budget in budgets:
             if self._fits(replace(evicting, kv_budget=budget)):
-                policy = "--kv-policy average-attention " if config.kv_policy == "none" else ""
+                policy = f"--kv-policy {DEFAULT_POLICY} " if config.kv_policy == "none" else ""
                 yield f"{policy}--kv-budget {budget}"
                 break
         for chunk in CHUNKS:
@@ -234,7 +235,7 @@ class PlanQuery:
         both = [(b, c) for b in budgets for c in CHUNKS if c < config.eviction_chunk_size]
         for budget, chunk in both:
             if self._fits(replace(evicting, kv_budget=budget, chunk_size=chunk)):
-                policy = "--kv-policy average-attention " if config.kv_policy == "none" else ""
+                policy = f"--kv-policy {DEFAULT_POLICY} " if config.kv_policy == "none" else ""
                 yield f"{policy}--kv-budget {budget} --chunk-size {chunk}"
                 break
 
