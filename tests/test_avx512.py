@@ -375,7 +375,7 @@ def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, int8, cpu_ker
     cpu_kernels("avx512")
     loaded = prepare(bfloat16_model())
     loaded = quantize_int8(loaded) if int8 else loaded
-    settings = {"kv_policy": policy, "kv_budget": 40, "chunk_size": 24, "prefix_reuse": False}
+    settings = {"kv_policy": policy, "kv_budget": 40, "kv_recent": 20, "chunk_size": 24, "prefix_reuse": False}
     engine = Engine(EngineConfig(**settings), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
     requests = as_requests(random_prompts([90, 13, 61, 47, 100]), max_tokens=20)
     together = answers(engine, requests)

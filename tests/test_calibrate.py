@@ -212,7 +212,7 @@ def test_auto_with_settings_that_contradict_the_calibration_is_refused(given, bm
         ended = bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", *flags)
         assert ended.code == 2
         assert says in ended.complaint[0]
-    agreeing = ("--kv-policy", "average-attention", "--kv-recent", 8)
+    agreeing = ("--kv-policy", "far-attention", "--kv-recent", 8)
     assert (
         bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", *agreeing, "--dry-run").code
         == 0
@@ -270,7 +270,7 @@ def test_another_job_may_not_resume_with_the_file(given):
 def test_an_empty_list_of_candidates_is_one_that_was_not_given(given):
     ended = given("--kv-policy", "", "--kv-budget", "", "--kv-format", "", "--kv-layer-budgets", "")
     assert ended.code == 0
-    assert [entry["settings"]["kv_policy"] for entry in measured()["candidates"]] == ["average-attention"]
+    assert [entry["settings"]["kv_policy"] for entry in measured()["candidates"]] == ["far-attention"]
 
 
 # Wrong things
@@ -320,7 +320,7 @@ def test_rows_that_cannot_be_answered_are_left_out_and_named(given):
 
 GOOD = {
     "calibration_format": 1, "model": "fake", "fingerprint": {}, "candidates": [], "min_agreement": 0.9,
-    "recommended": {"kv_policy": "keydiff", "kv_budget": 64},
+    "recommended": {"kv_policy": "keydiff", "kv_budget": 80},
 }  # fmt: skip
 
 
@@ -333,7 +333,7 @@ def auto(bmx, *flags):
 def test_b1_a_calibration_file_sets_the_cache(bmx):
     Path(FILE).write_text(json.dumps(GOOD))
     shown = auto(bmx, "--print-config").out
-    assert "kv_policy: keydiff\nkv_budget: 64\n" in shown
+    assert "kv_policy: keydiff\nkv_budget: 80\n" in shown
 
 
 @pytest.mark.parametrize(

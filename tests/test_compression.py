@@ -16,7 +16,13 @@ from bmx.engine.attention import SlotAttention
 from bmx.model.spec import use_attention
 
 SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 9
-SETTINGS = {"kv_sink": SINK, "kv_recent": RECENT, "kv_budget": BUDGET, "chunk_size": CHUNK}
+SETTINGS = {
+    "kv_policy": "average-attention",
+    "kv_sink": SINK,
+    "kv_recent": RECENT,
+    "kv_budget": BUDGET,
+    "chunk_size": CHUNK,
+}
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "gpt_oss", "deepseek_v3", "mistral", "granite")
 
 
@@ -167,7 +173,7 @@ def test_kept_tokens_scores_and_answers_equal_the_plain_reference(family, kernel
 def test_scores_equal_a_float64_full_matrix_while_nothing_is_evicted(spy):
     """Column sums over all queries, mean over the group, of attention computed in one piece."""
     prompt = random_prompts((40,), seed=1)[0]
-    engine = tiny_engine("llama", kv_budget=45, kv_recent=RECENT, chunk_size=CHUNK)
+    engine = tiny_engine("llama", kv_policy="average-attention", kv_budget=45, kv_recent=RECENT, chunk_size=CHUNK)
     answer = next(engine.stream(as_requests([prompt], max_tokens=10))).token_ids
     early = as_requests([prompt], max_tokens=10, stop_token_ids=(answer[4],))  # might evict, but stops before
     result = next(engine.stream(early))
@@ -229,16 +235,25 @@ def test_unscored_work_is_not_done(monkeypatch):
     monkeypatch.setattr(cpu, "attend_chunk", watched_chunk)
     monkeypatch.setattr(cpu, "attend_slots", watched_slots)
     prompts = random_prompts((10, 50))
-    for kept, settings in ((prompts, {"kv_policy": "none"}), (prompts[:1], {"kv_budget": 40})):
+    for kept, settings in ((prompts, {"kv_policy": "none"}), (prompts[:1], {"kv_budget": 80})):
         engine, requests = tiny_engine("llama", **settings), as_requests(kept, max_tokens=3)
         plan = engine.plan(engine.measure(requests))
         scored.clear()  # what was rehearsed is another matter
         list(engine.run(requests, plan))
         assert scored
         assert not any(scored)
-    for policy, wanted in (("average-attention", True), ("keydiff", False), ("streaming", False)):
+    for policy, wanted in (
+        ("far-attention", True),
+        ("average-attention", True),
+        ("keydiff", False),
+        ("streaming", False),
+    ):
         scored.clear()
-        list(tiny_engine("llama", kv_budget=40, kv_policy=policy).stream(as_requests(prompts[1:], max_tokens=3)))
+        list(
+            tiny_engine("llama", kv_budget=40, kv_recent=32, kv_policy=policy).stream(
+                as_requests(prompts[1:], max_tokens=3)
+            )
+        )
         assert scored[-4:] == [wanted] * 4  # the decoding steps' two layers
 
 

@@ -72,7 +72,7 @@ def flag(name: str) -> str:
     [
         ("max_tokens", 256, 1, 2, 3),
         ("temperature", 0.0, 0.1, 0.2, 0.3),
-        ("kv_policy", "average-attention", "none", "average-attention", "none"),
+        ("kv_policy", "far-attention", "none", "average-attention", "none"),
         ("kv_budget", 1024, 0.25, 700, 0.5),
         ("kv_layer_budgets", "uniform", "pyramid", "uniform", "pyramid"),
         ("model", "demo", "./one", "./two", "./three"),
@@ -594,10 +594,10 @@ def test_the_ends_of_ranges_are_allowed(name, value):
 
 
 def test_a_budget_without_room_beside_sinks_and_recent_tokens_is_refused():
-    with pytest.raises(UsageError, match="kv_budget 36 leaves no room"):
-        gather(kv_budget=36)
-    assert gather(kv_budget=37)["kv_budget"] == 37
-    assert gather(kv_budget=36, kv_policy="none")["kv_budget"] == 36
+    with pytest.raises(UsageError, match="kv_budget 68 leaves no room"):
+        gather(kv_budget=68)
+    assert gather(kv_budget=69)["kv_budget"] == 69
+    assert gather(kv_budget=68, kv_policy="none")["kv_budget"] == 68
 
 
 def test_a_step_smaller_than_a_chunk_is_refused():

@@ -245,7 +245,7 @@ def steps_of(scheduler, lengths):
     slots=st.integers(1, 20),
     chunk_size=st.integers(1, 40),
     more_tokens=st.integers(0, 40),
-    policy=st.sampled_from([FULL, CompressionPolicy.from_config(EngineConfig(kv_budget=64))]),
+    policy=st.sampled_from([FULL, CompressionPolicy.from_config(EngineConfig(kv_budget=80))]),
 )
 def test_a_forecast_takes_as_many_steps_as_the_scheduler_would(sizes, slots, chunk_size, more_tokens, policy):
     """Told by a model whose steps take a second each, whatever is in them."""

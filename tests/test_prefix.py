@@ -489,7 +489,7 @@ def sequence_of(name, prompt, answer, policy):
     slots=st.integers(1, 5),
     spare=st.integers(0, 3),
     chunk_size=st.integers(1, 70),
-    policy=st.sampled_from(["none", "average-attention", "window", "expected-attention"]),
+    policy=st.sampled_from(["none", "far-attention", "window", "expected-attention"]),
     budget=st.sampled_from([40, 80, 120]),
     drops=st.sets(st.integers(0, 60)),
 )
@@ -497,7 +497,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
     prompts, answer, slots, spare, chunk_size, policy, budget, drops
 ):
     """Rows that are dropped at any moment, too, leave nobody waiting."""
-    policy = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=budget))
+    policy = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=budget, kv_recent=32))
     rows = [sequence_of(i, prompt, answer, policy) for i, prompt in enumerate(prompts)]
     largest = max(row.rows_needed for row in rows)
     scheduler = Scheduler([SlotGroup(largest, slots)], StepSize(chunk_size=chunk_size, max_num_batched_tokens=80))
@@ -557,12 +557,14 @@ def test_spans_matter_once_something_is_evicted():
     common=st.integers(0, 200),
     tails=st.tuples(st.integers(1, 80), st.integers(1, 80)),
     chunk_size=st.integers(1, 90),
-    policy=st.sampled_from(["none", "average-attention", "window", "expected-attention"]),
+    policy=st.sampled_from(["none", "far-attention", "window", "expected-attention"]),
     kv_format=st.sampled_from(["model", "int8"]),
     budget=st.sampled_from([40, 100, 0.5]),
 )
 def test_what_two_prompts_share_is_the_same_either_way(common, tails, chunk_size, policy, kv_format, budget):
-    policy = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_format=kv_format, kv_budget=budget))
+    policy = CompressionPolicy.from_config(
+        EngineConfig(kv_policy=policy, kv_format=kv_format, kv_budget=budget, kv_recent=32)
+    )
     reuse = Reuse(spec=SPEC, policy=policy, chunk_size=chunk_size)
     one, other = (sequence_of(i, [1] * common + [2 + i] * tail, 3, policy) for i, tail in enumerate(tails))
     shared = reuse.shared(one, other)
