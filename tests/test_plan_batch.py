@@ -61,10 +61,10 @@ def items(option):
 
 
 def test_an_input_is_planned_for_each_budget_the_full_cache_and_decode_only(plan, prompts):
-    code, answer = plan(prompts, "--kv-budget", "70,90", "--max-tokens", "8")
+    code, answer = plan(prompts, "--kv-budget", "40,64", "--kv-recent", "16", "--max-tokens", "8")
     assert code == 0
     assert [(o["cache"], o["kv_budget"]) for o in answer["options"]] == [
-        ("batch-max", 70), ("batch-max", 90), ("decode-only", 70), ("full cache", None),
+        ("batch-max", 40), ("batch-max", 64), ("decode-only", 40), ("full cache", None),
     ]  # fmt: skip
     assert answer["rows"] == answer["measured_rows"] == 5
     assert answer["prompt_tokens"] == sum(map(len, ROWS))
@@ -79,7 +79,7 @@ def test_an_input_is_planned_for_each_budget_the_full_cache_and_decode_only(plan
 
 def test_a_run_uses_the_plan_that_plan_batch_predicted(bmx, model, plan, prompts):
     """Slots, groups, step and every item but those that only a loaded process can tell."""
-    settings = ("--kv-budget", "70", "--max-tokens", "8")
+    settings = ("--kv-budget", "40", "--kv-recent", "16", "--max-tokens", "8")
     _, answer = plan(prompts, *settings)
     assert bmx("run", prompts, "--model", model, "--dtype", "float32", "--device", "cpu", *settings).code == 0
     ran = json.loads((prompts.parent / "in.out.jsonl.run.json").read_text())
