@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bmx import Engine, EngineConfig, PromptConfig, kernels
 from bmx.engine.backend import ModelBackend
 from bmx.kernels import build, reference
+from bmx.kernels.formats import FORMATS, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
@@ -262,12 +263,17 @@ def test_powers_of_the_attention_of_decoding_tokens(group, power):
         assert_near(one, expected)
 
 
-def rows_of(capacity, kv_heads=2, dim=64, value_dim=32, dtype=BF16):
+def rows_of(capacity, kv_heads=2, dim=64, value_dim=32, dtype=BF16, formats=("model", "model")):
     """Two slots without pairs."""
-    numbers = 2 * kv_heads * capacity
+    count = 2 * kv_heads * capacity
+    keys, values = (
+        Stored.zeros(name, (count,), size, dtype, torch.device("cpu"))
+        for name, size in zip(formats, (dim, value_dim), strict=True)
+    )
     return Rows(
-        keys=torch.zeros(numbers, dim, dtype=dtype), values=torch.zeros(numbers, value_dim, dtype=dtype),
-        positions=torch.full((numbers,), -1, dtype=torch.int32), mass=torch.zeros(numbers),
+        keys=keys.numbers, values=values.numbers, key_scales=keys.scales, value_scales=values.scales,
+        key_format=keys.format, value_format=values.format,
+        positions=torch.full((count,), -1, dtype=torch.int32), mass=torch.zeros(count),
         first=torch.tensor([0, kv_heads * capacity]), capacity=torch.tensor([capacity] * 2), kv_heads=kv_heads,
         capacities=(capacity, capacity), largest=capacity,
     )  # fmt: skip
@@ -329,6 +335,114 @@ def test_far_attention_evicts_what_the_specification_evicts(cuts, window, distan
         assert torch.equal(rows.values.float(), expected.values)
         assert_near(rows.mass, expected.mass.double())
         torch.testing.assert_close(output.float(), expected_output, **NEAR)
+
+
+def exact(stored, dim):
+    """What stored vectors stand for, in float64 and without any rounding."""
+    if stored.scales is None:
+        return stored.numbers.double()
+    scales = stored.scales.double()
+    if stored.format == "int8":
+        return stored.numbers.view(torch.int8).double() * scales
+    levels = torch.cat([stored.numbers % 16, stored.numbers // 16], -1).double()
+    assert levels.shape[-1] == dim
+    return levels * scales[..., :1] + scales[..., 1:]
+
+
+CODED = pytest.mark.parametrize(
+    "formats", [("int8", "int8"), ("int4", "int4"), ("int8", "int4"), ("model", "int4"), ("int4", "model")]
+)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_codes_are_those_of_the_specification_to_the_last_bit(step, dim, name):
+    """Of plain numbers, and of some that a float16 scale or offset can hardly hold."""
+    tokens = 60
+    key = normal(tokens, 2, dim, seed=1) * 10 ** normal(tokens, 2, 1, seed=2)
+    key[3], key[4], key[5, :, 1:], key[6], key[7, 0, 0], key[8], key[9, :, 5] = 0, 7.5, 0, 1e-9, torch.inf, 3e5, -2e8
+    key[10:20] += 40
+    value = normal(tokens, 2, dim, seed=3).to(BF16)
+    sequence = normal(tokens, 4, dim, dtype=BF16), key.to(BF16), value
+    order = EvictionOrder(by="age", sink=0, recent=0, window=None)
+    rows = rows_of(tokens, dim=dim, value_dim=dim, formats=(name, name))
+    bounds = (0, tokens) if step == "prefill" else range(tokens + 1)
+    for start, stop in itertools.pairwise(bounds):
+        read(avx512, rows, sequence, start, stop, order, tokens)
+    keys, values, *_ = rows.slot(1)
+    for stored, vectors in ((keys, sequence[1]), (values, value)):
+        codes, scales = FORMATS[name].encode(vectors.transpose(0, 1))
+        assert torch.equal(stored.scales, scales)
+        assert torch.equal(stored.numbers, codes)
+
+
+@CODED
+@pytest.mark.parametrize("sharp", [0.02, 0.3, 4.0])
+@pytest.mark.parametrize(("group", "dim", "value_dim", "count"), [(1, 64, 32, 1), (3, 64, 64, 700), (9, 96, 128, 77)])
+def test_decoding_tokens_read_codes_as_float64_does(group, dim, value_dim, count, sharp, formats):
+    """Attention to all keys alike, and to few of them: weights of all sizes count."""
+    rows = rows_of(count, dim=dim, value_dim=value_dim, formats=formats)
+    key, value = normal(count, 2, dim, seed=1, dtype=BF16), 3 + normal(count, 2, value_dim, seed=2, dtype=BF16)
+    query = normal(count, 2 * group, dim, seed=3, dtype=BF16)
+    order, sinks = EvictionOrder(by="mass", sink=0, recent=0, window=None), normal(2 * group)
+    if count > 1:
+        read(avx512, rows, (query, key, value), 0, count - 1, order, count)
+    rows.mass.zero_()
+    output = read(avx512, rows, (query, key, value), count - 1, count, order, count, scale=sharp, sinks=sinks)
+    keys, values, positions, mass = rows.slot(1)
+    assert torch.equal(positions, torch.arange(count, dtype=torch.int32).expand(2, -1))
+    read_keys, read_values = exact(keys, dim).unsqueeze(0), exact(values, value_dim).unsqueeze(0)
+    expected, columns = dense_slots(query[-1:], read_keys, read_values, scale=sharp, sinks=sinks)
+    torch.testing.assert_close(output.double(), expected, atol=5e-3, rtol=8e-3)
+    torch.testing.assert_close(mass.double(), columns[0, 0], atol=1e-6, rtol=8e-3)
+
+
+@CODED
+@pytest.mark.parametrize(("tokens", "past", "group", "dim"), CHUNKS[1:])
+def test_a_chunk_reads_codes_as_float64_does(tokens, past, group, dim, formats):
+    """The chunk's own pairs are read as they are given."""
+    sequence = [normal(past + tokens, heads, dim, seed=i, dtype=BF16) for i, heads in enumerate((2 * group, 2, 2))]
+    query, key, value = sequence
+    order = EvictionOrder(by="mass", sink=0, recent=0, window=None)
+    rows = rows_of(past + tokens + 3, dim=dim, value_dim=dim, formats=formats)
+    read(avx512, rows, sequence, 0, past, order, past + tokens)
+    before = rows.slot(1)
+    slot = [exact(stored, dim)[:, :past] for stored in (before.keys, before.values)]
+    rows.mass.zero_()
+    output = read(avx512, rows, sequence, past, past + tokens, order, past + tokens)
+    expected, columns = dense_chunk(query[past:], key[past:], value[past:], *slot, scale=0.125)
+    torch.testing.assert_close(output.double(), expected, **NEAR)
+    torch.testing.assert_close(rows.slot(1).mass[:, : past + tokens].double(), columns[0], **NEAR)
+
+
+def test_codes_without_a_number_stay_without():
+    query, key, value = (normal(9, heads, 64, seed=heads, dtype=BF16) for heads in (6, 2, 2))
+    order = EvictionOrder(by="mass", sink=0, recent=0, window=None)
+    for formats, broken in itertools.product((("int8", "int8"), ("int4", "int4")), (query, key, value)):
+        kept, broken[6, 0, 3] = broken[6, 0, 3].item(), torch.nan
+        rows = rows_of(9, value_dim=64, formats=formats)
+        before = read(avx512, rows, (query, key, value), 0, 6, order, 9)
+        output = read(avx512, rows, (query, key, value), 6, 7, order, 9)
+        broken[6, 0, 3] = kept
+        assert before.isfinite().all()
+        assert output[0, 0].isnan().all()
+        assert output[0, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize(("formats", "dim"), [(("fp8", "int8"), 64), (("model", "fp8"), 64), (("int8", "model"), 544)])
+def test_other_codes_are_declined_and_nothing_is_changed(formats, dim):
+    rows = rows_of(9, dim=dim, formats=formats)
+    q, k, v = normal(1, 4, dim, dtype=BF16), normal(1, 2, dim, dtype=BF16), normal(1, 2, 32, dtype=BF16)
+    output, numbers = torch.zeros(1, 4, 32, dtype=BF16), (torch.tensor([n]) for n in (1, 0, 9))
+    order = EvictionOrder(by="mass", sink=0, recent=0, window=None)
+    options = {"scale": 0.1, "order": order}
+    assert not avx512.decode_step(output, q, k, v, rows, *numbers, decay=1.0, accumulate=True, **options)
+    columns = ((0,), (1,), (1,), (0,), (9,), (99,))
+    chunks = Chunks(**dict(zip(CHUNK_COLUMNS, columns, strict=True)), table=torch.tensor(columns))
+    assert not avx512.prefill_step(output, q, k, v, rows, chunks, **options)
+    assert not output.any()
+    assert (rows.positions == -1).all()
 
 
 def test_what_is_no_number_stays_none():

@@ -1,5 +1,5 @@
-// What the attention of prompt chunks and of decoding tokens share, for CPUs with AVX512-BF16: vectors by strides, which
-// keys a query sees, and the softmax of a row of scores. Words and panels are in gemm.h.
+// What the attention of prompt chunks and of decoding tokens share, for CPUs with AVX512-BF16: vectors by strides,
+// which keys a query sees, and the softmax of a row of scores. Words and panels are in gemm.h.
 
 #pragma once
 

@@ -154,17 +154,17 @@ void bmx_rotate(const bf16* x, long token, long head, const bf16* cos, const bf1
 
 // A prompt chunk attends to its slot and to itself: see attend_chunk in contract.py.
 //
-// views: q [tokens][heads][dim], k [tokens][kv_heads][dim], v [tokens][kv_heads][value_dim], past_k
-// [past][kv_heads][dim], past_v [past][kv_heads][value_dim]; hidden [kv_heads][tokens][past + tokens] or null; sinks
-// [heads] or null; query_weights [ways][tokens]; past_places [kv_heads][past], or null if distance is 0; out
-// [tokens][heads][value_dim]; sums [ways][kv_heads][past + tokens], zeros.
-long bmx_attend_chunk(const Vectors* views, long tokens, long heads, long kv_heads, long past, long dim, long value_dim,
+// views: q [tokens][heads][dim], k and v [tokens][kv_heads][dim or value_dim]; stored: keys and values of the slot,
+// `past` rows of each kv head; hidden [kv_heads][tokens][past + tokens] or null; sinks [heads] or null; query_weights
+// [ways][tokens]; past_places [kv_heads][past], or null if distance is 0; out [tokens][heads][value_dim]; sums
+// [ways][kv_heads][past + tokens], zeros.
+long bmx_attend_chunk(const Vectors* views, const Stored* stored, long tokens, long heads, long kv_heads, long past,
                       long ways, float scale, int distance, int power, const uint8_t* hidden, const float* sinks,
                       const float* query_weights, const int32_t* past_places, bf16* out, float* sums, char* work,
                       long size) {
-    ChunkAttention chunk{views[0], views[1], views[2], views[3],      views[4],    tokens,   heads,
-                         kv_heads, past,     dim,      value_dim,     ways,        scale,    distance,
-                         power,    hidden,   sinks,    query_weights, past_places, out};
+    ChunkAttention chunk{views[0],  views[1],      views[2], stored[0],     stored[1], tokens, heads,
+                         kv_heads,  past,          stored[0].dim, stored[1].dim, ways, scale,  distance,
+                         power,     hidden,        sinks,    query_weights, past_places, out};
     const long needed = static_cast<long>(chunk.bytes());
     if (size < needed) return needed;
     chunk.take(Work{work});
@@ -175,7 +175,7 @@ long bmx_attend_chunk(const Vectors* views, long tokens, long heads, long kv_hea
         float* own_sums = chunk.sums_of(me);
         std::memset(own_sums, 0, chunk.sums_size * sizeof(float));
         for (long task = me; task < kv_heads * chunk.blocks; task += threads)
-            chunk.pack_block(task / chunk.blocks, task % chunk.blocks * ChunkAttention::BLOCK);
+            chunk.pack_block(task / chunk.blocks, task % chunk.blocks * ChunkAttention::BLOCK, tile);
 #pragma omp barrier
         for (long task = me; task < kv_heads * chunk.tiles_of_head; task += threads) {
             const long head = task % kv_heads, first = task / kv_heads * ROWS;
@@ -194,27 +194,26 @@ long bmx_attend_chunk(const Vectors* views, long tokens, long heads, long kv_hea
 
 // One decoding token per slot attends to its slot: see attend_slots in contract.py.
 //
-// q [batch][heads][dim]; keys and values [slots][kv_heads][capacity][dim or value_dim], all contiguous; slots
-// [batch], or null for 0, 1, ...; hidden bool by two strides (batch, head), or null; out [batch][heads][value_dim];
-// mass [batch][kv_heads][capacity] or null.
-long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const int64_t* slots, long batch, long heads,
-                      long kv_heads, long capacity, long dim, long value_dim, float scale, int power,
-                      const uint8_t* hidden, long hidden_batch, long hidden_head, const float* sinks, bf16* out,
-                      float* mass, char* work, long size) {
+// q [batch][heads][dim]; stored: keys and values [slots][kv_heads][capacity]; slots [batch], or null for 0, 1, ...;
+// hidden bool by two strides (batch, head), or null; out [batch][heads][value_dim]; mass [batch][kv_heads][capacity]
+// or null.
+long bmx_attend_slots(const bf16* q, const Stored* stored, const int64_t* slots, long batch, long heads, long kv_heads,
+                      long capacity, float scale, int power, const uint8_t* hidden, long hidden_batch,
+                      long hidden_head, const float* sinks, bf16* out, float* mass, char* work, long size) {
+    const Stored keys = stored[0], values = stored[1];
     const long group = heads / kv_heads;
-    const size_t bytes_each = Slot::bytes(capacity, group);
+    const size_t bytes_each = Slot::bytes({nullptr, keys, values, capacity, group, power});
     const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
     if (size < needed) return needed;
 #pragma omp parallel for schedule(static, 1)
     for (long task = 0; task < batch * kv_heads; task++) {
         const long token = task / kv_heads, head = task % kv_heads, first = token * heads + head * group;
         const long begin = ((slots ? slots[token] : token) * kv_heads + head) * capacity;
-        Slot slot{q + first * dim, keys + begin * dim, values + begin * value_dim, capacity, group, dim, value_dim};
+        Slot slot{q + first * keys.dim, keys.from(begin), values.from(begin), capacity, group, power};
         slot.take(Work{work + omp_get_thread_num() * bytes_each});
-        slot.power = power;
         slot.hidden = hidden ? hidden + token * hidden_batch + head * hidden_head : nullptr;
         slot.sinks = sinks ? sinks + head * group : nullptr;
-        slot.attend(scale, out + first * value_dim);
+        slot.attend(scale, out + first * values.dim);
         for (long i = 0; mass && i < capacity; i += LANES)
             _mm512_mask_storeu_ps(mass + task * capacity + i, seen(i, capacity, nullptr), slot.mean(i));
     }
@@ -224,12 +223,12 @@ long bmx_attend_slots(const bf16* q, const bf16* keys, const bf16* values, const
 // The attention of a prompt chunk is added to the mass, and the best `limit` pairs of slot and chunk stay: see evict in
 // reference.py.
 //
-// views: k and v [tokens][kv_heads][dim or value_dim]; keys, values, positions, mass: [kv_heads][capacity] rows of
-// the slot, `used` of them in use, mass may be null; start: position of the first token; sums [kv_heads][used +
-// tokens] or null.
-long bmx_evict(const Vectors* views, bf16* keys, bf16* values, int32_t* positions, float* mass, const float* sums,
-               long tokens, long kv_heads, long capacity, long limit, long used, long start, long dim, long value_dim,
-               float decay, EvictionOrder order, char* work, long size) {
+// views: k and v [tokens][kv_heads][dim or value_dim]; stored: keys and values of the slot; positions and mass
+// [kv_heads][capacity], `used` of them in use, mass may be null; start: position of the first token; sums
+// [kv_heads][used + tokens] or null.
+long bmx_evict(const Vectors* views, const Stored* stored, int32_t* positions, float* mass, const float* sums,
+               long tokens, long kv_heads, long capacity, long limit, long used, long start, float decay,
+               EvictionOrder order, char* work, long size) {
     const Vectors k = views[0], v = views[1];
     const long total = used + tokens, full = (total + LANES - 1) / LANES * LANES;
     const size_t each = 2 * Work::bytes<float>(full) + Work::bytes<int32_t>(full) + Work::bytes<float>(full);
@@ -251,8 +250,8 @@ long bmx_evict(const Vectors* views, bf16* keys, bf16* values, int32_t* position
         for (long i = 0; own_mass && i < used; i++) own_mass[i] = received[i];
         const auto put = [&](long row, long i) {
             const long target = head * capacity + row;
-            std::memcpy(keys + target * dim, k.at(i - used, head), dim * sizeof(bf16));
-            std::memcpy(values + target * value_dim, v.at(i - used, head), value_dim * sizeof(bf16));
+            stored[0].put(target, k.at(i - used, head));
+            stored[1].put(target, v.at(i - used, head));
             row_positions[row] = candidates[i];
             if (own_mass) own_mass[row] = received[i];
         };
@@ -282,17 +281,19 @@ long bmx_evict(const Vectors* views, bf16* keys, bf16* values, int32_t* position
 
 // The decoding tokens' part of a layer: see decode_step in contract.py.
 //
-// views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; keys, values, positions and mass by row;
-// the rows of slot s begin at first[s], `capacity[s]` of them for each kv head, at most `largest`; slots,
-// token_positions and row_limits [batch]; mass may be null.
-long bmx_decode_step(const Vectors* views, bf16* keys, bf16* values, int32_t* positions, float* mass,
-                     const int64_t* first, const int64_t* capacity, const int64_t* slots,
-                     const int64_t* token_positions, const int64_t* row_limits, long batch, long heads, long kv_heads,
-                     long largest, long dim, long value_dim, float scale, float decay, int accumulate,
-                     EvictionOrder order, const float* sinks, bf16* out, char* work, long size) {
+// views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; stored: keys and values; they, positions
+// and mass by row; the rows of slot s begin at first[s], `capacity[s]` of them for each kv head, at most `largest`;
+// slots, token_positions and row_limits [batch]; mass may be null.
+long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positions, float* mass, const int64_t* first,
+                     const int64_t* capacity, const int64_t* slots, const int64_t* token_positions,
+                     const int64_t* row_limits, long batch, long heads, long kv_heads, long largest, float scale,
+                     float decay, int accumulate, EvictionOrder order, const float* sinks, bf16* out, char* work,
+                     long size) {
     const Vectors q = views[0], k = views[1], v = views[2];
-    const long group = heads / kv_heads;
-    const size_t query_bytes = Work::bytes<bf16>(group * dim), bytes_each = Slot::bytes(largest, group) + query_bytes;
+    const Stored keys = stored[0], values = stored[1];
+    const long group = heads / kv_heads, dim = keys.dim;
+    const size_t query_bytes = Work::bytes<bf16>(group * dim);
+    const size_t bytes_each = query_bytes + Slot::bytes({nullptr, keys, values, largest, group, order.power});
     const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
     if (size < needed) return needed;
 #pragma omp parallel for schedule(static, 1)
@@ -304,8 +305,8 @@ long bmx_decode_step(const Vectors* views, bf16* keys, bf16* values, int32_t* po
         float* row_mass = mass ? mass + begin : nullptr;
         const long row =
             position < limit ? position : victim(order, row_positions, row_mass, limit, static_cast<int>(position));
-        std::memcpy(keys + (begin + row) * dim, k.at(token, head), dim * sizeof(bf16));
-        std::memcpy(values + (begin + row) * value_dim, v.at(token, head), value_dim * sizeof(bf16));
+        keys.put(begin + row, k.at(token, head));
+        values.put(begin + row, v.at(token, head));
         row_positions[row] = static_cast<int32_t>(position);
         if (row_mass) row_mass[row] = 0.0f;
         Work own{work + omp_get_thread_num() * bytes_each};
@@ -313,21 +314,20 @@ long bmx_decode_step(const Vectors* views, bf16* keys, bf16* values, int32_t* po
         for (long g = 0; g < group; g++)
             std::memcpy(query + g * dim, q.at(token, head * group + g), dim * sizeof(bf16));
         const long used = std::min(position + 1, limit);
-        Slot slot{query, keys + begin * dim, values + begin * value_dim, used, group, dim, value_dim};
-        uint8_t* flags = slot.take(own);
-        for (long i = 0; order.window && i < slot.rows; i++) flags[i] = row_positions[i] <= position - order.window;
-        slot.hidden = order.window ? flags : nullptr;
+        Slot slot{query, keys.from(begin), values.from(begin), used, group, order.power};
+        slot.take(own);
+        for (long i = 0; order.window && i < used; i++) slot.flags[i] = row_positions[i] <= position - order.window;
+        slot.hidden = order.window ? slot.flags : nullptr;
         const long after = task + omp_get_num_threads();  // the next task of this thread
         if (after < batch * kv_heads) {
             const long next_slot = slots[after / kv_heads];
             const long next_begin = first[next_slot] + after % kv_heads * capacity[next_slot];
             const long filled = std::min(token_positions[after / kv_heads], capacity[next_slot]);
-            slot.next =
-                Stream{keys + next_begin * dim, values + next_begin * value_dim, filled * dim, filled * value_dim};
+            slot.next = Stream{keys.at(next_begin), values.at(next_begin), filled * keys.bytes() / 64,
+                               filled * values.bytes() / 64};
         }
         slot.sinks = sinks ? sinks + head * group : nullptr;
-        slot.power = order.power;
-        slot.attend(scale, out + (token * heads + head * group) * value_dim);
+        slot.attend(scale, out + (token * heads + head * group) * values.dim);
         const int farthest = static_cast<int>(position) - order.distance;  // later positions receive nothing
         for (long i = 0; row_mass && accumulate && i < slot.rows; i += LANES) {
             const __mmask16 valid = seen(i, slot.rows, nullptr);

@@ -2,7 +2,8 @@
 
 Implements ``contract.KernelModule``; knows tensors, and which of them the C++ beside it takes. Linear layers, norms and
 rotations of other types and of sizes that fill no register go to ``reference``. Attention of other types, of sizes that
-are no multiple of 32, with capped scores, squares or a negative scale goes to ``cpu``; fused steps decline it.
+are no multiple of 32, with capped scores, squares or a negative scale goes to ``cpu``; fused steps decline it, and KV
+pairs in formats other than int8 and int4.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 
 from bmx.kernels import build, cpu, reference
+from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import RANKS, EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 
 WORD = 32  # bfloat16 numbers, or columns, that are computed together
 COLUMNS = 16
+FORMATS = (MODEL, "int8", "int4")  # that the C++ reads and writes
+MOST_CODES = 512  # of a vector: sums of products with 16-bit numbers stay within 32 bits
 gate = reference.gate
 
 
@@ -28,6 +32,15 @@ class _Vectors(ctypes.Structure):
     """Vectors by row and head, as the C++ sees them: address, and strides in numbers."""
 
     _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_long), ("head", ctypes.c_long))
+
+
+class _Stored(ctypes.Structure):
+    """Stored vectors, as the C++ sees them: one after another, `head` rows for each kv head."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scales")),
+        *((name, ctypes.c_long) for name in ("format", "dim", "head")),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -55,10 +68,10 @@ class _Library:
         pointer, number, flag, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
         working: dict[str, list[Any]] = {
             "bmx_linear": [pointer] * 2 + [flag] * 2 + [pointer] + [number] * 2,
-            "bmx_attend_chunk": [pointer] + [number] * 7 + [real, flag, flag] + [pointer] * 6,
-            "bmx_attend_slots": [pointer] * 4 + [number] * 6 + [real, flag, pointer, number, number] + [pointer] * 3,
-            "bmx_decode_step": [pointer] * 10 + [number] * 6 + [real] * 2 + [flag, _Order] + [pointer] * 2,
-            "bmx_evict": [pointer] * 6 + [number] * 8 + [real, _Order],
+            "bmx_attend_chunk": [pointer] * 2 + [number] * 5 + [real, flag, flag] + [pointer] * 6,
+            "bmx_attend_slots": [pointer] * 3 + [number] * 4 + [real, flag, pointer, number, number] + [pointer] * 3,
+            "bmx_decode_step": [pointer] * 9 + [number] * 4 + [real] * 2 + [flag, _Order] + [pointer] * 2,
+            "bmx_evict": [pointer] * 5 + [number] * 6 + [real, _Order],
         }
         for name, arguments in working.items():
             function = getattr(library, name)
@@ -189,21 +202,43 @@ def attend_chunk(
         details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
         details |= {"query_weights": query_weights, "past_places": past_places, "distance": distance, "power": power}
         return cpu.attend_chunk(*operands, scale=scale, **details)
-    tokens, heads, dim = query.shape
-    kv_heads, past, value_dim = past_value.shape
-    output = query.new_empty(tokens, heads, value_dim)
+    slot = Stored(_in_rows(past_key), None, MODEL), Stored(_in_rows(past_value), None, MODEL)
+    options = {"sinks": sinks, "hidden": hidden, "query_weights": query_weights, "past_places": past_places}
+    return _attend_chunk((query, key, value), slot, past_key.shape[1], scale, distance, power, **options)
+
+
+def _attend_chunk(
+    chunk: tuple[Tensor, Tensor, Tensor],
+    slot: tuple[Stored, Stored],
+    past: int,
+    scale: float,
+    distance: int,
+    power: int,
+    **options: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``attend_chunk`` to the first ``past`` stored rows of a slot's kv heads.
+
+    Args:
+        chunk: query, key and value.
+        slot: keys and values.
+        past: P.
+        scale: as in ``attend_chunk``.
+        distance: as in ``attend_chunk``.
+        power: as in ``attend_chunk``.
+        options: sinks, hidden, query_weights and past_places, as in ``attend_chunk``.
+    """
+    query, key, value = chunk
+    (tokens, heads, _), kv_heads = query.shape, key.shape[1]
+    output = query.new_empty(tokens, heads, value.shape[-1])
+    query_weights, sinks = options["query_weights"], options["sinks"]
     ways = 0 if query_weights is None else len(query_weights)
     sums = torch.zeros(ways, kv_heads, past + tokens)
-    views = (_Vectors * 5)(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in operands[:3]),
-                        *(_Vectors(t.data_ptr(), t.stride(1), t.stride(0)) for t in operands[3:]))  # fmt: skip
-    sinks = None if sinks is None else sinks.float()
-    hidden = None if hidden is None else hidden.contiguous()
-    query_weights = None if query_weights is None else query_weights.contiguous()
-    past_places = None if past_places is None else past_places.contiguous()
-    sizes = (tokens, heads, kv_heads, past, dim, value_dim, ways)
-    options = (scale, distance, power, *map(_address, (hidden, sinks, query_weights, past_places)))
+    rows = (options["hidden"], None if sinks is None else sinks.float(), query_weights, options["past_places"])
+    tables = [None if table is None else table.contiguous() for table in rows]
+    sizes = (tokens, heads, kv_heads, past, ways, scale, distance, power)
+    addresses = map(_address, (*tables, output, sums))
     library = _library()
-    library.call(library.functions.bmx_attend_chunk, views, *sizes, *options, _address(output), _address(sums))
+    library.call(library.functions.bmx_attend_chunk, _vectors(*chunk), _stored(*slot, key, value), *sizes, *addresses)
     return output, sums if ways else None
 
 
@@ -227,7 +262,7 @@ def attend_slots(
         details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
         details |= {"want_mass": want_mass, "power": power}
         return cpu.attend_slots(query, keys, values, slots, scale=scale, **details)
-    batch, heads, dim = query.shape
+    batch, heads, _ = query.shape
     _, kv_heads, capacity, value_dim = values.shape
     query, sinks = query.contiguous(), None if sinks is None else sinks.float()
     output = query.new_empty(batch, heads, value_dim)
@@ -237,8 +272,9 @@ def attend_slots(
         hidden = hidden.expand(batch, kv_heads, capacity)
         hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
         strides = (hidden.stride(0), hidden.stride(1))
-    operands = (_address(query), _address(keys), _address(values), _address(slots))
-    sizes = (batch, heads, kv_heads, capacity, dim, value_dim)
+    stored = _stored(Stored(keys, None, MODEL), Stored(values, None, MODEL), keys, values)
+    operands = (_address(query), stored, _address(slots))
+    sizes = (batch, heads, kv_heads, capacity)
     options = (scale, power, _address(hidden), *strides, _address(sinks))
     library = _library()
     library.call(library.functions.bmx_attend_slots, *operands, *sizes, *options, _address(output), _address(mass))
@@ -263,18 +299,19 @@ def decode_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.decode_step``; no slot may be -1."""
-    vectors = (query, key, value, rows.keys, rows.values)
-    if softcap is not None or scale <= 0 or not all(map(_takes, vectors)):
+    if softcap is not None or scale <= 0 or not _takes_rows(query, key, value, rows):
         return False
-    batch, heads, dim = query.shape
+    batch, heads, _ = query.shape
     sinks = None if sinks is None else sinks.float()
-    views = (_Vectors * 3)(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in vectors[:3]))
-    state = map(_address, (rows.keys, rows.values, rows.positions, rows.mass, rows.first, rows.capacity))
+    state = map(_address, (rows.positions, rows.mass, rows.first, rows.capacity))
     tokens = map(_address, (slots, positions, row_limits))
-    sizes = (batch, heads, rows.kv_heads, rows.largest, dim, value.shape[-1])
+    sizes = (batch, heads, rows.kv_heads, rows.largest)
     options = (scale, decay, accumulate, _order(order), _address(sinks))
+    keys = Stored(rows.keys, rows.key_scales, rows.key_format)
+    values = Stored(rows.values, rows.value_scales, rows.value_format)
+    operands = (_vectors(query, key, value), _stored(keys, values, key, value))
     library = _library()
-    library.call(library.functions.bmx_decode_step, views, *state, *tokens, *sizes, *options, _address(output))
+    library.call(library.functions.bmx_decode_step, *operands, *state, *tokens, *sizes, *options, _address(output))
     return True
 
 
@@ -292,28 +329,28 @@ def prefill_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.prefill_step``; one chunk after another."""
-    if softcap is not None or scale <= 0 or not all(map(_takes, (query, key, value, rows.keys, rows.values))):
+    if softcap is not None or scale <= 0 or not _takes_rows(query, key, value, rows):
         return False
     decay = [1.0] * len(chunks.offsets) if chunks.decay is None else chunks.decay.tolist()
     for n, evicts in enumerate(chunks.may_evict(rows)):
         own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
         start, tokens, limit = chunks.starts[n], chunks.lengths[n], chunks.row_limits[n]
-        slot = rows.slot(chunks.slots[n])
-        keys, values, positions, mass = slot.keys.numbers, slot.values.numbers, slot.positions, slot.mass
-        limit = min(limit, len(positions[0]))
+        keys, values, positions, mass = rows.slot(chunks.slots[n])
+        capacity = positions.shape[1]
+        limit = min(limit, capacity)
         used = min(start, limit)
-        output[own], sums = attend_chunk(
-            query[own], key[own], value[own], keys[:, :used], values[:, :used], scale=scale, sinks=sinks,
+        chunk = query[own], key[own], value[own]
+        output[own], sums = _attend_chunk(
+            chunk, (keys, values), used, scale, order.distance, order.power, sinks=sinks,
             hidden=reference.out_of_window(positions[:, :used], start, tokens, order.window),
             query_weights=_weights(chunks, own) if evicts and mass is not None else None,
             past_places=positions[:, :used] - start if order.distance else None,
-            distance=order.distance, power=order.power,
         )  # fmt: skip
-        views = (_Vectors * 2)(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in (key[own], value[own])))
-        state = map(_address, (keys, values, positions, mass, None if sums is None else sums[0]))
-        sizes = (tokens, rows.kv_heads, len(positions[0]), limit, used, start, key.shape[-1], value.shape[-1])
+        operands = (_vectors(*chunk[1:]), _stored(keys, values, key, value))
+        state = map(_address, (positions, mass, None if sums is None else sums[0]))
+        sizes = (tokens, rows.kv_heads, capacity, limit, used, start)
         library = _library()
-        library.call(library.functions.bmx_evict, views, *state, *sizes, decay[n], _order(order))
+        library.call(library.functions.bmx_evict, *operands, *state, *sizes, decay[n], _order(order))
     return True
 
 
@@ -327,6 +364,35 @@ def _weights(chunks: Chunks, own: slice) -> Tensor:
 def _order(order: EvictionOrder) -> _Order:
     by, window = RANKS.index(order.by), order.window or 0
     return _Order(by, order.sink, order.recent, window, order.distance, order.power)
+
+
+def _vectors(*tensors: Tensor) -> Any:
+    """Tensors [N, H or K, D or E], as the C++ sees them."""
+    return (_Vectors * len(tensors))(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in tensors))
+
+
+def _stored(keys: Stored, values: Stored, *vectors: Tensor) -> Any:
+    """Stored keys and values [..., rows, D or E], as the C++ sees them; ``vectors`` are of the same sizes."""
+    views = []
+    for stored, dim in zip((keys, values), (one.shape[-1] for one in vectors), strict=True):
+        numbers = stored.numbers
+        head = numbers.stride(-3) // numbers.stride(-2) if numbers.ndim > 2 else 0
+        views.append(_Stored(_address(numbers), _address(stored.scales), FORMATS.index(stored.format), dim, head))
+    return (_Stored * 2)(*views)
+
+
+def _in_rows(past: Tensor) -> Tensor:
+    """Vectors [K, P, D], such that those of a head lie one after another."""
+    heads, rows, dim = past.stride()[0], past.stride()[1], past.shape[2]
+    return past if rows == dim and heads % dim == 0 else past.contiguous()
+
+
+def _takes_rows(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> bool:
+    """Whether the C++ takes these vectors, and reads and writes these rows."""
+    if not all(map(_takes, (query, key, value))) or not set(FORMATS).issuperset(rows.formats):
+        return False
+    plain = all(t.dtype in (torch.bfloat16, torch.uint8) for t in (rows.keys, rows.values))
+    return plain and (rows.formats == (MODEL, MODEL) or max(key.shape[-1], value.shape[-1]) <= MOST_CODES)
 
 
 def _takes(tensor: Tensor) -> bool:

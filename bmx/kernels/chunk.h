@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "formats.h"
 
 namespace {
 
@@ -13,7 +14,8 @@ namespace {
 struct ChunkAttention {
     static constexpr long BLOCK = WIDE * LANES;
 
-    Vectors q, k, v, past_k, past_v;
+    Vectors q, k, v;
+    Stored past_k, past_v;
     long tokens, heads, kv_heads, past, dim, value_dim, ways;
     float scale;
     int distance, power;  // what counts for the sums: queries so many tokens after a key, probabilities to this power
@@ -28,7 +30,8 @@ struct ChunkAttention {
     size_t key_words = static_cast<size_t>(kv_heads) * full * words;
     size_t value_words = static_cast<size_t>(kv_heads) * full * (value_dim / 2);
     size_t sums_size = static_cast<size_t>(ways) * kv_heads * full;
-    size_t tile_size = ROWS * (full + full / 2 + value_dim + words);
+    size_t vectors = BLOCK * std::max(dim, value_dim) / 2;
+    size_t tile_size = ROWS * (full + full / 2 + value_dim + words) + vectors;
     word *key_panels = nullptr, *value_panels = nullptr;
     float *sums_of_threads = nullptr, *tiles_of_threads = nullptr;
 
@@ -37,6 +40,7 @@ struct ChunkAttention {
         bf16* weights;     // [ROWS][full]
         float* answers;    // [ROWS][value_dim]
         word* queries;     // [ROWS][words]
+        bf16* vectors;     // [BLOCK][dim or value_dim], read from codes
         float over[ROWS];  // 1 / sums of weights
     };
 
@@ -61,19 +65,13 @@ struct ChunkAttention {
     Tile tile_of(int thread) const {
         float* scores = tiles_of_threads + thread * tile_size;
         float* answers = scores + ROWS * (full + full / 2);
-        return {scores,
-                reinterpret_cast<bf16*>(scores + ROWS * full),
-                answers,
-                reinterpret_cast<word*>(answers + ROWS * value_dim),
-                {}};
+        float* queries = answers + ROWS * value_dim;
+        return {scores, reinterpret_cast<bf16*>(scores + ROWS * full), answers, reinterpret_cast<word*>(queries),
+                reinterpret_cast<bf16*>(queries + ROWS * words)};
     }
-    const bf16* key(long i, long head) const {
-        return i < past ? past_k.at(i, head) : i < total ? k.at(i - past, head) : nullptr;
-    }
-    const bf16* value(long i, long head) const {
-        return i < past ? past_v.at(i, head) : i < total ? v.at(i - past, head) : nullptr;
-    }
-    void pack_block(long head, long first) const;
+    void find_block(const Stored& of_slot, const Vectors& own, long head, long first, const Tile& tile,
+                    const bf16** lines) const;
+    void pack_block(long head, long first, const Tile& tile) const;
     void attend(long head, long first, long rows, Tile& tile) const;
     __m512i places(long head, long at) const;
     template <bool All>
@@ -81,13 +79,31 @@ struct ChunkAttention {
     void add_up(long head, long first, long rows, const Tile& tile, float* sums) const;
 };
 
+// Finds the vectors `first` .. `first + BLOCK` of one kv head, null after the last; codes are read into the tile's.
+void ChunkAttention::find_block(const Stored& of_slot, const Vectors& own, long head, long first, const Tile& tile,
+                                const bf16** lines) const {
+    for (long i = 0; i < BLOCK; i++) {
+        const long at = first + i, row = head * of_slot.head + at;
+        if (at >= past) {
+            lines[i] = at < total ? own.at(at - past, head) : nullptr;
+        } else if (of_slot.format == MODEL) {
+            lines[i] = reinterpret_cast<const bf16*>(of_slot.at(row));
+        } else {
+            of_slot.read(row, tile.vectors + i * of_slot.dim);
+            lines[i] = tile.vectors + i * of_slot.dim;
+        }
+    }
+}
+
 // Packs the keys and values `first` .. `first + BLOCK` of one kv head.
-void ChunkAttention::pack_block(long head, long first) const {
-    const word* lines[BLOCK];
-    for (long i = 0; i < BLOCK; i++) lines[i] = reinterpret_cast<const word*>(key(first + i, head));
-    pack(lines, words, key_panels + (head * full + first) * words, static_cast<int>(BLOCK));
+void ChunkAttention::pack_block(long head, long first, const Tile& tile) const {
+    const bf16* lines[BLOCK];
+    find_block(past_k, k, head, first, tile, lines);
+    pack(reinterpret_cast<const word* const*>(lines), words, key_panels + (head * full + first) * words,
+         static_cast<int>(BLOCK));
+    find_block(past_v, v, head, first, tile, lines);
     for (long i = first; i < first + BLOCK; i += 2) {
-        const bf16 *a = value(i, head), *b = value(i + 1, head);
+        const bf16 *a = lines[i - first], *b = lines[i + 1 - first];
         for (long e = 0; e < value_dim; e += LANES) {
             const auto half = [&](const bf16* p) {
                 return p ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + e)))

@@ -47,6 +47,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
     "avx512": Capabilities(
         model_dtypes=("bfloat16",),
         fuses_steps=True,
+        row_formats=("int8", "int4"),
         workspace=workspace.tiles,  # of types that are tiled; for bfloat16 the compiled code holds less
         profile=_COMPILED,
         wide_profile=_TILED,
