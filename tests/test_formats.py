@@ -8,15 +8,17 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import tiny_engine
+from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
+from families import tiny_model
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
-from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL, Stored
+from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL, Stored, hadamard
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots
 from bmx.kv.stores import RowStore
 from bmx.kv_formats import KV_FORMATS
+from bmx.policies import POLICIES
 
 CPU = torch.device("cpu")
 FEW = ("fp8", "int8", "int4")
@@ -192,6 +194,58 @@ def test_numbers_that_are_none_go_with_the_slot(name):
     store.stored.write(slice(None), torch.full((2, 1, 4, 8), math.nan))
     store.clear(0)
     assert store.read(0).isfinite().all()
+
+
+# ---- rotated keys ----
+
+
+@pytest.mark.parametrize("dim", [1, 6, 7, 24, 64, 192])
+def test_a_rotation_leaves_dot_products_as_they_were(dim):
+    """Its blocks are of the largest power of two that divides the head size."""
+    matrix = hadamard(dim, torch.float64, CPU)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(dim, dtype=torch.float64))
+    size = dim & -dim
+    blocks = torch.kron(torch.eye(dim // size), torch.ones(size, size)) > 0
+    torch.testing.assert_close(matrix.abs()[blocks], torch.full((dim * size,), size**-0.5, dtype=torch.float64))
+    assert (matrix[~blocks] == 0).all()
+
+
+def test_rotated_keys_lose_less_where_a_channel_stands_out():
+    keys = drawn(200, 64) + 20 * (torch.arange(64) == 5)
+    matrix = hadamard(64, torch.float32, CPU)
+    rotated = back("int4", keys @ matrix) @ matrix
+    assert (rotated - keys).norm() < 0.5 * (back("int4", keys) - keys).norm()
+
+
+@pytest.fixture
+def rotated(monkeypatch):
+    """All keys are rotated, in the model's own type too."""
+    monkeypatch.setattr(LayerLayout, "rotates_keys", property(lambda _: True))
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "gemma4_k_eq_v", "opt"]
+)
+def test_rotated_queries_and_keys_answer_as_the_plain_ones(family, kernels, rotated, cpu_kernels):
+    """With windows, sinks, capped scores, shared layers, and keys longer than values."""
+    cpu_kernels(kernels)
+    prompts = random_prompts((5, 30, 17))
+    engine = tiny_engine(family, kv_policy="none", chunk_size=7, max_num_seqs=2)
+    assert answers(engine, as_requests(prompts, max_tokens=6)) == reference_answers(tiny_model(family), prompts, 6)
+
+
+KEEPING = sorted(set(POLICIES) - {"none", "lagkv", "random"})
+
+
+@pytest.mark.parametrize("policy", KEEPING)
+def test_rotated_keys_rank_as_the_plain_ones(policy, monkeypatch):
+    """Scores look at lengths and dot products. Those of lagkv look at channels, and are of rotated ones then."""
+    requests = as_requests(random_prompts((40, 25), seed=3), max_tokens=20)
+    settings = {"kv_policy": policy, "kv_budget": 14, "kv_sink": 2, "kv_recent": 4, "chunk_size": 10}
+    plain = answers(tiny_engine("llama", **settings), requests)
+    monkeypatch.setattr(LayerLayout, "rotates_keys", property(lambda _: True))
+    assert answers(tiny_engine("llama", **settings), requests) == plain
 
 
 # ---- layers of a pool ----

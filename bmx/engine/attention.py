@@ -23,6 +23,7 @@ from bmx.compress.scorer_api import Needs
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import Kernels
 from bmx.kernels.contract import Capabilities
+from bmx.kernels.formats import hadamard
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference import out_of_window
 from bmx.kernels.slot_views import Rows
@@ -112,6 +113,7 @@ class SlotAttention:
         self._policy = policy
         self._kernels = kernels.module
         self._fused = [self._fused_inputs(layer, kernels.capabilities) for layer in range(len(pool.rows))]
+        self._rotations = _rotations(pool)
         self._query_weights: dict[tuple[int, int], Tensor | None] = {}
         self._forward: Forward | None = None
 
@@ -154,6 +156,9 @@ class SlotAttention:
         if forward is None:
             raise RuntimeError("the model was called outside a step")
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, H or K, D or E]
+        rotation = self._rotations[forward.layer]
+        if rotation is not None:
+            q, k = q @ rotation, k @ rotation
         inputs = LayerInputs(q, k, v, query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
         output = inputs.output()
         self._decode_tokens(forward, output, inputs)
@@ -338,6 +343,16 @@ class SlotAttention:
             first_full = capacity if row_limits is None else row_limits.unsqueeze(1)
             rows = victims if all(full) else torch.where(rows >= first_full, victims, rows)
         part.write(group.slots, rows, key, value, group.positions)
+
+
+def _rotations(pool: KVPool) -> list[Tensor | None]:
+    """By layer, the matrix [D, D] that rotates queries and keys, so that keys lose less in few bits; None for none."""
+    rotations: dict[int, Tensor] = {}
+    device = pool.layer(0, 0).positions.device
+    layouts = [pool.layer(0, layer).layout for layer in range(len(pool.rows))]
+    for dim in {layout.key_dim for layout in layouts if layout.rotates_keys}:
+        rotations[dim] = hadamard(dim, pool.dtype, device)
+    return [rotations[layout.key_dim] if layout.rotates_keys else None for layout in layouts]
 
 
 def _hidden_rows(part: LayerSlots, group: DecodeGroup) -> Tensor | None:

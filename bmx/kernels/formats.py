@@ -236,6 +236,26 @@ class Stored:
         return FORMATS[self.format].decode(self.numbers[index], self.scales[index], dtype)[..., :dim]
 
 
+def hadamard(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An orthonormal matrix [D, D] that spreads each number of a vector over many, so that none stands out.
+
+    Blocks on the diagonal are Hadamard matrices (QuaRot, arXiv 2404.00456, section 3), as large as the largest power of
+    two that divides D. The matrix is symmetric: it is its own inverse.
+
+    Args:
+        dim: D.
+        dtype: of the matrix.
+        device: where it is.
+    """
+    import torch
+
+    size = dim & -dim
+    doubled, block = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.ones(1, 1)
+    while len(block) < size:
+        block = torch.kron(doubled, block)
+    return torch.kron(torch.eye(dim // size), block / math.sqrt(size)).to(device, dtype)
+
+
 def _scaled(vectors: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Vectors [..., D] divided by a scale [..., 1] float16, so that their largest magnitude is ``largest``."""
     vectors = vectors.float()

@@ -74,6 +74,12 @@ class LayerLayout:
         return self.formats != (MODEL, MODEL)
 
     @property
+    def rotates_keys(self) -> bool:
+        """Whether queries and keys are rotated by ``formats.hadamard``: below 8 bits, where each key has one scale."""
+        coarse = self.key_format != MODEL and FORMATS[self.key_format].bits < 8
+        return coarse and not self.by_channel
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values."""
         values = self.capacity * self._vector_bytes(self.value_format, self.value_dim)

@@ -276,6 +276,7 @@ class KVPool:
         device: where the tensors are.
 
     Attributes:
+        dtype: of keys and values, before they are encoded.
         groups: by group, each layer's slots.
         slot_offsets: number of slots in the groups before each; slot s of group g has number slot_offsets[g] + s.
         rows: by layer, the slots of all groups in one piece, where groups are ranked alike and pairs are stored row by
@@ -285,6 +286,7 @@ class KVPool:
     def __init__(
         self, layouts: tuple[KVLayout, ...], slots: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.dtype = dtype
         self.slot_offsets = tuple(accumulate(slots, initial=0))
         tables: SlotTables = {}
         owned: dict[int, tuple[tuple[LayerSlots, ...], Rows | None]] = {}
