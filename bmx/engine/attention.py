@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
@@ -306,21 +307,26 @@ class SlotAttention:
         return output
 
     def _attend_slots(self, part: LayerSlots, group: DecodeGroup, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:
-        """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C]."""
-        row_stats = part.layout.row_stats
+        """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C].
+
+        Slots are read as they lie; of those in fewer bits, only rows in use are decoded.
+        """
+        row_stats, capacity = part.layout.row_stats, part.layout.capacity
         in_place = part.reads_in_place
-        keys, values = part.read_slots(slice(None) if in_place else group.slots)
-        return self._kernels.attend_slots(
+        rows = capacity if in_place else min(max(group.positions_host) + 1, capacity)
+        keys, values = part.read_slots(slice(None) if in_place else group.slots, rows)
+        output, sums = self._kernels.attend_slots(
             inputs.query[group.rows],
             keys,
             values,
             group.slots if in_place else None,
-            hidden=_hidden_rows(part, group),
-            want_mass="mass" in row_stats and group.evicting(part.layout.capacity),
+            hidden=_hidden_rows(part, group, rows),
+            want_mass="mass" in row_stats and group.evicting(capacity),
             squares="squares" in row_stats,
             power=self._policy.summed.power,
             **inputs.options,
         )
+        return output, None if sums is None else pad(sums, (0, capacity - rows))
 
     def _insert(self, part: LayerSlots, group: DecodeGroup, key: Tensor, value: Tensor) -> None:
         """Write the tokens' own pairs: into the next empty row, or over the lowest-ranked unprotected pair."""
@@ -355,17 +361,26 @@ def _rotations(pool: KVPool) -> list[Tensor | None]:
     return [rotations[layout.key_dim] if layout.rotates_keys else None for layout in layouts]
 
 
-def _hidden_rows(part: LayerSlots, group: DecodeGroup) -> Tensor | None:
-    """Rows that are not in use yet or out of a sliding window, broadcastable to [B, K, C]; None if there are none."""
+def _hidden_rows(part: LayerSlots, group: DecodeGroup, count: int) -> Tensor | None:
+    """Of the first rows, those that are not in use yet or out of a sliding window; None if there are none.
+
+    Args:
+        part: the layer's slots.
+        group: the decoding tokens.
+        count: R.
+
+    Returns:
+        Broadcastable to [B, K, R].
+    """
     layout = part.layout
     last = group.positions.view(-1, 1, 1)
     hidden = None
-    if group.row_limits is not None or min(group.positions_host) + 1 < layout.capacity:
-        rows = torch.arange(layout.capacity, device=last.device)
+    if group.row_limits is not None or min(group.positions_host) + 1 < count:
+        rows = torch.arange(count, device=last.device)
         hidden = rows > last
         if group.row_limits is not None:
             hidden = hidden | (rows >= group.row_limits.view(-1, 1, 1))
     if layout.window is not None and not layout.by_age:
-        out = part.positions[group.slots] <= last - layout.window
+        out = part.positions[group.slots, :, :count] <= last - layout.window
         hidden = out if hidden is None else hidden | out
     return hidden

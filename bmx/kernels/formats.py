@@ -54,7 +54,7 @@ class Format:
         raise NotImplementedError
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Vectors [..., D] of ``dtype`` from codes and scales.
+        """Vectors [..., D] from codes and scales, computed in float32 and rounded to ``dtype``.
 
         Args:
             codes: as ``encode`` returns them.
@@ -78,9 +78,8 @@ class Format:
             scales: as ``encode_groups`` returns them.
             dtype: of the vectors.
         """
-        scales = scales.to(dtype)
-        levels = self.unpack(codes)[..., : scales.shape[-2]].to(dtype)
-        return levels * scales[..., 0].unsqueeze(-2) + scales[..., 1].unsqueeze(-2)
+        levels = self.unpack(codes)[..., : scales.shape[-2]].float()
+        return levels.mul_(scales[..., 0].unsqueeze(-2)).add_(scales[..., 1].unsqueeze(-2)).to(dtype)
 
     def pack(self, levels: Tensor) -> Tensor:
         """Levels [..., D] uint8 in as few bytes as ``code_bytes`` says."""
@@ -107,7 +106,7 @@ class FP8(Format):
         """See ``Format``."""
         import torch
 
-        return codes.view(torch.float8_e4m3fn).to(dtype).mul_(scales.to(dtype))
+        return codes.view(torch.float8_e4m3fn).float().mul_(scales).to(dtype)
 
 
 class Int8(Format):
@@ -127,7 +126,7 @@ class Int8(Format):
         """See ``Format``."""
         import torch
 
-        return codes.view(torch.int8).to(dtype).mul_(scales.to(dtype))
+        return codes.view(torch.int8).float().mul_(scales).to(dtype)
 
 
 class Int4(Format):
@@ -149,8 +148,7 @@ class Int4(Format):
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
-        scales = scales.to(dtype)
-        return self.unpack(codes).to(dtype).mul_(scales[..., :1]).add_(scales[..., 1:])
+        return self.unpack(codes).float().mul_(scales[..., :1]).add_(scales[..., 1:]).to(dtype)
 
     def pack(self, levels: Tensor) -> Tensor:
         """See ``Format``."""

@@ -89,16 +89,15 @@ class LayerSlots:
         return not self.layout.encodes
 
     def read(self, slot: int, rows: int) -> tuple[Tensor, Tensor]:
-        """The first ``rows`` rows of one slot: keys [K, R, D] and values [K, R, E]."""
+        """The first ``rows`` rows of one slot, at least those in use: keys [K, R, D] and values [K, R, E]."""
         if self.newest is None:
-            index = (slot, slice(None), slice(rows))
-            return self.keys.read(index), self.values.read(index)
-        keys, values = self.read_slots(slice(slot, slot + 1))
-        return keys[0, :, :rows], values[0, :, :rows]
+            return self.keys.read(slot, rows), self.values.read(slot, rows)
+        keys, values = self.read_slots(slice(slot, slot + 1), rows)
+        return keys[0], values[0]
 
-    def read_slots(self, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Whole slots: keys [B, K, C, D] and values [B, K, C, E]."""
-        keys, values = self.keys.read(slots), self.values.read(slots)
+    def read_slots(self, slots: Tensor | slice, rows: int) -> tuple[Tensor, Tensor]:
+        """The first ``rows`` rows of slots, at least those in use: keys [B, K, R, D] and values [B, K, R, E]."""
+        keys, values = self.keys.read(slots, rows), self.values.read(slots, rows)
         return (keys, values) if self.newest is None else self.newest.overlay(slots, keys, values)
 
     def write(self, slots: Tensor, rows: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:

@@ -20,6 +20,7 @@ from bmx.kv.layout import LayerLayout
 
 EMPTY = -1  # a row or position that holds no pair
 Shape = tuple[int, int, int]  # slots, kv heads, rows
+Slots = Tensor | slice | int
 
 
 class Store(ABC):
@@ -38,8 +39,16 @@ class Store(ABC):
         return sum(part.nbytes for part in self.parts)
 
     @abstractmethod
-    def read(self, index: Any) -> Tensor:
-        """The vectors at an index of [S, K, C], in the model's dtype; they may be views of the store."""
+    def read(self, slots: Slots, rows: int) -> Tensor:
+        """The first rows of slots, in the model's dtype; they may be views of the store.
+
+        Args:
+            slots: one slot, or several.
+            rows: R.
+
+        Returns:
+            [B, K, R, D]; [K, R, D] of one slot.
+        """
 
     @abstractmethod
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
@@ -114,9 +123,9 @@ class RowStore(Store):
         """The vectors, or their codes and scales."""
         return self.stored.parts
 
-    def read(self, index: Any) -> Tensor:
+    def read(self, slots: Slots, rows: int) -> Tensor:
         """See ``Store``."""
-        return self.stored.read(index, self.dim, self.dtype)
+        return self.stored.read((slots, slice(None), slice(rows)), self.dim, self.dtype)
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
         """See ``Store``."""
@@ -148,7 +157,6 @@ class ByChannel(Store):
         newest: [S, K, G, D], the exact newest keys; those of position p are at p mod G. Another object counts their
             bytes.
         dtype: of the vectors that are read.
-        rows: C, which the last group may exceed.
     """
 
     format: Format
@@ -156,17 +164,17 @@ class ByChannel(Store):
     scales: Tensor
     newest: Tensor
     dtype: torch.dtype
-    rows: int
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Codes and scales."""
         return self.codes, self.scales
 
-    def read(self, index: Any) -> Tensor:
-        """The decoded vectors of whole heads, [..., K, C, D]; ``index`` picks slots."""
+    def read(self, slots: Slots, rows: int) -> Tensor:
+        """See ``Store``."""
+        index = (slots, slice(None), slice(self.length_of(rows)))
         vectors = self.format.decode_groups(self.codes[index], self.scales[index], self.dtype)
-        return vectors.flatten(-3, -2)[..., : self.rows, :]
+        return vectors.flatten(-3, -2)[..., :rows, :]
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
         """Write the groups that the chunk completes; the first one begins among the newest keys."""
@@ -249,8 +257,8 @@ class ExactWindow:
 
         Args:
             slots: B slots.
-            keys: [B, K, C, D], decoded; written.
-            values: [B, K, C, E], decoded; written.
+            keys: [B, K, R, D], all that are in use, decoded; written.
+            values: [B, K, R, E], decoded; written.
         """
         size = min(self.size, keys.shape[-2])
         rows = self.rows[slots][..., :size]
@@ -324,4 +332,4 @@ def allocate_by_channel(name: str, shape: Shape, newest: Tensor) -> ByChannel:
     groups = (*shape[:2], -(-shape[2] // KEY_GROUP))
     codes = torch.zeros(*groups, KEY_GROUP, form.code_bytes(dim), dtype=torch.uint8, device=device)
     scales = torch.zeros(*groups, dim, 2, dtype=torch.float16, device=device)
-    return ByChannel(form, codes, scales, newest, newest.dtype, shape[2])
+    return ByChannel(form, codes, scales, newest, newest.dtype)
