@@ -11,13 +11,15 @@ import torch
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
 from families import tiny_model
 
-from bmx.compress.policy import CompressionPolicy
+from bmx.compress.policy import CompressionPolicy, left_to_kernels
 from bmx.config import EngineConfig
+from bmx.kernels import registry
 from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL, Stored, hadamard
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots
 from bmx.kv.stores import RowStore
 from bmx.kv_formats import KV_FORMATS
+from bmx.plan.device import Device
 from bmx.policies import POLICIES
 
 CPU = torch.device("cpu")
@@ -447,6 +449,31 @@ def test_fewer_bits_are_fewer_bytes(name, ratio, policy):
     """Of 16-bit models: scales, offsets and exact copies of the newest take little of what is saved."""
     assert pair_bytes("model", policy) == 2 * 2 * 128
     assert pair_bytes("model", policy) / pair_bytes(name, policy) > ratio
+
+
+@pytest.mark.parametrize(
+    ("told", "fused"),
+    [
+        ({"kv_format": "model"}, True),
+        ({"kv_format": "int8"}, True),
+        ({"kv_format": "int8/model"}, True),
+        ({"kv_format": "int8/int4"}, False),  # kernels do not read it
+        ({"kv_format": "int8", "kv_policy": "none"}, False),  # by channel
+        ({"kv_format": "model/int8", "kv_policy": "none"}, True),
+        ({"kv_format": "int8", "kv_policy": "keydiff"}, False),
+    ],
+)
+def test_memory_for_decoding_is_planned_where_kernels_do_not_read_codes(told, fused, monkeypatch):
+    able = replace(registry.CAPABILITIES["triton"], row_formats=("int8",))
+    monkeypatch.setitem(registry.CAPABILITIES, "reference", able)
+    monkeypatch.setenv("BMX_KERNELS", "reference")
+    config, spec = EngineConfig(**told), tiny_engine("llama").spec
+    assert left_to_kernels(config, able) == fused
+    device = Device.of("cpu", spec, 0, config)
+    plain = able.workspace_bytes(fused)
+    sizes = {"heads": max(layer.query_heads for layer in spec.layers), "head_dim": 8, "itemsize": 4}
+    decoded = device.workspace(10, 100, 3) - plain(chunk=10, rows=100, slots=3, **sizes)
+    assert (decoded > 0) == (not fused and told["kv_format"] != "model")
 
 
 @pytest.mark.parametrize(("name", "more"), [("int8", 2.5), ("int4", 3)])

@@ -253,7 +253,8 @@ class ExactWindow:
     def overlay(self, slots: Tensor | slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Replace, in place, the decoded vectors of the newest pairs by their exact ones.
 
-        An unused entry i of the window is written to row i, which is empty too, so the write is harmless.
+        An unused entry i of the window is written to row i, which is empty too, so the write is harmless. So is that of
+        an entry beyond the rows that are read: they were left by another sequence, of a trial step.
 
         Args:
             slots: B slots.
@@ -262,7 +263,8 @@ class ExactWindow:
         """
         size = min(self.size, keys.shape[-2])
         rows = self.rows[slots][..., :size]
-        index = torch.where(rows < 0, torch.arange(size, device=rows.device), rows.long()).unsqueeze(-1)
+        unused = (rows < 0) | (rows >= keys.shape[-2])
+        index = torch.where(unused, torch.arange(size, device=rows.device), rows.long()).unsqueeze(-1)
         for decoded, exact in ((keys, self.keys[slots][..., :size, :]), (values, self.values[slots][..., :size, :])):
             decoded.scatter_(-2, index.expand(exact.shape), exact)
         return keys, values

@@ -13,6 +13,7 @@ from bmx.model.spec import ModelSpec
 
 # Bytes, and share of activations and logits, that allocators lose; measured by benchmarks/memory.py.
 SLACK = {"cpu": (40 * 10**6, 0.5), "cuda": (64 * 10**6, 0.02)}
+FLOAT32 = 4  # bytes
 GRAPHS = 256 * 10**6  # bytes that the driver and cuBLAS keep for captured graphs
 GRAPH_ROWS = 16  # the rows of a graph are a multiple of it
 
@@ -54,9 +55,7 @@ class Device:
         heads = max(layer.query_heads for layer in spec.layers)
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
-        kv_heads = max(layer.kv_heads for layer in spec.layers)
-        unpacks = config.kv_format != MODEL and not fused
-        unpacked_row = 2 * kv_heads * head_dim * (spec.itemsize + 1) if unpacks else 0
+        unpacked_row = 0 if fused or config.kv_format == MODEL else _unpacked_row(spec)
 
         def workspace(chunk: int, rows: int, slots: int) -> int:
             sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}
@@ -80,3 +79,11 @@ class Device:
             return 0
         activations = (slots + GRAPH_ROWS) * (spec.costs.activation_bytes + 2 * spec.itemsize * spec.vocab)
         return GRAPHS + activations + self.workspace(1, rows, slots)
+
+
+def _unpacked_row(spec: ModelSpec) -> int:
+    """Bytes of decoding one row of a layer: keys, then values while they are computed in float32 from copied codes."""
+    numbers = max(layer.kv_heads * max(layer.key_dim, layer.value_dim) for layer in spec.layers)
+    keys, copied, computed = spec.itemsize, 1, FLOAT32
+    rounded = spec.itemsize if spec.itemsize < FLOAT32 else 1  # where nothing is rounded, codes of 4 bits in 8
+    return numbers * (keys + copied + computed + rounded)
