@@ -299,6 +299,18 @@ def test_rows_that_no_slot_holds_take_no_time():
     assert forecast(SPEC, made, lengths + too_long, RATES, TILED) == forecast(SPEC, made, lengths, RATES, TILED)
 
 
+def test_pairs_in_fewer_bits_are_faster_where_kernels_read_them_as_they_lie():
+    policy = CompressionPolicy.from_config(EngineConfig(kv_budget=1000, kv_format="int8"))
+    plain = replace(policy, key_format="model", value_format="model")
+    lengths = requests(60, plain, prompts=(1000, 2000), answers=(200, 200))
+    rates = {}
+    for name, kept, fused in (("model", plain, True), ("read", policy, True), ("unpacked", policy, False)):
+        profile = CAPABILITIES["avx512"].profile_for(SPEC.itemsize, fused)
+        made = planned(lengths, kept, slots=20)
+        rates[name] = forecast(SPEC, made, lengths, RATES, profile).decode_rate
+    assert rates["unpacked"] < rates["model"] < rates["read"]
+
+
 # ---- what it is for ----
 
 

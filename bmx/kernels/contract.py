@@ -12,7 +12,7 @@ I and O input and output size of a linear layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from bmx.kernels.formats import MODEL
@@ -250,6 +250,8 @@ class KernelProfile:
         all_slots: slots that do not decode are attended to as well, unless fewer than half of all decode.
         slot_bandwidth: bandwidth with which slots are read, relative to torch's products with few rows.
         ahead: operators are started while earlier ones run, and replayed where all slots decode.
+        unpack_passes: times that pairs stored in fewer bits are read or written in memory, in the activations' type,
+            before they are attended to; 0 where kernels read them as they lie.
     """
 
     score_passes: int
@@ -261,6 +263,7 @@ class KernelProfile:
     all_slots: bool = True
     slot_bandwidth: float = 2.5
     ahead: bool = False
+    unpack_passes: int = 4
 
 
 class Workspace(Protocol):
@@ -322,6 +325,12 @@ class Capabilities:
         """Bytes of a layer's attention, by whether its steps may be fused."""
         return self.workspace if fused or self.unfused_workspace is None else self.unfused_workspace
 
-    def profile_for(self, itemsize: int) -> KernelProfile:
-        """How it uses a machine's rates in a model whose numbers take ``itemsize`` bytes."""
-        return self.profile if itemsize == HALF or self.wide_profile is None else self.wide_profile
+    def profile_for(self, itemsize: int, fused: bool) -> KernelProfile:
+        """How it uses a machine's rates.
+
+        Args:
+            itemsize: bytes of the model's numbers.
+            fused: whether steps are fused.
+        """
+        profile = self.profile if itemsize == HALF or self.wide_profile is None else self.wide_profile
+        return replace(profile, unpack_passes=0) if fused else profile

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from bmx.compress.policy import CompressionPolicy
+from bmx.compress.policy import CompressionPolicy, left_to_kernels
 from bmx.config import EngineConfig
 from bmx.kernels import Kernels
 from bmx.kernels.contract import KernelProfile
@@ -83,7 +83,8 @@ class PlanBuilder:
     @property
     def _profile(self) -> KernelProfile:
         """What the kernels make of the device's rates."""
-        return self.kernels.capabilities.profile_for(self.spec.itemsize)
+        capabilities = self.kernels.capabilities
+        return capabilities.profile_for(self.spec.itemsize, left_to_kernels(self.config, capabilities))
 
     def shrunk(self, plan: Plan) -> Plan | None:
         """A smaller plan, for when memory ran out under this one; None if this is the smallest."""

@@ -25,7 +25,6 @@ from bmx.plan.planner import Length, Plan
 
 PLAYED_ROWS = 256  # requests that are simulated at least; more if the slots can be filled three times
 WORTH = 1.03  # smaller steps are considered if they leave room for this many times the slots
-UNPACK_PASSES = 4  # passes over pairs that were stored in fewer bits, in the activations' type
 INT8_SPEED = 1.9  # speed of int8 products, in times of bfloat16
 
 
@@ -266,7 +265,7 @@ class _Clock:
             for layer, spec in layers
             if layer.encodes
         )
-        return layout.kv_bytes + scores + UNPACK_PASSES * unpacked
+        return layout.kv_bytes + scores + self._profile.unpack_passes * unpacked
 
     def seconds(self, step: SimulatedStep) -> float:
         """The seconds that the roofline allows, and those of the operators' starts."""
