@@ -117,8 +117,8 @@ class EngineConfig:
             metavar="PAIRS",
             parse=parse_budget,
             help_in={
-                "calibrate": "KV pairs that each layer and head keeps for a sequence: numbers or shares of its prompt "
-                "(default 256, 512, 1024 and 2048, where prompts are longer)"
+                "calibrate": "KV pairs that each layer and head keeps for a sequence: numbers, shares of its prompt or "
+                "of its bytes (default 50%bytes, 25%bytes and 12.5%bytes)"
             },
             compared_in={"plan-batch": "512,1024,2048", "calibrate": "256,25%"},
             calibrated=True,
@@ -175,6 +175,7 @@ class EngineConfig:
             decides_answers=ALWAYS,
             parse=parse_format,
             metavar="FORMAT",
+            help_in={"calibrate": "How KV pairs are stored (default model, int8, int8/int4 and int4)"},
             compared_in={"calibrate": "model,int8,int8/int4"},
             calibrated=True,
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,21 +18,24 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
-from bmx.compress.budgets import halting_count
+from bmx.config import EngineConfig
+from bmx.errors import BmxError
 from bmx.measure import plots as report
 from bmx.measure.calibration_checks import REFERENCES, problem_of
 from bmx.measure.calibration_file import ANSWERS_KEY
 from bmx.measure.full_cache_answers import FullCacheAnswers, compare_token
-from bmx.measure.layer_analysis import layer_factors, layer_needs, shared_layers
-from bmx.measure.metrics import Agreement, rouge_l
+from bmx.measure.layer_analysis import pooled_factors, shared_layers
+from bmx.measure.metrics import Agreement, on_frontier, rouge_l
 from bmx.request import Result
 from bmx.run_config import all_settings, setting_named
 from bmx.shutdown import Stop
 from bmx.terminal.reports import calibration_lines
+from bmx.terminal.tables import candidate_words
 
 FILE = "in.calibration.json"
 ANSWERS = Path("in.calibration.teacher.safetensors")
 FLAGS = ("--max-tokens", 6, "--chunk-size", 16, "--kv-recent", 8, "--rows", 6, "--dtype", "float32")
+FLAGS += ("--kv-format", "model")
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_every_combination_is_measured_once_and_stands_in_the_table(given):
         for budget, layers in ((24, "uniform"), (24, "pyramid"), (0.4, "uniform"))
     }
     assert [t[2] for t in tried if t[0] == "none"] == ["int8"]  # the full cache itself is what all is measured against
-    for line in ("average-attention 24 int8 pyramid", "keydiff 40%", "none int8", "halting test", "recommended"):
+    for line in ("average-attention 24 int8 pyramid", "keydiff 40%", "none int8", "recommended"):
         assert line in ended.out
 
 
@@ -219,6 +221,29 @@ def test_auto_with_settings_that_contradict_the_calibration_is_refused(given, bm
     )
 
 
+def test_the_table_is_in_the_order_of_bytes_with_the_frontier_and_the_recommended_candidate_marked(given):
+    ended = given("--kv-budget", "24,50%,200", "--kv-format", "model,int8", "--min-agreement", 0.2)
+    lines = ended.out.splitlines()
+    sizes = [float(line.split(" MB")[0].split()[-1]) for line in lines if " MB" in line]
+    assert sizes == sorted(sizes, reverse=True)
+    candidates = {(c["settings"]["kv_budget"], c["settings"]["kv_format"]): c for c in measured()["candidates"]}
+    points = {name: (c["kv_bytes_per_sequence"], c["top1_agreement"]) for name, c in candidates.items()}
+    everything = [*points.values(), (measured()["full_cache"]["kv_bytes_per_sequence"], 1)]
+    for name, (size, agreement) in points.items():
+        dominated = any(b <= size and a >= agreement and (b, a) != (size, agreement) for b, a in everything)
+        assert candidates[name]["on_frontier"] is not dominated
+    best = measured()["recommended"]
+    [recommended] = [line for line in lines if line.startswith("> ")]
+    assert recommended.startswith(f"> {candidate_words(best)} ")
+    starred = sum(line.startswith("* ") and " MB" in line for line in lines)
+    assert starred == sum(c["on_frontier"] and c["settings"] != best for c in candidates.values())
+
+
+def test_the_frontier_by_hand():
+    points = [(10, 0.9), (10, 0.8), (20, 0.9), (30, 0.95), (40, 0.94), (10, 0.9)]
+    assert on_frontier(points) == [True, False, False, True, False, True]
+
+
 # Resuming
 
 
@@ -269,8 +294,16 @@ def test_another_job_may_not_resume_with_the_file(given):
 
 def test_an_empty_list_of_candidates_is_one_that_was_not_given(given):
     ended = given("--kv-policy", "", "--kv-budget", "", "--kv-format", "", "--kv-layer-budgets", "")
-    assert ended.code == 0
-    assert [entry["settings"]["kv_policy"] for entry in measured()["candidates"]] == ["far-attention"]
+    assert ended.code in (0, 3)
+    candidates = [entry["settings"] for entry in measured()["candidates"]]
+    assert {entry["kv_policy"] for entry in candidates} == {EngineConfig().kv_policy}
+    assert [(entry["kv_budget"], entry["kv_format"]) for entry in candidates] == [
+        (budget, kv_format)
+        for budget in ("50%bytes", "25%bytes", "12.5%bytes")
+        for kv_format in ("model", "int8", "int8/int4", "int4")
+    ]
+    assert "12 candidates to measure on 6 prompts" in ended.err
+    assert "1 of 12, about " in ended.err
 
 
 # Wrong things
@@ -286,6 +319,7 @@ def test_an_empty_list_of_candidates_is_one_that_was_not_given(given):
         (("-o", "nowhere/c.json"), "the folder nowhere does not exist"),
         (("-m", "fake"), "the fake model has no cache"),
         (("--rows", 0), "rows must be above 0"),
+        (("--kv-layer-budgets", "measured"), "kv_layer_budgets needs a budget in KV pairs"),
         (("--min-agreement", 1.5), "min_agreement must be"),
     ],
 )
@@ -368,8 +402,8 @@ DAMAGED = {
     "a list to take": json.dumps(GOOD | {"recommended": [1]}),
     "text to take": json.dumps(GOOD | {"recommended": "keydiff"}),
     "candidates of nothing": json.dumps(GOOD | {"candidates": [None]}),
-    "a list of factors": json.dumps(GOOD | {"halting_test": [1]}),
-    "factors of nothing": json.dumps(GOOD | {"halting_test": {"tolerance": 1, "budget": 1, "factors": [0]}}),
+    "a list of factors": json.dumps(GOOD | {"layer_factors": [1]}),
+    "factors of nothing": json.dumps(GOOD | {"layer_factors": {"share": 1, "factors": {"h2o": [0]}}}),
     "pairs of nothing": json.dumps(GOOD | {"shared_layers": {"asked": 1, "pairs": "3:7"}}),
     **{f"no {name}": json.dumps({key: GOOD[key] for key in GOOD if key != name}) for name in GOOD if name[:3] != "min"},
 }  # fmt: skip
@@ -410,7 +444,7 @@ def whole_record(tmp_path_factory):
     candidate = {"settings": settings} | sizes | Agreement().record() | dict.fromkeys(REFERENCES, 0.5)
     return GOOD | {
         "candidates": [candidate], "full_cache": sizes | {"rows": 1}, "recommended": settings,
-        "halting_test": {"tolerance": 0.05, "budget": 9, "layers": [9, 9], "factors": [1.0, 1.0]},
+        "layer_factors": {"share": 0.25, "factors": {"h2o": [1.0, 1.0]}}, "full_cache_seconds": 3.5,
         "shared_layers": {"asked": 1, "least_cosine": 0.5, "pairs": "1:0"},
     }  # fmt: skip
 
@@ -438,7 +472,7 @@ def test_b2_any_value_in_any_place_is_either_usable_or_refused(whole_record, dat
         owner[where[-1]] = data.draw(JSON)
     if problem_of(record):
         return
-    if {"full_cache", "halting_test", "min_agreement"} <= record.keys():
+    if {"full_cache", "min_agreement"} <= record.keys():
         list(calibration_lines(record | {"recommended": None}, Path("x")))
     for name, value in (record["recommended"] or {}).items():
         setting_named(name).coerce(value)
@@ -450,7 +484,7 @@ def test_b2_a_damaged_calibration_is_not_taken_up(given):
     whole = measured()
     for damage in (
         {"candidates": [{}]}, {"candidates": "none"}, {"fingerprint": None}, {"full_cache": {"rows": 6}},
-        {"halting_test": {}}, {"halting_test": whole["halting_test"] | {"factors": ["1"]}},
+        {"layer_factors": {}}, {"layer_factors": {"share": 0.25, "factors": {"h2o": ["1"]}}},
         {"candidates": [whole["candidates"][0] | {"top1_agreement": None}]},
         {"candidates": [whole["candidates"][0] | {"settings": {"overwrite": True}}]},
     ):  # fmt: skip
@@ -561,30 +595,55 @@ def test_a8_the_calibrations_own_files_are_replaced(given, monkeypatch):
 # Layers
 
 
-def test_the_halting_test_by_hand():
-    assert halting_count([[0.5, 0.1, 0.1, 0.3]], first=1, tolerance=0.0) == 4
-    kept = [0.5, 0.3]  # the first and the newest
-    whole = math.sqrt(0.25 + 0.01 + 0.01 + 0.09)
-    assert halting_count([[0.5, 0.1, 0.1, 0.3]], first=1, tolerance=1 - math.hypot(*kept) / whole + 1e-9) == 2
-    assert halting_count([[1.0, 0.0, 0.0, 0.0]], first=1, tolerance=0.05) == 1
-    assert halting_count([[0.0, 1.0, 0.0, 0.0]], first=1, tolerance=0.05) == 4
-
-
-def test_what_layers_need_is_the_halting_test_of_their_real_attention():
-    model = tiny_model("llama")
-    requests = as_requests(random_prompts((37,), seed=3), max_tokens=4)
-    engine = tiny_engine(model, kv_policy="none", chunk_size=16)
+def reference_scores(model, prompt, policy):
+    """The scores [K, R] of unprotected pairs by layer, from transformers' attention matrices in float64."""
     model.set_attn_implementation("eager")
     with torch.inference_mode():
-        weights = model(torch.tensor([engine.encode(requests[0])]), output_attentions=True).attentions
-    expected = [halting_count(w[0, :, -1].tolist(), 4, 0.05) for w in weights]
-    assert layer_needs(engine, requests, 0.05) == expected
+        attentions = model(torch.tensor([prompt]), output_attentions=True).attentions
+    scores, tokens, distance = [], len(prompt), RECENT if policy == "far-attention" else 0
+    query, key = torch.arange(tokens).view(-1, 1), torch.arange(tokens)
+    for attention in attentions:
+        counts = attention[0].double() * (query - key >= distance)
+        heads = counts.view(model.config.num_key_value_heads, -1, tokens, tokens)
+        lives = (tokens - key - distance).clamp(min=1)
+        if policy == "far-attention":
+            found = (heads.square().mean(1).sum(1) / lives).sqrt()
+        else:
+            found = heads.mean(1).sum(1) / lives
+        scores.append(found[:, SINK : tokens - RECENT])
+    return scores
 
 
-def test_layer_factors_follow_needs_and_are_one_on_average():
-    factors = layer_factors([100, 300, 10, 390])
-    assert sum(factors) / 4 == pytest.approx(1, abs=1e-3)
-    assert factors[3] > factors[1] > factors[0] > factors[2] > 0.2
+SINK, RECENT = 4, 8
+
+
+@pytest.mark.parametrize("policy", ["average-attention", "far-attention"])
+def test_layers_compete_with_their_scores_for_half_of_the_pairs(policy):
+    model = tiny_model("llama")
+    requests = as_requests(random_prompts((37, 50), seed=3), max_tokens=4)
+    engine = tiny_engine(model, kv_policy=policy, kv_sink=SINK, kv_recent=RECENT, kv_budget=20, chunk_size=16)
+    expected = torch.zeros(2)
+    for request in requests:
+        scores = reference_scores(tiny_model("llama"), engine.encode(request), policy)
+        best = torch.cat([layer.flatten() for layer in scores]).sort(descending=True).values
+        least = best[round(0.3 * len(best)) - 1]
+        won = torch.tensor([float((layer >= least).float().mean()) for layer in scores])
+        expected += (0.5 + 0.5 * won / won.mean()) / len(requests)
+    factors = pooled_factors(engine, requests, 0.3)
+    assert factors == pytest.approx(expected.tolist(), abs=1e-3)
+    assert sum(factors) / len(factors) == pytest.approx(1, abs=1e-3)
+
+
+def test_layers_whose_window_fits_do_not_compete():
+    engine = tiny_engine("gemma2", kv_budget=40, kv_recent=RECENT)
+    factors = pooled_factors(engine, as_requests(random_prompts((60,), seed=3)), 0.25)
+    assert factors == (1.0, 1.0)  # one of the two has a window
+
+
+def test_layers_of_a_prompt_that_is_all_protected_cannot_be_compared():
+    engine = tiny_engine("llama", kv_budget=60, kv_recent=40)
+    with pytest.raises(BmxError, match="too short to compare layers"):
+        pooled_factors(engine, as_requests(random_prompts((12,), seed=3)), 0.25)
 
 
 def test_layers_that_could_share_are_found_and_hold(given):
@@ -605,7 +664,7 @@ def test_layers_that_could_share_are_found_and_hold(given):
 def test_measured_layers_become_a_candidate_and_a_run_can_use_them(given, bmx, model):
     given("--kv-budget", "24", "--kv-layer-budgets", "measured", "--share-layers", 1, "--min-agreement", 0.01)
     record = measured()
-    factors = record["halting_test"]["factors"]
+    [factors] = record["layer_factors"]["factors"].values()
     settings = [candidate["settings"] for candidate in record["candidates"]]
     assert [float(f) for f in settings[0]["kv_layer_budgets"].split(",")] == pytest.approx(factors, abs=1e-3)
     assert bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--max-tokens", 3).code == 0

@@ -224,19 +224,21 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
 def calibrate(inputs: list[str], config: str | None, **flags: Any) -> None:
     """Measure how far compressed caches are from the full one on prompts of INPUT, and recommend settings.
 
-    The full cache answers first; then each combination of policy, budget and format is compared with it. The smallest
-    that holds --min-agreement goes into <input>.calibration.json, which `bmx run --kv-budget auto` reads.
+    The full cache answers first; then each combination of policy, budget and format is compared with it: 12 if nothing
+    else is asked for. The smallest that holds --min-agreement goes into <input>.calibration.json, which `bmx run
+    --kv-budget auto` reads.
     """
-    from bmx.measure.calibrate import CalibrateOptions
+    from bmx.measure.calibrate import BUDGETS, FORMATS, CalibrateOptions
     from bmx.measure.calibrate import calibrate as run_calibrate
 
     compared = {name: flags.pop(name) or None for name in ("kv_policy", "kv_budget", "kv_format", "kv_layer_budgets")}
     flags["kv_budget"] = EngineConfig().kv_budget  # a config file's `auto` would read what is measured here
     with _session("calibrate", inputs, config, flags) as (settings, own, display, stop):
+        formats = (settings.engine.kv_format,) if "kv_format" in settings.given else FORMATS
         options = CalibrateOptions(
             policies=values_to_compare("kv_policy", compared["kv_policy"]) or (settings.engine.kv_policy,),
-            budgets=values_to_compare("kv_budget", compared["kv_budget"]),
-            formats=values_to_compare("kv_format", compared["kv_format"]) or (settings.engine.kv_format,),
+            budgets=values_to_compare("kv_budget", compared["kv_budget"]) or BUDGETS,
+            formats=values_to_compare("kv_format", compared["kv_format"]) or formats,
             layers=tuple((compared["kv_layer_budgets"] or "uniform").split(",")),
             **{name: value for name, value in own.items() if value is not None},
         )

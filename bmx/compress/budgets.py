@@ -116,27 +116,3 @@ def pyramid(layers: int, base: float = PYRAMID_BASE) -> list[float]:
     """Factors that fall linearly; the last layer has 1 / base (PyramidKV, arXiv 2406.02069, section 3)."""
     last = 1 / base
     return [2 - last - i * (2 - 2 * last) / max(1, layers - 1) for i in range(layers)]
-
-
-def halting_count(weights: Sequence[Sequence[float]], first: int, tolerance: float) -> int:
-    """The fewest tokens of a layer that keep the norm of the last query's attention, up to a tolerance.
-
-    Tokens are taken in the order of presumed importance (the first ones, then from the newest back) until the L2 norm
-    of their attention, averaged over heads, is at least 1 - ``tolerance`` of the norm over all tokens (DBudgetKV, arXiv
-    2502.16886, section 3; its successor is called ReFreeKV).
-
-    Args:
-        weights: [heads][tokens] attention probabilities of the last query.
-        first: number of tokens at the start that are presumed important.
-        tolerance: the share of the norm that may be lost.
-    """
-    tokens = len(weights[0])
-    order = [*range(min(first, tokens)), *range(tokens - 1, min(first, tokens) - 1, -1)]
-    squares = [0.0] * len(weights)
-    full_norm = sum(sum(w * w for w in head) ** 0.5 for head in weights)
-    for kept, token in enumerate(order, 1):
-        for head, row in enumerate(weights):
-            squares[head] += row[token] ** 2
-        if sum(s**0.5 for s in squares) >= (1 - tolerance) * full_norm:
-            return kept
-    return tokens

@@ -6,11 +6,12 @@ recommended. Each measurement is saved as soon as it is finished, so that the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice, product
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
@@ -31,6 +32,7 @@ from bmx.measure.calibration_file import (
     is_calibration_file,
     saved_or_new_record,
 )
+from bmx.measure.metrics import on_frontier
 from bmx.measure.plan_query import query_for_rows
 from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
 from bmx.model.spec import share_layers
@@ -42,19 +44,21 @@ from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
 from bmx.terminal.reports import calibration_lines, failed_lines
-from bmx.terminal.tables import candidate_words, counted
+from bmx.terminal.tables import candidate_words, counted, duration
 from bmx.units import now
 
 if TYPE_CHECKING:
     from bmx.measure.full_cache_answers import FullCacheAnswers
 
 ROWS = 16  # prompts of the sample
-BUDGETS = (256, 512, 1024, 2048)  # default candidates; only those below the longest prompt are tried
-HALTING_ROWS = 4  # prompts of the sample that the halting test reads
-TOLERANCE = 0.05  # share of the norm of attention that the halting test may lose
+BUDGETS = ("50%bytes", "25%bytes", "12.5%bytes")  # default candidates, in each of these formats
+FORMATS = ("model", "int8", "int8/int4", "int4")
+LAYER_ROWS = 4  # prompts of the sample on which layers compete for pairs
+LAYER_SHARE = 0.25  # of their pairs: what they compete for
 SHORT = 400  # characters of a prompt on which layers are compared
 LEAST_COSINE = 0.5  # similarity that sharing layers must leave: KVSharer's own
-MEASURED = "measured"  # layer budgets by the halting test
+MEASURED = "measured"  # layer budgets by what each layer needs of the sample's prompts
+READINGS = 2  # of each prompt, for a candidate: it reads the full cache's answer, and generates its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +67,7 @@ class CalibrateOptions:
 
     Attributes:
         policies: eviction policies to try; candidates are all combinations of these four.
-        budgets: KV budgets to try; empty for ``BUDGETS``.
+        budgets: KV budgets to try.
         formats: KV formats to try.
         layers: layer budgets to try.
         min_agreement: least top-1 agreement of a recommended candidate, from 0 to 1.
@@ -72,9 +76,9 @@ class CalibrateOptions:
     """
 
     policies: tuple[str, ...] = ()
-    budgets: tuple[int | float, ...] = ()
-    formats: tuple[str, ...] = ()
-    layers: tuple[str, ...] = ()
+    budgets: tuple[int | float | str, ...] = BUDGETS
+    formats: tuple[str, ...] = FORMATS
+    layers: tuple[str, ...] = ("uniform",)
     min_agreement: float = 0.95
     rows: int = ROWS
     share_layers: int = 0
@@ -140,6 +144,8 @@ def _check(config: RunConfig, options: CalibrateOptions) -> None:
         raise UsageError(f"min_agreement must be above 0 and at most 1: {options.min_agreement}", hint="0.95 is 95%")
     if config.engine.model == FAKE:
         raise UsageError("the fake model has no cache to calibrate", hint="name a real one with --model")
+    if set(options.layers) != {"uniform"} and not any(isinstance(budget, int) for budget in options.budgets):
+        raise UsageError("kv_layer_budgets needs a budget in KV pairs, not a share", hint="--kv-budget 512,1024")
     if not config.job.output_file and config.inputs == ("-",):
         raise UsageError("rows from standard input have no file to name the calibration after", hint="give one with -o")
 
@@ -226,20 +232,21 @@ class _Calibration:
 
     def run(self) -> None:
         """Measure everything that is not measured yet, in order, and recommend a candidate."""
-        for candidate in self._candidates([], ""):
+        for candidate in self._candidates({}, ""):
             check_cache(candidate, self.config.prompt)
         self._update_sizes()
         with self.display.waiting(f"loading model {self.config.engine.model}"):
             full = Engine.open(full_cache_config(self.config.engine), self.config.prompt)
         candidates = self._candidates(self._layer_factors(full), self._shared_layers(full))
         left = [candidate for candidate in candidates if not self._is_measured(candidate)]
+        prompts = counted(len(self.sample.requests), "prompt")
+        self.display.note(f"{counted(len(left), 'candidate')} to measure on {prompts}, beside the full cache")
         if left or "full_cache" not in self.record:
             full_answers = self._full_cache_answers(full)
             self.record["full_cache"] = self._sizes(full.config) | {"rows": len(full_answers.answers)}
             if left and self.config.engine.int8:
                 full = self._open_quantized()
-            for number, candidate in enumerate(left, 1):
-                self._measure(full, full_answers, candidate, f"{number} of {len(left)}")
+            self._measure_all(full, full_answers, left)
         self._recommend()
         self.display.data(*calibration_lines(self.record, self.output))
         self.display.note(plots_note(plot_calibration(self.record, self.output)))
@@ -249,27 +256,28 @@ class _Calibration:
         with self.display.waiting(f"loading model {self.config.engine.model} with int8 weights"):
             return Engine.open(self.config.engine, self.config.prompt)
 
-    def _candidates(self, factors: list[float], shared: str) -> list[EngineConfig]:
+    def _candidates(self, factors: Mapping[str, list[float]], shared: str) -> list[EngineConfig]:
         """The settings to measure, each once.
 
         Args:
-            factors: layer budgets by the halting test; empty before it.
+            factors: measured layer budgets, by policy.
             shared: layers that could share, as ``kv_share_layers`` takes them; empty for none.
         """
-        options, engine = self.options, self.config.engine
-        longest = max(length.prompt_tokens for length in self.query.lengths)
-        budgets = options.budgets or tuple(b for b in BUDGETS if b < longest) or BUDGETS[:1]
-        by_name = {MEASURED: tuple(factors)} if factors else {}
-        layers = tuple(by_name.get(name, name) for name in options.layers if name != MEASURED or factors)
-        candidates = []
-        for policy, budget, kv_format, layer_budgets in product(options.policies, budgets, options.formats, layers):
-            if budget < 1 and layer_budgets != "uniform":
+        options, engine, candidates = self.options, self.config.engine, list[EngineConfig]()
+        tried = product(options.policies, options.budgets, options.formats, options.layers)
+        for policy, budget, kv_format, name in tried:
+            layers: str | tuple[float, ...] = name
+            if name == MEASURED:
+                layers = tuple(factors.get(policy, ())) or "uniform"
+            if layers != "uniform" and not isinstance(budget, int):
                 continue  # a budget that is a share of the prompt is the same for all layers
             candidate = replace(
-                engine, kv_policy=policy, kv_budget=budget, kv_format=kv_format, kv_layer_budgets=layer_budgets
+                engine, kv_policy=policy, kv_budget=budget, kv_format=kv_format, kv_layer_budgets=layers
             )
             if policy == "none":
-                candidate = replace(candidate.full_cache, kv_budget=BUDGETS[0], kv_layer_budgets="uniform")
+                candidate = replace(
+                    candidate.full_cache, kv_budget=EngineConfig().kv_budget, kv_layer_budgets="uniform"
+                )
             candidates.append(candidate)
             if shared:
                 candidates.append(replace(candidate, kv_share_layers=shared))
@@ -293,6 +301,7 @@ class _Calibration:
         if full_answers is None:
             with self._measuring(f"full cache: {counted(len(requests), 'prompt')}") as stats:
                 full_answers = FullCacheAnswers.generate(full, requests, self.stop, stats)
+            self.record["full_cache_seconds"] = round(stats.elapsed, 1)
             full_answers.save(path, made_by)
             for warning in full.prompt_warnings():
                 self.display.warn(warning)
@@ -301,6 +310,20 @@ class _Calibration:
         if not full_answers.answers:
             raise UsageError("no row of the sample can be answered")
         return full_answers
+
+    def _measure_all(self, full: Engine, full_answers: FullCacheAnswers, left: list[EngineConfig]) -> None:
+        """Measure candidates one after the other, and say how long it may take.
+
+        Args:
+            full: an engine with the model.
+            full_answers: what is compared with.
+            left: the candidates.
+        """
+        each, begun = READINGS * self.record.get("full_cache_seconds", 0.0), monotonic()
+        for number, candidate in enumerate(left):
+            each = (monotonic() - begun) / number if number else each
+            time_left = f", about {duration(each * (len(left) - number))} left" if each else ""
+            self._measure(full, full_answers, candidate, f"{number + 1} of {len(left)}{time_left}")
 
     def _measure(self, full: Engine, full_answers: FullCacheAnswers, candidate: EngineConfig, number: str) -> None:
         """Compare one candidate with the full cache, and save the measurement.
@@ -362,23 +385,21 @@ class _Calibration:
         if "full_cache" in self.record:
             self.record["full_cache"] |= self._sizes(full_cache_config(self.config.engine))
 
-    def _layer_factors(self, full: Engine) -> list[float]:
-        """Factors of layer budgets by the halting test, which also gives one budget for all layers."""
-        from bmx.measure.layer_analysis import layer_factors, layer_needs
+    def _layer_factors(self, full: Engine) -> dict[str, list[float]]:
+        """Factors of layer budgets for each policy that is tried, if they are to be measured."""
+        measured: dict[str, Any] = self.record.get("layer_factors", {}).get("factors", {})
+        for policy in self.options.policies:
+            if MEASURED not in self.options.layers or policy == "none" or policy in measured:
+                continue
+            from bmx.measure.layer_analysis import pooled_factors
 
-        if "halting_test" not in self.record:
-            requests = self.sample.requests[:HALTING_ROWS]
-            with self._measuring(f"what layers need: {counted(len(requests), 'prompt')}") as stats:
-                needs = layer_needs(full, requests, TOLERANCE, stats)
-            self.record["halting_test"] = {
-                "tolerance": TOLERANCE,
-                "budget": round(sum(needs) / len(needs)),
-                "layers": [round(need) for need in needs],
-                "factors": list(layer_factors(needs)),
-            }
+            requests = self.sample.requests[:LAYER_ROWS]
+            engine = full.with_config(replace(full.config, kv_policy=policy))
+            with self._measuring(f"what layers need: {policy}, {counted(len(requests), 'prompt')}") as stats:
+                measured[policy] = list(pooled_factors(engine, requests, LAYER_SHARE, stats))
+            self.record["layer_factors"] = {"share": LAYER_SHARE, "factors": measured}
             self._save()
-        factors: list[float] = self.record["halting_test"]["factors"]
-        return factors
+        return measured
 
     def _shared_layers(self, full: Engine) -> str:
         """Layers that could read another's keys and values, as ``kv_share_layers`` takes them; empty if not wanted."""
@@ -397,8 +418,12 @@ class _Calibration:
 
     def _recommend(self) -> None:
         """Recommend the candidate with the least memory of those that agree well enough and failed on no row."""
-        least = self.options.min_agreement
-        good = [c for c in self.record["candidates"] if c["top1_agreement"] >= least and not c["failed_rows"]]
+        least, candidates = self.options.min_agreement, self.record["candidates"]
+        points = [(c["kv_bytes_per_sequence"], 0.0 if c["failed_rows"] else c["top1_agreement"]) for c in candidates]
+        points.append((self.record["full_cache"]["kv_bytes_per_sequence"], 1.0))
+        for candidate, undominated in zip(candidates, on_frontier(points), strict=False):
+            candidate["on_frontier"] = undominated
+        good = [c for c in candidates if c["top1_agreement"] >= least and not c["failed_rows"]]
         best = min(good, key=lambda c: (c["kv_bytes_per_sequence"], -c["top1_agreement"]), default=None)
         self.record.update(min_agreement=least, recommended=best and best["settings"], updated=now())
         self._save()

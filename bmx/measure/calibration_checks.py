@@ -30,9 +30,10 @@ CANDIDATE = SIZES | {
 }
 REFERENCES = {"rouge_l_reference": NUMBER, "rouge_l_reference_of_full_cache": NUMBER}
 RECORD = {"model": TEXT, "fingerprint": OBJECT, "candidates": LIST}
+NUMBERS = {"min_agreement", "full_cache_seconds"}
 MEASURED_ONCE: Mapping[str, Mapping[str, str]] = {  # objects that are there once they are measured
     "full_cache": SIZES | {"rows": COUNT},
-    "halting_test": {"tolerance": NUMBER, "budget": COUNT, "factors": LIST},
+    "layer_factors": {"share": NUMBER, "factors": OBJECT},
     "shared_layers": {"asked": COUNT, "pairs": TEXT},
 }
 
@@ -44,8 +45,8 @@ def problem_of(record: Mapping[str, Any]) -> str:
 
 def _problems(record: Mapping[str, Any]) -> Iterator[str]:
     yield from _misfits(record, RECORD)
-    if "min_agreement" in record:
-        yield from _misfits(record, {"min_agreement": NUMBER})
+    for name in NUMBERS & record.keys():
+        yield from _misfits(record, {name: NUMBER})
     for name, form in MEASURED_ONCE.items():
         if name in record:
             yield from _misfits(record, {name: OBJECT})
@@ -53,9 +54,9 @@ def _problems(record: Mapping[str, Any]) -> Iterator[str]:
             yield from _wrong_speed(record[name])
     for candidate in record["candidates"]:
         yield from _wrong_candidate(candidate)
-    factors = record.get("halting_test", {}).get("factors", ())
-    if not all(_is_number(factor) and factor > 0 for factor in factors):
-        yield "'factors' must be numbers above 0"
+    for factors in record.get("layer_factors", {}).get("factors", {}).values():
+        if not (isinstance(factors, list) and all(_is_number(factor) and factor > 0 for factor in factors)):
+            yield "'factors' must be lists of numbers above 0"
     pairs = record.get("shared_layers", {}).get("pairs")
     yield from _wrong_settings({"kv_share_layers": pairs} if pairs else {})
     recommended = record.get("recommended", "")

@@ -1,21 +1,22 @@
-"""How a model's layers differ, measured on real prompts: how many tokens each needs, and which could share a cache.
+"""How a model's layers differ, measured on real prompts: how many pairs each needs, and which could share a cache.
 
-Records what the attention kernels are called with; knows nothing of files or settings.
+Looks at the scores in the slots, and records what the attention kernels are called with; knows nothing of files.
 
-Shapes: H query heads, K kv heads, T chunk tokens, P rows in use, D key dim, E value dim.
+Shapes: K kv heads, R rows, T chunk tokens, P rows in use, D key dim, E value dim.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from bmx.compress.budgets import halting_count
-from bmx.engine.backend import ModelBackend
+from bmx.compress.scorer_api import Seen
+from bmx.engine.backend import ModelBackend, Runner
 from bmx.engine.engine import Engine
 from bmx.errors import BmxError
 from bmx.kernels import Kernels
@@ -23,8 +24,11 @@ from bmx.kernels.contract import FUNCTIONS, Capabilities, KernelModule
 from bmx.request import Request
 from bmx.stats import Stats
 
-FIRST = 4  # tokens at the start of a prompt that the halting test always keeps
-LEAST_FACTOR = 0.25  # least layer budget, as a share of the mean
+if TYPE_CHECKING:
+    from bmx.engine.runner import ModelRunner
+    from bmx.kv.pool import KVPool
+
+POOLED = 0.5  # part of all pairs that layers compete for; the rest is shared out evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +36,12 @@ class ChunkAttention:
     """What one layer's attention was called with for one prompt chunk.
 
     Attributes:
-        query: [H, D] float32, of the chunk's last token.
         keys: [K, P + T, D] of the slot and the chunk.
         values: [K, P + T, E] of the slot and the chunk.
-        scale: factor of the scores.
     """
 
-    query: Tensor
     keys: Tensor
     values: Tensor
-    scale: float
-
-    def last_weights(self) -> Tensor:
-        """[H, P + T] attention of the chunk's last query."""
-        grouped = self.query.view(len(self.keys), -1, self.query.shape[-1])
-        return (grouped @ self.keys.float().transpose(-1, -2) * self.scale).softmax(-1).flatten(0, 1)
 
     def mean_pair(self) -> Tensor:
         """[K * (D + E)] mean key and mean value over all tokens."""
@@ -82,7 +77,7 @@ class RecordingKernels(Kernels):
         """Record the call, and compute it."""
         keys = torch.cat([past_key, key.transpose(0, 1)], dim=1)
         values = torch.cat([past_value, value.transpose(0, 1)], dim=1)
-        self.calls.append(ChunkAttention(query[-1].float(), keys, values, options["scale"]))
+        self.calls.append(ChunkAttention(keys, values))
         return self.inner.module.attend_chunk(query, key, value, past_key, past_value, **options)
 
 
@@ -92,40 +87,94 @@ def recording(engine: Engine) -> tuple[Engine, list[ChunkAttention]]:
     Raises:
         BmxError: the engine's backend is not a loaded model.
     """
-    backend = engine.backend
-    if not isinstance(backend, ModelBackend):
-        raise BmxError("only the attention of a loaded model can be recorded")
+    backend = _backend_of(engine)
     kernels, calls = backend.kernels, list[ChunkAttention]()
     recorder = RecordingKernels(kernels.name, kernels.why, kernels, calls)
     return engine.with_backend(backend.with_kernels(recorder)), calls
 
 
-def layer_needs(engine: Engine, requests: list[Request], tolerance: float, stats: Stats | None = None) -> list[float]:
-    """Tokens that each layer must keep of a prompt so that its last query hardly changes: the mean over prompts.
+def _backend_of(engine: Engine) -> ModelBackend:
+    backend = engine.backend
+    if not isinstance(backend, ModelBackend):
+        raise BmxError("only the attention of a loaded model can be looked at")
+    return backend
 
-    The halting test of DBudgetKV (see ``halting_count``) on each prompt, read whole under the full cache.
+
+def pooled_factors(
+    engine: Engine, requests: list[Request], share: float, stats: Stats | None = None
+) -> tuple[float, ...]:
+    """Factors of layer budgets: half of the pairs are shared out evenly, half to the layers with the best scores.
+
+    Each prompt is read without evicting anything. The scores of all layers and heads then compete with each other for
+    the pairs that an even budget would keep; what a layer wins is its part of the second half.
 
     Args:
-        engine: with the full cache.
+        engine: with a policy whose scores come from attention.
         requests: prompts to measure on.
-        tolerance: share of the norm of attention that may be lost.
+        share: of a prompt's pairs, that compete for places.
         stats: counts what is read.
+
+    Returns:
+        A factor per layer, 1 on average: the mean over prompts. Layers that hold all that their window sees have 1.
     """
-    layers = len(engine.spec.layers)
-    sums = [0.0] * layers
+    sums = torch.zeros(len(engine.spec.layers))
     for request in requests:
-        recorder, calls = recording(engine)
-        _read_prompt(recorder, request, stats)
-        for layer, attention in enumerate(calls[-layers:]):
-            sums[layer] += halting_count(attention.last_weights().tolist(), FIRST, tolerance)
-    return [total / len(requests) for total in sums]
+        scores = competing_scores(engine, request, stats)
+        places = max(1, round(share * sum(layer.numel() for layer in scores.values())))
+        least = torch.cat([layer.flatten() for layer in scores.values()]).topk(places).values[-1]
+        won = {layer: float((found >= least).float().mean()) for layer, found in scores.items()}
+        mean = sum(won.values()) / len(won)
+        sums += torch.tensor([won.get(layer.owner, mean) / mean for layer in engine.spec.layers])
+    return tuple(round(1 - POOLED + POOLED * total / len(requests), 4) for total in sums.tolist())
 
 
-def layer_factors(needs: list[float]) -> tuple[float, ...]:
-    """Factors of layer budgets in proportion to the layers' needs: their mean is 1, and none is far below 0.25."""
-    mean = sum(needs) / len(needs)
-    factors = [max(LEAST_FACTOR, need / mean) for need in needs]
-    return tuple(round(factor * len(factors) / sum(factors), 4) for factor in factors)
+def competing_scores(engine: Engine, request: Request, stats: Stats | None = None) -> dict[int, Tensor]:
+    """The scores [K, R] of a prompt's pairs that are not protected, by layer, when all of it was read and nothing went.
+
+    Args:
+        engine: with a policy whose scores come from attention.
+        request: the prompt.
+        stats: counts what is read.
+
+    Raises:
+        BmxError: the prompt cannot be read, or leaves no pair that is not protected.
+    """
+    tokens = len(engine.encode(request))
+    reader = engine.with_config(replace(engine.config, kv_budget=max(tokens, engine.policy.budget.fixed + 1)))
+    backend = _PoolKeeper(_backend_of(engine))
+    _read_prompt(reader.with_backend(backend), request, stats)
+    policy, scores = reader.policy, dict[int, Tensor]()
+    for owner in sorted({layer.owner for layer in engine.spec.layers}):
+        part = backend.pools[-1].layer(0, owner)
+        if part.layout.by_age:
+            continue
+        positions = part.positions[0, :, :tokens]
+        inputs = {name: part.row_stats[name][0, :, :tokens] for name in policy.attention_stats}
+        inputs["keys"], inputs["values"] = part.read(0, tokens)
+        seen = Seen(positions=positions, now=tokens, inputs=inputs, window=part.layout.window, distance=policy.distance)
+        found = policy.protected(replace(part.layout, row_stats=()), policy.score(seen), positions, tokens)
+        scores[owner] = found[found.isfinite()].view(len(found), -1)
+    if not any(found.numel() for found in scores.values()):
+        raise BmxError(f"row {request.id} is too short to compare layers: all of its pairs are protected")
+    return scores
+
+
+class _PoolKeeper(ModelBackend):
+    """A model's backend that keeps the pools of its runners.
+
+    Args:
+        inner: the backend.
+    """
+
+    def __init__(self, inner: ModelBackend) -> None:
+        super().__init__(inner.loaded, inner.kernels, inner.meter)
+        self.pools: list[KVPool] = []
+
+    def runner(self, *args: Any, **options: Any) -> AbstractContextManager[Runner]:
+        """See ``Backend``."""
+        made = super().runner(*args, **options)
+        self.pools.append(cast("ModelRunner", made).pool)
+        return made
 
 
 def _read_prompt(engine: Engine, request: Request, stats: Stats | None) -> Tensor:

@@ -112,6 +112,18 @@ class Agreement:
         return measurements
 
 
+def on_frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Whether each point is one that no other dominates: none takes fewer bytes and agrees as often, or the reverse.
+
+    Args:
+        points: bytes and agreement of each.
+    """
+    return [
+        not any(b <= size and a >= agreement and (b, a) != (size, agreement) for b, a in points)
+        for size, agreement in points
+    ]
+
+
 def rouge_l(text: str, reference: str) -> float:
     """F-measure of the longest common subsequence of words (Lin 2004, section 3): letters and digits, case ignored."""
     words, reference_words = (re.findall(r"\w+", t.lower()) for t in (text, reference))

@@ -12,7 +12,7 @@ from typing import Any
 from bmx.errors import UsageError
 from bmx.terminal.tables import BENCH_NAMES, budget_text, candidate_words, counted
 
-MARKERS = {"model": "o", "fp8": "^", "int8": "s", "int4": "D"}  # by KV format
+MARKERS = {"model": "o", "fp8": "^", "int8": "s", "int8/int4": "P", "int4": "D"}  # by KV format
 OTHER_MARKER = "x"
 METADATA = ("Software", "Creator")  # the entries of PNG and SVG files that name the program
 DRAWN_BY = "bmx, a plot of measurements"
@@ -21,7 +21,7 @@ BEGINNING = 2000  # bytes in which a plot says who has drawn it
 
 
 def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
-    """Plot agreement against memory, with a line for each group of candidates that differ in budgets alone.
+    """Plot agreement against bytes: a line for each group of candidates that differ in budgets alone, and the frontier.
 
     Args:
         record: the calibration's.
@@ -33,22 +33,39 @@ def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
     if find_spec("matplotlib") is None:
         return []
     figure, axes = _canvas()
-    for number, (name, candidates) in enumerate(_lines(record).items()):
-        candidates.sort(key=lambda candidate: candidate["kv_bytes_per_sequence"])
-        sizes = [candidate["kv_bytes_per_sequence"] / 1e6 for candidate in candidates]
-        shares = [100 * candidate["top1_agreement"] for candidate in candidates]
-        errors = [100 * candidate["top1_standard_error"] for candidate in candidates]
-        marker = MARKERS.get(candidates[0]["settings"]["kv_format"], OTHER_MARKER)
+    full = record["full_cache"]["kv_bytes_per_sequence"] or 1
+    candidates = sorted(record["candidates"], key=lambda candidate: float(candidate["kv_bytes_per_sequence"]))
+    points = [_point(candidate, full) for candidate in candidates if candidate.get("on_frontier")]
+    axes.plot(*zip(*points, (100.0, 100.0), strict=True), color="0.85", linewidth=6, label="best at its bytes")
+    for number, (name, group) in enumerate(_lines(candidates).items()):
+        sizes, shares = zip(*(_point(candidate, full) for candidate in group), strict=True)
+        errors = [100 * candidate["top1_standard_error"] for candidate in group]
+        marker = MARKERS.get(group[0]["settings"]["kv_format"], OTHER_MARKER)
         axes.errorbar(sizes, shares, errors, label=name, marker=marker, capsize=2, color=f"C{number % 10}")
-    full = record["full_cache"]["kv_bytes_per_sequence"] / 1e6
-    axes.axvline(full, color="0.6", linestyle=":", label="full cache")
+    for candidate in candidates:
+        if candidate["settings"] == record["recommended"]:
+            _label(axes, _point(candidate, full), f"recommended: {candidate_words(candidate['settings'])}")
+    axes.plot(100.0, 100.0, marker="*", markersize=12, color="0.4", linestyle="none", label="full cache")
     axes.axhline(100 * record["min_agreement"], color="0.6", linestyle="--", label="least agreement")
-    axes.set_xlabel("memory of a sequence's KV cache (MB, mean)")
+    axes.set_xlabel("bytes of a row's KV cache (% of the full cache's, mean)")
     axes.set_ylabel("next tokens equal to the full cache's (%)")
     axes.set_title(f"{record['model']}: {counted(record['full_cache']['rows'], 'prompt')}")
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize="small")
     return _saved(figure, beside)
+
+
+def _point(candidate: dict[str, Any], full: int) -> tuple[float, float]:
+    """Bytes in percent of the full cache's, and agreement in percent."""
+    return 100 * candidate["kv_bytes_per_sequence"] / full, 100 * candidate["top1_agreement"]
+
+
+def _label(axes: Any, point: tuple[float, float], text: str) -> None:
+    """A ring around a point, and a text beside it."""
+    axes.plot(*point, marker="o", markersize=14, markerfacecolor="none", markeredgecolor="black", linestyle="none")
+    arrow = {"arrowstyle": "-", "color": "black"}
+    axes.annotate(text, point, (0.97, 0.05), textcoords="axes fraction", ha="right", arrowprops=arrow, fontsize="small")
 
 
 def plot_bench(record: dict[str, Any], beside: Path) -> list[Path]:
@@ -132,10 +149,10 @@ def _saved(figure: Any, beside: Path) -> list[Path]:
     return paths
 
 
-def _lines(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _lines(candidates: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Candidates grouped by their names without the budget."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    for candidate in record["candidates"]:
+    for candidate in candidates:
         settings = candidate["settings"]
         name = candidate_words(settings).replace(f" {budget_text(settings['kv_budget'])}", "", 1)
         lines.setdefault(name, []).append(candidate)

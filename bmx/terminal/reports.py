@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bmx.terminal.tables import (
+    BEST_MARK,
     CALIBRATION_COLUMNS,
+    RECOMMENDED_MARK,
     SCENARIO_COLUMNS,
     aligned,
     candidate_row,
     candidate_words,
     counted,
     duration,
+    full_cache_row,
     megabytes,
     memory_items,
     scenario_row,
@@ -256,7 +259,7 @@ def _named(names: Sequence[str], count: int) -> str:
 
 
 def calibration_lines(record: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """What was measured, as a table, and what is recommended.
+    """What was measured, as a table in the order of bytes, and what is recommended.
 
     Args:
         record: what the calibration file holds.
@@ -264,13 +267,11 @@ def calibration_lines(record: Mapping[str, Any], path: Path) -> Iterator[str]:
     """
     full = record["full_cache"]
     yield f"{record['model']}: {counted(full['rows'], 'prompt')}, against the full cache"
-    rows = [candidate_row("full cache", full), *(candidate_row(None, entry) for entry in record["candidates"])]
+    candidates = sorted(record["candidates"], key=lambda entry: -entry["kv_bytes_per_sequence"])
+    rows = [full_cache_row(full), *(candidate_row(entry, full, record["recommended"]) for entry in candidates)]
     yield from aligned([CALIBRATION_COLUMNS, *rows])
-    halting = record["halting_test"]
-    yield (
-        f"halting test: {counted(halting['budget'], 'pair')} a layer, on average, keep all but "
-        f"{halting['tolerance']:.0%} of the last query's attention (DBudgetKV)"
-    )
+    recommended = f"; {RECOMMENDED_MARK} recommended" if record["recommended"] else ""
+    yield f"{BEST_MARK} nothing else agrees as often in as few bytes{recommended}"
     if record["recommended"] is None:
         best = max((entry["top1_agreement"] for entry in record["candidates"]), default=0.0)
         yield f"recommended: nothing; {record['min_agreement']:.0%} was asked for, {best:.1%} is the best"

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from bmx.plan.scenarios import Scenario
 
 CALIBRATION_COLUMNS = (
-    "cache", "KV of a row", "slots", "tok/s (predicted)", "top-1", "KL", "same answer", "ROUGE-L full", "ROUGE-L ref",
-    "length",
+    "  cache", "KV of a row", "of full", "slots", "tok/s (predicted)", "top-1", "KL", "same answer", "ROUGE-L full",
+    "ROUGE-L ref", "length",
 )  # fmt: skip
+BEST_MARK, RECOMMENDED_MARK = "*", ">"  # of candidates that nothing dominates, and of the recommended one
 BENCH_COLUMNS = (
     "cache", "slots", "KV cache", "planned", "peak", "generated tok/s", "in+out tok/s", "prompts/min",
     "prefill tok/s", "MFU", "decode tok/s", "bandwidth", "batch-max is",
@@ -46,20 +47,25 @@ def candidate_words(settings: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def candidate_row(name: str | None, measured: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row of a calibration's table: of the full cache, by that name, or of a candidate, if ``name`` is None."""
-    speed = measured.get("predicted_tokens_per_second")
-    sizes = (
-        f"{measured['kv_bytes_per_sequence'] / 1e6:,.2f} MB",
-        f"{measured['slots']:,}",
-        f"{speed:,.1f}" if speed else "-",
-    )
-    if name:
-        return (name, *sizes, *["-"] * (len(CALIBRATION_COLUMNS) - 4))
+def full_cache_row(full: Mapping[str, Any]) -> tuple[str, ...]:
+    """The row of the full cache in a calibration's table."""
+    return ("  full cache", *_candidate_sizes(full, full), *["-"] * (len(CALIBRATION_COLUMNS) - 5))
+
+
+def candidate_row(measured: Mapping[str, Any], full: Mapping[str, Any], recommended: Any) -> tuple[str, ...]:
+    """The row of a candidate in a calibration's table.
+
+    Args:
+        measured: the candidate, as the calibration file has it.
+        full: the full cache.
+        recommended: the settings that are recommended, or None.
+    """
+    mark = BEST_MARK if measured.get("on_frontier") else " "
+    mark = RECOMMENDED_MARK if measured["settings"] == recommended else mark
     reference = measured.get("rouge_l_reference")
     return (
-        candidate_words(measured["settings"]),
-        *sizes,
+        f"{mark} {candidate_words(measured['settings'])}",
+        *_candidate_sizes(measured, full),
         f"{measured['top1_agreement']:.1%} ± {measured['top1_standard_error']:.1%}",
         f"{measured['kl_divergence']:.3f}",
         f"{measured['exact_match']:.0%}",
@@ -67,6 +73,12 @@ def candidate_row(name: str | None, measured: Mapping[str, Any]) -> tuple[str, .
         "-" if reference is None else f"{reference:.3f} of {measured['rouge_l_reference_of_full_cache']:.3f}",
         f"{measured['length_ratio']:.2f}",
     )
+
+
+def _candidate_sizes(measured: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[str, ...]:
+    size, speed = measured["kv_bytes_per_sequence"], measured.get("predicted_tokens_per_second")
+    share = size / (full["kv_bytes_per_sequence"] or 1)
+    return (f"{size / 1e6:,.2f} MB", f"{share:.1%}", f"{measured['slots']:,}", f"{speed:,.1f}" if speed else "-")
 
 
 def bench_lines(cell: Mapping[str, Any]) -> list[str]:
