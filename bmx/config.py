@@ -143,7 +143,7 @@ class EngineConfig:
             calibrated=True,
             rare=True,
         ),
-    ] = 64
+    ] = 32
     kv_protect: Annotated[
         Literal["none", "instructions"],
         Setting(

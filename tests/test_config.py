@@ -594,10 +594,10 @@ def test_the_ends_of_ranges_are_allowed(name, value):
 
 
 def test_a_budget_without_room_beside_sinks_and_recent_tokens_is_refused():
-    with pytest.raises(UsageError, match="kv_budget 68 leaves no room"):
-        gather(kv_budget=68)
-    assert gather(kv_budget=69)["kv_budget"] == 69
-    assert gather(kv_budget=68, kv_policy="none")["kv_budget"] == 68
+    with pytest.raises(UsageError, match="kv_budget 36 leaves no room"):
+        gather(kv_budget=36)
+    assert gather(kv_budget=37)["kv_budget"] == 37
+    assert gather(kv_budget=36, kv_policy="none")["kv_budget"] == 36
 
 
 def test_a_step_smaller_than_a_chunk_is_refused():

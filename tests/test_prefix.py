@@ -497,7 +497,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
     prompts, answer, slots, spare, chunk_size, policy, budget, drops
 ):
     """Rows that are dropped at any moment, too, leave nobody waiting."""
-    policy = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=budget, kv_recent=32))
+    policy = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=budget))
     rows = [sequence_of(i, prompt, answer, policy) for i, prompt in enumerate(prompts)]
     largest = max(row.rows_needed for row in rows)
     scheduler = Scheduler([SlotGroup(largest, slots)], StepSize(chunk_size=chunk_size, max_num_batched_tokens=80))
@@ -562,9 +562,7 @@ def test_spans_matter_once_something_is_evicted():
     budget=st.sampled_from([40, 100, 0.5]),
 )
 def test_what_two_prompts_share_is_the_same_either_way(common, tails, chunk_size, policy, kv_format, budget):
-    policy = CompressionPolicy.from_config(
-        EngineConfig(kv_policy=policy, kv_format=kv_format, kv_budget=budget, kv_recent=32)
-    )
+    policy = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_format=kv_format, kv_budget=budget))
     reuse = Reuse(spec=SPEC, policy=policy, chunk_size=chunk_size)
     one, other = (sequence_of(i, [1] * common + [2 + i] * tail, 3, policy) for i, tail in enumerate(tails))
     shared = reuse.shared(one, other)
