@@ -9,6 +9,11 @@ KV_FORMATS = ("model", "fp8", "int8", "int4")  # "model" is the model's own dtyp
 AUTO_FORMAT = "model"  # what ``auto`` stands for: settings, fingerprints and records name this, never ``auto``
 
 
+def format_name(keys: str, values: str) -> str:
+    """The canonical name of a pair of formats: ``int8`` for both, ``int8/int4`` for each its own."""
+    return keys if keys == values else f"{keys}/{values}"
+
+
 def formats_of(text: str) -> tuple[str, str]:
     """The formats of keys and values in ``int8``, ``int8/int4`` or ``auto``.
 

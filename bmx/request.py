@@ -192,12 +192,14 @@ class KVUsage:
         budget: the most that may be kept.
         kept: those kept.
         evicted: the others.
+        format: how they are stored: ``model`` (the model's own type), ``int8``, ``int8/int4`` (keys/values) and so on.
         asked: the budget as the user gave it, where that is a share: ``25%`` (of the pairs) or ``25%bytes``.
     """
 
     budget: int
     kept: int
     evicted: int
+    format: str = "model"
     asked: str = ""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
-from bmx.kv_formats import KV_FORMATS, formats_of
+from bmx.kv_formats import KV_FORMATS, format_name, formats_of
 from bmx.policies import POLICIES, find_scorer
 
 LEAST_MEMORY = 10**6  # no model runs in less: a smaller size has lost its unit
@@ -137,8 +137,7 @@ def parse_format(text: str) -> str:
     Raises:
         ValueError: not one or two names of formats.
     """
-    keys, values = formats_of(text)
-    return keys if keys == values else f"{keys}/{values}"
+    return format_name(*formats_of(text))
 
 
 def parse_layers(text: str) -> str | tuple[float, ...]:

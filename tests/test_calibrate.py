@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
+from bmx import kv_formats
 from bmx.config import EngineConfig
 from bmx.errors import BmxError
 from bmx.measure import plots as report
@@ -368,6 +369,13 @@ def test_b1_a_calibration_file_sets_the_cache(bmx):
     Path(FILE).write_text(json.dumps(GOOD))
     shown = auto(bmx, "--print-config").out
     assert "kv_policy: keydiff\nkv_budget: 80\n" in shown
+
+
+def test_b1_auto_in_an_earlier_calibration_file_is_the_models_own_type(bmx, monkeypatch):
+    """Whatever ``auto`` stands for now."""
+    monkeypatch.setattr(kv_formats, "AUTO_FORMAT", "int8/int4")
+    Path(FILE).write_text(json.dumps(GOOD | {"recommended": GOOD["recommended"] | {"kv_format": "auto"}}))
+    assert "kv_format: model\n" in auto(bmx, "--print-config").out
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,11 @@ import torch
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
 from families import tiny_model
 
+from bmx import kv_formats
 from bmx.compress.policy import CompressionPolicy, left_to_kernels
 from bmx.config import EngineConfig
+from bmx.errors import UsageError
+from bmx.job.fingerprint import differences, fingerprint
 from bmx.kernels import registry
 from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL, Stored, hadamard
 from bmx.kv.layout import LayerLayout
@@ -20,7 +23,9 @@ from bmx.kv.pool import KVPool, LayerSlots
 from bmx.kv.stores import RowStore
 from bmx.kv_formats import KV_FORMATS
 from bmx.plan.device import Device
+from bmx.plan.planner import Length, plan_record
 from bmx.policies import POLICIES
+from bmx.run_config import RunConfig
 
 CPU = torch.device("cpu")
 FEW = ("fp8", "int8", "int4")
@@ -484,3 +489,41 @@ def test_a_slot_takes_less_of_the_memory_with_all_that_belongs_to_it(name, more)
     ]
     plain, few = (engine.policy.layout(engine.spec, 150).nbytes for engine in engines)
     assert plain / few > more
+
+
+# ---- what was used ----
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("auto", "model"),
+        ("int8", "int8"),
+        ("int8/int8", "int8"),
+        ("int8/int4", "int8/int4"),
+        ("model/fp8", "model/fp8"),
+    ],
+)
+def test_settings_results_and_plans_say_which_format_was_used(given, used):
+    config = EngineConfig(kv_format=given, kv_budget=20, kv_recent=5, kv_sink=3)
+    assert config.kv_format == used
+    engine = tiny_engine("llama", kv_format=given, kv_budget=20, kv_recent=5, kv_sink=3)
+    requests = as_requests(random_prompts((30, 4)), max_tokens=3)
+    assert [result.kv.format for result in engine.stream(requests)] == [used, used]
+    assert plan_record(engine.plan([Length(30, 3, 20)]))["kv_format"] == used
+
+
+@pytest.mark.parametrize("given", ["int3", "int8/", "/int8", "int8/int4/int4", "auto/int8", "int8,int4", ""])
+def test_a_format_that_is_none_is_refused(given):
+    with pytest.raises(UsageError, match="kv_format cannot be"):
+        EngineConfig(kv_format=given)
+
+
+def test_an_output_of_an_earlier_default_is_not_gone_on_with(monkeypatch):
+    config = {"model": "fake"}
+    before = fingerprint(RunConfig.of(("in.jsonl",), config))
+    assert before["kv_format"] == "model"
+    monkeypatch.setattr(kv_formats, "AUTO_FORMAT", "int8/int4")
+    after = fingerprint(RunConfig.of(("in.jsonl",), config))
+    assert differences(before, after) == 'kv_format was "model", is "int8/int4"'
+    assert fingerprint(RunConfig.of(("in.jsonl",), config | {"kv_format": "int8/int4"})) == after

@@ -880,7 +880,7 @@ ANSWER = Result(
     usage=Usage(prompt_tokens=10, completion_tokens=2),
     kv=KVUsage(budget=8, kept=8, evicted=3),
 )
-KV = {"budget": 8, "kept": 8, "evicted": 3}
+KV = {"budget": 8, "kept": 8, "evicted": 3, "format": "model"}
 KEY = "00ff" * 4
 
 

@@ -23,6 +23,7 @@ from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import FORMATS, MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout
+from bmx.kv_formats import format_name
 from bmx.model.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ class CompressionPolicy:
         )
 
     @property
-    def encodes(self) -> bool:
-        """Whether keys or values are stored in fewer bits."""
-        return (self.key_format, self.value_format) != (MODEL, MODEL)
+    def format(self) -> str:
+        """The formats of keys and values as ``kv_format`` names them."""
+        return format_name(self.key_format, self.value_format)
 
     @property
     def needs(self) -> Needs:

@@ -140,7 +140,7 @@ class Reuse:
         They are not if pairs are encoded (a chunk attends to its own pairs exactly, and to earlier ones decoded), or
         if the scorer looks at the queries of a chunk.
         """
-        return not self.policy.encodes and Needs.QUERIES not in self.policy.needs
+        return self.policy.format == "model" and Needs.QUERIES not in self.policy.needs
 
     @property
     def _query_window(self) -> int:

@@ -272,8 +272,9 @@ class Run:
             return failure(sequence, sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
         policy = self._context.policy
         if policy.scorer is None:
-            return sequence.result(capacity)
-        return sequence.result(policy.budget.pairs or sequence.rows_needed, policy.budget.asked)
+            return sequence.result(capacity, kv_format=policy.format)
+        budget = policy.budget.pairs or sequence.rows_needed
+        return sequence.result(budget, policy.budget.asked, policy.format)
 
 
 class _Attempt:

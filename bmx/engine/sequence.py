@@ -194,12 +194,13 @@ class Sequence:
             at = self._said.find(stop, at + 1)
         return at
 
-    def result(self, budget: int, asked: str = "") -> Result:
+    def result(self, budget: int, asked: str = "", kv_format: str = "model") -> Result:
         """The answer, once finished.
 
         Args:
             budget: KV pairs that each layer and head may keep.
             asked: the budget as the user gave it, where that is a share.
+            kv_format: how they are stored.
         """
         ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self.last_ids
         ids = self.answer[:-1] if ended else self.answer
@@ -211,7 +212,7 @@ class Sequence:
             token_ids=tuple(self.answer),
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.answer)),
-            kv=KVUsage(budget=budget, kept=kept, evicted=seen - kept, asked=asked),
+            kv=KVUsage(budget=budget, kept=kept, evicted=seen - kept, format=kv_format, asked=asked),
             truncated=self.truncated,
             clamped_to=self.max_tokens if self.max_tokens < self.params.max_tokens else None,
         )

@@ -91,7 +91,7 @@ def _extras(result: Result) -> dict[str, Any]:
     kv = result.kv
     asked = {"asked": kv.asked} if kv and kv.asked else {}
     extras: dict[str, Any] = {
-        "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted, **asked},
+        "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted, "format": kv.format, **asked},
         "truncated": result.truncated,
     }
     if result.clamped_to:

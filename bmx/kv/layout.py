@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL
+from bmx.kv_formats import format_name
 
 POSITION_BYTES = 4  # of an int32 position
 ROW_STAT_BYTES = 4  # of a float32 statistic
@@ -108,6 +109,11 @@ class KVLayout:
     """One slot: its layers, including those that read another layer's rows."""
 
     layers: tuple[LayerLayout, ...]
+
+    @property
+    def format(self) -> str:
+        """How pairs are stored, as the setting ``kv_format`` names it."""
+        return format_name(*self.layers[0].formats)
 
     @property
     def kv_bytes(self) -> int:

@@ -384,6 +384,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     """A plan for JSON, memory item by item in bytes."""
     memory = plan.memory
     return {
+        "kv_format": plan.layouts[0].format,
         "slots": plan.slots,
         "groups": [{"capacity": group.capacity, "slots": group.slots} for group in plan.groups],
         "spare": [{"capacity": group.capacity, "slots": group.slots} for group in plan.prefix_slots],

@@ -71,9 +71,11 @@ def plan_lines(
     if budget and budget.of_bytes:
         share, pairs = f"{100 * budget.of_bytes:g}%", f"{min(1.0, budget.share or 0.0):.1%}"
         yield Line(f"budget: {share} of the full cache's bytes hold {pairs} of each prompt's KV pairs")
+    form = plan.layouts[0].format
+    stored = "" if form == "model" else f" in {form}"
     prefixes = f", {plan_range(plan.prefix_slots)} for shared text" if plan.prefix_slots else ""
     yield Line(
-        f"slots: {plan_range(plan.groups)} ({plan.fill:.0%} of them used){prefixes}; "
+        f"slots: {plan_range(plan.groups)}{stored} ({plan.fill:.0%} of them used){prefixes}; "
         f"steps of up to {counted(plan.step.max_num_batched_tokens, 'token')}, chunks of {plan.step.chunk_size:,}"
     )
     if plan.too_large:
