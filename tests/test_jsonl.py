@@ -878,9 +878,9 @@ ANSWER = Result(
     token_ids=(1, 2),
     finish_reason="stop",
     usage=Usage(prompt_tokens=10, completion_tokens=2),
-    kv=KVUsage(budget=8, kept=8, evicted=3),
+    kv=KVUsage(budget=8, kept=8, evicted=3, format="int8/int4"),
 )
-KV = {"budget": 8, "kept": 8, "evicted": 3, "format": "model"}
+KV = {"budget": 8, "kept": 8, "evicted": 3, "format": "int8/int4"}
 KEY = "00ff" * 4
 
 

@@ -81,7 +81,7 @@ def test_a_small_budget_evicts_and_says_so(run):
     source = write(row("long", words(FEW[1])), row("short", words(FEW[0])))
     assert run(source, "-o", "out.jsonl", "--kv-budget", 16, "--kv-recent", 4, "--chunk-size", 8).code == 0
     found = records(Path("out.jsonl"))
-    assert found["long"]["kv"] == {"budget": 16, "kept": 16, "evicted": 16, "format": "model"}
+    assert found["long"]["kv"] == {"budget": 16, "kept": 16, "evicted": 16}
     assert found["short"]["kv"]["evicted"] == 0
 
 

@@ -90,8 +90,9 @@ def _extras(result: Result) -> dict[str, Any]:
     """What only bmx reports: the row's KV cache, and what was done to a row that was too long."""
     kv = result.kv
     asked = {"asked": kv.asked} if kv and kv.asked else {}
+    stored = {"format": kv.format} if kv and kv.format != "model" else {}
     extras: dict[str, Any] = {
-        "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted, "format": kv.format, **asked},
+        "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted, **stored, **asked},
         "truncated": result.truncated,
     }
     if result.clamped_to:

@@ -382,9 +382,9 @@ def shrunk(plan: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], devic
 
 def plan_record(plan: Plan) -> dict[str, Any]:
     """A plan for JSON, memory item by item in bytes."""
-    memory = plan.memory
+    memory, kv_format = plan.memory, plan.layouts[0].format
     return {
-        "kv_format": plan.layouts[0].format,
+        **({} if kv_format == "model" else {"kv_format": kv_format}),
         "slots": plan.slots,
         "groups": [{"capacity": group.capacity, "slots": group.slots} for group in plan.groups],
         "spare": [{"capacity": group.capacity, "slots": group.slots} for group in plan.prefix_slots],
