@@ -177,6 +177,17 @@ def test_the_least_memory_that_holds_is_recommended_and_a_run_takes_it(given, bm
     assert {row["kv"]["budget"] for row in rows} == {least["settings"]["kv_budget"]}
 
 
+def test_a_run_takes_a_recommended_budget_in_bytes(given, bmx, model):
+    given("--kv-budget", "60%bytes", "--kv-format", "int8/int4", "--min-agreement", 0.01)
+    assert measured()["recommended"]["kv_budget"] == "60%bytes"
+    ran = bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--max-tokens", 3)
+    assert ran.code == 0
+    rows = [json.loads(line) for line in Path("in.out.jsonl").read_text().splitlines()]
+    assert {row["kv"]["asked"] for row in rows} == {"60%bytes"}
+    fingerprint = json.loads(Path("in.out.jsonl.run.json").read_text())["fingerprint"]
+    assert (fingerprint["kv_budget"], fingerprint["kv_format"]) == ("60%bytes", "int8/int4")
+
+
 def test_without_a_good_candidate_it_says_so_and_no_run_starts_with_it(given, bmx, model):
     ended = given("--kv-budget", "24", "--min-agreement", 0.999)
     assert ended.code == 3
