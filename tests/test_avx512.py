@@ -482,14 +482,27 @@ def bfloat16_model():
     return model.to(BF16).eval()
 
 
-@pytest.mark.parametrize("policy", ["average-attention", "none", "streaming", "h2o"])
+@pytest.mark.parametrize(
+    ("policy", "kv_format"),
+    [
+        *((policy, "model") for policy in ("average-attention", "none", "streaming", "h2o", "far-attention")),
+        *(("far-attention", name) for name in ("int8", "int4", "int8/int4")),
+    ],
+)
 @pytest.mark.parametrize("int8", [False, True])
-def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, int8, cpu_kernels):
+def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, kv_format, int8, cpu_kernels):
     """With these kernels no number depends on its company, so not even rounding does."""
     cpu_kernels("avx512")
     loaded = prepare(bfloat16_model())
     loaded = quantize_int8(loaded) if int8 else loaded
-    settings = {"kv_policy": policy, "kv_budget": 40, "kv_recent": 20, "chunk_size": 24, "prefix_reuse": False}
+    settings = {
+        "kv_policy": policy,
+        "kv_format": kv_format,
+        "kv_budget": 40,
+        "kv_recent": 20,
+        "chunk_size": 24,
+        "prefix_reuse": False,
+    }
     engine = Engine(EngineConfig(**settings), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
     requests = as_requests(random_prompts([90, 13, 61, 47, 100]), max_tokens=20)
     together = answers(engine, requests)
