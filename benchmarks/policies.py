@@ -15,12 +15,12 @@ from dataclasses import replace
 from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.policies import POLICIES
 
+DEFAULT = EngineConfig().kv_policy
 CONFIGS = {name: {"kv_policy": name} for name in ("none", *(p for p in POLICIES if p != "none"))} | {
-    "average-attention, value norm": {"kv_value_norm": True},
-    "average-attention, probe of 12 tokens": {"kv_probe": "Now write a short summary of all the passages above."},
-    "average-attention, int8": {"kv_format": "int8"},
-    "average-attention, int4": {"kv_format": "int4"},
-    "none, int8": {"kv_policy": "none", "kv_format": "int8"},
+    f"{DEFAULT}, value norm": {"kv_value_norm": True},
+    f"{DEFAULT}, probe of 12 tokens": {"kv_probe": "Now write a short summary of all the passages above."},
+    **{f"{DEFAULT}, {stored}": {"kv_format": stored} for stored in ("int8", "int8/int4", "int4")},
+    **{f"none, {stored}": {"kv_policy": "none", "kv_format": stored} for stored in ("int8", "int8/int4", "int4")},
 }
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=33)
     parser.add_argument("--budget", type=int, default=512)
     args = parser.parse_args()
-    base = EngineConfig(kv_budget=args.budget, chunk_size=512, prefix_reuse=False)
+    base = EngineConfig(kv_budget=args.budget, kv_format="model", chunk_size=512, prefix_reuse=False)
     engine = Engine.open(base)
     draw = random.Random(0)
     words = [engine.tokenizer.decode([i]) for i in range(1000, 9000)]
