@@ -35,38 +35,54 @@ class Chosen(kernels.Kernels):
 
 
 CHUNK_COLUMNS = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer: K, G, D, E."""
+
+    kv_heads: int = 2
+    group: int = 3
+    key_dim: int = 32
+    value_dim: int = 32
+
+
+REGISTERS, ODD = Sizes(), Sizes(kv_heads=3, group=2, key_dim=12, value_dim=7)  # what compiled kernels take, and others
 COMPILED = pytest.mark.skipif(isinstance(build.library(), str), reason="there are no compiled kernels here")
 EITHER = pytest.mark.parametrize(  # kernels with each format that their fused steps read
-    ("name", "form"),
+    ("name", "sizes", "form"),
     [
-        pytest.param(name, form, marks=[COMPILED] if name == "avx512" else [])
-        for name in ("reference", "avx512")
-        for form in ("model", "fp8", "int8", "int4", "int8/int4", "model/int4")
-        if {"model", *CAPABILITIES[name].row_formats}.issuperset(formats_of(form))
+        *(("reference", REGISTERS, form) for form in ("model", "int8/int4")),
+        *(("reference", ODD, form) for form in ("fp8", "int8", "int4", "model/int4")),
+        *(
+            pytest.param("avx512", REGISTERS, form, marks=COMPILED)
+            for form in ("model", "fp8", "int8", "int4", "int8/int4", "model/int4")
+            if {"model", *CAPABILITIES["avx512"].row_formats}.issuperset(formats_of(form))
+        ),
     ],
 )
 
 
-def attention_of(chosen, policy, window=None, sizes=((48, 5),), form="model"):
-    """One layer's attention and its pool, with the same random pairs each time; K 2, D 32; groups of (C, S)."""
-    capacity, (keys, values) = sizes[-1][0], formats_of(form)
+def attention_of(chosen, policy, window, form, sizes, groups=((48, 5),)):
+    """One layer's attention and its pool, with the same random pairs each time; groups of (C, S)."""
+    capacity, (keys, values) = groups[-1][0], formats_of(form)
     made = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=capacity, kv_sink=2, kv_recent=5))
     layouts = tuple(
         KVLayout((
             LayerLayout(
-                capacity=rows, kv_heads=2, key_dim=32, value_dim=32, itemsize=2, window=window, owner=0, last_reader=0,
-                by_age=False, row_stats=made.attention_stats if made.scorer else (),
-                key_format=keys, value_format=values,
+                capacity=rows, kv_heads=sizes.kv_heads, key_dim=sizes.key_dim, value_dim=sizes.value_dim, itemsize=2,
+                window=window, owner=0, last_reader=0, by_age=False, key_format=keys, value_format=values,
+                row_stats=made.attention_stats if made.scorer else (),
             ),
         ))
-        for rows, _ in sizes
+        for rows, _ in groups
     )  # fmt: skip
-    pool = KVPool(layouts, tuple(slots for _, slots in sizes), BF16, torch.device("cpu"))
-    for group, (_, slots) in enumerate(sizes):
+    pool = KVPool(layouts, tuple(slots for _, slots in groups), BF16, torch.device("cpu"))
+    for group, (_, slots) in enumerate(groups):
         part = pool.layer(group, 0)
         for slot in range(slots):
-            for seed, store in enumerate((part.keys, part.values)):
-                vectors = normal(2, part.layout.capacity, 32, seed=2 * slot + seed, dtype=BF16)
+            for seed, (store, dim) in enumerate(((part.keys, sizes.key_dim), (part.values, sizes.value_dim))):
+                vectors = normal(sizes.kv_heads, part.layout.capacity, dim, seed=2 * slot + seed, dtype=BF16)
                 store.append(slot, 0, vectors)
     return SlotAttention(pool, made, chosen), pool
 
@@ -74,16 +90,18 @@ def attention_of(chosen, policy, window=None, sizes=((48, 5),), form="model"):
 def fill(part, slot, tokens, rows):
     """A slot after some tokens: it keeps ``rows`` of them, in any order, and each has received attention."""
     random = torch.Generator().manual_seed(slot)
-    for head in range(2):
+    for head in range(part.layout.kv_heads):
         left = torch.randperm(tokens, generator=random) if tokens > rows else torch.arange(tokens)
         part.positions[slot, head, : min(tokens, rows)] = left[:rows].int()
     for note in part.row_stats.values():
         note[slot] = torch.rand(note[slot].shape, generator=random) * (part.positions[slot] >= 0)
 
 
-def attended(attention, step, tokens):
-    """What a layer says of random queries, keys and values; H 6, K 2, D 32."""
-    q, k, v = (normal(1, heads, tokens, 32, seed=heads + i, dtype=BF16) for i, heads in enumerate((6, 2, 2)))
+def attended(attention, step, tokens, sizes):
+    """What a layer says of random queries, keys and values."""
+    heads = sizes.kv_heads
+    shapes = ((heads * sizes.group, sizes.key_dim), (heads, sizes.key_dim), (heads, sizes.value_dim))
+    q, k, v = (normal(1, heads, tokens, dim, seed=heads + i, dtype=BF16) for i, (heads, dim) in enumerate(shapes))
     with attention.forward(step):
         return attention(None, q, k, v, scaling=0.2)[0]
 
@@ -112,11 +130,11 @@ POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay
 @pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova", "streaming", "none"])
 @pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, window, limits, form):
+def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, window, limits, form, sizes):
     """Two groups of slots, of which the second one's have sequences that evict."""
     found, now, seen = [], (100, 30, 60, 47), (20, 7)
     for fused in (False, True):
-        attention, pool = attention_of(Chosen(name, "", fused), policy, window, ((31, 3), (48, 5)), form)
+        attention, pool = attention_of(Chosen(name, "", fused), policy, window, form, sizes, ((31, 3), (48, 5)))
         slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
         for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
             tokens = asked
@@ -140,7 +158,7 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, wi
         step = PackedStep(
             input_ids=None, positions=None, logits_at=0, decode_batch=decode_batch, decode_groups=tuple(groups)
         )
-        found.append((attended(attention, step, 6), pool))
+        found.append((attended(attention, step, 6, sizes), pool))
     assert_same(found)
 
 
@@ -149,11 +167,13 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, wi
 @pytest.mark.parametrize("window", [None, 60])
 @pytest.mark.parametrize("limit", [48, 40])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 30), (0, 60), (20, 30), (48, 17), (100, 64), (40, 8)])
-def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(name, policy, start, tokens, limit, window, form):
+def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(
+    name, policy, start, tokens, limit, window, form, sizes
+):
     """One that evicts, behind a decoding token, and one that never will."""
     found = []
     for fused in (False, True):
-        attention, pool = attention_of(Chosen(name, "", fused), policy, window, form=form)
+        attention, pool = attention_of(Chosen(name, "", fused), policy, window, form, sizes)
         fill(pool.layer(0, 0), 1, start, limit)
         prompts = (
             PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),
@@ -169,5 +189,5 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(name, policy, 
             table=torch.tensor(table), query_weights=weights, decay=decay,
         )  # fmt: skip
         step = PackedStep(input_ids=None, positions=None, logits_at=0, chunks=chunks, prompts=prompts)
-        found.append((attended(attention, step, 13 + tokens)[:, 1:], pool))
+        found.append((attended(attention, step, 13 + tokens, sizes)[:, 1:], pool))
     assert_same(found)

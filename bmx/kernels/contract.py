@@ -330,7 +330,8 @@ class Capabilities:
 
         Args:
             itemsize: bytes of the model's numbers.
-            fused: whether steps are fused.
+            fused: whether steps may be fused; those of a type with a profile of its own are not.
         """
-        profile = self.profile if itemsize == HALF or self.wide_profile is None else self.wide_profile
-        return replace(profile, unpack_passes=0) if fused else profile
+        if itemsize != HALF and self.wide_profile is not None:
+            return self.wide_profile
+        return replace(self.profile, unpack_passes=0) if fused else self.profile

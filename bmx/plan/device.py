@@ -55,7 +55,8 @@ class Device:
         heads = max(layer.query_heads for layer in spec.layers)
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
-        unpacked_row = 0 if fused or config.kv_format == MODEL else _unpacked_row(spec)
+        unpacks = config.kv_format != MODEL and capabilities.profile_for(spec.itemsize, fused).unpack_passes
+        unpacked_row = _unpacked_row(spec) if unpacks else 0
 
         def workspace(chunk: int, rows: int, slots: int) -> int:
             sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}
