@@ -35,7 +35,7 @@ ASK = (
     "Question: {question}\nAnswer the question in one short sentence."
 )
 
-SETS = ("news", "book", "documents", "facts-1200", "facts-4000", "questions")
+SETS = ("news", "facts-1200", "facts-4000", "questions", "documents", "book")
 RIGHT_OR_WRONG = ("facts-1200", "facts-4000", "questions")  # sets whose answers have one word that matters
 
 CHARACTERS = 4.1  # of a token of a book
@@ -94,7 +94,7 @@ def news(engine: Engine, data: Path, rows: int, least: int, most: int) -> Iterat
 def book(data: Path, rows: int, tokens: int) -> Iterator[Row]:
     """Parts of books, to be summarised."""
     for i, text in enumerate(parts(data, rows, tokens)):
-        yield Row(_request(str(i), BOOK, 192, text=text), (), str(i))
+        yield Row(_request(str(i), BOOK, 256, text=text), (), str(i))
 
 
 def facts(data: Path, texts: int, tokens: int) -> Iterator[Row]:
@@ -150,8 +150,8 @@ def answer_sets(engine: Engine, data: Path | None, names: Sequence[str]) -> Iter
         names: some of ``SETS``.
     """
     makers = {
-        "news": lambda: AnswerSet("news", NEWS, tuple(news(engine, data, 16, 1400, 2700))),
-        "book": lambda: AnswerSet("book", BOOK, tuple(book(data, 6, 4000))),
+        "news": lambda: AnswerSet("news", NEWS, tuple(news(engine, data, 12, 1400, 2700))),
+        "book": lambda: AnswerSet("book", BOOK, tuple(book(data, 4, 4000))),
         "documents": lambda: replace(own_set(SAMPLE, None, 96), name="documents"),
         "facts-1200": lambda: AnswerSet("facts-1200", FACT, tuple(facts(data, 8, 1200))),
         "facts-4000": lambda: AnswerSet("facts-4000", FACT, tuple(facts(data, 8, 4000))),

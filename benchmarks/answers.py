@@ -80,12 +80,12 @@ def default_cells(name: str) -> list[str]:
     half, quarter, eighth, least = (f"{share}%bytes" for share in ("50", "25", "12.5", "7"))
     listed = [f"kv_policy=none;kv_format={f}" for f in MIXTURES]
     if name == "news":
-        listed += cells([NEW], [half], ["model", "int8"]) + cells([NEW], [quarter, eighth, least], ["model", *MIXTURES])
-        listed += cells([OLD], [half, quarter, eighth, least], ["model"]) + cells([OLD], [quarter, eighth], ["int4"])
-        listed += cells(OTHERS, [half, quarter, eighth], ["model"]) + cells(OTHERS, [eighth], ["int4"])
-        return listed + cells([NEW, OLD], ["25%"], ["model"])
-    listed += cells([NEW], [quarter, eighth], ["model", "int8", "int4"]) + cells([OLD], [quarter, eighth], ["model"])
-    listed += cells(OTHERS, [quarter], ["model"])
+        listed += cells([NEW], [half], ["model", "int8"]) + cells([NEW], [quarter], ["model", *MIXTURES])
+        listed += cells([NEW], [eighth, least], ["model", *MIXTURES[1:]])
+        listed += cells([OLD], [half, quarter, eighth, least], ["model"]) + cells([OLD], [quarter], ["int4"])
+        return listed + cells(OTHERS, [half, quarter, eighth], ["model"])
+    listed = listed[1:] + cells([NEW], [quarter], ["model", *MIXTURES[1:]]) + cells([NEW], [eighth], ["int4"])
+    listed += cells([OLD, *OTHERS], [quarter], ["model"])
     if name in RIGHT_OR_WRONG:
         for more in ("kv_probe", "kv_protect"):
             listed += cells([NEW], [quarter], ["model", "int4"], f";{more}=instructions")
