@@ -417,15 +417,16 @@ class _Calibration:
         return str(self.record["shared_layers"]["pairs"])
 
     def _recommend(self) -> None:
-        """Recommend the candidate with the least memory of those that agree well enough and failed on no row."""
+        """Mark the frontier, and recommend its candidate with the least memory of those that agree well enough."""
         least, candidates = self.options.min_agreement, self.record["candidates"]
-        points = [(c["kv_bytes_per_sequence"], 0.0 if c["failed_rows"] else c["top1_agreement"]) for c in candidates]
-        points.append((self.record["full_cache"]["kv_bytes_per_sequence"], 1.0))
-        for candidate, undominated in zip(candidates, on_frontier(points), strict=False):
-            candidate["on_frontier"] = undominated
-        good = [c for c in candidates if c["top1_agreement"] >= least and not c["failed_rows"]]
-        best = min(good, key=lambda c: (c["kv_bytes_per_sequence"], -c["top1_agreement"]), default=None)
-        self.record.update(min_agreement=least, recommended=best and best["settings"], updated=now())
+        whole = [candidate for candidate in candidates if not candidate["failed_rows"]]
+        points = [(c["kv_bytes_per_sequence"], (c["top1_agreement"], -c["kl_divergence"])) for c in whole]
+        best = [candidate for candidate, on in zip(whole, on_frontier(points), strict=True) if on]
+        for candidate in candidates:
+            candidate["on_frontier"] = candidate in best
+        good = [candidate for candidate in best if candidate["top1_agreement"] >= least]
+        chosen = min(good, key=lambda candidate: candidate["kv_bytes_per_sequence"], default=None)
+        self.record.update(min_agreement=least, recommended=chosen and chosen["settings"], updated=now())
         self._save()
 
     def _save(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bmx.request import Result
 
+ALIKE = 1.01  # caches whose bytes differ by no more than this take the same
 MUCH_LONGER = 1.5  # times the full cache's tokens: a degenerate answer
 
 
@@ -112,15 +113,19 @@ class Agreement:
         return measurements
 
 
-def on_frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Whether each point is one that no other dominates: none takes fewer bytes and agrees as often, or the reverse.
+def on_frontier(points: Sequence[tuple[float, tuple[float, float]]]) -> list[bool]:
+    """Whether each point is one that no other dominates: none is as good in as few bytes, and better in one of the two.
 
     Args:
-        points: bytes and agreement of each.
+        points: bytes of each, where those within 1 % count as the same, and its agreement: the share of equal tokens,
+            and the negative divergence, which decides where shares are equal.
     """
     return [
-        not any(b <= size and a >= agreement and (b, a) != (size, agreement) for b, a in points)
-        for size, agreement in points
+        not any(
+            size <= ALIKE * own and agreement >= best and (agreement > best or own > ALIKE * size)
+            for size, agreement in points
+        )
+        for own, best in points
     ]
 
 

@@ -52,7 +52,7 @@ def plot_calibration(record: dict[str, Any], beside: Path) -> list[Path]:
     axes.set_title(f"{record['model']}: {counted(record['full_cache']['rows'], 'prompt')}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower right")
     return _saved(figure, beside)
 
 
@@ -65,7 +65,7 @@ def _label(axes: Any, point: tuple[float, float], text: str) -> None:
     """A ring around a point, and a text beside it."""
     axes.plot(*point, marker="o", markersize=14, markerfacecolor="none", markeredgecolor="black", linestyle="none")
     arrow = {"arrowstyle": "-", "color": "black"}
-    axes.annotate(text, point, (0.97, 0.05), textcoords="axes fraction", ha="right", arrowprops=arrow, fontsize="small")
+    axes.annotate(text, point, (0.02, 0.94), textcoords="axes fraction", arrowprops=arrow, fontsize="small")
 
 
 def plot_bench(record: dict[str, Any], beside: Path) -> list[Path]:
