@@ -74,7 +74,7 @@ def with_and_without(family="llama", rows=SOME_ROWS, new_tokens=3, **config):
 BUDGETS = (24, 70, 0.3)  # at 70, the shortest rows never evict, and the others in the chunk that follows what is shared
 
 
-FORMATS = ("model", "fp8", "int8", "int4")
+FORMATS = ("model", "fp8", "int8/int4", "int4")
 EVICTING = [policy for policy in POLICIES if policy != "none"]
 # Exact pairs with every budget that is a number; of the other formats and a share, each pair with some of the policies.
 CASES = [
