@@ -58,6 +58,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         asynchronous=True,
         capturable=True,
         skips_empty_rows=True,
+        row_formats=("int8", "int4"),
         workspace=workspace.fused_steps,
         unfused_workspace=workspace.whole_matrices,  # plain torch decodes then
         profile=_GPU,

@@ -18,6 +18,7 @@ from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.triton_decode import decode_step
 from bmx.kernels.triton_evict import evict, fits
+from bmx.kernels.triton_operands import reads
 from bmx.kernels.triton_pointwise import gate, rms_norm, rotate
 from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
 
@@ -40,7 +41,7 @@ def prefill_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.prefill_step``; declines a negative scale, and too many rows to choose from."""
-    if scale <= 0 or not fits(rows, chunks):
+    if scale <= 0 or not reads(rows) or not fits(rows, chunks):
         return False
     scored = rows.mass is not None and any(chunks.may_evict(rows))
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": order.window}

@@ -1,7 +1,7 @@
 """Triton kernels of a prompt chunk's attention: tiles of queries that attend to keys, and column sums over queries.
 
 The rows of a tile of queries are tokens times the query heads of one kv head: row m is token m // G, head m % G. Scores
-are exponents of two. Any other dimension is computed in two parts (96 = 64 + 32).
+are exponents of two. Vectors are in one part or two; what slots store in codes is decoded tile by tile.
 
 Shapes: T packed tokens, N chunks, H query heads, K kv heads, G = H / K, R rows of all slots and heads, D key dim,
 E value dim.
@@ -14,18 +14,11 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from bmx.kernels.triton_vectors import Parts, load, load_decoded, scales_of_head, store
+
 LOWEST = tl.constexpr(-1e30)  # the maximum of no scores: finite, so that it can be subtracted
 NEVER = tl.constexpr(-(2**30))  # the place of no key: before all others
 TO_TWO = tl.constexpr(1.4426950408889634)  # from exponents of e to exponents of two
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A dimension as one power of two, or as the sum of two; ``high`` is 0 if one is enough."""
-
-    whole: int
-    low: int
-    high: int
 
 
 @dataclass(frozen=True)
@@ -37,8 +30,8 @@ class Sizes:
         group: G.
         window: newest keys that a query sees; 0 for all.
         capped: whether scores are capped.
-        dim: D in parts.
-        value_dim: E in parts.
+        keys: how queries and keys are loaded.
+        outputs: how values are loaded, and outputs stored.
         block_m: rows of a tile of queries.
         block_n: keys of a tile.
     """
@@ -47,8 +40,8 @@ class Sizes:
     group: int
     window: int
     capped: bool
-    dim: Parts
-    value_dim: Parts
+    keys: Parts
+    outputs: Parts
     block_m: int
     block_n: int
 
@@ -67,36 +60,24 @@ def _chunk(table, chunks, first, capacity):
 
 
 @triton.jit
-def _part(base, offsets, valid, begin: tl.constexpr, size: tl.constexpr, dim: tl.constexpr, masked: tl.constexpr):
-    """Columns ``begin`` .. ``begin + size`` of the vectors at these offsets; zeros outside."""
-    columns = begin + tl.arange(0, size)
-    at = base + offsets[:, None] + columns[None, :]
-    if masked or begin + size > dim:
-        part = tl.load(at, mask=valid[:, None] & (columns < dim)[None, :], other=0.0)
-    else:
-        part = tl.load(at)
-    return part
-
-
-@triton.jit
-def _vectors(base, offsets, valid, parts: tl.constexpr, masked: tl.constexpr):
-    """The vectors at these offsets, in two parts (the first one twice if ``high`` is 0); zeros where not valid."""
-    low = _part(base, offsets, valid, 0, parts.low, parts.whole, masked)
-    high = low
-    if parts.high > 0:
-        high = _part(base, offsets, valid, parts.low, parts.high, parts.whole, masked)
-    return low, high
-
-
-@triton.jit
 def _scores(left, right, inner, sizes: tl.constexpr):
     """Dot products of vectors in two parts, or their tanh under a cap; both are yet to be multiplied by the factor."""
     scores = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
-    if sizes.dim.high > 0:
+    if sizes.keys.high > 0:
         scores = tl.dot(left[1], tl.trans(right[1]), scores, input_precision="ieee")
     if sizes.capped:
         scores = 1 - 2 / (1 + tl.exp2(scores * inner))
     return scores
+
+
+@triton.jit
+def _tile(vectors, rows, valid, own: tl.constexpr, parts: tl.constexpr, masked: tl.constexpr, dtype: tl.constexpr):
+    """Keys or values in two parts: the chunk's own, or a slot's."""
+    if own or parts.format == "model":
+        low, high = load(vectors[0], rows * vectors[1], valid, parts, masked)
+    else:
+        low, high = load_decoded(vectors[0], vectors[2], rows, vectors[1], valid, parts, masked, dtype)
+    return low, high
 
 
 @triton.jit
@@ -120,8 +101,8 @@ def _online_softmax(
         state: highest score so far, sum of weights, and sum of weighted values in two parts.
         query: the tile's queries in two parts.
         tokens: the queries' places in the chunk; with a window and rows of a slot, their positions in the sequence.
-        keys: address, and stride from one key to the next.
-        values: address, and stride from one value to the next.
+        keys: address, stride from one key to the next, and the address of the scales of a slot's codes.
+        values: the same of the values.
         positions: of the slot's rows in the sequence; used with a window.
         begin: first key.
         stop: the key after the last.
@@ -132,12 +113,12 @@ def _online_softmax(
     """
     top, total, low, high = state
     factor, inner = factors
-    dim: tl.constexpr = sizes.dim
-    value_dim: tl.constexpr = sizes.value_dim
+    dtype: tl.constexpr = query[0].dtype
     for n in range(begin, stop, sizes.block_n):
         rows = n + tl.arange(0, sizes.block_n)
         valid = rows < stop
-        scores = _scores(query, _vectors(keys[0], rows * keys[1], valid, dim, masked), inner, sizes)
+        tile = _tile(keys, rows, valid, own, sizes.keys, masked, dtype)
+        scores = _scores(query, tile, inner, sizes)
         if masked:
             seen = valid[None, :]
             if own:
@@ -153,20 +134,12 @@ def _online_softmax(
         fade = tl.exp2(top - highest)
         total = total * fade + tl.sum(weights, 1)
         top = highest
-        value_low, value_high = _vectors(values[0], rows * values[1], valid, value_dim, masked)
-        weights = weights.to(value_low.dtype)
+        value_low, value_high = _tile(values, rows, valid, own, sizes.outputs, masked, dtype)
+        weights = weights.to(dtype)
         low = tl.dot(weights, value_low, low * fade[:, None], input_precision="ieee")
-        if sizes.value_dim.high > 0:
+        if sizes.outputs.high > 0:
             high = tl.dot(weights, value_high, high * fade[:, None], input_precision="ieee")
     return top, total, low, high
-
-
-@triton.jit
-def _store(output, offsets, valid, answer, begin: tl.constexpr, size: tl.constexpr, value_dim: tl.constexpr):
-    """Write columns ``begin`` .. ``begin + size`` of the outputs at these offsets."""
-    columns = begin + tl.arange(0, size)
-    mask = valid[:, None] & (columns < value_dim)[None, :]
-    tl.store(output + offsets[:, None] + columns[None, :], answer.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["first", "capacity", "table"])
@@ -190,11 +163,10 @@ def attend_kernel(
 ):
     """Attention, by programs (tile of the chunk, kv head, chunk); the last tiles, which see most keys, come first."""
     group: tl.constexpr = sizes.group
-    dim: tl.constexpr = sizes.dim
-    value_dim: tl.constexpr = sizes.value_dim
+    parts: tl.constexpr = sizes.outputs
     block_m: tl.constexpr = sizes.block_m
-    low_size: tl.constexpr = sizes.value_dim.low
-    high_size: tl.constexpr = sizes.value_dim.high if sizes.value_dim.high > 0 else 1
+    low_size: tl.constexpr = parts.low
+    high_size: tl.constexpr = parts.high if parts.high > 0 else 1
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_m
     head = tl.program_id(1)
     offset, length, start, used, _, row = _chunk(table, chunks, first, capacity)
@@ -203,17 +175,18 @@ def attend_kernel(
     members = begin + tl.arange(0, block_m)
     tokens, heads = members // group, head * group + members % group
     valid = tokens < length
-    queries = _vectors(query.data + offset * query.token, tokens * query.token + heads * query.head, valid, dim, True)
+    at = tokens * query.token + heads * query.head
+    queries = load(query.data + offset * query.token, at, valid, sizes.keys, True)
     top, total = tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m], tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + heads).to(tl.float32) * TO_TWO
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
     state = (top, total, tl.zeros([block_m, low_size], tl.float32), tl.zeros([block_m, high_size], tl.float32))
-    keys = (slot_rows.key + row * keys_row, keys_row)
-    values = (slot_rows.value + row * values_row, values_row)
-    own_keys = (key.data + offset * key.token + head * key.head, key.token)
-    own_values = (value.data + offset * value.token + head * value.head, value.token)
+    keys = (slot_rows.key + row * keys_row, keys_row, scales_of_head(slot_rows.key_scales, row, sizes.keys))
+    values = (slot_rows.value + row * values_row, values_row, scales_of_head(slot_rows.value_scales, row, parts))
+    own_keys = (key.data + offset * key.token + head * key.head, key.token, None)
+    own_values = (value.data + offset * value.token + head * value.head, value.token, None)
     positions = slot_rows.positions
     factors = (factor, inner)
     earliest, stop = begin // group, tl.minimum((begin + block_m - 1) // group + 1, length)
@@ -239,11 +212,9 @@ def attend_kernel(
     members = begin + tl.minimum(length, 0) + tl.arange(0, block_m)
     tokens, heads = members // group, head * group + members % group
     valid = tokens < length
-    output += offset * sizes.heads * value_dim.whole
-    offsets = (tokens * sizes.heads + heads) * value_dim.whole
-    _store(output, offsets, valid, low / total[:, None], 0, value_dim.low, value_dim.whole)
-    if sizes.value_dim.high > 0:
-        _store(output, offsets, valid, high / total[:, None], value_dim.low, value_dim.high, value_dim.whole)
+    output += offset * sizes.heads * parts.whole
+    offsets = (tokens * sizes.heads + heads) * parts.whole
+    store(output, offsets, valid, low / total[:, None], high / total[:, None], parts)
     if logsums is not None:
         at = logsums + offset * sizes.heads + tokens * sizes.heads + heads
         tl.store(at, top + tl.log2(total), mask=valid)
@@ -285,12 +256,11 @@ def _add_columns(
         sizes: what the kernel is compiled for.
     """
     factor, inner = factors
-    dim: tl.constexpr = sizes.dim
     for m in range(begin, stop, sizes.block_m):
         members = m + tl.arange(0, sizes.block_m)
         tokens, heads = members // sizes.group, members % sizes.group
         valid = tokens < length
-        queries = _vectors(query[0], tokens * query[1] + heads * query[2], valid, dim, True)
+        queries = load(query[0], tokens * query[1] + heads * query[2], valid, sizes.keys, True)
         scores = _scores(keys, queries, inner, sizes)
         if masked:
             seen = places[:, None] <= tokens[None, :] - distance
@@ -402,7 +372,6 @@ def sums_kernel(
     are written before those of own keys.
     """
     group: tl.constexpr = sizes.group
-    dim: tl.constexpr = sizes.dim
     block_n: tl.constexpr = sizes.block_n
     head = tl.program_id(1)
     offset, length, start, used, limit, row = _chunk(table, chunks, first, capacity)
@@ -415,13 +384,22 @@ def sums_kernel(
         query_weights += offset
     own += head.to(tl.int64) * own_head + offset
     factors = (factor, inner)
+    dtype: tl.constexpr = query.data.dtype.element_ty
     sums = tl.zeros([block_n], tl.float32)
     tile = tl.program_id(0)
     if tile < past_tiles:
         rows = tile * block_n + tl.arange(0, block_n)
         valid = rows < used
         if counted and tile * block_n < used:
-            keys = _vectors(slot_rows.key + row * keys_row, rows * keys_row, valid, dim, True)
+            keys = _tile(
+                (slot_rows.key + row * keys_row, keys_row, scales_of_head(slot_rows.key_scales, row, sizes.keys)),
+                rows,
+                valid,
+                False,
+                sizes.keys,
+                True,
+                dtype,
+            )
             places, begin, middle, last = _past_places(
                 slot_rows.positions, row, rows, valid, start, length, distance, sizes
             )
@@ -436,7 +414,7 @@ def sums_kernel(
         valid = rows < length
         if begin < length:
             if counted:
-                keys = _vectors(key.data + offset * key.token + head * key.head, rows * key.token, valid, dim, True)
+                keys = load(key.data + offset * key.token + head * key.head, rows * key.token, valid, sizes.keys, True)
                 far = (begin + distance) * group  # earlier queries are near all keys of the tile
                 seers: tl.constexpr = block_n - 1 + (max(sizes.window - distance, 0) if sizes.window > 0 else 0)
                 middle = far + tl.cdiv(seers * group, sizes.block_m) * sizes.block_m

@@ -17,10 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Rows
-from bmx.kernels.triton_operands import BF16_TOKENS, SlotRows, Variant, packed, slot_rows, variant
+from bmx.kernels.triton_operands import BF16_TOKENS, Variant, packed, reads, slot_rows, stored_rows, variant
+from bmx.kernels.triton_vectors import (
+    Parts,
+    in_one_part,
+    load,
+    load_scales,
+    load_stored,
+    scales_of_head,
+    store,
+    store_encoded,
+)
 
 INTERPRETED = interpreted()
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -33,20 +44,18 @@ class DecodeSizes:
 
     Attributes:
         group: G.
-        dim: D.
-        value_dim: E.
-        group_full, dim_full, value_dim_full: the same, rounded up to powers of two.
+        group_full: a power of two that holds it.
+        keys: how keys are stored.
+        values: how values are stored.
         block: rows that are attended to at once.
         search: rows that are compared at once.
         count: rows whose attention is added up at once.
     """
 
     group: int
-    dim: int
-    value_dim: int
     group_full: int
-    dim_full: int
-    value_dim_full: int
+    keys: Parts
+    values: Parts
     block: int
     search: int
     count: int
@@ -100,36 +109,73 @@ def _logits(products, scale, softcap: tl.constexpr):
 
 
 @triton.jit
+def _dot_keys(q, keys, scales, c, read, sums, parts: tl.constexpr):
+    """Dot products [G, N] of queries in two parts and the keys of rows c; ``sums`` [G] are those of the queries."""
+    low, high = load_stored(keys, c, parts.width, read, parts, True, q[0].dtype)
+    products = tl.dot(q[0], tl.trans(low), input_precision="ieee")
+    if parts.high > 0:
+        products = tl.dot(q[1], tl.trans(high), products, input_precision="ieee")
+    if parts.format != "model":
+        scale, offset = load_scales(scales, c, read, parts)
+        products *= scale[None, :]
+        if parts.format == "int4":
+            products += sums[:, None] * offset[None, :]
+    return products
+
+
+@triton.jit
+def _add_values(answer, weights, fade, values, scales, c, read, dtype: tl.constexpr, parts: tl.constexpr):
+    """The answer [G, E] in two parts, which fades, and the values of rows c, weighted with [G, N]."""
+    low, high = answer[0] * fade[:, None], answer[1] * fade[:, None]
+    if parts.format != "model":
+        scale, offset = load_scales(scales, c, read, parts)
+        if parts.format == "int4":
+            shift = tl.sum(weights * offset[None, :], 1)[:, None]
+            low, high = low + shift, high + shift
+        weights *= scale[None, :]
+    weights = weights.to(dtype)
+    value_low, value_high = load_stored(values, c, parts.width, read, parts, True, dtype)
+    low = tl.dot(weights, value_low, low, input_precision="ieee")
+    if parts.high > 0:
+        high = tl.dot(weights, value_high, high, input_precision="ieee")
+    return low, high
+
+
+@triton.jit
 def _attend(
-    q, own_key, own_value, keys, values, positions, sinks, scratch, heads, valid, row, used, position, width, scale,
+    q, own_key, own_value, keys, key_scales, values, value_scales, positions, sinks, scratch, heads, valid, row, used,
+    position, width, scale,
     softcap: tl.constexpr, order: tl.constexpr, sizes: tl.constexpr,
 ):  # fmt: skip
     """A token's query heads q [G, D] attend to its own pair, then to the rows in use but the one that it takes.
 
-    The softmax begins with the own pair, so that its maximum is finite from the start.
+    The softmax begins with the own pair, so that its maximum is finite from the start. Vectors are in two parts.
 
     Returns:
         The output [G, E], not divided yet; and [G]: the score of the own pair, the highest score, and the divisor.
     """
     block: tl.constexpr = sizes.block
-    d, e = tl.arange(0, sizes.dim_full), tl.arange(0, sizes.value_dim_full)
-    g = tl.arange(0, q.shape[0])
-    own = _logits(tl.sum(q.to(tl.float32) * own_key.to(tl.float32)[None, :], 1), scale, softcap)
+    key: tl.constexpr = sizes.keys
+    value: tl.constexpr = sizes.values
+    g = tl.arange(0, sizes.group_full)
+    wide, wide_high = q[0].to(tl.float32), q[1].to(tl.float32)
+    product, sums = tl.sum(wide * own_key[0], 1), tl.sum(wide, 1)
+    if key.high > 0:
+        product += tl.sum(wide_high * own_key[1], 1)
+        sums += tl.sum(wide_high, 1)
+    own = _logits(product, scale, softcap)
     top = own
     if sinks is not None:
         sink = tl.load(sinks + heads, mask=valid, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(own, sink)
     total = tl.exp2(own - top)
-    answer = total[:, None] * own_value.to(tl.float32)[None, :]
+    answer = (total[:, None] * own_value[0], total[:, None] * own_value[1])
     if sinks is not None:
         total += tl.exp2(sink - top)
     for start in range(0, used, block):
         c = start + tl.arange(0, block)
         read = (c < used) & (c != row)  # the row it takes may be written by now
-        k = tl.load(
-            keys + c[:, None] * sizes.dim + d[None, :], mask=read[:, None] & (d < sizes.dim)[None, :], other=0.0
-        )
-        scores = _logits(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)  # [G, block]
+        scores = _logits(_dot_keys(q, keys, key_scales, c, read, sums, key), scale, softcap)  # [G, block]
         seen = read
         if order.window is not None:
             seen = read & (tl.load(positions + c, mask=read, other=0) > position - order.window)
@@ -140,12 +186,7 @@ def _attend(
         fade = tl.exp2(top - higher)
         weights = tl.exp2(scores - higher[:, None])
         total = total * fade + tl.sum(weights, 1)
-        v = tl.load(
-            values + c[:, None] * sizes.value_dim + e[None, :],
-            mask=read[:, None] & (e < sizes.value_dim)[None, :],
-            other=0.0,
-        )
-        answer = tl.dot(weights.to(v.dtype), v, answer * fade[:, None], input_precision="ieee")
+        answer = _add_values(answer, weights, fade, values, value_scales, c, read, q[0].dtype, value)
         top = higher
     return answer, own, top, total
 
@@ -184,26 +225,25 @@ def _decode(
 ):  # fmt: skip
     """One kv head of one decoding token: it takes a row, attends to the slot, and its attention is added up."""
     group: tl.constexpr = sizes.group
-    dim: tl.constexpr = sizes.dim
-    value_dim: tl.constexpr = sizes.value_dim
-    group_full: tl.constexpr = sizes.group_full
-    value_dim_full: tl.constexpr = sizes.value_dim_full
+    key_parts: tl.constexpr = sizes.keys
+    value_parts: tl.constexpr = sizes.values
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kv_heads = tl.num_programs(1)
     slot = tl.load(slots + token)
-    g, d, e = tl.arange(0, group_full), tl.arange(0, sizes.dim_full), tl.arange(0, value_dim_full)
+    g, one = tl.arange(0, sizes.group_full), tl.arange(0, 1)
+    valid = g < group
     first_head = (token * kv_heads + head) * group  # this program's first query head of all tokens
-    out = output + first_head * value_dim + g[:, None] * value_dim + e[None, :]
-    written = (g < group)[:, None] & (e < value_dim)[None, :]
+    output += first_head * value_parts.whole
     if slot < 0:
-        tl.store(out, tl.zeros([group_full, value_dim_full], output.dtype.element_ty), mask=written)
+        nothing = tl.zeros([sizes.group_full, 1], tl.float32)
+        store(output, g * value_parts.whole, valid, nothing, nothing, value_parts)
         return
     row_count = tl.load(capacity + slot)
     begin = tl.load(first + slot) + head * row_count
     limit = tl.minimum(tl.load(row_limits + token), row_count).to(tl.int32)
     position = tl.load(token_positions + token).to(tl.int32)
-    keys = rows.key + begin * dim
-    values = rows.value + begin * value_dim
+    keys, key_scales = rows.key + begin * key_parts.width, scales_of_head(rows.key_scales, begin, key_parts)
+    values, value_scales = rows.value + begin * value_parts.width, scales_of_head(rows.value_scales, begin, value_parts)
     positions = rows.positions + begin
     mass = rows.mass
     if mass is not None:
@@ -214,29 +254,24 @@ def _decode(
     used = tl.minimum(position, limit)  # rows of earlier tokens, the victim's among them
 
     heads = head * group + g
-    q = tl.load(
-        query.data + token * query.token + heads[:, None] * query.head + d[None, :],
-        mask=(g < group)[:, None] & (d < dim)[None, :],
-        other=0.0,
-    )
-    own_key = tl.load(key.data + token * key.token + head * key.head + d, mask=d < dim, other=0.0)
-    own_value = tl.load(value.data + token * value.token + head * value.head + e, mask=e < value_dim, other=0.0)
+    q = load(query.data + token * query.token, heads * query.head, valid, key_parts, True)
+    own_key = load(key.data + token * key.token + head * key.head, one, one == 0, key_parts, True)
+    own_value = load(value.data + token * value.token + head * value.head, one, one == 0, value_parts, True)
     tl.debug_barrier()  # every thread has finished the search
-    tl.store(keys + row * dim + d, own_key, mask=d < dim)
-    tl.store(values + row * value_dim + e, own_value, mask=e < value_dim)
+    own_key = store_encoded(keys, key_scales, row + one, one == 0, own_key[0], own_key[1], key_parts)
+    own_value = store_encoded(values, value_scales, row + one, one == 0, own_value[0], own_value[1], value_parts)
     tl.store(positions + row, position)
 
     if scratch is not None:
         scratch += first_head * width
     answer, own, top, total = _attend(
-        q, own_key, own_value, keys, values, positions, sinks, scratch, heads, g < group, row, used, position, width,
-        scale, softcap, order, sizes,
+        q, own_key, own_value, keys, key_scales, values, value_scales, positions, sinks, scratch, heads, valid, row,
+        used, position, width, scale, softcap, order, sizes,
     )  # fmt: skip
-    tl.store(out, (answer / total[:, None]).to(output.dtype.element_ty), mask=written)
+    low, high = answer[0] / total[:, None], answer[1] / total[:, None]
+    store(output, g * value_parts.whole, valid, low, high, value_parts)
     if scratch is not None:
-        _accumulate(
-            mass, scratch, positions, g < group, row, used, position, width, own, top, total, decay, order, sizes
-        )
+        _accumulate(mass, scratch, positions, valid, row, used, position, width, own, top, total, decay, order, sizes)
     elif mass is not None:
         tl.store(mass + row, 0.0)
 
@@ -258,14 +293,16 @@ def decode_step(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
-    """See ``contract.KernelModule.decode_step``; declines nothing, and nothing waits for the device."""
+    """See ``contract.KernelModule.decode_step``; nothing waits for the device."""
+    if not reads(rows):
+        return False
     batch, heads, dim = query.shape
     if not batch:
         return True
     group, width = heads // rows.kv_heads, _round_up(rows.largest, 16)
     scored = accumulate and rows.mass is not None
     scratch = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device) if scored else None
-    sizes, launch = _decode_launch(group, dim, value.shape[-1], key.element_size())
+    sizes, launch = _decode_launch(group, dim, value.shape[-1], key.element_size(), *rows.formats)
     _decode[(batch, rows.kv_heads)](
         output, packed(query), packed(key), packed(value), slot_rows(rows), rows.first, rows.capacity,
         slots, positions, row_limits, sinks, scratch, width, scale, decay, softcap, order, sizes, **launch,
@@ -274,19 +311,19 @@ def decode_step(
 
 
 @cache
-def _decode_launch(group: int, dim: int, value_dim: int, itemsize: int) -> tuple[DecodeSizes, dict[str, int]]:
+def _decode_launch(
+    group: int, dim: int, value_dim: int, itemsize: int, key_format: str = MODEL, value_format: str = MODEL
+) -> tuple[DecodeSizes, dict[str, int]]:
     """Sizes that the decoding kernel is compiled for, and its warps and stages."""
     group_full = max(16, triton.next_power_of_2(group))
-    dim_full, value_dim_full = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    vector_bytes = max(dim_full, value_dim_full) * itemsize
+    keys, values = in_one_part(dim, key_format), in_one_part(value_dim, value_format)
+    vector_bytes = max(keys.low + keys.high, values.low + values.high) * itemsize  # decoded
     wide = group_full >= 64
     sizes = DecodeSizes(
         group=group,
-        dim=dim,
-        value_dim=value_dim,
         group_full=group_full,
-        dim_full=dim_full,
-        value_dim_full=value_dim_full,
+        keys=keys,
+        values=values,
         block=16 if INTERPRETED else min(max(16384 // vector_bytes, 16), 32 if wide else 64),
         search=32 if INTERPRETED else 1024,
         count=32 if INTERPRETED else 4096 // group_full,
@@ -313,18 +350,24 @@ TYPES = {
 def compiled_for(head_dim: int) -> list[Variant]:
     """The launches of bfloat16 models with heads of this size."""
     far = EvictionOrder(by="average", sink=4, recent=64, window=None, distance=64, power=2)
-    models: list[tuple[int, EvictionOrder, float | None, bool, bool]] = [  # G, order, softcap, sinks, accumulate
-        (4, far, None, False, True),
-        (1, EvictionOrder(by="age", sink=0, recent=0, window=None), None, False, False),
-        (8, EvictionOrder(by="mass", sink=4, recent=64, window=4096), 50.0, True, True),
-        (71, far, None, False, True),
+    age = EvictionOrder(by="age", sink=0, recent=0, window=None)
+    mass = EvictionOrder(by="mass", sink=4, recent=64, window=4096)
+    models: list[
+        tuple[int, EvictionOrder, float | None, bool, tuple[str, str]]
+    ] = [  # G, order, softcap, sinks, formats
+        (4, far, None, False, (MODEL, MODEL)),
+        (1, age, None, False, (MODEL, MODEL)),
+        (8, mass, 50.0, True, (MODEL, MODEL)),
+        (71, far, None, False, (MODEL, MODEL)),
+        (4, far, None, False, ("int8", "int4")),
+        (71, far, None, False, ("int4", "int4")),
     ]
     variants = []
-    for group, order, softcap, sinks, accumulate in models:
-        sizes, launch = _decode_launch(group, head_dim, head_dim, 2)
+    for group, order, softcap, sinks, formats in models:
+        sizes, launch = _decode_launch(group, head_dim, head_dim, 2, *formats)
         constants: dict[str, Any] = {"softcap": softcap, "order": order, "sizes": sizes}
         constants |= {} if sinks else {"sinks": None}
-        constants |= {} if accumulate else {"scratch": None}
-        rows = SlotRows("*bf16", "*bf16", "*i32", "*fp32" if accumulate else None)
+        constants |= {} if order is not age else {"scratch": None}
+        rows = stored_rows(*formats, mass=order is not age)
         variants.append(variant(_decode, TYPES | {"rows": rows}, constants, launch))
     return variants

@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.triton_decode import rank
-from bmx.kernels.triton_operands import BF16_TOKENS, SlotRows, Variant, packed, slot_rows, variant
+from bmx.kernels.triton_operands import BF16_TOKENS, Variant, packed, reads, slot_rows, stored_rows, variant
+from bmx.kernels.triton_vectors import Parts, in_one_part, load, store_encoded
 
 MOST = 8192  # rows of a head, and tokens of a chunk, that one program can choose from
 LEAST_BLOCK = 64  # tokens: shorter chunks get no kernel of their own
@@ -37,12 +39,10 @@ class ChoiceSizes:
 
 @dataclass(frozen=True)
 class MoveSizes:
-    """D and E, the powers of two that hold them, and how many survivors a program moves."""
+    """How keys and values are stored, and how many survivors a program moves."""
 
-    dim: int
-    value_dim: int
-    dim_full: int
-    value_dim_full: int
+    keys: Parts
+    values: Parts
     block: int
 
 
@@ -130,8 +130,8 @@ def _move(
     lists, counts, key, value, rows, sums, first, capacity, table, packed_tokens, chunks, longest, sizes: tl.constexpr
 ):
     """One kv head of some survivors of one chunk: they go where ``_choose`` said; without lists, all are appended."""
-    dim: tl.constexpr = sizes.dim
-    value_dim: tl.constexpr = sizes.value_dim
+    key_parts: tl.constexpr = sizes.keys
+    value_parts: tl.constexpr = sizes.values
     block: tl.constexpr = sizes.block
     head, n = tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
@@ -150,13 +150,10 @@ def _move(
         row = tl.load(lists + entry * longest + j, mask=valid, other=0)
         token = tl.load(lists + (chunks.to(tl.int64) * kv_heads + entry) * longest + j, mask=valid, other=0)
     source, target = offset + token, begin + row  # int64
-    d, e = tl.arange(0, sizes.dim_full), tl.arange(0, sizes.value_dim_full)
-    inside = valid[:, None] & (d < dim)[None, :]
-    k = tl.load(key.data + source[:, None] * key.token + head * key.head + d[None, :], mask=inside)
-    tl.store(rows.key + target[:, None] * dim + d[None, :], k, mask=inside)
-    inside = valid[:, None] & (e < value_dim)[None, :]
-    v = tl.load(value.data + source[:, None] * value.token + head * value.head + e[None, :], mask=inside)
-    tl.store(rows.value + target[:, None] * value_dim + e[None, :], v, mask=inside)
+    low, high = load(key.data + head * key.head, source * key.token, valid, key_parts, True)
+    store_encoded(rows.key, rows.key_scales, target, valid, low, high, key_parts)
+    low, high = load(value.data + head * value.head, source * value.token, valid, value_parts, True)
+    store_encoded(rows.value, rows.value_scales, target, valid, low, high, value_parts)
     tl.store(rows.positions + target, (start + token).to(tl.int32), mask=valid)
     if rows.mass is not None:
         received = tl.zeros([block], tl.float32)
@@ -169,7 +166,7 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
     """See ``reference.evict``; declines when there are too many rows or tokens to choose from."""
     if not chunks.lengths:
         return True
-    if not fits(rows, chunks):
+    if not reads(rows) or not fits(rows, chunks):
         return False
     longest, count, kv_heads, tokens = max(chunks.lengths), len(chunks.lengths), rows.kv_heads, key.shape[0]
     sums = sums if rows.mass is not None else None
@@ -182,7 +179,7 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
             lists, counts, rows.positions, rows.mass, sums, rows.first, rows.capacity, chunks.table,
             tokens, count, longest, order, choice, **launch,
         )  # fmt: skip
-    move, launch = _move_launch(key.shape[-1], value.shape[-1])
+    move, launch = _move_launch(key.shape[-1], value.shape[-1], *rows.formats)
     _move[(triton.cdiv(longest, move.block), kv_heads, count)](
         lists, counts, packed(key), packed(value), slot_rows(rows), sums, rows.first, rows.capacity, chunks.table,
         tokens, count, longest, move, **launch,
@@ -208,10 +205,13 @@ def _choice_launch(largest: int, longest: int) -> tuple[ChoiceSizes, dict[str, i
 
 
 @cache
-def _move_launch(dim: int, value_dim: int) -> tuple[MoveSizes, dict[str, int]]:
+def _move_launch(
+    dim: int, value_dim: int, key_format: str = MODEL, value_format: str = MODEL
+) -> tuple[MoveSizes, dict[str, int]]:
     """Sizes that the moving kernel is compiled for, and its warps and stages."""
-    full = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
-    return MoveSizes(dim, value_dim, *full, max(2048 // max(full), 8)), {"num_warps": 4, "num_stages": 1}
+    keys, values = in_one_part(dim, key_format), in_one_part(value_dim, value_format)
+    largest = max(keys.low + keys.high, values.low + values.high)
+    return MoveSizes(keys, values, max(2048 // largest, 8)), {"num_warps": 4, "num_stages": 1}
 
 
 TYPES = {
@@ -232,8 +232,12 @@ def compiled_for(head_dim: int) -> list[Variant]:
         choice, launch = _choice_launch(largest, longest)
         missing: dict[str, Any] = {"mass": None, "sums": None} if order is age else {}
         variants.append(variant(_choose, TYPES, {"order": order, "sizes": choice, **missing}, launch))
-    move, launch = _move_launch(head_dim, head_dim)
-    for mass, missing in (("*fp32", {}), (None, {"sums": None}), ("*fp32", {"lists": None, "counts": None})):
-        types = TYPES | {"rows": SlotRows("*bf16", "*bf16", "*i32", mass)}
+    plain, unevicted = (MODEL, MODEL), {"lists": None, "counts": None}
+    for formats, mass, missing in (
+        *((plain, True, {}), (plain, False, {"sums": None}), (plain, True, unevicted)),
+        *((("int8", "int4"), True, {}), (("int4", "int8"), True, unevicted)),
+    ):
+        move, launch = _move_launch(head_dim, head_dim, *formats)
+        types = TYPES | {"rows": stored_rows(*formats, mass=mass)}
         variants.append(variant(_move, types, {"sizes": move, **missing}, launch))
     return variants

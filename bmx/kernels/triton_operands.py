@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from bmx.kernels.formats import MODEL
 from bmx.kernels.slot_views import Rows
+from bmx.kernels.triton_vectors import FORMATS
 
 
 class Packed(NamedTuple):
@@ -29,6 +31,8 @@ class SlotRows(NamedTuple):
     value: Any
     positions: Any = None
     mass: Any = None
+    key_scales: Any = None
+    value_scales: Any = None
 
 
 def packed(tensor: Tensor) -> Packed:
@@ -38,7 +42,21 @@ def packed(tensor: Tensor) -> Packed:
 
 def slot_rows(rows: Rows) -> SlotRows:
     """All that kernels take of a layer's slots."""
-    return SlotRows(rows.keys, rows.values, rows.positions, rows.mass)
+    return SlotRows(rows.keys, rows.values, rows.positions, rows.mass, rows.key_scales, rows.value_scales)
+
+
+def reads(rows: Rows) -> bool:
+    """Whether kernels know the formats of these rows."""
+    return set(FORMATS).issuperset(rows.formats)
+
+
+def stored_rows(key_format: str, value_format: str, positions: bool = True, mass: bool = True) -> SlotRows:
+    """Types of the rows of a bfloat16 model."""
+    (key, key_scales), (value, value_scales) = (
+        ("*bf16", None) if form == MODEL else ("*u8", "*fp16") for form in (key_format, value_format)
+    )
+    types = SlotRows(key, value, "*i32" if positions else None, "*fp32" if mass else None)
+    return types._replace(key_scales=key_scales, value_scales=value_scales)
 
 
 BF16_TOKENS = Packed("*bf16", "i32:16", "i32:16")

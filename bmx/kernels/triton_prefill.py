@@ -18,11 +18,13 @@ import triton
 from torch import Tensor
 
 from bmx.kernels import reference
+from bmx.kernels.formats import MODEL
 from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.transfer import upload
-from bmx.kernels.triton_attention import Parts, Sizes, attend_kernel, sums_kernel
-from bmx.kernels.triton_operands import BF16_TOKENS, SlotRows, Variant, packed, variant
+from bmx.kernels.triton_attention import Sizes, attend_kernel, sums_kernel
+from bmx.kernels.triton_operands import BF16_TOKENS, SlotRows, Variant, packed, slot_rows, stored_rows, variant
+from bmx.kernels.triton_vectors import in_parts
 
 INTERPRETED = interpreted()
 
@@ -42,12 +44,21 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def _launch_attention(dim: int, itemsize: int) -> Launch:
-    """How attention is launched; ``dim`` is the wider of keys' and values'."""
+def _launch_attention(dim: int, itemsize: int, decodes: bool = False) -> Launch:
+    """How attention is launched.
+
+    Args:
+        dim: the wider of keys' and values'.
+        itemsize: bytes of a number of the model's type.
+        decodes: whether slots store codes. Tiles that are decoded in registers cannot be loaded ahead, so several small
+            programs share a multiprocessor and wait by turns.
+    """
     if INTERPRETED:
         return Launch(32, 16, 4, 1)
     if itemsize == 4:  # no tensor cores
         return Launch(32, 32, 8, 1)
+    if decodes:
+        return Launch(64, 32, 4 if dim <= 128 else 8, 1)
     if dim > 128:
         return Launch(64, 32, 8, 2)
     return Launch(128, 64, 8, 3)
@@ -94,12 +105,12 @@ def attend(
     if not chunks.lengths:
         return
     kv_heads, width = value.shape[1:]
-    launch = _launch_attention(max(query.shape[2], width), query.element_size())
-    sizes = _sizes(query.shape[1], kv_heads, query.shape[2], width, softcap, window, launch)
+    launch = _launch_attention(max(query.shape[2], width), query.element_size(), rows.formats != (MODEL, MODEL))
+    sizes = _sizes(query.shape[1], kv_heads, query.shape[2], width, softcap, window, launch, *rows.formats)
     tiles = triton.cdiv(max(chunks.lengths) * sizes.group, launch.block_m)
     attend_kernel[tiles, kv_heads, len(chunks.lengths)](
         *(output, logsums, packed(query), packed(key), packed(value)),
-        *(SlotRows(rows.keys, rows.values, rows.positions if window else None), *_row_strides(rows), sinks),
+        *(_slot_rows(rows, window, mass=None), *_row_strides(rows), sinks),
         *(rows.first, rows.capacity, chunks.table, chunks.table.stride(0), *_factors(scale, softcap), sizes),
         **launch.options,
     )
@@ -163,12 +174,12 @@ def _add_up(
     """Add up attention with one set of query weights; without mass, ``own`` [K, P + T] takes sums of slot rows too."""
     heads, dim = query.shape[1:]
     launch = _launch_sums(dim, query.element_size())
-    sizes = _sizes(heads, key.shape[1], dim, dim, softcap, window, launch)
+    sizes = _sizes(heads, key.shape[1], dim, dim, softcap, window, launch, rows.key_format)
     past = max(min(start, limit, rows.largest) for start, limit in zip(chunks.starts, chunks.row_limits, strict=True))
     past_tiles, own_tiles = (triton.cdiv(keys, launch.block_n) for keys in (past, max(chunks.lengths)))
     sums_kernel[past_tiles + own_tiles, key.shape[1], len(chunks.lengths)](
         *(own, packed(query), packed(key)),
-        *(SlotRows(rows.keys, None, rows.positions if window or distance else None, mass), _row_strides(rows)[0]),
+        *(_slot_rows(rows, window or distance, mass)._replace(value=None, value_scales=None), _row_strides(rows)[0]),
         *(logsums, query_weights, chunks.decay, rows.first, rows.capacity, chunks.table, chunks.table.stride(0)),
         *(past_tiles, own.stride(0), *_factors(scale, softcap), distance, power, sizes),
         **launch.options,
@@ -213,6 +224,11 @@ def attend_chunk(
     for own, (weights, raised) in zip(sums, ways, strict=True):
         _add_up(own, None, query, key, rows, chunks, logsums, weights, distance=distance, power=raised, **options)
     return output, sums
+
+
+def _slot_rows(rows: Rows, positions: int | None, mass: Tensor | None) -> SlotRows:
+    """A layer's slots with this mass; with positions if they are needed."""
+    return slot_rows(rows)._replace(positions=rows.positions if positions else None, mass=mass)
 
 
 def _row_strides(rows: Rows) -> tuple[int, int]:
@@ -267,7 +283,15 @@ def _rows_of_head(past: Tensor) -> int | None:
 
 @cache
 def _sizes(
-    heads: int, kv_heads: int, dim: int, width: int, softcap: float | None, window: int | None, launch: Launch
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    width: int,
+    softcap: float | None,
+    window: int | None,
+    launch: Launch,
+    key_format: str = MODEL,
+    value_format: str = MODEL,
 ) -> Sizes:
     """Sizes that the kernels are compiled for."""
     return Sizes(
@@ -275,19 +299,11 @@ def _sizes(
         group=heads // kv_heads,
         window=window or 0,
         capped=softcap is not None,
-        dim=_parts(dim),
-        value_dim=_parts(width),
+        keys=in_parts(dim, key_format),
+        outputs=in_parts(width, value_format),
         block_m=launch.block_m,
         block_n=launch.block_n,
     )
-
-
-def _parts(dim: int) -> Parts:
-    """A dimension in two powers of two where that needs less padding than one; none is below 16."""
-    whole = max(16, triton.next_power_of_2(dim))
-    low = whole // 2
-    high = max(16, triton.next_power_of_2(max(1, dim - low)))
-    return Parts(dim, low, high) if low >= 16 and low + high < whole else Parts(dim, whole, 0)
 
 
 def _factors(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -312,14 +328,24 @@ TYPES: dict[str, Any] = {
 def compiled_for(head_dim: int) -> list[Variant]:
     """The launches of bfloat16 models with 32 heads and 8 kv heads of this size."""
     attention, sums = _launch_attention(head_dim, 2), _launch_sums(head_dim, 2)
-    plain = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, attention), "sinks": None}
-    added = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, sums)}
-    attended = TYPES | {"slot_rows": SlotRows("*bf16", "*bf16")}
-    near = TYPES | {"slot_rows": SlotRows("*bf16", None, None, "*fp32")}
-    far = TYPES | {"slot_rows": SlotRows("*bf16", None, "*i32", "*fp32")}
-    return [
-        variant(attend_kernel, attended, plain | {"logsums": None}, attention.options),
-        variant(attend_kernel, attended, plain, attention.options),
-        variant(sums_kernel, near, added | {"distance": 0, "power": 1}, sums.options),
-        variant(sums_kernel, far, added | {"distance": 32, "power": 2}, sums.options),
-    ]
+    made = [_compiled(head_dim, attend_kernel, attention, {"logsums": None})]
+    coded = ("int4", "int8") if head_dim == 96 else ("int8", "int4")
+    for formats in ((MODEL, MODEL), coded):
+        made += [
+            _compiled(head_dim, attend_kernel, _launch_attention(head_dim, 2, formats[0] != MODEL), {}, formats),
+            _compiled(head_dim, sums_kernel, sums, {"distance": 32, "power": 2}, formats),
+        ]
+    return [*made, _compiled(head_dim, sums_kernel, sums, {"distance": 0, "power": 1})]
+
+
+def _compiled(
+    head_dim: int, kernel: Any, launch: Launch, constants: dict[str, Any], formats: tuple[str, str] = (MODEL, MODEL)
+) -> Variant:
+    """One launch for 32 heads and 8 kv heads."""
+    rows = stored_rows(*formats, positions=bool(constants.get("distance")), mass=kernel is sums_kernel)
+    if kernel is sums_kernel:
+        rows = rows._replace(value=None, value_scales=None)
+        formats = formats[0], MODEL
+    constants = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, launch, *formats), "sinks": None, **constants}
+    constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
+    return variant(kernel, TYPES | {"slot_rows": rows}, constants, launch.options)
