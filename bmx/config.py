@@ -171,7 +171,7 @@ class EngineConfig:
         str,
         Setting(
             "How KV pairs are stored: model (the model's own type), fp8, int8 or int4; int8/int4 for keys in int8 and "
-            f"values in int4; auto is {AUTO_FORMAT}",
+            f"values in int4; auto is {AUTO_FORMAT}, and model where --kv-policy none keeps everything",
             decides_answers=ALWAYS,
             parse=parse_format,
             metavar="FORMAT",
@@ -310,7 +310,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_types(self)
         kv_format = next(setting for setting in settings_in(EngineConfig) if setting.name == "kv_format")
-        object.__setattr__(self, "kv_format", kv_format.coerce(self.kv_format))  # never ``auto``
+        chosen = kv_format.coerce(self.kv_format)
+        if chosen == "auto":
+            chosen = "model" if self.kv_policy == "none" else AUTO_FORMAT
+        object.__setattr__(self, "kv_format", chosen)
         budget = self.kv_budget
         if not is_budget(budget):
             hint = "512 is a number of KV pairs, 0.25 a quarter of each prompt, '25%bytes' a quarter of its bytes"

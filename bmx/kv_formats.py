@@ -6,7 +6,7 @@ How each is encoded is in ``bmx.kernels.formats``. Knows names; loads no torch.
 from __future__ import annotations
 
 KV_FORMATS = ("model", "fp8", "int8", "int4")  # "model" is the model's own dtype
-AUTO_FORMAT = "model"  # what ``auto`` stands for: settings, fingerprints and records name this, never ``auto``
+AUTO_FORMAT = "int8"  # what ``auto`` stands for where pairs are evicted; nothing is recorded as ``auto``
 
 
 def format_name(keys: str, values: str) -> str:
@@ -15,12 +15,12 @@ def format_name(keys: str, values: str) -> str:
 
 
 def formats_of(text: str) -> tuple[str, str]:
-    """The formats of keys and values in ``int8``, ``int8/int4`` or ``auto``.
+    """The formats of keys and values in ``int8`` or ``int8/int4``.
 
     Raises:
         ValueError: not one or two names of formats.
     """
-    keys, slash, values = (AUTO_FORMAT if text == "auto" else text).partition("/")
+    keys, slash, values = text.partition("/")
     pair = (keys, values if slash else keys)
     if not set(pair) <= set(KV_FORMATS):
         raise ValueError(f"no format: {text!r}")

@@ -132,12 +132,12 @@ def parse_policy(text: str) -> str:
 
 
 def parse_format(text: str) -> str:
-    """A KV format's canonical name: ``int8`` for keys and values alike, ``int8/int4`` for each its own.
+    """A KV format's canonical name: ``int8`` for keys and values alike, ``int8/int4`` for each its own, or ``auto``.
 
     Raises:
         ValueError: not one or two names of formats.
     """
-    return format_name(*formats_of(text))
+    return text if text == "auto" else format_name(*formats_of(text))
 
 
 def parse_layers(text: str) -> str | tuple[float, ...]:

@@ -73,9 +73,10 @@ def tiny_engine(model: Any, **config: Any) -> Engine:
 
     Args:
         model: the model itself, or the name of its family.
-        config: settings of EngineConfig.
+        config: settings of EngineConfig; pairs are stored in the model's own type if they do not say how.
     """
     loaded = tiny_loaded(model) if isinstance(model, str) else prepare(model)
+    config = {"kv_format": "model"} | config
     return Engine(EngineConfig(**config), PromptConfig(), word_tokenizer(), ModelBackend(loaded))
 
 

@@ -256,10 +256,15 @@ def _with_fixed_memory(
     spec, meter, pool = engine.spec, engine.backend.meter, config.kv_cache_memory
     if options.paper and pool is None:
         longest = max(map(len, prompts), default=max(options.inputs)) + max(options.outputs)
-        row = CompressionPolicy.from_config(config.full_cache).layout(spec, longest).nbytes
+        row = CompressionPolicy.from_config(_full_cache(config)).layout(spec, longest).nbytes
         pool = max(spec.weight_bytes // PAPER_SHARE, row)
     total = limits(config, meter.free_memory(), meter.held).total
     return replace(config, memory_limit=total, kv_cache_memory=pool)
+
+
+def _full_cache(config: EngineConfig) -> EngineConfig:
+    """The settings of the other sides while they read prompts: everything is kept, in the model's own type."""
+    return replace(config.full_cache, kv_format="model")
 
 
 def _new_record(config: RunConfig, options: BenchOptions, engine: Engine) -> dict[str, Any]:
@@ -329,7 +334,7 @@ class _Bench:
             tokens: of a prompt; 0 for the input's prompts.
             answer_tokens: tokens that are generated for each prompt.
         """
-        full = self.engine.with_config(self.config.engine.full_cache)
+        full = self.engine.with_config(_full_cache(self.config.engine))
         evicting = self.engine.with_config(_with_budget(self.config.engine, self.options, tokens))
         lengths = [tokens] * (self.options.prompts or MOST_PROMPTS) if tokens else [len(ids) for ids in self.prompts]
         plan = _attempt(

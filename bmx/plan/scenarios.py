@@ -132,12 +132,13 @@ class PlanQuery:
     def options(self, budgets: Sequence[int | float | str]) -> Iterator[Scenario]:
         """The scenarios: Batch-Max with each budget, decode-only compression with the first, and the full cache.
 
-        Where nothing is to be evicted, the full cache alone.
+        The others than Batch-Max keep whole prompts in the model's own type. Where nothing is to be evicted, there is
+        the full cache alone, stored as configured.
         """
-        evicting, full = self._evicting(), self.config.full_cache
         if self.config.kv_policy == "none":
-            yield self.option("full cache", full)
+            yield self.option("full cache", self.config.full_cache)
             return
+        evicting, full = self._evicting(), replace(self.config.full_cache, kv_format="model")
         for budget in budgets:
             yield self.option("batch-max", replace(evicting, kv_budget=budget))
         yield self.option("decode-only", full, replace(evicting, kv_budget=budgets[0]))
