@@ -123,7 +123,7 @@ class EngineConfig:
             compared_in={"plan-batch": "512,1024,2048", "calibrate": "256,25%"},
             calibrated=True,
         ),
-    ] = 1024
+    ] = 2048
     kv_sink: Annotated[
         int,
         Setting(

@@ -6,7 +6,7 @@ How each is encoded is in ``bmx.kernels.formats``. Knows names; loads no torch.
 from __future__ import annotations
 
 KV_FORMATS = ("model", "fp8", "int8", "int4")  # "model" is the model's own dtype
-AUTO_FORMAT = "int8"  # what ``auto`` stands for where pairs are evicted; nothing is recorded as ``auto``
+AUTO_FORMAT = "int8/int4"  # what ``auto`` stands for where pairs are evicted; nothing is recorded as ``auto``
 
 
 def format_name(keys: str, values: str) -> str:

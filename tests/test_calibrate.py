@@ -82,7 +82,7 @@ def test_a_cache_that_keeps_everything_agrees_in_everything(given):
 
 def test_every_combination_is_measured_once_and_stands_in_the_table(given):
     ended = given(
-        *("--kv-policy", "average-attention,keydiff,none", "--kv-budget", "24,40%", "--kv-format", "auto,int8"),
+        *("--kv-policy", "average-attention,keydiff,none", "--kv-budget", "24,40%", "--kv-format", "model,int8"),
         *("--kv-layer-budgets", "uniform,pyramid"),
     )
     settings = [candidate["settings"] for candidate in measured()["candidates"]]
@@ -696,7 +696,7 @@ def test_measured_layers_become_a_candidate_and_a_run_can_use_them(given, bmx, m
 
 def test_plots_are_drawn(given, monkeypatch):
     monkeypatch.setattr(report, "find_spec", find_spec)
-    ended = given("--kv-policy", "average-attention,none", "--kv-budget", "24,40%", "--kv-format", "auto,int8")
+    ended = given("--kv-policy", "average-attention,none", "--kv-budget", "24,40%", "--kv-format", "model,int8")
     assert ended.code in (0, 3)
     assert Path("in.calibration.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in Path("in.calibration.svg").read_text()

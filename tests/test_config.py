@@ -73,7 +73,7 @@ def flag(name: str) -> str:
         ("max_tokens", 256, 1, 2, 3),
         ("temperature", 0.0, 0.1, 0.2, 0.3),
         ("kv_policy", "far-attention", "none", "average-attention", "none"),
-        ("kv_budget", 1024, 0.25, 700, 0.5),
+        ("kv_budget", 2048, 0.25, 700, 0.5),
         ("kv_layer_budgets", "uniform", "pyramid", "uniform", "pyramid"),
         ("model", "demo", "./one", "./two", "./three"),
         ("system_prompt", None, "one", "two", "three"),

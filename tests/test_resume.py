@@ -203,7 +203,7 @@ def test_o7_all_settings_that_decide_answers_are_tried():
 
 
 def test_o7_all_settings_that_have_changed_are_named(begun):
-    check_refused(begun, "--seed", 3, "--kv-budget", 99, says="kv_budget was 1024, is 99, seed was 0, is 3")
+    check_refused(begun, "--seed", 3, "--kv-budget", 99, says="kv_budget was 2048, is 99, seed was 0, is 3")
 
 
 MATTERS_NOT = [
