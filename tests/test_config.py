@@ -119,7 +119,7 @@ def sample(setting: Any) -> Any:
         "shard": "2/3",
         "kv_policy": "h2o",
         "kv_layer_budgets": "pyramid",
-        "kv_format": "int8/int4",
+        "kv_format": "fp8",
         "kv_share_layers": "7:3",
         "chat_template_kwargs": '{"enable_thinking": false}',
     }

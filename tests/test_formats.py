@@ -11,7 +11,6 @@ import torch
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
 from families import tiny_model
 
-from bmx import kv_formats
 from bmx.compress.policy import CompressionPolicy, left_to_kernels
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
@@ -497,7 +496,8 @@ def test_a_slot_takes_less_of_the_memory_with_all_that_belongs_to_it(name, more)
 @pytest.mark.parametrize(
     ("given", "used"),
     [
-        ("auto", "model"),
+        ("auto", "int8/int4"),
+        ("model", "model"),
         ("int8", "int8"),
         ("int8/int8", "int8"),
         ("int8/int4", "int8/int4"),
@@ -519,11 +519,14 @@ def test_a_format_that_is_none_is_refused(given):
         EngineConfig(kv_format=given)
 
 
-def test_an_output_of_an_earlier_default_is_not_gone_on_with(monkeypatch):
+def test_the_full_cache_is_exact_by_default():
+    assert EngineConfig(kv_policy="none").kv_format == "model"
+    assert EngineConfig(kv_policy="none", kv_format="int8").kv_format == "int8"
+
+
+def test_an_output_of_an_earlier_default_is_not_gone_on_with():
     config = {"model": "fake"}
-    before = fingerprint(RunConfig.of(("in.jsonl",), config))
-    assert before["kv_format"] == "model"
-    monkeypatch.setattr(kv_formats, "AUTO_FORMAT", "int8/int4")
+    before = fingerprint(RunConfig.of(("in.jsonl",), config | {"kv_format": "model"}))
     after = fingerprint(RunConfig.of(("in.jsonl",), config))
     assert differences(before, after) == 'kv_format was "model", is "int8/int4"'
     assert fingerprint(RunConfig.of(("in.jsonl",), config | {"kv_format": "int8/int4"})) == after

@@ -67,7 +67,7 @@ def folder() -> dict[str, bytes | None]:
 
 def test_every_row_is_answered_as_the_library_answers_it(run):
     source = write(*(row(str(i), words(prompt), max_tokens=8) for i, prompt in enumerate(FEW)))
-    assert run(source, "--chunk-size", 7, "--max-num-seqs", 3).code == 0
+    assert run(source, "--kv-format", "model", "--chunk-size", 7, "--max-num-seqs", 3).code == 0
     expected = answers(tiny_engine("llama", chunk_size=7), as_requests(FEW, max_tokens=8))
     found = records(Path("in.out.jsonl"))
     assert {name: record["text"] for name, record in found.items()} == {i: words(ids) for i, ids in expected.items()}
@@ -81,7 +81,7 @@ def test_a_small_budget_evicts_and_says_so(run):
     source = write(row("long", words(FEW[1])), row("short", words(FEW[0])))
     assert run(source, "-o", "out.jsonl", "--kv-budget", 16, "--kv-recent", 4, "--chunk-size", 8).code == 0
     found = records(Path("out.jsonl"))
-    assert found["long"]["kv"] == {"budget": 16, "kept": 16, "evicted": 16}
+    assert found["long"]["kv"] == {"budget": 16, "kept": 16, "evicted": 16, "format": "int8/int4"}
     assert found["short"]["kv"]["evicted"] == 0
 
 
