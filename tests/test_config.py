@@ -426,7 +426,7 @@ def test_a_config_file_that_is_too_large_is_refused_for_that(config_file):
     "text", ["", "# nothing\n", "kv-budget: 500\n", "\ufeffkv_budget: 500\r\n", "{kv_budget: 500}"]
 )
 def test_unusual_but_valid_files_are_read(config_file, text):
-    expected = 500 if "500" in text else 1024
+    expected = 500 if "500" in text else 2048
     assert RunConfig.of((), given_settings({}, config_file(text))).engine.kv_budget == expected
 
 
