@@ -40,6 +40,7 @@ from bmx.shutdown import Stop
 FULL = EngineConfig(kv_policy="none", kv_format="model")
 NEW, OLD, OTHERS = "far-attention", "average-attention", ("streaming", "h2o", "window")
 MIXTURES = ("int8", "int8/int4", "int4")
+ALL = "32768"  # pairs: more than any prompt here has, so that nothing is evicted
 ByName = dict[str, Any]  # a row that was measured, as it is written
 
 
@@ -78,18 +79,16 @@ def default_cells(name: str) -> list[str]:
         return [f"kv_policy={p};kv_budget={b};kv_format={f}{more}" for p, b, f in chosen]
 
     half, quarter, eighth, least = (f"{share}%bytes" for share in ("50", "25", "12.5", "7"))
-    listed = [f"kv_policy=none;kv_format={f}" for f in MIXTURES]
+    listed = cells([NEW], [quarter], ["model", *MIXTURES[1:]]) + cells([OLD, *OTHERS], [quarter], ["model"])
     if name == "news":
-        listed += cells([NEW], [half], ["model", "int8"]) + cells([NEW], [quarter], ["model", *MIXTURES])
-        listed += cells([NEW], [eighth, least], ["model", *MIXTURES[1:]])
-        listed += cells([OLD], [half, quarter, eighth, least], ["model"]) + cells([OLD], [quarter], ["int4"])
-        return listed + cells(OTHERS, [half, quarter, eighth], ["model"])
-    listed = listed[1:] + cells([NEW], [quarter], ["model", *MIXTURES[1:]]) + cells([NEW], [eighth], ["int4"])
-    listed += cells([OLD, *OTHERS], [quarter], ["model"])
+        listed += cells([NEW], [eighth], ["model", *MIXTURES[1:]]) + cells([OLD, *OTHERS], [eighth], ["model"])
+        listed += cells([NEW], [ALL], MIXTURES) + cells([NEW], [least], MIXTURES[1:]) + cells([NEW], [half], ["model"])
+        listed += cells([OLD], [half, least], ["model"]) + cells(OTHERS, [half], ["model"])
+        return listed + cells([NEW], [half, quarter], ["int8"]) + cells([OLD], [quarter], ["int4"])
     if name in RIGHT_OR_WRONG:
         for more in ("kv_probe", "kv_protect"):
-            listed += cells([NEW], [quarter], ["model", "int4"], f";{more}=instructions")
-    return listed
+            listed += cells([NEW], [quarter], ["model", "int8/int4"], f";{more}=instructions")
+    return listed + cells([NEW], [eighth], MIXTURES[1:]) + cells([NEW], [ALL], MIXTURES[1:])
 
 
 def settings_of(cell: str) -> dict[str, Any]:
