@@ -27,6 +27,7 @@ from bmx.settings import (
     settings_in,
 )
 from bmx.units import (
+    LayerFactors,
     is_budget,
     parse_budget,
     parse_count,
@@ -156,9 +157,10 @@ class EngineConfig:
         ),
     ] = "none"
     kv_layer_budgets: Annotated[
-        str | tuple[float, ...],
+        str | LayerFactors,
         Setting(
-            "The budget of each layer: uniform, pyramid, or factors measured by `bmx calibrate`",
+            "The budget of each layer, or of each of its kv heads: uniform, pyramid, or factors measured by "
+            "`bmx calibrate`",
             decides_answers=IF_EVICTING,
             parse=parse_layers,
             metavar="LAYERS",

@@ -15,6 +15,7 @@ from bmx.kv_formats import KV_FORMATS, format_name, formats_of
 from bmx.policies import POLICIES, find_scorer
 
 LEAST_MEMORY = 10**6  # no model runs in less: a smaller size has lost its unit
+LayerFactors = tuple[float | tuple[float, ...], ...]  # of each layer, or of each of its kv heads
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -140,18 +141,34 @@ def parse_format(text: str) -> str:
     return text if text == "auto" else format_name(*formats_of(text))
 
 
-def parse_layers(text: str) -> str | tuple[float, ...]:
+def parse_layers(text: str) -> str | LayerFactors:
     """Layer budgets from ``uniform``, ``pyramid``, or factors like ``1.5,1,0.5``, which are scaled to a mean of 1.
+
+    A layer's kv heads may have factors of their own: ``1.5:0.9,0.6:1``. The mean is that of the layers' means.
 
     Raises:
         ValueError: not in any of these notations.
     """
     if text in ("uniform", "pyramid"):
         return text
-    factors = tuple(float(part) for part in str(text).split(","))
-    if not all(0 < factor < 1e6 for factor in factors):
+    layers = [tuple(float(head) for head in layer.split(":")) for layer in str(text).split(",")]
+    if not all(0 < head < 1e6 for layer in layers for head in layer):
         raise ValueError(f"not factors: {text!r}")
-    return tuple(round(factor * len(factors) / sum(factors), 4) for factor in factors)
+    mean = sum(sum(layer) / len(layer) for layer in layers) / len(layers)
+    scaled = (tuple(round(head / mean, 4) for head in layer) for layer in layers)
+    return tuple(layer if len(layer) > 1 else layer[0] for layer in scaled)
+
+
+def layers_text(layers: str | LayerFactors) -> str:
+    """Layer budgets in the notation of ``parse_layers``."""
+    if isinstance(layers, str):
+        return layers
+    return ",".join(":".join(f"{head:g}" for head in heads_of(layer)) for layer in layers)
+
+
+def heads_of(layer: float | tuple[float, ...]) -> tuple[float, ...]:
+    """A layer's factors: one for all of its kv heads, or one for each."""
+    return (layer,) if isinstance(layer, int | float) else tuple(layer)
 
 
 def parse_shared(text: str) -> str:
@@ -214,7 +231,7 @@ EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or of its bytes like 25%bytes, or auto",
     parse_policy: f"one of {', '.join(POLICIES)}",
     parse_format: f"auto, {', '.join(KV_FORMATS)}, or those of keys and values, like int8/int4",
-    parse_layers: "uniform, pyramid, or a factor per layer like 1.5,1,0.5",
+    parse_layers: "uniform, pyramid, a factor per layer like 1.5,1,0.5, or one per kv head like 1.2:0.8,1:1",
     parse_shared: "pairs of layers like 7:3,12:5",
     parse_bytes: "a size like 300M, 8G or 8GiB",
     parse_memory: "a size like 300M, 8G or 8GiB",

@@ -274,9 +274,15 @@ def rows_of(capacity, kv_heads=2, dim=64, value_dim=32, dtype=BF16, formats=("mo
         keys=keys.numbers, values=values.numbers, key_scales=keys.scales, value_scales=values.scales,
         key_format=keys.format, value_format=values.format,
         positions=torch.full((count,), -1, dtype=torch.int32), mass=torch.zeros(count),
-        first=torch.tensor([0, kv_heads * capacity]), capacity=torch.tensor([capacity] * 2), kv_heads=kv_heads,
-        capacities=(capacity, capacity), largest=capacity,
+        first=torch.arange(2 * kv_heads).view(2, -1) * capacity, capacity=torch.full((2, kv_heads), capacity),
+        kv_heads=kv_heads, capacities=((capacity,) * kv_heads,) * 2, largest=capacity,
     )  # fmt: skip
+
+
+def view_of(rows):
+    """Slot 1, all heads."""
+    ((_, view),) = rows.slot(1)
+    return view
 
 
 def read(module, rows, sequence, start, stop, order, limit, **options):
@@ -312,7 +318,7 @@ def test_far_attention_of_a_whole_sequence_however_it_is_cut(cuts, window, dista
         read(avx512, rows, sequence, start, stop, order, 100, sinks=sinks)
     details = {"scale": 0.125, "distance": distance, "power": power, "window": window, "sinks": sinks}
     expected = far_sums(query, key, at, at[:, None].expand(-1, 2), **details)
-    assert_near(rows.slot(1)[3], expected)
+    assert_near(view_of(rows).mass, expected)
 
 
 @pytest.mark.parametrize("by", ["average", "mass"])
@@ -370,7 +376,7 @@ def test_codes_are_those_of_the_specification_to_the_last_bit(step, dim, name):
     bounds = (0, tokens) if step == "prefill" else range(tokens + 1)
     for start, stop in itertools.pairwise(bounds):
         read(avx512, rows, sequence, start, stop, order, tokens)
-    keys, values, *_ = rows.slot(1)
+    keys, values, *_ = view_of(rows)
     for stored, vectors in ((keys, sequence[1]), (values, value)):
         codes, scales = FORMATS[name].encode(vectors.transpose(0, 1))
         assert torch.equal(stored.scales, scales)
@@ -390,7 +396,7 @@ def test_decoding_tokens_read_codes_as_float64_does(group, dim, value_dim, count
         read(avx512, rows, (query, key, value), 0, count - 1, order, count)
     rows.mass.zero_()
     output = read(avx512, rows, (query, key, value), count - 1, count, order, count, scale=sharp, sinks=sinks)
-    keys, values, positions, mass = rows.slot(1)
+    keys, values, positions, mass = view_of(rows)
     assert torch.equal(positions, torch.arange(count, dtype=torch.int32).expand(2, -1))
     read_keys, read_values = exact(keys, dim).unsqueeze(0), exact(values, value_dim).unsqueeze(0)
     expected, columns = dense_slots(query[-1:], read_keys, read_values, scale=sharp, sinks=sinks)
@@ -407,13 +413,13 @@ def test_a_chunk_reads_codes_as_float64_does(tokens, past, group, dim, formats):
     order = EvictionOrder(by="mass", sink=0, recent=0, window=None)
     rows = rows_of(past + tokens + 3, dim=dim, value_dim=dim, formats=formats)
     read(avx512, rows, sequence, 0, past, order, past + tokens)
-    before = rows.slot(1)
+    before = view_of(rows)
     slot = [exact(stored, dim)[:, :past] for stored in (before.keys, before.values)]
     rows.mass.zero_()
     output = read(avx512, rows, sequence, past, past + tokens, order, past + tokens)
     expected, columns = dense_chunk(query[past:], key[past:], value[past:], *slot, scale=0.125)
     torch.testing.assert_close(output.double(), expected, **NEAR)
-    torch.testing.assert_close(rows.slot(1).mass[:, : past + tokens].double(), columns[0], **NEAR)
+    torch.testing.assert_close(view_of(rows).mass[:, : past + tokens].double(), columns[0], **NEAR)
 
 
 def test_codes_without_a_number_stay_without():

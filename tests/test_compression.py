@@ -127,12 +127,12 @@ class Spy:
 
     def rows(self, layer, slot=0, group=0):
         """Per head: {position: attention mass} of the rows in use."""
-        part = self.pool.layer(group, layer)
-        received = part.row_stats["mass"][slot] if "mass" in part.row_stats else torch.zeros_like(part.positions[slot])
-        return [
-            {int(p): float(m) for p, m in zip(positions, mass, strict=True) if p >= 0}
-            for positions, mass in zip(part.positions[slot], received, strict=True)
-        ]
+        heads = []
+        for part in self.pool.layer(group, layer):
+            places = part.positions[slot]
+            received = part.row_stats["mass"][slot] if "mass" in part.row_stats else torch.zeros_like(places)
+            heads += zip(places.tolist(), received.tolist(), strict=True)
+        return [{p: m for p, m in zip(places, mass, strict=True) if p >= 0} for places, mass in heads]
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_kept_tokens_scores_and_answers_equal_the_plain_reference(family, kernel
     for layer, kept in reference.kept.items():
         rows = spy.rows(layer)
         assert [set(row) for row in rows] == kept
-        if not spy.pool.layer(0, layer).layout.by_age:
+        if not spy.pool.layer(0, layer)[0].layout.by_age:
             for row, mass in zip(rows, reference.mass[layer], strict=True):
                 assert row == pytest.approx({p: mass[p] for p in row}, rel=1e-4, abs=1e-5)
     assert result.kv.kept == BUDGET
@@ -195,7 +195,7 @@ def test_sinks_and_recent_tokens_stay_and_slots_never_exceed_the_budget(family, 
             group, slot = chunk.sequence.slot
             now = chunk.start + chunk.length
             for layer in range(len(engine.spec.layers)):
-                layout = runner.pool.layer(group, layer).layout
+                layout = runner.pool.layer(group, layer)[0].layout
                 for row in spy.rows(layer, slot, group):
                     looked.append(now)
                     assert len(row) == min(now, layout.capacity) <= BUDGET

@@ -79,7 +79,7 @@ def attention_of(chosen, policy, window, form, sizes, groups=((48, 5),)):
     )  # fmt: skip
     pool = KVPool(layouts, tuple(slots for _, slots in groups), BF16, torch.device("cpu"))
     for group, (_, slots) in enumerate(groups):
-        part = pool.layer(group, 0)
+        part = pool.layer(group, 0)[0]
         for slot in range(slots):
             for seed, (store, dim) in enumerate(((part.keys, sizes.key_dim), (part.values, sizes.value_dim))):
                 vectors = normal(sizes.kv_heads, part.layout.capacity, dim, seed=2 * slot + seed, dtype=BF16)
@@ -141,7 +141,7 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, wi
             if policy == "none":
                 tokens = tuple(min(n, limit - 1) for n, limit in zip(tokens, rows, strict=True))
             for slot, count, limit in zip(slots, tokens, rows, strict=True):
-                fill(pool.layer(group, 0), slot, count, limit)
+                fill(pool.layer(group, 0)[0], slot, count, limit)
             groups.append(
                 DecodeGroup(
                     rows=slice(2 * group, 2 + 4 * group), group=group, slots=torch.tensor(slots), slots_host=slots,
@@ -174,7 +174,7 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(
     found = []
     for fused in (False, True):
         attention, pool = attention_of(Chosen(name, "", fused), policy, window, form, sizes)
-        fill(pool.layer(0, 0), 1, start, limit)
+        fill(pool.layer(0, 0)[0], 1, start, limit)
         prompts = (
             PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),
             PromptChunk(rows=slice(1 + tokens, 13 + tokens), group=0, slot=4, start=0, total=40, row_limit=40),

@@ -92,7 +92,7 @@ class Watch:
         stepped = {chunk.sequence.slot_index for chunk in step.chunks}
         self.others = []
         for group, parts in enumerate(pool.groups):
-            for part in set(parts):
+            for part in {part for layer in parts for part in layer}:
                 away = [slot for slot in range(part.slots) if (group, slot) not in stepped]
                 self.others.append((part, away, [t[away].clone() for t in tensors(part)]))
 
@@ -113,7 +113,7 @@ class Watch:
         for index, layer in enumerate(layers):
             if layer.owner != index:
                 continue
-            part = pool.layer(group, index)
+            part = pool.layer(group, index)[0]
             limit = part.layout.capacity
             if self.budget:
                 limit = limits(self.budget, len(sequence.prompt), len(layers))[index]
@@ -323,7 +323,7 @@ def instructions_kept(engine, prompt):
             now = chunk.start + chunk.length
             places = {p for p in (0, 1, *range(len(prompt) - 5, len(prompt))) if p < now}
             kept[:] = []
-            for part in runner.pool.groups[chunk.sequence.slot_index.group]:
+            for (part,) in runner.pool.groups[chunk.sequence.slot_index.group]:
                 for row in part.positions[chunk.sequence.slot_index.slot].tolist():
                     assert set(range(max(0, now - RECENT), now)) <= set(row)
                     kept.append(places <= set(row))
@@ -408,7 +408,7 @@ def test_a_probe_is_asked_where_only_layers_of_smaller_budgets_evict(monkeypatch
 
     def watching(runner, step):
         if not step.chunks[0].sequence.answer:
-            kept.append({frozenset(row) for row in runner.pool.layer(0, 1).positions[0].tolist()})
+            kept.append({frozenset(row) for row in runner.pool.layer(0, 1)[0].positions[0].tolist()})
 
     for engine in engines:
         list(watched_engine(engine, after=watching).stream(as_requests(prompt, max_tokens=NEW)))
@@ -428,7 +428,7 @@ def test_the_value_norm_keeps_long_values(policy):
         lengths = []
 
         def watching(runner, step):
-            part = runner.pool.layer(0, 1)
+            part = runner.pool.layer(0, 1)[0]
             if len(step.chunks[0].sequence.prompt) == step.chunks[0].start + step.chunks[0].length:
                 lengths.append(float(part.read(0, 14)[1].abs().sum(-1).mean()))
 
@@ -597,7 +597,7 @@ def test_a_way_of_another_package_is_known_by_its_name(loaded, offered, watched)
     prompt, kept = random_prompts((40,)), []
 
     def watching(runner, step):
-        kept[:] = [set(row) for row in runner.pool.layer(0, 0).positions[0].tolist()]
+        kept[:] = [set(row) for row in runner.pool.layer(0, 0)[0].positions[0].tolist()]
 
     list(watched_engine(engine, after=watching).stream(as_requests(prompt, max_tokens=1)))
     assert kept == [{*range(14 - RECENT), *range(40 - RECENT, 40)}] * 2

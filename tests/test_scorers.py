@@ -148,7 +148,7 @@ class Reference:
 
     Args:
         policy: a scorer's name.
-        capacities: pairs of each layer.
+        capacities: pairs of each layer, or of each of its kv heads.
         owners: the layer whose keys each reads.
         windows: of each layer.
         value_norm: as in the settings.
@@ -245,10 +245,9 @@ class Reference:
 
     def evict(self, owner, now, room_for, queries=None, scale=None):
         """Keep the best: sinks and newest first, then by rank, with unranked pairs above all ranked ones."""
-        capacity = self.capacities[owner]
-        if self.by_age(owner):
-            capacity = self.windows[owner]
         for head, kept in enumerate(self.kept[owner]):
+            capacity = self.windows[owner] if self.by_age(owner) else self.capacities[owner]
+            capacity = capacity[head] if isinstance(capacity, tuple) else capacity
             surplus = len(kept) + room_for - capacity
             if surplus <= 0:
                 continue
@@ -351,7 +350,7 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
     if policy == "knorm":  # the length of a first layer's key depends on nothing but the token: no token twice
         prompt, new_tokens = random_prompts((400,), seed=seed)[0], RECENT
         prompt = list(dict.fromkeys(prompt))[:prompt_tokens]
-    settings = EngineConfig(**SETTINGS | {"kv_policy": policy} | config)
+    settings = EngineConfig(**SETTINGS | {"kv_policy": policy, "kv_format": "model"} | config)
     around = f"{words(prompt[:3])} {{document}} {words(prompt[-4:])}" if spoken else None
     loaded = prepare(model()) if window else tiny_loaded(family)
     engine = Engine(settings, PromptConfig(prompt_template=around), word_tokenizer(), ModelBackend(loaded))
@@ -372,12 +371,13 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
     for owner, kept in reference.kept.items():
         rows = spy.rows(owner)
         assert [set(row) for row in rows] == kept
-        part = spy.pool.layer(0, owner)
+        parts = [(part, row) for part in spy.pool.layer(0, owner) for row in range(part.layout.kv_heads)]
         for name, statistic in (("mass", reference.mass), ("squares", reference.squares), ("probe", reference.probed)):
-            if name not in part.row_stats:
+            if name not in parts[0][0].row_stats:
                 continue
             for head, expected in enumerate(statistic[owner]):
-                held = dict(zip(part.positions[0, head].tolist(), part.row_stats[name][0, head].tolist(), strict=True))
+                part, row = parts[head]
+                held = dict(zip(part.positions[0, row].tolist(), part.row_stats[name][0, row].tolist(), strict=True))
                 wanted = {p: expected.get(p, -1.0 if name == "probe" else 0.0) for p in kept[head]}
                 assert {p: held[p] for p in kept[head]} == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     assert list(result.token_ids) == greedy
@@ -466,6 +466,14 @@ def test_each_layer_ranks_for_a_budget_of_its_own(policy, spy):
     fixed, rest = SINK + RECENT, BUDGET - SINK - RECENT
     capacities = [fixed + round(rest * 1.5), fixed + round(rest * 0.5)]
     check(spy, "llama", policy, capacities=capacities, kv_layer_budgets=(1.5, 0.5))
+
+
+@pytest.mark.parametrize("policy", DETERMINED)
+def test_each_head_ranks_for_a_budget_of_its_own(policy, spy):
+    fixed, rest = SINK + RECENT, BUDGET - SINK - RECENT
+    factors = ((1.5, 0.6), (0.4, 1.5))
+    capacities = [tuple(fixed + max(1, round(rest * factor)) for factor in heads) for heads in factors]
+    check(spy, "llama", policy, capacities=capacities, kv_layer_budgets=factors)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from test_triton_slots import (
     NOW,
     PLAIN,
     SLOTS,
+    UNEVEN,
     assert_same_rows,
     copied,
     decode,
@@ -128,6 +129,7 @@ READING = {
     "two parts, keys wider than values": ({"dim": 96, "value_dim": 40}, ranked("mass"), {}),
     "odd sizes": ({"dim": 33, "value_dim": 21}, FAR, {}),
     "by age": ({"mass": False}, ranked("age"), {}),
+    "kv heads with rows of their own": ({"capacities": UNEVEN}, FAR, {}),
 }
 
 

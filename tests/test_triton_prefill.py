@@ -144,13 +144,16 @@ def step_of(case, dtype=torch.float32, query_weights=False, decay=False):
     """A step in which rows that are not in use are NaN, and heads come before tokens."""
     chunks, tokens = tables(case.prompts, query_weights, decay)
     total = sum(case.capacities) * case.kv_heads
-    first = [case.kv_heads * sum(case.capacities[:i]) for i in range(len(case.capacities))]
+    first = [
+        [case.kv_heads * sum(case.capacities[:i]) + head * own for head in range(case.kv_heads)]
+        for i, own in enumerate(case.capacities)
+    ]
     keys, values = (torch.full((total, dim), math.nan, dtype=dtype) for dim in (case.dim, case.width))
     positions = torch.full((total,), -1, dtype=torch.int32)
     for seed, prompt in enumerate(case.prompts):
-        used, capacity = used_rows(case, prompt), case.capacities[prompt.slot]
+        used = used_rows(case, prompt)
         for head in range(case.kv_heads):
-            here = first[prompt.slot] + head * capacity
+            here = first[prompt.slot][head]
             keys[here : here + used] = normal(used, case.dim, seed=100 * seed + head, dtype=dtype)
             values[here : here + used] = normal(used, case.width, seed=200 * seed + head, dtype=dtype)
             order = torch.randperm(prompt.start, generator=torch.Generator().manual_seed(seed * 9 + head))
@@ -161,9 +164,9 @@ def step_of(case, dtype=torch.float32, query_weights=False, decay=False):
         positions=positions.to(DEVICE),
         mass=torch.rand(total, generator=torch.Generator().manual_seed(4)).to(DEVICE),
         first=torch.tensor(first, device=DEVICE),
-        capacity=torch.tensor(case.capacities, device=DEVICE),
+        capacity=torch.tensor(case.capacities, device=DEVICE).view(-1, 1).repeat(1, case.kv_heads),
         kv_heads=case.kv_heads,
-        capacities=tuple(case.capacities),
+        capacities=tuple((own,) * case.kv_heads for own in case.capacities),
         largest=max(case.capacities),
     )
     heads = case.kv_heads * case.group
@@ -174,7 +177,7 @@ def step_of(case, dtype=torch.float32, query_weights=False, decay=False):
 
 def slot_rows(case, step, prompt, head):
     """Which rows of all are in use of this slot and head."""
-    begin = int(step.rows.first[prompt.slot]) + head * case.capacities[prompt.slot]
+    begin = int(step.rows.first[prompt.slot, head])
     return slice(begin, begin + used_rows(case, prompt))
 
 

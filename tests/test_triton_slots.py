@@ -14,7 +14,7 @@ triton_evict = pytest.importorskip("bmx.kernels.triton_evict")
 from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.config import EngineConfig
-from bmx.kernels import reference
+from bmx.kernels import reference, triton
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kv.layout import LayerLayout
@@ -27,6 +27,8 @@ CAPACITIES = (40, 24, 56, 33)
 ROOT_MEAN_SQUARE = {"distance": 3, "power": 2}  # of the queries that come when a pair is not among the newest
 INFINITY = float("inf")
 STORED = ("keys", "values", "key_scales", "value_scales")
+
+UNEVEN = ((40, 30), (24, 9), (20, 56), (33, 33))  # rows of two kv heads of each slot
 
 
 def normal(*shape, seed=0, dtype=F32):
@@ -47,19 +49,26 @@ def ranked(by="average", sink=2, recent=3, window=None, **counting):
 
 
 def make_rows(seen, limits, *, kv_heads=2, dim=16, value_dim=16, dtype=F32, mass=True, capacities=CAPACITIES, seed=0):
-    """Slots of these capacities in any order; slot s has seen so many tokens, of which any limits[s] are left."""
+    """Slots of these capacities in any order; slot s has seen so many tokens, of which any limits[s] are left.
+
+    A slot's capacity is a number for all kv heads, or one for each.
+    """
+    of_heads = tuple((c,) * kv_heads if isinstance(c, int) else tuple(c) for c in capacities)
+    apart = any(len(set(of_slot)) > 1 for of_slot in of_heads)
     order = list(range(len(capacities)))[::-1]
-    first, total = [0] * len(order), 5  # rows that are no slot's come before and after
+    first, total = [[0] * kv_heads for _ in order], 5  # rows that are no slot's come before and after
     for slot in order:
-        first[slot] = total
-        total += kv_heads * capacities[slot] + 3
+        for head, capacity in enumerate(of_heads[slot]):
+            first[slot][head] = total
+            total += capacity + (2 if apart else 0)
+        total += 3
     positions = torch.full((total,), -1, dtype=torch.int32)
     random = torch.Generator().manual_seed(seed)
     for slot, (tokens, limit) in enumerate(zip(seen, limits, strict=True)):
         for head in range(kv_heads):
-            count = min(tokens, limit, capacities[slot])
+            count = min(tokens, limit, of_heads[slot][head])
             left = torch.randperm(tokens, generator=random)[:count] if tokens > count else torch.arange(count)
-            begin = first[slot] + head * capacities[slot]
+            begin = first[slot][head]
             positions[begin : begin + count] = left.int()
     received = (torch.rand(total, generator=random) + 0.01) * (positions >= 0)
     return Rows(
@@ -68,10 +77,11 @@ def make_rows(seen, limits, *, kv_heads=2, dim=16, value_dim=16, dtype=F32, mass
         positions=positions.to(DEVICE),
         mass=received.to(DEVICE) if mass else None,
         first=torch.tensor(first, device=DEVICE),
-        capacity=torch.tensor(capacities, device=DEVICE),
+        capacity=torch.tensor(of_heads, device=DEVICE),
         kv_heads=kv_heads,
-        largest=max(capacities),
-        capacities=tuple(capacities),
+        largest=max(map(max, of_heads)),
+        capacities=of_heads,
+        apart=apart,
     )
 
 
@@ -126,10 +136,9 @@ def true_decode(
     for one, slot in enumerate(slots):
         if slot < 0:
             continue
-        capacity, at = int(rows.capacity[slot]), now[one]
-        limit = min(limits[one], capacity)
+        at = now[one]
         for head in range(rows.kv_heads):
-            begin = int(rows.first[slot]) + head * capacity
+            begin, limit = int(rows.first[slot, head]), min(limits[one], int(rows.capacity[slot, head]))
             row = at
             if at >= limit:
                 mass = [0.0] * limit if rows.mass is None else rows.mass[begin : begin + limit].tolist()
@@ -244,7 +253,7 @@ def test_step_after_step_each_slot_gives_up_what_the_rules_say(by, counting):
     rows = make_rows([0, 7, 0, 6], [1, 10, 1, 8])
     for step in range(9):
         rows = assert_decodes(tokens_of(2, seed=step), rows, slots, [6 + step, 7 + step], limits, **manner)
-    begin = int(rows.first[3])
+    begin = int(rows.first[3, 0])
     left = sorted(rows.positions[begin : begin + 8].tolist())
     assert left[:2] == [0, 1]
     assert left[-3:] == [12, 13, 14]
@@ -261,7 +270,7 @@ def test_the_first_tokens_of_all_are_no_exception(batch, tokens):
 def one_full_slot(**kinds):
     """Slot 1's 24 rows, full after 50 tokens, and a token for it."""
     rows = make_rows([0, 50, 0, 0], [1, 24, 1, 1], **kinds)
-    begin = int(rows.first[1])
+    begin = int(rows.first[1, 0])
     return rows, [slice(begin, begin + 24), slice(begin + 24, begin + 48)]
 
 
@@ -325,7 +334,7 @@ def test_a_token_alone_and_again_is_the_token_in_company_to_the_last_bit():
         alone = [t[one : one + 1] for t in tokens]
         answer, rows_alone = decode(*alone, rows, [slot], NOW[one : one + 1], LIMITS[one : one + 1], **PLAIN)
         assert torch.equal(answer[0], output[one])
-        begin = slice(int(rows.first[slot]), int(rows.first[slot]) + 2 * CAPACITIES[slot])
+        begin = slice(int(rows.first[slot, 0]), int(rows.first[slot, 0]) + 2 * CAPACITIES[slot])
         if slot >= 0:
             assert torch.equal(rows_alone.mass[begin], actual.mass[begin])
             assert torch.equal(rows_alone.positions[begin], actual.positions[begin])
@@ -365,11 +374,9 @@ def true_evict(key, value, rows, chunks, sums, order):
     key, value, sums = (None if t is None else t.cpu() for t in (key, value, sums))
     columns = (chunks.offsets, chunks.lengths, chunks.slots, chunks.starts, chunks.row_limits)
     for at, tokens, slot, start, most in zip(*columns, strict=True):
-        capacity = int(rows.capacity[slot])
-        limit = min(most, capacity)
-        used = min(start, limit)
         for head in range(rows.kv_heads):
-            begin = int(rows.first[slot]) + head * capacity
+            begin, limit = int(rows.first[slot, head]), min(most, int(rows.capacity[slot, head]))
+            used = min(start, limit)
             positions = rows.positions[begin : begin + used].tolist() + list(range(start, start + tokens))
             own = [0.0] * tokens if sums is None else sums[head, at : at + tokens].tolist()
             mass = ([0.0] * used if rows.mass is None else rows.mass[begin : begin + used].tolist()) + own
@@ -463,10 +470,10 @@ def test_nothing_of_a_chunk_or_everything_may_stay(rich):
     chunks, packed = make_chunks(wanted, slots=(1, 0))
     rows = make_rows([90, 50, 0, 0], [24, 24, 1, 1])
     sums = uniform(2, packed) + 1
-    rows.mass[int(rows.first[1]) :][:24] = 5.0 if rich == "slot" else 0.0
-    rows.mass[int(rows.first[0]) :][:24] = 5.0 if rich == "slot" else 0.0
+    rows.mass[int(rows.first[1, 0]) :][:24] = 5.0 if rich == "slot" else 0.0
+    rows.mass[int(rows.first[0, 0]) :][:24] = 5.0 if rich == "slot" else 0.0
     actual = assert_evicts(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
-    stay = actual.positions[int(rows.first[1]) :][:24] < 50
+    stay = actual.positions[int(rows.first[1, 0]) :][:24] < 50
     assert stay.all() if rich == "slot" else not stay.any()
 
 
@@ -476,7 +483,7 @@ def test_negative_and_broken_scores_are_ranked_too():
     rows = slots_before(MIXED)
     rows.mass.mul_(normal(len(rows.mass)))
     sums = normal(2, packed, seed=1)
-    rows.mass[int(rows.first[2]) + 3], sums[0, 40], sums[1, 41] = INFINITY, float("nan"), -INFINITY
+    rows.mass[int(rows.first[2, 0]) + 3], sums[0, 40], sums[1, 41] = INFINITY, float("nan"), -INFINITY
     assert_evicts(rows, chunks, packed, sums, ranked("mass", sink=0, recent=0))
 
 
@@ -531,7 +538,7 @@ def twin_of(rows, slots, order):
     )  # fmt: skip
     part = LayerSlots.allocate(layout, slots, F32, torch.device(DEVICE))
     for slot in range(slots):
-        begin = int(rows.first[slot])
+        begin = int(rows.first[slot, 0])
         there = slice(begin, begin + 48)
         part.keys.stored.numbers[slot] = rows.keys[there].view(2, 24, 16)
         part.values.stored.numbers[slot] = rows.values[there].view(2, 24, 16)
@@ -543,7 +550,7 @@ def twin_of(rows, slots, order):
 
 def assert_is_twin(rows, part, tolerance):
     for slot in range(part.slots):
-        begin = int(rows.first[slot])
+        begin = int(rows.first[slot, 0])
         there = slice(begin, begin + 48)
         assert torch.equal(rows.positions[there].view(2, 24), part.positions[slot])
         assert torch.equal(rows.keys[there].view(2, 24, 16), part.keys.stored.numbers[slot])
@@ -590,3 +597,23 @@ def test_policy_and_pool_say_the_same(order):
     torch.testing.assert_close(output, answer, **NEAR[F32])
     assert_is_twin(actual, part, NEAR[F32])
     assert torch.equal(rows.mass, mass_before)
+
+
+@pytest.mark.parametrize("order", ORDERS[6:])
+def test_kv_heads_with_rows_of_their_own_decode_and_evict(order):
+    """Each by its own number; the rows of a slot's heads lie anywhere."""
+    limits = [min(limit, max(UNEVEN[slot])) for slot, limit in zip(SLOTS, LIMITS, strict=True)]
+    rows = make_rows(*seen_by_slots(limits=limits), capacities=UNEVEN)
+    assert_decodes(tokens_of(len(SLOTS)), rows, limits=limits, **PLAIN | {"order": order})
+    for wanted in (EVICTING, MIXED, FITTING):
+        chunks, packed = make_chunks(wanted)
+        assert_evicts(slots_before(wanted, capacities=UNEVEN), chunks, packed, uniform(2, packed), order)
+        vectors = [strided(packed, heads, 16, heads + seed, F32) for seed, heads in enumerate((4, 2, 2))]
+        found = []
+        for kernels in (triton, reference):
+            stored, output = slots_before(wanted, capacities=UNEVEN), torch.zeros(packed, 4, 16, device=DEVICE)
+            assert kernels.prefill_step(output, *vectors, stored, chunks, scale=0.3, order=order)
+            found.append((output, stored))
+        (output, actual), (expected, specified) = found
+        torch.testing.assert_close(output, expected, **NEAR[F32])
+        assert_same_rows(actual, specified, **NEAR[F32])

@@ -1,4 +1,4 @@
-"""How many KV pairs a sequence keeps: a number, a share of its prompt, or what some bytes hold; layer by layer.
+"""How many KV pairs a sequence keeps: a number, a share of its prompt, or what some bytes hold; by layer and head.
 
 Knows lengths and counts; touches no tensor and loads no torch.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from bmx.errors import UsageError
 from bmx.kv.layout import KVLayout
-from bmx.units import byte_share
+from bmx.units import LayerFactors, byte_share, heads_of
 
 PYRAMID_BASE = 20  # the last layer has 1 / PYRAMID_BASE of an even share
 
@@ -26,17 +26,18 @@ class Budget:
         share: the share of the prompt's tokens to keep; above 1 where bytes suffice for pairs of the answer too.
         fixed: pairs that every layer has alike: sink and recent tokens.
         asked: a share as the user gave it, such as ``25%`` (of the pairs) or ``25%bytes``; empty for a number of pairs.
-        layers: ``uniform``, ``pyramid``, or a factor per layer, 1 on average, on the pairs that are not fixed.
+        layers: ``uniform``, ``pyramid``, or factors on the pairs that are not fixed, 1 on average: of each layer, or of
+            each of its kv heads.
     """
 
     pairs: int | None
     share: float | None
     fixed: int
     asked: str = ""
-    layers: str | tuple[float, ...] = "uniform"
+    layers: str | LayerFactors = "uniform"
 
     @classmethod
-    def of(cls, wanted: float | str, fixed: int, layers: str | tuple[float, ...]) -> Budget:
+    def of(cls, wanted: float | str, fixed: int, layers: str | LayerFactors) -> Budget:
         """From settings.
 
         Args:
@@ -73,11 +74,11 @@ class Budget:
         return {"asked": self.asked or self.pairs, "pairs": self.pairs, "share_of_pairs": self.share}
 
     def rows(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Rows of a slot that a sequence needs in the layer that keeps most."""
+        """Rows of a slot that a sequence needs in the layer and head that keeps most."""
         return self._rows(prompt_tokens, max_tokens, max(self._extremes))
 
     def least(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Rows of a slot that a sequence needs in the layer that keeps least."""
+        """Rows of a slot that a sequence needs in the layer and head that keeps least."""
         return self._rows(prompt_tokens, max_tokens, min(self._extremes))
 
     def _rows(self, prompt_tokens: int, max_tokens: int, factor: float) -> int:
@@ -89,26 +90,41 @@ class Budget:
 
     @property
     def _extremes(self) -> Sequence[float]:
-        """Factors that include the greatest and the least of all layers."""
+        """Factors that include the greatest and the least of all layers and heads."""
         if self.layers == "uniform":
             return (1.0,)
-        return pyramid(2) if isinstance(self.layers, str) else self.layers
+        if isinstance(self.layers, str):
+            return pyramid(2)
+        return [factor for layer in self.layers for factor in heads_of(layer)]
 
-    def layer(self, index: int, layers: int) -> int:
-        """Pairs of layer ``index`` of a model with ``layers`` layers, where the budget is a number of pairs.
+    def heads(self, index: int, layers: int, kv_heads: int, alike: bool = False) -> tuple[int, ...]:
+        """Pairs of each kv head of a layer, where the budget is a number of pairs.
+
+        Args:
+            index: of the layer.
+            layers: of the model.
+            kv_heads: of the layer.
+            alike: whether all heads keep as many: what the layer's mean factor gives.
 
         Raises:
-            UsageError: the number of factors is not the number of layers.
+            UsageError: the number of factors is not the number of layers, or of a layer's kv heads.
         """
-        if self.layers == "uniform":
-            return self._pairs(1.0)
-        factors = pyramid(layers) if isinstance(self.layers, str) else self.layers
+        factors: Sequence[float | tuple[float, ...]] = (1.0,) * layers
+        if self.layers != "uniform":
+            factors = pyramid(layers) if isinstance(self.layers, str) else self.layers
         if len(factors) != layers:
             raise UsageError(f"kv_layer_budgets has {len(factors)} factors, the model has {layers} layers")
-        return self._pairs(factors[index])
+        own = heads_of(factors[index])
+        if len(own) not in (1, kv_heads):
+            raise UsageError(
+                f"kv_layer_budgets has {len(own)} factors of layer {index + 1}, which has {kv_heads} kv heads",
+                hint="give one factor for each layer, or one for each of its kv heads",
+            )
+        own = (sum(own) / len(own),) if alike else own
+        return tuple(self._pairs(factor) for factor in own) * (kv_heads // len(own))
 
     def _pairs(self, factor: float) -> int:
-        """Pairs of a layer: the fixed ones, and ``factor`` times the average of the others, at least one."""
+        """Pairs of a head: the fixed ones, and ``factor`` times the average of the others, at least one."""
         return self.fixed + max(1, round(((self.pairs or 0) - self.fixed) * factor))
 
 

@@ -104,11 +104,11 @@ class CompressionPolicy:
         return replace(policy, budget=policy.budget.in_pairs(policy.layout(spec, 1))) if spec else policy
 
     def rows_needed(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Rows of a slot that a sequence needs in the layer that keeps most."""
+        """Rows of a slot that a sequence needs in the layer and head that keeps most."""
         return prompt_tokens + max_tokens if self.scorer is None else self.budget.rows(prompt_tokens, max_tokens)
 
     def least_rows(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Rows of a slot that a sequence needs in the layer that keeps least."""
+        """Rows of a slot that a sequence needs in the layer and head that keeps least."""
         return prompt_tokens + max_tokens if self.scorer is None else self.budget.least(prompt_tokens, max_tokens)
 
     def evicts(self, prompt_tokens: int, max_tokens: int) -> bool:
@@ -120,20 +120,23 @@ class CompressionPolicy:
         return KVLayout(tuple(self._layer(spec, layer, capacity) for layer in spec.layers))
 
     def _layer(self, spec: ModelSpec, layer: LayerSpec, capacity: int) -> LayerLayout:
-        rows = capacity
+        heads, last_reader = (capacity,) * layer.kv_heads, spec.last_reader(layer.owner)
         if self.scorer is not None and self.budget.share is None:
-            rows = min(capacity, self.budget.layer(layer.owner, len(spec.layers)))
-        by_age = layer.window is not None and (layer.window <= rows or self.budget.share is not None)
-        rows = min(rows, layer.window or rows)
+            alike = layer.window is not None or last_reader != layer.owner
+            budgets = self.budget.heads(layer.owner, len(spec.layers), layer.kv_heads, alike)
+            heads = tuple(min(capacity, budget) for budget in budgets)
+        by_age = layer.window is not None and (layer.window <= max(heads) or self.budget.share is not None)
+        heads = tuple(min(pairs, layer.window or pairs) for pairs in heads)
         return LayerLayout(
-            capacity=rows,
+            capacity=max(heads),
+            capacities=heads,
             kv_heads=layer.kv_heads,
             key_dim=layer.key_dim,
             value_dim=layer.value_dim,
             itemsize=spec.itemsize,
             window=layer.window,
             owner=layer.owner,
-            last_reader=spec.last_reader(layer.owner),
+            last_reader=last_reader,
             by_age=by_age,
             key_format=self.key_format,
             value_format=self.value_format,
@@ -404,8 +407,7 @@ class CompressionPolicy:
         """
         decay = self.decay(1) if first else 1.0
         if self.distance:
-            far = part.positions[slots] <= positions.view(-1, 1, 1) - self.distance
-            sums = sums * far
+            sums = sums * (part.positions[slots] <= positions.view(-1, 1, 1) - self.distance)
         names = [name for name in self.attention_stats if name != "probe"]
         for name, received in zip(names, sums, strict=True):
             stat = part.row_stats[name]

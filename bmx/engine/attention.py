@@ -30,7 +30,7 @@ from bmx.kernels.reference import out_of_window
 from bmx.kernels.slot_views import Rows
 from bmx.kernels.transfer import upload
 from bmx.kv.layout import LayerLayout
-from bmx.kv.pool import KVPool, LayerSlots
+from bmx.kv.pool import KVPool, LayerSlots, Parts
 
 CACHED_WEIGHTS = 64  # chunk lengths whose query weights stay on the device
 
@@ -59,6 +59,14 @@ class LayerInputs:
     def options(self) -> dict[str, Any]:
         """All but the vectors, as keyword arguments of a kernel."""
         return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+
+    def head(self, head: int) -> LayerInputs:
+        """One kv head's."""
+        group = self.query.shape[1] // self.key.shape[1]
+        own, asking = slice(head, head + 1), slice(head * group, (head + 1) * group)
+        sinks = None if self.sinks is None else self.sinks[asking]
+        vectors = self.query[:, asking], self.key[:, own], self.value[:, own]
+        return LayerInputs(*vectors, self.scale, self.softcap, sinks)
 
     def output(self) -> Tensor:
         """An uninitialised output [N, H, E]."""
@@ -174,7 +182,7 @@ class SlotAttention:
 
     def _fused_inputs(self, layer: int, capabilities: Capabilities) -> tuple[Rows, EvictionOrder] | None:
         """What kernels need to do a layer's whole part of a step; None where they cannot."""
-        rows, layout = self._pool.rows[layer], self._pool.layer(0, layer).layout
+        rows, layout = self._pool.rows[layer], self._pool.layer(0, layer)[0].layout
         order, shares_nothing = self._policy.eviction_order(layout), layout.owner == layer == layout.last_reader
         able = capabilities.fuses(*layout.formats)
         return (rows, order) if able and shares_nothing and rows is not None and order is not None else None
@@ -187,14 +195,16 @@ class SlotAttention:
         if not step.decode_groups:
             raise RuntimeError("the kernels declined a step that was packed for them alone")
         for group in step.decode_groups:
-            output[group.rows] = self._decode_group(forward.layer, group, inputs)
+            for part, own_output, own in _by_part(self._pool.layer(group.group, forward.layer), output, inputs):
+                own_output[group.rows] = self._decode_group(part, forward.layer, group, own)
 
     def _prefill_chunks(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the prompt chunks, the rows of the output [N, H, E] behind the decoding tokens."""
         if self._prefill_fused(forward, output, inputs):
             return
         for index, chunk in enumerate(forward.step.prompts):
-            output[chunk.rows] = self._prefill_chunk(forward, index, chunk, inputs)
+            for part, own_output, own in _by_part(self._pool.layer(chunk.group, forward.layer), output, inputs):
+                own_output[chunk.rows] = self._prefill_chunk(part, forward, index, chunk, own)
 
     def _decode_fused(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> bool:
         """Let kernels do the decoding tokens' whole part of a layer; False, with nothing done, if they cannot."""
@@ -227,9 +237,10 @@ class SlotAttention:
             output, inputs.query, inputs.key, inputs.value, rows, step.chunks, order=order, **inputs.options
         )
 
-    def _prefill_chunk(self, forward: Forward, index: int, chunk: PromptChunk, inputs: LayerInputs) -> Tensor:
+    def _prefill_chunk(
+        self, part: LayerSlots, forward: Forward, index: int, chunk: PromptChunk, inputs: LayerInputs
+    ) -> Tensor:
         """A chunk attends to its slot and to itself, and its survivors are stored: output [T, H, E]."""
-        part = self._pool.layer(chunk.group, forward.layer)
         owner, rows = part.layout.owner, chunk.rows
         state = forward.shared.get((owner, index)) or ChunkState(inputs.key[rows], inputs.value[rows])
         output, sums = self._attend_chunk(part, chunk, state, inputs)
@@ -295,9 +306,8 @@ class SlotAttention:
             ),
         )
 
-    def _decode_group(self, layer: int, group: DecodeGroup, inputs: LayerInputs) -> Tensor:
+    def _decode_group(self, part: LayerSlots, layer: int, group: DecodeGroup, inputs: LayerInputs) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
-        part = self._pool.layer(group.group, layer)
         owns_rows = part.layout.owner == layer
         if owns_rows:
             self._insert(part, group, inputs.key[group.rows], inputs.value[group.rows])
@@ -351,11 +361,21 @@ class SlotAttention:
         part.write(group.slots, rows, key, value, group.positions)
 
 
+def _by_part(parts: Parts, output: Tensor, inputs: LayerInputs) -> Iterator[tuple[LayerSlots, Tensor, LayerInputs]]:
+    """A layer's parts, each with its heads of the output [N, H, E] and of the inputs."""
+    if len(parts) == 1:
+        yield parts[0], output, inputs
+        return
+    group = output.shape[1] // len(parts)
+    for head, part in enumerate(parts):
+        yield part, output[:, head * group : (head + 1) * group], inputs.head(head)
+
+
 def _rotations(pool: KVPool) -> list[Tensor | None]:
     """By layer, the matrix [D, D] that rotates queries and keys, so that keys lose less in few bits; None for none."""
     rotations: dict[int, Tensor] = {}
-    device = pool.layer(0, 0).positions.device
-    layouts = [pool.layer(0, layer).layout for layer in range(len(pool.rows))]
+    device = pool.layer(0, 0)[0].positions.device
+    layouts = [pool.layer(0, layer)[0].layout for layer in range(len(pool.rows))]
     for dim in {layout.key_dim for layout in layouts if layout.rotates_keys}:
         rotations[dim] = hadamard(dim, pool.dtype, device)
     return [rotations[layout.key_dim] if layout.rotates_keys else None for layout in layouts]

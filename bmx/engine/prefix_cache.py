@@ -49,10 +49,10 @@ class Prompt(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """A layer's part of a slot.
+    """A layer's part of a slot: kv heads of one capacity.
 
     Attributes:
-        rows: its capacity.
+        rows: their capacity.
         lossless: whether all that a later query can see fits in them.
         scored: whether eviction stores statistics for each row.
     """
@@ -152,9 +152,10 @@ class Reuse:
         if request.rows_needed not in self._layers:
             layout = self.policy.layout(self.spec, request.rows_needed)
             self._layers[request.rows_needed] = tuple(
-                LayerRows(layer.capacity, layer.by_age and layer.capacity == layer.window, bool(layer.row_stats))
+                LayerRows(rows, layer.by_age and rows == layer.window, bool(layer.row_stats))
                 for i, layer in enumerate(layout.layers)
                 if layer.owner == i
+                for rows in dict.fromkeys(layer.capacities)
             )
         return self._layers[request.rows_needed]
 

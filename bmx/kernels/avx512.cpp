@@ -282,7 +282,8 @@ long bmx_evict(const Vectors* views, const Stored* stored, int32_t* positions, f
 // The decoding tokens' part of a layer: see decode_step in contract.py.
 //
 // views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; stored: keys and values; they, positions
-// and mass by row; the rows of slot s begin at first[s], `capacity[s]` of them for each kv head, at most `largest`;
+// and mass by row; those of a slot's kv heads begin at first [slots][kv_heads], capacity [slots][kv_heads] of them, at most
+// `largest`;
 // slots, token_positions and row_limits [batch]; mass may be null.
 long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positions, float* mass, const int64_t* first,
                      const int64_t* capacity, const int64_t* slots, const int64_t* token_positions,
@@ -299,7 +300,7 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
 #pragma omp parallel for schedule(static, 1)
     for (long task = 0; task < batch * kv_heads; task++) {
         const long token = task / kv_heads, head = task % kv_heads;
-        const long slot_rows = capacity[slots[token]], begin = first[slots[token]] + head * slot_rows;
+        const long entry = slots[token] * kv_heads + head, slot_rows = capacity[entry], begin = first[entry];
         const long limit = std::min(static_cast<long>(row_limits[token]), slot_rows), position = token_positions[token];
         int32_t* row_positions = positions + begin;
         float* row_mass = mass ? mass + begin : nullptr;
@@ -320,9 +321,9 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
         slot.hidden = order.window ? slot.flags : nullptr;
         const long after = task + omp_get_num_threads();  // the next task of this thread
         if (after < batch * kv_heads) {
-            const long next_slot = slots[after / kv_heads];
-            const long next_begin = first[next_slot] + after % kv_heads * capacity[next_slot];
-            const long filled = std::min(token_positions[after / kv_heads], capacity[next_slot]);
+            const long next_entry = slots[after / kv_heads] * kv_heads + after % kv_heads;
+            const long next_begin = first[next_entry];
+            const long filled = std::min(token_positions[after / kv_heads], capacity[next_entry]);
             slot.next = Stream{keys.at(next_begin), values.at(next_begin), filled * keys.bytes() / 64,
                                filled * values.bytes() / 64};
         }

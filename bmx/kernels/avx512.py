@@ -19,7 +19,7 @@ from bmx.kernels import build, cpu, reference
 from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import RANKS, EvictionOrder
-from bmx.kernels.slot_views import Chunks, Rows
+from bmx.kernels.slot_views import Chunks, Rows, query_heads
 
 WORD = 32  # bfloat16 numbers, or columns, that are computed together
 COLUMNS = 16
@@ -332,23 +332,23 @@ def prefill_step(
     if softcap is not None or scale <= 0 or not _takes_rows(query, key, value, rows):
         return False
     decay = [1.0] * len(chunks.offsets) if chunks.decay is None else chunks.decay.tolist()
-    for n, evicts in enumerate(chunks.may_evict(rows)):
+    for n, (heads, (keys, values, positions, mass)) in chunks.views(rows):
         own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
-        start, tokens, limit = chunks.starts[n], chunks.lengths[n], chunks.row_limits[n]
-        keys, values, positions, mass = rows.slot(chunks.slots[n])
-        capacity = positions.shape[1]
-        limit = min(limit, capacity)
+        asking = query_heads(heads, query.shape[1] // rows.kv_heads)
+        start, tokens, (kv_heads, capacity) = chunks.starts[n], chunks.lengths[n], positions.shape
+        limit = min(chunks.row_limits[n], capacity)
         used = min(start, limit)
-        chunk = query[own], key[own], value[own]
-        output[own], sums = _attend_chunk(
-            chunk, (keys, values), used, scale, order.distance, order.power, sinks=sinks,
+        chunk = query[own, asking], key[own, heads], value[own, heads]
+        output[own, asking], sums = _attend_chunk(
+            chunk, (keys, values), used, scale, order.distance, order.power,
+            sinks=None if sinks is None else sinks[asking],
             hidden=reference.out_of_window(positions[:, :used], start, tokens, order.window),
-            query_weights=_weights(chunks, own) if evicts and mass is not None else None,
+            query_weights=_weights(chunks, own) if mass is not None and chunks.evicts(n, capacity) else None,
             past_places=positions[:, :used] - start if order.distance else None,
         )  # fmt: skip
         operands = (_vectors(*chunk[1:]), _stored(keys, values, key, value))
         state = map(_address, (positions, mass, None if sums is None else sums[0]))
-        sizes = (tokens, rows.kv_heads, capacity, limit, used, start)
+        sizes = (tokens, kv_heads, capacity, limit, used, start)
         library = _library()
         library.call(library.functions.bmx_evict, *operands, *state, *sizes, decay[n], _order(order))
     return True

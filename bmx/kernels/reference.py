@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kernels.slot_views import Chunks, Rows
+from bmx.kernels.slot_views import Chunks, Rows, SlotView, query_heads
 
 
 def attend_chunk(
@@ -172,41 +173,71 @@ def decode_step(
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.decode_step``; one token after another."""
-    heads = torch.arange(rows.kv_heads, device=query.device)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "order": order,
+        "decay": decay,
+        "accumulate": accumulate,
+    }
     tokens = zip(slots.tolist(), positions.tolist(), row_limits.tolist(), strict=True)
     for token, (slot, position, row_limit) in enumerate(tokens):
         if slot < 0:
             output[token] = 0
             continue
-        keys, values, row_positions, mass = rows.slot(slot)
-        limit = min(row_limit, rows.capacities[slot])
-        if position < limit:
-            row = torch.full_like(heads, position)
-        else:
-            received = None if mass is None else mass[:, :limit]
-            row = rank(row_positions[:, :limit], received, position, order).argmin(1)  # [K], of equals the first
-        keys.write((heads, row), key[token])
-        values.write((heads, row), value[token])
-        row_positions[heads, row] = position
-        if mass is not None:
-            mass[heads, row] = 0
-        used = slice(min(position + 1, limit))
-        answer, sums = attend_slots(
-            query[token].unsqueeze(0),
-            keys.read((None, slice(None), used), key.shape[-1], key.dtype),
-            values.read((None, slice(None), used), value.shape[-1], value.dtype),
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            hidden=None if order.window is None else row_positions[:, used].unsqueeze(0) <= position - order.window,
-            want_mass=accumulate,
-            power=order.power,
-        )
-        output[token] = answer[0]
-        if mass is not None and sums is not None:
-            counts = row_positions[:, used] <= position - order.distance
-            mass[:, used] = mass[:, used] * decay + sums[0, 0] * counts
+        for heads, view in rows.slot(slot):
+            asking = query_heads(heads, query.shape[1] // rows.kv_heads)
+            vectors = query[token, asking], key[token, heads], value[token, heads]
+            of_sinks = None if sinks is None else sinks[asking]
+            output[token, asking] = _decode_token(*vectors, view, position, row_limit, sinks=of_sinks, **options)
     return True
+
+
+def _decode_token(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    view: SlotView,
+    position: int,
+    row_limit: int,
+    *,
+    scale: float,
+    order: EvictionOrder,
+    decay: float,
+    accumulate: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The part of ``decode_step`` of one token and the kv heads of a view; returns the output [H, E]."""
+    keys, values, row_positions, mass = view
+    heads = torch.arange(len(key), device=query.device)
+    limit = min(row_limit, row_positions.shape[1])
+    if position < limit:
+        row = torch.full_like(heads, position)
+    else:
+        received = None if mass is None else mass[:, :limit]
+        row = rank(row_positions[:, :limit], received, position, order).argmin(1)  # [K], of equals the first
+    keys.write((heads, row), key)
+    values.write((heads, row), value)
+    row_positions[heads, row] = position
+    if mass is not None:
+        mass[heads, row] = 0
+    used = slice(min(position + 1, limit))
+    answer, sums = attend_slots(
+        query.unsqueeze(0),
+        keys.read((None, slice(None), used), key.shape[-1], key.dtype),
+        values.read((None, slice(None), used), value.shape[-1], value.dtype),
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        hidden=None if order.window is None else row_positions[:, used].unsqueeze(0) <= position - order.window,
+        want_mass=accumulate,
+        power=order.power,
+    )
+    if mass is not None and sums is not None:
+        counts = row_positions[:, used] <= position - order.distance
+        mass[:, used] = mass[:, used] * decay + sums[0, 0] * counts
+    return answer[0]
 
 
 def prefill_step(
@@ -225,22 +256,22 @@ def prefill_step(
     """See ``contract.KernelModule.prefill_step``; one chunk after another."""
     own_sums = None if rows.mass is None else rows.mass.new_zeros(rows.kv_heads, len(key))
     weights = query.new_ones(len(query), dtype=torch.float32) if chunks.query_weights is None else chunks.query_weights
-    for n, evicts in enumerate(chunks.may_evict(rows)):
+    for n, (heads, (keys, values, positions, mass)) in chunks.views(rows):
         own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
-        start, slot = chunks.starts[n], chunks.slots[n]
-        used = min(start, chunks.row_limits[n], rows.capacities[slot])
-        keys, values, positions, mass = rows.slot(slot)
-        output[own], sums = attend_chunk(
-            query[own],
-            key[own],
-            value[own],
+        asking = query_heads(heads, query.shape[1] // rows.kv_heads)
+        start, capacity = chunks.starts[n], positions.shape[1]
+        used = min(start, chunks.row_limits[n], capacity)
+        output[own, asking], sums = attend_chunk(
+            query[own, asking],
+            key[own, heads],
+            value[own, heads],
             keys.read((slice(None), slice(used)), key.shape[-1], key.dtype),
             values.read((slice(None), slice(used)), value.shape[-1], value.dtype),
             scale=scale,
             softcap=softcap,
-            sinks=sinks,
+            sinks=None if sinks is None else sinks[asking],
             hidden=out_of_window(positions[:, :used], start, chunks.lengths[n], order.window),
-            query_weights=weights[own].unsqueeze(0) if evicts and mass is not None else None,
+            query_weights=weights[own].unsqueeze(0) if mass is not None and chunks.evicts(n, capacity) else None,
             past_places=positions[:, :used] - start,
             distance=order.distance,
             power=order.power,
@@ -248,7 +279,7 @@ def prefill_step(
         if sums is not None and mass is not None and own_sums is not None:
             decay = 1.0 if chunks.decay is None else chunks.decay[n]
             mass[:, :used] = mass[:, :used] * decay + sums[0, :, :used]
-            own_sums[:, own] = sums[0, :, used:]
+            own_sums[heads, own] = sums[0, :, used:]
     return evict(key, value, rows, chunks, own_sums, order=order)
 
 
@@ -269,26 +300,24 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
     Returns:
         Whether it was done; if not, nothing was changed.
     """
-    for n, (offset, tokens, slot, start) in enumerate(
-        zip(chunks.offsets, chunks.lengths, chunks.slots, chunks.starts, strict=True)
-    ):
-        own, limit = slice(offset, offset + tokens), min(chunks.row_limits[n], rows.capacities[slot])
+    for n, (heads, (keys, values, positions, mass)) in chunks.views(rows):
+        start, tokens = chunks.starts[n], chunks.lengths[n]
+        own, limit = slice(chunks.offsets[n], chunks.offsets[n] + tokens), min(chunks.row_limits[n], positions.shape[1])
         used = min(start, limit)
-        keys, values, positions, mass = rows.slot(slot)
         own_positions = torch.arange(start, start + tokens, dtype=torch.int32, device=key.device)
-        candidates = torch.cat([positions[:, :used], own_positions.expand(rows.kv_heads, -1)], 1)  # [K, P + T]
+        candidates = torch.cat([positions[:, :used], own_positions.expand(len(positions), -1)], 1)  # [K, P + T]
         received = None
         if mass is not None:
-            own_mass = mass.new_zeros(rows.kv_heads, tokens) if sums is None else sums[:, own]
+            own_mass = mass.new_zeros(len(mass), tokens) if sums is None else sums[heads, own]
             received = torch.cat([mass[:, :used], own_mass], 1)
         best = rank(candidates, received, start + tokens, order).argsort(dim=1, descending=True, stable=True)[:, :limit]
         stays = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, best, True)
-        for head in range(rows.kv_heads):
+        for head in range(len(positions)):
             survivors = stays[head, used:].nonzero().squeeze(1)
             free = torch.cat([~stays[head, :used], stays.new_ones(limit - used)]).nonzero().squeeze(1)
             row = free[: len(survivors)]
-            keys.write((head, row), key[own][survivors, head])
-            values.write((head, row), value[own][survivors, head])
+            keys.write((head, row), key[own, heads][survivors, head])
+            values.write((head, row), value[own, heads][survivors, head])
             positions[head, row] = own_positions[survivors]
             if mass is not None and received is not None:
                 mass[head, row] = received[head, used + survivors]

@@ -1,10 +1,12 @@
 """What kernels see of a layer's slots and of the prompt chunks of a step. Knows tensors; computes nothing.
 
-Shapes: R rows of all slots and heads, S slots, D key dim, E value dim, N chunks, T packed tokens of a step.
+Shapes: R rows of all slots and heads, S slots, K kv heads, C rows of a head in one slot, D key dim, E value dim,
+N chunks, T packed tokens of a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SlotView(NamedTuple):
-    """Views of one slot.
+    """Views of one slot: of all kv heads, or of one alone (K is 1).
 
     Attributes:
         keys: [K, C, D], as they are stored.
@@ -34,19 +36,20 @@ class SlotView(NamedTuple):
 class Rows:
     """All slots of one layer, of every capacity, in one piece of memory.
 
-    Row c of kv head k of slot s is row ``first[s] + k * capacity[s] + c``. A sequence fills the rows of a head in order
-    until it evicts; from then on survivors lie in any order.
+    Row c of kv head k of slot s is row ``first[s, k] + c``. A sequence fills the rows of a head in order until it
+    evicts; from then on survivors lie in any order.
 
     Attributes:
         keys: [R, D] in the model's dtype, or codes [R, bytes] uint8; ``formats`` says what they mean.
         values: [R, E] in the model's dtype, or codes.
         positions: [R] int32, the token's position in its sequence; -1 where the row is empty.
         mass: [R] float32, attention received from queries so far; None where the eviction order does not need it.
-        first: [S] int64, first row of each slot.
-        capacity: [S] int64, rows of a head in each slot.
+        first: [S, K] int64, first row of each kv head of each slot.
+        capacity: [S, K] int64, rows of each kv head in each slot.
         kv_heads: K.
         capacities: ``capacity`` on the host.
         largest: the largest capacity.
+        apart: whether heads differ in capacity in some slot; if not, those of a slot lie one after another.
         key_scales: [R, 1 or 2] float16, scale and offset of each key's codes; None in the model's dtype.
         value_scales: the same of the values.
         key_format: ``model``, or the name of the keys' format.
@@ -60,8 +63,9 @@ class Rows:
     first: Tensor
     capacity: Tensor
     kv_heads: int
-    capacities: tuple[int, ...]
+    capacities: tuple[tuple[int, ...], ...]
     largest: int
+    apart: bool = False
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
     key_format: str = MODEL
@@ -72,9 +76,14 @@ class Rows:
         """The formats of keys and values."""
         return self.key_format, self.value_format
 
-    def slot(self, slot: int) -> SlotView:
-        """Views of one slot."""
-        first, shape = int(self.first[slot]), (self.kv_heads, self.capacities[slot])
+    def slot(self, slot: int) -> Iterator[tuple[slice, SlotView]]:
+        """Views of one slot, and the kv heads that they show: of all heads, or of one after another."""
+        for head in range(self.kv_heads if self.apart else 1):
+            yield slice(head, head + 1) if self.apart else slice(0, self.kv_heads), self._view(slot, head)
+
+    def _view(self, slot: int, head: int) -> SlotView:
+        """One slot, from this head on."""
+        first, shape = int(self.first[slot, head]), (1 if self.apart else self.kv_heads, self.capacities[slot][head])
         own = slice(first, first + shape[0] * shape[1])
         return SlotView(
             Stored(self.keys, self.key_scales, self.key_format).rows(first, shape),
@@ -110,7 +119,19 @@ class Chunks:
     query_weights: Tensor | None = None
     decay: Tensor | None = None
 
+    def evicts(self, chunk: int, capacity: int) -> bool:
+        """Whether a chunk's sequence ever evicts in a head of this capacity."""
+        return self.totals[chunk] > min(self.row_limits[chunk], capacity)
+
+    def views(self, rows: Rows) -> Iterator[tuple[int, tuple[slice, SlotView]]]:
+        """Each chunk's number, and kv heads and views of its slot, as ``Rows.slot`` gives them."""
+        return ((chunk, view) for chunk, slot in enumerate(self.slots) for view in rows.slot(slot))
+
     def may_evict(self, rows: Rows) -> list[bool]:
-        """Whether each chunk's sequence ever evicts in this layer."""
-        each = zip(self.totals, self.row_limits, self.slots, strict=True)
-        return [total > min(limit, rows.capacities[slot]) for total, limit, slot in each]
+        """Whether each chunk's sequence ever evicts in some head of this layer."""
+        return [self.evicts(chunk, min(rows.capacities[slot])) for chunk, slot in enumerate(self.slots)]
+
+
+def query_heads(kv_heads: slice, group: int) -> slice:
+    """The query heads of consecutive kv heads; ``group`` of each."""
+    return slice(kv_heads.start * group, kv_heads.stop * group)

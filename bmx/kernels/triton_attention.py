@@ -54,9 +54,9 @@ def _chunk(table, chunks, first, capacity):
     length = tl.load(entry + chunks).to(tl.int32)
     slot = tl.load(entry + 2 * chunks)
     start = tl.load(entry + 3 * chunks).to(tl.int32)
-    rows = tl.load(capacity + slot)
-    limit = tl.minimum(tl.load(entry + 4 * chunks), rows).to(tl.int32)
-    return offset, length, start, tl.minimum(start, limit), limit, tl.load(first + slot) + tl.program_id(1) * rows
+    head = slot * tl.num_programs(1) + tl.program_id(1)
+    limit = tl.minimum(tl.load(entry + 4 * chunks), tl.load(capacity + head)).to(tl.int32)
+    return offset, length, start, tl.minimum(start, limit), limit, tl.load(first + head)
 
 
 @triton.jit

@@ -238,8 +238,8 @@ def _decode(
         nothing = tl.zeros([sizes.group_full, 1], tl.float32)
         store(output, g * value_parts.whole, valid, nothing, nothing, value_parts)
         return
-    row_count = tl.load(capacity + slot)
-    begin = tl.load(first + slot) + head * row_count
+    begin = tl.load(first + slot * kv_heads + head)
+    row_count = tl.load(capacity + slot * kv_heads + head)
     limit = tl.minimum(tl.load(row_limits + token), row_count).to(tl.int32)
     position = tl.load(token_positions + token).to(tl.int32)
     keys, key_scales = rows.key + begin * key_parts.width, scales_of_head(rows.key_scales, begin, key_parts)

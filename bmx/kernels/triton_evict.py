@@ -86,9 +86,9 @@ def _choose(
     tokens = tl.load(table + chunks + n).to(tl.int32)
     slot = tl.load(table + 2 * chunks + n)
     start = tl.load(table + 3 * chunks + n).to(tl.int32)
-    row_count = tl.load(capacity + slot)
+    row_count = tl.load(capacity + slot * kv_heads + head)
     limit = tl.minimum(tl.load(table + 4 * chunks + n), row_count).to(tl.int32)
-    begin = tl.load(first + slot) + head * row_count
+    begin = tl.load(first + slot * kv_heads + head)
     used = tl.minimum(start, limit)
     entry = n.to(tl.int64) * kv_heads + head
     taken = lists + entry * longest
@@ -126,9 +126,7 @@ def _choose(
 
 
 @triton.jit(do_not_specialize=["packed_tokens", "chunks", "longest"])
-def _move(
-    lists, counts, key, value, rows, sums, first, capacity, table, packed_tokens, chunks, longest, sizes: tl.constexpr
-):
+def _move(lists, counts, key, value, rows, sums, first, table, packed_tokens, chunks, longest, sizes: tl.constexpr):
     """One kv head of some survivors of one chunk: they go where ``_choose`` said; without lists, all are appended."""
     key_parts: tl.constexpr = sizes.keys
     value_parts: tl.constexpr = sizes.values
@@ -139,8 +137,7 @@ def _move(
     offset = tl.load(table + n)
     slot = tl.load(table + 2 * chunks + n)
     start = tl.load(table + 3 * chunks + n)
-    row_count = tl.load(capacity + slot)
-    begin = tl.load(first + slot) + head * row_count
+    begin = tl.load(first + slot * kv_heads + head)
     if lists is None:
         valid = j < tl.load(table + chunks + n)
         row, token = start + j, j
@@ -181,7 +178,7 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
         )  # fmt: skip
     move, launch = _move_launch(key.shape[-1], value.shape[-1], *rows.formats)
     _move[(triton.cdiv(longest, move.block), kv_heads, count)](
-        lists, counts, packed(key), packed(value), slot_rows(rows), sums, rows.first, rows.capacity, chunks.table,
+        lists, counts, packed(key), packed(value), slot_rows(rows), sums, rows.first, chunks.table,
         tokens, count, longest, move, **launch,
     )  # fmt: skip
     return True
@@ -195,7 +192,7 @@ def fits(rows: Rows, chunks: Chunks) -> bool:
 def _evicts(rows: Rows, chunks: Chunks) -> bool:
     """Whether any chunk evicts in this step."""
     each = zip(chunks.starts, chunks.lengths, chunks.row_limits, chunks.slots, strict=True)
-    return any(start + tokens > min(limit, rows.capacities[slot]) for start, tokens, limit, slot in each)
+    return any(start + tokens > min(limit, *rows.capacities[slot]) for start, tokens, limit, slot in each)
 
 
 def _choice_launch(largest: int, longest: int) -> tuple[ChoiceSizes, dict[str, int]]:

@@ -242,8 +242,8 @@ def _one_slot(past_key: Tensor, past_value: Tensor, past_places: Tensor | None, 
     capacity = _rows_of_head(past_key)
     if capacity is None or capacity != _rows_of_head(past_value):
         past_key, past_value, capacity = past_key.contiguous(), past_value.contiguous(), past
-    numbers = [0, tokens, 0, past, past, past + tokens, 0, capacity]
-    table = upload(numbers, past_key.device)
+    first, capacities = [head * capacity for head in range(kv_heads)], [capacity] * kv_heads
+    table = upload([0, tokens, 0, past, past, past + tokens, *first, *capacities], past_key.device)
     positions = table  # unread: no window, and near queries count
     if past_places is not None:  # the kernel subtracts the chunk's start, here ``past``
         positions = torch.nn.functional.pad(past_places + past, (0, capacity - past))
@@ -252,10 +252,10 @@ def _one_slot(past_key: Tensor, past_value: Tensor, past_places: Tensor | None, 
         values=past_value[0],
         positions=positions,
         mass=None,
-        first=table[6:7],
-        capacity=table[7:],
+        first=table[6 : 6 + kv_heads].view(1, -1),
+        capacity=table[6 + kv_heads :].view(1, -1),
         kv_heads=kv_heads,
-        capacities=(capacity,),
+        capacities=(tuple(capacities),),
         largest=capacity,
     )
     chunks = Chunks(

@@ -6,7 +6,7 @@ Knows sizes; holds no tensor and loads no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL
@@ -34,7 +34,7 @@ class LayerLayout:
     """One layer's part of a slot.
 
     Attributes:
-        capacity: KV pairs that each kv head holds (C).
+        capacity: KV pairs that each kv head holds (C); where they differ, the most.
         kv_heads: K.
         key_dim: D.
         value_dim: E.
@@ -48,6 +48,7 @@ class LayerLayout:
         by_channel: keys are scaled by channel over groups of tokens, which works only where nothing is evicted. The
             newest pairs, as many as a group has, are then stored in the model's dtype too.
         row_stats: names of the statistics that eviction stores for each row.
+        capacities: KV pairs that each kv head holds; nothing given: ``capacity`` in all of them.
     """
 
     capacity: int
@@ -63,6 +64,26 @@ class LayerLayout:
     value_format: str = MODEL
     by_channel: bool = False
     row_stats: tuple[str, ...] = ()
+    capacities: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.capacities:
+            object.__setattr__(self, "capacities", (self.capacity,) * self.kv_heads)
+
+    @property
+    def rows(self) -> int:
+        """KV pairs of all heads together."""
+        return sum(self.capacities)
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether some kv heads hold more pairs than others."""
+        return len(set(self.capacities)) > 1
+
+    @property
+    def heads(self) -> tuple[LayerLayout, ...]:
+        """Each kv head alone."""
+        return tuple(replace(self, capacity=own, capacities=(own,), kv_heads=1) for own in self.capacities)
 
     @property
     def formats(self) -> tuple[str, str]:
@@ -83,9 +104,10 @@ class LayerLayout:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values."""
-        values = self.capacity * self._vector_bytes(self.value_format, self.value_dim)
+        value_bytes = self._vector_bytes(self.value_format, self.value_dim)
         if not self.by_channel:
-            return self.kv_heads * (self.capacity * self._vector_bytes(self.key_format, self.key_dim) + values)
+            return self.rows * (self._vector_bytes(self.key_format, self.key_dim) + value_bytes)
+        values = self.capacity * value_bytes
         keys = -(-self.capacity // KEY_GROUP) * FORMATS[self.key_format].group_bytes(self.key_dim)
         exact = KEY_GROUP * ((self.key_dim + self.value_dim) * self.itemsize + POSITION_BYTES)
         return self.kv_heads * (keys + values + exact)
@@ -96,12 +118,12 @@ class LayerLayout:
     @property
     def full_cache_bytes(self) -> int:
         """Bytes that the keys and values of as many pairs take in the model's own type."""
-        return self.capacity * self.kv_heads * (self.key_dim + self.value_dim) * self.itemsize
+        return self.rows * (self.key_dim + self.value_dim) * self.itemsize
 
     @property
     def score_bytes(self) -> int:
         """Bytes of positions and row statistics."""
-        return self.capacity * self.kv_heads * (POSITION_BYTES + ROW_STAT_BYTES * len(self.row_stats))
+        return self.rows * (POSITION_BYTES + ROW_STAT_BYTES * len(self.row_stats))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -197,39 +197,45 @@ class LayerSlots:
             self.newest.copy_newest(slot, source.newest, source_slot, tokens)
 
 
-Parts = list[tuple[LayerLayout, int]]  # one layer's layout in each group, with the group's number of slots
-SlotTables = dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]]  # first row and capacity of slots, for all layers
+Parts = tuple[LayerSlots, ...]  # a layer's slots in one group: all heads together, or each alone
+Sizes = list[tuple[LayerLayout, int]]  # one layer's layout in each group, with the group's number of slots
+HeadNumbers = tuple[tuple[int, ...], ...]  # [S][K]
+SlotTables = dict[tuple[HeadNumbers, HeadNumbers], tuple[Tensor, Tensor]]  # first rows and capacities, for all layers
 
 
 def _allocate_layer(
-    parts: Parts, dtype: torch.dtype, device: torch.device, tables: SlotTables
-) -> tuple[tuple[LayerSlots, ...], Rows | None]:
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, tables: SlotTables
+) -> tuple[tuple[Parts, ...], Rows | None]:
     """One layer's slots in all groups; views of one ``Rows`` if ranked alike and stored row by row."""
-    ranked_alike = len({(layout.row_stats, layout.by_age) for layout, _ in parts}) == 1
-    layout, heads = parts[0][0], parts[0][0].kv_heads
+    ranked_alike = len({(layout.row_stats, layout.by_age) for layout, _ in sizes}) == 1
+    layout, apart = sizes[0][0], any(own.heads_differ for own, _ in sizes)
+    parts = [(own.heads if apart else (own,), count) for own, count in sizes]
     if not ranked_alike or layout.by_channel:
-        return tuple(LayerSlots.allocate(part, count, dtype, device) for part, count in parts), None
-    capacities = tuple(part.capacity for part, count in parts for _ in range(count))
-    total = heads * sum(capacities)
+        return tuple(tuple(LayerSlots.allocate(p, count, dtype, device) for p in of) for of, count in parts), None
+    total = sum(own.rows * count for own, count in sizes)
     keys = Stored.zeros(layout.key_format, (total,), layout.key_dim, dtype, device)
     values = Stored.zeros(layout.value_format, (total,), layout.value_dim, dtype, device)
     positions = torch.full((total,), EMPTY, dtype=torch.int32, device=device)
     row_stats = {name: torch.full((total,), ROW_STATS[name], device=device) for name in layout.row_stats}
-    groups, begin = [], 0
-    for part, count in parts:
-        shape = (count, heads, part.capacity)
-        groups.append(
-            LayerSlots(
-                part,
-                RowStore(keys.rows(begin, shape), part.key_dim, dtype),
-                RowStore(values.rows(begin, shape), part.value_dim, dtype),
-                _view(positions, begin, shape),
-                {name: _view(stat, begin, shape) for name, stat in row_stats.items()},
-                None,
-            )
+
+    def part_from(begin: int, part: LayerLayout, count: int) -> LayerSlots:
+        shape = (count, part.kv_heads, part.capacity)
+        return LayerSlots(
+            part,
+            RowStore(keys.rows(begin, shape), part.key_dim, dtype),
+            RowStore(values.rows(begin, shape), part.value_dim, dtype),
+            _view(positions, begin, shape),
+            {name: _view(stat, begin, shape) for name, stat in row_stats.items()},
+            None,
         )
-        begin += count * heads * part.capacity
-    first, capacity = _slot_table(heads, capacities, device, tables)
+
+    groups, first, begin = list[Parts](), list[tuple[int, ...]](), 0
+    for own, count in parts:
+        *begins, begin = accumulate((part.rows * count for part in own), initial=begin)
+        groups.append(tuple(part_from(at, part, count) for at, part in zip(begins, own, strict=True)))
+        first += [_first_rows(begins, own, slot) for slot in range(count)]
+    capacities = tuple(own.capacities for own, count in sizes for _ in range(count))
+    first_rows, capacity = _slot_table(tuple(first), capacities, device, tables)
     rows = Rows(
         keys=keys.numbers,
         values=values.numbers,
@@ -239,11 +245,12 @@ def _allocate_layer(
         value_format=values.format,
         positions=positions,
         mass=row_stats.get("mass"),
-        first=first,
+        first=first_rows,
         capacity=capacity,
-        kv_heads=heads,
-        largest=max(capacities),
+        kv_heads=layout.kv_heads,
+        largest=max(map(max, capacities)),
         capacities=capacities,
+        apart=apart,
     )
     return tuple(groups), rows
 
@@ -254,13 +261,21 @@ def _view(flat: Tensor, begin: int, shape: Shape) -> Tensor:
     return flat[begin : begin + slots * heads * capacity].view(shape)
 
 
+def _first_rows(begins: Sequence[int], parts: Sequence[LayerLayout], slot: int) -> tuple[int, ...]:
+    """The first row of each kv head of a slot; ``begins`` are the first rows of a group's parts."""
+    return tuple(
+        begin + slot * part.rows + head * part.capacity
+        for begin, part in zip(begins, parts, strict=True)
+        for head in range(part.kv_heads)
+    )
+
+
 def _slot_table(
-    heads: int, capacities: tuple[int, ...], device: torch.device, tables: SlotTables
+    first: HeadNumbers, capacities: HeadNumbers, device: torch.device, tables: SlotTables
 ) -> tuple[Tensor, Tensor]:
-    """The first row of each slot [S] and its capacity [S]; layers with the same sizes share them."""
-    key = (heads, capacities)
+    """The first row of each slot and head [S, K], and its capacity [S, K]; layers with the same sizes share them."""
+    key = (first, capacities)
     if key not in tables:
-        first = list(accumulate((heads * rows for rows in capacities), initial=0))[:-1]
         tables[key] = (torch.tensor(first, device=device), torch.tensor(capacities, device=device))
     return tables[key]
 
@@ -276,7 +291,7 @@ class KVPool:
 
     Attributes:
         dtype: of keys and values, before they are encoded.
-        groups: by group, each layer's slots.
+        groups: by group, each layer's slots in parts.
         slot_offsets: number of slots in the groups before each; slot s of group g has number slot_offsets[g] + s.
         rows: by layer, the slots of all groups in one piece, where groups are ranked alike and pairs are stored row by
             row; else None.
@@ -288,22 +303,25 @@ class KVPool:
         self.dtype = dtype
         self.slot_offsets = tuple(accumulate(slots, initial=0))
         tables: SlotTables = {}
-        owned: dict[int, tuple[tuple[LayerSlots, ...], Rows | None]] = {}
+        owned: dict[int, tuple[tuple[Parts, ...], Rows | None]] = {}
         for i, layer in enumerate(layouts[0].layers):
             if layer.owner == i:
-                parts = [(layout.layers[i], count) for layout, count in zip(layouts, slots, strict=True)]
-                owned[i] = _allocate_layer(parts, dtype, device, tables)
+                sizes = [(layout.layers[i], count) for layout, count in zip(layouts, slots, strict=True)]
+                owned[i] = _allocate_layer(sizes, dtype, device, tables)
         owners = [layer.owner for layer in layouts[0].layers]
         self.groups = tuple(tuple(owned[owner][0][group] for owner in owners) for group in range(len(layouts)))
         self.rows = tuple(owned[owner][1] for owner in owners)
 
-    def layer(self, group: int, layer: int) -> LayerSlots:
-        """The slots that a layer reads in a group: its own, or those of the layer whose rows it shares."""
+    def layer(self, group: int, layer: int) -> Parts:
+        """The slots that a layer reads in a group: its own, or those of the layer whose rows it shares.
+
+        All kv heads are one part; in a layer whose heads differ in capacity in any group, each is a part of its own.
+        """
         return self.groups[group][layer]
 
     def reset(self, group: int, slot: int) -> None:
         """Empty one slot for its next sequence."""
-        for part in set(self.groups[group]):
+        for part in self._parts(group):
             part.reset(slot)
 
     def copy_state(self, source: SlotIndex, target: SlotIndex, tokens: int) -> None:
@@ -315,10 +333,15 @@ class KVPool:
             tokens: of the sequence so far.
         """
         self.reset(*target)
-        for part, other in set(zip(self.groups[target.group], self.groups[source.group], strict=True)):
+        pairs = set(zip(self.groups[target.group], self.groups[source.group], strict=True))
+        for part, other in (pair for parts in pairs for pair in zip(*parts, strict=True)):
             part.copy_state(target.slot, other, source.slot, tokens)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots: what the layouts promised."""
-        return sum(part.nbytes for group in self.groups for part in set(group))
+        return sum(part.nbytes for group in range(len(self.groups)) for part in self._parts(group))
+
+    def _parts(self, group: int) -> Iterator[LayerSlots]:
+        """All parts of a group, each once."""
+        return (part for parts in set(self.groups[group]) for part in parts)

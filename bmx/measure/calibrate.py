@@ -45,7 +45,7 @@ from bmx.stats import Stats
 from bmx.terminal.display import Display
 from bmx.terminal.reports import calibration_lines, failed_lines
 from bmx.terminal.tables import candidate_words, counted, duration
-from bmx.units import now
+from bmx.units import layers_text, now
 
 if TYPE_CHECKING:
     from bmx.measure.full_cache_answers import FullCacheAnswers
@@ -436,9 +436,7 @@ class _Calibration:
 def settings_of(candidate: EngineConfig) -> dict[str, Any]:
     """The settings in which candidates differ, as flags and files write them."""
     settings = {f.name: getattr(candidate, f.name) for f in fields(candidate) if f.name in CALIBRATED}
-    layer_budgets = settings["kv_layer_budgets"]
-    if not isinstance(layer_budgets, str):
-        settings["kv_layer_budgets"] = ",".join(f"{factor:g}" for factor in layer_budgets)
+    settings["kv_layer_budgets"] = layers_text(settings["kv_layer_budgets"])
     return settings
 
 

@@ -145,7 +145,7 @@ def competing_scores(engine: Engine, request: Request, stats: Stats | None = Non
     _read_prompt(reader.with_backend(backend), request, stats)
     policy, scores = reader.policy, dict[int, Tensor]()
     for owner in sorted({layer.owner for layer in engine.spec.layers}):
-        part = backend.pools[-1].layer(0, owner)
+        part = backend.pools[-1].layer(0, owner)[0]
         if part.layout.by_age:
             continue
         positions = part.positions[0, :, :tokens]

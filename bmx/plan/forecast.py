@@ -259,9 +259,9 @@ class _Clock:
     def _bytes_read(self, layout: KVLayout) -> int:
         """Bytes that one decoding token reads: its slot's keys and values, and its scores in each pass over them."""
         layers = list(zip(layout.layers, self._spec.layers, strict=True))
-        scores = self._passes * sum(layer.capacity * spec.query_heads for layer, spec in layers)
+        scores = self._passes * sum(layer.rows * spec.query_heads // spec.kv_heads for layer, spec in layers)
         unpacked = sum(
-            layer.capacity * spec.kv_heads * (spec.key_dim + spec.value_dim) * self._spec.itemsize
+            layer.rows * (spec.key_dim + spec.value_dim) * self._spec.itemsize
             for layer, spec in layers
             if layer.encodes
         )

@@ -28,8 +28,10 @@ def prefill_flops(spec: ModelSpec, policy: CompressionPolicy, tokens: int, rows:
     chunks = list(pairwise([0, *chunk_ends(tokens, chunk_size)]))
     attention = 0
     for layer, layout in zip(spec.layers, policy.layout(spec, rows).layers, strict=True):
-        scores = sum(_scores(start, stop - start, layout.capacity, layer.window) for start, stop in chunks)
-        attention += 2 * scores * layer.query_heads * (layer.key_dim + layer.value_dim)
+        scores = sum(
+            _scores(start, stop - start, rows, layer.window) for start, stop in chunks for rows in layout.capacities
+        )
+        attention += 2 * scores * (layer.query_heads // layer.kv_heads) * (layer.key_dim + layer.value_dim)
     return tokens * spec.costs.flops + attention
 
 
@@ -39,7 +41,7 @@ def _scores(start: int, tokens: int, capacity: int, window: int | None) -> int:
     Args:
         start: tokens before the chunk.
         tokens: of the chunk.
-        capacity: rows of the layer's part of the slot.
+        capacity: rows of a kv head in the slot.
         window: of the layer, if it has one.
     """
     seen = tokens * min(start, capacity) + tokens * (tokens + 1) // 2
