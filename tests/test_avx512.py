@@ -197,10 +197,13 @@ def test_decoding_tokens_attend_as_float64_does(capacity, group, dim, details):
     torch.testing.assert_close(mass.double(), columns[0], **NEAR)
 
 
-def far_sums(query, keys, asked_at, kept_at, *, scale, distance, power, weights=None, window=None, sinks=None):
+def far_sums(
+    query, keys, asked_at, kept_at, *, scale, distance, power, weights=None, window=None, sinks=None, answer=10**9
+):
     """Powers of probabilities that keys [N, K, D] at [N, K] receive from queries [T, H, D] at [T], in float64: [K, N].
 
-    Queries see keys up to their own place, and count for those that lie ``distance`` before them.
+    Queries see keys up to their own place, and count for those that lie ``distance`` before them; those of the answer,
+    from this place on, count for all.
     """
     heads, kv_heads = query.shape[1], keys.shape[1]
     gap = asked_at.view(-1, 1, 1) - kept_at  # [T, N, K]
@@ -212,7 +215,9 @@ def far_sums(query, keys, asked_at, kept_at, *, scale, distance, power, weights=
         scores = scores.masked_fill(~seen[..., owner], -torch.inf)
         if sinks is not None:
             scores = torch.cat([scores, sinks[head].double().expand(len(query), 1)], 1)
-        counted = scores.softmax(1)[:, : len(keys)] ** power * (gap[..., owner] >= distance)
+        counted = scores.softmax(1)[:, : len(keys)] ** power * (
+            (gap[..., owner] >= distance) | (asked_at >= answer).view(-1, 1)
+        )
         sums[owner] += (counted if weights is None else counted * weights.double()[:, None]).sum(0) * kv_heads / heads
     return sums
 
@@ -317,6 +322,7 @@ def test_far_attention_of_a_whole_sequence_however_it_is_cut(cuts, window, dista
     for start, stop in itertools.pairwise((0, *cuts, *range(cuts[-1] + 1, 101))):
         read(avx512, rows, sequence, start, stop, order, 100, sinks=sinks)
     details = {"scale": 0.125, "distance": distance, "power": power, "window": window, "sinks": sinks}
+    details["answer"] = cuts[-1]
     expected = far_sums(query, key, at, at[:, None].expand(-1, 2), **details)
     assert_near(view_of(rows).mass, expected)
 

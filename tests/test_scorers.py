@@ -206,7 +206,8 @@ class Reference:
                     weights = torch.softmax(scores, 0)[: len(visible)]
                     output[0, i, head * group + g] = weights @ values
                     for p, weight in zip(visible, weights.tolist(), strict=True):
-                        counted = (weight**2 if position - p >= RECENT else 0.0) if self.far else weight
+                        far = count == 1 or position - p >= RECENT  # all queries count in decoding
+                        counted = weight**2 * far if self.far else weight
                         received[head].setdefault(position, []).append((p, counted / group, weight**2 / group))
         if layer == max(i for i, other in enumerate(self.owners) if other == owner):
             self.settle(owner, new, query, scaling)

@@ -161,7 +161,6 @@ def true_decode(
                 weights = torch.softmax(logits, 0)[: len(seen)]
                 output[one, which] = weights @ rows.values[used].double()
                 seen += weights**order.power / group
-            seen[at - rows.positions[used] < order.distance] = 0
             if accumulate and rows.mass is not None:
                 rows.mass[used] = (rows.mass[used].double() * decay + seen).float()
     return output
@@ -593,7 +592,7 @@ def test_policy_and_pool_say_the_same(order):
         query, part.keys.stored.numbers, part.values.stored.numbers, slots, scale=0.3, hidden=hidden, want_mass=True
     )
     if part.row_stats:
-        policy.observe(part, slots, now, received, first=True)
+        policy.observe(part, slots, received, first=True)
     torch.testing.assert_close(output, answer, **NEAR[F32])
     assert_is_twin(actual, part, NEAR[F32])
     assert torch.equal(rows.mass, mass_before)

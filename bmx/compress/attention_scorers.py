@@ -39,9 +39,10 @@ class FarAttention(ScorerDefaults):
     """Attention received from far queries alone: the root of its mean square.
 
     A token attends mostly to its neighbours, whatever they say. This local attention is most of what a key receives in
-    its life, and says least about the time after the prompt. So queries count for a key only from ``kv_recent`` tokens
-    after it on, when it is no longer protected. The root of the mean square stands between the mean and the maximum: a
-    few queries that need a pair badly count. ``benchmarks/RESULTS.md`` compares it with other scores.
+    its life, and says least about the time after the prompt. So a prompt's queries count for a key only from
+    ``kv_recent`` tokens after it on, when it is no longer protected; those of the answer always count.
+    The root of the mean square stands between the mean and the maximum: a few queries that need a pair badly count.
+    ``benchmarks/RESULTS.md`` compares it with other scores.
     """
 
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS

@@ -395,19 +395,16 @@ class CompressionPolicy:
         window, distance = part.layout.window, self.distance
         return Seen(positions=positions, now=now, inputs=inputs, window=window, distance=distance)
 
-    def observe(self, part: LayerSlots, slots: Tensor, positions: Tensor, sums: Tensor, first: bool) -> None:
+    def observe(self, part: LayerSlots, slots: Tensor, sums: Tensor, first: bool) -> None:
         """Add what decoding tokens have attended to.
 
         Args:
             part: the layer's slots; their statistics are written.
             slots: [B].
-            positions: [B], of the tokens.
             sums: [M, B, K, C], without the probe's.
             first: whether this layer is the first to read these rows: earlier attention decays once per token.
         """
         decay = self.decay(1) if first else 1.0
-        if self.distance:
-            sums = sums * (part.positions[slots] <= positions.view(-1, 1, 1) - self.distance)
         names = [name for name in self.attention_stats if name != "probe"]
         for name, received in zip(names, sums, strict=True):
             stat = part.row_stats[name]

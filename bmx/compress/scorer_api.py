@@ -39,7 +39,8 @@ class QueryWeights:
         decay: factor on a query's weight for each query that follows it.
         window: number of newest queries with a weight above zero; None for all. Where fewer come at once (in decoding,
             one), they replace their share of the sum, so that it always stands for about ``window`` queries.
-        far: a query counts for a key only if the key is no longer among the protected newest tokens.
+        far: a prompt's query counts for a key only if the key is no longer among the protected newest tokens. In
+            decoding all queries count, or the first words of an answer would be evicted before the prompt's.
         power: of a probability, as it is summed: 1 or 2.
     """
 

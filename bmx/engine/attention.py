@@ -313,7 +313,7 @@ class SlotAttention:
             self._insert(part, group, inputs.key[group.rows], inputs.value[group.rows])
         output, sums = self._attend_slots(part, group, inputs)
         if sums is not None:
-            self._policy.observe(part, group.slots, group.positions, sums, first=owns_rows)
+            self._policy.observe(part, group.slots, sums, first=owns_rows)
         return output
 
     def _attend_slots(self, part: LayerSlots, group: DecodeGroup, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:

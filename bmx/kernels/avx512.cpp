@@ -162,9 +162,9 @@ long bmx_attend_chunk(const Vectors* views, const Stored* stored, long tokens, l
                       long ways, float scale, int distance, int power, const uint8_t* hidden, const float* sinks,
                       const float* query_weights, const int32_t* past_places, bf16* out, float* sums, char* work,
                       long size) {
-    ChunkAttention chunk{views[0],  views[1],      views[2], stored[0],     stored[1], tokens, heads,
-                         kv_heads,  past,          stored[0].dim, stored[1].dim, ways, scale,  distance,
-                         power,     hidden,        sinks,    query_weights, past_places, out};
+    ChunkAttention chunk{views[0], views[1], views[2],      stored[0],     stored[1],   tokens, heads,
+                         kv_heads, past,     stored[0].dim, stored[1].dim, ways,        scale,  distance,
+                         power,    hidden,   sinks,         query_weights, past_places, out};
     const long needed = static_cast<long>(chunk.bytes());
     if (size < needed) return needed;
     chunk.take(Work{work});
@@ -198,8 +198,8 @@ long bmx_attend_chunk(const Vectors* views, const Stored* stored, long tokens, l
 // hidden bool by two strides (batch, head), or null; out [batch][heads][value_dim]; mass [batch][kv_heads][capacity]
 // or null.
 long bmx_attend_slots(const bf16* q, const Stored* stored, const int64_t* slots, long batch, long heads, long kv_heads,
-                      long capacity, float scale, int power, const uint8_t* hidden, long hidden_batch,
-                      long hidden_head, const float* sinks, bf16* out, float* mass, char* work, long size) {
+                      long capacity, float scale, int power, const uint8_t* hidden, long hidden_batch, long hidden_head,
+                      const float* sinks, bf16* out, float* mass, char* work, long size) {
     const Stored keys = stored[0], values = stored[1];
     const long group = heads / kv_heads;
     const size_t bytes_each = Slot::bytes({nullptr, keys, values, capacity, group, power});
@@ -282,9 +282,8 @@ long bmx_evict(const Vectors* views, const Stored* stored, int32_t* positions, f
 // The decoding tokens' part of a layer: see decode_step in contract.py.
 //
 // views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; stored: keys and values; they, positions
-// and mass by row; those of a slot's kv heads begin at first [slots][kv_heads], capacity [slots][kv_heads] of them, at most
-// `largest`;
-// slots, token_positions and row_limits [batch]; mass may be null.
+// and mass by row; those of a slot's kv heads begin at first [slots][kv_heads], capacity [slots][kv_heads] of them, at
+// most `largest`; slots, token_positions and row_limits [batch]; mass may be null.
 long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positions, float* mass, const int64_t* first,
                      const int64_t* capacity, const int64_t* slots, const int64_t* token_positions,
                      const int64_t* row_limits, long batch, long heads, long kv_heads, long largest, float scale,
@@ -329,14 +328,10 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
         }
         slot.sinks = sinks ? sinks + head * group : nullptr;
         slot.attend(scale, out + (token * heads + head * group) * values.dim);
-        const int farthest = static_cast<int>(position) - order.distance;  // later positions receive nothing
         for (long i = 0; row_mass && accumulate && i < slot.rows; i += LANES) {
             const __mmask16 valid = seen(i, slot.rows, nullptr);
             const __m512 before = _mm512_maskz_loadu_ps(valid, row_mass + i);
-            const __m512i place = _mm512_maskz_loadu_epi32(valid, row_positions + i);
-            const __mmask16 far = _mm512_cmple_epi32_mask(place, _mm512_set1_epi32(farthest));
-            const __m512 received = _mm512_maskz_mov_ps(far, slot.mean(i));
-            _mm512_mask_storeu_ps(row_mass + i, valid, _mm512_fmadd_ps(before, _mm512_set1_ps(decay), received));
+            _mm512_mask_storeu_ps(row_mass + i, valid, _mm512_fmadd_ps(before, _mm512_set1_ps(decay), slot.mean(i)));
         }
     }
     return 0;

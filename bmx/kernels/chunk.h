@@ -44,8 +44,8 @@ struct ChunkAttention {
         float over[ROWS];  // 1 / sums of weights
     };
 
-    struct Counted {             // the rows of a tile whose probabilities are added up
-        const bf16* weights;     // [rows][full]
+    struct Counted {          // the rows of a tile whose probabilities are added up
+        const bf16* weights;  // [rows][full]
         long rows;
         __m512 factor[ROWS];
         __m512i farthest[ROWS];  // the last place that counts

@@ -136,7 +136,7 @@ class KernelModule(Protocol):
         A token takes row ``position`` of its slot while that is below its row limit; else, in each kv head, the row of
         the pair that the order evicts first (of equals, the lowest row). Then it attends to the rows in use, its own
         pair among them, and the mean of its query heads' probabilities, to the order's power, is added to the attention
-        mass of the rows that are at least the order's distance before it.
+        mass, whatever the order's distance: it is for prompts.
 
         Args:
             output: [B, H, E], contiguous; written.

@@ -54,9 +54,7 @@ struct Stored {
         return {data + row * bytes(), scales ? scales + row * parts() : nullptr, format, dim, head};
     }
     // Where the 16 numbers lie in a vector that a half of a register of words holds.
-    long place(long half) const {
-        return format == INT4 ? half % 2 * (dim / 2) + half / 2 * LANES : half * LANES;
-    }
+    long place(long half) const { return format == INT4 ? half % 2 * (dim / 2) + half / 2 * LANES : half * LANES; }
     Scales scales_of(long row, __mmask16 valid) const {
         if (format == INT8)
             return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, scales + row)), _mm512_setzero_ps()};
@@ -97,8 +95,8 @@ void Stored::put(long row, const bf16* vector) const {
     }
     const Range range(vector, dim);
     const bool symmetric = format == INT8;
-    const float spread = symmetric ? std::max(-range.least, range.greatest) / 127.0f
-                                   : (range.greatest - range.least) / 15.0f;
+    const float spread =
+        symmetric ? std::max(-range.least, range.greatest) / 127.0f : (range.greatest - range.least) / 15.0f;
     const uint16_t half = to_half(within(spread, SMALLEST_SCALE, LARGEST_HALF));
     const uint16_t least = to_half(within(range.least, -LARGEST_HALF, LARGEST_HALF));
     const __m512 scale = _mm512_set1_ps(from_half(half)), offset = _mm512_set1_ps(symmetric ? 0.0f : from_half(least));

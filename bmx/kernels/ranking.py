@@ -17,7 +17,7 @@ class EvictionOrder:
         sink: first tokens of a sequence, which are never evicted.
         recent: newest tokens, which are never evicted.
         window: newest keys that a query sees, or None for all; pairs out of the window are evicted before all others.
-        distance: a query counts for a key if it lies at least that many tokens after it; not more than ``recent``.
+        distance: a prompt's query counts for a key if it lies at least that many tokens after it; at most ``recent``.
         power: of a probability, as it is summed: 1 or 2; a root of the average would change no order.
     """
 

@@ -235,8 +235,7 @@ def _decode_token(
         power=order.power,
     )
     if mass is not None and sums is not None:
-        counts = row_positions[:, used] <= position - order.distance
-        mass[:, used] = mass[:, used] * decay + sums[0, 0] * counts
+        mass[:, used] = mass[:, used] * decay + sums[0, 0]
     return answer[0]
 
 

@@ -82,19 +82,19 @@ struct Slot {
     const bf16* query;  // [group][dim]
     Stored key, value;  // [rows]
     long rows, group;
-    int power;                         // of the probabilities whose mean is asked for
-    const uint8_t* hidden = nullptr;   // [rows]
-    const float* sinks = nullptr;      // [group]
+    int power;                        // of the probabilities whose mean is asked for
+    const uint8_t* hidden = nullptr;  // [rows]
+    const float* sinks = nullptr;     // [group]
     Stream next = {};
 
     long full = (rows + SPAN - 1) / SPAN * SPAN, words = key.dim / 2;
-    float *scores, *over;              // [group][full], and [group]: one over the sums of weights
-    bf16* weights;                     // [group][full], not divided by their sums
-    uint8_t* flags;                    // [full]
-    word *block, *query_words;         // [LANES][words], [group][words]: of codes, in the order in which they lie
-    float *query_steps, *query_sums;   // [group]: what a fraction of 1 stands for, and the sum of a query's numbers
-    word* fractions;                   // [group][full / 2], of weights
-    float *weight_steps, *offsets;     // [group][full / SPAN], and [group]: sums of weights times offsets of values
+    float *scores, *over;             // [group][full], and [group]: one over the sums of weights
+    bf16* weights;                    // [group][full], not divided by their sums
+    uint8_t* flags;                   // [full]
+    word *block, *query_words;        // [LANES][words], [group][words]: of codes, in the order in which they lie
+    float *query_steps, *query_sums;  // [group]: what a fraction of 1 stands for, and the sum of a query's numbers
+    word* fractions;                  // [group][full / 2], of weights
+    float *weight_steps, *offsets;    // [group][full / SPAN], and [group]: sums of weights times offsets of values
 
     Work take(Work own);
     static size_t bytes(Slot sizes) { return reinterpret_cast<size_t>(sizes.take(Work{nullptr}).at); }
@@ -233,8 +233,7 @@ void Slot::answer_of(long head, long chunk, long lines, bf16* out) {
             }
         }
         for (int r = 0; r < COUNT; r++) {
-            const __m512 step =
-                _mm512_set1_ps(Kind::coded ? weight_steps[((head + r) * full + begin) / SPAN] : 1.0f);
+            const __m512 step = _mm512_set1_ps(Kind::coded ? weight_steps[((head + r) * full + begin) / SPAN] : 1.0f);
             low[r] = _mm512_fmadd_ps(Kind::real(x[r]), step, low[r]);
             high[r] = _mm512_fmadd_ps(Kind::real(y[r]), step, high[r]);
         }
@@ -271,8 +270,8 @@ void Slot::attend(float scale, bf16* out) {
         score(kind, 2 * lines * LANES / (3 * group * full) + 1);  // two thirds of the time goes there
     });
     for (long g = 0; g < group; g++)
-        over[g] = softmax_row(scores + g * full, weights + g * full, full, rows, hidden, scale,
-                              sinks ? sinks + g : nullptr);
+        over[g] =
+            softmax_row(scores + g * full, weights + g * full, full, rows, hidden, scale, sinks ? sinks + g : nullptr);
     if (value.format != MODEL) split_weights();
     with_kind(value.format, [&](auto kind) { answer(kind, 2 * lines / (3 * full * passes) + 1, out); });
 }

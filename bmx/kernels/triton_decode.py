@@ -193,10 +193,9 @@ def _attend(
 
 @triton.jit
 def _accumulate(
-    mass, scratch, positions, valid, row, used, position, width, own, top, total, decay,
-    order: tl.constexpr, sizes: tl.constexpr,
+    mass, scratch, valid, row, used, width, own, top, total, decay, order: tl.constexpr, sizes: tl.constexpr,
 ):  # fmt: skip
-    """Add the mean of the query heads' probabilities, raised to the power, to the mass of all far rows in use."""
+    """Add the mean of the query heads' probabilities, raised to the power, to the mass of all rows in use."""
     group: tl.constexpr = sizes.group
     block: tl.constexpr = sizes.count
     g, shared = tl.arange(0, sizes.group_full), tl.log2(total)
@@ -207,15 +206,9 @@ def _accumulate(
         at = scratch + g[:, None] * width + c[None, :]
         scores = tl.load(at, mask=valid[:, None] & read[None, :], other=-INFINITY)
         seen = tl.sum(tl.exp2((scores - top[:, None] - shared[:, None]) * order.power), 0) / group
-        if order.distance > 0:
-            far = tl.load(positions + c, mask=read, other=0) <= position - order.distance
-            seen = tl.where(far, seen, 0.0)
         before = tl.load(mass + c, mask=read, other=0.0)
         tl.store(mass + c, before * decay + seen, mask=read)
-    first = 0.0
-    if order.distance == 0:
-        first = tl.sum(tl.where(valid, tl.exp2((own - top - shared) * order.power), 0.0), 0) / group
-    tl.store(mass + row, first)
+    tl.store(mass + row, tl.sum(tl.where(valid, tl.exp2((own - top - shared) * order.power), 0.0), 0) / group)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "token_positions", "row_limits"])
@@ -271,7 +264,7 @@ def _decode(
     low, high = answer[0] / total[:, None], answer[1] / total[:, None]
     store(output, g * value_parts.whole, valid, low, high, value_parts)
     if scratch is not None:
-        _accumulate(mass, scratch, positions, valid, row, used, position, width, own, top, total, decay, order, sizes)
+        _accumulate(mass, scratch, valid, row, used, width, own, top, total, decay, order, sizes)
     elif mass is not None:
         tl.store(mass + row, 0.0)
 
