@@ -42,7 +42,7 @@ SPEC = ModelSpec(
     head_bytes=10 * MB,
     itemsize=2,
 )
-POLICY = CompressionPolicy.from_config(EngineConfig(kv_budget=1024))
+POLICY = CompressionPolicy.from_config(EngineConfig(kv_budget=1024, kv_format="model"))
 HUGE = CompressionPolicy.from_config(EngineConfig(kv_budget=10**6))  # slots of any capacity are no larger than it
 FULL = CompressionPolicy.from_config(EngineConfig(kv_policy="none"))
 STEP = StepSize(chunk_size=256, max_num_batched_tokens=1024)
@@ -213,7 +213,8 @@ def test_logits_are_counted_for_every_slot_and_sampling_for_a_few_at_once():
         ({"enforce_eager": True}, False),
         ({"kv_policy": "keydiff"}, False),
         ({"kv_value_norm": True}, False),
-        ({"kv_format": "int8"}, False),
+        ({"kv_format": "int8"}, True),
+        ({"kv_format": "fp8"}, False),
         ({"kv_protect": "instructions"}, False),
     ],
 )

@@ -437,7 +437,7 @@ def test_the_fake_engine_reuses_too():
     requests = [Request(id=str(i), prompt=f"{prompt} q{i}", params=SamplingParams(max_tokens=5)) for i in range(9)]
     answered = []
     for reuse in (True, False):
-        engine = Engine.open(EngineConfig(model="fake", prefix_reuse=reuse))
+        engine = Engine.open(EngineConfig(model="fake", kv_format="model", prefix_reuse=reuse))
         answered.append(answers(engine, requests))
         assert (engine.stats.reused_prompt_tokens > 0) is reuse
     assert answered[0] == answered[1]
@@ -545,7 +545,7 @@ def known(sequence):
 
 
 def test_spans_matter_once_something_is_evicted():
-    policy = CompressionPolicy.from_config(EngineConfig(kv_budget=80))
+    policy = CompressionPolicy.from_config(EngineConfig(kv_budget=80, kv_format="model"))
     for spans, shared in (([(0, 30)] * 2, 200), ([(0, 30), (0, 40)], 64), ([(0, 300), (0, 400)], 200)):
         one, other = (sequence_of(i, [1] * 250 + [2 + i] * 100, 3, policy) for i in range(2))
         one.spans, other.spans = [(span,) for span in spans]

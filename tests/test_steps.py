@@ -96,10 +96,13 @@ def sequences(policy, sampling):
         )
 
 
-SIMPLE = [{"kv_budget": 24, "kv_policy": name} for name in ("average-attention", "decay", "streaming")]
+SIMPLE = [
+    *({"kv_budget": 24, "kv_policy": name} for name in ("far-attention", "decay", "streaming")),
+    {"kv_budget": 24, "kv_format": "int8/int4"},
+]
 DEAR = [{"kv_budget": 24, "kv_policy": name} for name in ("window", "r-kv", "keydiff", "roco", "expected-attention")]
 MORE = [
-    {"kv_budget": 24, "kv_format": "int4"},
+    {"kv_budget": 24, "kv_format": "fp8"},
     {"kv_budget": 24, "kv_value_norm": True},
     {"kv_budget": 24, "kv_probe": "w7 w8 w9"},
     {"kv_budget": "50%", "kv_policy": "average-attention"},
