@@ -138,7 +138,7 @@ def parse_format(text: str) -> str:
     Raises:
         ValueError: not one or two names of formats.
     """
-    return text if text == "auto" else format_name(*formats_of(text))
+    return text if text == "auto" else format_name(*formats_of(str(text)))
 
 
 def parse_layers(text: str) -> str | LayerFactors:

@@ -32,6 +32,7 @@ from bmx.run_config import all_settings, setting_named
 from bmx.shutdown import Stop
 from bmx.terminal.reports import calibration_lines
 from bmx.terminal.tables import candidate_words
+from bmx.units import parse_layers
 
 FILE = "in.calibration.json"
 ANSWERS = Path("in.calibration.teacher.safetensors")
@@ -424,7 +425,7 @@ DAMAGED = {
     "text to take": json.dumps(GOOD | {"recommended": "keydiff"}),
     "candidates of nothing": json.dumps(GOOD | {"candidates": [None]}),
     "a list of factors": json.dumps(GOOD | {"layer_factors": [1]}),
-    "factors of nothing": json.dumps(GOOD | {"layer_factors": {"share": 1, "factors": {"h2o": [0]}}}),
+    "factors of nothing": json.dumps(GOOD | {"layer_factors": {"share": 1, "factors": {"h2o": "0"}}}),
     "pairs of nothing": json.dumps(GOOD | {"shared_layers": {"asked": 1, "pairs": "3:7"}}),
     **{f"no {name}": json.dumps({key: GOOD[key] for key in GOOD if key != name}) for name in GOOD if name[:3] != "min"},
 }  # fmt: skip
@@ -465,7 +466,7 @@ def whole_record(tmp_path_factory):
     candidate = {"settings": settings} | sizes | Agreement().record() | dict.fromkeys(REFERENCES, 0.5)
     return GOOD | {
         "candidates": [candidate], "full_cache": sizes | {"rows": 1}, "recommended": settings,
-        "layer_factors": {"share": 0.25, "factors": {"h2o": [1.0, 1.0]}}, "full_cache_seconds": 3.5,
+        "layer_factors": {"share": 0.25, "factors": {"h2o": "1,1"}}, "full_cache_seconds": 3.5,
         "shared_layers": {"asked": 1, "least_cosine": 0.5, "pairs": "1:0"},
     }  # fmt: skip
 
@@ -505,7 +506,7 @@ def test_b2_a_damaged_calibration_is_not_taken_up(given):
     whole = measured()
     for damage in (
         {"candidates": [{}]}, {"candidates": "none"}, {"fingerprint": None}, {"full_cache": {"rows": 6}},
-        {"layer_factors": {}}, {"layer_factors": {"share": 0.25, "factors": {"h2o": ["1"]}}},
+        {"layer_factors": {}}, {"layer_factors": {"share": 0.25, "factors": {"h2o": [1]}}},
         {"candidates": [whole["candidates"][0] | {"top1_agreement": None}]},
         {"candidates": [whole["candidates"][0] | {"settings": {"overwrite": True}}]},
     ):  # fmt: skip
@@ -643,22 +644,24 @@ def test_layers_compete_with_their_scores_for_half_of_the_pairs(policy):
     model = tiny_model("llama")
     requests = as_requests(random_prompts((37, 50), seed=3), max_tokens=4)
     engine = tiny_engine(model, kv_policy=policy, kv_sink=SINK, kv_recent=RECENT, kv_budget=20, chunk_size=16)
-    expected = torch.zeros(2)
+    expected = torch.zeros(2, model.config.num_key_value_heads)
     for request in requests:
         scores = reference_scores(tiny_model("llama"), engine.encode(request), policy)
         best = torch.cat([layer.flatten() for layer in scores]).sort(descending=True).values
         least = best[round(0.3 * len(best)) - 1]
-        won = torch.tensor([float((layer >= least).float().mean()) for layer in scores])
+        won = torch.stack([(layer >= least).float().mean(1) for layer in scores])  # by layer and head
         expected += (0.5 + 0.5 * won / won.mean()) / len(requests)
     factors = pooled_factors(engine, requests, 0.3)
-    assert factors == pytest.approx(expected.tolist(), abs=1e-3)
-    assert sum(factors) / len(factors) == pytest.approx(1, abs=1e-3)
+    assert torch.tensor(factors).tolist() == pytest.approx(expected, abs=1e-3)
+    assert torch.tensor(factors).mean() == pytest.approx(1, abs=1e-3)
 
 
 def test_layers_whose_window_fits_do_not_compete():
     engine = tiny_engine("gemma2", kv_budget=40, kv_recent=RECENT)
     factors = pooled_factors(engine, as_requests(random_prompts((60,), seed=3)), 0.25)
-    assert factors == (1.0, 1.0)  # one of the two has a window
+    alone, windowed = sorted(factors, key=lambda factor: factor == 1.0)
+    assert windowed == 1.0
+    assert sum(alone) / len(alone) == pytest.approx(1)
 
 
 def test_layers_of_a_prompt_that_is_all_protected_cannot_be_compared():
@@ -687,7 +690,8 @@ def test_measured_layers_become_a_candidate_and_a_run_can_use_them(given, bmx, m
     record = measured()
     [factors] = record["layer_factors"]["factors"].values()
     settings = [candidate["settings"] for candidate in record["candidates"]]
-    assert [float(f) for f in settings[0]["kv_layer_budgets"].split(",")] == pytest.approx(factors, abs=1e-3)
+    for told, found in zip(parse_layers(settings[0]["kv_layer_budgets"]), parse_layers(factors), strict=True):
+        assert told == pytest.approx(found, abs=1e-3)
     assert bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--max-tokens", 3).code == 0
 
 

@@ -45,7 +45,7 @@ from bmx.stats import Stats
 from bmx.terminal.display import Display
 from bmx.terminal.reports import calibration_lines, failed_lines
 from bmx.terminal.tables import candidate_words, counted, duration
-from bmx.units import layers_text, now
+from bmx.units import LayerFactors, layers_text, now, parse_layers
 
 if TYPE_CHECKING:
     from bmx.measure.full_cache_answers import FullCacheAnswers
@@ -256,7 +256,7 @@ class _Calibration:
         with self.display.waiting(f"loading model {self.config.engine.model} with int8 weights"):
             return Engine.open(self.config.engine, self.config.prompt)
 
-    def _candidates(self, factors: Mapping[str, list[float]], shared: str) -> list[EngineConfig]:
+    def _candidates(self, factors: Mapping[str, str], shared: str) -> list[EngineConfig]:
         """The settings to measure, each once.
 
         Args:
@@ -266,9 +266,9 @@ class _Calibration:
         options, engine, candidates = self.options, self.config.engine, list[EngineConfig]()
         tried = product(options.policies, options.budgets, options.formats, options.layers)
         for policy, budget, kv_format, name in tried:
-            layers: str | tuple[float, ...] = name
+            layers: str | LayerFactors = name
             if name == MEASURED:
-                layers = tuple(factors.get(policy, ())) or "uniform"
+                layers = parse_layers(factors.get(policy, "uniform"))
             if layers != "uniform" and not isinstance(budget, int):
                 continue  # a budget that is a share of the prompt is the same for all layers
             candidate = replace(
@@ -385,9 +385,9 @@ class _Calibration:
         if "full_cache" in self.record:
             self.record["full_cache"] |= self._sizes(full_cache_config(self.config.engine))
 
-    def _layer_factors(self, full: Engine) -> dict[str, list[float]]:
-        """Factors of layer budgets for each policy that is tried, if they are to be measured."""
-        measured: dict[str, Any] = self.record.get("layer_factors", {}).get("factors", {})
+    def _layer_factors(self, full: Engine) -> dict[str, str]:
+        """Factors of layers and heads for each policy that is tried, as flags write them, if wanted."""
+        measured: dict[str, str] = self.record.get("layer_factors", {}).get("factors", {})
         for policy in self.options.policies:
             if MEASURED not in self.options.layers or policy == "none" or policy in measured:
                 continue
@@ -396,7 +396,7 @@ class _Calibration:
             requests = self.sample.requests[:LAYER_ROWS]
             engine = full.with_config(replace(full.config, kv_policy=policy))
             with self._measuring(f"what layers need: {policy}, {counted(len(requests), 'prompt')}") as stats:
-                measured[policy] = list(pooled_factors(engine, requests, LAYER_SHARE, stats))
+                measured[policy] = layers_text(pooled_factors(engine, requests, LAYER_SHARE, stats))
             self.record["layer_factors"] = {"share": LAYER_SHARE, "factors": measured}
             self._save()
         return measured

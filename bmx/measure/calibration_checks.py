@@ -55,8 +55,10 @@ def _problems(record: Mapping[str, Any]) -> Iterator[str]:
     for candidate in record["candidates"]:
         yield from _wrong_candidate(candidate)
     for factors in record.get("layer_factors", {}).get("factors", {}).values():
-        if not (isinstance(factors, list) and all(_is_number(factor) and factor > 0 for factor in factors)):
-            yield "'factors' must be lists of numbers above 0"
+        if not isinstance(factors, str):
+            yield "'factors' must be text"
+        else:
+            yield from _wrong_settings({"kv_layer_budgets": factors})
     pairs = record.get("shared_layers", {}).get("pairs")
     yield from _wrong_settings({"kv_share_layers": pairs} if pairs else {})
     recommended = record.get("recommended", "")

@@ -23,6 +23,7 @@ from bmx.kernels import Kernels
 from bmx.kernels.contract import FUNCTIONS, Capabilities, KernelModule
 from bmx.request import Request
 from bmx.stats import Stats
+from bmx.units import LayerFactors
 
 if TYPE_CHECKING:
     from bmx.engine.runner import ModelRunner
@@ -100,13 +101,11 @@ def _backend_of(engine: Engine) -> ModelBackend:
     return backend
 
 
-def pooled_factors(
-    engine: Engine, requests: list[Request], share: float, stats: Stats | None = None
-) -> tuple[float, ...]:
-    """Factors of layer budgets: half of the pairs are shared out evenly, half to the layers with the best scores.
+def pooled_factors(engine: Engine, requests: list[Request], share: float, stats: Stats | None = None) -> LayerFactors:
+    """Factors of layers and heads: half of the pairs are shared out evenly, half to the heads with the best scores.
 
     Each prompt is read without evicting anything. The scores of all layers and heads then compete with each other for
-    the pairs that an even budget would keep; what a layer wins is its part of the second half.
+    the pairs that an even budget would keep; what a head wins is its part of the second half.
 
     Args:
         engine: with a policy whose scores come from attention.
@@ -115,17 +114,26 @@ def pooled_factors(
         stats: counts what is read.
 
     Returns:
-        A factor per layer, 1 on average: the mean over prompts. Layers that hold all that their window sees have 1.
+        A factor for each kv head of each layer, 1 on average: the mean over prompts. Layers that hold all that their
+        window sees have 1.
     """
-    sums = torch.zeros(len(engine.spec.layers))
+    sums: dict[int, Tensor] = {}
     for request in requests:
         scores = competing_scores(engine, request, stats)
         places = max(1, round(share * sum(layer.numel() for layer in scores.values())))
         least = torch.cat([layer.flatten() for layer in scores.values()]).topk(places).values[-1]
-        won = {layer: float((found >= least).float().mean()) for layer, found in scores.items()}
-        mean = sum(won.values()) / len(won)
-        sums += torch.tensor([won.get(layer.owner, mean) / mean for layer in engine.spec.layers])
-    return tuple(round(1 - POOLED + POOLED * total / len(requests), 4) for total in sums.tolist())
+        won = {layer: (found >= least).float().mean(-1) for layer, found in scores.items()}  # [K]
+        mean = torch.stack([shares.mean() for shares in won.values()]).mean()
+        for layer, shares in won.items():
+            sums[layer] = sums.get(layer, torch.zeros_like(shares)) + shares / mean
+    return tuple(_factors(sums.get(layer.owner), len(requests)) for layer in engine.spec.layers)
+
+
+def _factors(won: Tensor | None, prompts: int) -> float | tuple[float, ...]:
+    """A layer's factors from what its heads won [K] of all prompts; 1 if it did not compete."""
+    if won is None:
+        return 1.0
+    return tuple(round(1 - POOLED + POOLED * total / prompts, 4) for total in won.tolist())
 
 
 def competing_scores(engine: Engine, request: Request, stats: Stats | None = None) -> dict[int, Tensor]:
