@@ -43,7 +43,9 @@ SPEC = ModelSpec(
     itemsize=2,
 )
 POLICY = CompressionPolicy.from_config(EngineConfig(kv_budget=1024, kv_format="model"))
-HUGE = CompressionPolicy.from_config(EngineConfig(kv_budget=10**6))  # slots of any capacity are no larger than it
+HUGE = CompressionPolicy.from_config(
+    EngineConfig(kv_budget=10**6, kv_format="model")
+)  # slots of any capacity are no larger than it
 FULL = CompressionPolicy.from_config(EngineConfig(kv_policy="none"))
 STEP = StepSize(chunk_size=256, max_num_batched_tokens=1024)
 

@@ -100,7 +100,20 @@ def test_calibrate_holds_bytes_against_the_cache_and_weights_without(bmx, model,
     """The full cache of the model as it is teaches; with bytes, even a full cache may say something else."""
     rows = [json.dumps({"prompt": " ".join(f"w{(7 * i + j) % 90 + 5}" for j in range(40))}) for i in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(rows) + "\n")
-    asked = ("calibrate", "in.jsonl", "--model", model, "--max-tokens", 6, "--kv-policy", "none", "-o", "c.json")
+    asked = (
+        "calibrate",
+        "in.jsonl",
+        "--model",
+        model,
+        "--max-tokens",
+        6,
+        "--kv-policy",
+        "none",
+        "--kv-format",
+        "model",
+        "-o",
+        "c.json",
+    )
     ended = bmx(*asked, "--quantization", "int8", "--min-agreement", "0.01")
     assert ended.code == 0
     assert "none int8 weights" in ended.out
