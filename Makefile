@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror bmx/kernels/*.cpp bmx/kernels/*.h
+	$(BIN)/clang-format --dry-run -Werror bmx/kernels/cpp/*.cpp bmx/kernels/cpp/*.h
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 

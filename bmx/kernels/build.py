@@ -20,7 +20,7 @@ from pathlib import Path
 from bmx import hardware
 from bmx.cache import cache_folder, store, warn_once
 
-SOURCE = Path(__file__).with_name("avx512.cpp")
+SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp", "-w")
