@@ -99,8 +99,8 @@ class EngineConfig:
     kv_policy: Annotated[
         str,
         Setting(
-            "How KV pairs are ranked for eviction: far-attention, none (keep everything: the full cache), "
-            f"average-attention (Batch-Max), or {', '.join(POLICIES[2:-1])}",
+            "How KV pairs are ranked for eviction: average-attention (Batch-Max), none (keep everything: the full "
+            f"cache), or {', '.join(POLICIES[1:-1])}",
             decides_answers=ALWAYS,
             parse=parse_policy,
             metavar="POLICY",

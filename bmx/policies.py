@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint, entry_points
 SCORER_GROUP = "bmx.scorers"  # the entry points by which other packages add policies
 _ATTENTION, _KEYS = "bmx.compress.attention_scorers", "bmx.compress.key_scorers"
 SCORERS = {
-    "far-attention": f"{_ATTENTION}:FarAttention",
     "average-attention": f"{_ATTENTION}:AverageAttention",
+    "far-attention": f"{_ATTENTION}:FarAttention",
     "h2o": f"{_ATTENTION}:AttentionMass",
     "decay": f"{_ATTENTION}:A2SF",
     "roco": f"{_ATTENTION}:RoCo",
@@ -25,7 +25,7 @@ SCORERS = {
     "streaming": f"{_ATTENTION}:Recency",
     "random": f"{_ATTENTION}:Random",
 }
-DEFAULT_POLICY = "far-attention"
+DEFAULT_POLICY = "average-attention"
 POLICIES = (*SCORERS, "none")  # "none" evicts nothing: the full cache
 
 

@@ -227,7 +227,7 @@ def test_auto_with_settings_that_contradict_the_calibration_is_refused(given, bm
         ended = bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", *flags)
         assert ended.code == 2
         assert says in ended.complaint[0]
-    agreeing = ("--kv-policy", "far-attention", "--kv-recent", 8)
+    agreeing = ("--kv-policy", "average-attention", "--kv-recent", 8)
     assert (
         bmx("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", *agreeing, "--dry-run").code
         == 0

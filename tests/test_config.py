@@ -72,7 +72,7 @@ def flag(name: str) -> str:
     [
         ("max_tokens", 256, 1, 2, 3),
         ("temperature", 0.0, 0.1, 0.2, 0.3),
-        ("kv_policy", "far-attention", "none", "average-attention", "none"),
+        ("kv_policy", "average-attention", "none", "far-attention", "none"),
         ("kv_budget", 2048, 0.25, 700, 0.5),
         ("kv_layer_budgets", "uniform", "pyramid", "uniform", "pyramid"),
         ("model", "demo", "./one", "./two", "./three"),
