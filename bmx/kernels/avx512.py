@@ -100,6 +100,7 @@ def _library() -> _Library:
     library = build.library()
     if isinstance(library, str):
         raise RuntimeError(f"there are no compiled kernels: {library}")
+    library.bmx_start()  # asks the system for AMX, where the processor has it
     return _Library(library)
 
 

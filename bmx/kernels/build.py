@@ -23,7 +23,7 @@ from bmx.cache import cache_folder, store, warn_once
 SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp", "-w")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off", "-fno-strict-aliasing")
 TIMEOUT = 120  # seconds that a compiler may take
 
 

@@ -1,50 +1,51 @@
-// What the attention of prompt chunks and of decoding tokens share, for CPUs with AVX512-BF16: vectors by strides,
-// which keys a query sees, and the softmax of a row of scores. Words and panels are in gemm.h.
+// What the attention of prompt chunks and of decoding tokens share: vectors by strides, which keys a query sees, and
+// the softmax of a row of scores. Words and panels are in products.h.
 
 #pragma once
 
-#include "gemm.h"
-
-#include <cmath>
+#include "products.h"
 
 namespace {
 
-// Which of 16 keys from `at` on a query sees: keys before `limit` that are not hidden.
-inline __mmask16 seen(long at, long limit, const uint8_t* hidden) {
-    const long left = std::min<long>(LANES, limit - at);
-    const __mmask16 mask = left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-    if (!hidden) return mask;
-    const __m128i flags = _mm_maskz_loadu_epi8(mask, hidden + at);
-    return _mm_mask_cmpeq_epi8_mask(mask, flags, _mm_setzero_si128());
+// Which of LANES keys from `at` on a query sees: keys before `limit` that are not hidden.
+inline Mask seen(long at, long limit, const uint8_t* hidden) {
+    const Mask before = first_lanes(limit - at);
+    if (!hidden || at >= limit) return before;
+    uint8_t room[LANES];
+    return before & none_of(padded(hidden + at, limit - at, room));
 }
 
 // Softmax of a row of scores: writes `width` weights that are not divided by their sum yet, and returns 1 / sum. Keys
 // that are not seen get weight 0; the logit of a sink, if there is one, is part of the sum alone.
-float softmax_row(const float* scores, bf16* weights, long width, long limit, const uint8_t* hidden, float scale,
+float softmax_row(const float* scores, Number* weights, long width, long limit, const uint8_t* hidden, float scale,
                   const float* sink) {
-    const __m512 low = _mm512_set1_ps(-INFINITY);
-    __m512 most = low;
-    for (long i = 0; i < limit; i += LANES)
-        most = _mm512_mask_max_ps(most, seen(i, limit, hidden), most, _mm512_load_ps(scores + i));
-    float top = _mm512_reduce_max_ps(most) * scale;
+    const long plain = hidden ? 0 : limit / LANES * LANES;  // of these, all are seen
+    Real most = splat(-INFINITY);
+    for (long i = 0; i < plain; i += LANES) most = greater(most, load(scores + i));
+    for (long i = plain; i < limit; i += LANES)
+        most = select(seen(i, limit, hidden), greater(most, load(scores + i)), most);
+    float top = greatest(most) * scale;
     if (sink) top = std::max(top, *sink);
-    const __m512 factor = _mm512_set1_ps(scale), offset = _mm512_set1_ps(top);
-    __m512 sum = _mm512_setzero_ps();
-    for (long i = 0; i < width; i += LANES) {
-        const __mmask16 mask = seen(i, limit, hidden);
-        const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + i), factor, offset);
-        const __m512 e = mask ? _mm512_maskz_mov_ps(mask, exponential(x)) : _mm512_setzero_ps();
-        sum = _mm512_add_ps(sum, e);
-        store_bf16(weights + i, e);
+    const Real factor = splat(scale * LOG2_E), offset = splat(-top * LOG2_E);
+    Real total = zeros();
+    const auto weigh = [&](long i) { return power_of_two(fused(load(scores + i), factor, offset)); };
+    for (long i = 0; i < plain; i += LANES) {
+        const Real weight = weigh(i);
+        total = total + weight;
+        store_number(weights + i, weight);
     }
-    float total = _mm512_reduce_add_ps(sum);
-    if (sink) total += std::exp(*sink - top);
-    return 1.0f / total;
+    for (long i = plain; i < width; i += LANES) {
+        const Real weight = i < limit ? select(seen(i, limit, hidden), weigh(i), zeros()) : zeros();
+        total = total + weight;
+        store_number(weights + i, weight);
+    }
+    const float all = sum(total);
+    return 1.0f / (sink ? all + std::exp(*sink - top) : all);
 }
 
 // The power of attention probabilities that is added up: 1 or 2.
-inline __m512 powered(__m512 x, int power) {
-    return power == 2 ? _mm512_mul_ps(x, x) : x;
+inline Real powered(Real x, int power) {
+    return power == 2 ? x * x : x;
 }
 
 struct Vectors {  // bfloat16 vectors by row and head: address of the first, and strides in numbers

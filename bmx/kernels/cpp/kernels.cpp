@@ -1,13 +1,14 @@
-// Kernels for CPUs with AVX512-BF16 and VNNI: linear layers, attention, and what stands between them.
+// Kernels for CPUs: linear layers, attention, and what stands between them.
 //
-// Knows pointers and sizes only. build.py compiles this file, avx512.py checks shapes and calls it, contract.py says
-// what each function computes. The numbers of a row are computed in the same order whatever rows are computed with it,
-// so that an answer does not depend on its batch. Threads are torch's own OpenMP threads. A function with working
-// memory returns 0, or, if the memory is too small, the bytes that it needs: then it has done nothing else.
+// Knows pointers and sizes only. build.py compiles this file for an instruction set, compiled.py checks shapes and
+// calls it, contract.py says what each function computes. The numbers of a row are computed in the same order whatever
+// rows are computed with it, so that an answer does not depend on its batch. Threads are torch's own OpenMP threads. A
+// function with working memory returns 0, or, if the memory is too small, the bytes that it needs: then it has done
+// nothing else.
 
 #include "chunk.h"
 #include "eviction.h"
-#include "gemm.h"
+#include "linear.h"
 #include "slot.h"
 
 #include <cmath>
@@ -27,47 +28,80 @@ void quantise(const bf16* x, uint8_t* codes, Steps* steps, long rows, long inner
 #pragma omp parallel for
     for (long row = 0; row < rows; row++) {
         const bf16* from = x + row * inner;
-        const __m512 nothing = _mm512_setzero_ps();
-        __m512 low = nothing, high = nothing, broken = nothing;
+        Real low = zeros(), high = zeros(), broken = zeros();
         for (long k = 0; k < inner; k += LANES) {
-            const __m512 v = load_bf16(from + k);
-            low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v), broken = _mm512_fmadd_ps(v, nothing, broken);
+            const Real v = load_bf16(from + k);
+            low = lesser(low, v), high = greater(high, v), broken = fused(v, zeros(), broken);
         }
-        const float least = _mm512_reduce_min_ps(low), range = _mm512_reduce_max_ps(high) - least;
-        const float step = std::max(range, 1e-30f) / 255.0f;
-        const int32_t zero = static_cast<int32_t>(std::lrint(-least / step));
-        steps[row] = {step + _mm512_reduce_add_ps(broken), zero};
-        const __m512 factor = _mm512_set1_ps(1.0f / step);
+        const float lowest = least(low), range = greatest(high) - lowest;
+        const float step = std::max(range, 1e-30f) / static_cast<float>(Bytes::LEVELS);
+        const int32_t zero = static_cast<int32_t>(std::lrint(-lowest / step));
+        steps[row] = {step + sum(broken), zero};
+        const Real factor = splat(1.0f / step);
         for (long k = 0; k < inner; k += LANES) {
-            const __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(load_bf16(from + k), factor));
-            const __m512i code =
-                _mm512_max_epi32(_mm512_add_epi32(near, _mm512_set1_epi32(zero)), _mm512_setzero_si512());
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + row * inner + k), _mm512_cvtusepi32_epi8(code));
+            const Int code = whole(load_bf16(from + k) * factor) + splat(zero);
+            store_bytes(codes + row * inner + k, lesser(greater(code, splat(0)), splat(Bytes::LEVELS)));
         }
     }
-}
-
-// Numbers rounded to bfloat16, as the model's own operators would have stored them.
-inline __m512 rounded(__m512 x) {
-    return wide(narrow(x));
 }
 
 // Stores sums of a product with the bias added, rounded to bfloat16; with a gate, times SiLU(gate[at]).
-inline void put(bf16* y, long at, long column, __m512 v, const bf16* bias, const bf16* gate) {
-    if (bias) v = _mm512_add_ps(v, load_bf16(bias + column));
+inline void put(bf16* y, long at, long column, Real v, const bf16* bias, const bf16* gate) {
+    if (bias) v = v + load_bf16(bias + column);
     if (gate) {
-        const __m512 g = load_bf16(gate + at), one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
-        const __m512 e = exponential(_mm512_sub_ps(zero, _mm512_abs_ps(g)));  // no power of e can overflow
-        const __mmask16 negative = _mm512_cmp_ps_mask(g, zero, _CMP_LT_OQ);
-        const __m512 share = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
-        v = _mm512_mul_ps(rounded(_mm512_mul_ps(g, share)), rounded(v));
+        const Real g = load_bf16(gate + at), one = splat(1.0f);
+        const Real e = exponential(zeros() - magnitude(g));  // no power of e can overflow
+        const Real share = select(less(g, zeros()), e, one) / (one + e);
+        v = rounded(g * share) * rounded(v);
     }
     store_bf16(y + at, v);
+}
+
+// Linear layers in bfloat16: see bmx_linear.
+template <class At>
+void multiply_numbers(const bf16* x, const Layer* layers, int count, bool gated, bf16* y, long rows, long inner,
+                      Work left, const At& at) {
+    const auto finish = [=](const Layer& layer, int which, long row, long column, int registers, const word* sums) {
+        for (int j = 0; j < registers; j++, column += LANES)
+            put(y, at(layer, which, row, column), column, load(reinterpret_cast<const float*>(sums) + j * LANES),
+                layer.bias, gated && which ? y : nullptr);
+    };
+    const Number* numbers = multiplicable(x, rows * inner, left, Number{});
+    multiply<Plain, bf16>(numbers, layers, count, gated, rows, inner, left, finish);
+}
+
+// Linear layers in int8: see bmx_linear.
+template <class At>
+void multiply_bytes(const bf16* x, const Layer* layers, int count, bool gated, bf16* y, long rows, long inner,
+                    Work left, const At& at) {
+    uint8_t* codes = left.take<uint8_t>(rows * inner);
+    Steps* steps = left.take<Steps>(rows);
+    quantise(x, codes, steps, rows, inner);
+    const auto finish = [=](const Layer& layer, int which, long row, long column, int registers, const word* sums) {
+        const Real step = splat(steps[row].step);
+        const Int zero = splat(steps[row].zero);
+        for (int j = 0; j < registers; j++, column += LANES) {
+            const Int all = load(reinterpret_cast<const int32_t*>(sums) + j * LANES) - load(layer.sums + column) * zero;
+            put(y, at(layer, which, row, column), column, real(all) * step * load(layer.scales + column), layer.bias,
+                gated && which ? y : nullptr);
+        }
+    };
+    multiply<Bytes, uint8_t>(codes, layers, count, gated, rows, inner, left, finish);
 }
 
 }  // namespace
 
 extern "C" {
+
+// Asks the kernel of the system for what the instruction set needs; 0 if it is given.
+int bmx_start() {
+    return ask_for_tiles();
+}
+
+// The number of steps from the least to the greatest number of an input row that is rounded to bytes.
+int bmx_levels() {
+    return Bytes::LEVELS;
+}
 
 // Linear layers of one input x[rows][inner], all with int8 weights or none: outputs [rows][columns] one after another
 // in y. If gated, there are two layers of one size, and y is SiLU(first output) times the second. Each row of x is
@@ -75,38 +109,16 @@ extern "C" {
 long bmx_linear(const bf16* x, const Layer* layers, int count, int gated, bf16* y, long rows, long inner, char* work,
                 long size) {
     const bool bytes = layers[0].scales;
-    const size_t coded = bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<Steps>(rows) : 0;
-    const long words = inner / (bytes ? 4 : 2),
-               needed = ThreadWork(rows, words).all_threads() + static_cast<long>(coded);
+    const size_t own =
+        bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<Steps>(rows) : widened_bytes(rows * inner);
+    const long words = inner / (bytes ? Bytes::PARTS : Plain::PARTS);
+    const long needed = ThreadWork(rows, words).all_threads() + static_cast<long>(own);
     if (size < needed) return needed;
-    Work left{work};
     const auto at = [=](const Layer& layer, int which, long row, long column) {
         return (gated && which ? 0 : rows * layer.offset) + row * layer.columns + column;
     };
-    if (!bytes) {
-        const auto finish = [=](const Layer& layer, int which, long row, long column, int registers, const word* sums) {
-            for (int j = 0; j < registers; j++, column += LANES)
-                put(y, at(layer, which, row, column), column, _mm512_load_ps(sums + j * LANES), layer.bias,
-                    gated && which ? y : nullptr);
-        };
-        multiply<Halves>(x, layers, count, gated, rows, words, left, finish);
-        return 0;
-    }
-    uint8_t* codes = left.take<uint8_t>(rows * inner);
-    Steps* steps = left.take<Steps>(rows);
-    quantise(x, codes, steps, rows, inner);
-    const auto finish = [=](const Layer& layer, int which, long row, long column, int registers, const word* sums) {
-        const __m512 step = _mm512_set1_ps(steps[row].step);
-        const __m512i zero = _mm512_set1_epi32(steps[row].zero);
-        for (int j = 0; j < registers; j++, column += LANES) {
-            const __m512i off = _mm512_mullo_epi32(_mm512_loadu_si512(layer.sums + column), zero);
-            const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + j * LANES), off);
-            const __m512 v =
-                _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), step), _mm512_loadu_ps(layer.scales + column));
-            put(y, at(layer, which, row, column), column, v, layer.bias, gated && which ? y : nullptr);
-        }
-    };
-    multiply<Bytes>(codes, layers, count, gated, rows, words, left, finish);
+    (bytes ? multiply_bytes<decltype(at)> : multiply_numbers<decltype(at)>)(x, layers, count, gated, y, rows, inner,
+                                                                            Work{work}, at);
     return 0;
 }
 
@@ -115,17 +127,15 @@ void bmx_rms_norm(const bf16* x, const bf16* weight, bf16* y, float epsilon, lon
 #pragma omp parallel for
     for (long row = 0; row < rows; row++) {
         const bf16* from = x + row * inner;
-        __m512 squares = _mm512_setzero_ps();
+        Real squares = zeros();
         for (long i = 0; i < inner; i += LANES) {
-            const __m512 v = load_bf16(from + i);
-            squares = _mm512_fmadd_ps(v, v, squares);
+            const Real v = load_bf16(from + i);
+            squares = fused(v, v, squares);
         }
-        const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(inner);
-        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
-        for (long i = 0; i < inner; i += LANES) {
-            const __m512 v = rounded(_mm512_mul_ps(load_bf16(from + i), factor));
-            store_bf16(y + row * inner + i, _mm512_mul_ps(v, load_bf16(weight + i)));
-        }
+        const float mean = sum(squares) / static_cast<float>(inner);
+        const Real factor = splat(1.0f / std::sqrt(mean + epsilon));
+        for (long i = 0; i < inner; i += LANES)
+            store_bf16(y + row * inner + i, rounded(load_bf16(from + i) * factor) * load_bf16(weight + i));
     }
 }
 
@@ -140,12 +150,12 @@ void bmx_rotate(const bf16* x, long token, long head, const bf16* cos, const bf1
             const bf16* from = x + t * token + h * head;
             bf16* to = y + (t * heads + h) * dim;
             for (long d = 0; d < half; d += LANES) {
-                const __m512 a = load_bf16(from + d), b = load_bf16(from + half + d);
-                const auto turn = [=](__m512 straight, __m512 across, long at) {
-                    return _mm512_add_ps(rounded(_mm512_mul_ps(straight, load_bf16(cos + t * dim + at))),
-                                         rounded(_mm512_mul_ps(across, load_bf16(sin + t * dim + at))));
+                const Real a = load_bf16(from + d), b = load_bf16(from + half + d);
+                const auto turn = [=](Real straight, Real across, long at) {
+                    return rounded(straight * load_bf16(cos + t * dim + at)) +
+                           rounded(across * load_bf16(sin + t * dim + at));
                 };
-                store_bf16(to + d, turn(a, _mm512_sub_ps(_mm512_set1_ps(-0.0f), b), d));
+                store_bf16(to + d, turn(a, splat(-0.0f) - b, d));
                 store_bf16(to + half + d, turn(b, a, half + d));
             }
         }
@@ -178,11 +188,12 @@ long bmx_attend_chunk(const Vectors* views, const Stored* stored, long tokens, l
             chunk.pack_block(task / chunk.blocks, task % chunk.blocks * ChunkAttention::BLOCK, tile);
 #pragma omp barrier
         for (long task = me; task < kv_heads * chunk.tiles_of_head; task += threads) {
-            const long head = task % kv_heads, first = task / kv_heads * ROWS;
-            const long rows = std::min<long>(ROWS, tokens * chunk.group - first);
+            const long head = task % kv_heads, first = task / kv_heads * QUERIES;
+            const long rows = std::min(QUERIES, tokens * chunk.group - first);
             chunk.attend(head, first, rows, tile);
             chunk.add_up(head, first, rows, tile, own_sums);
         }
+        release_tiles();
 #pragma omp barrier
         for (long line = me; line < ways * kv_heads; line += threads)
             for (int t = 0; t < threads; t++)
@@ -215,7 +226,7 @@ long bmx_attend_slots(const bf16* q, const Stored* stored, const int64_t* slots,
         slot.sinks = sinks ? sinks + head * group : nullptr;
         slot.attend(scale, out + first * values.dim);
         for (long i = 0; mass && i < capacity; i += LANES)
-            _mm512_mask_storeu_ps(mass + task * capacity + i, seen(i, capacity, nullptr), slot.mean(i));
+            store_first(mass + task * capacity + i, capacity - i, slot.mean(i));
     }
     return 0;
 }
@@ -261,8 +272,7 @@ long bmx_evict(const Vectors* views, const Stored* stored, int32_t* positions, f
         }
         const int now = static_cast<int>(start + tokens);
         for (long i = 0; i < total; i += LANES)
-            _mm512_store_ps(scores + i,
-                            order.score(_mm512_load_si512(candidates + i), _mm512_load_ps(received + i), now));
+            store(scores + i, order.score(load(candidates + i), load(received + i), now));
         std::copy(scores, scores + total, sorted);
         std::nth_element(sorted, sorted + limit - 1, sorted + total, std::greater<float>());
         const float threshold = sorted[limit - 1];
@@ -329,9 +339,9 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
         slot.sinks = sinks ? sinks + head * group : nullptr;
         slot.attend(scale, out + (token * heads + head * group) * values.dim);
         for (long i = 0; row_mass && accumulate && i < slot.rows; i += LANES) {
-            const __mmask16 valid = seen(i, slot.rows, nullptr);
-            const __m512 before = _mm512_maskz_loadu_ps(valid, row_mass + i);
-            _mm512_mask_storeu_ps(row_mass + i, valid, _mm512_fmadd_ps(before, _mm512_set1_ps(decay), slot.mean(i)));
+            float room[LANES];
+            const Real before = load(padded(row_mass + i, slot.rows - i, room));
+            store_first(row_mass + i, slot.rows - i, fused(before, splat(decay), slot.mean(i)));
         }
     }
     return 0;
