@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import platform
+import re
 import subprocess
 import sys
 
@@ -11,27 +13,38 @@ import pytest
 import torch
 from conftest import answers, as_requests, random_prompts, tiny_engine, word_tokenizer
 from families import VOCAB, tiny_model
+from instruction_sets import HERE, on_every_set, required
 from test_kernels import dense_chunk, dense_slots, normal, window_mask
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bmx import Engine, EngineConfig, PromptConfig, kernels
+from bmx import Engine, EngineConfig, PromptConfig, hardware, kernels
 from bmx.engine.backend import ModelBackend
+from bmx.errors import UsageError
 from bmx.kernels import build, reference
+from bmx.kernels.compiled import kernels_for
 from bmx.kernels.formats import FORMATS, Stored
+from bmx.kernels.instruction_sets import SETS
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.model.fused_modules import Int8Linear, fused_modules
 from bmx.model.loader import prepare, quantize_int8
 
-if isinstance(build.library(), str):
-    pytest.skip(f"there are no compiled kernels: {build.library()}", allow_module_level=True)
-
-from bmx.kernels import avx512
-
 BF16 = torch.bfloat16
 CHUNK_COLUMNS = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
 NEAR = {"atol": 2e-2, "rtol": 2e-2}  # eight bits of a number
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    """Each instruction set that this machine can have."""
+    return required(request.param)
+
+
+@pytest.fixture
+def compiled(instruction_set):
+    """The kernels compiled for it."""
+    return kernels_for(instruction_set)
 
 
 def linear(columns, inner, bias=False, seed=0, int8=False, dtype=BF16):
@@ -52,12 +65,18 @@ def wide(layer):
     return layer.weight.double() if layer.scales is None else layer.weight.double() * layer.scales.double()[:, None]
 
 
-def rounded_rows(x):
-    """What is left of an input's rows when they are bytes while they are multiplied, in float64."""
+@pytest.fixture
+def levels(instruction_set):
+    """The greatest code of an input's number while it is multiplied with int8 weights; the least is 0."""
+    return build.library(instruction_set).bmx_levels()
+
+
+def rounded_rows(x, levels):
+    """What is left of an input's rows when they are codes while they are multiplied, in float64."""
     least, greatest = x.double().amin(-1, keepdim=True).clamp(max=0), x.double().amax(-1, keepdim=True).clamp(min=0)
-    steps = (greatest - least) / 255
+    steps = (greatest - least) / levels
     zeros = (-least / steps).round()
-    return (((x.double() / steps).round() + zeros).clamp(0, 255) - zeros) * steps
+    return (((x.double() / steps).round() + zeros).clamp(0, levels) - zeros) * steps
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -74,42 +93,44 @@ def rounded_rows(x):
         (300, 96, 160),
     ],
 )
-def test_a_linear_layer_is_what_float64_says(rows, inner, columns, int8):
+def test_a_linear_layer_is_what_float64_says(compiled, levels, rows, inner, columns, int8):
     """Rows in and out of whole tiles, columns in and out of whole blocks, more words than a panel holds."""
     layer, x = linear(columns, inner, bias=True, int8=int8), normal(rows, inner, seed=7, dtype=BF16)
-    [y] = avx512.product((layer,))(x)
-    expected = (rounded_rows(x) if int8 else x.double()) @ wide(layer).T + layer.bias.double()
+    [y] = compiled.product((layer,))(x)
+    expected = (rounded_rows(x, levels) if int8 else x.double()) @ wide(layer).T + layer.bias.double()
     assert y.dtype == BF16
     torch.testing.assert_close(y.double(), expected, atol=1.5e-2, rtol=1e-2)
     assert (y.double() - expected).norm() < 3e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("rows", [2, 50, 500])
-def test_layers_of_the_same_input_are_as_each_alone_for_any_number_of_threads(rows, threads, int8):
+def test_layers_of_the_same_input_are_as_each_alone_for_any_number_of_threads(compiled, levels, rows, threads, int8):
     layers = tuple(linear(columns, 96, bias=columns == 48, seed=columns, int8=int8) for columns in (112, 48, 16))
     x = normal(rows, 96, seed=3, dtype=BF16)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = avx512.product(layers)(x)
-        alone = [avx512.product((layer,))(x)[0] for layer in layers]
+        together = compiled.product(layers)(x)
+        alone = [compiled.product((layer,))(x)[0] for layer in layers]
     finally:
         torch.set_num_threads(before)
     assert [t.shape for t in together] == [(rows, 112), (rows, 48), (rows, 16)]
+    given = rounded_rows(x, levels) if int8 else x.double()
     for one, other, layer in zip(together, alone, layers, strict=True):
         assert torch.equal(one, other)
-        torch.testing.assert_close(one, reference.product((layer,))(x)[0], **NEAR)
+        bias = 0 if layer.bias is None else layer.bias.double()
+        torch.testing.assert_close(one.double(), given @ wide(layer).T + bias, **NEAR)
 
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("columns", [48, 64, 160])
-def test_a_gated_product_is_silu_times_the_other(columns, int8):
+def test_a_gated_product_is_silu_times_the_other(compiled, levels, columns, int8):
     gate, up = (linear(columns, 64, seed=seed, int8=int8) for seed in (1, 2))
     x = 20 * normal(2, 11, 64, seed=3, dtype=BF16)  # gates from -80 to 80: no power of e may overflow
-    [y] = avx512.product((gate, up), gated=True)(x)
-    given = rounded_rows(x) if int8 else x.double()
+    [y] = compiled.product((gate, up), gated=True)(x)
+    given = rounded_rows(x, levels) if int8 else x.double()
     g, u = given @ wide(gate).T, given @ wide(up).T
     assert y.shape == (2, 11, columns)
     expected = g * torch.sigmoid(g) * u
@@ -119,11 +140,11 @@ def test_a_gated_product_is_silu_times_the_other(columns, int8):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_row_alone_is_the_row_among_others_to_the_last_bit(int8):
+def test_a_row_alone_is_the_row_among_others_to_the_last_bit(compiled, int8):
     layers = (linear(96, 576, int8=int8), linear(96, 576, seed=5, int8=int8))
     x = normal(333, 576, seed=1, dtype=BF16)
     for gated in (False, True):
-        product = avx512.product(layers, gated)
+        product = compiled.product(layers, gated)
         for row in (0, 5, 128, 332):
             for one, many in zip(product(x[row : row + 1]), product(x), strict=True):
                 assert torch.equal(one[0], many[row])
@@ -132,23 +153,23 @@ def test_a_row_alone_is_the_row_among_others_to_the_last_bit(int8):
 @pytest.mark.parametrize(
     ("columns", "inner", "dtype"), [(20, 64, BF16), (32, 40, BF16), (32, 64, torch.float32), (32, 64, torch.float16)]
 )
-def test_what_the_compiled_code_cannot_take_is_computed_all_the_same(columns, inner, dtype):
+def test_what_the_compiled_code_cannot_take_is_computed_all_the_same(compiled, columns, inner, dtype):
     layer, x = linear(columns, inner, bias=True, dtype=dtype), normal(5, inner, dtype=dtype)
-    assert torch.equal(avx512.product((layer,))(x)[0], torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(compiled.product((layer,))(x)[0], torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
-def test_no_rows_are_no_work():
-    [y] = avx512.product((linear(48, 64),))(torch.empty(1, 0, 64, dtype=BF16))
+def test_no_rows_are_no_work(compiled):
+    [y] = compiled.product((linear(48, 64),))(torch.empty(1, 0, 64, dtype=BF16))
     assert y.shape == (1, 0, 48)
 
 
-def test_norms_and_rotations_are_transformers_own_to_the_last_bit():
+def test_norms_and_rotations_are_transformers_own_to_the_last_bit(compiled):
     x, weight = 3 * normal(1, 7, 576, dtype=BF16), normal(576, seed=2, dtype=BF16)
-    assert torch.equal(avx512.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert torch.equal(compiled.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     query = normal(1, 7, 3, 64, dtype=BF16).transpose(1, 2)
     cos, sin = normal(1, 7, 64, seed=4, dtype=BF16), normal(1, 7, 64, seed=5, dtype=BF16)
-    assert torch.equal(avx512.rotate(query, cos, sin), reference.rotate(query, cos, sin))
-    assert torch.equal(avx512.rotate(query.float(), cos, sin), reference.rotate(query.float(), cos, sin))
+    assert torch.equal(compiled.rotate(query, cos, sin), reference.rotate(query, cos, sin))
+    assert torch.equal(compiled.rotate(query.float(), cos, sin), reference.rotate(query.float(), cos, sin))
 
 
 def chunk_of(tokens, past, kv_heads=2, group=3, dim=64, value_dim=32):
@@ -164,7 +185,7 @@ CHUNKS = [(1, 0, 1, 32), (5, 3, 3, 64), (33, 20, 4, 64), (130, 45, 1, 96), (70, 
 
 @pytest.mark.parametrize("details", ["plain", "window", "sinks", "both"])
 @pytest.mark.parametrize(("tokens", "past", "group", "dim"), CHUNKS)
-def test_a_chunk_of_a_prompt_attends_as_float64_does(tokens, past, group, dim, details):
+def test_a_chunk_of_a_prompt_attends_as_float64_does(compiled, tokens, past, group, dim, details):
     chunk = chunk_of(tokens, past, group=group, dim=dim)
     options = {"scale": dim**-0.5}
     if details in ("window", "both"):
@@ -172,18 +193,18 @@ def test_a_chunk_of_a_prompt_attends_as_float64_does(tokens, past, group, dim, d
     if details in ("sinks", "both"):
         options["sinks"] = normal(2 * group, dtype=BF16)
     query_weights = torch.stack([torch.ones(tokens), (torch.arange(tokens) >= tokens - 9).float()])
-    output, sums = avx512.attend_chunk(*chunk, query_weights=query_weights, **options)
+    output, sums = compiled.attend_chunk(*chunk, query_weights=query_weights, **options)
     expected, columns = dense_chunk(*chunk, query_weights=query_weights, **options)
     torch.testing.assert_close(output.double(), expected, **NEAR)
     torch.testing.assert_close(sums.double(), columns[:-1], **NEAR)
-    unasked, none = avx512.attend_chunk(*chunk, **options)
+    unasked, none = compiled.attend_chunk(*chunk, **options)
     assert none is None
     assert torch.equal(unasked, output)
 
 
 @pytest.mark.parametrize("details", ["plain", "hidden", "sinks"])
 @pytest.mark.parametrize(("capacity", "group", "dim"), [(1, 1, 32), (20, 3, 64), (33, 4, 96), (50, 9, 128)])
-def test_decoding_tokens_attend_as_float64_does(capacity, group, dim, details):
+def test_decoding_tokens_attend_as_float64_does(compiled, capacity, group, dim, details):
     query = normal(3, 2 * group, dim, dtype=BF16)
     keys, values = normal(5, 2, capacity, dim, seed=1, dtype=BF16), normal(5, 2, capacity, 64, seed=2, dtype=BF16)
     slots, options = torch.tensor([4, 0, 3]), {"scale": dim**-0.5}
@@ -191,7 +212,7 @@ def test_decoding_tokens_attend_as_float64_does(capacity, group, dim, details):
         options["hidden"] = (torch.arange(capacity) > torch.tensor([0, 7, 19]).view(-1, 1, 1)).expand(3, 2, capacity)
     if details == "sinks":
         options["sinks"] = normal(2 * group, dtype=BF16)
-    output, [mass] = avx512.attend_slots(query, keys, values, slots, want_mass=True, **options)
+    output, [mass] = compiled.attend_slots(query, keys, values, slots, want_mass=True, **options)
     expected, columns = dense_slots(query, keys[slots], values[slots], **options)
     torch.testing.assert_close(output.double(), expected, **NEAR)
     torch.testing.assert_close(mass.double(), columns[0], **NEAR)
@@ -233,7 +254,7 @@ FAR = pytest.mark.parametrize(("distance", "power"), [(0, 2), (1, 1), (7, 2), (3
 @FAR
 @pytest.mark.parametrize("details", ["plain", "both"])
 @pytest.mark.parametrize(("tokens", "past", "group", "dim"), CHUNKS)
-def test_a_key_counts_for_far_queries_alone(tokens, past, group, dim, details, distance, power):
+def test_a_key_counts_for_far_queries_alone(compiled, tokens, past, group, dim, details, distance, power):
     """Rows of a slot lie in any order, with gaps, and differently in each head."""
     chunk = query, key, _, past_key, _ = chunk_of(tokens, past, group=group, dim=dim)
     random = torch.Generator().manual_seed(1)
@@ -245,7 +266,7 @@ def test_a_key_counts_for_far_queries_alone(tokens, past, group, dim, details, d
     if details:
         options["sinks"] = details["sinks"]
         options["hidden"] = kept_at.T[:, None, :] <= asked_at[None, :, None] - 11
-    _, sums = avx512.attend_chunk(
+    _, sums = compiled.attend_chunk(
         *chunk, query_weights=weights, past_places=places, distance=distance, power=power, **options
     )
     keys = torch.cat([past_key.transpose(0, 1), key])
@@ -258,9 +279,9 @@ def test_a_key_counts_for_far_queries_alone(tokens, past, group, dim, details, d
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("group", [1, 3])
-def test_powers_of_the_attention_of_decoding_tokens(group, power):
+def test_powers_of_the_attention_of_decoding_tokens(compiled, group, power):
     query, keys = normal(3, 2 * group, 64, dtype=BF16), normal(3, 2, 33, 64, seed=1, dtype=BF16)
-    _, [mass] = avx512.attend_slots(query, keys, keys, scale=0.125, want_mass=True, power=power)
+    _, [mass] = compiled.attend_slots(query, keys, keys, scale=0.125, want_mass=True, power=power)
     at = torch.zeros(33, 2)
     for one, asked, kept in zip(mass, query, keys, strict=True):
         options = {"scale": 0.125, "distance": 0, "power": power}
@@ -313,14 +334,14 @@ def sequence_of(tokens, heads=6, kv_heads=2, dim=64, value_dim=32):
 @FAR
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("cuts", [(90,), (2, 30, 75), (64, 80, 88)])
-def test_far_attention_of_a_whole_sequence_however_it_is_cut(cuts, window, distance, power):
+def test_far_attention_of_a_whole_sequence_however_it_is_cut(compiled, cuts, window, distance, power):
     """Of prompt and answer: each key's sum is that of the full matrix."""
     query, key, _ = sequence = sequence_of(100)
     order = EvictionOrder(by="mass", sink=2, recent=distance, window=window, distance=distance, power=power)
     rows, at = rows_of(100), torch.arange(100)
     sinks = normal(6)
     for start, stop in itertools.pairwise((0, *cuts, *range(cuts[-1] + 1, 101))):
-        read(avx512, rows, sequence, start, stop, order, 100, sinks=sinks)
+        read(compiled, rows, sequence, start, stop, order, 100, sinks=sinks)
     details = {"scale": 0.125, "distance": distance, "power": power, "window": window, "sinks": sinks}
     details["answer"] = cuts[-1]
     expected = far_sums(query, key, at, at[:, None].expand(-1, 2), **details)
@@ -331,7 +352,7 @@ def test_far_attention_of_a_whole_sequence_however_it_is_cut(cuts, window, dista
 @pytest.mark.parametrize(("distance", "power"), [(0, 2), (9, 1), (30, 2)])
 @pytest.mark.parametrize("window", [None, 80])
 @pytest.mark.parametrize("cuts", [(170,), (40, 45, 120, 170)])
-def test_far_attention_evicts_what_the_specification_evicts(cuts, window, distance, power, by):
+def test_far_attention_evicts_what_the_specification_evicts(compiled, cuts, window, distance, power, by):
     """Before each step, both have the same pairs and sums; the specification computes in float32."""
     query, key, _ = sequence = sequence_of(190)
     query[..., 0], key[..., 0] = 12, 3 * key[..., 0]  # some keys matter more than others: rounding decides nothing
@@ -340,7 +361,7 @@ def test_far_attention_evicts_what_the_specification_evicts(cuts, window, distan
     rows, expected = rows_of(64), rows_of(64, dtype=torch.float32)
     for start, stop in itertools.pairwise((0, *cuts, *range(cuts[-1] + 1, 191))):
         expected.mass.copy_(rows.mass)
-        output = read(avx512, rows, sequence, start, stop, order, 60)
+        output = read(compiled, rows, sequence, start, stop, order, 60)
         expected_output = read(reference, expected, wide, start, stop, order, 60)
         assert torch.equal(rows.positions, expected.positions)
         assert torch.equal(rows.keys.float(), expected.keys)
@@ -369,7 +390,7 @@ CODED = pytest.mark.parametrize(
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_codes_are_those_of_the_specification_to_the_last_bit(step, dim, name):
+def test_codes_are_those_of_the_specification_to_the_last_bit(compiled, step, dim, name):
     """Of plain numbers, and of some that a float16 scale or offset can hardly hold."""
     tokens = 60
     key = normal(tokens, 2, dim, seed=1) * 10 ** normal(tokens, 2, 1, seed=2)
@@ -381,7 +402,7 @@ def test_codes_are_those_of_the_specification_to_the_last_bit(step, dim, name):
     rows = rows_of(tokens, dim=dim, value_dim=dim, formats=(name, name))
     bounds = (0, tokens) if step == "prefill" else range(tokens + 1)
     for start, stop in itertools.pairwise(bounds):
-        read(avx512, rows, sequence, start, stop, order, tokens)
+        read(compiled, rows, sequence, start, stop, order, tokens)
     keys, values, *_ = view_of(rows)
     for stored, vectors in ((keys, sequence[1]), (values, value)):
         codes, scales = FORMATS[name].encode(vectors.transpose(0, 1))
@@ -392,16 +413,16 @@ def test_codes_are_those_of_the_specification_to_the_last_bit(step, dim, name):
 @CODED
 @pytest.mark.parametrize("sharp", [0.02, 0.3, 4.0])
 @pytest.mark.parametrize(("group", "dim", "value_dim", "count"), [(1, 64, 32, 1), (3, 64, 64, 700), (9, 96, 128, 77)])
-def test_decoding_tokens_read_codes_as_float64_does(group, dim, value_dim, count, sharp, formats):
+def test_decoding_tokens_read_codes_as_float64_does(compiled, group, dim, value_dim, count, sharp, formats):
     """Attention to all keys alike, and to few of them: weights of all sizes count."""
     rows = rows_of(count, dim=dim, value_dim=value_dim, formats=formats)
     key, value = normal(count, 2, dim, seed=1, dtype=BF16), 3 + normal(count, 2, value_dim, seed=2, dtype=BF16)
     query = normal(count, 2 * group, dim, seed=3, dtype=BF16)
     order, sinks = EvictionOrder(by="mass", sink=0, recent=0, window=None), normal(2 * group)
     if count > 1:
-        read(avx512, rows, (query, key, value), 0, count - 1, order, count)
+        read(compiled, rows, (query, key, value), 0, count - 1, order, count)
     rows.mass.zero_()
-    output = read(avx512, rows, (query, key, value), count - 1, count, order, count, scale=sharp, sinks=sinks)
+    output = read(compiled, rows, (query, key, value), count - 1, count, order, count, scale=sharp, sinks=sinks)
     keys, values, positions, mass = view_of(rows)
     assert torch.equal(positions, torch.arange(count, dtype=torch.int32).expand(2, -1))
     read_keys, read_values = exact(keys, dim).unsqueeze(0), exact(values, value_dim).unsqueeze(0)
@@ -412,30 +433,30 @@ def test_decoding_tokens_read_codes_as_float64_does(group, dim, value_dim, count
 
 @CODED
 @pytest.mark.parametrize(("tokens", "past", "group", "dim"), CHUNKS[1:])
-def test_a_chunk_reads_codes_as_float64_does(tokens, past, group, dim, formats):
+def test_a_chunk_reads_codes_as_float64_does(compiled, tokens, past, group, dim, formats):
     """The chunk's own pairs are read as they are given."""
     sequence = [normal(past + tokens, heads, dim, seed=i, dtype=BF16) for i, heads in enumerate((2 * group, 2, 2))]
     query, key, value = sequence
     order = EvictionOrder(by="mass", sink=0, recent=0, window=None)
     rows = rows_of(past + tokens + 3, dim=dim, value_dim=dim, formats=formats)
-    read(avx512, rows, sequence, 0, past, order, past + tokens)
+    read(compiled, rows, sequence, 0, past, order, past + tokens)
     before = view_of(rows)
     slot = [exact(stored, dim)[:, :past] for stored in (before.keys, before.values)]
     rows.mass.zero_()
-    output = read(avx512, rows, sequence, past, past + tokens, order, past + tokens)
+    output = read(compiled, rows, sequence, past, past + tokens, order, past + tokens)
     expected, columns = dense_chunk(query[past:], key[past:], value[past:], *slot, scale=0.125)
     torch.testing.assert_close(output.double(), expected, **NEAR)
     torch.testing.assert_close(view_of(rows).mass[:, : past + tokens].double(), columns[0], **NEAR)
 
 
-def test_codes_without_a_number_stay_without():
+def test_codes_without_a_number_stay_without(compiled):
     query, key, value = (normal(9, heads, 64, seed=heads, dtype=BF16) for heads in (6, 2, 2))
     order = EvictionOrder(by="mass", sink=0, recent=0, window=None)
     for formats, broken in itertools.product((("int8", "int8"), ("int4", "int4")), (query, key, value)):
         kept, broken[6, 0, 3] = broken[6, 0, 3].item(), torch.nan
         rows = rows_of(9, value_dim=64, formats=formats)
-        before = read(avx512, rows, (query, key, value), 0, 6, order, 9)
-        output = read(avx512, rows, (query, key, value), 6, 7, order, 9)
+        before = read(compiled, rows, (query, key, value), 0, 6, order, 9)
+        output = read(compiled, rows, (query, key, value), 6, 7, order, 9)
         broken[6, 0, 3] = kept
         assert before.isfinite().all()
         assert output[0, 0].isnan().all()
@@ -443,38 +464,38 @@ def test_codes_without_a_number_stay_without():
 
 
 @pytest.mark.parametrize(("formats", "dim"), [(("fp8", "int8"), 64), (("model", "fp8"), 64), (("int8", "model"), 544)])
-def test_other_codes_are_declined_and_nothing_is_changed(formats, dim):
+def test_other_codes_are_declined_and_nothing_is_changed(compiled, formats, dim):
     rows = rows_of(9, dim=dim, formats=formats)
     q, k, v = normal(1, 4, dim, dtype=BF16), normal(1, 2, dim, dtype=BF16), normal(1, 2, 32, dtype=BF16)
     output, numbers = torch.zeros(1, 4, 32, dtype=BF16), (torch.tensor([n]) for n in (1, 0, 9))
     order = EvictionOrder(by="mass", sink=0, recent=0, window=None)
     options = {"scale": 0.1, "order": order}
-    assert not avx512.decode_step(output, q, k, v, rows, *numbers, decay=1.0, accumulate=True, **options)
+    assert not compiled.decode_step(output, q, k, v, rows, *numbers, decay=1.0, accumulate=True, **options)
     columns = ((0,), (1,), (1,), (0,), (9,), (99,))
     chunks = Chunks(**dict(zip(CHUNK_COLUMNS, columns, strict=True)), table=torch.tensor(columns))
-    assert not avx512.prefill_step(output, q, k, v, rows, chunks, **options)
+    assert not compiled.prefill_step(output, q, k, v, rows, chunks, **options)
     assert not output.any()
     assert (rows.positions == -1).all()
 
 
-def test_what_is_no_number_stays_none():
+def test_what_is_no_number_stays_none(compiled):
     """The engine finds broken rows by their logits: no kernel may make a number of them."""
     query, key, value, past_key, past_value = chunk_of(9, 4)
     query = query.clone()
     query[3, 2, 7] = float("nan")
-    output, _ = avx512.attend_chunk(query, key, value, past_key, past_value, scale=0.1)
+    output, _ = compiled.attend_chunk(query, key, value, past_key, past_value, scale=0.1)
     assert output[3, 2].isnan().all()
     assert output[:3].isfinite().all()
     query = normal(2, 6, 64, dtype=BF16)
     query[1, 0, 0] = float("nan")
     keys = normal(2, 2, 8, 64, dtype=BF16)
-    output, _ = avx512.attend_slots(query, keys, keys, scale=0.1)
+    output, _ = compiled.attend_slots(query, keys, keys, scale=0.1)
     assert output[1, 0].isnan().all()
     assert output[0].isfinite().all()
     for int8, broken in itertools.product((False, True), ("nan", "inf")):
         x = normal(2, 64, dtype=BF16)
         x[1, 3] = float(broken)
-        [y] = avx512.product((linear(16, 64, int8=int8),))(x)
+        [y] = compiled.product((linear(16, 64, int8=int8),))(x)
         assert y[0].isfinite().all()
         assert not y[1].isfinite().any()
 
@@ -494,17 +515,23 @@ def bfloat16_model():
     return model.to(BF16).eval()
 
 
+CACHES = [
+    *((policy, "model") for policy in ("average-attention", "none", "streaming", "h2o", "far-attention")),
+    *(("far-attention", name) for name in ("int8", "int4", "int8/int4")),
+]
+
+
 @pytest.mark.parametrize(
-    ("policy", "kv_format"),
-    [
-        *((policy, "model") for policy in ("average-attention", "none", "streaming", "h2o", "far-attention")),
-        *(("far-attention", name) for name in ("int8", "int4", "int8/int4")),
-    ],
+    ("instruction_set", "policy", "kv_format", "int8"),
+    on_every_set(
+        [(*cache, int8) for cache in CACHES for int8 in (False, True)],
+        few=[("none", "model", False), ("far-attention", "int8/int4", True)],
+    ),
+    indirect=["instruction_set"],
 )
-@pytest.mark.parametrize("int8", [False, True])
-def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, kv_format, int8, cpu_kernels):
+def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(instruction_set, policy, kv_format, int8, cpu_kernels):
     """With these kernels no number depends on its company, so not even rounding does."""
-    cpu_kernels("avx512")
+    cpu_kernels(instruction_set)
     loaded = prepare(bfloat16_model())
     loaded = quantize_int8(loaded) if int8 else loaded
     settings = {
@@ -523,26 +550,33 @@ def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(policy, kv_format, in
 
 
 # norms, rotations and MLPs of their own, parts of heads that are not turned, sinks, windows, experts, no rotation
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_oss", "olmo2", "glm4", "phi", "gpt2"])
-def test_compiled_and_plain_kernels_say_the_same_of_a_model(family, cpu_kernels):
+FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "gpt_oss", "olmo2", "glm4", "phi", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("instruction_set", "family"),
+    on_every_set(((family,) for family in FAMILIES), few=[("llama",), ("gpt_oss",)]),
+    indirect=["instruction_set"],
+)
+def test_compiled_and_plain_kernels_say_the_same_of_a_model(instruction_set, family, cpu_kernels):
     """bfloat16 rounds differently in each: logits are as near as that."""
     model = tiny_model(family).to(BF16)
     logits = {}
-    for name in ("reference", "avx512"):
+    for name in ("reference", instruction_set):
         cpu_kernels(name)
         engine = tiny_engine(model, kv_policy="none")
         seen = logits[name] = []
         requests = as_requests(random_prompts([70]), max_tokens=1)
         answers(engine, requests, watch=lambda request, place, row, seen=seen: seen.append(row.float()))
-    [actual], [expected] = logits["avx512"], logits["reference"]
+    [actual], [expected] = logits[instruction_set], logits["reference"]
     assert (actual - expected).norm() < 2e-2 * expected.norm()
 
 
-def test_the_model_gets_its_own_forwards_back():
+def test_the_model_gets_its_own_forwards_back(instruction_set):
     model = bfloat16_model()
     x = torch.arange(5).unsqueeze(0)
     before = model(x).logits
-    with fused_modules(model, kernels.Kernels("avx512", "")):
+    with fused_modules(model, kernels.Kernels(instruction_set, "")):
         assert not torch.is_inference_mode_enabled()  # whoever reads results in between is left as it was
         assert all("forward" in vars(layer.self_attn) for layer in model.model.layers)
     assert not any("forward" in vars(module) for module in model.modules())
@@ -550,15 +584,15 @@ def test_the_model_gets_its_own_forwards_back():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2"])
-def test_another_model_of_the_family_is_left_alone(family, monkeypatch):
+def test_another_model_of_the_family_is_left_alone(compiled, instruction_set, family, monkeypatch):
     """Its numbers are its own to the last bit meanwhile, and transformers' code is what it was."""
     model, other = tiny_model(family).to(BF16), tiny_model(family).to(BF16)
     code = sys.modules[type(model).__module__]
     contents, x = dict(vars(code)), torch.arange(5).unsqueeze(0)
     before = other(x).logits
     turned = []
-    monkeypatch.setattr(avx512, "rotate", lambda *args: turned.append(args) or reference.rotate(*args))
-    with fused_modules(model, kernels.Kernels("avx512", "")):
+    monkeypatch.setattr(compiled, "rotate", lambda *args: turned.append(args) or reference.rotate(*args))
+    with fused_modules(model, kernels.Kernels(instruction_set, "")):
         turned.clear()
         assert torch.equal(other(x).logits, before)
         assert not turned
@@ -567,7 +601,7 @@ def test_another_model_of_the_family_is_left_alone(family, monkeypatch):
         assert vars(code) == contents
 
 
-def test_a_norm_of_its_own_kind_is_left_alone():
+def test_a_norm_of_its_own_kind_is_left_alone(instruction_set):
     """Gemma's norm adds one to its weight: it looks the same and is not."""
     model = tiny_model("gemma2").to(BF16)
     norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
@@ -575,17 +609,17 @@ def test_a_norm_of_its_own_kind_is_left_alone():
         for norm in norms:
             norm.weight.fill_(0.5)
     assert norms
-    with fused_modules(model, kernels.Kernels("avx512", "")):
+    with fused_modules(model, kernels.Kernels(instruction_set, "")):
         assert not any("forward" in vars(norm) for norm in norms)
 
 
-def test_a_projection_asked_alone_answers_for_itself():
+def test_a_projection_asked_alone_answers_for_itself(instruction_set):
     """Queries, keys and values of one input are computed together; another input must not get what was kept."""
     model = bfloat16_model()
     attention = next(module for module in model.modules() if hasattr(module, "k_proj"))
     x, other = normal(1, 5, 64, dtype=BF16), normal(1, 5, 64, seed=1, dtype=BF16)
     expected = attention.k_proj(other)
-    with fused_modules(model, kernels.Kernels("avx512", "")):
+    with fused_modules(model, kernels.Kernels(instruction_set, "")):
         attention.q_proj(x)
         torch.testing.assert_close(attention.k_proj(other), expected, **NEAR)
         torch.testing.assert_close(attention.v_proj(other), attention.v_proj(other))
@@ -593,30 +627,43 @@ def test_a_projection_asked_alone_answers_for_itself():
 
 @pytest.fixture
 def afresh(monkeypatch, tmp_path):
-    """Nothing has been compiled yet in this process, nor kept."""
+    """Nothing has been compiled yet in this process, nor kept, and what is compiled is small."""
+    (tmp_path / "kernels.cpp").write_text('extern "C" int bmx_start() { return 0; }')
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "kernels.cpp")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("BMX_KERNELS", raising=False)
-    monkeypatch.setattr(build, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in build.FLAGS))  # sooner done
-    build.library.cache_clear()
+    another_process()
     yield tmp_path
-    build.library.cache_clear()
+    another_process()
 
 
-def test_kernels_are_compiled_once_and_kept(afresh, monkeypatch):
-    assert not isinstance(build.library(), str)
+def another_process():
+    """Nothing is loaded yet."""
     build.library.cache_clear()
+    build.best.cache_clear()
+
+
+@pytest.fixture
+def best(afresh):
+    """The best instruction set of this machine."""
+    if not HERE:
+        pytest.skip("this processor has none of the instruction sets")
+    return required(HERE[0])
+
+
+def test_kernels_are_compiled_once_and_kept(best, monkeypatch):
+    another_process()
     monkeypatch.setattr(subprocess, "run", None)
-    assert not isinstance(build.library(), str)
+    assert not isinstance(build.library(best), str)
 
 
-def test_e2_a_damaged_copy_is_made_anew(afresh):
-    assert not isinstance(build.library(), str)
+def test_e2_a_damaged_copy_is_made_anew(best, afresh):
     [kept] = (afresh / "cache").rglob("*.so")
     content = kept.read_bytes()
     kept.unlink()  # it is mapped into this process
     kept.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))  # loading it would end the process
-    build.library.cache_clear()
-    assert not isinstance(build.library(), str)
+    another_process()
+    assert not isinstance(build.library(best), str)
     copies = (afresh / "cache").rglob("*.so")
     assert any(hashlib.sha256(copy.read_bytes()).hexdigest()[:32] in copy.name for copy in copies)
 
@@ -625,24 +672,78 @@ def test_e2_a_damaged_copy_is_made_anew(afresh):
     ("name", "value", "why"),
     [("PATH", "", "no C++ compiler"), ("CXX", "/bin/false", "cannot compile"), ("CXX", "/no/such", "does not work")],
 )
-def test_without_a_compiler_that_works_the_tiles_run_and_the_reason_is_told(afresh, monkeypatch, name, value, why):
+def test_without_a_compiler_that_works_the_tiles_run_and_one_warning_tells_the_reason(
+    best, monkeypatch, caplog, name, value, why
+):
+    another_process()
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(name, value)
+    for _ in range(2):
+        chosen = kernels.choose("cpu")
+        assert chosen.name == "cpu"
+        assert why in chosen.why
+    [warning] = caplog.messages
+    assert why in warning
+
+
+def has(monkeypatch, *flags):
+    """The processor has nothing but these."""
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset(flags))
+
+
+def test_a_processor_without_any_of_the_sets_gets_the_tiles(afresh, monkeypatch):
+    has(monkeypatch, "sse2")
     chosen = kernels.choose("cpu")
     assert chosen.name == "cpu"
-    assert why in chosen.why
+    assert "the processor has no AVX2" in chosen.why
 
 
-def test_another_processor_gets_the_tiles(afresh, monkeypatch):
-    monkeypatch.setattr(build.hardware, "cpu_flags", lambda: frozenset({"avx2"}))
+@pytest.mark.parametrize("name", [name for name, one in SETS.items() if one.machine == platform.machine()])
+def test_each_processor_gets_the_best_that_it_has_and_is_told_what_would_be_faster(name, afresh, monkeypatch):
+    has(monkeypatch, *SETS[name].needs)
+    built = []
+    monkeypatch.setattr(build, "_built", lambda chosen, *_: built.append(chosen.name) or Started(0))
     chosen = kernels.choose("cpu")
-    assert chosen.name == "cpu"
-    assert "avx512" in chosen.why
+    assert built == [chosen.name] == [name]
+    assert f"compiled for {SETS[name].title}" in chosen.why
+    for other in itertools.takewhile(lambda one: one.name != name, SETS.values()):
+        assert other.title in chosen.why.partition(";")[2]
+    assert ("would be faster" in chosen.why) is (name != HERE[0])
 
 
-def test_e2_without_a_place_to_keep_them_kernels_are_compiled_and_a_warning_says_so(afresh, caplog):
+class Started:
+    """A library that says whether the system lets it start."""
+
+    def __init__(self, refusal):
+        self.bmx_start = lambda: refusal
+
+
+def test_where_the_system_refuses_a_set_the_next_one_is_taken_and_a_warning_says_so(afresh, monkeypatch, caplog):
+    has(monkeypatch, *SETS["amx"].needs)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "_built", lambda chosen, *_: Started(chosen.name == "amx"))
+    chosen = kernels.choose("cpu")
+    assert chosen.name == "avx512bf16"
+    assert "AMX would be faster: the system does not let this process use AMX" in chosen.why
+    [warning] = caplog.messages
+    assert "AVX512-BF16, slower than AMX: the system does not let this process use AMX" in warning
+
+
+def test_a_set_that_the_processor_lacks_is_refused_and_the_flag_named(afresh, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    has(monkeypatch, *SETS["avx2"].needs)
+    monkeypatch.setenv("BMX_KERNELS", "avx512")
+    with pytest.raises(UsageError, match="BMX_KERNELS cannot be 'avx512': the processor has no avx512f") as refused:
+        kernels.choose("cpu")
+    assert re.match(r"here it takes reference, cpu(,| or) avx2", refused.value.hint)
+
+
+def test_e2_without_a_place_to_keep_them_kernels_are_compiled_and_a_warning_says_so(best, afresh, caplog):
+    another_process()
+    (afresh / "cache" / "bmx").rename(afresh / "before")
+    (afresh / "cache").rmdir()
     (afresh / "cache").write_text("a file, not a folder")
-    assert kernels.choose("cpu").name == "avx512"
+    assert kernels.choose("cpu").name == best
     [warning] = caplog.messages
     assert "cannot be kept (Not a directory), and are compiled in each run" in warning
     assert "XDG_CACHE_HOME" in warning

@@ -305,7 +305,7 @@ def test_pairs_in_fewer_bits_are_faster_where_kernels_read_them_as_they_lie():
     lengths = requests(60, plain, prompts=(1000, 2000), answers=(200, 200))
     rates = {}
     for name, kept, fused in (("model", plain, True), ("read", policy, True), ("unpacked", policy, False)):
-        profile = CAPABILITIES["avx512"].profile_for(SPEC.itemsize, fused)
+        profile = CAPABILITIES["avx512bf16"].profile_for(SPEC.itemsize, fused)
         made = planned(lengths, kept, slots=20)
         rates[name] = forecast(SPEC, made, lengths, RATES, profile).decode_rate
     assert rates["unpacked"] < rates["model"] < rates["read"]

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from instruction_sets import on_every_set, required
 from test_kernels import normal
 
 from bmx import EngineConfig, kernels
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import SlotAttention
 from bmx.engine.packed import DecodeBatch, DecodeGroup, PackedStep, PromptChunk
-from bmx.kernels import build
 from bmx.kernels.registry import CAPABILITIES
 from bmx.kernels.slot_views import Chunks
 from bmx.kv.layout import KVLayout, LayerLayout
@@ -48,19 +48,24 @@ class Sizes:
 
 
 REGISTERS, ODD = Sizes(), Sizes(kv_heads=3, group=2, key_dim=12, value_dim=7)  # what compiled kernels take, and others
-COMPILED = pytest.mark.skipif(isinstance(build.library(), str), reason="there are no compiled kernels here")
 EITHER = pytest.mark.parametrize(  # kernels with each format that their fused steps read
-    ("name", "sizes", "form"),
+    ("back_end", "sizes", "form"),
     [
         *(("reference", REGISTERS, form) for form in ("model", "int8/int4")),
         *(("reference", ODD, form) for form in ("fp8", "int8", "int4", "model/int4")),
-        *(
-            pytest.param("avx512", REGISTERS, form, marks=COMPILED)
-            for form in ("model", "fp8", "int8", "int4", "int8/int4", "model/int4")
-            if {"model", *CAPABILITIES["avx512"].row_formats}.issuperset(formats_of(form))
+        *on_every_set(
+            ((REGISTERS, form) for form in ("model", "int8", "int4", "int8/int4", "model/int4")),
+            few=[(REGISTERS, "int8/int4"), (REGISTERS, "int4/model")],
         ),
     ],
+    indirect=["back_end"],
 )
+
+
+@pytest.fixture
+def back_end(request):
+    """The name of kernels that this machine can have."""
+    return required(request.param)
 
 
 def attention_of(chosen, policy, window, form, sizes, groups=((48, 5),)):
@@ -130,11 +135,11 @@ POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay
 @pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay", "tova", "streaming", "none"])
 @pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, window, limits, form, sizes):
+def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(back_end, policy, window, limits, form, sizes):
     """Two groups of slots, of which the second one's have sequences that evict."""
     found, now, seen = [], (100, 30, 60, 47), (20, 7)
     for fused in (False, True):
-        attention, pool = attention_of(Chosen(name, "", fused), policy, window, form, sizes, ((31, 3), (48, 5)))
+        attention, pool = attention_of(Chosen(back_end, "", fused), policy, window, form, sizes, ((31, 3), (48, 5)))
         slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
         for group, (slots, asked, rows) in enumerate(zip(slots_of, (seen, now), ((31, 31), limits), strict=True)):
             tokens = asked
@@ -168,12 +173,12 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, wi
 @pytest.mark.parametrize("limit", [48, 40])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 30), (0, 60), (20, 30), (48, 17), (100, 64), (40, 8)])
 def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(
-    name, policy, start, tokens, limit, window, form, sizes
+    back_end, policy, start, tokens, limit, window, form, sizes
 ):
     """One that evicts, behind a decoding token, and one that never will."""
     found = []
     for fused in (False, True):
-        attention, pool = attention_of(Chosen(name, "", fused), policy, window, form, sizes)
+        attention, pool = attention_of(Chosen(back_end, "", fused), policy, window, form, sizes)
         fill(pool.layer(0, 0)[0], 1, start, limit)
         prompts = (
             PromptChunk(rows=slice(1, 1 + tokens), group=0, slot=1, start=start, total=900, row_limit=limit),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, watched
 from families import tiny_model
-from test_fused_steps import COMPILED, NEAR, Chosen
+from instruction_sets import on_every_set, required
+from test_fused_steps import NEAR, Chosen
 from test_kernels import normal
 from test_prefix import SOME_ROWS, with_and_without
 
@@ -201,13 +202,23 @@ def assert_same(results):
 
 
 EITHER = pytest.mark.parametrize(
-    ("name", "form"),
+    ("back_end", "form"),
     [
-        pytest.param(name, form, marks=[COMPILED] if name == "avx512" else [])
-        for name, forms in (("reference", ("model", "int8/int4")), ("avx512", ("model", "int8", "int4", "int8/int4")))
-        for form in forms
+        *(("reference", form) for form in ("model", "int8/int4")),
+        *on_every_set(
+            ((form,) for form in ("model", "int8", "int4", "int8/int4")), few=[("int8/int4",), ("int4/model",)]
+        ),
     ],
+    indirect=["back_end"],
 )
+
+
+@pytest.fixture
+def back_end(request):
+    """The name of kernels that this machine can have."""
+    return required(request.param)
+
+
 POLICIES = pytest.mark.parametrize("policy", ["far-attention", "average-attention", "decay", "tova", "streaming"])
 
 
@@ -215,9 +226,9 @@ POLICIES = pytest.mark.parametrize("policy", ["far-attention", "average-attentio
 @POLICIES
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 24, 48)])
-def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, form, window, limits):
+def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(back_end, policy, form, window, limits):
     found = []
-    for kernels, fused in (("reference", False), (name, False), (name, True)):
+    for kernels, fused in (("reference", False), (back_end, False), (back_end, True)):
         attention, pool = attention_of(Chosen(kernels, "", fused), policy, form, window)
         groups = []
         for group, (slots, seen, rows) in enumerate(
@@ -249,11 +260,11 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(name, policy, fo
 @pytest.mark.parametrize(
     ("start", "tokens", "limit"), [(0, 30, 48), (0, 60, 40), (20, 30, 48), (30, 9, 48), (100, 64, 40)]
 )
-def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(name, policy, form, start, tokens, limit, window):
+def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(back_end, policy, form, start, tokens, limit, window):
     """One that evicts in every head, and one that does so in the smaller alone."""
     found = []
     for fused in (False, True):
-        attention, pool = attention_of(Chosen(name, "", fused), policy, form, window)
+        attention, pool = attention_of(Chosen(back_end, "", fused), policy, form, window)
         fill(pool.layer(1, 0), 1, start, limit)
         prompts = (
             PromptChunk(rows=slice(1, 1 + tokens), group=1, slot=1, start=start, total=900, row_limit=limit),

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from instruction_sets import required
 
 from bmx import kernels
 from bmx.errors import UsageError
@@ -463,6 +464,7 @@ def test_every_back_end_has_the_functions_of_the_contract(name):
     """The same parameters, of the same kinds and with the same defaults."""
     if name == "triton":
         pytest.importorskip("triton")
+    required(name)
     module = kernels.Kernels(name, "").module
     for function in FUNCTIONS:
         specified = list(inspect.signature(getattr(KernelModule, function)).parameters.values())[1:]

@@ -12,6 +12,7 @@ from typing import Any, cast
 from bmx.errors import UsageError
 from bmx.kernels import build
 from bmx.kernels.contract import Capabilities, KernelModule
+from bmx.kernels.instruction_sets import SETS
 from bmx.kernels.registry import CAPABILITIES, interpreted
 
 LEAST_CAPABILITY = (8, 0)  # Ampere
@@ -22,7 +23,7 @@ class Kernels:
     """The chosen back end.
 
     Attributes:
-        name: of its module here, and of its description in ``registry``.
+        name: of its module here, or of its instruction set, and of its description in ``registry``.
         why: the reason for the choice.
     """
 
@@ -32,6 +33,10 @@ class Kernels:
     @property
     def module(self) -> KernelModule:
         """Its functions; loads torch."""
+        if self.name in SETS:
+            from bmx.kernels.compiled import kernels_for
+
+            return kernels_for(self.name)
         return cast("KernelModule", import_module(f"bmx.kernels.{self.name}"))
 
     @property
@@ -50,24 +55,35 @@ def choose(device_type: str) -> Kernels:
         UsageError: ``BMX_KERNELS`` names kernels that do not exist for this device, or cannot be compiled here.
     """
     forced = os.environ.get("BMX_KERNELS", "")
-    names = ("reference", "cpu", "avx512") if device_type == "cpu" else ("reference", "triton")
-    if device_type == "cpu" and interpreted():
-        names = (*names, "triton")
-    if forced and forced not in names:
-        raise UsageError(f"BMX_KERNELS cannot be {forced!r}", hint=f"here it takes {' or '.join(names)}")
-    library = build.library() if device_type == "cpu" and forced in ("", "avx512") else ""
-    if forced == "avx512" and isinstance(library, str):
-        raise UsageError(f"there are no compiled kernels: {library}", hint="leave out BMX_KERNELS")
     if forced:
-        return Kernels(forced, f"BMX_KERNELS={forced}")
+        return _forced(forced, device_type)
     if device_type == "cuda":
         reason = _why_no_triton()
         return Kernels("reference", f"plain torch: {reason}") if reason else Kernels("triton", "compiled for the GPU")
     if device_type != "cpu":
         return Kernels("reference", f"plain torch: no kernels of its own for {device_type}")
-    if isinstance(library, str):
-        return Kernels("cpu", f"tiled for a CPU; no compiled kernels: {library}")
-    return Kernels("avx512", "compiled for this processor: bfloat16; other types are tiled for a CPU")
+    best = build.best()
+    if best.name is None:
+        return Kernels("cpu", f"tiled for a CPU; no compiled kernels: {best.lack}")
+    return Kernels(best.name, "; ".join(filter(None, (f"compiled for {SETS[best.name].title}", best.lack))))
+
+
+def _forced(name: str, device_type: str) -> Kernels:
+    """The kernels of a name.
+
+    Raises:
+        UsageError: there are none of that name for this device, or they cannot be compiled here.
+    """
+    sets = tuple(one.name for one in SETS.values() if not one.lack())
+    names = ("reference", "cpu", *sets) if device_type == "cpu" else ("reference", "triton")
+    if device_type == "cpu" and interpreted():
+        names = (*names, "triton")
+    reason = build.library(name) if device_type == "cpu" and name in SETS else ""
+    if name not in names or (reason and isinstance(reason, str)):
+        why = f": {reason}" if reason else ""
+        hint = f"here it takes {', '.join(names[:-1])} or {names[-1]}"
+        raise UsageError(f"BMX_KERNELS cannot be {name!r}{why}", hint=hint)
+    return Kernels(name, f"BMX_KERNELS={name}")
 
 
 def _why_no_triton() -> str:

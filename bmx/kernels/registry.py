@@ -1,4 +1,4 @@
-"""One description of each back end, by the name of its module. Loads no torch.
+"""One description of each back end, by the name of its module or its instruction set. Loads no torch.
 
 To add a back end: a module here that implements ``contract.KernelModule``, its description in ``CAPABILITIES``, and the
 condition under which ``bmx.kernels.choose`` takes it.
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from bmx.kernels import workspace
 from bmx.kernels.contract import Capabilities, KernelProfile
 from bmx.kernels.formats import FORMATS
+from bmx.kernels.instruction_sets import SETS
 
 
 def interpreted() -> bool:
@@ -30,6 +31,7 @@ _COMPILED = KernelProfile(
     thin_bandwidth=1.5,
     all_slots=False,
 )
+_PROFILES = dict.fromkeys(SETS, _COMPILED)  # how the kernels of each instruction set use a machine's rates
 _GPU = KernelProfile(
     score_passes=0,
     thin_product=2.0,
@@ -41,17 +43,23 @@ _GPU = KernelProfile(
     ahead=True,
 )
 
-CAPABILITIES: Mapping[str, Capabilities] = {
-    "reference": Capabilities(row_formats=tuple(FORMATS), workspace=workspace.whole_matrices, profile=_PLAIN),
-    "cpu": Capabilities(workspace=workspace.tiles, profile=_TILED),
-    "avx512": Capabilities(
+
+def _compiled(profile: KernelProfile) -> Capabilities:
+    """Kernels in C++, whatever they are compiled for."""
+    return Capabilities(
         model_dtypes=("bfloat16",),
         fuses_steps=True,
         row_formats=("int8", "int4"),
         workspace=workspace.tiles,  # of types that are tiled; for bfloat16 the compiled code holds less
-        profile=_COMPILED,
+        profile=profile,
         wide_profile=_TILED,
-    ),
+    )
+
+
+CAPABILITIES: Mapping[str, Capabilities] = {
+    "reference": Capabilities(row_formats=tuple(FORMATS), workspace=workspace.whole_matrices, profile=_PLAIN),
+    "cpu": Capabilities(workspace=workspace.tiles, profile=_TILED),
+    **{name: _compiled(profile) for name, profile in _PROFILES.items()},
     "triton": Capabilities(
         model_dtypes=() if interpreted() else ("bfloat16", "float16", "float32"),  # interpreting each token takes long
         fuses_steps=True,

@@ -1,0 +1,117 @@
+"""The C++ kernels' functions as Python sees them, and tensors as those functions see them: addresses and strides.
+
+Knows the structures and arguments of ``cpp/kernels.cpp``; decides nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmx.kernels.formats import MODEL, Stored
+from bmx.kernels.linear import Linear
+from bmx.kernels.ranking import RANKS, EvictionOrder
+
+FORMATS = (MODEL, "int8", "int4")  # that the C++ reads and writes
+
+
+class _Vectors(ctypes.Structure):
+    """Vectors by row and head, as the C++ sees them: address, and strides in numbers."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_long), ("head", ctypes.c_long))
+
+
+class _Stored(ctypes.Structure):
+    """Stored vectors, as the C++ sees them: one after another, `head` rows for each kv head."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scales")),
+        *((name, ctypes.c_long) for name in ("format", "dim", "head")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    """A linear layer, as the C++ sees it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "sums", "bias")),
+        *((name, ctypes.c_long) for name in ("columns", "offset")),
+    )
+
+
+class _Order(ctypes.Structure):
+    """An ``EvictionOrder``, as the C++ sees it."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in ("by", "sink", "recent", "window", "distance", "power"))
+
+
+class Library:
+    """The compiled functions, and the memory that they work in.
+
+    Calls follow one another (the GIL is held), so one piece of memory serves all; it grows to the largest need.
+    """
+
+    def __init__(self, library: ctypes.PyDLL) -> None:
+        pointer, number, flag, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+        working: dict[str, list[Any]] = {
+            "bmx_linear": [pointer] * 2 + [flag] * 2 + [pointer] + [number] * 2,
+            "bmx_attend_chunk": [pointer] * 2 + [number] * 5 + [real, flag, flag] + [pointer] * 6,
+            "bmx_attend_slots": [pointer] * 3 + [number] * 4 + [real, flag, pointer, number, number] + [pointer] * 3,
+            "bmx_decode_step": [pointer] * 9 + [number] * 4 + [real] * 2 + [flag, _Order] + [pointer] * 2,
+            "bmx_evict": [pointer] * 5 + [number] * 6 + [real, _Order],
+        }
+        for name, arguments in working.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = [*arguments, pointer, number], number
+        library.bmx_rms_norm.argtypes, library.bmx_rms_norm.restype = [*[pointer] * 3, real, number, number], None
+        library.bmx_rotate.argtypes = [pointer, number, number, *[pointer] * 3, *[number] * 3]
+        library.bmx_rotate.restype = None
+        self.functions: Any = library
+        self._work = torch.empty(0, dtype=torch.uint8)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function; if it says that the memory to work in is too small, again with as much as it needs."""
+        function = getattr(self.functions, name)
+        needed = function(*arguments, self._work.data_ptr(), self._work.numel())
+        if needed:
+            self._work.resize_(needed)
+            function(*arguments, self._work.data_ptr(), needed)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where its numbers are."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def layers_of(layers: tuple[Linear, ...], offsets: list[int]) -> Any:
+    """Linear layers of one input; ``offsets`` say where the outputs of each begin."""
+    return (_Layer * len(layers))(
+        *(
+            _Layer(*map(address, (layer.weight, layer.scales, layer.sums, layer.bias)), len(layer.weight), offset)
+            for layer, offset in zip(layers, offsets, strict=True)
+        )
+    )
+
+
+def order_of(order: EvictionOrder) -> _Order:
+    """Which pair is evicted first."""
+    by, window = RANKS.index(order.by), order.window or 0
+    return _Order(by, order.sink, order.recent, window, order.distance, order.power)
+
+
+def vectors_of(*tensors: Tensor) -> Any:
+    """Tensors [N, H or K, D or E], as the C++ sees them."""
+    return (_Vectors * len(tensors))(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in tensors))
+
+
+def stored_of(keys: Stored, values: Stored, *vectors: Tensor) -> Any:
+    """Stored keys and values [..., rows, D or E], as the C++ sees them; ``vectors`` are of the same sizes."""
+    views = []
+    for stored, dim in zip((keys, values), (one.shape[-1] for one in vectors), strict=True):
+        numbers = stored.numbers
+        head = numbers.stride(-3) // numbers.stride(-2) if numbers.ndim > 2 else 0
+        views.append(_Stored(address(numbers), address(stored.scales), FORMATS.index(stored.format), dim, head))
+    return (_Stored * 2)(*views)
