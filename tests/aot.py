@@ -1,7 +1,8 @@
 """Compiles Triton kernels for GPUs that this machine lacks, and reports the registers and memory that they need.
 
 A kernel file's ``compiled_for(head_dim)`` lists what is launched. Kernels that were imported to be interpreted cannot
-be compiled, so another process compiles them: this file is its program.
+be compiled, so another process compiles them: this file is its program. The test compiles each launch for one
+architecture; ``python tests/aot.py`` compiles all of them, at more head sizes, for both (two minutes).
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
-# Head sizes that each file's kernels are compiled for, by architecture: each size for at least one of them, and the
-# largest, which needs the most registers, for both where registers are scarce.
-MODULES = {
+# Head sizes that each file's kernels are compiled for, by architecture: in the test one, the largest where registers
+# are scarce; else each size for at least one architecture, and the largest for both where registers are scarce.
+TESTED: dict[str, dict[int, tuple[int, ...]]] = {
+    "bmx.kernels.triton_prefill": {90: (128,)},
+    "bmx.kernels.triton_decode": {80: (128,)},
+    "bmx.kernels.triton_evict": {80: (128,)},
+    "bmx.kernels.triton_pointwise": {90: (64,)},
+}
+ALL: dict[str, dict[int, tuple[int, ...]]] = {
     "bmx.kernels.triton_prefill": {80: (64, 128), 90: (96, 128)},
     "bmx.kernels.triton_decode": {80: (128,), 90: (64, 96)},
     "bmx.kernels.triton_evict": {80: (128,), 90: (96,)},
@@ -48,9 +55,14 @@ class Built:
     spills: int
     serial: bool
 
+    @property
+    def fits(self) -> bool:
+        """Whether it runs on the architecture, and keeps what it works on in registers."""
+        return self.spills == 0 and self.shared <= ARCHITECTURES[self.arch] and not self.serial
+
 
 def built(arch: int) -> list[Built]:
-    """All kernels that are launched, compiled for an architecture by another process."""
+    """The kernels that are tested, compiled for an architecture by another process."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -96,13 +108,28 @@ def compiled(module, variant, arch) -> Built:
     return Built(module, name, arch, registers, binary.metadata.shared, spills, "serialized" in ptxas)
 
 
-def main(arch: int) -> None:
+def kernels_of(modules: dict[str, dict[int, tuple[int, ...]]], arch: int) -> list[Built]:
+    """Each launch of these files once, compiled for an architecture."""
+    made = []
+    for module, dims in modules.items():
+        launches = [each for dim in dims.get(arch, ()) for each in import_module(module).compiled_for(dim)]
+        made += [compiled(module, each, arch) for each in {repr(each): each for each in launches}.values()]
+    return made
+
+
+def compile_all() -> None:
+    """Print what every kernel needs; exits with 1 if one does not fit."""
     kernels = []
-    for module, dims in MODULES.items():
-        launches = {repr(launch): launch for dim in dims[arch] for launch in import_module(module).compiled_for(dim)}
-        kernels += [compiled(module, launch, arch) for launch in launches.values()]
-    sys.stdout.write(json.dumps([asdict(kernel) for kernel in kernels]))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+        for arch in ARCHITECTURES:
+            kernels += kernels_of(ALL, arch)
+    for kernel in kernels:
+        sys.stdout.write(f"{'ok  ' if kernel.fits else 'BAD '} {kernel}\n")
+    sys.exit(not all(kernel.fits for kernel in kernels))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    if len(sys.argv) == 1:
+        compile_all()
+    sys.stdout.write(json.dumps([asdict(kernel) for kernel in kernels_of(TESTED, int(sys.argv[1]))]))
