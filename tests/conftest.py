@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -154,6 +155,38 @@ def reference_answers(model: Any, prompts: Sequence[Sequence[int]], new_tokens: 
         )
         answers[str(i)] = tuple(output[0, len(prompt) :].tolist())
     return answers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter() -> None:
+    """Triton's interpreter replaces the functions of its language once a launch, not at each call within a kernel.
+
+    Nor does it compute whether a sum overflows, since it looks at that only when it debugs.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        return
+    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    languages = (interpreter.tl, interpreter.tl.core)
+    replaced: set[tuple[bool, ...]] = set()
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        try:
+            launch(self, *args, **kwargs)
+        finally:
+            replaced.clear()
+
+    def replace_once(function: Any) -> Any:
+        modules = [module for module in function.__globals__.values() if isinstance(module, ModuleType)]
+        seen = tuple(any(module is language for module in modules) for language in languages)
+        if seen in replaced:
+            return interpreter._LangPatchScope()
+        replaced.add(seen)
+        return replace(function)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launched, replace_once
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
