@@ -67,7 +67,7 @@ void multiply_numbers(const bf16* x, const Layer* layers, int count, bool gated,
                 layer.bias, gated && which ? y : nullptr);
     };
     const Number* numbers = multiplicable(x, rows * inner, left, Number{});
-    multiply<Plain, bf16>(numbers, layers, count, gated, rows, inner, left, finish);
+    multiply<Plain, bf16>(numbers, {layers, count, gated}, rows, inner, left, finish);
 }
 
 // Linear layers in int8: see bmx_linear.
@@ -86,7 +86,7 @@ void multiply_bytes(const bf16* x, const Layer* layers, int count, bool gated, b
                 gated && which ? y : nullptr);
         }
     };
-    multiply<Bytes, uint8_t>(codes, layers, count, gated, rows, inner, left, finish);
+    multiply<Bytes, uint8_t>(codes, {layers, count, gated}, rows, inner, left, finish);
 }
 
 }  // namespace

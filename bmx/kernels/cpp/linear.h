@@ -2,16 +2,25 @@
 
 #pragma once
 
+#include <numeric>
+#include <utility>
+
 #include "products.h"
 
 namespace {
+
+// Rows of so many words that weights are packed for: they stay in the second cache.
+inline long band_of(long words) {
+    const long fit = static_cast<long>(CACHED_BYTES / sizeof(word)) / words;
+    return std::max(LEAST_BAND, fit / ROWS * ROWS);
+}
 
 // The working memory of a thread in `multiply`: a panel of weights and sums, in words.
 struct ThreadWork {
     size_t panel, sums;
     ThreadWork(long rows, long words)
         : panel(std::min(words, DEPTH) * SIDE),
-          sums((words > DEPTH ? rows + ROWS : std::min(rows, CACHED_ROWS)) * SIDE) {}
+          sums(std::min(rows, words > DEPTH ? band_of(words) : CACHED_ROWS) * SIDE) {}
     size_t bytes() const { return Work::bytes<word>(panel) + Work::bytes<word>(sums); }
     long all_threads() const { return static_cast<long>(bytes() * omp_get_max_threads()); }
 };
@@ -25,66 +34,85 @@ struct Layer {
     long columns, offset;
 };
 
-// x[rows][inner] times the weights [columns][inner] of some layers; each row of a block of columns is handed to
-// `finish(layer, row, column, registers, sums)`. Threads divide the rows if there are many, else the columns. Of paired
-// layers, each block of the first is followed by the same block of the second, in the same thread.
-template <class Kind, class Source, class Finish>
-void multiply(const typename Kind::number* left, const Layer* layers, int count, bool paired, long rows, long inner,
-              Work work, const Finish& finish) {
-    const word* x = reinterpret_cast<const word*>(left);
-    const long words = inner / Kind::PARTS, part = DEPTH * Kind::PARTS;
-    const ThreadWork size(rows, words);
-    long blocks = 0;
-    for (int i = 0; i < count; i++) blocks += (layers[i].columns + SIDE - 1) / SIDE;
-    const auto find_block = [=](long block, int& which, long& column) {
-        if (paired) {
-            which = static_cast<int>(block % 2), column = block / 2 * SIDE;
-            return;
-        }
-        for (which = 0; block >= (layers[which].columns + SIDE - 1) / SIDE; which++)
-            block -= (layers[which].columns + SIDE - 1) / SIDE;
-        column = block * SIDE;
-    };
-#pragma omp parallel
-    {
+// Blocks of SIDE columns of some layers of one input, one layer after another. Of paired layers, each block of the
+// first is followed by the same block of the second.
+struct Blocks {
+    const Layer* layers;
+    int count;
+    bool paired;
+
+    static long of(const Layer& layer) { return (layer.columns + SIDE - 1) / SIDE; }
+    long all() const {
+        return std::accumulate(layers, layers + count, 0L, [](long sum, const Layer& one) { return sum + of(one); });
+    }
+    // The layer and the first column of a block.
+    std::pair<int, long> find(long block) const {
+        if (paired) return {static_cast<int>(block % 2), block / 2 * SIDE};
+        int which = 0;
+        for (; block >= of(layers[which]); which++) block -= of(layers[which]);
+        return {which, block * SIDE};
+    }
+};
+
+// What one thread computes of a product: rows top .. bottom in the blocks begin .. end. Threads divide the rows if
+// there are many, else the blocks; paired blocks stay together.
+struct Share {
+    long top, bottom, begin, end;
+    Share(long rows, long blocks, long step) {
         const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-        Work own{work.at + me * size.bytes()};
-        word* panel = own.take<word>(size.panel);
-        word* sums = own.take<word>(size.sums);
         int down = 1;
         for (int d = 1; d <= threads; d++)
             if (threads % d == 0 && rows >= d * MANY_ROWS) down = d;
         const int across = threads / down, mine = me % across;
         const long tall = (rows + ROWS * down - 1) / (ROWS * down) * ROWS;
-        const long top = std::min(rows, (me / across) * tall), bottom = std::min(rows, top + tall);
-        const long step = paired ? 2 : 1, stop = blocks / step * (mine + 1) / across * step;
-        for (long block = blocks / step * mine / across * step; block < stop && bottom > top; block++) {
-            int which, next_which;
-            long column, next_column;
-            find_block(block, which, column);
-            find_block(block + 1 < stop ? block + 1 : block, next_which, next_column);
-            const Source* weight = static_cast<const Source*>(layers[which].weight);
-            const int registers = static_cast<int>(std::min<long>(WIDE, (layers[which].columns - column) / LANES));
+        top = std::min(rows, (me / across) * tall), bottom = std::min(rows, top + tall);
+        begin = blocks / step * mine / across * step, end = blocks / step * (mine + 1) / across * step;
+    }
+};
+
+// x[rows][inner] times the weights [columns][inner] of some layers; each row of a block of columns is handed to
+// `finish(layer, which, row, column, registers, sums)`.
+template <class Kind, class Source, class Finish>
+void multiply(const typename Kind::number* left, const Blocks& blocks, long rows, long inner, Work work,
+              const Finish& finish) {
+    const word* x = reinterpret_cast<const word*>(left);
+    const long words = inner / Kind::PARTS, band = band_of(words), all = blocks.all();
+    const ThreadWork size(rows, words);
+    const auto weights = [&](const std::pair<int, long>& at) {
+        return static_cast<const Source*>(blocks.layers[at.first].weight) + at.second * inner;
+    };
+#pragma omp parallel
+    {
+        Work own{work.at + omp_get_thread_num() * size.bytes()};
+        word* panel = own.take<word>(size.panel);
+        word* sums = own.take<word>(size.sums);
+        const Share share(rows, all, blocks.paired ? 2 : 1);
+        const auto multiply_block = [&](long block, long top, long bottom) {
+            const auto at = blocks.find(block);
+            const Layer& layer = blocks.layers[at.first];
+            const int registers = static_cast<int>(std::min<long>(WIDE, (layer.columns - at.second) / LANES));
             const int width = registers * LANES;
+            const Source* lines[SIDE];
+            for (int i = 0; i < width; i++) lines[i] = weights(at) + i * inner;
             for (long k = 0; k < words; k += DEPTH) {
                 const long depth = std::min(DEPTH, words - k);
                 const bool last = k + depth == words;
-                const Source* lines[SIDE];
-                for (int i = 0; i < width; i++) lines[i] = weight + (column + i) * inner + k * Kind::PARTS;
                 pack<Kind>(lines, depth, panel, width);
-                const Source* next = last ? static_cast<const Source*>(layers[next_which].weight) + next_column * inner
-                                          : lines[0] + part;
-                const Ahead ahead{reinterpret_cast<const char*>(next), static_cast<long>(inner * sizeof(Source))};
-                for (long row = top; row < bottom; row += CACHED_ROWS) {
-                    const long count_of_rows = std::min(CACHED_ROWS, bottom - row);
+                for (int i = 0; i < width; i++) lines[i] += depth * Kind::PARTS;
+                const Source* next = last ? weights(blocks.find(std::min(block + 1, share.end - 1))) : lines[0];
+                Ahead ahead{reinterpret_cast<const char*>(next), static_cast<long>(inner * sizeof(Source))};
+                for (long row = top; row < bottom; row += CACHED_ROWS, ahead = {}) {
+                    const long count = std::min(CACHED_ROWS, bottom - row);
                     word* to = words > DEPTH ? sums + (row - top) * width : sums;
-                    product<Kind>(x + row * words + k, words, count_of_rows, panel, registers, depth, k == 0, to, width,
-                                  row == top ? ahead : Ahead{});
-                    for (long i = 0; last && i < count_of_rows; i++)
-                        finish(layers[which], which, row + i, column, registers, to + i * width);
+                    product<Kind>(x + row * words + k, words, count, panel, registers, depth, k == 0, to, width, ahead);
+                    for (long i = 0; last && i < count; i++)
+                        finish(layer, at.first, row + i, at.second, registers, to + i * width);
                 }
             }
-        }
+        };
+        for (long row = share.top; row < share.bottom; row += band)
+            for (long block = share.begin; block < share.end; block++)
+                multiply_block(block, row, std::min(row + band, share.bottom));
         release_tiles();
     }
 }

@@ -12,21 +12,26 @@
 
 namespace {
 
-constexpr long MANY_ROWS = 128;    // rows from which threads divide rows instead of columns
-constexpr long CACHED_ROWS = 256;  // rows whose sums stay in the second cache
+constexpr long MANY_ROWS = 128;             // rows from which threads divide rows instead of columns
+constexpr long CACHED_ROWS = 96;            // rows whose sums stay in the first cache
+constexpr size_t CACHED_BYTES = 768 << 10;  // of left-hand sides that stay in the second cache
 
 #if defined(__AMX_TILE__)
 constexpr int ROWS = 8, WIDE = 2;
 constexpr long DEPTH = 1024;
+constexpr long LEAST_BAND = 512;  // rows for which weights are packed: fewer would not be worth it
 #elif defined(__AVX512F__)
 constexpr int ROWS = 8, WIDE = 3;  // rows, and registers of columns, of a tile of a product
 constexpr long DEPTH = 1024;       // words of a panel's columns: what stays in the second cache
+constexpr long LEAST_BAND = 192;
 #elif defined(__AVX2__)
 constexpr int ROWS = 6, WIDE = 2;
 constexpr long DEPTH = 384;
+constexpr long LEAST_BAND = 96;
 #else
 constexpr int ROWS = 6, WIDE = 4;
 constexpr long DEPTH = 384;
+constexpr long LEAST_BAND = 96;
 #endif
 constexpr int SIDE = WIDE * LANES;  // columns of a tile
 #ifdef __AMX_TILE__
@@ -52,14 +57,22 @@ struct Halves {  // words of two bfloat16, summed in float
 };
 using Plain = Halves;
 #else
-struct Floats {
+struct Floats {  // words of one float
     using number = float;
     using sum = Real;
     static constexpr int PARTS = 1;
-    static Real add(Real s, word a, Int b) {
+    static Real add(Real s, word a, Int b) {  // as `fused`; in assembly for the reason that Bytes::add is
         float x;
         std::memcpy(&x, &a, sizeof x);
+#if defined(__AVX512F__)
+        asm("vfmadd231ps %2, %1, %0" : "+v"(s) : "v"(splat(x)), "v"(b));
+        return s;
+#elif defined(__AVX2__)
+        asm("vfmadd231ps %2, %1, %0" : "+x"(s) : "x"(splat(x)), "x"(b));
+        return s;
+#else
         return fused(splat(x), reinterpret_cast<Real>(b), s);
+#endif
     }
     static Int words(const bf16* row, long k) { return reinterpret_cast<Int>(load_bf16(row + k)); }
 };
@@ -165,9 +178,10 @@ inline void store_sum(word* p, Int s) {
 }
 
 // A tile of M rows x N registers: out[row][column] (+)= sum over words of a[row][word] times panel[word][column].
+// Within another function, compilers would keep some of its sums in memory.
 template <class Kind, int M, int N, bool Prefetch = false>
-inline void tile(const word* a, long stride, const word* panel, long words, bool begin, word* out, long width,
-                 Ahead ahead = {}) {
+[[gnu::noinline]] void tile(const word* a, long stride, const word* panel, long words, bool begin, word* out,
+                            long width, Ahead ahead = {}) {
     typename Kind::sum s[M][N];
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) {
