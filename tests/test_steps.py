@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -82,15 +82,15 @@ def launches(monkeypatch):
     return names, lambda: monkeypatch.setattr(torch, "tensor", tensor)
 
 
-def sequences(policy, sampling):
-    """Prompts of unequal lengths; the second one's temperature is not zero."""
-    for number, tokens in enumerate((12, 70, 33, 51, 9)):
-        params = replace(sampling, temperature=0.7 if number == 1 else 0.0)
+def sequences(policy, lengths, new):
+    """Prompts of these lengths; the second one's temperature is not zero."""
+    for number, tokens in enumerate(lengths):
+        params = SamplingParams(max_tokens=new, temperature=0.7 if number == 1 else 0.0)
         yield Sequence(
             request=Request(id=number, params=params),
             prompt=[5 + (number + place) % 50 for place in range(tokens)],
-            max_tokens=12,
-            rows_needed=policy.rows_needed(tokens, 12),
+            max_tokens=new,
+            rows_needed=policy.rows_needed(tokens, new),
             end_token_ids=frozenset({2}),
             tokenizer=TOKENIZER,
         )
@@ -123,23 +123,21 @@ def test_no_step_waits_for_the_device(family, config, launches):
     names, watch = launches
     runner, scheduler = Absent(family, config).runner(LONGROPE if family == "phi3" else None)
     with runner:
-        drained(runner, scheduler)  # tables of frequencies are made once
+        drained(runner, scheduler, (9, 45), 2)  # tables of frequencies are made once
         names.clear()
         watch()
-        kinds = drained(runner, scheduler)
+        kinds = drained(runner, scheduler, (12, 45, 33, 51, 9), 6)
     assert kinds == {(True, False), (False, True), (True, True)}
     alone = config in SIMPLE or config["kv_budget"] == 0.5
     assert ("_decode" in names) == alone
     assert (runner.rounds > 1) == alone
 
 
-def drained(runner, scheduler) -> set[tuple[bool, bool]]:
+def drained(runner, scheduler, lengths, new) -> set[tuple[bool, bool]]:
     """Run all steps; returns which of them decoded, and which read prompts."""
-    rows = list(sequences(runner.policy, SamplingParams(max_tokens=12)))
-    for row in rows:
-        if row.rows_needed <= scheduler.largest:
-            scheduler.enqueue(row)
-    assert len(scheduler.waiting) >= 3
+    for row in sequences(runner.policy, lengths, new):
+        assert row.rows_needed <= scheduler.largest
+        scheduler.enqueue(row)
     kinds = set()
     while True:
         scheduler.admit_waiting()
