@@ -189,13 +189,18 @@ def fast_interpreter() -> None:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def last_garbage_collection() -> Iterator[None]:
+    """The last garbage collection skips nothing."""
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def fast_garbage_collection() -> Iterator[None]:
+def fast_garbage_collection(last_garbage_collection: None) -> None:
     """Garbage collections skip the objects that exist before a file's tests: torch and transformers hold many."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from bmx.config import EngineConfig
 from bmx.engine.backend import ModelBackend
 from bmx.errors import MemoryLimitError
 from bmx.measure import bench as bench_module
+from bmx.measure import plots
 from bmx.measure.bench import mean_ratios, ratios
 from bmx.measure.bench_sides import SideMeasurement, Workload, measure_decode_only
 from bmx.measure.decode_bound import decode_step_seconds
@@ -64,7 +66,8 @@ CELL = ("--shape", "tiny", "--input-tokens", 60, "--output-tokens", 5)
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    """A tiny shape, which runs in less than a megabyte, and a machine whose rates are known."""
+    """A tiny shape, which runs in less than a megabyte, and a machine whose rates are known; without the plots."""
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)  # to draw them takes longer than to measure
     monkeypatch.setattr("bmx.units.LEAST_MEMORY", 1)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setattr(bench_module, "measure", lambda device, dtype: RATES)
@@ -89,7 +92,8 @@ def id_engine(**config):
 # What is measured
 
 
-def test_three_sides_of_the_same_work_stand_side_by_side(bench):
+def test_three_sides_of_the_same_work_stand_side_by_side(bench, monkeypatch):
+    monkeypatch.setattr(plots, "find_spec", find_spec)
     ended = bench(*CELL, "--prompts", 7, "--kv-cache-memory", 50_000)
     assert ended.code == 0
     record = measured()
@@ -303,7 +307,8 @@ def test_what_cannot_be_measured_is_one_line_and_a_hint(bench, model, flags, cod
 
 @pytest.mark.parametrize("name", ["bench.json", "bench.png", "bench.svg"])
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
-def test_a8_a_file_of_another_kind_is_never_replaced(bench, name, flags):
+def test_a8_a_file_of_another_kind_is_never_replaced(bench, name, flags, monkeypatch):
+    monkeypatch.setattr(plots, "find_spec", find_spec)
     Path(name).write_text('{"calibration_format": 1}')
     ended = bench(*CELL, *flags)
     assert (ended.code, Path(name).read_text()) == (2, '{"calibration_format": 1}')
@@ -351,10 +356,7 @@ def test_a_stopped_bench_keeps_the_cells_that_were_finished(bench, monkeypatch):
     assert (measured()["state"], len(measured()["cells"])) == ("finished", 2)
 
 
-def test_without_matplotlib_the_rest_is_done_and_a_note_says_how_to_get_plots(bench, monkeypatch):
-    from bmx.measure import plots as report
-
-    monkeypatch.setattr(report, "find_spec", lambda _: None)
+def test_without_matplotlib_the_rest_is_done_and_a_note_says_how_to_get_plots(bench):
     ended = bench(*CELL, "--prompts", 2)
     assert ended.code == 0
     assert "pip install matplotlib" in ended.err

@@ -184,10 +184,10 @@ def run(engine: Engine, requests: list[Request], plan: Plan, allocator: Allocato
 
 
 def sampled(operators: list[str]) -> list[int]:
-    """Numbers of the allocations to refuse: each operator's first and last, and every third of all."""
+    """Numbers of the allocations to refuse: each operator's first and last, and every seventh of all."""
     first = {operators.index(name) + 1 for name in set(operators)}
     last = {name: number for number, name in enumerate(operators, 1)}
-    return sorted({*first, *last.values(), *range(1, len(operators) + 1, 3)})
+    return sorted({*first, *last.values(), *range(1, len(operators) + 1, 7)})
 
 
 def test_memory_that_runs_out_once_at_any_operator_changes_no_answer():
@@ -407,7 +407,7 @@ def test_memory_that_runs_out_once_anywhere_in_the_rehearsal_still_gives_a_plan(
     expected = run(engine, requests, planned(engine, requests))
     number, refused = 0, 1
     while refused:
-        number += 1
+        number += 1 if number < 20 else 3  # the first ones make the slots and the tokens, the others are like them
         allocator = Allocator(failing(number))
         with allocator:
             plan = planned(engine, requests)
@@ -563,8 +563,8 @@ def hungry() -> tuple[Engine, list[Request], Plan]:
     config = FAMILIES["llama"]()
     config.head_dim, config.max_position_embeddings = 128, 2048
     engine = tiny_engine(seeded(config), kv_policy="none", chunk_size=16, max_num_batched_tokens=64, max_num_seqs=40)
-    params = SamplingParams(max_tokens=2000, temperature=1.0, stop_token_ids=tuple(range(100)))
-    prompts = random_prompts([5 + i % 20 for i in range(60)])
+    params = SamplingParams(max_tokens=2000, temperature=1.0, stop_token_ids=tuple(range(115)))
+    prompts = random_prompts([5 + i % 20 for i in range(45)])
     requests = [Request(id=str(i), prompt=words(p), params=params) for i, p in enumerate(prompts)]
     return engine, requests, planned(engine, requests)
 
@@ -584,5 +584,5 @@ def test_a_process_that_may_take_less_memory_than_when_it_planned():
     pool, *runs = json.loads(ended.stdout.splitlines()[-1])
     assert pool > 300e6
     for same, answered, slots in runs:
-        assert (same, answered) == (True, 60)
+        assert (same, answered) == (True, 45)
         assert 4 < slots < 40 * 0.7

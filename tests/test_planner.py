@@ -35,7 +35,7 @@ SPEC = ModelSpec(
     layers=tuple(
         LayerSpec(query_heads=8, kv_heads=2, key_dim=64, value_dim=64, window=None, owner=i) for i in range(6)
     ),
-    costs=Costs(activation_bytes=10_500, traffic_bytes=150_000, flops=26 * MB, operators=300),
+    costs=Costs(activation_bytes=10_500, traffic_bytes=60_000, flops=26 * MB, operators=300),
     vocab=10_000,
     max_length=8192,
     weight_bytes=50 * MB,
@@ -270,9 +270,9 @@ from bmx.engine.sampler import SamplingRow as Row, sample
 from bmx.request import SamplingParams
 torch.set_num_threads(1)
 row = Row(SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05), 0.5)
-sample(torch.randn(2, 150_000), [row] * 2)
+sample(torch.randn(2, 60_000), [row] * 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sample(torch.randn(64, 150_000), [row] * 64)
+sample(torch.randn(64, 60_000), [row] * 64)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -280,7 +280,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in Linux's unit")
 def test_sampling_takes_no_more_memory_than_was_planned():
     grown = int(subprocess.run([sys.executable, "-c", SAMPLE], capture_output=True, text=True, check=True).stdout)
-    spec = replace(SPEC, vocab=150_000, itemsize=4)
+    spec = replace(SPEC, vocab=60_000, itemsize=4)
     promised = memory_needed(spec, layout, (SlotGroup(16, 64),), STEP, DEVICE).logits
     assert grown <= 1.1 * promised
 

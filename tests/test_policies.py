@@ -34,7 +34,7 @@ from bmx.errors import UsageError
 from bmx.model.spec import share_layers
 from bmx.policies import POLICIES
 
-SINK, RECENT, NEW = 2, 4, 8
+SINK, RECENT, NEW = 2, 4, 5
 FIXED = SINK + RECENT
 EVICTING = tuple(name for name in POLICIES if name != "none")
 ATTENTIVE = ("average-attention", "far-attention", "h2o", "decay", "roco", "window", "tova", "r-kv")

@@ -25,7 +25,7 @@ from bmx.model.loader import prepare
 from bmx.model.spec import use_attention
 from bmx.policies import POLICIES, SCORERS
 
-SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 26  # an answer in which pairs are ranked more than once
+SINK, RECENT, BUDGET, CHUNK, NEW = 3, 5, 20, 12, 20  # an answer in which pairs are ranked more than once
 PROMPT = 50
 SETTINGS = {"kv_sink": SINK, "kv_recent": RECENT, "kv_budget": BUDGET, "chunk_size": CHUNK}
 WINDOWS = {"window": 32, "tova": 1, "r-kv": 8}  # newest queries that vote
