@@ -22,7 +22,7 @@ from bmx.errors import OutputError
 from bmx.job.line_file import LineFile
 
 ROWS, SPARE = 40, 10  # rows of an input, and others to put into it
-SEEDS, CHANGES_PER_SEED = 10, 21
+SEEDS, CHANGES_PER_SEED = 6, 21
 ASIDE = "out.jsonl.set-aside"
 
 

@@ -84,8 +84,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("params", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "params"), list(enumerate(SETTINGS.values())), ids=SETTINGS)
 def test_draws_are_distributed_as_transformers_says(seed, params):
     assert_distribution(normal(VOCAB, seed=seed), **params)
 
