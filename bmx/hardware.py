@@ -20,6 +20,10 @@ from typing import Any
 CGROUP = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
 NAMED_HOLDERS = 3
+MULTIPLIERS = {  # flags of processors that multiply numbers of a type
+    "bfloat16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+    "float16": frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,9 +353,9 @@ def _cpu_quotas() -> Iterator[tuple[str, str]]:
         yield _read(group / "cpu.cfs_quota_us").strip(), _read(group / "cpu.cfs_period_us").strip()
 
 
-def fast_bfloat16_cpu() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
+def multiplies(dtype: str) -> bool:
+    """Whether this CPU multiplies numbers of a 16-bit type in hardware; ``dtype`` is torch's name of it."""
+    return bool(MULTIPLIERS[dtype] & cpu_flags())
 
 
 @cache

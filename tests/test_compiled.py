@@ -478,6 +478,25 @@ def test_other_codes_are_declined_and_nothing_is_changed(compiled, formats, dim)
     assert (rows.positions == -1).all()
 
 
+def test_what_is_left_to_torch_is_computed_in_float32_on_a_processor_without_bfloat16(compiled, monkeypatch):
+    """There, torch takes a hundred times as long in bfloat16."""
+    monkeypatch.setattr(hardware, "cpu_flags", frozenset)
+    chunk = chunk_of(30, 20)
+    seen = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, mm=torch.mm, **out: seen.append(a.dtype) or mm(a, b, **out))
+    output, _ = compiled.attend_chunk(*chunk, scale=0.125, softcap=2.0)
+    expected, _ = dense_chunk(*chunk, scale=0.125, softcap=2.0)
+    assert output.dtype == BF16
+    assert set(seen) == {torch.float32}
+    torch.testing.assert_close(output.double(), expected, **NEAR)
+    query, keys = normal(3, 6, 64, dtype=BF16), normal(5, 2, 33, 64, seed=1, dtype=BF16)
+    slots = torch.tensor([4, 0, 3])
+    output, _ = compiled.attend_slots(query, keys, keys, slots, scale=0.125, softcap=2.0)
+    expected, _ = dense_slots(query, keys[slots], keys[slots], scale=0.125, softcap=2.0)
+    assert output.dtype == BF16
+    torch.testing.assert_close(output.double(), expected, **NEAR)
+
+
 def test_what_is_no_number_stays_none(compiled):
     """The engine finds broken rows by their logits: no kernel may make a number of them."""
     query, key, value, past_key, past_value = chunk_of(9, 4)

@@ -334,9 +334,9 @@ def test_a_system_without_affinity_counts_its_cores(machine, monkeypatch):
         ("", False),
     ],
 )
-def test_bfloat16_is_fast_where_the_cpu_says_so(machine, text, fast):
+def test_bfloat16_is_in_hardware_where_the_cpu_says_so(machine, text, fast):
     machine({"/proc/cpuinfo": text})
-    assert hardware.fast_bfloat16_cpu() is fast
+    assert hardware.multiplies("bfloat16") is fast
 
 
 def test_the_cpu_has_a_name(machine):

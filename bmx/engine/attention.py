@@ -9,7 +9,7 @@ K kv heads, C rows of a slot, P rows in use, D key dim, E value dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,9 @@ from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import Kernels
-from bmx.kernels.contract import Capabilities
+from bmx.kernels.contract import Capabilities, KernelModule
 from bmx.kernels.formats import hadamard
+from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference import out_of_window
 from bmx.kernels.slot_views import Rows
@@ -122,7 +123,7 @@ class SlotAttention:
         self._policy = policy
         self._kernels = kernels.module
         self._fused = [self._fused_inputs(layer, kernels.capabilities) for layer in range(len(pool.rows))]
-        self._rotations = _rotations(pool)
+        self._rotations = _rotations(pool, self._kernels)
         self._query_weights: dict[tuple[int, int], Tensor | None] = {}
         self._forward: Forward | None = None
 
@@ -167,7 +168,7 @@ class SlotAttention:
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, H or K, D or E]
         rotation = self._rotations[forward.layer]
         if rotation is not None:
-            q, k = q @ rotation, k @ rotation
+            [q], [k] = rotation(q), rotation(k)
         inputs = LayerInputs(q, k, v, query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap, s_aux)
         output = inputs.output()
         self._decode_tokens(forward, output, inputs)
@@ -371,13 +372,14 @@ def _by_part(parts: Parts, output: Tensor, inputs: LayerInputs) -> Iterator[tupl
         yield part, output[:, head * group : (head + 1) * group], inputs.head(head)
 
 
-def _rotations(pool: KVPool) -> list[Tensor | None]:
-    """By layer, the matrix [D, D] that rotates queries and keys, so that keys lose less in few bits; None for none."""
-    rotations: dict[int, Tensor] = {}
+def _rotations(pool: KVPool, kernels: KernelModule) -> list[Callable[[Tensor], list[Tensor]] | None]:
+    """By layer, what rotates queries and keys [..., D], so that keys lose less in few bits; None for nothing."""
+    rotations = {}
     device = pool.layer(0, 0)[0].positions.device
     layouts = [pool.layer(0, layer)[0].layout for layer in range(len(pool.rows))]
     for dim in {layout.key_dim for layout in layouts if layout.rotates_keys}:
-        rotations[dim] = hadamard(dim, pool.dtype, device)
+        columns = hadamard(dim, pool.dtype, device).T.contiguous()
+        rotations[dim] = kernels.product((Linear(weight=columns, bias=None),))
     return [rotations[layout.key_dim] if layout.rotates_keys else None for layout in layouts]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmx import hardware
 from bmx.kernels import build, cpu, reference
 from bmx.kernels.compiled_library import FORMATS, Library, address, layers_of, order_of, stored_of, vectors_of
 from bmx.kernels.formats import MODEL, Stored
@@ -97,13 +98,10 @@ class CompiledKernels:
         operands = (query, key, value, past_key, past_value)
         if softcap is not None or squares or scale <= 0 or not all(map(_takes, operands)):
             details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
-            details |= {
-                "query_weights": query_weights,
-                "past_places": past_places,
-                "distance": distance,
-                "power": power,
-            }
-            return cpu.attend_chunk(*operands, scale=scale, **details)
+            details |= {"query_weights": query_weights, "past_places": past_places, "power": power}
+            details |= {"scale": scale, "distance": distance}
+            output, sums = cpu.attend_chunk(*map(_wide, operands), **details)
+            return output.to(query.dtype), sums
         slot = Stored(_in_rows(past_key), None, MODEL), Stored(_in_rows(past_value), None, MODEL)
         options = {"sinks": sinks, "hidden": hidden, "query_weights": query_weights, "past_places": past_places}
         return self._attend_chunk((query, key, value), slot, past_key.shape[1], scale, distance, power, **options)
@@ -168,7 +166,9 @@ class CompiledKernels:
         if softcap is not None or squares or scale <= 0 or not (contiguous and all(map(_takes, (query, keys, values)))):
             details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
             details |= {"want_mass": want_mass, "power": power}
-            return cpu.attend_slots(query, keys, values, slots, scale=scale, **details)
+            details |= {"scale": scale, "slots": slots}
+            output, sums = cpu.attend_slots(*map(_wide, (query, keys, values)), **details)
+            return output.to(query.dtype), sums
         batch, heads, _ = query.shape
         _, kv_heads, capacity, value_dim = values.shape
         query, sinks = query.contiguous(), None if sinks is None else sinks.float()
@@ -313,6 +313,11 @@ def _fits(layer: Linear) -> bool:
     kind = torch.bfloat16 if layer.scales is None else torch.int8
     whole = layer.weight.shape[0] % COLUMNS == 0 and layer.weight.is_contiguous() and layer.weight.dtype == kind
     return whole and (layer.bias is None or layer.bias.dtype == torch.bfloat16)
+
+
+def _wide(operand: Tensor) -> Tensor:
+    """What torch attends to: in float32 where the processor has no bfloat16 in hardware, since that takes far less."""
+    return operand.float() if operand.dtype == torch.bfloat16 and not hardware.multiplies("bfloat16") else operand
 
 
 def _in_rows(past: Tensor) -> Tensor:

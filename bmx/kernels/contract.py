@@ -246,9 +246,8 @@ class KernelProfile:
         chunk_operators: operators started per layer and prompt chunk: attending, choosing and writing.
         decode_operators: operators started per layer and group of decoding slots.
         own_operators: share of the model's own operators that is left to torch, in their number and their traffic.
-        thin_bandwidth: bandwidth of products with few rows, relative to torch's.
         all_slots: slots that do not decode are attended to as well, unless fewer than half of all decode.
-        slot_bandwidth: bandwidth with which slots are read, relative to torch's products with few rows.
+        slot_bandwidth: bandwidth with which slots are read, relative to its products with few rows.
         ahead: operators are started while earlier ones run, and replayed where all slots decode.
         unpack_passes: times that pairs stored in fewer bits are read or written in memory, in the activations' type,
             before they are attended to; 0 where kernels read them as they lie.
@@ -259,7 +258,6 @@ class KernelProfile:
     chunk_operators: int
     decode_operators: int
     own_operators: float = 1.0
-    thin_bandwidth: float = 1.0
     all_slots: bool = True
     slot_bandwidth: float = 2.5
     ahead: bool = False

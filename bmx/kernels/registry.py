@@ -28,8 +28,8 @@ _COMPILED = KernelProfile(
     chunk_operators=6,
     decode_operators=4,
     own_operators=0.4,
-    thin_bandwidth=1.5,
     all_slots=False,
+    slot_bandwidth=1.7,
 )
 _PROFILES = dict.fromkeys(SETS, _COMPILED)  # how the kernels of each instruction set use a machine's rates
 _GPU = KernelProfile(

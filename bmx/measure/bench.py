@@ -36,7 +36,7 @@ from bmx.measure.bench_sides import (
 )
 from bmx.measure.calibration_file import may_replace
 from bmx.measure.plots import check_plots, plot_bench, plots_note
-from bmx.model.loader import dtype_name
+from bmx.model.number_type import dtype_name
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, preview_random_model
 from bmx.plan.machine_speed import Rates, measure
 from bmx.plan.memory import limits
@@ -205,7 +205,7 @@ def _open(
 def _open_random_model(config: EngineConfig, shape: str, longest: int) -> Engine:
     """An engine with a random model of a shape, for sequences of at most ``longest`` tokens."""
     bound_kernel_caches()
-    check_memory(config, lambda device: preview_random_model(shape, longest, dtype_name(config, device)))
+    check_memory(config, lambda device: preview_random_model(shape, longest, dtype_name(config, device, SHAPES[shape])))
     use_all_cores()
     loaded = make_random_model(shape, longest, config)
     return Engine(config, PromptConfig(), IdTokenizer(), ModelBackend(loaded))

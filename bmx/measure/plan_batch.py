@@ -196,7 +196,7 @@ def _measure_step(
 def record(query: PlanQuery, scenarios: Sequence[Scenario]) -> dict[str, Any]:
     """The answer for JSON."""
     target = query.machine
-    rates = target.rates()
+    rates = target.rates(query.spec.itemsize)
     return {
         "model": query.config.model,
         "architecture": query.spec.name,

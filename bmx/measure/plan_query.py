@@ -15,10 +15,11 @@ from bmx.engine.prompt_lengths import PromptMeasurer, max_length, sampling_step
 from bmx.errors import RowError, UsageError
 from bmx.job.input_rows import Reader
 from bmx.job.ledger import Todo
-from bmx.model.loader import dtype_name, load_tokenizer
+from bmx.model.loader import load_tokenizer
+from bmx.model.number_type import dtype_name
 from bmx.model.preview import locate_files, preview_spec, with_int8_weights
 from bmx.model.prompt_encoder import PromptEncoder
-from bmx.model.random_models import preview_random_model
+from bmx.model.random_models import SHAPES, preview_random_model
 from bmx.model.spec import ModelSpec, share_layers
 from bmx.plan.machine import Machine
 from bmx.plan.planner import Length
@@ -81,7 +82,7 @@ def _spec_of_shape(engine: EngineConfig, kind: str, shape: str, longest: int) ->
         shape: the model's shape, by its name.
         longest: tokens of prompt and answer.
     """
-    spec = preview_random_model(shape, longest, dtype_name(engine, kind))
+    spec = preview_random_model(shape, longest, dtype_name(engine, kind, SHAPES[shape]))
     return with_int8_weights(spec, kind) if engine.int8 else spec
 
 

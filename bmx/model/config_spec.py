@@ -169,6 +169,17 @@ class _Shape:
         return self.h * (2 * self.q + 2 * self.k + 3 * self.i)
 
 
+def known_keys(folder: Path) -> dict[str, Any] | None:
+    """The keys of a folder's config.json, with the defaults of those left out; None for another architecture.
+
+    Raises:
+        ModelError: config.json is missing or not a JSON object.
+    """
+    config = read_config(folder)
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    return config | architecture.with_defaults(config) if architecture else None
+
+
 def spec_from_config(folder: Path, itemsize: int) -> ModelSpec | None:
     """The spec of the model in a folder, equal to what ``read_spec`` finds; None for a config that is not covered.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from bmx.model.end_tokens import end_tokens
 from bmx.model.folders import SOURCES, refuse_no_weights, tokenizer_problem
 from bmx.model.hub import cached_commit
 from bmx.model.load_problems import cause_and_hint
+from bmx.model.number_type import dtype_name, slow_on_cpu
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=model_config,
-            dtype=choose_dtype(config, device),
+            dtype=choose_dtype(config, device, model_config.to_dict()),
             device_map=None if device.type == "cpu" else device,
             use_safetensors=True,
             output_loading_info=True,
@@ -222,20 +223,22 @@ def choose_device(config: EngineConfig) -> Any:
     return torch.device("cuda", 0) if available and config.device != "cpu" else torch.device("cpu")
 
 
-def choose_dtype(config: EngineConfig, device: Any) -> Any:
-    """The torch type to compute in: the configured one, else bfloat16 if the device has it in hardware."""
+def choose_dtype(config: EngineConfig, device: Any, model_config: Mapping[str, Any]) -> Any:
+    """The torch type to compute in; a warning says so if the configured one is slow.
+
+    Args:
+        config: the settings.
+        device: torch's device.
+        model_config: the keys of the model's config.
+    """
     import torch
 
     if config.dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
-    return getattr(torch, dtype_name(config, device.type))
-
-
-def dtype_name(config: EngineConfig, device: str) -> str:
-    """torch's name of the type to compute in on a ``cpu`` or ``cuda`` device; a GPU is taken for Ampere or later."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "bfloat16" if device == "cuda" or hardware.fast_bfloat16_cpu() else "float32"
+    dtype = dtype_name(config, device.type, model_config)
+    if config.dtype != "auto" and device.type == "cpu" and (reason := slow_on_cpu(dtype, model_config)):
+        logger.warning("--dtype %s is slow here: %s; float32 is faster", dtype, reason)
+    return getattr(torch, dtype)
 
 
 def _end_tokens(model: Any) -> frozenset[int]:

@@ -12,11 +12,12 @@ from typing import Any
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.model.checkpoint import read_headers, weight_bytes
-from bmx.model.config_spec import spec_from_config
+from bmx.model.config_spec import known_keys, spec_from_config
 from bmx.model.demo import local_path
 from bmx.model.gguf_cache import kept_folder, read_config
 from bmx.model.gguf_file import find_parts
-from bmx.model.loader import check_libraries, dtype_name, int8_refusal, loading_errors, prepare, silence_transformers
+from bmx.model.loader import check_libraries, int8_refusal, loading_errors, prepare, silence_transformers
+from bmx.model.number_type import dtype_name
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
 
@@ -64,13 +65,13 @@ def with_int8_weights(spec: ModelSpec, device: str) -> ModelSpec:
 
 def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:
     source, gguf = locate_files(config)
-    dtype = dtype_name(config, device)
     plain_folder = not gguf and not config.trust_remote_code and Path(source).is_dir()
-    spec = spec_from_config(Path(source), ITEMSIZE[dtype]) if plain_folder else None
-    return spec or _spec_from_transformers(source, gguf, config, dtype)
+    known = known_keys(Path(source)) if plain_folder else None
+    spec = spec_from_config(Path(source), ITEMSIZE[dtype_name(config, device, known)]) if known else None
+    return spec or _spec_from_transformers(source, gguf, config, device)
 
 
-def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig, dtype: str) -> ModelSpec:
+def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig, device: str) -> ModelSpec:
     check_libraries()
     from transformers import AutoConfig
 
@@ -82,6 +83,7 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
         with loading_errors(config.model):
             model_config = AutoConfig.from_pretrained(source, revision=config.revision, **trust)
     check_config(model_config)
+    dtype = dtype_name(config, device, model_config.to_dict())
     quantized = getattr(model_config, "quantization_config", None) is not None
     if quantized:
         del model_config.quantization_config

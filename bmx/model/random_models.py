@@ -165,7 +165,7 @@ def make_random_model(name: str, longest: int, config: EngineConfig) -> LoadedMo
     runtime = hardware.resident_bytes() if device.type == "cpu" else RUNTIME_BYTES["cuda"]
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), loading_errors(name):
         torch.manual_seed(0)
-        model = _build(name, longest, device, str(choose_dtype(config, device)).removeprefix("torch."))
+        model = _build(name, longest, device, str(choose_dtype(config, device, SHAPES[name])).removeprefix("torch."))
     loaded = prepare(model, runtime)
     return quantize_int8(loaded) if config.int8 else loaded
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +180,7 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
         ModelError: the attention function is never called or sees the future, or tokens mix outside it.
     """
     probe = _AttentionProbe(model.device)
-    with use_attention(model, probe, probe.placeholder_mask):
+    with _own_kernels(model), use_attention(model, probe, probe.placeholder_mask):
         try:
             first = _outputs(model, probe, tokens=(1, 2, 3), positions=(3, 7, 1))
             neighbours = _outputs(model, probe, tokens=(5, 2, 4), positions=(4, 7, 9))
@@ -195,6 +195,16 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
     if model.device.type != "meta":
         _check_outputs(model, first, neighbours, swapped)
     return _spec(model, tuple(probe.layers), costs(model))
+
+
+def _own_kernels(model: Any) -> AbstractContextManager[None]:
+    """On a CPU, the kernels that will run compute: torch's products of bfloat16 may take a hundred times as long."""
+    if model.device.type != "cpu":
+        return nullcontext()
+    from bmx.kernels import choose
+    from bmx.model.fused_modules import fused_modules
+
+    return fused_modules(model, choose("cpu"))
 
 
 def _check_outputs(model: Any, first: Tensor, neighbours: Tensor, swapped: Tensor) -> None:

@@ -281,7 +281,7 @@ class _Clock:
         started = profile.chunk_operators * len(step.chunks) + profile.decode_operators * groups
         starting = (profile.own_operators * spec.costs.operators + len(spec.layers) * started) * rates.operator_seconds
         computing = (
-            max(flops / rates.flops, read / rates.thin_bandwidth / profile.thin_bandwidth)
+            max(flops / rates.flops, read / rates.thin_bandwidth)
             + touched / rates.bandwidth
             + sum(map(self._prompt, step.chunks))
             + sum(self._decode(group, active) for group, active in enumerate(step.decodes) if active)

@@ -12,7 +12,7 @@ from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.hardware import FreeMemory
-from bmx.model.loader import dtype_name
+from bmx.kernels.contract import HALF
 from bmx.plan.cards import card_named, card_rates
 from bmx.plan.machine_speed import Rates, machine_rates
 
@@ -26,13 +26,13 @@ class Machine:
         name: for people.
         memory: its free memory.
         held: bytes that this process holds there already.
-        rates: says how fast it is, or None where that is unknown.
+        rates: says how fast it is with numbers of so many bytes, or None where that is unknown.
     """
 
     kind: str
     name: str
     memory: FreeMemory
-    rates: Callable[[], Rates | None]
+    rates: Callable[[int], Rates | None]
     held: int = 0
 
 
@@ -51,10 +51,10 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
         card = card_named(gpu)
         size, source = (gpu_memory, "--gpu-memory") if gpu_memory else (card.memory, f"an idle {card.name}")
         memory = FreeMemory(size, size, source)
-        return Machine(kind="cuda", name=card.name, memory=memory, rates=lambda: card_rates(card))
+        return Machine(kind="cuda", name=card.name, memory=memory, rates=lambda _: card_rates(card))
     if gpu_memory:
         memory = FreeMemory(gpu_memory, gpu_memory, "--gpu-memory")
-        return Machine(kind="cuda", name="a GPU", memory=memory, rates=lambda: None)
+        return Machine(kind="cuda", name="a GPU", memory=memory, rates=lambda _: None)
     seen = hardware.visible_gpus() if config.device != "cpu" else []
     if seen:
         return _this_gpu(seen[0], config)
@@ -65,7 +65,7 @@ def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Ma
         name=hardware.cpu_name(),
         memory=hardware.free_host_memory(),
         held=hardware.held_bytes(),
-        rates=lambda: machine_rates("cpu", dtype_name(config, "cpu"), hardware.cpu_name()),
+        rates=lambda itemsize: machine_rates("cpu", _dtype(config, itemsize), hardware.cpu_name()),
     )
 
 
@@ -76,8 +76,13 @@ def _this_gpu(gpu: hardware.Gpu, config: EngineConfig) -> Machine:
         kind="cuda",
         name=gpu.name,
         memory=memory or hardware.free_gpu_memory(),
-        rates=lambda: _gpu_rates(gpu.name, dtype_name(config, "cuda")),
+        rates=lambda itemsize: _gpu_rates(gpu.name, _dtype(config, itemsize)),
     )
+
+
+def _dtype(config: EngineConfig, itemsize: int) -> str:
+    """torch's name of the type of a model's numbers, from their bytes; of two types with as many, the likelier one."""
+    return "float32" if itemsize > HALF else "float16" if config.dtype == "float16" else "bfloat16"
 
 
 def _gpu_rates(name: str, dtype: str) -> Rates | None:

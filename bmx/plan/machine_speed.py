@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bmx import hardware
+from bmx import hardware, kernels
 from bmx.cache import cache_folder, store, warn_once
+from bmx.kernels.linear import Linear
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 KEPT_SECONDS = 7 * 24 * 3600.0
 KEPT_IF_BUSY = 600.0  # seconds; the speed of a busy machine is not that of an idle one
 BUSY = 0.5  # processes that want to run, for each core
@@ -32,7 +33,7 @@ class Rates:
     """The speed of a machine.
 
     Attributes:
-        flops: FLOPs a second of large matrix products in the type that models run in.
+        flops: FLOPs a second of large matrix products in the type that models run in, by the kernels that run there.
         bandwidth: bytes a second that operators without products read and write.
         thin_bandwidth: bytes of weights a second that products of a few rows read.
         operator_seconds: seconds to start an operator, the Python around it included.
@@ -99,7 +100,7 @@ def _busy() -> bool:
 
 
 def _cache_file(device: str, dtype: str, name: str) -> Path:
-    key = f"{device}-{dtype}-{hardware.usable_cores()}-{name}-v{CACHE_VERSION}"
+    key = f"{device}-{dtype}-{kernels.choose(device).name}-{hardware.usable_cores()}-{name}-v{CACHE_VERSION}"
     return cache_folder("rates") / ("".join(c if c.isalnum() else "-" for c in key) + ".json")
 
 
@@ -114,10 +115,15 @@ def measure(device: str, dtype: str) -> Rates:
     weights = [torch.randn(outer, inner, device=place).to(kind) for _ in range(count)]
     block = torch.ones(count * outer * inner, dtype=kind, device=place)
     few, gain = x[:THIN_ROWS], torch.ones(inner, dtype=kind, device=place)
+    chosen = kernels.choose(device)
+    product = kernels.Kernels(
+        chosen.name if dtype in chosen.capabilities.model_dtypes else "reference", ""
+    ).module.product
+    products = [product((Linear(weight=weight, bias=None),)) for weight in weights]
 
     def thin() -> None:
-        for weight in weights:
-            torch.nn.functional.linear(few, weight)
+        for multiply in products:
+            multiply(few)
 
     def operators() -> None:  # a normalisation as models write it: eight operators
         for _ in range(count):
@@ -125,7 +131,7 @@ def measure(device: str, dtype: str) -> Rates:
             gain * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(kind)
 
     seconds = {
-        "product": _median(lambda: torch.nn.functional.linear(x, weights[0]), device),
+        "product": _median(lambda: products[0](x), device),
         "passing": _median(lambda: block.mul_(1), device),
         "thin": _median(thin, device),
         "operators": _median(operators, device),

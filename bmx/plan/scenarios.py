@@ -164,7 +164,7 @@ class PlanQuery:
             plan = builder.plan(lengths)
         except MemoryLimitError as error:
             return Scenario(name=name, budget=budget, plan=None, forecast=None, problem=error)
-        forecast, rates = None, self.machine.rates()
+        forecast, rates = None, self.machine.rates(self.spec.itemsize)
         if rates:
             kept = [after.layout(self.spec, after.rows_needed(g.capacity, 0)) for g in plan.groups] if after else None
             forecast = builder.forecast(plan, lengths, rates, kept)
@@ -194,7 +194,7 @@ class PlanQuery:
             device=self.device,
             kernels=kernels.choose(machine.kind),
             limits=self.limits,
-            rates=lambda: machine.rates() or TYPICAL,
+            rates=lambda: machine.rates(self.spec.itemsize) or TYPICAL,
             probe_tokens=self.probe if config.kv_probe else 0,
         )
 

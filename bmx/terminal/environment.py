@@ -24,7 +24,7 @@ def environment() -> list[tuple[str, str]]:
             rows.append((package, version(package)))
         except PackageNotFoundError:
             rows.append((package, "not installed"))
-    bf16 = "bfloat16 in hardware" if hardware.fast_bfloat16_cpu() else "no bfloat16 in hardware"
+    bf16 = "bfloat16 in hardware" if hardware.multiplies("bfloat16") else "no bfloat16 in hardware"
     rows.append(("cpu", f"{hardware.cpu_name()}, {hardware.usable_cores()} cores, {bf16}"))
     rows.append(("memory", _free(hardware.free_host_memory())))
     rows += [("gpu (NVML)", _gpu(gpu)) for gpu in hardware.gpus()]

@@ -227,7 +227,7 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
         f"on {machine.name}, {megabytes(machine.memory.free)} free: "
         f"{megabytes(limits.total)} may be used ({limits.source})"
     )
-    rates = machine.rates()
+    rates = machine.rates(query.spec.itemsize)
     if rates:
         yield f"at {rates.flops / 1e12:,.2f} TFLOP/s and {rates.bandwidth / 1e9:,.0f} GB/s ({rates.source})"
     if not scenarios:
