@@ -21,6 +21,7 @@ constexpr long QUERIES = 4 * ROWS;
 // every task is a tile of QUERIES query rows of one kv head; row r is token r / group, query head r % group of it.
 struct ChunkAttention {
     static constexpr long BLOCK = SIDE, PARTS = Plain::PARTS;
+    static constexpr long TURNS = 8;  // each adds up the attention of every eighth tile, whichever thread computes it
 
     Vectors q, k, v;
     Stored past_k, past_v;
@@ -41,7 +42,7 @@ struct ChunkAttention {
     size_t vectors = BLOCK * std::max(dim, value_dim) / 2;
     size_t tile_size = QUERIES * (full + lines + value_dim + words) + vectors;
     word *key_panels = nullptr, *value_panels = nullptr;
-    float *sums_of_threads = nullptr, *tiles_of_threads = nullptr;
+    float *sums_of_turns = nullptr, *tiles_of_threads = nullptr;
 
     struct Tile {             // a thread's
         float* scores;        // [QUERIES][full]
@@ -60,16 +61,16 @@ struct ChunkAttention {
     };
 
     size_t bytes() const {
-        return Work::bytes<word>(key_words) + Work::bytes<word>(value_words) +
-               omp_get_max_threads() * (Work::bytes<float>(sums_size) + Work::bytes<float>(tile_size));
+        return Work::bytes<word>(key_words) + Work::bytes<word>(value_words) + Work::bytes<float>(TURNS * sums_size) +
+               omp_get_max_threads() * Work::bytes<float>(tile_size);
     }
     void take(Work work) {
         key_panels = work.take<word>(key_words);
         value_panels = work.take<word>(value_words);
-        sums_of_threads = work.take<float>(omp_get_max_threads() * sums_size);
+        sums_of_turns = work.take<float>(TURNS * sums_size);
         tiles_of_threads = work.take<float>(omp_get_max_threads() * tile_size);
     }
-    float* sums_of(int thread) const { return sums_of_threads + thread * sums_size; }
+    float* sums_of(long turn) const { return sums_of_turns + turn * sums_size; }
     Tile tile_of(int thread) const {
         float* scores = tiles_of_threads + thread * tile_size;
         float* answers = scores + QUERIES * (full + lines);
@@ -175,7 +176,7 @@ void ChunkAttention::add_columns(long head, long begin, long end, const Counted&
     }
 }
 
-// Adds the weighted powers of the probabilities of a tile's rows to this thread's sums [ways][kv_heads][full]. First
+// Adds the weighted powers of the probabilities of a tile's rows to the sums of its turn [ways][kv_heads][full]. First
 // come columns that lie at least `distance` before all rows, then those that lie so far before some.
 void ChunkAttention::add_up(long head, long first, long rows, const Tile& tile, float* sums) const {
     const long earliest = first / group - distance, latest = (first + rows - 1) / group - distance;

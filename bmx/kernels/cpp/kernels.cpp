@@ -35,12 +35,13 @@ void quantise(const bf16* x, uint8_t* codes, Steps* steps, long rows, long inner
         }
         const float lowest = least(low), range = greatest(high) - lowest;
         const float step = std::max(range, 1e-30f) / static_cast<float>(Bytes::LEVELS);
-        const int32_t zero = static_cast<int32_t>(std::lrint(-lowest / step));
+        const int32_t zero = static_cast<int32_t>(std::lrint(-lowest / step)) + Bytes::LEAST;
         steps[row] = {step + sum(broken), zero};
         const Real factor = splat(1.0f / step);
         for (long k = 0; k < inner; k += LANES) {
             const Int code = whole(load_bf16(from + k) * factor) + splat(zero);
-            store_bytes(codes + row * inner + k, lesser(greater(code, splat(0)), splat(Bytes::LEVELS)));
+            store_bytes(codes + row * inner + k,
+                        lesser(greater(code, splat(Bytes::LEAST)), splat(Bytes::LEAST + Bytes::LEVELS)));
         }
     }
 }
@@ -182,23 +183,25 @@ long bmx_attend_chunk(const Vectors* views, const Stored* stored, long tokens, l
     {
         const int threads = omp_get_num_threads(), me = omp_get_thread_num();
         ChunkAttention::Tile tile = chunk.tile_of(me);
-        float* own_sums = chunk.sums_of(me);
-        std::memset(own_sums, 0, chunk.sums_size * sizeof(float));
         for (long task = me; task < kv_heads * chunk.blocks; task += threads)
             chunk.pack_block(task / chunk.blocks, task % chunk.blocks * ChunkAttention::BLOCK, tile);
+        for (long turn = me; turn < ChunkAttention::TURNS; turn += threads)
+            std::memset(chunk.sums_of(turn), 0, chunk.sums_size * sizeof(float));
 #pragma omp barrier
-        for (long task = me; task < kv_heads * chunk.tiles_of_head; task += threads) {
-            const long head = task % kv_heads, first = task / kv_heads * QUERIES;
-            const long rows = std::min(QUERIES, tokens * chunk.group - first);
-            chunk.attend(head, first, rows, tile);
-            chunk.add_up(head, first, rows, tile, own_sums);
+        for (long task = me; task < kv_heads * ChunkAttention::TURNS; task += threads) {
+            const long head = task % kv_heads, turn = task / kv_heads;
+            for (long one = turn; one < chunk.tiles_of_head; one += ChunkAttention::TURNS) {
+                const long first = one * QUERIES, rows = std::min(QUERIES, tokens * chunk.group - first);
+                chunk.attend(head, first, rows, tile);
+                chunk.add_up(head, first, rows, tile, chunk.sums_of(turn));
+            }
         }
         release_tiles();
 #pragma omp barrier
         for (long line = me; line < ways * kv_heads; line += threads)
-            for (int t = 0; t < threads; t++)
+            for (long turn = 0; turn < ChunkAttention::TURNS; turn++)
                 for (long i = 0; i < chunk.total; i++)
-                    sums[line * chunk.total + i] += chunk.sums_of(t)[line * chunk.full + i];
+                    sums[line * chunk.total + i] += chunk.sums_of(turn)[line * chunk.full + i];
     }
     return 0;
 }

@@ -80,45 +80,46 @@ using Plain = Floats;
 #endif
 using Number = Plain::number;  // of left-hand sides in bfloat16 or float
 
-// Words of four bytes, unsigned x signed, summed in 32 bits. LEVELS: the largest unsigned byte that does not overflow.
+// Words of four bytes, summed in 32 bits; those of the left-hand side have LEVELS steps from LEAST on, as many as do
+// not overflow.
 struct Bytes {
     using number = uint8_t;
     using sum = Int;
     static constexpr int PARTS = 4;
 #if defined(__AVX512VNNI__)
-    static constexpr int LEVELS = 255;
+    static constexpr int LEAST = 0, LEVELS = 255;
     static Int add(Int s, word a, Int b) {  // as _mm512_dpbusd_epi32, for which compilers copy and spill s
         asm("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(splat(static_cast<int32_t>(a))), "v"(b));
         return s;
     }
 #elif defined(__AVXVNNI__)
-    static constexpr int LEVELS = 255;
+    static constexpr int LEAST = 0, LEVELS = 255;
     static Int add(Int s, word a, Int b) {
         asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s) : "x"(splat(static_cast<int32_t>(a))), "x"(b));
         return s;
     }
 #elif defined(__AVX512F__)
-    static constexpr int LEVELS = 127;  // two products are summed in 16 bits first
+    static constexpr int LEAST = 0, LEVELS = 127;  // two products are summed in 16 bits first
     static Int add(Int s, word a, Int b) {
         const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(splat(static_cast<int32_t>(a))),
                                                    reinterpret_cast<__m512i>(b));
         return s + reinterpret_cast<Int>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
     }
 #elif defined(__AVX2__)
-    static constexpr int LEVELS = 127;
+    static constexpr int LEAST = 0, LEVELS = 127;
     static Int add(Int s, word a, Int b) {
         const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(splat(static_cast<int32_t>(a))),
                                                    reinterpret_cast<__m256i>(b));
         return s + reinterpret_cast<Int>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
 #elif defined(__ARM_FEATURE_DOTPROD)
-    static constexpr int LEVELS = 127;  // both signed
+    static constexpr int LEAST = -128, LEVELS = 255;
     static Int add(Int s, word a, Int b) {
         return vdotq_s32(s, reinterpret_cast<int8x16_t>(splat(static_cast<int32_t>(a))),
                          reinterpret_cast<int8x16_t>(b));
     }
 #else
-    static constexpr int LEVELS = 127;
+    static constexpr int LEAST = -128, LEVELS = 255;
     static Int add(Int s, word a, Int b) {
         const int8x16_t x = reinterpret_cast<int8x16_t>(splat(static_cast<int32_t>(a)));
         const int8x16_t y = reinterpret_cast<int8x16_t>(b);
