@@ -67,8 +67,7 @@ void multiply_numbers(const bf16* x, const Layer* layers, int count, bool gated,
             put(y, at(layer, which, row, column), column, load(reinterpret_cast<const float*>(sums) + j * LANES),
                 layer.bias, gated && which ? y : nullptr);
     };
-    const Number* numbers = multiplicable(x, rows * inner, left, Number{});
-    multiply<Plain, bf16>(numbers, {layers, count, gated}, rows, inner, left, finish);
+    multiply<Plain>(x, {layers, count, gated}, rows, inner, left, finish);
 }
 
 // Linear layers in int8: see bmx_linear.
@@ -87,7 +86,7 @@ void multiply_bytes(const bf16* x, const Layer* layers, int count, bool gated, b
                 gated && which ? y : nullptr);
         }
     };
-    multiply<Bytes, uint8_t>(codes, {layers, count, gated}, rows, inner, left, finish);
+    multiply<Bytes>(static_cast<const uint8_t*>(codes), {layers, count, gated}, rows, inner, left, finish);
 }
 
 }  // namespace
@@ -110,10 +109,9 @@ int bmx_levels() {
 long bmx_linear(const bf16* x, const Layer* layers, int count, int gated, bf16* y, long rows, long inner, char* work,
                 long size) {
     const bool bytes = layers[0].scales;
-    const size_t own =
-        bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<Steps>(rows) : widened_bytes(rows * inner);
     const long words = inner / (bytes ? Bytes::PARTS : Plain::PARTS);
-    const long needed = ThreadWork(rows, words).all_threads() + static_cast<long>(own);
+    const size_t coded = bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<Steps>(rows) : 0;
+    const long needed = ThreadWork(rows, words, !bytes && COPIES<Plain>).all_threads() + static_cast<long>(coded);
     if (size < needed) return needed;
     const auto at = [=](const Layer& layer, int which, long row, long column) {
         return (gated && which ? 0 : rows * layer.offset) + row * layer.columns + column;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 #include "products.h"
@@ -15,13 +16,18 @@ inline long band_of(long words) {
     return std::max(LEAST_BAND, fit / ROWS * ROWS);
 }
 
-// The working memory of a thread in `multiply`: a panel of weights and sums, in words.
+// Whether left-hand sides are copied to be multiplied.
+template <class Kind>
+constexpr bool COPIES = std::is_same_v<typename Kind::number, float>;
+
+// The working memory of a thread in `multiply`: a panel of weights, sums, and a band of the left-hand side, in words.
 struct ThreadWork {
-    size_t panel, sums;
-    ThreadWork(long rows, long words)
+    size_t panel, sums, copy;
+    ThreadWork(long rows, long words, bool copies)
         : panel(std::min(words, DEPTH) * SIDE),
-          sums(std::min(rows, words > DEPTH ? band_of(words) : CACHED_ROWS) * SIDE) {}
-    size_t bytes() const { return Work::bytes<word>(panel) + Work::bytes<word>(sums); }
+          sums(std::min(rows, words > DEPTH ? band_of(words) : CACHED_ROWS) * SIDE),
+          copy(copies ? std::min(rows, band_of(words)) * words : 0) {}
+    size_t bytes() const { return Work::bytes<word>(panel) + Work::bytes<word>(sums) + Work::bytes<word>(copy); }
     long all_threads() const { return static_cast<long>(bytes() * omp_get_max_threads()); }
 };
 
@@ -70,14 +76,22 @@ struct Share {
     }
 };
 
+// The words of a band of the left-hand side: in place, or copied where processors do not multiply bfloat16.
+inline const word* words_of(const uint8_t* band, long, word*) {
+    return reinterpret_cast<const word*>(band);
+}
+inline const word* words_of(const bf16* band, long count, word* copy) {
+    if (sizeof(Number) == sizeof(bf16)) return reinterpret_cast<const word*>(band);
+    copy_numbers(band, count, reinterpret_cast<Number*>(copy));
+    return copy;
+}
+
 // x[rows][inner] times the weights [columns][inner] of some layers; each row of a block of columns is handed to
 // `finish(layer, which, row, column, registers, sums)`.
 template <class Kind, class Source, class Finish>
-void multiply(const typename Kind::number* left, const Blocks& blocks, long rows, long inner, Work work,
-              const Finish& finish) {
-    const word* x = reinterpret_cast<const word*>(left);
+void multiply(const Source* x, const Blocks& blocks, long rows, long inner, Work work, const Finish& finish) {
     const long words = inner / Kind::PARTS, band = band_of(words), all = blocks.all();
-    const ThreadWork size(rows, words);
+    const ThreadWork size(rows, words, COPIES<Kind>);
     const auto weights = [&](const std::pair<int, long>& at) {
         return static_cast<const Source*>(blocks.layers[at.first].weight) + at.second * inner;
     };
@@ -86,8 +100,9 @@ void multiply(const typename Kind::number* left, const Blocks& blocks, long rows
         Work own{work.at + omp_get_thread_num() * size.bytes()};
         word* panel = own.take<word>(size.panel);
         word* sums = own.take<word>(size.sums);
+        word* copy = own.take<word>(size.copy);
         const Share share(rows, all, blocks.paired ? 2 : 1);
-        const auto multiply_block = [&](long block, long top, long bottom) {
+        const auto multiply_block = [&](long block, const word* left, long first, long band_rows) {
             const auto at = blocks.find(block);
             const Layer& layer = blocks.layers[at.first];
             const int registers = static_cast<int>(std::min<long>(WIDE, (layer.columns - at.second) / LANES));
@@ -101,36 +116,23 @@ void multiply(const typename Kind::number* left, const Blocks& blocks, long rows
                 for (int i = 0; i < width; i++) lines[i] += depth * Kind::PARTS;
                 const Source* next = last ? weights(blocks.find(std::min(block + 1, share.end - 1))) : lines[0];
                 Ahead ahead{reinterpret_cast<const char*>(next), static_cast<long>(inner * sizeof(Source))};
-                for (long row = top; row < bottom; row += CACHED_ROWS, ahead = {}) {
-                    const long count = std::min(CACHED_ROWS, bottom - row);
-                    word* to = words > DEPTH ? sums + (row - top) * width : sums;
-                    product<Kind>(x + row * words + k, words, count, panel, registers, depth, k == 0, to, width, ahead);
+                for (long row = 0; row < band_rows; row += CACHED_ROWS, ahead = {}) {
+                    const long count = std::min(CACHED_ROWS, band_rows - row);
+                    word* to = words > DEPTH ? sums + row * width : sums;
+                    product<Kind>(left + row * words + k, words, count, panel, registers, depth, k == 0, to, width,
+                                  ahead);
                     for (long i = 0; last && i < count; i++)
-                        finish(layer, at.first, row + i, at.second, registers, to + i * width);
+                        finish(layer, at.first, first + row + i, at.second, registers, to + i * width);
                 }
             }
         };
-        for (long row = share.top; row < share.bottom; row += band)
-            for (long block = share.begin; block < share.end; block++)
-                multiply_block(block, row, std::min(row + band, share.bottom));
+        for (long row = share.top; row < share.bottom; row += band) {
+            const long count = std::min(band, share.bottom - row);
+            const word* left = words_of(x + row * inner, count * inner, copy);
+            for (long block = share.begin; block < share.end; block++) multiply_block(block, left, row, count);
+        }
         release_tiles();
     }
-}
-
-// Bytes of a copy of `count` numbers that the processor can multiply; none if it multiplies bfloat16.
-inline size_t widened_bytes(long count) {
-    return sizeof(Number) == sizeof(bf16) ? 0 : Work::bytes<Number>(count);
-}
-
-// Numbers that the processor can multiply: bfloat16 in place, or a copy in working memory.
-inline const bf16* multiplicable(const bf16* x, long, Work&, bf16) {
-    return x;
-}
-inline const float* multiplicable(const bf16* x, long count, Work& work, float) {
-    float* copy = work.take<float>(count);
-#pragma omp parallel for
-    for (long i = 0; i < count; i += LANES) store(copy + i, load_bf16(x + i));
-    return copy;
 }
 
 }  // namespace
