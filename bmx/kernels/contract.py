@@ -251,6 +251,7 @@ class KernelProfile:
         ahead: operators are started while earlier ones run, and replayed where all slots decode.
         unpack_passes: times that pairs stored in fewer bits are read or written in memory, in the activations' type,
             before they are attended to; 0 where kernels read them as they lie.
+        int8_speed: speed of products of int8 weights, in times of those in the model's own type.
     """
 
     score_passes: int
@@ -262,6 +263,7 @@ class KernelProfile:
     slot_bandwidth: float = 2.5
     ahead: bool = False
     unpack_passes: int = 4
+    int8_speed: float = 1.4
 
 
 class Workspace(Protocol):
@@ -291,6 +293,8 @@ class Capabilities:
         fuses_steps: ``decode_step`` and ``prefill_step`` run in place of policy and pool in layers whose pairs are
             evicted in an ``EvictionOrder``.
         row_formats: names of the formats, beside the model's dtype, in which fused steps read and store pairs.
+        int8_multiples: numbers that outputs and inputs of a layer must be multiples of for its products of int8
+            weights; None if it has none.
         asynchronous: its steps are launched before earlier ones are done, on any device; torch's own are on a GPU.
         capturable: fused decode steps can be captured as CUDA graphs: nothing in them depends on the host.
         skips_empty_rows: fused steps never read rows that hold no pair, so slots need not be emptied between sequences.
@@ -303,6 +307,7 @@ class Capabilities:
     model_dtypes: tuple[str, ...] = ()
     fuses_steps: bool = False
     row_formats: tuple[str, ...] = ()
+    int8_multiples: tuple[int, int] | None = None
     asynchronous: bool = False
     capturable: bool = False
     skips_empty_rows: bool = False

@@ -10,12 +10,13 @@ P rows in use, D key dim, E value dim, M sums of attention.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bmx.kernels.fbgemm import MOST, row_scales
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows, SlotView, query_heads
@@ -363,45 +364,17 @@ def _linear(x: Tensor, layer: Linear) -> Tensor:
     """A linear layer [..., I] -> [..., O]; inputs of int8 weights are rounded to 8 bits too.
 
     Each row of the input is rounded to 256 levels from its least to its greatest number, zero among them; sums are
-    exact integers.
+    exact integers. No run comes here with int8 weights: see ``int8``.
     """
-    if layer.scales is None or layer.sums is None:
+    if layer.scales is None:
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
     rows = x.reshape(-1, x.shape[-1]).float()
-    least, greatest = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
-    steps = (greatest - least).clamp(min=1e-30) / 255
-    zeros = (-least / steps).round()
-    codes = ((rows / steps).round() + zeros).clamp(0, 255)
-    sums = _int8_product(codes, layer.weight, layer.sums) - zeros.int() * layer.sums
+    steps, zeros = row_scales(rows, MOST)
+    codes = ((rows / steps).round() + zeros).clamp(0, MOST)
+    sums = (codes - zeros).double() @ layer.weight.double().t()
     y = sums.float() * steps * layer.scales
     y = y if layer.bias is None else y + layer.bias
     return y.to(x.dtype).view(*x.shape[:-1], len(layer.weight))
-
-
-def _int8_product(codes: Tensor, weight: Tensor, weight_sums: Tensor) -> Tensor:
-    """Exact sums of codes times weights: [N, O] int32.
-
-    Processors without VNNI add two products in 16 bits, which saturates where codes are large. There the codes are
-    halved, and both halves multiplied.
-
-    Args:
-        codes: [N, I], whole numbers from 0 to 255.
-        weight: [O, I] int8.
-        weight_sums: [O] int32, the sums of the weights' rows.
-    """
-    parts = [codes]
-    if _saturates():
-        half = (codes / 2).floor()
-        parts = [half, codes - half]
-    signed = [torch._int_mm((part - 128).to(torch.int8), weight.t()) for part in parts]
-    return sum(signed[1:], signed[0]) + len(parts) * 128 * weight_sums
-
-
-@cache
-def _saturates() -> bool:
-    """Whether torch's int8 products are wrong for large numbers on this processor."""
-    largest = torch.full((32, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.t().contiguous()) != 64 * 127 * 127).any())
 
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ _COMPILED = KernelProfile(
     own_operators=0.4,
     all_slots=False,
     slot_bandwidth=1.7,
+    int8_speed=1.9,
 )
 _PROFILES = dict.fromkeys(SETS, _COMPILED)  # how the kernels of each instruction set use a machine's rates
 _GPU = KernelProfile(
@@ -50,6 +51,7 @@ def _compiled(profile: KernelProfile) -> Capabilities:
         model_dtypes=("bfloat16",),
         fuses_steps=True,
         row_formats=("int8", "int4"),
+        int8_multiples=(16, 32),
         workspace=workspace.tiles,  # of types that are tiled; for bfloat16 the compiled code holds less
         profile=profile,
         wide_profile=_TILED,

@@ -83,7 +83,7 @@ def _spec_of_shape(engine: EngineConfig, kind: str, shape: str, longest: int) ->
         longest: tokens of prompt and answer.
     """
     spec = preview_random_model(shape, longest, dtype_name(engine, kind, SHAPES[shape]))
-    return with_int8_weights(spec, kind) if engine.int8 else spec
+    return with_int8_weights(spec, engine, kind) if engine.int8 else spec
 
 
 def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Todo) -> PlanQuery:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmx.kernels import Kernels, reference
+from bmx.kernels import Kernels
 from bmx.kernels.contract import KernelModule
 from bmx.kernels.linear import Linear
+from bmx.model.int8_modules import Int8Linear
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -26,42 +27,6 @@ MERGED = ("gate_up_proj", "down_proj")
 ROTARY = "apply_rotary_pos_emb"  # the function's name in the code of transformers' models
 CLOSE = 2**-7  # of the largest number, which bfloat16 rounds to within 2^-9
 Forward = Callable[..., Tensor]
-
-
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, whose inputs are rounded to 8 bits as well (W8A8).
-
-    A scale per output for weights, a scale and a zero per token for inputs: the vector-wise quantisation of LLM.int8
-    (arXiv 2208.07339, section 2.1), without its outliers.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    sums: Tensor
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scales = weight.abs().amax(1).clamp(min=1e-30) / 127
-        self.register_buffer("codes", (weight / scales.unsqueeze(1)).round().to(torch.int8))
-        self.register_buffer("scales", scales)
-        self.register_buffer("sums", self.codes.sum(1, dtype=torch.int32))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]."""
-        return reference.product((_weights(self),))(x)[0]
-
-
-def quantise(model: Any) -> int:
-    """Replace a model's linear layers, but for the output head, by int8 ones; returns how many there were."""
-    head, count = model.get_output_embeddings(), 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not head:
-                setattr(parent, name, Int8Linear(child))
-                count += 1
-    return count
 
 
 @contextmanager
@@ -124,7 +89,7 @@ def _is_linear(module: Any) -> bool:
 def _weights(module: Any) -> Linear:
     """A linear layer as kernels see it."""
     if isinstance(module, Int8Linear):
-        return Linear(weight=module.codes, bias=module.bias, scales=module.scales, sums=module.sums)
+        return module.layer
     return Linear(weight=module.weight, bias=module.bias)
 
 

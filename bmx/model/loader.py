@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from bmx import hardware
 from bmx.config import EngineConfig
-from bmx.errors import MemoryLimitError, ModelError
+from bmx.errors import MemoryLimitError, ModelError, UsageError
+from bmx.kernels import choose, int8
 from bmx.model.end_tokens import end_tokens
 from bmx.model.folders import SOURCES, refuse_no_weights, tokenizer_problem
 from bmx.model.hub import cached_commit
@@ -146,22 +147,34 @@ def quantize_int8(loaded: LoadedModel) -> LoadedModel:
     """The same model with int8 weights in its linear layers.
 
     Raises:
-        ModelError: the model is on a GPU, or has no linear layers.
+        ModelError: the model has no linear layers.
+        UsageError: as ``check_int8``.
     """
-    from bmx.model.fused_modules import quantise
+    from bmx.model.int8_modules import quantise
 
-    if loaded.model.device.type != "cpu":
-        raise int8_refusal()
-    if not quantise(loaded.model):
+    check_int8(str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type)
+    if not quantise(loaded.model, choose("cpu")):
         raise ModelError(f"{loaded.spec.name} has no linear layers to quantize", hint="leave out --quantization")
     for parameter in loaded.model.parameters():  # a view of the mapped file would keep all of it in memory
         parameter.data = parameter.data.clone()
+    hardware.trim_heap()  # of the weights that were there before
     return replace(loaded, spec=replace(loaded.spec, weight_bytes=held_bytes(loaded.model), int8=True))
 
 
-def int8_refusal() -> ModelError:
-    """The error that refuses int8 weights on a GPU."""
-    return ModelError("--quantization int8 works on CPUs only", hint="leave it out, or add --device cpu")
+def check_int8(dtype: str, device: str) -> None:
+    """Refuse int8 weights where they would be slower than the model's own.
+
+    Args:
+        dtype: torch's name of the model's type.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        UsageError: they would be slower, or the device has none.
+    """
+    if device != "cpu":
+        raise UsageError("--quantization int8 works on CPUs only", hint="leave it out, or add --device cpu")
+    if reason := int8.why_refused(choose("cpu"), dtype):
+        raise UsageError(f"--quantization int8 would make this run slower: {reason}", hint="leave it out")
 
 
 def _read_pages(model: Any) -> None:

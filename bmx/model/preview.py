@@ -11,18 +11,19 @@ from typing import Any
 
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
+from bmx.kernels import choose, int8
 from bmx.model.checkpoint import read_headers, weight_bytes
 from bmx.model.config_spec import known_keys, spec_from_config
 from bmx.model.demo import local_path
 from bmx.model.gguf_cache import kept_folder, read_config
 from bmx.model.gguf_file import find_parts
-from bmx.model.loader import check_libraries, int8_refusal, loading_errors, prepare, silence_transformers
+from bmx.model.loader import check_int8, check_libraries, loading_errors, prepare, silence_transformers
 from bmx.model.number_type import dtype_name
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
 
 TOKENIZER_SIZE = 25  # bytes in memory for each byte of tokenizer.json, measured with one vocabulary of 49,000 tokens
-OUTPUT_BYTES = 8  # an int8 layer keeps a scale and a sum for each output
+OUTPUT_BYTES = 8  # an int8 layer of compiled kernels keeps a scale and a sum for each output
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -38,29 +39,32 @@ def preview_spec(config: EngineConfig, device: str) -> ModelSpec:
 
     Raises:
         ModelError: the model cannot be found or read, or bmx cannot run it.
+        UsageError: int8 weights would be slower here.
     """
-    if config.int8 and device != "cpu":
-        raise int8_refusal()
+    dtype = dtype_name(config, device)
+    if config.int8:
+        check_int8(dtype, device)
     spec = _unquantized_spec(config, device)
-    return with_int8_weights(spec, device) if config.int8 else spec
+    return with_int8_weights(spec, device, dtype) if config.int8 else spec
 
 
-def with_int8_weights(spec: ModelSpec, device: str) -> ModelSpec:
-    """About the spec of the model with int8 linear layers: a byte for each weight, eight for each output.
+def with_int8_weights(spec: ModelSpec, device: str, dtype: str) -> ModelSpec:
+    """About the spec of the model with int8 linear layers, as if all of them read the hidden state.
 
     Args:
         spec: of the model without them.
         device: ``cpu`` or ``cuda``.
+        dtype: torch's name of the model's type.
 
     Raises:
-        ModelError: the device has none.
+        UsageError: int8 weights would be slower here.
     """
-    if device != "cpu":
-        raise int8_refusal()
+    check_int8(dtype, device)
     weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
     hidden = spec.head_bytes // spec.itemsize // spec.vocab
-    saved = weights * (spec.itemsize - 1) - OUTPUT_BYTES * weights // hidden
-    return replace(spec, weight_bytes=spec.weight_bytes - saved, int8=True)
+    compiled = int8.takes(choose(device), dtype, 0, hidden)
+    held = weights // hidden * (hidden + OUTPUT_BYTES if compiled else int8.packed_bytes(1, hidden))
+    return replace(spec, weight_bytes=spec.weight_bytes - weights * spec.itemsize + held, int8=True)
 
 
 def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:

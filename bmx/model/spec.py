@@ -320,8 +320,10 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def held_bytes(model: Any) -> int:
-    """Bytes of a model's weights and buffers, tied tensors counted once."""
-    return sum({id(t): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}.values())
+    """Bytes of a model's weights and buffers, tied tensors counted once, and of weights that a library has packed."""
+    tensors = {id(t): t.nbytes for t in itertools.chain(model.parameters(), model.buffers())}
+    packed = (getattr(module, "packed_bytes", 0) for module in model.modules())
+    return int(sum(tensors.values()) + sum(packed))
 
 
 def _spec(model: Any, layers: tuple[LayerSpec, ...], costs: Costs) -> ModelSpec:

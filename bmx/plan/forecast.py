@@ -25,7 +25,6 @@ from bmx.plan.planner import Length, Plan
 
 PLAYED_ROWS = 256  # requests that are simulated at least; more if the slots can be filled three times
 WORTH = 1.03  # smaller steps are considered if they leave room for this many times the slots
-INT8_SPEED = 1.9  # speed of int8 products, in times of bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +272,7 @@ class _Clock:
         tokens = sum(step.decodes) + sum(chunk.length + self._plan.step.probe for chunk in step.chunks)
         sampled = sum(step.decodes) + sum(chunk.last for chunk in step.chunks)
         weights = min(spec.weight_bytes - spec.head_bytes, tokens * spec.costs.flops // 2 * spec.itemsize)
-        own = spec.costs.flops / (INT8_SPEED if spec.int8 else 1)
+        own = spec.costs.flops / (profile.int8_speed if spec.int8 else 1)
         flops = tokens * own + sampled * 2 * spec.head_bytes // spec.itemsize
         read = weights + (spec.head_bytes if sampled else 0)
         touched = profile.own_operators * tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize
