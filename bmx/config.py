@@ -83,7 +83,7 @@ class EngineConfig:
     quantization: Annotated[
         Literal["none", "int8"],
         Setting(
-            "int8: linear layers in 8 bits (W8A8), about 1.5 times as fast on a CPU with VNNI; "
+            "int8: linear layers in 8 bits (W8A8), on CPUs where that is faster; "
             "`bmx calibrate --quantization int8` measures what it costs",
             decides_answers=ALWAYS,
             calibrated=True,

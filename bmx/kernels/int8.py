@@ -1,7 +1,7 @@
 """What multiplies int8 weights on a CPU: compiled kernels, torch's library FBGEMM, or nothing. Loads no torch.
 
-FBGEMM is chosen where it is faster than torch's product in the model's own type, as measured for that type and these
-instruction sets; elsewhere int8 weights are refused.
+FBGEMM is chosen where it is faster than torch's product in the model's own type, as measured for that type, these
+instruction sets and layers of this size; small layers stay as they are, and other types and processors are refused.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ import sys
 from typing import Any
 
 from bmx import hardware
-from bmx.kernels import Kernels
+from bmx.kernels.contract import Capabilities
 
+LEAST_WEIGHTS = 2**18  # of a layer: rounding the inputs of a smaller one takes longer than FBGEMM saves
 BLOCK = 512  # inputs in a block of FBGEMM's weights
 OUTPUT_BYTES = 16  # FBGEMM's scale, zero and sum of an output, and bmx's own correction
 FASTER = {"bfloat16": "amx_bf16", "float16": "amx_fp16"}  # types that torch multiplies faster with these instructions
 
 
-def takes(kernels: Kernels, dtype: str, outputs: int, inputs: int) -> bool:
+def takes(kernels: Capabilities, dtype: str, outputs: int, inputs: int) -> bool:
     """Whether compiled kernels multiply the int8 weights of a layer.
 
     Args:
-        kernels: the chosen ones.
+        kernels: what the chosen ones take over.
         dtype: torch's name of the model's type.
         outputs: of the layer (O).
         inputs: of the layer (I).
     """
-    sizes = kernels.capabilities.int8_multiples
-    if sizes is None or dtype not in kernels.capabilities.model_dtypes:
+    sizes = kernels.int8_multiples
+    if sizes is None or dtype not in kernels.model_dtypes:
         return False
     return outputs % sizes[0] == 0 and inputs % sizes[1] == 0
 
@@ -49,17 +50,14 @@ def why_no_library(dtype: str) -> str:
     return ""
 
 
-def why_refused(kernels: Kernels, dtype: str) -> str:
+def why_refused(kernels: Capabilities, dtype: str) -> str:
     """Why int8 weights would be slower here than a model's own, or an empty string.
 
     Args:
-        kernels: the chosen ones.
+        kernels: what the chosen ones take over.
         dtype: torch's name of the model's type.
     """
-    if takes(kernels, dtype, 0, 0):
-        return ""
-    reason = why_no_library(dtype)
-    return f"{reason}; kernels: {kernels.why}" if reason else ""
+    return "" if takes(kernels, dtype, 0, 0) else why_no_library(dtype)
 
 
 def packed_bytes(outputs: int, inputs: int) -> int:

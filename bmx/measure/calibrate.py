@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import FAKE, EngineConfig
 from bmx.engine.engine import Engine
-from bmx.engine.open import check_cache
+from bmx.engine.open import check_settings
 from bmx.errors import UsageError
 from bmx.job.input_rows import Reader, input_reader
 from bmx.job.ledger import Todo, unanswered_rows
@@ -233,7 +233,7 @@ class _Calibration:
     def run(self) -> None:
         """Measure everything that is not measured yet, in order, and recommend a candidate."""
         for candidate in self._candidates({}, ""):
-            check_cache(candidate, self.config.prompt)
+            check_settings(candidate, self.config.prompt)
         self._update_sizes()
         with self.display.waiting(f"loading model {self.config.engine.model}"):
             full = Engine.open(full_cache_config(self.config.engine), self.config.prompt)

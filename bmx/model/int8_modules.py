@@ -63,7 +63,7 @@ class LibraryInt8Linear(nn.Module):
 def quantise(model: Any, kernels: Kernels) -> int:
     """Replace a model's linear layers, but for the output head, by int8 ones; returns how many there were.
 
-    A layer that neither the kernels nor FBGEMM multiply faster than torch does in the model's type stays as it is.
+    A layer that neither the kernels nor FBGEMM multiply faster than torch does in the model's own type stays as it is.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     by_library = not int8.why_no_library(dtype)
@@ -72,9 +72,9 @@ def quantise(model: Any, kernels: Kernels) -> int:
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear or child is head:
                 continue
-            if int8.takes(kernels, dtype, child.out_features, child.in_features):
+            if int8.takes(kernels.capabilities, dtype, child.out_features, child.in_features):
                 setattr(parent, name, Int8Linear(child))
-            elif by_library:
+            elif by_library and child.weight.numel() >= int8.LEAST_WEIGHTS:
                 setattr(parent, name, LibraryInt8Linear(child))
             else:
                 continue

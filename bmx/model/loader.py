@@ -147,14 +147,15 @@ def quantize_int8(loaded: LoadedModel) -> LoadedModel:
     """The same model with int8 weights in its linear layers.
 
     Raises:
-        ModelError: the model has no linear layers.
+        ModelError: the model has no linear layers, or only small ones.
         UsageError: as ``check_int8``.
     """
     from bmx.model.int8_modules import quantise
 
     check_int8(str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type)
     if not quantise(loaded.model, choose("cpu")):
-        raise ModelError(f"{loaded.spec.name} has no linear layers to quantize", hint="leave out --quantization")
+        reason = f"{loaded.spec.name} has no linear layers that would be faster in int8"
+        raise ModelError(reason, hint="leave out --quantization")
     for parameter in loaded.model.parameters():  # a view of the mapped file would keep all of it in memory
         parameter.data = parameter.data.clone()
     hardware.trim_heap()  # of the weights that were there before
@@ -173,8 +174,10 @@ def check_int8(dtype: str, device: str) -> None:
     """
     if device != "cpu":
         raise UsageError("--quantization int8 works on CPUs only", hint="leave it out, or add --device cpu")
-    if reason := int8.why_refused(choose("cpu"), dtype):
-        raise UsageError(f"--quantization int8 would make this run slower: {reason}", hint="leave it out")
+    kernels = choose("cpu")
+    if reason := int8.why_refused(kernels.capabilities, dtype):
+        message = f"--quantization int8 would make this run slower: {reason}; kernels: {kernels.why}"
+        raise UsageError(message, hint="leave it out")
 
 
 def _read_pages(model: Any) -> None:

@@ -51,6 +51,8 @@ def preview_spec(config: EngineConfig, device: str) -> ModelSpec:
 def with_int8_weights(spec: ModelSpec, device: str, dtype: str) -> ModelSpec:
     """About the spec of the model with int8 linear layers, as if all of them read the hidden state.
 
+    Where the library multiplies, projections to keys and values may be too small for it.
+
     Args:
         spec: of the model without them.
         device: ``cpu`` or ``cuda``.
@@ -62,8 +64,13 @@ def with_int8_weights(spec: ModelSpec, device: str, dtype: str) -> ModelSpec:
     check_int8(dtype, device)
     weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
     hidden = spec.head_bytes // spec.itemsize // spec.vocab
-    compiled = int8.takes(choose(device), dtype, 0, hidden)
-    held = weights // hidden * (hidden + OUTPUT_BYTES if compiled else int8.packed_bytes(1, hidden))
+    if int8.takes(choose(device).capabilities, dtype, 0, hidden):
+        held = weights // hidden * (hidden + OUTPUT_BYTES)
+    else:
+        widths = (layer.kv_heads * dim for layer in spec.layers for dim in (layer.key_dim, layer.value_dim))
+        small = sum(width * hidden for width in widths if width * hidden < int8.LEAST_WEIGHTS)
+        weights -= min(weights, small)
+        held = int8.packed_bytes(weights // hidden, hidden)
     return replace(spec, weight_bytes=spec.weight_bytes - weights * spec.itemsize + held, int8=True)
 
 

@@ -13,8 +13,10 @@ from bmx.config import EngineConfig
 from bmx.model.loader import (
     RUNTIME_BYTES,
     LoadedModel,
+    check_int8,
     choose_device,
     choose_dtype,
+    dtype_name,
     loading_errors,
     prepare,
     quantize_int8,
@@ -157,10 +159,13 @@ def make_random_model(name: str, longest: int, config: EngineConfig) -> LoadedMo
     Raises:
         MemoryLimitError: the device has no room for it.
         ModelError: there is no such device.
+        UsageError: int8 weights would be slower on it.
     """
     import torch
 
     device = choose_device(config)
+    if config.int8:
+        check_int8(dtype_name(config, device.type), device.type)
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else RUNTIME_BYTES["cuda"]
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), loading_errors(name):
