@@ -11,7 +11,7 @@ from bmx.config import EngineConfig, PromptConfig
 from bmx.engine.arguments import chat_requests, checked_requests, gather_settings, sampling_params, text_requests
 from bmx.engine.backend import Backend
 from bmx.engine.memory_meter import is_out_of_memory, release
-from bmx.engine.open import check_settings, open_model
+from bmx.engine.open import check_cache, open_model
 from bmx.engine.planning import RunPlanner
 from bmx.engine.prefix_cache import Reuse
 from bmx.engine.prompt_lengths import PromptMeasurer, max_length
@@ -88,7 +88,7 @@ class Engine:
             UsageError: an unknown setting, a wrong value, or settings that this model cannot follow.
         """
         config, prompt = gather_settings(model, prompt, settings)
-        check_settings(config, prompt)
+        check_cache(config, prompt)
         return cls(config, prompt, *open_model(config))
 
     def close(self) -> None:

@@ -15,15 +15,7 @@ from bmx.engine.fake import FakeBackend, FakeTokenizer
 from bmx.engine.memory_meter import bound_kernel_caches
 from bmx.kernels import choose
 from bmx.model.instructions import INSTRUCTIONS, Instructions
-from bmx.model.loader import (
-    RUNTIME_BYTES,
-    check_int8,
-    check_libraries,
-    choose_device,
-    dtype_name,
-    load_model,
-    load_tokenizer,
-)
+from bmx.model.loader import RUNTIME_BYTES, check_libraries, choose_device, load_model, load_tokenizer
 from bmx.model.preview import preview_spec
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, share_layers
@@ -52,18 +44,12 @@ def open_model(config: EngineConfig) -> tuple[Any, Backend]:
     return tokenizer, ModelBackend(load_model(source, config, tokenizer))
 
 
-def check_settings(config: EngineConfig, prompt: PromptConfig) -> None:
-    """Refuse, before anything is loaded, settings that contradict each other, and int8 where it would be slower.
-
-    Where a GPU may turn out to be the device, int8 is looked at later.
+def check_cache(config: EngineConfig, prompt: PromptConfig) -> None:
+    """Refuse settings of the cache that contradict each other, before anything is loaded.
 
     Raises:
-        UsageError: says which.
+        UsageError: they do.
     """
-    if config.int8 and config.model != FAKE:
-        device = "cpu" if config.device == "auto" and not hardware.visible_gpus() else config.device
-        if device != "auto":
-            check_int8(dtype_name(config, device), device)
     CompressionPolicy.from_config(config)
     if config.kv_probe == INSTRUCTIONS:
         _ = Instructions.from_config(prompt).question

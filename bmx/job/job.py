@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bmx.engine.engine import Engine
-from bmx.engine.open import check_settings
+from bmx.engine.open import check_cache
 from bmx.engine.prompt_lengths import sampling_step
 from bmx.errors import BmxError, InputFileError, UsageError
 from bmx.job.fingerprint import CUTTING, differences, fingerprint, row_hash_key
@@ -89,7 +89,7 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
         BmxError: the job cannot start or continue.
         Interrupted: a signal ended it; finished answers are saved.
     """
-    check_settings(config.engine, config.prompt)
+    check_cache(config.engine, config.prompt)
     paths, dry = find_paths(config), config.job.dry_run
     with ExitStack() as stack:
         for lock in () if dry else paths.locks:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import FAKE, EngineConfig
 from bmx.engine.engine import Engine
-from bmx.engine.open import check_settings
+from bmx.engine.open import check_cache
 from bmx.errors import UsageError
 from bmx.job.input_rows import Reader, input_reader
 from bmx.job.ledger import Todo, unanswered_rows
@@ -35,6 +35,7 @@ from bmx.measure.calibration_file import (
 from bmx.measure.metrics import on_frontier
 from bmx.measure.plan_query import query_for_rows
 from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
+from bmx.model.loader import check_int8
 from bmx.model.spec import share_layers
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
@@ -233,10 +234,12 @@ class _Calibration:
     def run(self) -> None:
         """Measure everything that is not measured yet, in order, and recommend a candidate."""
         for candidate in self._candidates({}, ""):
-            check_settings(candidate, self.config.prompt)
+            check_cache(candidate, self.config.prompt)
         self._update_sizes()
         with self.display.waiting(f"loading model {self.config.engine.model}"):
             full = Engine.open(full_cache_config(self.config.engine), self.config.prompt)
+        if self.config.engine.int8:
+            check_int8(full.backend.describe()["dtype"], full.backend.device_type)
         candidates = self._candidates(self._layer_factors(full), self._shared_layers(full))
         left = [candidate for candidate in candidates if not self._is_measured(candidate)]
         prompts = counted(len(self.sample.requests), "prompt")

@@ -41,26 +41,25 @@ def preview_spec(config: EngineConfig, device: str) -> ModelSpec:
         ModelError: the model cannot be found or read, or bmx cannot run it.
         UsageError: int8 weights would be slower here.
     """
-    dtype = dtype_name(config, device)
-    if config.int8:
-        check_int8(dtype, device)
     spec = _unquantized_spec(config, device)
-    return with_int8_weights(spec, device, dtype) if config.int8 else spec
+    return with_int8_weights(spec, config, device) if config.int8 else spec
 
 
-def with_int8_weights(spec: ModelSpec, device: str, dtype: str) -> ModelSpec:
+def with_int8_weights(spec: ModelSpec, config: EngineConfig, device: str) -> ModelSpec:
     """About the spec of the model with int8 linear layers, as if all of them read the hidden state.
 
     Where the library multiplies, projections to keys and values may be too small for it.
 
     Args:
         spec: of the model without them.
+        config: the settings.
         device: ``cpu`` or ``cuda``.
-        dtype: torch's name of the model's type.
 
     Raises:
         UsageError: int8 weights would be slower here.
     """
+    auto = "bfloat16" if spec.itemsize == ITEMSIZE["bfloat16"] else "float32"
+    dtype = auto if config.dtype == "auto" else config.dtype
     check_int8(dtype, device)
     weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
     hidden = spec.head_bytes // spec.itemsize // spec.vocab

@@ -16,7 +16,6 @@ from bmx.model.loader import (
     check_int8,
     choose_device,
     choose_dtype,
-    dtype_name,
     loading_errors,
     prepare,
     quantize_int8,
@@ -164,13 +163,14 @@ def make_random_model(name: str, longest: int, config: EngineConfig) -> LoadedMo
     import torch
 
     device = choose_device(config)
+    dtype = str(choose_dtype(config, device, SHAPES[name])).removeprefix("torch.")
     if config.int8:
-        check_int8(dtype_name(config, device.type), device.type)
+        check_int8(dtype, device.type)
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else RUNTIME_BYTES["cuda"]
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), loading_errors(name):
         torch.manual_seed(0)
-        model = _build(name, longest, device, str(choose_dtype(config, device, SHAPES[name])).removeprefix("torch."))
+        model = _build(name, longest, device, dtype)
     loaded = prepare(model, runtime)
     return quantize_int8(loaded) if config.int8 else loaded
 
