@@ -25,10 +25,10 @@ from bmx.cache import cache_folder, store, warn_once
 from bmx.kernels.instruction_sets import SETS, InstructionSet, better_than
 
 SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("g++", "c++")  # of GNU, as the OpenMP library that torch brings
 FLAGS = ("-O3", "-std=c++17", "-mtune=native", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off", "-fno-strict-aliasing")
 TIMEOUT = 120  # seconds that a compiler may take
-NO_COMPILER = "no C++ compiler is installed (g++ or clang++)"
+NO_COMPILER = "no C++ compiler is installed (g++)"
 
 
 logger = logging.getLogger(__name__)
