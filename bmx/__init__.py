@@ -41,6 +41,8 @@ def __getattr__(name: str) -> Any:
     """Public names, imported when they are first used, so that ``bmx --help`` loads no torch."""
     from importlib import import_module
 
+    if name == "Engine":
+        import_module("bmx.hardware").wait_briefly()
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'bmx' has no attribute {name!r}")

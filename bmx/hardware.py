@@ -20,6 +20,7 @@ from typing import Any
 CGROUP = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60
 NAMED_HOLDERS = 3
+SPINS = "10000"  # each takes 15 to 50 ns
 MULTIPLIERS = {  # flags of processors that multiply numbers of a type
     "bfloat16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
     "float16": frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
@@ -342,6 +343,16 @@ def usable_cores() -> int:
     if threads.isdigit():
         allowed = min(allowed, int(threads))
     return max(1, min(allowed, _physical_cores() or allowed))
+
+
+def wait_briefly() -> None:
+    """Let threads that wait for one another sleep after half a millisecond, unless the environment says how they wait.
+
+    By themselves they spin for 10 ms and more. Where other programs work on the machine, they take the cores from the
+    threads that they wait for. The OpenMP library reads this when torch is loaded: later calls change nothing.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def _cpu_quotas() -> Iterator[tuple[str, str]]:

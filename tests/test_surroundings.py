@@ -583,6 +583,21 @@ def test_e3_other_numbers_of_threads_are_taken(run, monkeypatch, threads):
     assert run().code == 0
 
 
+@pytest.mark.parametrize("given", [None, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_threads_that_wait_soon_sleep_unless_the_environment_says_how_they_wait(run, monkeypatch, given):
+    """Those that spin take the cores of a busy machine from the threads that they wait for."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "ACTIVE")
+        if name != given:
+            monkeypatch.delenv(name)
+    assert run().code == 0
+    spins = os.environ.get("GOMP_SPINCOUNT")
+    if given is None:
+        assert 1000 <= int(spins) <= 100_000
+    else:
+        assert spins == (None if given == "OMP_WAIT_POLICY" else "ACTIVE")
+
+
 def test_e3_a_current_folder_that_was_deleted_is_said(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

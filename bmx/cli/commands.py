@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from bmx import hardware
 from bmx.cli.flags import known_variables, take_options, values_to_compare, with_flags
 from bmx.cli.help import INPUTS, Command, Front
 from bmx.cli.process import check_process
@@ -133,6 +134,7 @@ def _session(
     early_display = Display(log_format=flags.get("log_format") or "text")  # for errors in the settings themselves
     with stop.install_handlers(), _errors_shown(early_display, interrupted_hint):
         check_process()
+        hardware.wait_briefly()
         options = take_options(command, flags)
         config = _gathered(command, inputs, flags, config_file)
         job = config.job
