@@ -65,18 +65,12 @@ def wide(layer):
     return layer.weight.double() if layer.scales is None else layer.weight.double() * layer.scales.double()[:, None]
 
 
-@pytest.fixture
-def levels(instruction_set):
-    """The greatest code of an input's number while it is multiplied with int8 weights; the least is 0."""
-    return build.library(instruction_set).bmx_levels()
-
-
-def rounded_rows(x, levels):
+def rounded_rows(x):
     """What is left of an input's rows when they are codes while they are multiplied, in float64."""
     least, greatest = x.double().amin(-1, keepdim=True).clamp(max=0), x.double().amax(-1, keepdim=True).clamp(min=0)
-    steps = (greatest - least) / levels
+    steps = (greatest - least) / 255
     zeros = (-least / steps).round()
-    return (((x.double() / steps).round() + zeros).clamp(0, levels) - zeros) * steps
+    return (((x.double() / steps).round() + zeros).clamp(0, 255) - zeros) * steps
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -93,11 +87,11 @@ def rounded_rows(x, levels):
         (300, 96, 160),
     ],
 )
-def test_a_linear_layer_is_what_float64_says(compiled, levels, rows, inner, columns, int8):
+def test_a_linear_layer_is_what_float64_says(compiled, rows, inner, columns, int8):
     """Rows in and out of whole tiles, columns in and out of whole blocks, more words than a panel holds."""
     layer, x = linear(columns, inner, bias=True, int8=int8), normal(rows, inner, seed=7, dtype=BF16)
     [y] = compiled.product((layer,))(x)
-    expected = (rounded_rows(x, levels) if int8 else x.double()) @ wide(layer).T + layer.bias.double()
+    expected = (rounded_rows(x) if int8 else x.double()) @ wide(layer).T + layer.bias.double()
     assert y.dtype == BF16
     torch.testing.assert_close(y.double(), expected, atol=1.5e-2, rtol=1e-2)
     assert (y.double() - expected).norm() < 3e-3 * expected.norm()
@@ -106,7 +100,7 @@ def test_a_linear_layer_is_what_float64_says(compiled, levels, rows, inner, colu
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("rows", [2, 50, 500])
-def test_layers_of_the_same_input_are_as_each_alone_for_any_number_of_threads(compiled, levels, rows, threads, int8):
+def test_layers_of_the_same_input_are_as_each_alone_for_any_number_of_threads(compiled, rows, threads, int8):
     layers = tuple(linear(columns, 96, bias=columns == 48, seed=columns, int8=int8) for columns in (112, 48, 16))
     x = normal(rows, 96, seed=3, dtype=BF16)
     before = torch.get_num_threads()
@@ -117,7 +111,7 @@ def test_layers_of_the_same_input_are_as_each_alone_for_any_number_of_threads(co
     finally:
         torch.set_num_threads(before)
     assert [t.shape for t in together] == [(rows, 112), (rows, 48), (rows, 16)]
-    given = rounded_rows(x, levels) if int8 else x.double()
+    given = rounded_rows(x) if int8 else x.double()
     for one, other, layer in zip(together, alone, layers, strict=True):
         assert torch.equal(one, other)
         bias = 0 if layer.bias is None else layer.bias.double()
@@ -126,11 +120,11 @@ def test_layers_of_the_same_input_are_as_each_alone_for_any_number_of_threads(co
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("columns", [48, 64, 160])
-def test_a_gated_product_is_silu_times_the_other(compiled, levels, columns, int8):
+def test_a_gated_product_is_silu_times_the_other(compiled, columns, int8):
     gate, up = (linear(columns, 64, seed=seed, int8=int8) for seed in (1, 2))
     x = 20 * normal(2, 11, 64, seed=3, dtype=BF16)  # gates from -80 to 80: no power of e may overflow
     [y] = compiled.product((gate, up), gated=True)(x)
-    given = rounded_rows(x, levels) if int8 else x.double()
+    given = rounded_rows(x) if int8 else x.double()
     g, u = given @ wide(gate).T, given @ wide(up).T
     assert y.shape == (2, 11, columns)
     expected = g * torch.sigmoid(g) * u

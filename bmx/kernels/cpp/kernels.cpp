@@ -34,14 +34,13 @@ void quantise(const bf16* x, uint8_t* codes, Steps* steps, long rows, long inner
             low = lesser(low, v), high = greater(high, v), broken = fused(v, zeros(), broken);
         }
         const float lowest = least(low), range = greatest(high) - lowest;
-        const float step = std::max(range, 1e-30f) / static_cast<float>(Bytes::LEVELS);
-        const int32_t zero = static_cast<int32_t>(std::lrint(-lowest / step)) + Bytes::LEAST;
+        const float step = std::max(range, 1e-30f) / 255.0f;
+        const int32_t zero = static_cast<int32_t>(std::lrint(-lowest / step)) + Codes::LEAST;
         steps[row] = {step + sum(broken), zero};
         const Real factor = splat(1.0f / step);
         for (long k = 0; k < inner; k += LANES) {
             const Int code = whole(load_bf16(from + k) * factor) + splat(zero);
-            store_bytes(codes + row * inner + k,
-                        lesser(greater(code, splat(Bytes::LEAST)), splat(Bytes::LEAST + Bytes::LEVELS)));
+            store_bytes(codes + row * inner + k, lesser(greater(code, splat(Codes::LEAST)), splat(Codes::LEAST + 255)));
         }
     }
 }
@@ -86,7 +85,7 @@ void multiply_bytes(const bf16* x, const Layer* layers, int count, bool gated, b
                 gated && which ? y : nullptr);
         }
     };
-    multiply<Bytes>(static_cast<const uint8_t*>(codes), {layers, count, gated}, rows, inner, left, finish);
+    multiply<Codes>(static_cast<const uint8_t*>(codes), {layers, count, gated}, rows, inner, left, finish);
 }
 
 }  // namespace
@@ -98,20 +97,16 @@ int bmx_start() {
     return ask_for_tiles();
 }
 
-// The number of steps from the least to the greatest number of an input row that is rounded to bytes.
-int bmx_levels() {
-    return Bytes::LEVELS;
-}
-
 // Linear layers of one input x[rows][inner], all with int8 weights or none: outputs [rows][columns] one after another
 // in y. If gated, there are two layers of one size, and y is SiLU(first output) times the second. Each row of x is
 // rounded to bytes if weights are int8; everything else is bfloat16.
 long bmx_linear(const bf16* x, const Layer* layers, int count, int gated, bf16* y, long rows, long inner, char* work,
                 long size) {
     const bool bytes = layers[0].scales;
-    const long words = inner / (bytes ? Bytes::PARTS : Plain::PARTS);
+    const long words = inner / (bytes ? Codes::PARTS : Plain::PARTS);
     const size_t coded = bytes ? Work::bytes<uint8_t>(rows * inner) + Work::bytes<Steps>(rows) : 0;
-    const long needed = ThreadWork(rows, words, !bytes && COPIES<Plain>).all_threads() + static_cast<long>(coded);
+    const long needed = ThreadWork(rows, words, bytes ? COPIES<Codes, uint8_t> : COPIES<Plain, bf16>).all_threads() +
+                        static_cast<long>(coded);
     if (size < needed) return needed;
     const auto at = [=](const Layer& layer, int which, long row, long column) {
         return (gated && which ? 0 : rows * layer.offset) + row * layer.columns + column;

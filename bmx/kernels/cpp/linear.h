@@ -16,9 +16,9 @@ inline long band_of(long words) {
     return std::max(LEAST_BAND, fit / ROWS * ROWS);
 }
 
-// Whether left-hand sides are copied to be multiplied.
-template <class Kind>
-constexpr bool COPIES = std::is_same_v<typename Kind::number, float>;
+// Whether left-hand sides are copied to be multiplied: processors multiply other numbers than those that are given.
+template <class Kind, class Source>
+constexpr bool COPIES = sizeof(typename Kind::number) != sizeof(Source);
 
 // The working memory of a thread in `multiply`: a panel of weights, sums, and a band of the left-hand side, in words.
 struct ThreadWork {
@@ -76,13 +76,11 @@ struct Share {
     }
 };
 
-// The words of a band of the left-hand side: in place, or copied where processors do not multiply bfloat16.
-inline const word* words_of(const uint8_t* band, long, word*) {
-    return reinterpret_cast<const word*>(band);
-}
-inline const word* words_of(const bf16* band, long count, word* copy) {
-    if (sizeof(Number) == sizeof(bf16)) return reinterpret_cast<const word*>(band);
-    copy_numbers(band, count, reinterpret_cast<Number*>(copy));
+// The words of a band of the left-hand side: in place, or copied.
+template <class Kind, class Source>
+const word* words_of(const Source* band, long count, word* copy) {
+    if constexpr (!COPIES<Kind, Source>) return reinterpret_cast<const word*>(band);
+    copy_numbers(band, count, reinterpret_cast<typename Kind::number*>(copy));
     return copy;
 }
 
@@ -91,7 +89,7 @@ inline const word* words_of(const bf16* band, long count, word* copy) {
 template <class Kind, class Source, class Finish>
 void multiply(const Source* x, const Blocks& blocks, long rows, long inner, Work work, const Finish& finish) {
     const long words = inner / Kind::PARTS, band = band_of(words), all = blocks.all();
-    const ThreadWork size(rows, words, COPIES<Kind>);
+    const ThreadWork size(rows, words, COPIES<Kind, Source>);
     const auto weights = [&](const std::pair<int, long>& at) {
         return static_cast<const Source*>(blocks.layers[at.first].weight) + at.second * inner;
     };
@@ -128,7 +126,7 @@ void multiply(const Source* x, const Blocks& blocks, long rows, long inner, Work
         };
         for (long row = share.top; row < share.bottom; row += band) {
             const long count = std::min(band, share.bottom - row);
-            const word* left = words_of(x + row * inner, count * inner, copy);
+            const word* left = words_of<Kind>(x + row * inner, count * inner, copy);
             for (long block = share.begin; block < share.end; block++) multiply_block(block, left, row, count);
         }
         release_tiles();

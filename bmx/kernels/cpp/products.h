@@ -80,55 +80,67 @@ using Plain = Floats;
 #endif
 using Number = Plain::number;  // of left-hand sides in bfloat16 or float
 
-// Words of four bytes, summed in 32 bits; those of the left-hand side have LEVELS steps from LEAST on, as many as do
-// not overflow.
-struct Bytes {
+// Words of int8 weights and of inputs that are rounded to 256 levels, the least of them LEAST; summed in 32 bits.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_NEON)
+struct Bytes {  // four bytes
     using number = uint8_t;
     using sum = Int;
     static constexpr int PARTS = 4;
 #if defined(__AVX512VNNI__)
-    static constexpr int LEAST = 0, LEVELS = 255;
+    static constexpr int LEAST = 0;
     static Int add(Int s, word a, Int b) {  // as _mm512_dpbusd_epi32, for which compilers copy and spill s
         asm("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(splat(static_cast<int32_t>(a))), "v"(b));
         return s;
     }
 #elif defined(__AVXVNNI__)
-    static constexpr int LEAST = 0, LEVELS = 255;
+    static constexpr int LEAST = 0;
     static Int add(Int s, word a, Int b) {
         asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s) : "x"(splat(static_cast<int32_t>(a))), "x"(b));
         return s;
     }
-#elif defined(__AVX512F__)
-    static constexpr int LEAST = 0, LEVELS = 127;  // two products are summed in 16 bits first
-    static Int add(Int s, word a, Int b) {
-        const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(splat(static_cast<int32_t>(a))),
-                                                   reinterpret_cast<__m512i>(b));
-        return s + reinterpret_cast<Int>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-    }
-#elif defined(__AVX2__)
-    static constexpr int LEAST = 0, LEVELS = 127;
-    static Int add(Int s, word a, Int b) {
-        const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(splat(static_cast<int32_t>(a))),
-                                                   reinterpret_cast<__m256i>(b));
-        return s + reinterpret_cast<Int>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-#elif defined(__ARM_FEATURE_DOTPROD)
-    static constexpr int LEAST = -128, LEVELS = 255;
-    static Int add(Int s, word a, Int b) {
-        return vdotq_s32(s, reinterpret_cast<int8x16_t>(splat(static_cast<int32_t>(a))),
-                         reinterpret_cast<int8x16_t>(b));
-    }
 #else
-    static constexpr int LEAST = -128, LEVELS = 255;
+    static constexpr int LEAST = -128;  // both are signed
     static Int add(Int s, word a, Int b) {
         const int8x16_t x = reinterpret_cast<int8x16_t>(splat(static_cast<int32_t>(a)));
         const int8x16_t y = reinterpret_cast<int8x16_t>(b);
+#ifdef __ARM_FEATURE_DOTPROD
+        return vdotq_s32(s, x, y);
+#else
         const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
         return vaddq_s32(s, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
     }
 #endif
     static Int words(const uint8_t* row, long k) { return load(reinterpret_cast<const int32_t*>(row) + k); }
 };
+using Codes = Bytes;
+#else
+struct Shorts {  // two numbers of 16 bits: instructions for bytes would add up products in 16 bits, which overflow
+    using number = int16_t;
+    using sum = Int;
+    static constexpr int PARTS = 2, LEAST = 0;
+#ifdef __AVX512F__
+    static Int add(Int s, word a, Int b) {
+        const Int x = splat(static_cast<int32_t>(a));
+        return s + reinterpret_cast<Int>(_mm512_madd_epi16(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(b)));
+    }
+    static Int words(const uint8_t* row, long k) {
+        return reinterpret_cast<Int>(
+            _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + PARTS * k))));
+    }
+#else
+    static Int add(Int s, word a, Int b) {
+        const Int x = splat(static_cast<int32_t>(a));
+        return s + reinterpret_cast<Int>(_mm256_madd_epi16(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(b)));
+    }
+    static Int words(const uint8_t* row, long k) {
+        return reinterpret_cast<Int>(
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + PARTS * k))));
+    }
+#endif
+};
+using Codes = Shorts;
+#endif
 
 // Packs `width` rows of `words` words into a panel [words][width]; null rows become zeros. `Source`: what rows hold.
 template <class Kind, class Source>

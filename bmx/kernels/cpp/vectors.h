@@ -63,6 +63,12 @@ inline void copy_numbers(const bf16* from, long count, bf16* to) {
 inline void copy_numbers(const bf16* from, long count, float* to) {
     for (long i = 0; i < count; i += LANES) store(to + i, load_bf16(from + i));
 }
+inline void copy_numbers(const uint8_t* from, long count, uint8_t* to) {
+    std::memcpy(to, from, static_cast<size_t>(count));
+}
+inline void copy_numbers(const uint8_t* from, long count, int16_t* to) {
+    std::copy(from, from + count, to);
+}
 
 // Where LANES numbers can be read of which `count` lie at p: p itself, or a copy with zeros after them.
 template <class T>
