@@ -271,6 +271,23 @@ def test_a_key_counts_for_far_queries_alone(compiled, tokens, past, group, dim, 
         )
 
 
+def test_attention_and_its_sums_are_the_same_for_any_number_of_threads(compiled):
+    chunk = chunk_of(130, 45)
+    rows = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output, sums = compiled.attend_chunk(*chunk, query_weights=torch.ones(1, 130), scale=0.125)
+            slots = compiled.attend_slots(chunk[0][:2], *(one.expand(2, -1, -1, -1).contiguous() for one in chunk[3:]),
+                                          scale=0.125, want_mass=True)  # fmt: skip
+            rows.append((output, sums, *slots))
+    finally:
+        torch.set_num_threads(before)
+    for other in rows[1:]:
+        assert all(map(torch.equal, rows[0], other))
+
+
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("group", [1, 3])
 def test_powers_of_the_attention_of_decoding_tokens(compiled, group, power):
