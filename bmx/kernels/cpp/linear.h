@@ -110,15 +110,17 @@ void multiply(const Source* x, const Blocks& blocks, long rows, long inner, Work
             for (long k = 0; k < words; k += DEPTH) {
                 const long depth = std::min(DEPTH, words - k);
                 const bool last = k + depth == words;
-                pack<Kind>(lines, depth, panel, width);
+                const bool more = block + 1 < share.end;
+                const Source* next = !last  ? lines[0] + depth * Kind::PARTS
+                                     : more ? weights(blocks.find(block + 1))
+                                            : nullptr;
+                pack<Kind>(lines, depth, panel, width,
+                           {reinterpret_cast<const char*>(next), static_cast<long>(inner * sizeof(Source))});
                 for (int i = 0; i < width; i++) lines[i] += depth * Kind::PARTS;
-                const Source* next = last ? weights(blocks.find(std::min(block + 1, share.end - 1))) : lines[0];
-                Ahead ahead{reinterpret_cast<const char*>(next), static_cast<long>(inner * sizeof(Source))};
-                for (long row = 0; row < band_rows; row += CACHED_ROWS, ahead = {}) {
+                for (long row = 0; row < band_rows; row += CACHED_ROWS) {
                     const long count = std::min(CACHED_ROWS, band_rows - row);
                     word* to = words > DEPTH ? sums + row * width : sums;
-                    product<Kind>(left + row * words + k, words, count, panel, registers, depth, k == 0, to, width,
-                                  ahead);
+                    product<Kind>(left + row * words + k, words, count, panel, registers, depth, k == 0, to, width);
                     for (long i = 0; last && i < count; i++)
                         finish(layer, at.first, first + row + i, at.second, registers, to + i * width);
                 }

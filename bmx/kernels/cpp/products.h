@@ -40,10 +40,6 @@ constexpr long STEP = 16;  // words that are multiplied together
 constexpr long STEP = 1;
 #endif
 
-inline Int zero_words() {
-    return Int{};
-}
-
 #ifdef __AVX512BF16__
 struct Halves {  // words of two bfloat16, summed in float
     using number = bf16;
@@ -142,22 +138,37 @@ struct Shorts {  // two numbers of 16 bits: instructions for bytes would add up 
 using Codes = Shorts;
 #endif
 
+// Rows of weights that will be packed next: the first of them, or null, and bytes from one to the next.
+struct Ahead {
+    const char* rows = nullptr;
+    long stride = 0;
+    // Fetches the cache lines at `offset` bytes from the beginnings of LANES rows; of some of them, if `step` bytes of
+    // a line are packed at a time, so that all are fetched in the end.
+    void fetch(long first, long offset, long step) const {
+        const long count = LANES * step / 64, begin = offset % 64 / step * count;
+        for (long i = begin; rows && i < begin + count; i++) prefetch(rows + (first + i) * stride + offset / 64 * 64);
+    }
+};
+
 // Packs `width` rows of `words` words into a panel [words][width]; null rows become zeros. `Source`: what rows hold.
+// Within another function, compilers would keep a part of the words in memory.
 template <class Kind, class Source>
-void pack(const Source* const* rows, long words, word* panel, int width) {
+[[gnu::noinline]] void pack(const Source* const* rows, long words, word* panel, int width, Ahead ahead = {}) {
+    constexpr long BYTES = Kind::PARTS * sizeof(Source);  // of a row for each word
     for (int c = 0; c < width; c += LANES) {
         for (long k = 0; k < words; k += LANES) {
             const long left = std::min<long>(LANES, words - k);
+            ahead.fetch(c, k * BYTES, LANES * BYTES);
             Int r[LANES];
             for (int i = 0; i < LANES; i++) {
                 const Source* row = rows[c + i];
                 if (!row) {
-                    r[i] = zero_words();
+                    r[i] = Int{};
                 } else if (left == LANES) {
                     r[i] = Kind::words(row, k);
                 } else {
                     Source some[LANES * Kind::PARTS] = {};
-                    std::memcpy(some, row + k * Kind::PARTS, static_cast<size_t>(left) * Kind::PARTS * sizeof(Source));
+                    std::memcpy(some, row + k * Kind::PARTS, static_cast<size_t>(left * BYTES));
                     r[i] = Kind::words(some, 0);
                 }
             }
@@ -166,16 +177,6 @@ void pack(const Source* const* rows, long words, word* panel, int width) {
         }
     }
 }
-
-// Weights that will be read next: a tile prefetches some cache lines of their rows for each word it has multiplied.
-struct Ahead {
-    const char* rows = nullptr;
-    long stride = 0;  // bytes
-    void fetch(long k) const {
-        const char* line = rows + (k % LANES) * stride + k / LANES * 64;
-        for (int j = 0; j < WIDE; j++) prefetch(line + j * LANES * stride);
-    }
-};
 
 inline void load_sum(const word* p, Real& s) {
     s = load(reinterpret_cast<const float*>(p));
@@ -192,9 +193,9 @@ inline void store_sum(word* p, Int s) {
 
 // A tile of M rows x N registers: out[row][column] (+)= sum over words of a[row][word] times panel[word][column].
 // Within another function, compilers would keep some of its sums in memory.
-template <class Kind, int M, int N, bool Prefetch = false>
+template <class Kind, int M, int N>
 [[gnu::noinline]] void tile(const word* a, long stride, const word* panel, long words, bool begin, word* out,
-                            long width, Ahead ahead = {}) {
+                            long width) {
     typename Kind::sum s[M][N];
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) {
@@ -204,7 +205,6 @@ template <class Kind, int M, int N, bool Prefetch = false>
     for (long k = 0; k < words; k++) {
         Int b[N];
         for (int j = 0; j < N; j++) b[j] = load(reinterpret_cast<const int32_t*>(panel) + (k * N + j) * LANES);
-        if (Prefetch) ahead.fetch(k);
         for (int i = 0; i < M; i++)
             for (int j = 0; j < N; j++) s[i][j] = Kind::add(s[i][j], a[i * stride + k], b[j]);
     }
@@ -213,26 +213,20 @@ template <class Kind, int M, int N, bool Prefetch = false>
 }
 
 // A tile of at most M rows.
-template <class Kind, int M, int N, bool Prefetch = false>
+template <class Kind, int M, int N>
 void tile_of_rows(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out,
-                  long width, Ahead ahead = {}) {
+                  long width) {
     if constexpr (M > 1)
-        if (rows < M)
-            return tile_of_rows<Kind, M - 1, N, Prefetch>(a, stride, rows, panel, words, begin, out, width, ahead);
-    tile<Kind, M, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
+        if (rows < M) return tile_of_rows<Kind, M - 1, N>(a, stride, rows, panel, words, begin, out, width);
+    tile<Kind, M, N>(a, stride, panel, words, begin, out, width);
 }
 
-// Tiles for any number of rows; the first one prefetches what comes next.
+// Tiles for any number of rows.
 template <class Kind, int N>
-void tiles(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out, long width,
-           Ahead ahead = {}) {
-    for (long i = 0; i < rows; i += ROWS) {
-        const long count = std::min<long>(ROWS, rows - i);
-        if (i == 0 && ahead.rows)
-            tile_of_rows<Kind, ROWS, N, true>(a, stride, count, panel, words, begin, out, width, ahead);
-        else
-            tile_of_rows<Kind, ROWS, N>(a + i * stride, stride, count, panel, words, begin, out + i * width, width);
-    }
+void tiles(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out, long width) {
+    for (long i = 0; i < rows; i += ROWS)
+        tile_of_rows<Kind, ROWS, N>(a + i * stride, stride, std::min<long>(ROWS, rows - i), panel, words, begin,
+                                    out + i * width, width);
 }
 
 }  // namespace
@@ -251,13 +245,13 @@ namespace {
 // a[rows][words] times a panel of `registers` registers of columns, at most N.
 template <class Kind, int N = WIDE>
 void product(const word* a, long stride, long rows, const word* panel, int registers, long words, bool begin, word* out,
-             long width, Ahead ahead = {}) {
+             long width) {
     if constexpr (N > 1)
         if (registers < N) return product<Kind, N - 1>(a, stride, rows, panel, registers, words, begin, out, width);
 #ifdef __AMX_TILE__
-    if (words % TILE == 0) return amx_tiles<Kind, N>(a, stride, rows, panel, words, begin, out, width, ahead);
+    if (words % TILE == 0) return amx_tiles<Kind, N>(a, stride, rows, panel, words, begin, out, width);
 #endif
-    tiles<Kind, N>(a, stride, rows, panel, words, begin, out, width, ahead);
+    tiles<Kind, N>(a, stride, rows, panel, words, begin, out, width);
 }
 
 }  // namespace

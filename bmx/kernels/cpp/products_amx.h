@@ -56,8 +56,7 @@ inline void release_tiles() {
 
 // Up to 32 rows x N registers of columns: as `tile` in products.h; `words` is a multiple of 16.
 template <class Kind, int N, bool Two>
-void amx_tile(const word* a, long stride, const word* panel, long words, bool begin, word* out, long width,
-              Ahead ahead) {
+void amx_tile(const word* a, long stride, const word* panel, long words, bool begin, word* out, long width) {
     constexpr long LINE = N * LANES * sizeof(word);
     const long rows = stride * static_cast<long>(sizeof(word)), line = width * static_cast<long>(sizeof(word));
     if (begin) {
@@ -85,7 +84,6 @@ void amx_tile(const word* a, long stride, const word* panel, long words, bool be
             MULTIPLY_TILES(2, 5, 6);
             if constexpr (N > 1) MULTIPLY_TILES(3, 5, 7);
         }
-        for (long i = 0; ahead.rows && i < TILE; i++) ahead.fetch(k + i);
     }
     _tile_stored(0, out, line);
     if constexpr (N > 1) _tile_stored(1, out + LANES, line);
@@ -96,16 +94,16 @@ void amx_tile(const word* a, long stride, const word* panel, long words, bool be
 #undef MULTIPLY_TILES
 
 template <class Kind, int N>
-void amx_tiles(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out, long width,
-               Ahead ahead) {
-    for (long i = 0; i < rows; i += 2 * TILE, ahead = {}) {
+void amx_tiles(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out,
+               long width) {
+    for (long i = 0; i < rows; i += 2 * TILE) {
         const long first = std::min(TILE, rows - i), second = std::min(TILE, rows - i - first);
         shape_tiles(first, second);
         const word* from = a + i * stride;
         if (second)
-            amx_tile<Kind, N, true>(from, stride, panel, words, begin, out + i * width, width, ahead);
+            amx_tile<Kind, N, true>(from, stride, panel, words, begin, out + i * width, width);
         else
-            amx_tile<Kind, N, false>(from, stride, panel, words, begin, out + i * width, width, ahead);
+            amx_tile<Kind, N, false>(from, stride, panel, words, begin, out + i * width, width);
     }
 }
 
