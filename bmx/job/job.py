@@ -6,6 +6,7 @@ rows have a record already the journal's.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -290,6 +291,7 @@ def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, P
         UsageError: the records that exist are those of another version of the model.
     """
     engine = _loaded(state.config, display)
+    gc.freeze()  # libraries and the model stay: searching them for garbage would take a twentieth of the time
     model = engine.describe()
     if state.ledger.has_records:
         _check_same_model(state, model)
