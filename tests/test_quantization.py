@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 
@@ -146,9 +147,10 @@ def test_weights_are_counted_as_the_bytes_they_are(plain):
     """What the process holds more by a set of packed weights is what is counted, within 5 %."""
     layers = [linear(inputs, outputs) for inputs, outputs in ((576, 1536), (1536, 576), (896, 512))]
     LibraryInt8Linear(layers[0])  # loads what FBGEMM needs
+    gc.collect()
     hardware.trim_heap()
     before = hardware.resident_bytes()
-    packed = [LibraryInt8Linear(layer) for layer in layers for _ in range(8)]
+    packed = [LibraryInt8Linear(layer) for layer in layers for _ in range(24)]
     hardware.trim_heap()
     counted = sum(module.packed_bytes for module in packed)
     assert hardware.resident_bytes() - before == pytest.approx(counted, rel=0.05)
