@@ -6,6 +6,7 @@ rows have a record already the journal's.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import re
 from collections.abc import Generator, Iterator
@@ -292,6 +293,7 @@ def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, P
     """
     engine = _loaded(state.config, display)
     gc.freeze()  # libraries and the model stay: searching them for garbage would take a twentieth of the time
+    atexit.register(gc.unfreeze)  # Triton lists what it believes to be leaks otherwise
     model = engine.describe()
     if state.ledger.has_records:
         _check_same_model(state, model)
