@@ -114,13 +114,14 @@ void multiply(const Source* x, const Blocks& blocks, long rows, long inner, Work
                 const Source* next = !last  ? lines[0] + depth * Kind::PARTS
                                      : more ? weights(blocks.find(block + 1))
                                             : nullptr;
-                pack<Kind>(lines, depth, panel, width,
-                           {reinterpret_cast<const char*>(next), static_cast<long>(inner * sizeof(Source))});
+                const Ahead ahead{reinterpret_cast<const char*>(next), static_cast<long>(inner * sizeof(Source))};
+                pack<Kind>(lines, depth, panel, width, STEP > 1 ? ahead : Ahead{});
                 for (int i = 0; i < width; i++) lines[i] += depth * Kind::PARTS;
                 for (long row = 0; row < band_rows; row += CACHED_ROWS) {
                     const long count = std::min(CACHED_ROWS, band_rows - row);
                     word* to = words > DEPTH ? sums + row * width : sums;
-                    product<Kind>(left + row * words + k, words, count, panel, registers, depth, k == 0, to, width);
+                    product<Kind>(left + row * words + k, words, count, panel, registers, depth, k == 0, to, width,
+                                  STEP > 1 || row ? Ahead{} : ahead);
                     for (long i = 0; last && i < count; i++)
                         finish(layer, at.first, first + row + i, at.second, registers, to + i * width);
                 }

@@ -138,15 +138,20 @@ struct Shorts {  // two numbers of 16 bits: instructions for bytes would add up 
 using Codes = Shorts;
 #endif
 
-// Rows of weights that will be packed next: the first of them, or null, and bytes from one to the next.
+// Rows of weights that will be packed next: the first of them, or null, and bytes from one to the next. They are
+// fetched little by little while others are multiplied; by AMX, which takes too short for that, while others are
+// packed.
 struct Ahead {
     const char* rows = nullptr;
     long stride = 0;
-    // Fetches the cache lines at `offset` bytes from the beginnings of LANES rows; of some of them, if `step` bytes of
-    // a line are packed at a time, so that all are fetched in the end.
-    void fetch(long first, long offset, long step) const {
-        const long count = LANES * step / 64, begin = offset % 64 / step * count;
-        for (long i = begin; rows && i < begin + count; i++) prefetch(rows + (first + i) * stride + offset / 64 * 64);
+    // For each word that a tile multiplies: a cache line of some rows.
+    void fetch_for_word(long k) const {
+        const char* line = rows + (k % LANES) * stride + k / LANES * 64;
+        for (int j = 0; j < WIDE; j++) prefetch(line + j * LANES * stride);
+    }
+    // A cache line of LANES rows, at `offset` bytes from their beginnings.
+    void fetch_line(long first, long offset) const {
+        for (long i = 0; rows && i < LANES; i++) prefetch(rows + (first + i) * stride + offset);
     }
 };
 
@@ -158,7 +163,7 @@ template <class Kind, class Source>
     for (int c = 0; c < width; c += LANES) {
         for (long k = 0; k < words; k += LANES) {
             const long left = std::min<long>(LANES, words - k);
-            ahead.fetch(c, k * BYTES, LANES * BYTES);
+            ahead.fetch_line(c, k * BYTES);
             Int r[LANES];
             for (int i = 0; i < LANES; i++) {
                 const Source* row = rows[c + i];
@@ -193,9 +198,9 @@ inline void store_sum(word* p, Int s) {
 
 // A tile of M rows x N registers: out[row][column] (+)= sum over words of a[row][word] times panel[word][column].
 // Within another function, compilers would keep some of its sums in memory.
-template <class Kind, int M, int N>
+template <class Kind, int M, int N, bool Prefetch>
 [[gnu::noinline]] void tile(const word* a, long stride, const word* panel, long words, bool begin, word* out,
-                            long width) {
+                            long width, Ahead ahead) {
     typename Kind::sum s[M][N];
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) {
@@ -205,6 +210,7 @@ template <class Kind, int M, int N>
     for (long k = 0; k < words; k++) {
         Int b[N];
         for (int j = 0; j < N; j++) b[j] = load(reinterpret_cast<const int32_t*>(panel) + (k * N + j) * LANES);
+        if (Prefetch) ahead.fetch_for_word(k);
         for (int i = 0; i < M; i++)
             for (int j = 0; j < N; j++) s[i][j] = Kind::add(s[i][j], a[i * stride + k], b[j]);
     }
@@ -213,20 +219,27 @@ template <class Kind, int M, int N>
 }
 
 // A tile of at most M rows.
-template <class Kind, int M, int N>
+template <class Kind, int M, int N, bool Prefetch>
 void tile_of_rows(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out,
-                  long width) {
+                  long width, Ahead ahead) {
     if constexpr (M > 1)
-        if (rows < M) return tile_of_rows<Kind, M - 1, N>(a, stride, rows, panel, words, begin, out, width);
-    tile<Kind, M, N>(a, stride, panel, words, begin, out, width);
+        if (rows < M)
+            return tile_of_rows<Kind, M - 1, N, Prefetch>(a, stride, rows, panel, words, begin, out, width, ahead);
+    tile<Kind, M, N, Prefetch>(a, stride, panel, words, begin, out, width, ahead);
 }
 
-// Tiles for any number of rows.
+// Tiles for any number of rows; the first one fetches what is ahead.
 template <class Kind, int N>
-void tiles(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out, long width) {
-    for (long i = 0; i < rows; i += ROWS)
-        tile_of_rows<Kind, ROWS, N>(a + i * stride, stride, std::min<long>(ROWS, rows - i), panel, words, begin,
-                                    out + i * width, width);
+void tiles(const word* a, long stride, long rows, const word* panel, long words, bool begin, word* out, long width,
+           Ahead ahead) {
+    for (long i = 0; i < rows; i += ROWS) {
+        const long count = std::min<long>(ROWS, rows - i);
+        if (i == 0 && ahead.rows)
+            tile_of_rows<Kind, ROWS, N, true>(a, stride, count, panel, words, begin, out, width, ahead);
+        else
+            tile_of_rows<Kind, ROWS, N, false>(a + i * stride, stride, count, panel, words, begin, out + i * width,
+                                               width, {});
+    }
 }
 
 }  // namespace
@@ -245,13 +258,14 @@ namespace {
 // a[rows][words] times a panel of `registers` registers of columns, at most N.
 template <class Kind, int N = WIDE>
 void product(const word* a, long stride, long rows, const word* panel, int registers, long words, bool begin, word* out,
-             long width) {
+             long width, Ahead ahead = {}) {
     if constexpr (N > 1)
-        if (registers < N) return product<Kind, N - 1>(a, stride, rows, panel, registers, words, begin, out, width);
+        if (registers < N)
+            return product<Kind, N - 1>(a, stride, rows, panel, registers, words, begin, out, width, ahead);
 #ifdef __AMX_TILE__
     if (words % TILE == 0) return amx_tiles<Kind, N>(a, stride, rows, panel, words, begin, out, width);
 #endif
-    tiles<Kind, N>(a, stride, rows, panel, words, begin, out, width);
+    tiles<Kind, N>(a, stride, rows, panel, words, begin, out, width, ahead);
 }
 
 }  // namespace
