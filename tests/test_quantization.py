@@ -144,7 +144,7 @@ def test_kernels_take_the_layers_that_fit_and_the_library_the_others(flags, ever
 
 @by_library
 def test_weights_are_counted_as_the_bytes_they_are(plain):
-    """What the process holds more by a set of packed weights is what is counted, within 5 %."""
+    """What the process holds more by a set of packed weights is what is counted, but for filled-up pages never touched."""
     layers = [linear(inputs, outputs) for inputs, outputs in ((576, 1536), (1536, 576), (896, 512))]
     LibraryInt8Linear(layers[0])  # loads what FBGEMM needs
     gc.collect()
@@ -153,7 +153,7 @@ def test_weights_are_counted_as_the_bytes_they_are(plain):
     packed = [LibraryInt8Linear(layer) for layer in layers for _ in range(24)]
     hardware.trim_heap()
     counted = sum(module.packed_bytes for module in packed)
-    assert hardware.resident_bytes() - before == pytest.approx(counted, rel=0.05)
+    assert 0.9 * counted < hardware.resident_bytes() - before < 1.05 * counted
     model = LlamaForCausalLM(SIZES)
     loaded = prepare(model)
     before = hardware.resident_bytes()
