@@ -144,7 +144,7 @@ def test_kernels_take_the_layers_that_fit_and_the_library_the_others(flags, ever
 
 @by_library
 def test_weights_are_counted_as_the_bytes_they_are(plain):
-    """What the process holds more by a set of packed weights is what is counted, but for filled-up pages never touched."""
+    """What the process holds more by a set of packed weights is what is counted, less pages that are never touched."""
     layers = [linear(inputs, outputs) for inputs, outputs in ((576, 1536), (1536, 576), (896, 512))]
     LibraryInt8Linear(layers[0])  # loads what FBGEMM needs
     gc.collect()
