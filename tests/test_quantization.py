@@ -159,7 +159,7 @@ def test_weights_are_counted_as_the_bytes_they_are(plain):
     before = hardware.resident_bytes()
     small = quantize_int8(loaded)
     saved = loaded.spec.weight_bytes - small.spec.weight_bytes
-    assert before - hardware.resident_bytes() == pytest.approx(saved, rel=0.05)  # nothing is held twice
+    assert 0.75 * saved < before - hardware.resident_bytes() < 1.1 * saved  # if codes were held twice, 0.67
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     modules = [module for module in model.modules() if isinstance(module, LibraryInt8Linear)]
     assert small.spec.weight_bytes == sum(tensors.values()) + sum(module.packed_bytes for module in modules)
