@@ -6,9 +6,10 @@ TYPE_CHECKING = False  # as in typing, which would take a while to import
 if TYPE_CHECKING:
     from typing import Any
 
-    from bmx.config import EngineConfig, PromptConfig
+    from bmx.config import EngineConfig
     from bmx.engine.engine import Engine
     from bmx.errors import BmxError, RowError, UsageError
+    from bmx.prompt_config import PromptConfig
     from bmx.request import Request, Result, SamplingParams
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _HOMES = {
     "BmxError": "bmx.errors",
     "Engine": "bmx.engine.engine",
     "EngineConfig": "bmx.config",
-    "PromptConfig": "bmx.config",
+    "PromptConfig": "bmx.prompt_config",
     "Request": "bmx.request",
     "Result": "bmx.request",
     "RowError": "bmx.errors",

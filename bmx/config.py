@@ -1,4 +1,4 @@
-"""The settings of the engine: the model, its KV cache, its memory, and how prompts are built.
+"""The settings of the engine: the model, its KV cache and its memory.
 
 Each setting is declared once, as a field with its type, its default and its ``Setting``. This file knows which values
 contradict each other; it decides nothing and loads nothing.
@@ -6,9 +6,8 @@ contradict each other; it decides nothing and loads nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from bmx.errors import UsageError
 from bmx.kv_formats import AUTO_FORMAT, formats_of
@@ -18,7 +17,6 @@ from bmx.settings import (
     IF_CHUNKED,
     IF_CUT,
     IF_EVICTING,
-    IF_GIVEN,
     IF_TRUE,
     NEVER,
     NOT_IN_BENCH,
@@ -34,20 +32,12 @@ from bmx.units import (
     parse_format,
     parse_layers,
     parse_memory,
-    parse_object,
     parse_policy,
     parse_shared,
 )
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
 CHUNK_SIZE = 512  # the default where chunk ends decide answers
-TEMPLATE_ARGUMENTS = frozenset(  # what rendering a chat template takes beside the template's own variables
-    (
-        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
-        *("max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
-        *("sanitize_control_tokens", "tokenize", "tokenizer", "tokenizer_kwargs", "tools", "truncation"),
-    )
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +212,57 @@ class EngineConfig:
             calibrated=True,
         ),
     ] = None
+    kv_archive: Annotated[
+        Literal["none", "model", "int8", "int4"],
+        Setting(
+            "Keep every pair of prompt and answer, in this format, and write answers on all of them; the budget then "
+            "is for reading alone",
+            decides_answers=IF_EVICTING,
+            compared_in={"calibrate": "none,int4"},
+            calibrated=True,
+        ),
+    ] = "none"
+    kv_archive_place: Annotated[
+        str,
+        Setting(
+            "Where the archive is: device, host (a GPU's pairs in the host's memory), or a folder, for a file in it",
+            decides_answers=NEVER,
+            metavar="PLACE",
+            rare=True,
+        ),
+    ] = "device"
+    kv_recall: Annotated[
+        Literal["all", "attention", "pages", "clusters", "bits"],
+        Setting(
+            "Which pairs a token of the answer reads: all; or those chosen by a token that reads all (attention), by "
+            "the bounds of pages of keys, by clusters of keys, or by keys in two bits",
+            decides_answers=IF_EVICTING,
+            calibrated=True,
+            rare=True,
+        ),
+    ] = "all"
+    kv_recall_pairs: Annotated[
+        int,
+        Setting(
+            "Pairs that a token of the answer reads where they are chosen",
+            decides_answers=IF_EVICTING,
+            unit="KV pairs",
+            metavar="PAIRS",
+            parse=parse_count,
+            calibrated=True,
+            rare=True,
+        ),
+    ] = 256
+    kv_recall_every: Annotated[
+        int,
+        Setting(
+            "Tokens of the answer from one choice to the next, at most the newest that never go (--kv-recent)",
+            decides_answers=IF_EVICTING,
+            unit="tokens",
+            calibrated=True,
+            rare=True,
+        ),
+    ] = 1
     calibration: Annotated[
         str | None,
         Setting(
@@ -314,7 +355,7 @@ class EngineConfig:
         kv_format = next(setting for setting in settings_in(EngineConfig) if setting.name == "kv_format")
         chosen = kv_format.coerce(self.kv_format)
         if chosen == "auto":
-            chosen = "model" if self.kv_policy == "none" else AUTO_FORMAT
+            chosen = "model" if self.kv_policy == "none" or self.archives else AUTO_FORMAT
         object.__setattr__(self, "kv_format", chosen)
         budget = self.kv_budget
         if not is_budget(budget):
@@ -336,11 +377,35 @@ class EngineConfig:
                 f"{self.kv_recent} recent tokens",
                 hint=f"the smallest budget is {self.kv_sink + self.kv_recent + 1}; start with a quarter of the prompt",
             )
+        self._check_archive()
         if self.max_num_batched_tokens and self.max_num_batched_tokens < self.eviction_chunk_size:
             raise UsageError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below chunk_size {self.eviction_chunk_size}",
                 hint="lower --chunk-size too (it changes what is evicted when)",
             )
+
+    def _check_archive(self) -> None:
+        """Refuse settings of the archive that contradict each other."""
+        if self.archives and self.kv_policy == "none":
+            hint = "leave --kv-archive out: --kv-format int4 stores the full cache in fewer bits"
+            raise UsageError("kv_policy none evicts nothing, so there is nothing to archive", hint=hint)
+        if self.kv_recall == "all":
+            return
+        if not self.archives and (self.kv_recall != "pages" or self.kv_policy == "none"):
+            hint = "give --kv-archive a format; without one, only pages of a policy that evicts can be chosen"
+            raise UsageError(f"kv_recall {self.kv_recall} needs an archive to choose from", hint=hint)
+        if not 1 <= self.kv_recall_every <= self.kv_recent:
+            raise UsageError(f"kv_recall_every must be from 1 to kv_recent ({self.kv_recent}): {self.kv_recall_every}")
+        if self.kv_recall_pairs <= self.kv_sink + self.kv_recent:
+            raise UsageError(
+                f"kv_recall_pairs {self.kv_recall_pairs} leaves no room beside {self.kv_sink} sink and "
+                f"{self.kv_recent} recent tokens"
+            )
+
+    @property
+    def archives(self) -> bool:
+        """Whether every pair is kept behind the slots in which prompts are read."""
+        return self.kv_archive != "none"
 
     @property
     def eviction_chunk_size(self) -> int:
@@ -360,80 +425,18 @@ class EngineConfig:
     @property
     def full_cache(self) -> EngineConfig:
         """The same settings with a cache that keeps every pair."""
-        return replace(self, kv_policy="none", kv_probe=None, kv_value_norm=False, kv_protect="none")
+        return replace(
+            self,
+            kv_policy="none",
+            kv_probe=None,
+            kv_value_norm=False,
+            kv_protect="none",
+            kv_archive="none",
+            kv_archive_place="device",
+            kv_recall="all",
+        )
 
     @property
     def int8(self) -> bool:
         """Whether linear layers compute in 8 bits."""
         return self.quantization == "int8"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptConfig:
-    """How a row becomes the text that the model reads.
-
-    Raises:
-        UsageError: a value of another type.
-    """
-
-    system_prompt: Annotated[
-        str | None,
-        Setting(
-            "System message for every conversation that has none of its own; @FILE reads it from a file",
-            decides_answers=ALWAYS,
-            private=True,
-            from_file=True,
-        ),
-    ] = None
-    prompt_template: Annotated[
-        str | None,
-        Setting(
-            "Prompt of plain rows: text with {field} placeholders, filled from the row's fields; @FILE reads it from a "
-            "file, @@ begins a text with @",
-            decides_answers=ALWAYS,
-            private=True,
-            from_file=True,
-            typed_escapes=True,
-        ),
-    ] = None
-    chat_template: Annotated[
-        bool, Setting("Wrap plain prompts in the model's chat template, if it has one", decides_answers=ALWAYS)
-    ] = True
-    parse_special_tokens: Annotated[
-        bool,
-        Setting("Read control tokens written in a document as control tokens", decides_answers=ALWAYS, rare=True),
-    ] = False
-    chat_template_kwargs: Annotated[
-        dict[str, Any] | None,
-        Setting(
-            'Values for variables of the chat template, as a JSON object: {"enable_thinking": false}; a row\'s own win',
-            decides_answers=IF_GIVEN,
-            parse=parse_object,
-            metavar="JSON",
-            rare=True,
-        ),
-    ] = None
-    on_too_long: Annotated[
-        Literal["error", "skip", "truncate-left", "truncate-middle"],
-        Setting(
-            "A prompt longer than the model takes: error; skip: leave it out, which is no failure; truncate-left, "
-            "truncate-middle: cut its longest text at the beginning or in the middle, so that the answer has room",
-            decides_answers=IF_CUT,
-            commands=NOT_IN_BENCH,
-        ),
-    ] = "error"
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        refuse_template_arguments(self.chat_template_kwargs or {})
-
-
-def refuse_template_arguments(values: Mapping[str, Any]) -> None:
-    """Refuse values for the chat template by names that bmx or transformers gives values itself.
-
-    Raises:
-        UsageError: names them.
-    """
-    taken = sorted(values.keys() & TEMPLATE_ARGUMENTS)
-    if taken:
-        raise UsageError(f"chat_template_kwargs cannot set {', '.join(taken)}")

@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from bmx.config import EngineConfig, PromptConfig
+from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.plain_yaml import plain_mapping
+from bmx.prompt_config import PromptConfig
 from bmx.request import SamplingParams
 from bmx.settings import ALWAYS, NEVER, NOT_IN_BENCH, NOT_IN_PLAN, RUN, Setting, settings_in
 from bmx.units import parse_bytes, parse_count, parse_seconds, parse_shard

@@ -121,6 +121,8 @@ def sample(setting: Any) -> Any:
         "kv_layer_budgets": "pyramid",
         "kv_format": "fp8",
         "kv_share_layers": "7:3",
+        "kv_recall": "pages",
+        "kv_recall_pairs": 1500,
         "chat_template_kwargs": '{"enable_thinking": false}',
     }
     special |= {"kv_budget": 2000, "kv_probe_weight": 0.25}  # more than kv_sink and kv_recent; not the default

@@ -19,7 +19,6 @@ from conftest import Ended
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bmx.config import PromptConfig
 from bmx.engine import prompt_lengths as lengths
 from bmx.engine.fake import FakeTokenizer
 from bmx.errors import BmxError, InputFileError, RowError
@@ -28,6 +27,7 @@ from bmx.job.job import run as run_job
 from bmx.job.result_writer import ResultWriter
 from bmx.job.row_checks import NOT_SUPPORTED
 from bmx.model.prompt_encoder import PromptEncoder
+from bmx.prompt_config import PromptConfig
 from bmx.request import Request, Result
 from bmx.run_config import RunConfig, given_settings
 from bmx.shutdown import Stop

@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
-from bmx.config import EngineConfig, PromptConfig, refuse_template_arguments
+from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.model.instructions import INSTRUCTIONS
+from bmx.prompt_config import PromptConfig, refuse_template_arguments
 from bmx.request import Request, Result, SamplingParams
 from bmx.settings import settings_in
 

@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import EngineConfig, PromptConfig
+from bmx.config import EngineConfig
 from bmx.engine.arguments import chat_requests, checked_requests, gather_settings, sampling_params, text_requests
 from bmx.engine.backend import Backend
 from bmx.engine.memory_meter import is_out_of_memory, release
@@ -21,6 +21,7 @@ from bmx.errors import MemoryLimitError, UsageError
 from bmx.model.prompt_encoder import PromptEncoder
 from bmx.model.spec import share_layers
 from bmx.plan.planner import Length, Plan
+from bmx.prompt_config import PromptConfig
 from bmx.request import Request, Result
 from bmx.shutdown import Stop
 from bmx.stats import Stats

@@ -9,7 +9,7 @@ from typing import Any
 
 from bmx import hardware
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import FAKE, EngineConfig, PromptConfig
+from bmx.config import FAKE, EngineConfig
 from bmx.engine.backend import Backend, ModelBackend
 from bmx.engine.fake import FakeBackend, FakeTokenizer
 from bmx.engine.memory_meter import bound_kernel_caches
@@ -23,6 +23,7 @@ from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
 from bmx.plan.memory import limits
 from bmx.plan.planner import Length
+from bmx.prompt_config import PromptConfig
 
 
 def open_model(config: EngineConfig) -> tuple[Any, Backend]:

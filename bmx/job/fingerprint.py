@@ -13,9 +13,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from bmx.config import FAKE, EngineConfig, PromptConfig
+from bmx.config import FAKE, EngineConfig
 from bmx.model.demo import local_path
 from bmx.model.gguf_file import find_parts
+from bmx.prompt_config import PromptConfig
 from bmx.request import SamplingParams
 from bmx.run_config import JobConfig, RunConfig
 from bmx.settings import ALWAYS, IF_CHUNKED, IF_CUT, IF_EVICTING, IF_GIVEN, IF_TRUE, settings_in

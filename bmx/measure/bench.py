@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from bmx import hardware
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import FAKE, EngineConfig, PromptConfig
+from bmx.config import FAKE, EngineConfig
 from bmx.engine.backend import ModelBackend
 from bmx.engine.engine import Engine
 from bmx.engine.memory_meter import bound_kernel_caches, is_out_of_memory
@@ -41,6 +41,7 @@ from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model, prev
 from bmx.plan.machine_speed import Rates, measure
 from bmx.plan.memory import limits
 from bmx.plan.planner import Length, Plan
+from bmx.prompt_config import PromptConfig
 from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
 from bmx.terminal.tables import BENCH_NAMES, bench_lines, bench_summary, counted

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bmx.config import PromptConfig
 from bmx.errors import UsageError
+from bmx.prompt_config import PromptConfig
 from bmx.prompt_template import template_pieces
 
 INSTRUCTIONS = "instructions"  # the value of kv_probe that stands for the job's own instructions

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bmx.config import PromptConfig, refuse_template_arguments
 from bmx.errors import RowError, UsageError
 from bmx.model.chat_renderer import ChatRenderer
 from bmx.model.instructions import INSTRUCTIONS, Instructions
+from bmx.prompt_config import PromptConfig, refuse_template_arguments
 from bmx.request import Request
 
 GUESSES = 12  # lengths that are tried for a text that is too long
