@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from bmx.errors import UsageError
-from bmx.kv_formats import AUTO_FORMAT, formats_of
+from bmx.kv_formats import AUTO_FORMAT, check_keys, formats_of
 from bmx.policies import DEFAULT_POLICY, POLICIES
 from bmx.settings import (
     ALWAYS,
@@ -162,8 +162,8 @@ class EngineConfig:
     kv_format: Annotated[
         str,
         Setting(
-            "How KV pairs are stored: model (the model's own type), fp8, int8 or int4; int8/int4 for keys in int8 and "
-            f"values in int4; auto is {AUTO_FORMAT}, and model where --kv-policy none keeps everything",
+            "How KV pairs are stored: model (the model's own type), fp8, int8, int4 or, where no key is evicted, int2; "
+            f"int8/int4 for keys in int8 and values in int4; auto is {AUTO_FORMAT}, and model with --kv-policy none",
             decides_answers=ALWAYS,
             parse=parse_format,
             metavar="FORMAT",
@@ -213,7 +213,7 @@ class EngineConfig:
         ),
     ] = None
     kv_archive: Annotated[
-        Literal["none", "model", "int8", "int4"],
+        Literal["none", "model", "int8", "int4", "int2"],
         Setting(
             "Keep every pair of prompt and answer, in this format, and write answers on all of them; the budget then "
             "is for reading alone",
@@ -357,6 +357,7 @@ class EngineConfig:
         if chosen == "auto":
             chosen = "model" if self.kv_policy == "none" or self.archives else AUTO_FORMAT
         object.__setattr__(self, "kv_format", chosen)
+        check_keys(chosen, self.kv_policy)
         budget = self.kv_budget
         if not is_budget(budget):
             hint = "512 is a number of KV pairs, 0.25 a quarter of each prompt, '25%bytes' a quarter of its bytes"

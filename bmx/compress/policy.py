@@ -23,7 +23,7 @@ from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import FORMATS, MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout
-from bmx.kv_formats import format_name
+from bmx.kv_formats import format_name, format_of_key_rows
 from bmx.model.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class CompressionPolicy:
             heads = tuple(min(capacity, budget) for budget in budgets)
         by_age = layer.window is not None and (layer.window <= max(heads) or self.budget.share is not None)
         heads = tuple(min(pairs, layer.window or pairs) for pairs in heads)
+        by_channel = layer.window is None and _scales_by_channel(self.scorer, self.key_format)
         return LayerLayout(
             capacity=max(heads),
             capacities=heads,
@@ -138,9 +139,9 @@ class CompressionPolicy:
             owner=layer.owner,
             last_reader=last_reader,
             by_age=by_age,
-            key_format=self.key_format,
+            key_format=self.key_format if by_channel else format_of_key_rows(self.key_format),
             value_format=self.value_format,
-            by_channel=layer.window is None and _scales_by_channel(self.scorer, self.key_format),
+            by_channel=by_channel,
             row_stats=() if by_age or self.scorer is None else self._row_stats,
         )
 

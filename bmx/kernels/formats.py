@@ -19,23 +19,26 @@ if TYPE_CHECKING:
 
 SCALE_BYTES = 2  # of a float16 scale or offset
 KEY_GROUP = 32  # tokens whose keys share one scale per channel, where nothing is evicted
+VALUE_GROUP = 32  # channels of a vector that share one scale in int2
 LARGEST_HALF = 65504.0  # the largest float16
 SMALLEST_SCALE = 1e-7  # smaller scales would become 0 in float16
 
 
 class Format:
-    """Codes of ``bits`` bits for each number, with a float16 scale for each vector.
+    """Codes of ``bits`` bits for each number, with float16 scales for each vector.
 
     Attributes:
         bits: of a number's code.
-        scales: float16 numbers of a vector: its scale, and its offset in formats that need one.
         by_channel: whether codes are levels between a minimum and a maximum, so that keys can also be scaled by channel
             over groups of rows (KIVI, arXiv 2402.02750, section 3.2).
     """
 
     bits: ClassVar[int] = 8
-    scales: ClassVar[int] = 1
     by_channel: ClassVar[bool] = False
+
+    def scales(self, dim: int) -> int:  # noqa: ARG002
+        """Float16 numbers of a vector of ``dim`` numbers: its scale, and its offset in formats that need one."""
+        return 1
 
     def code_bytes(self, dim: int) -> int:
         """Bytes of the codes of a vector of ``dim`` numbers."""
@@ -43,14 +46,14 @@ class Format:
 
     def vector_bytes(self, dim: int) -> int:
         """Bytes of a vector of ``dim`` numbers with a scale of its own."""
-        return self.code_bytes(dim) + SCALE_BYTES * self.scales
+        return self.code_bytes(dim) + SCALE_BYTES * self.scales(dim)
 
     def group_bytes(self, dim: int) -> int:
         """Bytes of a group of ``KEY_GROUP`` vectors that are scaled by channel."""
         return KEY_GROUP * self.code_bytes(dim) + 2 * SCALE_BYTES * dim
 
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [..., D] uint8 (or fewer bytes) and scales [..., ``scales``] float16 of vectors [..., D]."""
+        """Codes [..., D] uint8 (or fewer bytes) and scales [..., ``scales(D)``] float16 of vectors [..., D]."""
         raise NotImplementedError
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,7 +89,7 @@ class Format:
         return levels
 
     def unpack(self, codes: Tensor) -> Tensor:
-        """Levels [..., D] from their bytes; an odd D may come back with one level more."""
+        """Levels [..., D] from their bytes; where D does not fill them, some levels more."""
         return codes
 
 
@@ -136,8 +139,11 @@ class Int4(Format):
     """
 
     bits: ClassVar[int] = 4
-    scales: ClassVar[int] = 2
     by_channel: ClassVar[bool] = True
+
+    def scales(self, dim: int) -> int:  # noqa: ARG002
+        """See ``Format``."""
+        return 2
 
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Format``."""
@@ -165,8 +171,54 @@ class Int4(Format):
         return torch.cat([codes & 15, codes >> 4], dim=-1)
 
 
+class Int2(Format):
+    """Four levels between minimum and maximum, four in a byte (KIVI in 2 bits, arXiv 2402.02750, section 3.2).
+
+    A vector has a scale and an offset for each ``VALUE_GROUP`` channels. Keys are scaled by channel alone: four levels
+    are too few for a key as a whole. The first quarter of the numbers is in the lowest bits.
+    """
+
+    bits: ClassVar[int] = 2
+    by_channel: ClassVar[bool] = True
+
+    def scales(self, dim: int) -> int:
+        """See ``Format``."""
+        return 2 * -(-dim // VALUE_GROUP)
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Format``."""
+        import torch
+
+        dim, groups = vectors.shape[-1], self.scales(vectors.shape[-1]) // 2
+        whole = torch.arange(groups * VALUE_GROUP, device=vectors.device).clamp(max=dim - 1)  # repeats the last number
+        grouped = vectors.float()[..., whole].view(*vectors.shape[:-1], groups, VALUE_GROUP)
+        levels, scale, offset = _levels(grouped, -1, 2**self.bits - 1)
+        return self.pack(levels.flatten(-2)[..., :dim]), torch.cat([scale, offset], dim=-1).flatten(-2)
+
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``Format``."""
+        levels = self.unpack(codes).float()
+        steps = scales.view(*scales.shape[:-1], scales.shape[-1] // 2, 2).repeat_interleave(VALUE_GROUP, dim=-2)
+        steps = steps[..., : levels.shape[-1], :]
+        return levels.mul_(steps[..., 0]).add_(steps[..., 1]).to(dtype)
+
+    def pack(self, levels: Tensor) -> Tensor:
+        """See ``Format``."""
+        from torch.nn.functional import pad
+
+        size = self.code_bytes(levels.shape[-1])
+        quarters = pad(levels, (0, 4 * size - levels.shape[-1])).view(*levels.shape[:-1], 4, size)
+        return quarters[..., 0, :] | quarters[..., 1, :] << 2 | quarters[..., 2, :] << 4 | quarters[..., 3, :] << 6
+
+    def unpack(self, codes: Tensor) -> Tensor:
+        """See ``Format``."""
+        import torch
+
+        return torch.cat([(codes >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
+
+
 MODEL = "model"  # the name of the model's own dtype, in which nothing is encoded
-FORMATS: Mapping[str, Format] = {"fp8": FP8(), "int8": Int8(), "int4": Int4()}
+FORMATS: Mapping[str, Format] = {"fp8": FP8(), "int8": Int8(), "int4": Int4(), "int2": Int2()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +227,7 @@ class Stored:
 
     Attributes:
         numbers: [..., D] in the model's dtype, or codes [..., bytes] uint8.
-        scales: [..., 1 or 2] float16: scale, and offset in formats that have one; None in the model's dtype.
+        scales: [..., ``Format.scales(D)``] float16; None in the model's dtype.
         format: ``model`` or a name in ``FORMATS``.
     """
 
@@ -199,7 +251,7 @@ class Stored:
         if name == MODEL:
             return cls(torch.zeros(*shape, dim, dtype=dtype, device=device), None, name)
         codes = torch.zeros(*shape, FORMATS[name].code_bytes(dim), dtype=torch.uint8, device=device)
-        return cls(codes, torch.zeros(*shape, FORMATS[name].scales, dtype=torch.float16, device=device), name)
+        return cls(codes, torch.zeros(*shape, FORMATS[name].scales(dim), dtype=torch.float16, device=device), name)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

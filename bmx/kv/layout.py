@@ -134,8 +134,8 @@ class KVLayout:
 
     @property
     def format(self) -> str:
-        """How pairs are stored, as the setting ``kv_format`` names it."""
-        return format_name(*self.layers[0].formats)
+        """How pairs are stored, as ``kv_format`` names it; layers with a window may hold keys in more bits."""
+        return format_name(*next((layer for layer in self.layers if layer.window is None), self.layers[0]).formats)
 
     @property
     def kv_bytes(self) -> int:
