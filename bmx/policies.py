@@ -16,6 +16,7 @@ SCORERS = {
     "decay": f"{_ATTENTION}:A2SF",
     "roco": f"{_ATTENTION}:RoCo",
     "window": f"{_ATTENTION}:Window",
+    "rocketkv": f"{_ATTENTION}:ROCKETKV",
     "tova": f"{_ATTENTION}:TOVA",
     "r-kv": f"{_ATTENTION}:RKV",
     "keydiff": f"{_KEYS}:KeyDiff",

@@ -37,7 +37,7 @@ from bmx.policies import POLICIES
 SINK, RECENT, NEW = 2, 4, 5
 FIXED = SINK + RECENT
 EVICTING = tuple(name for name in POLICIES if name != "none")
-ATTENTIVE = ("average-attention", "far-attention", "h2o", "decay", "roco", "window", "tova", "r-kv")
+ATTENTIVE = ("average-attention", "far-attention", "h2o", "decay", "roco", "window", "rocketkv", "tova", "r-kv")
 FORMATS = ("model", "fp8", "int8", "int4")
 BUDGETS = {"few": 14, "share": 0.4, "pyramid": 14, "all": 400}
 LENGTHS = (33, 3, 21, 40, 13)  # one is shorter than the newest tokens that stay

@@ -135,6 +135,12 @@ def pooled(mass, width=5):
     ]
 
 
+def peaks(mass, width):
+    """The greatest among neighbours."""
+    reach = width // 2
+    return [max(mass[max(0, i - reach) : i + reach + 1]) for i in range(len(mass))]
+
+
 def roco(mass, squares, lifetimes, surplus):
     """The average; on top of it the greatest one for the so many that vary most."""
     means = [m / n for m, n in zip(mass, lifetimes, strict=True)]
@@ -388,7 +394,7 @@ def check(spy, family, policy, capacities=BUDGET, seed=3, window=None, prompt_to
 # ---- whole models ----
 
 
-DETERMINED = [name for name in POLICIES if name not in ("none", "random")]
+DETERMINED = [name for name in POLICIES if name not in ("none", "random", "rocketkv")]  # its 63 neighbours are all here
 
 
 @pytest.mark.parametrize("policy", DETERMINED)
@@ -596,6 +602,15 @@ def test_votes_are_smoothed_over_neighbours_in_the_order_of_tokens_and_fade_at_t
     seen = seen_of(rows, mass=mass)
     expected = [pooled(head, pool) for head in in_order(mass, seen.positions)]
     assert_near(in_order(Window(pool=pool)(seen), seen.positions), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 200])
+def test_rocketkv_counts_the_greatest_of_63_neighbours(rows):
+    mass = drawn(2, rows).abs()
+    seen = seen_of(rows, mass=mass)
+    expected = [peaks(head, 63) for head in in_order(mass, seen.positions)]
+    assert_near(in_order(scorer_named("rocketkv")(seen), seen.positions), expected)
+    assert scorer_named("rocketkv").query_weights == QueryWeights(window=32)
 
 
 @pytest.mark.parametrize("surplus", [1, 4, 16, 29])

@@ -96,22 +96,28 @@ class Window(ScorerDefaults):
     In decoding each new query replaces its share of the window's attention. A window of one query is TOVA's.
 
     Attributes:
-        pool: number of neighbours, in the order of the tokens still held, over which attention is averaged.
+        pool: number of neighbours, in the order of the tokens still held, over which attention is smoothed.
+        greatest: whether a row counts as much as the greatest of its neighbours, instead of their mean.
     """
 
     needs: ClassVar[Needs] = Needs.ATTENTION_MASS
     every: ClassVar[int] = RANK_EVERY  # rows must be sorted to know neighbours
     query_weights: QueryWeights = QueryWeights(window=32)
     pool: int = 5
+    greatest: bool = False
 
     def __call__(self, seen: Seen) -> Tensor:
-        """The mean attention mass of ``pool`` neighbours; neighbours beyond the ends count as 0."""
-        from torch.nn.functional import avg_pool1d
+        """The mean or greatest attention mass of ``pool`` neighbours; neighbours beyond the ends count as 0."""
+        from torch.nn.functional import avg_pool1d, max_pool1d
 
         order = seen.positions.argsort(dim=-1)
         mass = seen.attention_mass.gather(-1, order)
-        pooled = avg_pool1d(mass.flatten(0, -2).unsqueeze(1), self.pool, stride=1, padding=self.pool // 2)
+        pooling = max_pool1d if self.greatest else avg_pool1d
+        pooled = pooling(mass.flatten(0, -2).unsqueeze(1), self.pool, stride=1, padding=self.pool // 2)
         return mass.scatter(-1, order, pooled.view_as(mass))
+
+
+ROCKETKV = Window(pool=63, greatest=True)  # the first stage of RocketKV (arXiv 2502.14051)
 
 
 @dataclass(frozen=True, slots=True)

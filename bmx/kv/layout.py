@@ -12,7 +12,11 @@ from typing import NamedTuple
 from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL
 from bmx.kv_formats import format_name
 
-POSITION_BYTES = 4  # of an int32 position
+POSITION_BYTES = 4  # of an int32 position, row or label
+PAGE = 4  # tokens of a page of keys
+CLUSTER_SIZE = 16  # tokens of a cluster of keys, on average
+CLUSTER_GROUP = 64  # tokens that wait until clusters are made of them
+BITS_FORMAT = "int2"  # of keys that are there only to choose by
 ROW_STAT_BYTES = 4  # of a float32 statistic
 ROW_STATS: Mapping[str, float] = {  # what eviction may store for each row, and its value for a new pair
     "mass": 0.0,  # attention received
@@ -27,6 +31,40 @@ class SlotIndex(NamedTuple):
 
     group: int
     slot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallLayout:
+    """What is kept beside a layer's rows, so that a token can read some of them alone.
+
+    Attributes:
+        by: what rows are chosen by: ``pages``, ``clusters`` or ``bits``, which have an index of the keys, or
+            ``attention``, which has none.
+        sink: number of first tokens that are always read.
+        kept: rows that are remembered for the tokens between two choices.
+    """
+
+    by: str
+    sink: int
+    kept: int
+
+    def nbytes(self, capacity: int, kv_heads: int, key_dim: int, itemsize: int) -> int:
+        """Bytes beside one slot of a layer.
+
+        Args:
+            capacity: rows of a head.
+            kv_heads: K.
+            key_dim: D.
+            itemsize: bytes of a number of the model's type.
+        """
+        key = key_dim * itemsize
+        index = {
+            "attention": 0,
+            "pages": 2 * -(-capacity // PAGE) * key,
+            "clusters": (capacity // CLUSTER_SIZE + CLUSTER_GROUP) * key + capacity * POSITION_BYTES,
+            "bits": -(-capacity // KEY_GROUP) * FORMATS[BITS_FORMAT].group_bytes(key_dim) + KEY_GROUP * key,
+        }[self.by]
+        return kv_heads * (index + self.kept * POSITION_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +87,7 @@ class LayerLayout:
             newest pairs, as many as a group has, are then stored in the model's dtype too.
         row_stats: names of the statistics that eviction stores for each row.
         capacities: KV pairs that each kv head holds; nothing given: ``capacity`` in all of them.
+        recall: what is kept beside the rows to choose among them; None where all rows are read.
     """
 
     capacity: int
@@ -65,6 +104,7 @@ class LayerLayout:
     by_channel: bool = False
     row_stats: tuple[str, ...] = ()
     capacities: tuple[int, ...] = ()
+    recall: RecallLayout | None = None
 
     def __post_init__(self) -> None:
         if not self.capacities:
@@ -125,6 +165,12 @@ class LayerLayout:
         """Bytes of positions and row statistics."""
         return self.rows * (POSITION_BYTES + ROW_STAT_BYTES * len(self.row_stats))
 
+    @property
+    def recall_bytes(self) -> int:
+        """Bytes of what is kept beside the rows to choose among them."""
+        recall = self.recall
+        return 0 if recall is None else recall.nbytes(self.capacity, self.kv_heads, self.key_dim, self.itemsize)
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
@@ -148,6 +194,11 @@ class KVLayout:
         return sum(layer.score_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
 
     @property
+    def recall_bytes(self) -> int:
+        """Bytes of what is kept beside a slot's rows to choose among them."""
+        return sum(layer.recall_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
+
+    @property
     def full_cache_bytes(self) -> int:
         """Bytes that the keys and values of as many pairs take in the model's own type."""
         return sum(layer.full_cache_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
@@ -155,4 +206,4 @@ class KVLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of a slot."""
-        return self.kv_bytes + self.score_bytes
+        return self.kv_bytes + self.score_bytes + self.recall_bytes
