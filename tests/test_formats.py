@@ -46,7 +46,7 @@ def back(name, vectors, dtype=torch.float32):
 
 
 def store_of(name, shape, dim):
-    return RowStore(Stored.zeros(name, shape, dim, torch.float32, CPU), dim, torch.float32)
+    return RowStore(Stored.zeros(name, shape, dim, torch.float32, CPU), dim, torch.float32, CPU)
 
 
 def step(name, vectors):

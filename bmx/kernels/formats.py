@@ -9,13 +9,15 @@ Shapes: D numbers of a vector, G rows of a group (``KEY_GROUP``), for any leadin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    Zeros = Callable[[tuple[int, ...], torch.dtype], Tensor]  # makes a tensor of zeros
 
 SCALE_BYTES = 2  # of a float16 scale or offset
 KEY_GROUP = 32  # tokens whose keys share one scale per channel, where nothing is evicted
@@ -236,7 +238,15 @@ class Stored:
     format: str
 
     @classmethod
-    def zeros(cls, name: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Stored:
+    def zeros(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        zeros: Zeros | None = None,
+    ) -> Stored:
         """Memory for vectors; all are zero.
 
         Args:
@@ -245,13 +255,15 @@ class Stored:
             dim: D.
             dtype: the model's.
             device: where the memory is.
+            zeros: makes the tensors, wherever they then are; on the device if left out.
         """
         import torch
 
+        make = zeros or (lambda size, kind: torch.zeros(size, dtype=kind, device=device))
         if name == MODEL:
-            return cls(torch.zeros(*shape, dim, dtype=dtype, device=device), None, name)
-        codes = torch.zeros(*shape, FORMATS[name].code_bytes(dim), dtype=torch.uint8, device=device)
-        return cls(codes, torch.zeros(*shape, FORMATS[name].scales(dim), dtype=torch.float16, device=device), name)
+            return cls(make((*shape, dim), dtype), None, name)
+        codes = make((*shape, FORMATS[name].code_bytes(dim)), torch.uint8)
+        return cls(codes, make((*shape, FORMATS[name].scales(dim)), torch.float16), name)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

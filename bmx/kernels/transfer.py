@@ -1,4 +1,4 @@
-"""Numbers to the device and back without waiting for it. Knows tensors and pinned memory; knows nothing of steps."""
+"""Numbers to the device and back. Knows tensors and pinned memory; knows nothing of steps."""
 
 from __future__ import annotations
 
@@ -43,3 +43,37 @@ class Download:
         if self._ready is not None:
             self._ready.synchronize()
         return self._on_host.tolist()
+
+
+def fetch(part: Tensor, index: Any, device: torch.device) -> Tensor:
+    """What a tensor holds at an index, on the device that computes.
+
+    Args:
+        part: wherever it is.
+        index: of it; its tensors are on the device.
+        device: the one that computes.
+    """
+    if part.device.type == device.type:
+        return part[index]
+    return part[_moved(index, part.device)].to(device)
+
+
+def put(part: Tensor, index: Any, values: Tensor) -> None:
+    """Write values of the device that computes into a tensor.
+
+    Args:
+        part: wherever it is; written.
+        index: of it; its tensors are on the device.
+        values: on the device.
+    """
+    if part.device.type == values.device.type:
+        part[index] = values
+    else:
+        part[_moved(index, part.device)] = values.to(part.device)
+
+
+def _moved(index: Any, device: torch.device) -> Any:
+    """An index whose tensors are on another device."""
+    if isinstance(index, tuple):
+        return tuple(_moved(one, device) for one in index)
+    return index.to(device) if isinstance(index, Tensor) else index

@@ -143,14 +143,19 @@ class LayerLayout:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, exact copies of the newest included."""
+        exact = KEY_GROUP * ((self.key_dim + self.value_dim) * self.itemsize + POSITION_BYTES)
+        return self.stored_bytes + (self.kv_heads * exact if self.by_channel else 0)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of keys and values as they are stored: what may lie elsewhere than on the device."""
         value_bytes = self._vector_bytes(self.value_format, self.value_dim)
         if not self.by_channel:
             return self.rows * (self._vector_bytes(self.key_format, self.key_dim) + value_bytes)
-        values = self.capacity * value_bytes
-        keys = -(-self.capacity // KEY_GROUP) * FORMATS[self.key_format].group_bytes(self.key_dim)
-        exact = KEY_GROUP * ((self.key_dim + self.value_dim) * self.itemsize + POSITION_BYTES)
-        return self.kv_heads * (keys + values + exact)
+        groups = -(-self.capacity // KEY_GROUP)
+        keys = groups * FORMATS[self.key_format].group_bytes(self.key_dim)
+        return self.kv_heads * (keys + self.capacity * value_bytes)
 
     def _vector_bytes(self, name: str, dim: int) -> int:
         return dim * self.itemsize if name == MODEL else FORMATS[name].vector_bytes(dim)
@@ -187,6 +192,11 @@ class KVLayout:
     def kv_bytes(self) -> int:
         """Bytes of a slot's keys and values."""
         return sum(layer.kv_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of a slot's keys and values that may lie elsewhere than on the device."""
+        return sum(layer.stored_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
 
     @property
     def score_bytes(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bmx.kernels.formats import Stored
 from bmx.kernels.slot_views import Rows
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout, SlotIndex
+from bmx.kv.places import DeviceMemory, Place
 from bmx.kv.stores import EMPTY, ExactWindow, RowStore, Shape, Store, allocate_by_channel
 
 
@@ -43,7 +44,9 @@ class LayerSlots:
     newest: ExactWindow | None
 
     @classmethod
-    def allocate(cls, layout: LayerLayout, slots: int, dtype: torch.dtype, device: torch.device) -> LayerSlots:
+    def allocate(
+        cls, layout: LayerLayout, slots: int, dtype: torch.dtype, device: torch.device, place: Place | None = None
+    ) -> LayerSlots:
         """Empty slots.
 
         Args:
@@ -51,21 +54,21 @@ class LayerSlots:
             slots: S.
             dtype: of keys and values.
             device: where the tensors are.
+            place: where keys and values are; on the device if left out.
         """
-        shape = (slots, layout.kv_heads, layout.capacity)
+        shape, place = (slots, layout.kv_heads, layout.capacity), place or DeviceMemory(device)
         newest = ExactWindow.allocate(layout, slots, dtype, device) if layout.by_channel else None
         keys: Store
         if newest is not None:
-            keys = allocate_by_channel(layout.key_format, shape, newest.keys)
+            keys = allocate_by_channel(layout.key_format, shape, newest.keys, place)
         else:
-            keys = RowStore(
-                Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device), layout.key_dim, dtype
-            )
-        values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device)
+            stored = Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device, place.zeros)
+            keys = RowStore(stored, layout.key_dim, dtype, device)
+        values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device, place.zeros)
         return cls(
             layout,
             keys,
-            RowStore(values, layout.value_dim, dtype),
+            RowStore(values, layout.value_dim, dtype, device),
             torch.full(shape, EMPTY, dtype=torch.int32, device=device),
             {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats},
             newest,
@@ -85,8 +88,8 @@ class LayerSlots:
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether reading all slots copies nothing, since vectors are stored in the model's dtype."""
-        return not self.layout.encodes
+        """Whether reading all slots copies nothing: vectors are stored in the model's dtype, and on the device."""
+        return not self.layout.encodes and self.keys.parts[0].device == self.positions.device
 
     def read(self, slot: int, rows: int) -> tuple[Tensor, Tensor]:
         """The first ``rows`` rows of one slot, at least those in use: keys [K, R, D] and values [K, R, E]."""
@@ -204,17 +207,18 @@ SlotTables = dict[tuple[HeadNumbers, HeadNumbers], tuple[Tensor, Tensor]]  # fir
 
 
 def _allocate_layer(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, tables: SlotTables
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, place: Place, tables: SlotTables
 ) -> tuple[tuple[Parts, ...], Rows | None]:
-    """One layer's slots in all groups; views of one ``Rows`` if ranked alike and stored row by row."""
+    """One layer's slots in all groups; views of one ``Rows`` if ranked alike and stored row by row on the device."""
     ranked_alike = len({(layout.row_stats, layout.by_age) for layout, _ in sizes}) == 1
     layout, apart = sizes[0][0], any(own.heads_differ for own, _ in sizes)
     parts = [(own.heads if apart else (own,), count) for own, count in sizes]
-    if not ranked_alike or layout.by_channel:
-        return tuple(tuple(LayerSlots.allocate(p, count, dtype, device) for p in of) for of, count in parts), None
+    if not ranked_alike or layout.by_channel or not place.is_on(device):
+        slots = (tuple(LayerSlots.allocate(p, count, dtype, device, place) for p in of) for of, count in parts)
+        return tuple(slots), None
     total = sum(own.rows * count for own, count in sizes)
-    keys = Stored.zeros(layout.key_format, (total,), layout.key_dim, dtype, device)
-    values = Stored.zeros(layout.value_format, (total,), layout.value_dim, dtype, device)
+    keys = Stored.zeros(layout.key_format, (total,), layout.key_dim, dtype, device, place.zeros)
+    values = Stored.zeros(layout.value_format, (total,), layout.value_dim, dtype, device, place.zeros)
     positions = torch.full((total,), EMPTY, dtype=torch.int32, device=device)
     row_stats = {name: torch.full((total,), ROW_STATS[name], device=device) for name in layout.row_stats}
 
@@ -222,8 +226,8 @@ def _allocate_layer(
         shape = (count, part.kv_heads, part.capacity)
         return LayerSlots(
             part,
-            RowStore(keys.rows(begin, shape), part.key_dim, dtype),
-            RowStore(values.rows(begin, shape), part.value_dim, dtype),
+            RowStore(keys.rows(begin, shape), part.key_dim, dtype, device),
+            RowStore(values.rows(begin, shape), part.value_dim, dtype, device),
             _view(positions, begin, shape),
             {name: _view(stat, begin, shape) for name, stat in row_stats.items()},
             None,
@@ -288,6 +292,7 @@ class KVPool:
         slots: how many slots each group has.
         dtype: of keys and values.
         device: where the tensors are.
+        place: where keys and values are; on the device if left out.
 
     Attributes:
         dtype: of keys and values, before they are encoded.
@@ -298,16 +303,21 @@ class KVPool:
     """
 
     def __init__(
-        self, layouts: tuple[KVLayout, ...], slots: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        layouts: tuple[KVLayout, ...],
+        slots: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        place: Place | None = None,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, place = dtype, place or DeviceMemory(device)
         self.slot_offsets = tuple(accumulate(slots, initial=0))
         tables: SlotTables = {}
         owned: dict[int, tuple[tuple[Parts, ...], Rows | None]] = {}
         for i, layer in enumerate(layouts[0].layers):
             if layer.owner == i:
                 sizes = [(layout.layers[i], count) for layout, count in zip(layouts, slots, strict=True)]
-                owned[i] = _allocate_layer(sizes, dtype, device, tables)
+                owned[i] = _allocate_layer(sizes, dtype, device, place, tables)
         owners = [layer.owner for layer in layouts[0].layers]
         self.groups = tuple(tuple(owned[owner][0][group] for owner in owners) for group in range(len(layouts)))
         self.rows = tuple(owned[owner][1] for owner in owners)

@@ -9,6 +9,7 @@ Shapes: S slots, K kv heads, C rows, D dim, W exact rows, B slots addressed, R r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from bmx.kernels.formats import FORMATS, KEY_GROUP, Format, Stored
+from bmx.kernels.transfer import fetch, put
 from bmx.kv.layout import LayerLayout
+from bmx.kv.places import Place
 
 EMPTY = -1  # a row or position that holds no pair
 Shape = tuple[int, int, int]  # slots, kv heads, rows
@@ -24,9 +27,14 @@ Slots = Tensor | slice | int
 
 
 class Store(ABC):
-    """Vectors [S, K, C, D] in parts: tensors whose first dimensions are slots, heads, and rows or groups of rows."""
+    """Vectors [S, K, C, D] in parts: tensors whose first dimensions are slots, heads, and rows or groups of rows.
+
+    Attributes:
+        device: where vectors that are read and written are; the parts may lie elsewhere (``bmx.kv.places``).
+    """
 
     __slots__ = ()
+    device: torch.device
 
     @property
     @abstractmethod
@@ -103,6 +111,15 @@ class Store(ABC):
         for part in self.parts:
             part[slot] = 0
 
+    def _fetched(self, index: Any) -> list[Tensor]:
+        """All parts at an index, on the device."""
+        return [fetch(part, index, self.device) for part in self.parts]
+
+    def _put(self, index: Any, encoded: Sequence[Tensor]) -> None:
+        """Write what belongs into each of the parts, from the device, at an index."""
+        for part, own in zip(self.parts, encoded, strict=True):
+            put(part, index, own)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowStore(Store):
@@ -112,11 +129,13 @@ class RowStore(Store):
         stored: [S, K, C, D].
         dim: D.
         dtype: of the vectors that are read.
+        device: see ``Store``.
     """
 
     stored: Stored
     dim: int
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -125,22 +144,23 @@ class RowStore(Store):
 
     def read(self, slots: Slots, rows: int) -> Tensor:
         """See ``Store``."""
-        return self.stored.read((slots, slice(None), slice(rows)), self.dim, self.dtype)
+        numbers, *scales = self._fetched((slots, slice(None), slice(rows)))
+        return Stored(numbers, scales[0] if scales else None, self.stored.format).read(..., self.dim, self.dtype)
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
         """See ``Store``."""
-        self.stored.write((slot, slice(None), slice(used, used + vectors.shape[1])), vectors)
+        self._put((slot, slice(None), slice(used, used + vectors.shape[1])), self.stored.encode(vectors))
 
     def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
         """See ``Store``."""
-        self.stored.write(index, vectors)
+        self._put(index, self.stored.encode(vectors))
 
     def replace(self, slot: int, evicted: Tensor, chosen: Tensor, vectors: Tensor) -> None:
         """See ``Store``."""
         heads = torch.arange(len(evicted), device=evicted.device).unsqueeze(1)
-        for part, encoded in zip(self.parts, self.stored.encode(vectors), strict=True):
-            rows = part[slot, :, : evicted.shape[1]]
-            rows.copy_(torch.where(evicted.unsqueeze(-1), encoded[chosen, heads], rows))
+        index = (slot, slice(None), slice(evicted.shape[1]))
+        new = zip(self.stored.encode(vectors), self._fetched(index), strict=True)
+        self._put(index, [torch.where(evicted.unsqueeze(-1), encoded[chosen, heads], held) for encoded, held in new])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +177,7 @@ class ByChannel(Store):
         newest: [S, K, G, D], the exact newest keys; those of position p are at p mod G. Another object counts their
             bytes.
         dtype: of the vectors that are read.
+        device: see ``Store``.
     """
 
     format: Format
@@ -164,6 +185,7 @@ class ByChannel(Store):
     scales: Tensor
     newest: Tensor
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -173,7 +195,8 @@ class ByChannel(Store):
     def read(self, slots: Slots, rows: int) -> Tensor:
         """See ``Store``."""
         index = (slots, slice(None), slice(self.length_of(rows)))
-        vectors = self.format.decode_groups(self.codes[index], self.scales[index], self.dtype)
+        codes, scales = self._fetched(index)
+        vectors = self.format.decode_groups(codes, scales, self.dtype)
         return vectors.flatten(-3, -2)[..., :rows, :]
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
@@ -182,21 +205,15 @@ class ByChannel(Store):
         groups, first = keys.shape[1] // KEY_GROUP, used // KEY_GROUP
         if groups:
             whole = keys[:, : groups * KEY_GROUP].reshape(len(keys), groups, KEY_GROUP, -1)
-            self._write((slot, slice(None), slice(first, first + groups)), whole)
+            self._put((slot, slice(None), slice(first, first + groups)), self.format.encode_groups(whole))
 
     def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
         """Write the groups that these tokens complete; the tokens' keys are among the newest already."""
         slots, heads, _ = index
         groups = (slots, heads, (positions // KEY_GROUP).unsqueeze(1))
         complete = (positions % KEY_GROUP == KEY_GROUP - 1).view(-1, 1, 1, 1)
-        codes, scales = self.codes[groups], self.scales[groups]
-        self._write(groups, self.newest[slots.squeeze(1)])
-        self.codes[groups] = torch.where(complete, self.codes[groups], codes)
-        self.scales[groups] = torch.where(complete, self.scales[groups], scales)
-
-    def _write(self, groups: Any, vectors: Tensor) -> None:
-        """Write groups of rows [..., G, D] at an index of [S, K, C / G]."""
-        self.codes[groups], self.scales[groups] = self.format.encode_groups(vectors)
+        new = zip(self.format.encode_groups(self.newest[slots.squeeze(1)]), self._fetched(groups), strict=True)
+        self._put(groups, [torch.where(complete, encoded, held) for encoded, held in new])
 
     def replace(self, slot: int, evicted: Tensor, chosen: Tensor, vectors: Tensor) -> None:  # noqa: ARG002
         """Never called: a layer whose keys are scaled by channel evicts nothing."""
@@ -322,16 +339,17 @@ class ExactWindow:
         self.values[slot] = 0.0
 
 
-def allocate_by_channel(name: str, shape: Shape, newest: Tensor) -> ByChannel:
+def allocate_by_channel(name: str, shape: Shape, newest: Tensor, place: Place) -> ByChannel:
     """An empty store of keys that are scaled by channel.
 
     Args:
         name: of the format.
         shape: slots, kv heads, rows.
         newest: [S, K, G, D], the exact newest keys, in the dtype in which keys are read.
+        place: where the codes are.
     """
-    form, dim, device = FORMATS[name], newest.shape[-1], newest.device
+    form, dim = FORMATS[name], newest.shape[-1]
     groups = (*shape[:2], -(-shape[2] // KEY_GROUP))
-    codes = torch.zeros(*groups, KEY_GROUP, form.code_bytes(dim), dtype=torch.uint8, device=device)
-    scales = torch.zeros(*groups, dim, 2, dtype=torch.float16, device=device)
-    return ByChannel(form, codes, scales, newest, newest.dtype)
+    codes = place.zeros((*groups, KEY_GROUP, form.code_bytes(dim)), torch.uint8)
+    scales = place.zeros((*groups, dim, 2), torch.float16)
+    return ByChannel(form, codes, scales, newest, newest.dtype, newest.device)

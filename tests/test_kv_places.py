@@ -1,0 +1,194 @@
+"""Where keys and values lie: the same numbers from every place, and clear errors where a place cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_engine
+
+from bmx.errors import OutputError, UsageError
+from bmx.kv import places
+from bmx.kv.places import FileMemory, HostMemory, check_place, open_place
+from bmx.kv.pool import KVPool, LayerSlots
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+SETTINGS = (
+    {"kv_policy": "none"},
+    {"kv_policy": "none", "kv_format": "int4"},
+    {"kv_policy": "none", "kv_format": "int2"},
+    {"kv_policy": "average-attention", "kv_format": "int8/int4", "kv_budget": 20, "kv_recent": 5, "kv_sink": 3},
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder that counts as one on a disk."""
+    monkeypatch.setattr(places, "_file_system", lambda _: "ext4")
+    return str(tmp_path)
+
+
+def pools(family, folder, **settings):
+    """Pools of two groups, on the device and in a file."""
+    engine = tiny_engine(family, **settings)
+    layouts = tuple(engine.policy.layout(engine.spec, capacity) for capacity in (33, 70))
+    nbytes = sum(count * layout.stored_bytes for count, layout in zip((2, 1), layouts, strict=True))
+    place = FileMemory(folder, nbytes, 8 * len(engine.spec.layers))
+    return KVPool(layouts, (2, 1), F32, CPU), KVPool(layouts, (2, 1), F32, CPU, place)
+
+
+def parts_of(pool):
+    return [part for group in pool.groups for parts in dict.fromkeys(group) for part in parts]
+
+
+def fill(part: LayerSlots, seed: int):
+    """A chunk and, one by one, more tokens in slot 0."""
+    drawn = torch.Generator().manual_seed(seed)
+    layout, tokens = part.layout, part.layout.capacity
+    key = torch.randn(tokens, layout.kv_heads, layout.key_dim, generator=drawn)
+    value = torch.randn(tokens, layout.kv_heads, layout.value_dim, generator=drawn)
+    first = tokens // 2
+    stats = {name: torch.zeros(layout.kv_heads, first) for name in layout.row_stats}
+    part.append(0, 0, key[:first], value[:first], torch.arange(first), stats)
+    for position in range(first, tokens):
+        at = torch.tensor([position])
+        part.write(torch.tensor([0]), at.unsqueeze(1), key[at], value[at], at)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda given: "-".join(map(str, given.values())))
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_pool_in_a_file_holds_what_one_in_memory_does(family, settings, folder):
+    """Bit for bit, and with the same pieces for the kernels; the folder stays empty to look at."""
+    plain, filed = pools(family, folder, **settings)
+    assert os.listdir(folder) == []
+    assert filed.nbytes == plain.nbytes
+    assert [rows is None for rows in filed.rows] == [rows is None for rows in plain.rows]
+    for seed, (one, other) in enumerate(zip(parts_of(plain), parts_of(filed), strict=True)):
+        fill(one, seed)
+        fill(other, seed)
+        for read, expected in zip(other.read(0, one.layout.capacity), one.read(0, one.layout.capacity), strict=True):
+            assert torch.equal(read, expected)
+    filed.reset(0, 0)
+    assert all((part.read(1, 5)[1] == 0).all() for part in parts_of(filed) if part.slots > 1)
+
+
+def test_the_bytes_on_the_device_and_elsewhere_are_those_of_the_layout():
+    engine = tiny_engine("gemma2", kv_policy="none", kv_format="int4")
+    for layer in engine.policy.layout(engine.spec, 70).layers:
+        part = LayerSlots.allocate(layer, 3, F32, CPU)
+        assert 3 * layer.stored_bytes == part.keys.nbytes + part.values.nbytes
+        assert 3 * (layer.kv_bytes + layer.score_bytes - layer.stored_bytes) == part.nbytes - (
+            part.keys.nbytes + part.values.nbytes
+        )
+
+
+def test_a_file_is_as_large_as_its_tensors_and_goes_with_the_last_of_them(folder, monkeypatch):
+    reserved = []
+    real = os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, at, size: (reserved.append(size), real(fd, at, size)))
+    place = FileMemory(folder, 1000, 2)
+    one, other = place.zeros((10, 25), torch.float16), place.zeros((500,), torch.uint8)
+    one[:], other[:] = 3, 5
+    assert reserved == [1000 + 2 * 64]
+    assert ((one == 3).all(), (other == 5).all()) == (True, True)
+    mapped = Path("/proc/self/maps").read_text().count(folder)
+    del place, one
+    gc.collect()
+    assert Path("/proc/self/maps").read_text().count(folder) == mapped == 1
+    del other
+    gc.collect()
+    assert folder not in Path("/proc/self/maps").read_text()
+
+
+# ---- I18: the disk that is to take the archive is full ----
+
+
+@contextmanager
+def files_no_larger_than(size):
+    """A limit on this process's files, as a disk with that much room."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_file_that_may_not_grow_so_large_is_an_error_before_anything_is_in_it(folder):
+    with files_no_larger_than(10_000), pytest.raises(OutputError, match="has no room for 2 MB") as refused:
+        FileMemory(folder, 2_000_000, 4)
+    assert "name another folder" in refused.value.hint
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_an_error_that_names_the_folder(code, folder, monkeypatch):
+    def full(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=f"{folder} has no room for 3,000 MB of KV pairs: {os.strerror(code)}"):
+        FileMemory(folder, 3 * 10**9, 4)
+
+
+# ---- I19: a place that cannot be used ----
+
+
+@pytest.mark.parametrize("made", ["missing", "file", "unwritable"])
+def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_loaded(made, tmp_path, monkeypatch):
+    path = tmp_path / "place"
+    if made == "file":
+        path.write_text("")
+    if made == "unwritable":
+        path.mkdir()
+
+        def refuse(**_):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(places, "TemporaryFile", refuse)
+    with pytest.raises(UsageError, match="no file can be made in") as refused:
+        check_place(str(path), "cpu")
+    assert refused.value.hint == "--kv-archive-place takes device, host, or a folder that exists and can be written to"
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ramfs"])
+def test_a_folder_in_memory_is_refused_since_it_saves_none(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "_file_system", lambda _: kind)
+    with pytest.raises(UsageError, match=f"is a {kind}, which keeps its files in memory"):
+        check_place(str(tmp_path), "cpu")
+
+
+def test_the_type_of_a_file_system_is_the_mount_s():
+    shm = Path("/dev/shm")  # noqa: S108 - nothing is written
+    if not shm.is_dir():
+        pytest.skip("this machine has no /dev/shm")
+    assert places._file_system(str(shm)) == "tmpfs"
+
+
+def test_host_memory_is_refused_on_a_cpu_whose_memory_it_is():
+    with pytest.raises(UsageError, match="host is for GPUs"):
+        open_place("host", CPU, 1, 1)
+
+
+def test_what_is_not_on_the_device_is_not_handed_to_its_kernels():
+    """Of a GPU: attention then reads through ``LayerSlots``, which copies what it reads."""
+    for place in (HostMemory(), object.__new__(FileMemory)):
+        assert not place.is_on(torch.device("cuda"))
+    engine = tiny_engine("llama", kv_policy="none")
+    layouts = (engine.policy.layout(engine.spec, 20),)
+
+    class Elsewhere:
+        def zeros(self, shape, dtype):
+            return torch.zeros(shape, dtype=dtype)
+
+        def is_on(self, _):
+            return False
+
+    assert KVPool(layouts, (1,), F32, CPU, Elsewhere()).rows == (None,) * len(engine.spec.layers)
