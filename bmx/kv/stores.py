@@ -19,7 +19,7 @@ from torch import Tensor
 from bmx.kernels.formats import FORMATS, KEY_GROUP, Format, Stored
 from bmx.kernels.transfer import fetch, put
 from bmx.kv.layout import LayerLayout
-from bmx.kv.places import Place
+from bmx.kv.places import DeviceMemory, Place
 
 EMPTY = -1  # a row or position that holds no pair
 Shape = tuple[int, int, int]  # slots, kv heads, rows
@@ -339,16 +339,16 @@ class ExactWindow:
         self.values[slot] = 0.0
 
 
-def allocate_by_channel(name: str, shape: Shape, newest: Tensor, place: Place) -> ByChannel:
+def allocate_by_channel(name: str, shape: Shape, newest: Tensor, place: Place | None = None) -> ByChannel:
     """An empty store of keys that are scaled by channel.
 
     Args:
         name: of the format.
         shape: slots, kv heads, rows.
         newest: [S, K, G, D], the exact newest keys, in the dtype in which keys are read.
-        place: where the codes are.
+        place: where the codes are; beside the newest keys if left out.
     """
-    form, dim = FORMATS[name], newest.shape[-1]
+    form, dim, place = FORMATS[name], newest.shape[-1], place or DeviceMemory(newest.device)
     groups = (*shape[:2], -(-shape[2] // KEY_GROUP))
     codes = place.zeros((*groups, KEY_GROUP, form.code_bytes(dim)), torch.uint8)
     scales = place.zeros((*groups, dim, 2), torch.float16)
