@@ -192,7 +192,7 @@ def test_sinks_and_recent_tokens_stay_and_slots_never_exceed_the_budget(family, 
 
     def look(runner, step):
         for chunk in step.chunks:
-            group, slot = chunk.sequence.slot
+            group, slot, _ = chunk.sequence.slot
             now = chunk.start + chunk.length
             for layer in range(len(engine.spec.layers)):
                 layout = runner.pool.layer(group, layer)[0].layout

@@ -11,7 +11,8 @@ import torch
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
 from families import tiny_model
 
-from bmx.compress.policy import CompressionPolicy, left_to_kernels
+from bmx.compress.kernel_orders import left_to_kernels
+from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.job.fingerprint import differences, fingerprint

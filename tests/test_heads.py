@@ -87,7 +87,7 @@ def test_each_head_keeps_its_own_number_of_pairs(policy, kv_format):
             for layout, parts in zip(engine.plan_layouts, runner.pool.groups, strict=True)
         )
         for chunk in step.chunks:
-            (group, slot), now = chunk.sequence.slot_index, chunk.start + chunk.length
+            (group, slot, _), now = chunk.sequence.slot_index, chunk.start + chunk.length
             for layer, wanted in enumerate(budgets()):
                 rows = [row for part in runner.pool.layer(group, layer) for row in part.positions[slot].tolist()]
                 for row, limit in zip(rows, wanted, strict=True):

@@ -31,6 +31,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs, ScorerDefaults, Seen
 from bmx.engine.backend import ModelBackend
 from bmx.errors import UsageError
+from bmx.kv.layout import SlotIndex
 from bmx.model.spec import share_layers
 from bmx.policies import POLICIES
 
@@ -93,7 +94,7 @@ class Watch:
         self.others = []
         for group, parts in enumerate(pool.groups):
             for part in {part for layer in parts for part in layer}:
-                away = [slot for slot in range(part.slots) if (group, slot) not in stepped]
+                away = [slot for slot in range(part.slots) if SlotIndex(group, slot) not in stepped]
                 self.others.append((part, away, [t[away].clone() for t in tensors(part)]))
 
     def after(self, runner, step):
@@ -108,7 +109,7 @@ class Watch:
     def look(self, pool, chunk):
         """Counts, and tokens that must not go."""
         sequence, now = chunk.sequence, chunk.start + chunk.length
-        group, slot = sequence.slot_index
+        group, slot, _ = sequence.slot_index
         layers = self.engine.spec.layers
         for index, layer in enumerate(layers):
             if layer.owner != index:

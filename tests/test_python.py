@@ -42,6 +42,11 @@ def test_e_a_model_may_lie_in_the_home_folder(monkeypatch):
         Engine.open("~/no-such-model")
 
 
+def test_what_auto_stands_for_is_decided_by_all_keywords_together():
+    assert Engine.open("fake").config.kv_format == "int8/int4"
+    assert Engine.open("fake", kv_policy="none").config.kv_format == "model"
+
+
 def test_keywords_replace_what_a_config_says():
     config = EngineConfig(model="fake", kv_budget=300, kv_sink=2)
     engine = Engine.open(config, PromptConfig(chat_template=False), kv_budget=400)

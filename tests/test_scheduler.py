@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
+from bmx.kv.layout import NOT_READING, SlotIndex
 from bmx.plan.chunks import chunk_ends
 from bmx.plan.memory import SlotGroup, StepSize
 from bmx.request import Request, SamplingParams
@@ -64,6 +65,7 @@ class Load:
     chunk_size: int
     max_tokens: int
     draining: bool = False
+    reading: int | None = None
 
     @property
     def size(self) -> StepSize:
@@ -84,6 +86,7 @@ class Trace:
     waiting: list[list[Sequence]] = field(default_factory=list)
     sequences: dict[str, Sequence] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
+    reading: list[list[int]] = field(default_factory=list)
 
     def chunks(self) -> dict[str, list[tuple[int, int]]]:
         """(start, length) of each sequence's chunks, in order."""
@@ -107,7 +110,7 @@ def scheduler_of(groups, chunk_size=8, max_tokens=8) -> Scheduler:
 
 def drive(load: Load) -> Trace:
     """Run a load to its end as the engine does: admit whoever finds a slot, schedule, update."""
-    scheduler = Scheduler(load.groups, load.size)
+    scheduler = Scheduler(load.groups, load.size, load.reading)
     jobs = {str(i): job for i, job in enumerate(load.jobs)}
     trace = Trace(sequences={name: job.sequence(name, load.budget) for name, job in jobs.items()})
     for sequence in trace.sequences.values():
@@ -129,6 +132,7 @@ def drive(load: Load) -> Trace:
         trace.steps.append(step)
         trace.running.append(list(running))
         trace.waiting.append(list(scheduler.waiting))
+        trace.reading.append([sequence.slot_index.reading for sequence in running if not sequence.decoding])
         sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
         scheduler.launched(step)
         finished = scheduler.update(step, [jobs[s.request.id].next_token(len(s.answer)) for s in sampling])
@@ -183,7 +187,7 @@ def test_no_two_sequences_are_in_a_slot_and_each_slot_is_large_enough(load):
     for running in drive(load).running:
         homes = [sequence.slot for sequence in running]
         assert len(set(homes)) == len(homes)
-        for sequence, (group, slot) in zip(running, homes, strict=True):
+        for sequence, (group, slot, _) in zip(running, homes, strict=True):
             assert load.groups[group].capacity >= sequence.rows_needed
             assert 0 <= slot < load.groups[group].slots
 
@@ -197,6 +201,17 @@ def test_a_sequence_keeps_its_slot_until_it_is_done(load):
         for chunk in step.chunks:
             homes[chunk.sequence.request.id].add(chunk.sequence.slot)
     assert all(len(home) == 1 for home in homes.values())
+
+
+@FUZZ
+@given(loads(), st.integers(1, 3))
+def test_a_prompt_has_a_slot_to_read_in_for_itself_and_frees_it_when_it_is_read(load, slots):
+    trace = drive(replace(load, reading=slots))
+    assert sorted(trace.finished) == sorted(trace.sequences)
+    for reading in trace.reading:
+        assert len(set(reading)) == len(reading) <= slots
+        assert set(reading) <= set(range(slots))
+    assert {sequence.slot_index.reading for sequence in trace.sequences.values()} == {NOT_READING}
 
 
 def prompts_of(step: Step, trace: Trace) -> list:
@@ -309,7 +324,7 @@ def test_a_sequence_waits_while_no_slot_is_large_enough():
 def test_a_freed_slot_serves_the_next_sequence():
     load = Load((Job(5, 2),) * 3, (SlotGroup(7, 1),), 100, chunk_size=5, max_tokens=5)
     trace = drive(load)
-    assert {sequence.slot for sequence in trace.sequences.values()} == {(0, 0)}
+    assert {sequence.slot for sequence in trace.sequences.values()} == {SlotIndex(0, 0)}
     assert [len(running) for running in trace.running] == [1] * 6
     assert trace.finished == ["0", "1", "2"]
 
@@ -342,7 +357,7 @@ def test_no_slot_is_idle_that_someone_waiting_could_have(load):
             group.capacity
             for i, group in enumerate(load.groups)
             for slot in range(group.slots)
-            if (i, slot) not in taken
+            if SlotIndex(i, slot) not in taken
         ]
         assert all(capacity < sequence.rows_needed for capacity in idle for sequence in waiting)
 

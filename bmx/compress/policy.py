@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from bmx.compress.attention_scorers import AttentionMass, AverageAttention, FarAttention, Recency
 from bmx.compress.budgets import Budget
+from bmx.compress.kernel_orders import kernel_order, scales_by_channel
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, QueryWeights, Scorer, Seen
 from bmx.compress.scorers import attention_policies, scorer_named
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
-from bmx.kernels.contract import Capabilities
-from bmx.kernels.formats import FORMATS, MODEL
+from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout
 from bmx.kv_formats import format_name, format_of_key_rows
@@ -33,12 +32,6 @@ if TYPE_CHECKING:
 
 UNRANKED = 1e30  # the score of pairs that came after the last ranking: above all ranked pairs
 POSITIONS = 2.0**23  # positions that a float32 still tells apart when they are added to UNRANKED
-_KERNEL_ORDERS = {  # the formulas that kernels know, and what ``EvictionOrder`` calls them
-    Recency.__call__: "age",
-    AttentionMass.__call__: "mass",
-    AverageAttention.__call__: "average",
-    FarAttention.__call__: "average",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +48,8 @@ class CompressionPolicy:
         key_format: how keys are stored: ``model`` (in the model's dtype) or a name in ``FORMATS``.
         value_format: how values are stored.
         protects: whether the job's instructions are never evicted.
+        archive: how every pair is kept on which the answer is written, where this policy is for reading alone; None
+            where a sequence keeps one slot for both.
     """
 
     scorer: Scorer | None
@@ -66,6 +61,7 @@ class CompressionPolicy:
     key_format: str = MODEL
     value_format: str = MODEL
     protects: bool = False
+    archive: CompressionPolicy | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig, spec: ModelSpec | None = None) -> CompressionPolicy:
@@ -100,12 +96,23 @@ class CompressionPolicy:
             key_format=key_format,
             value_format=value_format,
             protects=config.kv_protect != "none" and scorer is not None,
+            archive=_archive(config) if config.archives else None,
         )
         return replace(policy, budget=policy.budget.in_pairs(policy.layout(spec, 1))) if spec else policy
 
+    @property
+    def answering(self) -> CompressionPolicy:
+        """The policy of the slots on which answers are written: the archive's, or this one."""
+        return self.archive or self
+
     def rows_needed(self, prompt_tokens: int, max_tokens: int) -> int:
-        """Rows of a slot that a sequence needs in the layer and head that keeps most."""
-        return prompt_tokens + max_tokens if self.scorer is None else self.budget.rows(prompt_tokens, max_tokens)
+        """Rows of the slot on which a sequence's answer is written, in the layer and head that keeps most."""
+        everything = self.answering.scorer is None
+        return prompt_tokens + max_tokens if everything else self.budget.rows(prompt_tokens, max_tokens)
+
+    def reading_rows(self, prompt_tokens: int) -> int:
+        """Rows of the slot in which a prompt is read before it is archived; 0 where nothing is archived."""
+        return self.budget.rows(prompt_tokens, 0) if self.archive else 0
 
     def least_rows(self, prompt_tokens: int, max_tokens: int) -> int:
         """Rows of a slot that a sequence needs in the layer and head that keeps least."""
@@ -127,7 +134,7 @@ class CompressionPolicy:
             heads = tuple(min(capacity, budget) for budget in budgets)
         by_age = layer.window is not None and (layer.window <= max(heads) or self.budget.share is not None)
         heads = tuple(min(pairs, layer.window or pairs) for pairs in heads)
-        by_channel = layer.window is None and _scales_by_channel(self.scorer, self.key_format)
+        by_channel = layer.window is None and scales_by_channel(self.scorer, self.key_format)
         return LayerLayout(
             capacity=max(heads),
             capacities=heads,
@@ -181,7 +188,7 @@ class CompressionPolicy:
 
     def eviction_order(self, layout: LayerLayout) -> EvictionOrder | None:
         """How a layer's pairs are ranked, if kernels can do it by themselves; else None."""
-        by = "age" if layout.by_age else _kernel_order(self.scorer)
+        by = "age" if layout.by_age else kernel_order(self.scorer)
         if by != "age" and (layout.row_stats != ("mass",) or self.value_norm):
             return None
         if not by:
@@ -415,25 +422,17 @@ class CompressionPolicy:
                 stat[slots] = stat[slots] * decay + received
 
 
-def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
-    """Whether kernels can do whole steps under this configuration, in layers that share nothing."""
-    beyond_kernels = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
-    scorer, formats = scorer_named(config.kv_policy), config.pair_formats
-    beyond_kernels = beyond_kernels or _scales_by_channel(scorer, formats[0])
-    return bool(_kernel_order(scorer)) and not beyond_kernels and capabilities.fuses(*formats)
-
-
-def _scales_by_channel(scorer: Scorer | None, key_format: str) -> bool:
-    """Whether keys are scaled by channel in layers without a window: they can be, and nothing is evicted."""
-    return scorer is None and key_format in FORMATS and FORMATS[key_format].by_channel
-
-
-def _kernel_order(scorer: Scorer | None) -> str:
-    """What ``EvictionOrder`` calls a scorer's formula; empty if kernels do not know it.
-
-    A subclass that overrides ``__call__`` has a formula of its own, so kernels do not rank for it.
-    """
-    return "age" if scorer is None else _KERNEL_ORDERS.get(type(scorer).__call__, "")
+def _archive(config: EngineConfig) -> CompressionPolicy:
+    """The policy that keeps every pair in the archive's format."""
+    budget = Budget.of(config.kv_sink + config.kv_recent + 1, config.kv_sink + config.kv_recent, "uniform")  # unused
+    return CompressionPolicy(
+        scorer=None,
+        budget=budget,
+        sink=config.kv_sink,
+        recent=config.kv_recent,
+        key_format=config.kv_archive,
+        value_format=config.kv_archive,
+    )
 
 
 def _rows(scores: Tensor) -> Tensor:

@@ -29,9 +29,7 @@ def gather_settings(
     Raises:
         UsageError: an unknown name, a wrong type, a value out of range, or values that contradict each other.
     """
-    if isinstance(model, str | PathLike):
-        model = EngineConfig(**_coerced({"model": str(model)}, (EngineConfig,)))
-    if not isinstance(model, EngineConfig) or not isinstance(prompt, PromptConfig | None):
+    if not isinstance(model, str | PathLike | EngineConfig) or not isinstance(prompt, PromptConfig | None):
         raise UsageError(
             f"an engine is opened by a model's name or an EngineConfig, and a PromptConfig: not {_kind(model)}, "
             f"{_kind(prompt)}",
@@ -45,7 +43,11 @@ def gather_settings(
         )
     values = _coerced(keywords, (EngineConfig, PromptConfig))
     of_engine = {field.name for field in fields(EngineConfig)}
-    config = replace(model, **{name: value for name, value in values.items() if name in of_engine})
+    own = {name: value for name, value in values.items() if name in of_engine}
+    if isinstance(model, EngineConfig):
+        config = replace(model, **own)
+    else:
+        config = EngineConfig(**_coerced({"model": str(model)}, (EngineConfig,)) | own)
     if values.get("prompt_template") and INSTRUCTIONS not in (config.kv_protect, config.kv_probe):
         raise UsageError(
             "prompt_template is filled from the rows of a file; prompts from Python are whole",

@@ -113,17 +113,22 @@ class SlotAttention:
     """The attention function of one model: it attends to slots and chunks, and compresses.
 
     Args:
-        pool: the slots.
+        pool: the slots in which prompts are read.
         policy: chooses which pairs stay.
         kernels: compute the attention.
+        archive: the slots on which answers are written, where those are others.
     """
 
-    def __init__(self, pool: KVPool, policy: CompressionPolicy, kernels: Kernels) -> None:
-        self._pool = pool
+    def __init__(
+        self, pool: KVPool, policy: CompressionPolicy, kernels: Kernels, archive: KVPool | None = None
+    ) -> None:
+        self._pool, self._archive = pool, archive
+        self._answering = archive or pool
         self._policy = policy
         self._kernels = kernels.module
-        self._fused = [self._fused_inputs(layer, kernels.capabilities) for layer in range(len(pool.rows))]
-        self._rotations = _rotations(pool, self._kernels)
+        self._fused_prefill = _fused_layers(pool, policy, kernels.capabilities)
+        self._fused_decode = _fused_layers(self._answering, policy.answering, kernels.capabilities)
+        self._rotations = _rotations((pool, self._answering), self._kernels)
         self._query_weights: dict[tuple[int, int], Tensor | None] = {}
         self._forward: Forward | None = None
 
@@ -179,14 +184,7 @@ class SlotAttention:
     @property
     def fuses_all_layers(self) -> bool:
         """Whether kernels can do every layer's whole part of a plain step."""
-        return None not in self._fused
-
-    def _fused_inputs(self, layer: int, capabilities: Capabilities) -> tuple[Rows, EvictionOrder] | None:
-        """What kernels need to do a layer's whole part of a step; None where they cannot."""
-        rows, layout = self._pool.rows[layer], self._pool.layer(0, layer)[0].layout
-        order, shares_nothing = self._policy.eviction_order(layout), layout.owner == layer == layout.last_reader
-        able = capabilities.fuses(*layout.formats)
-        return (rows, order) if able and shares_nothing and rows is not None and order is not None else None
+        return None not in (*self._fused_prefill, *self._fused_decode)
 
     def _decode_tokens(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the decoding tokens, the first rows of the output [N, H, E]."""
@@ -196,20 +194,31 @@ class SlotAttention:
         if not step.decode_groups:
             raise RuntimeError("the kernels declined a step that was packed for them alone")
         for group in step.decode_groups:
-            for part, own_output, own in _by_part(self._pool.layer(group.group, forward.layer), output, inputs):
+            for part, own_output, own in _by_part(self._answering.layer(group.group, forward.layer), output, inputs):
                 own_output[group.rows] = self._decode_group(part, forward.layer, group, own)
 
     def _prefill_chunks(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the prompt chunks, the rows of the output [N, H, E] behind the decoding tokens."""
-        if self._prefill_fused(forward, output, inputs):
-            return
-        for index, chunk in enumerate(forward.step.prompts):
-            for part, own_output, own in _by_part(self._pool.layer(chunk.group, forward.layer), output, inputs):
-                own_output[chunk.rows] = self._prefill_chunk(part, forward, index, chunk, own)
+        if not self._prefill_fused(forward, output, inputs):
+            for index, chunk in enumerate(forward.step.prompts):
+                for part, own_output, own in _by_part(self._pool.layer(chunk.group, forward.layer), output, inputs):
+                    own_output[chunk.rows] = self._prefill_chunk(part, forward, index, chunk, own)
+        self._archive_chunks(forward, inputs)
+
+    def _archive_chunks(self, forward: Forward, inputs: LayerInputs) -> None:
+        """Archive all pairs of the prompt chunks, in the layer that owns them."""
+        for chunk in forward.step.prompts:
+            if self._archive is None or chunk.archive is None:
+                return
+            [part] = self._archive.layer(chunk.archive.group, forward.layer)
+            if part.layout.owner == forward.layer:
+                rows = slice(chunk.rows.start, chunk.rows.start + chunk.length)
+                pairs = ChunkState(inputs.key[rows], inputs.value[rows])
+                self._store(self._policy.answering, part, chunk.archived, pairs, inputs)
 
     def _decode_fused(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> bool:
         """Let kernels do the decoding tokens' whole part of a layer; False, with nothing done, if they cannot."""
-        fused, step, batch = self._fused[forward.layer], forward.step, forward.step.decode_batch
+        fused, step, batch = self._fused_decode[forward.layer], forward.step, forward.step.decode_batch
         if fused is None or batch is None or not step.plain:
             return False
         (rows, order), tokens = fused, slice(len(batch.slots))
@@ -223,14 +232,14 @@ class SlotAttention:
             batch.positions,
             batch.row_limits,
             order=order,
-            decay=self._policy.decay(1),
+            decay=self._policy.answering.decay(1),
             accumulate=rows.mass is not None and batch.evicting,
             **inputs.options,
         )
 
     def _prefill_fused(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> bool:
         """Let kernels do the chunks' whole part of a layer; False, with nothing done, if they cannot."""
-        fused, step = self._fused[forward.layer], forward.step
+        fused, step = self._fused_prefill[forward.layer], forward.step
         if fused is None or step.chunks is None or not step.plain:
             return False
         rows, order = fused
@@ -250,7 +259,7 @@ class SlotAttention:
         if forward.layer < part.layout.last_reader:
             forward.shared[owner, index] = state
         else:
-            self._compress(part, chunk, state, inputs)
+            self._store(self._policy, part, chunk, state, inputs)
         return output
 
     def _attend_chunk(
@@ -288,11 +297,13 @@ class SlotAttention:
             self._query_weights[key] = upload(weights, device, torch.float32) if weights else None
         return self._query_weights[key]
 
-    def _compress(self, part: LayerSlots, chunk: PromptChunk, state: ChunkState, inputs: LayerInputs) -> None:
-        """Store the chunk's pairs, or the best of them and of the slot's."""
+    def _store(
+        self, policy: CompressionPolicy, part: LayerSlots, chunk: PromptChunk, state: ChunkState, inputs: LayerInputs
+    ) -> None:
+        """Store the chunk's pairs, or those of them and of the slot's that a policy keeps."""
         tokens = chunk.length
         queries = inputs.query[chunk.rows][:tokens]
-        self._policy.compress(
+        policy.compress(
             part,
             PrefillChunk(
                 slot=chunk.slot,
@@ -314,7 +325,7 @@ class SlotAttention:
             self._insert(part, group, inputs.key[group.rows], inputs.value[group.rows])
         output, sums = self._attend_slots(part, group, inputs)
         if sums is not None:
-            self._policy.observe(part, group.slots, sums, first=owns_rows)
+            self._policy.answering.observe(part, group.slots, sums, first=owns_rows)
         return output
 
     def _attend_slots(self, part: LayerSlots, group: DecodeGroup, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:
@@ -356,7 +367,7 @@ class SlotAttention:
                 row_limits=row_limits,
                 spans=group.spans,
             )
-            victims = self._policy.victims(part, request)
+            victims = self._policy.answering.victims(part, request)
             first_full = capacity if row_limits is None else row_limits.unsqueeze(1)
             rows = victims if all(full) else torch.where(rows >= first_full, victims, rows)
         part.write(group.slots, rows, key, value, group.positions)
@@ -372,15 +383,29 @@ def _by_part(parts: Parts, output: Tensor, inputs: LayerInputs) -> Iterator[tupl
         yield part, output[:, head * group : (head + 1) * group], inputs.head(head)
 
 
-def _rotations(pool: KVPool, kernels: KernelModule) -> list[Callable[[Tensor], list[Tensor]] | None]:
+def _rotations(pools: tuple[KVPool, KVPool], kernels: KernelModule) -> list[Callable[[Tensor], list[Tensor]] | None]:
     """By layer, what rotates queries and keys [..., D], so that keys lose less in few bits; None for nothing."""
     rotations = {}
-    device = pool.layer(0, 0)[0].positions.device
-    layouts = [pool.layer(0, layer)[0].layout for layer in range(len(pool.rows))]
-    for dim in {layout.key_dim for layout in layouts if layout.rotates_keys}:
-        columns = hadamard(dim, pool.dtype, device).T.contiguous()
+    first = pools[0].layer(0, 0)[0]
+    layers = [[pool.layer(0, layer)[0].layout for pool in pools] for layer in range(len(pools[0].rows))]
+    rotated = [any(layout.rotates_keys for layout in layouts) for layouts in layers]
+    for dim in {layouts[0].key_dim for layouts, wanted in zip(layers, rotated, strict=True) if wanted}:
+        columns = hadamard(dim, pools[0].dtype, first.positions.device).T.contiguous()
         rotations[dim] = kernels.product((Linear(weight=columns, bias=None),))
-    return [rotations[layout.key_dim] if layout.rotates_keys else None for layout in layouts]
+    return [rotations[layouts[0].key_dim] if wanted else None for layouts, wanted in zip(layers, rotated, strict=True)]
+
+
+def _fused_layers(
+    pool: KVPool, policy: CompressionPolicy, capabilities: Capabilities
+) -> list[tuple[Rows, EvictionOrder] | None]:
+    """By layer, what kernels need to do its whole part of a step; None where they cannot."""
+    fused: list[tuple[Rows, EvictionOrder] | None] = []
+    for layer, rows in enumerate(pool.rows):
+        layout = pool.layer(0, layer)[0].layout
+        order, shares_nothing = policy.eviction_order(layout), layout.owner == layer == layout.last_reader
+        able = capabilities.fuses(*layout.formats) and shares_nothing
+        fused.append((rows, order) if able and rows is not None and order is not None else None)
+    return fused
 
 
 def _hidden_rows(part: LayerSlots, group: DecodeGroup, count: int) -> Tensor | None:

@@ -309,6 +309,7 @@ class Engine:
             rows_needed=encoded.length.rows_needed,
             truncated=encoded.truncated,
             spans=encoded.spans,
+            reading_rows=encoded.length.reading_rows,
             end_token_ids=self.backend.end_token_ids,
             tokenizer=self.tokenizer,
             forced_answer=forced,

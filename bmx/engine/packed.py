@@ -7,8 +7,9 @@ Shapes: T packed tokens, B decoding tokens, N prompt chunks.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 
 import torch
@@ -19,6 +20,7 @@ from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
 from bmx.kernels.slot_views import Chunks
 from bmx.kernels.transfer import upload
+from bmx.kv.layout import SlotIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +29,12 @@ class PromptChunk:
 
     Attributes:
         rows: packed rows, the probe's included.
-        group: of slots, in which its sequence is.
+        group: of slots, in which it is read.
         slot: of the group.
         start: tokens of the sequence before the chunk.
-        total: tokens of the sequence when its answer has its maximum length.
+        total: most tokens that pass through the slot.
         row_limit: rows of the slot that the sequence may use.
+        archive: where its pairs are archived, or None.
         probes: how many of the packed rows are the probe's: they attend to the chunk and are not stored.
         spans: positions [start, stop) that are never evicted.
     """
@@ -42,6 +45,7 @@ class PromptChunk:
     start: int
     total: int
     row_limit: int
+    archive: SlotIndex | None = None
     probes: int = 0
     spans: tuple[tuple[int, int], ...] = ()
 
@@ -49,6 +53,17 @@ class PromptChunk:
     def length(self) -> int:
         """Tokens of the chunk, without the probe's (T)."""
         return int(self.rows.stop - self.rows.start) - self.probes
+
+    @property
+    def archived(self) -> PromptChunk:
+        """The same chunk as the archive sees it: nothing of it is evicted.
+
+        Raises:
+            RuntimeError: it is not archived.
+        """
+        if self.archive is None:
+            raise RuntimeError("the chunk is not archived")
+        return replace(self, group=self.archive.group, slot=self.archive.slot, row_limit=sys.maxsize, spans=())
 
     def used_rows(self, capacity: int) -> int:
         """Rows of its slot in use before the chunk, in a layer of ``capacity`` rows (P)."""
@@ -137,6 +152,7 @@ class Packer:
     Attributes:
         policy: gives the query weights of chunks.
         slot_offsets: number of slots in the groups before each group.
+        archives: whether prompts are read in other slots than those in which answers are written.
         probe: token ids of the probe, behind each chunk whose sequence evicts.
         max_length: most positions that the model knows.
         device: where the step is computed.
@@ -144,19 +160,21 @@ class Packer:
 
     policy: CompressionPolicy
     slot_offsets: tuple[int, ...]
+    archives: bool
     probe: tuple[int, ...]
     max_length: int
     device: torch.device
 
     def slot_number(self, sequence: Sequence) -> int:
         """The number of a sequence's slot over all groups."""
-        group, slot = sequence.slot_index
-        return self.slot_offsets[group] + slot
+        index = sequence.slot_index
+        return self.slot_offsets[index.group] + index.slot
 
     def probe_behind(self, chunk: Chunk) -> tuple[int, ...]:
         """The probe's token ids behind a chunk; none while decoding, and none for a sequence that never evicts."""
         sequence = chunk.sequence
-        evicts = not chunk.decodes and self.policy.evicts(len(sequence.prompt), sequence.max_tokens)
+        answer = sequence.held_total - len(sequence.prompt)
+        evicts = not chunk.decodes and self.policy.evicts(len(sequence.prompt), answer)
         return self.probe if evicts else ()
 
     def pack(self, step: Step, next_ids: Tensor) -> PackedStep:
@@ -178,8 +196,23 @@ class Packer:
             positions += [min(stop + i, self.max_length - 1) for i in range(len(probe))]
             if chunk.samples:
                 logits_at.append(begin + chunk.length - 1)
-            prompts.append(_prompt_chunk(chunk, slice(begin, len(ids)), len(probe)))
+            prompts.append(self._prompt_chunk(chunk, slice(begin, len(ids)), len(probe)))
         return self.upload(ids, positions, logits_at, decoding, prompts, next_ids)
+
+    def _prompt_chunk(self, chunk: Chunk, rows: slice, probes: int) -> PromptChunk:
+        sequence = chunk.sequence
+        index = sequence.slot_index
+        return PromptChunk(
+            rows=rows,
+            group=0 if self.archives else index.group,
+            slot=index.reading if self.archives else index.slot,
+            start=chunk.start,
+            total=sequence.held_total,
+            row_limit=sequence.row_limit,
+            archive=index if self.archives else None,
+            probes=probes,
+            spans=sequence.spans,
+        )
 
     def upload(
         self,
@@ -202,7 +235,8 @@ class Packer:
         """
         sequences = [chunk.sequence for chunk in decoding]
         numbers, row_limits = [self.slot_number(s) for s in sequences], [s.rows_needed for s in sequences]
-        table, slots_of_groups = _chunk_table(prompts, self.slot_offsets), [s.slot_index.slot for s in sequences]
+        table = _chunk_table(prompts, (0,) if self.archives else self.slot_offsets)
+        slots_of_groups = [s.slot_index.slot for s in sequences]
         lists = (ids, positions, logits_at, numbers, row_limits, slots_of_groups, *table)
         input_ids, all_positions, rows, slots, limits, group_slots, *columns = _upload_lists(lists, self.device)
         if sequences:
@@ -223,7 +257,8 @@ class Packer:
     def _decode_batch(
         self, sequences: list[Sequence], slots: Tensor, positions: Tensor, row_limits: Tensor
     ) -> DecodeBatch:
-        evicting = any(self.policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in sequences)
+        policy = self.policy.answering
+        evicting = any(policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in sequences)
         return DecodeBatch(slots=slots, positions=positions, row_limits=row_limits, evicting=evicting)
 
     def _chunks(self, table: list[list[int]], uploaded: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
@@ -266,7 +301,7 @@ class Packer:
                     positions_host=tuple(chunk.start for chunk in chunks),
                     totals=tuple(sequence.total for sequence in sequences),
                     row_limits_host=tuple(sequence.rows_needed for sequence in sequences),
-                    row_limits=row_limits[rows] if self.policy.budget.share else None,
+                    row_limits=row_limits[rows] if self.policy.answering.budget.share else None,
                     spans=self._spans(sequences),
                 )
             )
@@ -287,20 +322,6 @@ def _upload_lists(lists: Seq[Seq[int]], device: torch.device) -> list[Tensor]:
     uploaded = upload([number for numbers in lists for number in numbers], device)
     ends = accumulate(map(len, lists), initial=0)
     return [uploaded[start:stop] for start, stop in pairwise(ends)]
-
-
-def _prompt_chunk(chunk: Chunk, rows: slice, probes: int) -> PromptChunk:
-    sequence = chunk.sequence
-    return PromptChunk(
-        rows=rows,
-        group=sequence.slot_index.group,
-        slot=sequence.slot_index.slot,
-        start=chunk.start,
-        total=sequence.total,
-        row_limit=sequence.rows_needed,
-        probes=probes,
-        spans=sequence.spans,
-    )
 
 
 def _chunk_table(prompts: list[PromptChunk], slot_offsets: tuple[int, ...]) -> list[list[int]]:

@@ -103,9 +103,7 @@ class RunPlanner:
     def _profile(self, plan: Plan) -> ProfiledStep:
         """Run the largest step of a plan beside the smallest pool that it can read."""
         last = len(plan.groups) - 1
-        alone = replace(
-            plan, groups=(SlotGroup(plan.groups[last].capacity, 1),), layouts=(plan.layouts[last],), prefix_slots=()
-        )
+        alone = plan.alone(SlotGroup(plan.groups[last].capacity, 1), plan.layouts[last])
         meter = self.backend.meter
         meter.reset()
         refused = None if self.config.enforce_eager else Stats().note_eager

@@ -35,8 +35,12 @@ class Prompt(Protocol):
         """Its token ids."""
 
     @property
-    def total(self) -> int:
-        """Tokens of prompt and answer when the answer has its maximum length."""
+    def held_total(self) -> int:
+        """Most tokens that pass through the slot in which its prompt is read."""
+
+    @property
+    def row_limit(self) -> int:
+        """Rows that it may use of the slot in which its prompt is read."""
 
     @property
     def rows_needed(self) -> int:
@@ -119,7 +123,7 @@ class Reuse:
             return ("end",)
         spans = tuple((start, min(stop, tokens)) for start, stop in request.spans if start < tokens)
         rows = tuple(min(layer.rows, tokens) for layer in self._layers_of(request))
-        evicts = self.policy.evicts(len(request.prompt), request.total - len(request.prompt))
+        evicts = self.policy.evicts(len(request.prompt), request.held_total - len(request.prompt))
         return ("end", rows, spans, evicts)
 
     def scored(self, request: Prompt) -> int:
@@ -127,7 +131,7 @@ class Reuse:
 
         Of two requests that share a state, the one with more such layers has all those of the other.
         """
-        return sum(layer.scored and request.total > layer.rows for layer in self._layers_of(request))
+        return sum(layer.scored and request.held_total > layer.rows for layer in self._layers_of(request))
 
     def _lossless_tokens(self, request: Prompt) -> int:
         """The number of tokens up to which nothing visible of a request is evicted."""
@@ -149,15 +153,15 @@ class Reuse:
         return 1 if scorer is None or Needs.ATTENTION_MASS not in scorer.needs else scorer.query_weights.window or 1
 
     def _layers_of(self, request: Prompt) -> tuple[LayerRows, ...]:
-        if request.rows_needed not in self._layers:
-            layout = self.policy.layout(self.spec, request.rows_needed)
-            self._layers[request.rows_needed] = tuple(
+        if request.row_limit not in self._layers:
+            layout = self.policy.layout(self.spec, request.row_limit)
+            self._layers[request.row_limit] = tuple(
                 LayerRows(rows, layer.by_age and rows == layer.window, bool(layer.row_stats))
                 for i, layer in enumerate(layout.layers)
                 if layer.owner == i
                 for rows in dict.fromkeys(layer.capacities)
             )
-        return self._layers[request.rows_needed]
+        return self._layers[request.row_limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +179,22 @@ class PrefixCache:
         reuse: decides what may be shared.
         prefix_slots: slots for copies; empty if nothing is shared.
         group: the number of their first group.
+        reading: the number of the first slot in which prompts are read that belongs to them.
         copy: copies the state of a sequence's first tokens from one slot to another.
     """
 
     def __init__(
-        self, reuse: Reuse, prefix_slots: Seq[SlotGroup], group: int, copy: Callable[[SlotIndex, SlotIndex, int], None]
+        self,
+        reuse: Reuse,
+        prefix_slots: Seq[SlotGroup],
+        group: int,
+        copy: Callable[[SlotIndex, SlotIndex, int], None],
+        reading: int = 0,
     ) -> None:
         self._reuse = reuse
         self._copy = copy
-        self._free = [SlotIndex(group + i, slot) for i, part in enumerate(prefix_slots) for slot in range(part.slots)]
+        slots = [(group + i, slot) for i, part in enumerate(prefix_slots) for slot in range(part.slots)]
+        self._free = [SlotIndex(*slot, reading + n) for n, slot in enumerate(slots)]
         self._known: WeakValueDictionary[tuple[object, ...], Prefix] = WeakValueDictionary()
         self._kept: dict[Prefix, CachedPrefix] = {}  # the least recently used is first
         self._previous: Sequence | None = None  # the sequence that was read last

@@ -34,9 +34,14 @@ class EncodedPrompt:
     spans: tuple[tuple[int, int], ...] = ()
 
     @property
-    def total(self) -> int:
-        """Tokens of prompt and answer."""
-        return self.length.prompt_tokens + self.length.max_tokens
+    def held_total(self) -> int:
+        """Most tokens that pass through the slot in which the prompt is read."""
+        return self.length.prompt_tokens + (0 if self.length.reading_rows else self.length.max_tokens)
+
+    @property
+    def row_limit(self) -> int:
+        """Rows that it may use of the slot in which the prompt is read."""
+        return self.length.reading_rows or self.length.rows_needed
 
     @property
     def rows_needed(self) -> int:

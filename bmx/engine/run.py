@@ -158,7 +158,8 @@ class Run:
         """
         context = self._context
         chunk_size = context.chunk_size or plan.step.chunk_size
-        scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size))
+        reading = plan.reading.slots - sum(group.slots for group in plan.prefix_slots) if plan.reading else None
+        scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size), reading)
         for sequence in self._unfinished:
             scheduler.enqueue(sequence)
         self._unfinished = []
@@ -167,7 +168,7 @@ class Run:
                 context.stats.slots, context.stats.kv_bytes = plan.slots, runner.kv_bytes
                 rows = max((group.capacity for group in plan.prefix_slots), default=0)
                 reuse = Reuse(spec=context.spec, policy=context.policy, chunk_size=chunk_size, rows=rows)
-                prefixes = PrefixCache(reuse, plan.prefix_slots, len(plan.groups), runner.copy)
+                prefixes = PrefixCache(reuse, plan.prefix_slots, len(plan.groups), runner.copy, reading or 0)
                 yield from _Attempt(self, scheduler, runner, prefixes, plan.memory.total, alone).results()
             return True
         except Exception as error:
@@ -190,8 +191,8 @@ class Run:
                 yield failure(sequence, "out_of_memory", too_large(sequence, largest))
                 continue
             self._unfinished = [sequence]
-            layout = context.policy.layout(context.spec, sequence.rows_needed)
-            own = replace(plan, groups=(SlotGroup(sequence.rows_needed, 1),), layouts=(layout,), prefix_slots=())
+            layout = context.policy.answering.layout(context.spec, sequence.rows_needed)
+            own = plan.alone(SlotGroup(sequence.rows_needed, 1), layout)
             if not (yield from self._attempt(own, alone=True)):
                 release()
                 yield failure(sequence, "out_of_memory", "memory runs out even with nothing else in it")
@@ -271,8 +272,8 @@ class Run:
         if sequence.error:
             return failure(sequence, sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
         policy = self._context.policy
-        if policy.scorer is None:
-            return sequence.result(capacity, kv_format=policy.format)
+        if policy.answering.scorer is None:
+            return sequence.result(capacity, kv_format=policy.answering.format)
         budget = policy.budget.pairs or sequence.rows_needed
         return sequence.result(budget, policy.budget.asked, policy.format)
 

@@ -59,7 +59,8 @@ class ModelRunner:
 
     Attributes:
         policy: as given.
-        pool: the slots.
+        pool: the slots in which prompts are read.
+        answering: the slots on which answers are written: the archive's, or the same.
         kv_bytes: bytes of the slots.
         ahead: see ``Runner``.
         rounds: see ``Runner``.
@@ -80,17 +81,20 @@ class ModelRunner:
         device = self._model.device
         slots = tuple(group.slots for group in (*plan.groups, *plan.prefix_slots))
         self.policy = policy
-        self.pool = KVPool(plan.layouts, slots, self._model.dtype, device)
-        self.kv_bytes = self.pool.nbytes
+        self.answering = self.pool = KVPool(plan.layouts, slots, self._model.dtype, device)
+        if plan.reading:
+            self.pool = KVPool((plan.reading.layout,), (plan.reading.slots,), self._model.dtype, device)
+        self.kv_bytes = sum(pool.nbytes for pool in {self.pool, self.answering})
         self.ahead = int(kernels.capabilities.runs_ahead(device.type) and watch is None)
         self._largest_slot = plan.groups[-1].capacity
         self._largest_group = len(plan.groups) - 1
-        self._attention = SlotAttention(self.pool, policy, kernels)
+        self._attention = SlotAttention(self.pool, policy, kernels, self.answering if plan.reading else None)
         fuses_all_layers = self._attention.fuses_all_layers and not policy.protects
         self._reads_no_empty_rows = kernels.capabilities.skips_empty_rows and fuses_all_layers
         self._packer = Packer(
             policy=policy,
-            slot_offsets=self.pool.slot_offsets,
+            slot_offsets=self.answering.slot_offsets,
+            archives=plan.reading is not None,
             probe=probe,
             max_length=self._max_length,
             device=device,
@@ -125,7 +129,7 @@ class ModelRunner:
         if not self._reads_no_empty_rows:
             for chunk in step.chunks:
                 if chunk.start == 0:
-                    self.pool.reset(*chunk.sequence.slot_index)
+                    self._reset(chunk.sequence.slot_index)
         logits = self._logits(self._packer.pack(step, self._next_ids), self._segments(step))
         return self._sample([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
 
@@ -177,7 +181,15 @@ class ModelRunner:
             target: the slot that is overwritten.
             tokens: tokens of the sequence whose state it is.
         """
-        self.pool.copy_state(source, target, tokens)
+        self.answering.copy_state(source, target, tokens)
+        if self.pool is not self.answering:
+            self.pool.copy_state(SlotIndex(0, source.reading), SlotIndex(0, target.reading), tokens)
+
+    def _reset(self, index: SlotIndex) -> None:
+        """Empty a sequence's slots."""
+        self.answering.reset(index.group, index.slot)
+        if self.pool is not self.answering:
+            self.pool.reset(0, index.reading)
 
     @torch.inference_mode()
     def profile_step(self, size: StepSize, sampled: int) -> None:
@@ -190,18 +202,20 @@ class ModelRunner:
             sampled: rows of logits; as many of them are drawn at random as the sampler ever draws at once.
         """
         tokens, chunk = size.max_num_batched_tokens, size.chunk_size + size.probe
+        last, archives = SlotIndex(self._largest_group, 0, 0), self.pool is not self.answering
         capacity = self._largest_slot
-        evicts = self.policy.evicts(capacity, 1)
+        evicts = not archives and self.policy.evicts(capacity, 1)
         start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
-        self.pool.reset(self._largest_group, 0)
+        self._reset(last)
         prompts = [
             PromptChunk(
                 rows=slice(begin, min(begin + chunk, tokens)),
-                group=self._largest_group,
+                group=0 if archives else last.group,
                 slot=0,
                 start=start,
                 total=start + chunk + evicts,
                 row_limit=capacity,
+                archive=last if archives else None,
                 probes=min(size.probe, min(chunk, tokens - begin) - 1),
             )
             for begin in range(0, tokens, chunk)

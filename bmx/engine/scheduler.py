@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from bmx.engine.sequence import Sequence
-from bmx.kv.layout import SlotIndex
+from bmx.kv.layout import NOT_READING, SlotIndex
 from bmx.plan.memory import SlotGroup, StepSize, group_for
 
 
@@ -60,13 +60,15 @@ class Scheduler:
     Args:
         groups: slots by capacity.
         size: how large steps may get; one prompt chunk always fits, so that prompts make progress.
+        reading: slots in which prompts are read before they are archived; None where a sequence reads in its own slot.
     """
 
-    def __init__(self, groups: Seq[SlotGroup], size: StepSize) -> None:
+    def __init__(self, groups: Seq[SlotGroup], size: StepSize, reading: int | None = None) -> None:
         self._groups = tuple(groups)
         self._chunk_size, self._probe = size.chunk_size, size.probe
         self._max_tokens = size.max_num_batched_tokens
         self._free = [list(range(group.slots))[::-1] for group in self._groups]
+        self._free_reading = None if reading is None else list(range(reading))[::-1]
         self._running: list[Sequence] = []
         self._leaving: list[Sequence] = []  # their last tokens are launched but not read; their slots are free already
         self._waiting: list[Sequence] = []
@@ -128,24 +130,29 @@ class Scheduler:
         Args:
             draining: no more will be enqueued, so the longest are admitted first, and no long one is left to run alone.
         """
-        if not any(self._free):
+        if not self._has_free_slots():
             return
         if draining:
             self._waiting.sort(key=lambda sequence: -sequence.steps(self._chunk_size))
         candidates, self._waiting = self._waiting, []
         for index, sequence in enumerate(candidates):
-            if not any(self._free):
+            if not self._has_free_slots():
                 self._waiting += candidates[index:]
                 return
             if not self.admit(sequence):
                 self._waiting.append(sequence)
 
+    def _has_free_slots(self) -> bool:
+        """Whether some sequence could get a slot, and one to read its prompt in where it needs one."""
+        return any(self._free) and self._free_reading != []
+
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence the smallest free slot that is large enough; False if no such slot is free."""
-        group = group_for(sequence.rows_needed, self._groups, self._free)
+        group = group_for(sequence.rows_needed, self._groups, self._free) if self._has_free_slots() else None
         if group is None:
             return False
-        sequence.slot = SlotIndex(group, self._free[group].pop())
+        reading = self._free_reading.pop() if self._free_reading else NOT_READING
+        sequence.slot = SlotIndex(group, self._free[group].pop(), reading)
         self._running.append(sequence)
         return True
 
@@ -180,6 +187,8 @@ class Scheduler:
         for chunk in step.chunks:
             chunk.sequence.computed = chunk.start + chunk.length
             chunk.sequence.promised += chunk.samples
+            if chunk.sequence.decoding:
+                self._end_reading(chunk.sequence)
         leaving = [sequence for sequence in self._running if sequence.decoding and not sequence.left]
         self.drop(leaving)
         self._leaving += leaving
@@ -211,8 +220,15 @@ class Scheduler:
         gone = set(map(id, sequences))
         self._running = [s for s in self._running if id(s) not in gone]
         for sequence in sequences:
-            group, slot = sequence.slot_index
-            self._free[group].append(slot)
+            self._end_reading(sequence)
+            self._free[sequence.slot_index.group].append(sequence.slot_index.slot)
+
+    def _end_reading(self, sequence: Sequence) -> None:
+        """Free the slot in which the sequence has read its prompt."""
+        index = sequence.slot_index
+        if self._free_reading is not None and index.reading != NOT_READING:
+            self._free_reading.append(index.reading)
+            sequence.slot = index._replace(reading=NOT_READING)
 
     def capacity(self, sequence: Sequence) -> int:
         """Rows of the slot that the sequence has or had."""

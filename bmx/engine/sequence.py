@@ -39,6 +39,7 @@ class Sequence:
         prompt: its token ids.
         max_tokens: longest answer, after the model's own limit.
         rows_needed: rows of a slot that it needs.
+        reading_rows: rows of the slot in which its prompt is read before it is archived; 0 where nothing is archived.
         end_token_ids: ids that end the answer.
         tokenizer: turns the answer into text.
         truncated: prompt tokens that were cut out to make it fit.
@@ -69,6 +70,7 @@ class Sequence:
     truncated: int = 0
     spans: tuple[tuple[int, int], ...] = ()
     forced_answer: tuple[int, ...] = ()
+    reading_rows: int = 0
 
     started: float | None = field(init=False, default=None)
     computed: int = field(init=False, default=0)
@@ -122,6 +124,16 @@ class Sequence:
     def total(self) -> int:
         """Tokens of prompt and answer when the answer has its maximum length."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def row_limit(self) -> int:
+        """Rows that it may use of the slot in which its prompt is read."""
+        return self.reading_rows or self.rows_needed
+
+    @property
+    def held_total(self) -> int:
+        """Most tokens that pass through the slot in which its prompt is read."""
+        return len(self.prompt) if self.reading_rows else self.total
 
     @property
     def forced(self) -> int | None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL
 from bmx.kv_formats import format_name
 
+NOT_READING = -1  # of a sequence that has no slot to read its prompt in
 POSITION_BYTES = 4  # of an int32 position, row or label
 PAGE = 4  # tokens of a page of keys
 CLUSTER_SIZE = 16  # tokens of a cluster of keys, on average
@@ -27,10 +28,14 @@ ROW_STATS: Mapping[str, float] = {  # what eviction may store for each row, and 
 
 
 class SlotIndex(NamedTuple):
-    """Where a sequence's KV cache is: the group of slots, and the slot in it."""
+    """Where a sequence's KV cache is: the group of slots, and the slot in it.
+
+    Where pairs are archived, that slot is the archive's, and ``reading`` is the slot in which the prompt is read.
+    """
 
     group: int
     slot: int
+    reading: int = NOT_READING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +187,11 @@ class KVLayout:
     """One slot: its layers, including those that read another layer's rows."""
 
     layers: tuple[LayerLayout, ...]
+
+    @property
+    def capacity(self) -> int:
+        """KV pairs of the kv head that holds most."""
+        return max(layer.capacity for layer in self.layers)
 
     @property
     def format(self) -> str:

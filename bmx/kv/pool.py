@@ -342,7 +342,7 @@ class KVPool:
             target: the slot to copy to.
             tokens: of the sequence so far.
         """
-        self.reset(*target)
+        self.reset(target.group, target.slot)
         pairs = set(zip(self.groups[target.group], self.groups[source.group], strict=True))
         for part, other in (pair for parts in pairs for pair in zip(*parts, strict=True)):
             part.copy_state(target.slot, other, source.slot, tokens)

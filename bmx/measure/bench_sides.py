@@ -154,7 +154,7 @@ def measure_cache(engine: Engine, plan: Plan, workload: Workload, display: Displ
     spec = engine.spec
     weights = weights_read(spec, engine.backend.model, stats.decode_tokens // max(1, stats.decode_steps))
     held = workload.held_rows(engine.policy)
-    held_bytes = sum(count * engine.policy.layout(spec, rows).kv_bytes for rows, count in held.items())
+    held_bytes = sum(count * engine.policy.answering.layout(spec, rows).kv_bytes for rows, count in held.items())
     bytes_per_prompt = held_bytes // len(workload.prompts)
     return SideMeasurement(
         slots=stats.slots,
@@ -204,7 +204,9 @@ def measure_decode_only(
     if isinstance(full, SideMeasurement) and full.seconds <= read_seconds + decode_seconds:
         return replace(full, as_full_cache=True)
     spec = engine.spec
-    step_bytes = weights_read(spec, engine.backend.model, slots) + slots * engine.policy.layout(spec, rows).kv_bytes
+    step_bytes = (
+        weights_read(spec, engine.backend.model, slots) + slots * engine.policy.answering.layout(spec, rows).kv_bytes
+    )
     return SideMeasurement(
         slots=slots,
         kv_bytes=plan.memory.pool * slots // plan.slots,
@@ -258,8 +260,12 @@ def _fastest_decoding(engine: Engine, plan: Plan, workload: Workload, rows: int)
 
 def _prefill_flops(engine: Engine, plan: Plan, workload: Workload) -> int:
     spec, policy, chunk = engine.spec, engine.policy, plan.step.chunk_size
+
+    def rows(tokens: int) -> int:
+        return policy.reading_rows(tokens) or policy.rows_needed(tokens, workload.answer_tokens)
+
     return sum(
-        count * prefill_flops(spec, policy, tokens, policy.rows_needed(tokens, workload.answer_tokens), chunk)
+        count * prefill_flops(spec, policy, tokens, rows(tokens), chunk)
         for tokens, count in workload.prompt_lengths.items()
     )
 

@@ -374,7 +374,7 @@ class _Calibration:
         seconds = scenario.forecast.seconds if scenario.forecast else None
         answer_tokens = self.query.every * sum(length.max_tokens for length in lengths)
         return {
-            "kv_bytes_per_sequence": sum(policy.layout(spec, count).nbytes for count in rows) // len(rows),
+            "kv_bytes_per_sequence": sum(policy.answering.layout(spec, count).nbytes for count in rows) // len(rows),
             "slots": scenario.plan.slots if scenario.plan else 0,
             "predicted_seconds": round(seconds, 1) if seconds else None,
             "predicted_tokens_per_second": round(answer_tokens / seconds, 1) if seconds else None,

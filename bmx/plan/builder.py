@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from bmx.compress.policy import CompressionPolicy, left_to_kernels
+from bmx.compress.kernel_orders import left_to_kernels
+from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.kernels import Kernels
 from bmx.kernels.contract import KernelProfile
@@ -19,7 +20,7 @@ from bmx.model.spec import ModelSpec
 from bmx.plan.device import Device
 from bmx.plan.forecast import Forecast, fastest, forecast
 from bmx.plan.machine_speed import TYPICAL, Rates
-from bmx.plan.memory import Limits, Memory, SlotGroup, StepSize, memory_needed
+from bmx.plan.memory import Limits, Memory, ReadingSlots, SlotGroup, StepSize, memory_needed
 from bmx.plan.planner import Length, Plan, plan, shrunk, step_sizes
 
 
@@ -63,7 +64,8 @@ class PlanBuilder:
         """
         sizes = self.step_sizes(lengths) if sizes is None else sizes
         plans: list[Callable[[], Plan]] = [
-            partial(plan, self.spec, self.layout, self.limits, lengths, size, self.device) for size in sizes
+            partial(plan, self.spec, self.layout, self.limits, lengths, size, self.device, self._reading_layout)
+            for size in sizes
         ]
         return fastest(plans, self.spec, lengths, self._profile, self.rates)
 
@@ -90,15 +92,22 @@ class PlanBuilder:
         """A smaller plan, for when memory ran out under this one; None if this is the smallest."""
         return shrunk(plan, self.spec, self.layout, self.device)
 
-    def memory_of_one(self, rows: int, size: StepSize) -> Memory:
+    def memory_of_one(self, length: Length, size: StepSize) -> Memory:
         """The memory of a run with a single slot.
 
         Args:
-            rows: of the slot.
+            length: of the request that it holds.
             size: of the steps.
         """
-        return memory_needed(self.spec, self.layout, [SlotGroup(rows, 1)], size, self.device)
+        read_in = self._reading_layout
+        reading = read_in and ReadingSlots(read_in(length.reading_rows), 1)
+        return memory_needed(self.spec, self.layout, [SlotGroup(length.rows_needed, 1)], size, self.device, (), reading)
 
     def layout(self, capacity: int) -> KVLayout:
-        """What a slot of ``capacity`` rows holds, layer by layer."""
-        return self.policy.layout(self.spec, capacity)
+        """What a slot of ``capacity`` rows, on which an answer is written, holds layer by layer."""
+        return self.policy.answering.layout(self.spec, capacity)
+
+    @property
+    def _reading_layout(self) -> Callable[[int], KVLayout] | None:
+        """What a slot in which a prompt is read before it is archived holds; None where nothing is archived."""
+        return partial(self.policy.layout, self.spec) if self.policy.archive else None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bmx import kernels
-from bmx.compress.policy import left_to_kernels
+from bmx.compress.kernel_orders import left_to_kernels
 from bmx.config import EngineConfig
 from bmx.kernels.formats import MODEL
 from bmx.model.spec import ModelSpec

@@ -291,7 +291,8 @@ class _Clock:
 
     def _prompt(self, chunk: SimulatedChunk) -> float:
         """Seconds of a chunk's attention to its slot and to itself."""
-        capacity = self._plan.groups[chunk.group].capacity
+        reading = self._plan.reading
+        capacity = reading.layout.capacity if reading else self._plan.groups[chunk.group].capacity
         seconds = 0.0
         for (window, heads, dims), layers in self._layers.items():
             past = min(chunk.start, capacity, window or capacity)

@@ -40,6 +40,14 @@ def group_for(rows: int, groups: Sequence[SlotGroup], free: Sequence[object]) ->
     return min(fitting)[1] if fitting else None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadingSlots:
+    """The slots in which prompts are read before they are archived: what each holds, and how many there are."""
+
+    layout: KVLayout
+    slots: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSize:
     """How large steps may get.
@@ -140,6 +148,7 @@ def memory_needed(
     step: StepSize,
     device: Device,
     prefix_slots: Iterable[SlotGroup] = (),
+    reading: ReadingSlots | None = None,
 ) -> Memory:
     """The memory of a run with these slots.
 
@@ -150,6 +159,7 @@ def memory_needed(
         step: how large steps may get.
         device: the device, as the memory formula sees it.
         prefix_slots: slots beside them that hold text which several prompts share.
+        reading: slots in which prompts are read before they are archived.
     """
     groups = tuple(groups)
     slots = sum(group.slots for group in groups)
@@ -157,6 +167,7 @@ def memory_needed(
     tokens = max(step.max_num_batched_tokens, slots + chunk)
     keys = max((group.capacity for group in groups), default=0) + chunk
     layouts = [(layout(group.capacity), group.slots) for group in (*groups, *prefix_slots)]
+    layouts += [(reading.layout, reading.slots)] if reading else []
     activations = spec.costs.activation_bytes * tokens + device.workspace(chunk, keys, slots)
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(

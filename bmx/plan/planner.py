@@ -17,7 +17,7 @@ from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import steps_needed
 from bmx.plan.device import Device
-from bmx.plan.memory import Limits, Memory, SlotGroup, StepSize, does_not_fit, memory_needed
+from bmx.plan.memory import Limits, Memory, ReadingSlots, SlotGroup, StepSize, does_not_fit, memory_needed
 
 MAX_GROUPS = 16
 ENOUGH = 0.08  # share of all rows that may stay unused; no further group is made to save less
@@ -39,12 +39,14 @@ class Length:
         max_tokens: most tokens of the answer.
         rows_needed: rows (KV pairs per layer and head) that its slot must have.
         shared: leading tokens whose state it can share with the request before it.
+        reading_rows: rows of the slot in which its prompt is read before it is archived; 0 where nothing is archived.
     """
 
     prompt_tokens: int
     max_tokens: int
     rows_needed: int
     shared: int = 0
+    reading_rows: int = 0
 
     @classmethod
     def of(cls, policy: CompressionPolicy, prompt_tokens: int, max_tokens: int) -> Length:
@@ -55,7 +57,8 @@ class Length:
             prompt_tokens: tokens of the prompt.
             max_tokens: most tokens of the answer.
         """
-        return cls(prompt_tokens, max_tokens, policy.rows_needed(prompt_tokens, max_tokens))
+        rows, reading_rows = policy.rows_needed(prompt_tokens, max_tokens), policy.reading_rows(prompt_tokens)
+        return cls(prompt_tokens, max_tokens, rows, reading_rows=reading_rows)
 
     def steps(self, chunk_size: int) -> int:
         """Steps from the first chunk to the last token, if the answer is as long as it may get."""
@@ -98,6 +101,8 @@ class Plan:
         too_large: requests that would not fit even alone; they become errors, the others are answered.
         needs: pairs of (rows of a slot, number of requests that need exactly that number), for requests that fit.
         prefix_slots: slots that hold the state of text which several prompts share.
+        reading: slots in which prompts are read before they are archived, those of ``prefix_slots`` last; None where
+            nothing is archived.
         profiled: what the largest step was measured to take, if it was measured.
     """
 
@@ -109,12 +114,18 @@ class Plan:
     too_large: int = 0
     needs: tuple[tuple[int, int], ...] = ()
     prefix_slots: tuple[SlotGroup, ...] = ()
+    reading: ReadingSlots | None = None
     profiled: ProfiledStep | None = field(default=None, compare=False)
 
     @property
     def slots(self) -> int:
         """Most sequences at once."""
         return sum(group.slots for group in self.groups)
+
+    def alone(self, group: SlotGroup, layout: KVLayout) -> Plan:
+        """The same plan with one group of slots instead of all; ``layout`` is what a slot of it holds."""
+        reading = self.reading and replace(self.reading, slots=1)
+        return replace(self, groups=(group,), layouts=(layout,), prefix_slots=(), reading=reading)
 
     @property
     def fill(self) -> float:
@@ -156,6 +167,7 @@ def plan(
     lengths: Sequence[Length],
     step: StepSize,
     device: Device,
+    reading_layout: Callable[[int], KVLayout] | None = None,
 ) -> Plan:
     """The plan with the most slots that fit the limits, in a few groups that suit these requests.
 
@@ -166,18 +178,23 @@ def plan(
         lengths: of the requests.
         step: how large steps may get.
         device: the device, as the memory formula sees it.
+        reading_layout: gives the layout of a slot in which prompts are read before they are archived.
 
     Raises:
         MemoryLimitError: not even one slot fits; the message says how much is missing.
     """
+    sizes = sorted({length.rows_needed for length in lengths})
+    served = [*lengths]
+
+    def reading(groups: tuple[SlotGroup, ...], prefix_slots: tuple[SlotGroup, ...] = ()) -> ReadingSlots | None:
+        return reading_layout and reading_slots(reading_layout, served, step, groups, prefix_slots)
 
     def memory(groups: tuple[SlotGroup, ...], prefix_slots: tuple[SlotGroup, ...] = ()) -> Memory:
-        return memory_needed(spec, layout, groups, step, device, prefix_slots)
+        return memory_needed(spec, layout, groups, step, device, prefix_slots, reading(groups, prefix_slots))
 
     def fits(groups: tuple[SlotGroup, ...], prefix_slots: tuple[SlotGroup, ...] = ()) -> bool:
         return not limits.missing(memory(groups, prefix_slots))
 
-    sizes = sorted({length.rows_needed for length in lengths})
     largest = _largest_fitting(sizes, lambda rows: fits((SlotGroup(rows, 1),)))
     if largest is None:
         raise does_not_fit(memory((SlotGroup(sizes[0], 1),)), limits)
@@ -201,7 +218,30 @@ def plan(
         too_large=len(lengths) - len(served),
         needs=tuple(sorted(Counter(length.rows_needed for length in served).items())),
         prefix_slots=prefix_slots,
+        reading=reading(groups, prefix_slots),
     )
+
+
+def reading_slots(
+    layout: Callable[[int], KVLayout],
+    lengths: Sequence[Length],
+    step: StepSize,
+    groups: tuple[SlotGroup, ...],
+    prefix_slots: tuple[SlotGroup, ...] = (),
+) -> ReadingSlots:
+    """The slots in which prompts are read: as many as a step reads prompts, one more, and one for each prefix slot.
+
+    Args:
+        layout: gives such a slot's layout from its capacity in rows.
+        lengths: of the requests; the largest of them fits.
+        step: how large steps may get.
+        groups: the archive's slots, which are no fewer.
+        prefix_slots: those that hold text which several prompts share.
+    """
+    typical = sum(length.prompt_tokens for length in lengths) // max(1, len(lengths))
+    at_once = step.max_num_batched_tokens // max(1, min(step.chunk_size, typical)) + 1
+    count = min(at_once, sum(group.slots for group in groups)) + sum(group.slots for group in prefix_slots)
+    return ReadingSlots(layout(max(length.reading_rows for length in lengths)), count)
 
 
 def _largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -370,13 +410,15 @@ def shrunk(plan: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], devic
     demand = {group.capacity: Demand(group.slots, group.slots) for group in plan.groups}
     groups = _split(demand, sorted(demand), slots)
     step = replace(step, max_num_batched_tokens=tokens)
+    reading = plan.reading and replace(plan.reading, slots=min(plan.reading.slots, slots))
     return replace(
         plan,
         groups=groups,
         layouts=tuple(layout(group.capacity) for group in groups),
         step=step,
-        memory=memory_needed(spec, layout, groups, step, device),
+        memory=memory_needed(spec, layout, groups, step, device, (), reading),
         prefix_slots=(),
+        reading=reading,
     )
 
 
@@ -388,6 +430,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "slots": plan.slots,
         "groups": [{"capacity": group.capacity, "slots": group.slots} for group in plan.groups],
         "spare": [{"capacity": group.capacity, "slots": group.slots} for group in plan.prefix_slots],
+        **({"reading": {"format": plan.reading.layout.format, "slots": plan.reading.slots}} if plan.reading else {}),
         "chunk_size": plan.step.chunk_size,
         "max_num_batched_tokens": plan.step.max_num_batched_tokens,
         "memory": {f.name: getattr(memory, f.name) for f in fields(memory)} | {"total": memory.total},

@@ -56,7 +56,7 @@ def held_rows(policy: CompressionPolicy, prompt_tokens: int, max_tokens: int) ->
         prompt_tokens: tokens of the prompt.
         max_tokens: tokens of the answer.
     """
-    kept = policy.rows_needed(prompt_tokens, max_tokens)
+    kept, policy = policy.rows_needed(prompt_tokens, max_tokens), policy.answering
     if policy.scorer is not None and policy.budget.pairs is not None:
         kept = min(kept, policy.budget.pairs)
     return min(kept, prompt_tokens + max_tokens // 2)

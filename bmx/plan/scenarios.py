@@ -132,16 +132,21 @@ class PlanQuery:
     def options(self, budgets: Sequence[int | float | str]) -> Iterator[Scenario]:
         """The scenarios: Batch-Max with each budget, decode-only compression with the first, and the full cache.
 
-        The others than Batch-Max keep whole prompts in the model's own type. Where nothing is to be evicted, there is
-        the full cache alone, stored as configured.
+        The others than Batch-Max keep whole prompts in the model's own type. An archive is also compared with the full
+        cache in its format. Where nothing is to be evicted, there is the full cache alone, stored as configured.
         """
         if self.config.kv_policy == "none":
             yield self.option("full cache", self.config.full_cache)
             return
         evicting, full = self._evicting(), replace(self.config.full_cache, kv_format="model")
+        archive = self.config.kv_archive
+        name = f"archive {archive}" if self.config.archives else "batch-max"
         for budget in budgets:
-            yield self.option("batch-max", replace(evicting, kv_budget=budget))
-        yield self.option("decode-only", full, replace(evicting, kv_budget=budgets[0]))
+            yield self.option(name, replace(evicting, kv_budget=budget))
+        if self.config.archives and archive != "model":
+            yield self.option(f"full cache {archive}", replace(full, kv_format=archive))
+        without = replace(evicting, kv_archive="none", kv_archive_place="device", kv_recall="all")
+        yield self.option("decode-only", full, replace(without, kv_budget=budgets[0]))
         yield self.option("full cache", full)
 
     def _evicting(self) -> EngineConfig:
@@ -200,7 +205,8 @@ class PlanQuery:
 
     def _alone(self, builder: PlanBuilder, lengths: Sequence[Length]) -> Memory:
         """The memory of the largest row alone, in the smallest steps."""
-        return builder.memory_of_one(max(length.rows_needed for length in lengths), builder.step_sizes(lengths)[-1])
+        longest = max(lengths, key=lambda length: length.rows_needed)
+        return builder.memory_of_one(longest, builder.step_sizes(lengths)[-1])
 
     def remedies(self) -> list[str]:
         """Changes that would each make every row fit, the mildest first; at most three."""
@@ -252,7 +258,10 @@ class PlanQuery:
             needed = (after or policy).rows_needed(length.prompt_tokens, length.max_tokens)
             return max(length.prompt_tokens, needed) if after else needed
 
-        return [replace(length, rows_needed=rows(length)) for length in self.lengths]
+        return [
+            replace(length, rows_needed=rows(length), reading_rows=policy.reading_rows(length.prompt_tokens))
+            for length in self.lengths
+        ]
 
     def _fits(self, config: EngineConfig) -> bool:
         builder = self._builder(config)

@@ -73,9 +73,11 @@ def plan_lines(
         yield Line(f"budget: {share} of the full cache's bytes hold {pairs} of each prompt's KV pairs")
     form = plan.layouts[0].format
     stored = "" if form == "model" else f" in {form}"
+    if plan.reading:
+        stored = f", archived{stored}"
     prefixes = f", {plan_range(plan.prefix_slots)} for shared text" if plan.prefix_slots else ""
     yield Line(
-        f"slots: {plan_range(plan.groups)}{stored} ({plan.fill:.0%} of them used){prefixes}; "
+        f"slots: {plan_range(plan.groups)}{stored} ({plan.fill:.0%} of them used){prefixes}{_read_in(plan)}; "
         f"steps of up to {counted(plan.step.max_num_batched_tokens, 'token')}, chunks of {plan.step.chunk_size:,}"
     )
     if plan.too_large:
@@ -84,6 +86,15 @@ def plan_lines(
     items = " + ".join(f"{name} {megabytes(size)}" for name, size in memory_items(plan.memory) if size)
     total = f"{megabytes(plan.memory.total)} of {megabytes(plan.limits.total)} ({plan.limits.source})"
     yield Line(f"memory: {items} = {total}")
+
+
+def _read_in(plan: Plan) -> str:
+    """The slots in which prompts are read before they are archived, in a few words; nothing where there are none."""
+    if plan.reading is None:
+        return ""
+    layout = plan.reading.layout
+    stored = "" if layout.format == "model" else f" in {layout.format}"
+    return f"; prompts are read in {plan.reading.slots:,} of {layout.capacity:,} KV pairs{stored}"
 
 
 def plan_range(groups: Sequence[SlotGroup]) -> str:

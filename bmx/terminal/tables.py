@@ -40,6 +40,11 @@ def candidate_words(settings: Mapping[str, Any]) -> str:
         words.append(budget_text(settings["kv_budget"]))
     if settings["kv_format"] != "model":
         words.append(settings["kv_format"])
+    if settings.get("kv_archive", "none") != "none":
+        words.append(f"archive {settings['kv_archive']}")
+    if settings.get("kv_recall", "all") != "all":
+        every = f" every {settings['kv_recall_every']}" if settings["kv_recall_every"] > 1 else ""
+        words.append(f"{settings['kv_recall_pairs']} by {settings['kv_recall']}{every}")
     if settings["kv_layer_budgets"] != "uniform":
         words.append("pyramid" if settings["kv_layer_budgets"] == "pyramid" else "measured layers")
     for name, word in (("kv_probe", "probe"), ("kv_value_norm", "value norm"), ("kv_share_layers", "shared layers")):

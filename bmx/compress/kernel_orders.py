@@ -1,0 +1,41 @@
+"""What kernels can do of a policy: the scorers whose formulas they know, and the formats that they read as they lie.
+
+Knows names; loads no torch.
+"""
+
+from __future__ import annotations
+
+from bmx.compress.attention_scorers import AttentionMass, AverageAttention, FarAttention, Recency
+from bmx.compress.scorer_api import Scorer
+from bmx.compress.scorers import scorer_named
+from bmx.config import EngineConfig
+from bmx.kernels.contract import Capabilities
+from bmx.kernels.formats import FORMATS
+
+_KERNEL_ORDERS = {  # the formulas that kernels know, and what ``EvictionOrder`` calls them
+    Recency.__call__: "age",
+    AttentionMass.__call__: "mass",
+    AverageAttention.__call__: "average",
+    FarAttention.__call__: "average",
+}
+
+
+def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
+    """Whether kernels can do whole steps under this configuration, in layers that share nothing."""
+    beyond_kernels = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
+    scorer, formats = scorer_named(config.kv_policy), config.pair_formats
+    beyond_kernels = beyond_kernels or scales_by_channel(scorer, formats[0])
+    return bool(kernel_order(scorer)) and not beyond_kernels and capabilities.fuses(*formats)
+
+
+def scales_by_channel(scorer: Scorer | None, key_format: str) -> bool:
+    """Whether keys are scaled by channel in layers without a window: they can be, and nothing is evicted."""
+    return scorer is None and key_format in FORMATS and FORMATS[key_format].by_channel
+
+
+def kernel_order(scorer: Scorer | None) -> str:
+    """What ``EvictionOrder`` calls a scorer's formula; empty if kernels do not know it.
+
+    A subclass that overrides ``__call__`` has a formula of its own, so kernels do not rank for it.
+    """
+    return "age" if scorer is None else _KERNEL_ORDERS.get(type(scorer).__call__, "")
