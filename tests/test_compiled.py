@@ -548,6 +548,7 @@ def bfloat16_model():
 CACHES = [
     *((policy, "model") for policy in ("average-attention", "none", "streaming", "h2o", "far-attention")),
     *(("far-attention", name) for name in ("int8", "int4", "int8/int4")),
+    *(("none", name) for name in ("int8", "int4", "int8/int4")),
 ]
 
 
@@ -555,7 +556,7 @@ CACHES = [
     ("instruction_set", "policy", "kv_format", "int8"),
     on_every_set(
         [(*cache, int8) for cache in CACHES for int8 in (False, True)],
-        few=[("none", "model", False), ("far-attention", "int8/int4", True)],
+        few=[("none", "model", False), ("far-attention", "int8/int4", True), ("none", "int4", False)],
     ),
     indirect=["instruction_set"],
 )

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
+from bmx.engine.by_channel import append_chunk, decode_group
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.kernels import Kernels
 from bmx.kernels.contract import Capabilities, KernelModule
@@ -302,6 +303,8 @@ class SlotAttention:
     ) -> None:
         """Store the chunk's pairs, or those of them and of the slot's that a policy keeps."""
         tokens = chunk.length
+        if append_chunk(self._kernels, part, chunk.slot, chunk.start, state.key[:tokens], state.value[:tokens]):
+            return
         queries = inputs.query[chunk.rows][:tokens]
         policy.compress(
             part,
@@ -320,6 +323,10 @@ class SlotAttention:
 
     def _decode_group(self, part: LayerSlots, layer: int, group: DecodeGroup, inputs: LayerInputs) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
+        tokens = inputs.query[group.rows], inputs.key[group.rows], inputs.value[group.rows]
+        decoded = decode_group(self._kernels, part, group, tokens, **inputs.options)
+        if decoded is not None:
+            return decoded
         owns_rows = part.layout.owner == layer
         if owns_rows:
             self._insert(part, group, inputs.key[group.rows], inputs.value[group.rows])

@@ -16,11 +16,20 @@ from torch import Tensor
 
 from bmx import hardware
 from bmx.kernels import build, cpu, reference
-from bmx.kernels.compiled_library import FORMATS, Library, address, layers_of, order_of, stored_of, vectors_of
+from bmx.kernels.compiled_library import (
+    FORMATS,
+    Library,
+    address,
+    channel_rows_of,
+    layers_of,
+    order_of,
+    stored_of,
+    vectors_of,
+)
 from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kernels.slot_views import Chunks, Rows, query_heads
+from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, query_heads
 
 WORD = 32  # bfloat16 numbers, or columns, that are computed together
 COLUMNS = 16
@@ -257,6 +266,38 @@ class CompiledKernels:
             self._library.call("bmx_evict", *operands, *state, *sizes, decay[n], order_of(order))
         return True
 
+    def decode_by_channel(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: ChannelRows,
+        slots: Tensor,
+        positions: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> bool:
+        """See ``contract.KernelModule.decode_by_channel``."""
+        if softcap is not None or scale <= 0 or not _takes_channels(rows, query, key, value):
+            return False
+        batch, heads, _ = query.shape
+        sinks = None if sinks is None else sinks.float()
+        operands = (vectors_of(query, key, value), channel_rows_of(rows), address(slots), address(positions))
+        sizes = (batch, heads, key.shape[1], int(positions.max()))
+        self._library.call("bmx_decode_by_channel", *operands, *sizes, scale, address(sinks), address(output))
+        return True
+
+    def append_by_channel(self, key: Tensor, value: Tensor, rows: ChannelRows, slot: int, start: int) -> bool:
+        """See ``contract.KernelModule.append_by_channel``."""
+        if not _takes_channels(rows, key, value):
+            return False
+        operands, (tokens, kv_heads, _) = (vectors_of(key, value), channel_rows_of(rows, slot)), key.shape
+        self._library.functions.bmx_append_by_channel(*operands, tokens, kv_heads, start)
+        return True
+
 
 @cache
 def kernels_for(name: str) -> CompiledKernels:
@@ -332,6 +373,13 @@ def _takes_rows(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> bool:
         return False
     plain = all(t.dtype in (torch.bfloat16, torch.uint8) for t in (rows.keys, rows.values))
     return plain and (rows.formats == (MODEL, MODEL) or max(key.shape[-1], value.shape[-1]) <= MOST_CODES)
+
+
+def _takes_channels(rows: ChannelRows, *vectors: Tensor) -> bool:
+    """Whether the C++ takes these vectors, and reads and writes these rows."""
+    if not all(map(_takes, vectors)) or not set(FORMATS).issuperset(rows.formats):
+        return False
+    return rows.exact_keys.dtype == torch.bfloat16 and max(one.shape[-1] for one in vectors) <= MOST_CODES
 
 
 def _takes(tensor: Tensor) -> bool:

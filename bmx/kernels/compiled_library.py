@@ -14,6 +14,7 @@ from torch import Tensor
 from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import RANKS, EvictionOrder
+from bmx.kernels.slot_views import ChannelRows
 
 FORMATS = (MODEL, "int8", "int4")  # that the C++ reads and writes
 
@@ -30,6 +31,26 @@ class _Stored(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "scales")),
         *((name, ctypes.c_long) for name in ("format", "dim", "head")),
+    )
+
+
+class _ChannelKeys(ctypes.Structure):
+    """Keys that are scaled by channel, as the C++ sees them: groups one after another."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("data", "scales")),
+        *((name, ctypes.c_long) for name in ("format", "dim")),
+    )
+
+
+class _ChannelRows(ctypes.Structure):
+    """``ChannelRows``, as the C++ sees them: of consecutive heads."""
+
+    _fields_ = (
+        ("keys", _ChannelKeys),
+        ("values", _Stored),
+        *((name, ctypes.c_void_p) for name in ("exact_keys", "exact_values", "exact_rows", "positions")),
+        ("capacity", ctypes.c_long),
     )
 
 
@@ -62,6 +83,7 @@ class Library:
             "bmx_attend_slots": [pointer] * 3 + [number] * 4 + [real, flag, pointer, number, number] + [pointer] * 3,
             "bmx_decode_step": [pointer] * 9 + [number] * 4 + [real] * 2 + [flag, _Order] + [pointer] * 2,
             "bmx_evict": [pointer] * 5 + [number] * 6 + [real, _Order],
+            "bmx_decode_by_channel": [pointer] * 4 + [number] * 4 + [real, pointer, pointer],
         }
         for name, arguments in working.items():
             function = getattr(library, name)
@@ -69,6 +91,8 @@ class Library:
         library.bmx_rms_norm.argtypes, library.bmx_rms_norm.restype = [*[pointer] * 3, real, number, number], None
         library.bmx_rotate.argtypes = [pointer, number, number, *[pointer] * 3, *[number] * 3]
         library.bmx_rotate.restype = None
+        library.bmx_append_by_channel.argtypes = [pointer] * 2 + [number] * 3
+        library.bmx_append_by_channel.restype = None
         self.functions: Any = library
         self._work = torch.empty(0, dtype=torch.uint8)
 
@@ -115,3 +139,18 @@ def stored_of(keys: Stored, values: Stored, *vectors: Tensor) -> Any:
         head = numbers.stride(-3) // numbers.stride(-2) if numbers.ndim > 2 else 0
         views.append(_Stored(address(numbers), address(stored.scales), FORMATS.index(stored.format), dim, head))
     return (_Stored * 2)(*views)
+
+
+def channel_rows_of(rows: ChannelRows, slot: int = 0) -> Any:
+    """Slots whose keys are scaled by channel, from this one on."""
+    codes, scales, values = rows.codes[slot:], rows.scales[slot:], rows.values
+    key_dim, value_dim = rows.exact_keys.shape[-1], rows.exact_values.shape[-1]
+    of_values = None if values.scales is None else values.scales[slot:]
+    return ctypes.byref(
+        _ChannelRows(
+            _ChannelKeys(address(codes), address(scales), FORMATS.index(rows.key_format), key_dim),
+            _Stored(address(values.numbers[slot:]), address(of_values), FORMATS.index(values.format), value_dim, 0),
+            *(address(part[slot:]) for part in (rows.exact_keys, rows.exact_values, rows.exact_rows, rows.positions)),
+            rows.positions.shape[-1],
+        )
+    )

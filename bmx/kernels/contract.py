@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from bmx.kernels.linear import Linear
     from bmx.kernels.ranking import EvictionOrder
-    from bmx.kernels.slot_views import Chunks, Rows
+    from bmx.kernels.slot_views import ChannelRows, Chunks, Rows
 
 HALF = 2  # bytes of a number in bfloat16 or float16
 
@@ -199,6 +199,58 @@ class KernelModule(Protocol):
         """
         ...
 
+    def decode_by_channel(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: ChannelRows,
+        slots: Tensor,
+        positions: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> bool:
+        """The decoding tokens' whole part of a layer whose keys are scaled by channel: store, then attend.
+
+        A token's pair is stored at the row of its position, as ``kv.pool.LayerSlots.write`` stores it: the value's
+        codes, the exact pair, and the codes of a group of keys when its last row arrives. Then the token attends to the
+        rows 0 .. position: to the newest, as many as a group has, as they are exactly, to the others as decoded.
+
+        Args:
+            output: [B, H, E], contiguous; written.
+            query: [B, H, D], each vector contiguous.
+            key: [B, K, D], the tokens' own keys, each vector contiguous.
+            value: [B, K, E], their values.
+            rows: the layer's slots; written.
+            slots: [B] int64, no two equal.
+            positions: [B] int64, each token's position in its sequence, below the slots' capacity.
+            scale: factor of the dot products.
+            softcap: as in ``attend_chunk``.
+            sinks: [H], as in ``attend_chunk``.
+
+        Returns:
+            Whether it was done. If not, nothing was changed: the pool does the step with ``attend_slots``.
+        """
+        ...
+
+    def append_by_channel(self, key: Tensor, value: Tensor, rows: ChannelRows, slot: int, start: int) -> bool:
+        """Store a prompt chunk in a slot whose keys are scaled by channel, as ``kv.pool.LayerSlots.append`` does.
+
+        Args:
+            key: [T, K, D], each vector contiguous.
+            value: [T, K, E], each vector contiguous.
+            rows: the layer's slots; written.
+            slot: of them.
+            start: position, and row, of the chunk's first token.
+
+        Returns:
+            Whether it was done. If not, nothing was changed: the pool does it.
+        """
+        ...
+
     def product(self, layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
         """The function that computes linear layers of one input: x [..., I] -> [..., O] of each layer.
 
@@ -251,6 +303,7 @@ class KernelProfile:
         ahead: operators are started while earlier ones run, and replayed where all slots decode.
         unpack_passes: times that pairs stored in fewer bits are read or written in memory, in the activations' type,
             before they are attended to; 0 where kernels read them as they lie.
+        reads_by_channel: decoding tokens read keys that are scaled by channel, and their values, as they lie.
         int8_speed: speed of products of int8 weights, in times of those in the model's own type.
     """
 
@@ -263,6 +316,7 @@ class KernelProfile:
     slot_bandwidth: float = 2.5
     ahead: bool = False
     unpack_passes: int = 4
+    reads_by_channel: bool = False
     int8_speed: float = 1.4
 
 

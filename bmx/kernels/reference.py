@@ -19,7 +19,7 @@ from torch import Tensor
 from bmx.kernels.fbgemm import MOST, row_scales
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kernels.slot_views import Chunks, Rows, SlotView, query_heads
+from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SlotView, query_heads
 
 
 def attend_chunk(
@@ -348,6 +348,30 @@ def rank(positions: Tensor, mass: Tensor | None, now: int, order: EvictionOrder)
     if order.window is not None:
         gone = gone | (positions <= now - order.window)
     return scores.masked_fill(gone, float("-inf"))
+
+
+def decode_by_channel(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: ChannelRows,
+    slots: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> bool:
+    """Declines: ``kv.pool.LayerSlots`` is the specification of ``contract.KernelModule.decode_by_channel``."""
+    del output, query, key, value, rows, slots, positions, scale, softcap, sinks
+    return False
+
+
+def append_by_channel(key: Tensor, value: Tensor, rows: ChannelRows, slot: int, start: int) -> bool:
+    """Declines: ``kv.pool.LayerSlots`` is the specification of ``contract.KernelModule.append_by_channel``."""
+    del key, value, rows, slot, start
+    return False
 
 
 def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:

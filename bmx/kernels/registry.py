@@ -31,6 +31,7 @@ _COMPILED = KernelProfile(
     all_slots=False,
     slot_bandwidth=1.7,
     int8_speed=1.9,
+    reads_by_channel=True,
 )
 _PROFILES = dict.fromkeys(SETS, _COMPILED)  # how the kernels of each instruction set use a machine's rates
 _GPU = KernelProfile(

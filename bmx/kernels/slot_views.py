@@ -1,7 +1,7 @@
 """What kernels see of a layer's slots and of the prompt chunks of a step. Knows tensors; computes nothing.
 
 Shapes: R rows of all slots and heads, S slots, K kv heads, C rows of a head in one slot, D key dim, E value dim,
-N chunks, T packed tokens of a step.
+N chunks, T packed tokens of a step, G exact rows.
 """
 
 from __future__ import annotations
@@ -91,6 +91,38 @@ class Rows:
             self.positions[own].view(shape),
             None if self.mass is None else self.mass[own].view(shape),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChannelRows:
+    """The slots of one layer of one group whose keys are scaled by channel: nothing is evicted, a row is a position.
+
+    The newest pairs of each slot are held in the model's dtype too: those of position p are at p mod G.
+
+    Attributes:
+        codes: [S, K, C / G, G, bytes] uint8, the keys' codes, with G = ``KEY_GROUP``.
+        scales: [S, K, C / G, D, 2] float16, scale and offset of each channel of a group.
+        key_format: the name of the keys' format.
+        values: [S, K, C, E], as they are stored.
+        exact_keys: [S, K, G, D].
+        exact_values: [S, K, G, E].
+        exact_rows: [S, K, G] int32, the row that each exact pair has in its slot, -1 for none.
+        positions: [S, K, C] int32, the row's own number; -1 where the row is empty.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    key_format: str
+    values: Stored
+    exact_keys: Tensor
+    exact_values: Tensor
+    exact_rows: Tensor
+    positions: Tensor
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """The formats of keys and values."""
+        return self.key_format, self.values.format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

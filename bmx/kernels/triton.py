@@ -25,6 +25,7 @@ from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
 __all__ = ["attend_chunk", "attend_slots", "decode_step", "gate", "prefill_step", "product", "rms_norm", "rotate"]
 
 attend_slots = reference.attend_slots
+decode_by_channel, append_by_channel = reference.decode_by_channel, reference.append_by_channel
 
 
 def prefill_step(

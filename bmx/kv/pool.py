@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bmx.kernels.formats import Stored
-from bmx.kernels.slot_views import Rows
+from bmx.kernels.slot_views import ChannelRows, Rows
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout, SlotIndex
 from bmx.kv.places import DeviceMemory, Place
 from bmx.kv.stores import EMPTY, ExactWindow, RowStore, Shape, Store, allocate_by_channel
@@ -34,6 +34,7 @@ class LayerSlots:
         positions: [S, K, C] int32, the token's position in its sequence, -1 where the row is empty.
         row_stats: by name, [S, K, C] float32: what eviction stores for each row.
         newest: exact copies of the newest pairs, where keys are scaled by channel; else None.
+        channel_rows: the same tensors, as kernels see them, where keys are scaled by channel; else None.
     """
 
     layout: LayerLayout
@@ -42,6 +43,7 @@ class LayerSlots:
     positions: Tensor
     row_stats: Mapping[str, Tensor]
     newest: ExactWindow | None
+    channel_rows: ChannelRows | None = None
 
     @classmethod
     def allocate(
@@ -57,22 +59,29 @@ class LayerSlots:
             place: where keys and values are; on the device if left out.
         """
         shape, place = (slots, layout.kv_heads, layout.capacity), place or DeviceMemory(device)
-        newest = ExactWindow.allocate(layout, slots, dtype, device) if layout.by_channel else None
+        values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device, place.zeros)
+        positions = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
+        row_stats = {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats}
         keys: Store
-        if newest is not None:
+        newest = channel_rows = None
+        if layout.by_channel:
+            newest = ExactWindow.allocate(layout, slots, dtype, device)
             keys = allocate_by_channel(layout.key_format, shape, newest.keys, place)
+            channel_rows = ChannelRows(
+                codes=keys.codes,
+                scales=keys.scales,
+                key_format=layout.key_format,
+                values=values,
+                exact_keys=newest.keys,
+                exact_values=newest.values,
+                exact_rows=newest.rows,
+                positions=positions,
+            )
         else:
             stored = Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device, place.zeros)
             keys = RowStore(stored, layout.key_dim, dtype, device)
-        values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device, place.zeros)
-        return cls(
-            layout,
-            keys,
-            RowStore(values, layout.value_dim, dtype, device),
-            torch.full(shape, EMPTY, dtype=torch.int32, device=device),
-            {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats},
-            newest,
-        )
+        of_values = RowStore(values, layout.value_dim, dtype, device)
+        return cls(layout, keys, of_values, positions, row_stats, newest, channel_rows)
 
     @property
     def nbytes(self) -> int:

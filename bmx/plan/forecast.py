@@ -262,7 +262,7 @@ class _Clock:
         unpacked = sum(
             layer.rows * (spec.key_dim + spec.value_dim) * self._spec.itemsize
             for layer, spec in layers
-            if layer.encodes
+            if layer.encodes and not (layer.by_channel and self._profile.reads_by_channel)
         )
         return layout.kv_bytes + scores + self._profile.unpack_passes * unpacked
 

@@ -9,6 +9,7 @@ namespace {
 enum Format { MODEL, INT8, INT4 };  // as FORMATS in compiled.py
 
 constexpr float LARGEST_HALF = 65504.0f, SMALLEST_SCALE = 1e-7f;
+constexpr long KEY_GROUP = 32;  // rows of keys that share a scale and an offset per channel
 
 // How LANES numbers of a vector are read, without their scale: those from `at` on, of `dim`.
 struct ModelCodes {
@@ -18,6 +19,9 @@ struct ModelCodes {
 };
 struct Int8Codes {
     static Real numbers(const uint8_t* vector, long at, long) { return real(load_signed_bytes(vector + at)); }
+};
+struct Levels {  // bytes from 0 to 255
+    static Real numbers(const uint8_t* vector, long at, long) { return real(load_bytes(vector + at)); }
 };
 struct Int4Codes {  // the first half of the numbers is in the low bits
     static Real numbers(const uint8_t* vector, long at, long dim) {
@@ -33,8 +37,9 @@ inline auto with_codes(long format, const F& work) {
     return work(ModelCodes{});
 }
 
-struct Scales {  // of LANES vectors: numbers = code * scale + offset
+struct Scales {  // of LANES vectors, or channels: numbers = code * scale + offset
     Real scale, offset;
+    static Scales from(Int both) { return {from_halves(both), from_halves(both >> 16)}; }  // two float16 in each
 };
 
 // Stored vectors, by row; `head` rows lie between the first rows of two kv heads.
@@ -58,7 +63,7 @@ struct Stored {
         }
         int32_t room[LANES];
         const Int both = load(padded(reinterpret_cast<const int32_t*>(scales) + row, count, room));
-        return {from_halves(both), from_halves(both >> 16)};
+        return Scales::from(both);
     }
     void put(long row, const bf16* vector) const;
     void read(long row, bf16* vector) const;
@@ -106,6 +111,54 @@ void Stored::put(long row, const bf16* vector) const {
     if (!symmetric) scales[row * parts() + 1] = least;
     for (long d = 0; d < bytes(); d += LANES)
         store_bytes(to + d, symmetric ? codes(d) : codes(d) | codes(dim / 2 + d) << 4);
+}
+
+// Keys with a scale and an offset per channel for each group of KEY_GROUP rows: see ByChannel in stores.py.
+struct ChannelKeys {
+    uint8_t* data;     // [groups][KEY_GROUP][bytes]
+    uint16_t* scales;  // [groups][dim][2] float16
+    long format, dim;
+
+    long bytes() const { return format == INT8 ? dim : dim / 2; }
+    uint8_t* at(long row) const { return data + row * bytes(); }
+    ChannelKeys from(long group) const { return {at(group * KEY_GROUP), scales + group * 2 * dim, format, dim}; }
+    // Of LANES channels from `d` on, in the group of a row.
+    Scales scales_of(long row, long d) const {
+        return Scales::from(load(reinterpret_cast<const int32_t*>(scales + row / KEY_GROUP * 2 * dim) + d));
+    }
+    void put(long group, const bf16* const* vectors) const;
+};
+
+// Stores a group of vectors, with exactly the codes and scales of formats.py.
+void ChannelKeys::put(long group, const bf16* const* vectors) const {
+    const float highest = format == INT8 ? 255.0f : 15.0f;
+    const long row = group * KEY_GROUP;
+    for (long d = 0; d < dim; d += LANES) {
+        Real low = splat(INFINITY), high = splat(-INFINITY), broken = zeros();
+        for (long i = 0; i < KEY_GROUP; i++) {
+            const Real v = load_bf16(vectors[i] + d);
+            low = lesser(low, v), high = greater(high, v);
+            broken = broken + select(equal(v, v), zeros(), v);
+        }
+        float lows[LANES], spreads[LANES];
+        store(lows, low + broken), store(spreads, (high - low) / splat(highest) + broken);
+        uint16_t* to = scales + (group * dim + d) * 2;
+        for (long i = 0; i < LANES; i++) {
+            to[2 * i] = to_half(within(spreads[i], SMALLEST_SCALE, LARGEST_HALF));
+            to[2 * i + 1] = to_half(within(lows[i], -LARGEST_HALF, LARGEST_HALF));
+        }
+    }
+    for (long d = 0; d < bytes(); d += LANES) {
+        const long other = format == INT8 ? d : dim / 2 + d;
+        const Scales first = scales_of(row, d), second = scales_of(row, other);
+        const auto codes = [=](const bf16* vector, Scales s) {
+            return whole(lesser(greater((load_bf16(vector) - s.offset) / s.scale, zeros()), splat(highest)));
+        };
+        for (long i = 0; i < KEY_GROUP; i++) {
+            const Int low = codes(vectors[i] + d, first);
+            store_bytes(at(row + i) + d, format == INT8 ? low : low | codes(vectors[i] + other, second) << 4);
+        }
+    }
 }
 
 // Reads a vector, rounded to bfloat16.

@@ -209,7 +209,7 @@ long bmx_attend_slots(const bf16* q, const Stored* stored, const int64_t* slots,
                       const float* sinks, bf16* out, float* mass, char* work, long size) {
     const Stored keys = stored[0], values = stored[1];
     const long group = heads / kv_heads;
-    const size_t bytes_each = Slot::bytes({nullptr, keys, values, capacity, group, power});
+    const size_t bytes_each = Slot::bytes({nullptr, keys, values, capacity, group});
     const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
     if (size < needed) return needed;
 #pragma omp parallel for schedule(static, 1)
@@ -299,7 +299,7 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
     const Stored keys = stored[0], values = stored[1];
     const long group = heads / kv_heads, dim = keys.dim;
     const size_t query_bytes = Work::bytes<bf16>(group * dim);
-    const size_t bytes_each = query_bytes + Slot::bytes({nullptr, keys, values, largest, group, order.power});
+    const size_t bytes_each = query_bytes + Slot::bytes({nullptr, keys, values, largest, group});
     const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
     if (size < needed) return needed;
 #pragma omp parallel for schedule(static, 1)
@@ -341,6 +341,71 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
         }
     }
     return 0;
+}
+
+// The decoding tokens' part of a layer whose keys are scaled by channel: see decode_by_channel in contract.py.
+//
+// views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; rows by slot and kv head; slots and
+// positions [batch]; `longest`: the greatest position.
+long bmx_decode_by_channel(const Vectors* views, const ChannelRows* rows, const int64_t* slots,
+                           const int64_t* positions, long batch, long heads, long kv_heads, long longest, float scale,
+                           const float* sinks, bf16* out, char* work, long size) {
+    const Vectors q = views[0], k = views[1], v = views[2];
+    const long group = heads / kv_heads, dim = rows->keys.dim, value_dim = rows->values.dim;
+    const Stored key{nullptr, nullptr, MODEL, dim};  // its size
+    const size_t query_bytes = Work::bytes<bf16>(group * dim);
+    const size_t bytes_each = query_bytes + Slot::bytes({nullptr, key, rows->values, longest + 1, group});
+    const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
+    if (size < needed) return needed;
+#pragma omp parallel for schedule(static, 1)
+    for (long task = 0; task < batch * kv_heads; task++) {
+        const long token = task / kv_heads, head = task % kv_heads, position = positions[token];
+        const ChannelRows own = rows->of(slots[token] * kv_heads + head);
+        own.put(position, k.at(token, head), v.at(token, head));
+        Work left{work + omp_get_thread_num() * bytes_each};
+        bf16* query = left.take<bf16>(group * dim);
+        for (long g = 0; g < group; g++)
+            std::memcpy(query + g * dim, q.at(token, head * group + g), dim * sizeof(bf16));
+        Slot slot{query, key, own.values, position + 1, group};
+        slot.channels = &own.keys;
+        slot.exact = std::min(position + 1, KEY_GROUP);
+        slot.exact_key = {reinterpret_cast<uint8_t*>(own.exact_keys), nullptr, MODEL, dim};
+        slot.exact_value = {reinterpret_cast<uint8_t*>(own.exact_values), nullptr, MODEL, value_dim};
+        slot.take(left);
+        const long after = task + omp_get_num_threads();  // the next task of this thread
+        if (after < batch * kv_heads) {
+            const ChannelRows then = rows->of(slots[after / kv_heads] * kv_heads + after % kv_heads);
+            const long coded = std::max(0L, positions[after / kv_heads] + 1 - KEY_GROUP);
+            slot.next = Stream{then.keys.at(0), then.values.at(0), coded * then.keys.bytes() / 64,
+                               coded * then.values.bytes() / 64};
+        }
+        slot.sinks = sinks ? sinks + head * group : nullptr;
+        slot.attend(scale, out + (token * heads + head * group) * value_dim);
+    }
+    return 0;
+}
+
+// Stores a prompt chunk in one slot whose keys are scaled by channel: see append_by_channel in contract.py.
+//
+// views: k and v [tokens][kv_heads][dim or value_dim]; rows of the slot, by kv head; start: row of the first token.
+void bmx_append_by_channel(const Vectors* views, const ChannelRows* rows, long tokens, long kv_heads, long start) {
+    const Vectors k = views[0], v = views[1];
+    const long stop = start + tokens, first = start / KEY_GROUP, groups = (stop - 1) / KEY_GROUP + 1 - first;
+#pragma omp parallel for schedule(static, 1)
+    for (long task = 0; task < kv_heads * groups; task++) {
+        const long head = task % kv_heads, group = first + task / kv_heads, begin = group * KEY_GROUP;
+        const ChannelRows own = rows->of(head);
+        for (long at = std::max(begin, start); at < std::min(begin + KEY_GROUP, stop); at++)
+            own.put_value(at, v.at(at - start, head));
+        if (begin + KEY_GROUP > stop) continue;
+        const bf16* vectors[KEY_GROUP];
+        for (long i = 0; i < KEY_GROUP; i++)
+            vectors[i] = begin + i < start ? own.exact_key(i) : k.at(begin + i - start, head);
+        own.keys.put(group, vectors);
+    }
+    for (long head = 0; head < kv_heads; head++)
+        for (long at = std::max(start, stop - KEY_GROUP); at < stop; at++)
+            rows->of(head).put_exact(at, k.at(at - start, head), v.at(at - start, head));
 }
 
 }  // extern "C"

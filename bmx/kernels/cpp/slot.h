@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention.h"
-#include "formats.h"
+#include "channels.h"
 
 namespace {
 
@@ -17,6 +17,21 @@ struct Stream {
         for (; lines > 0 && keys > 0; lines--, keys--, key += 64) prefetch(key);
         for (; lines > 0 && values > 0; lines--, values--, value += 64) prefetch(value);
     }
+};
+
+// What a decoding token attends to in one kv head of its slot. Where keys are scaled by channel, rows that are read as
+// they are exactly come first, then those of `channels` and `value`.
+struct Operands {
+    const bf16* query;  // [group][dim]
+    Stored key, value;  // [rows]
+    long rows, group;
+    int power = 1;                    // of the probabilities whose mean is asked for
+    const uint8_t* hidden = nullptr;  // [rows]
+    const float* sinks = nullptr;     // [group]
+    Stream next = {};
+    const ChannelKeys* channels = nullptr;
+    Stored exact_key = {}, exact_value = {};
+    long exact = 0;  // rows
 };
 
 }  // namespace
@@ -46,15 +61,17 @@ void Slot::weigh(float scale) const {
             softmax_row(scores + g * full, weights + g * full, full, rows, hidden, scale, sinks ? sinks + g : nullptr);
 }
 
+// The answers from the rows `begin` .. `end`, whose values are those of `vectors` from the first on: sums into
+// `answers` if out is null; else, with these sums where there are any, divided and rounded.
 template <class Kind>
-void Slot::answer(Kind, long lines, bf16* out) {
+void Slot::answer(Kind, const Stored& vectors, long begin, long end, long lines, bf16* out) {
     for (long chunk = 0; chunk < value.dim / Kind::COLUMNS; chunk++) {
         for (long g = 0; g < group; g += FEW) {
             switch (std::min<long>(FEW, group - g)) {
-                case 4: answer_of<Kind, 4>(g, chunk, lines, out); break;
-                case 3: answer_of<Kind, 3>(g, chunk, lines, out); break;
-                case 2: answer_of<Kind, 2>(g, chunk, lines, out); break;
-                case 1: answer_of<Kind, 1>(g, chunk, lines, out); break;
+                case 4: answer_of<Kind, 4>(vectors, begin, end, g, chunk, lines, out); break;
+                case 3: answer_of<Kind, 3>(vectors, begin, end, g, chunk, lines, out); break;
+                case 2: answer_of<Kind, 2>(vectors, begin, end, g, chunk, lines, out); break;
+                case 1: answer_of<Kind, 1>(vectors, begin, end, g, chunk, lines, out); break;
             }
         }
     }

@@ -11,6 +11,7 @@ namespace {
 constexpr int WORDS = 2 * LANES;  // 16-bit numbers of a register
 constexpr long SPAN = 32;         // rows whose weights are fractions of one number
 constexpr float LARGEST_WORD = 32767.0f;
+constexpr float LARGEST_BYTES = 127.0f * 256.0f + 127.0f;  // of two signed bytes
 
 // Codes of one byte as 16-bit words, those of `chunk`: 32 numbers in order.
 struct Int8 {
@@ -72,15 +73,7 @@ inline void store_words(word* to, __m512 x) {
 }
 
 // The attention of a decoding token to one kv head of its slot: operands and working memory.
-struct Slot {
-    const bf16* query;  // [group][dim]
-    Stored key, value;  // [rows]
-    long rows, group;
-    int power;                        // of the probabilities whose mean is asked for
-    const uint8_t* hidden = nullptr;  // [rows]
-    const float* sinks = nullptr;     // [group]
-    Stream next = {};
-
+struct Slot : Operands {
     long full = (rows + SPAN - 1) / SPAN * SPAN, words = key.dim / 2;
     float *scores, *over;             // [group][full], and [group]: one over the sums of weights
     bf16* weights;                    // [group][full], not divided by their sums
@@ -89,6 +82,8 @@ struct Slot {
     float *query_steps, *query_sums;  // [group]: what a fraction of 1 stands for, and the sum of a query's numbers
     word* fractions;                  // [group][full / 2], of weights
     float *weight_steps, *offsets;    // [group][full / SPAN], and [group]: sums of weights times offsets of values
+    float* answers;                   // [group][value.dim], of the exact rows
+    float* folded;                    // [dim], a query times the scales of channels
 
     Work take(Work own);
     static size_t bytes(Slot sizes) { return reinterpret_cast<size_t>(sizes.take(Work{nullptr}).at); }
@@ -97,12 +92,15 @@ struct Slot {
     void weigh(float scale) const;
     void split_queries() const;
     void split_weights() const;
+    void fold_queries(long row) const;
+    void unpack_keys(long row, long count) const;
     template <class Kind>
-    void score(Kind, long lines);
+    void score(Kind, const Stored& keys, long end, long lines);
+    void score_channels(long lines);
     template <class Kind>
-    void answer(Kind, long lines, bf16* out);
+    void answer(Kind, const Stored& vectors, long begin, long end, long lines, bf16* out);
     template <class Kind, int COUNT>
-    void answer_of(long head, long chunk, long lines, bf16* out);
+    void answer_of(const Stored& vectors, long begin, long end, long head, long chunk, long lines, bf16* out);
 };
 
 Work Slot::take(Work own) {
@@ -112,6 +110,7 @@ Work Slot::take(Work own) {
     query_steps = own.take<float>(group), query_sums = own.take<float>(group);
     fractions = own.take<word>(group * full / 2);
     weight_steps = own.take<float>(group * full / SPAN), offsets = own.take<float>(group);
+    answers = own.take<float>(group * value.dim), folded = own.take<float>(key.dim);
     return own;
 }
 
@@ -137,11 +136,11 @@ void Slot::split_queries() const {
 void Slot::split_weights() const {
     for (long g = 0; g < group; g++) {
         __m512 offset = _mm512_setzero_ps();
-        for (long i = 0; i < full; i += SPAN) {
+        for (long i = exact; i < rows; i += SPAN) {
             __m512 scaled[2], broken = _mm512_setzero_ps();
             for (long half = 0; half < 2; half++) {
                 const long at = i + half * LANES;
-                const Scales scales = value.scales_of(at, rows - at);
+                const Scales scales = value.scales_of(at - exact, rows - at);
                 const __m512 weight = load_bf16(weights + g * full + at);
                 scaled[half] = _mm512_mul_ps(weight, scales.scale);
                 broken = _mm512_fmadd_ps(scaled[half], _mm512_setzero_ps(), broken);
@@ -158,21 +157,21 @@ void Slot::split_weights() const {
     }
 }
 
-// Dot products of all rows with all queries of the group; `lines` are prefetched for each query and block of rows.
+// Dot products of the rows up to `end` with all queries; `lines` are prefetched for each query and block of rows.
 template <class Kind>
-void Slot::score(Kind, long lines) {
+void Slot::score(Kind, const Stored& keys, long end, long lines) {
     const long vector = 4 * words, chunks = words / LANES;
     const word* queries = Kind::coded ? query_words : reinterpret_cast<const word*>(query);
-    for (long i = 0; i < rows; i += LANES) {
-        const long last = std::min<long>(LANES, rows - i) - 1;
-        const uint8_t* from = key.at(i);
+    for (long i = 0; i < end; i += LANES) {
+        const long last = std::min<long>(LANES, end - i) - 1;
+        const uint8_t* from = keys.at(i);
         Scales scales;
         if (Kind::coded) {
             from = reinterpret_cast<const uint8_t*>(block);
             for (long j = 0; j <= last; j++)
                 for (long c = 0; c < chunks; c++)
-                    _mm512_store_si512(block + j * words + c * LANES, Kind::words(key.at(i + j), c));
-            scales = key.scales_of(i, rows - i);
+                    _mm512_store_si512(block + j * words + c * LANES, Kind::words(keys.at(i + j), c));
+            scales = keys.scales_of(i, end - i);
         }
         for (long g = 0; g < group; g++) {
             next.fetch(lines);
@@ -194,23 +193,107 @@ void Slot::score(Kind, long lines) {
     }
 }
 
+// Queries times the scales of the channels of a row's group, as fractions of their largest number in two signed bytes
+// [group][2][dim]: number = step * (256 * first + second). Beside them the queries' products with the offsets.
+void Slot::fold_queries(long row) const {
+    const long dim = key.dim;
+    for (long g = 0; g < group; g++) {
+        __m512 most = _mm512_setzero_ps(), offset = _mm512_setzero_ps();
+        for (long d = 0; d < dim; d += LANES) {
+            const __m512 v = load_bf16(query + g * dim + d);
+            const Scales scales = channels->scales_of(row, d);
+            const __m512 product = _mm512_mul_ps(v, scales.scale);
+            most = _mm512_max_ps(most, _mm512_abs_ps(product));
+            offset = _mm512_fmadd_ps(v, scales.offset, offset);
+            _mm512_store_ps(folded + d, product);
+        }
+        const float largest = std::max(_mm512_reduce_max_ps(most), 1e-30f);
+        const __m512 factor = _mm512_set1_ps(LARGEST_BYTES / largest);
+        uint8_t* to = reinterpret_cast<uint8_t*>(query_words + g * words);
+        for (long d = 0; d < dim; d += LANES) {
+            const Int whole = ::whole(_mm512_mul_ps(_mm512_load_ps(folded + d), factor));
+            store_bytes(to + d, whole + 128 >> 8);
+            store_bytes(to + dim + d, whole);
+        }
+        query_steps[g] = largest / LARGEST_BYTES, query_sums[g] = _mm512_reduce_add_ps(offset);
+    }
+}
+
+// The codes of a group's rows `row` .. `row + count`: four channels of 16 rows in a register, [2][dim / 4].
+void Slot::unpack_keys(long row, long count) const {
+    const long bytes = channels->bytes(), lines = key.dim / 4;
+    const __m512i low = _mm512_set1_epi8(15);
+    for (long half = 0; half * LANES < count; half++) {
+        word* to = block + half * lines * LANES;
+        for (long at = 0; at < bytes; at += 64) {
+            const __mmask16 some = first_lanes((bytes - at) / 4);
+            Int r[LANES];
+            for (long j = 0; j < LANES; j++)
+                r[j] = reinterpret_cast<Int>(_mm512_maskz_loadu_epi32(some, channels->at(row + half * LANES + j) + at));
+            transpose(r);
+            for (long k = 0; k < std::min<long>(LANES, (bytes - at) / 4); k++) {
+                const __m512i codes = reinterpret_cast<__m512i>(r[k]);
+                word* line = to + (at / 4 + k) * LANES;
+                if (channels->format == INT8) {
+                    _mm512_store_si512(line, codes);
+                } else {
+                    _mm512_store_si512(line, _mm512_and_si512(codes, low));
+                    _mm512_store_si512(line + lines / 2 * LANES, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
+                }
+            }
+        }
+    }
+}
+
+// Dot products of the rows after the exact ones, whose keys are scaled by channel.
+void Slot::score_channels(long lines) {
+    const long parts = key.dim / 4;
+    for (long i = exact; i < rows; i += KEY_GROUP) {
+        const long count = std::min(KEY_GROUP, rows - i);
+        fold_queries(i - exact);
+        unpack_keys(i - exact, count);
+        for (long g = 0; g < group; g++) {
+            next.fetch(2 * lines);
+            const word* first = query_words + g * words;
+            __m512i upper[2], lower[2];
+            for (int half = 0; half < 2; half++) upper[half] = lower[half] = _mm512_setzero_si512();
+            for (long k = 0; k < parts; k++) {
+                const __m512i a = _mm512_set1_epi32(static_cast<int>(first[k]));
+                const __m512i b = _mm512_set1_epi32(static_cast<int>(first[parts + k]));
+                for (int half = 0; half < 2; half++) {
+                    const __m512i codes = _mm512_load_si512(block + (half * parts + k) * LANES);
+                    upper[half] = _mm512_dpbusd_epi32(upper[half], codes, a);
+                    lower[half] = _mm512_dpbusd_epi32(lower[half], codes, b);
+                }
+            }
+            for (int half = 0; half < 2; half++) {
+                const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper[half]), _mm512_set1_ps(256.0f),
+                                                   _mm512_cvtepi32_ps(lower[half]));
+                _mm512_store_ps(scores + g * full + i + half * LANES,
+                                _mm512_fmadd_ps(sum, _mm512_set1_ps(query_steps[g]), _mm512_set1_ps(query_sums[g])));
+            }
+        }
+    }
+}
+
 // The answers of `COUNT` query heads from `head` on, in the columns that one chunk of words holds.
 template <class Kind, int COUNT>
-void Slot::answer_of(long head, long chunk, long lines, bf16* out) {
+void Slot::answer_of(const Stored& vectors, long begin, long end, long head, long chunk, long lines, bf16* out) {
     // Two rows of values are interleaved: columns 0-3 of every eight in one register, 4-7 in another.
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     const long span = Kind::coded ? SPAN : full;
     const word* factors = (Kind::coded ? fractions : reinterpret_cast<const word*>(weights)) + head * full / 2;
+    const auto sums = [&](int r, long half) { return answers + (head + r) * value.dim + place(vectors, half); };
     __m512 low[COUNT], high[COUNT];
     for (int r = 0; r < COUNT; r++) low[r] = high[r] = _mm512_setzero_ps();
-    for (long begin = 0; begin < rows; begin += span) {
+    for (long at = begin; at < end; at += span) {
         typename Kind::sum x[COUNT], y[COUNT];
         for (int r = 0; r < COUNT; r++) x[r] = y[r] = Kind::zero();
-        for (long i = begin; i < std::min(begin + span, rows); i += 2) {
+        for (long i = at; i < std::min(at + span, end); i += 2) {
             next.fetch(lines);
-            const __m512i a = Kind::words(value.at(i), chunk);
-            const __m512i b = i + 1 < rows ? Kind::words(value.at(i + 1), chunk) : _mm512_setzero_si512();
+            const __m512i a = Kind::words(vectors.at(i - begin), chunk);
+            const __m512i b = i + 1 < end ? Kind::words(vectors.at(i + 1 - begin), chunk) : _mm512_setzero_si512();
             const __m512i lower = _mm512_unpacklo_epi16(a, b), upper = _mm512_unpackhi_epi16(a, b);
             for (int r = 0; r < COUNT; r++) {
                 const __m512i pair = _mm512_set1_epi32(static_cast<int>(factors[r * full / 2 + i / 2]));
@@ -218,31 +301,42 @@ void Slot::answer_of(long head, long chunk, long lines, bf16* out) {
             }
         }
         for (int r = 0; r < COUNT; r++) {
-            const __m512 step = _mm512_set1_ps(Kind::coded ? weight_steps[((head + r) * full + begin) / SPAN] : 1.0f);
+            const __m512 step = _mm512_set1_ps(Kind::coded ? weight_steps[((head + r) * full + at) / SPAN] : 1.0f);
             low[r] = _mm512_fmadd_ps(Kind::real(x[r]), step, low[r]);
             high[r] = _mm512_fmadd_ps(Kind::real(y[r]), step, high[r]);
         }
     }
     for (int r = 0; r < COUNT; r++) {
+        __m512 left = _mm512_permutex2var_ps(low[r], first, high[r]);
+        __m512 right = _mm512_permutex2var_ps(low[r], second, high[r]);
+        if (!out) {
+            store(sums(r, 2 * chunk), left), store(sums(r, 2 * chunk + 1), right);
+            continue;
+        }
+        if (begin) left = left + load(sums(r, 2 * chunk)), right = right + load(sums(r, 2 * chunk + 1));
         bf16* to = out + (head + r) * value.dim;
         const __m512 factor = _mm512_set1_ps(over[head + r]);
         const __m512 offset = _mm512_mul_ps(factor, _mm512_set1_ps(Kind::coded ? offsets[head + r] : 0.0f));
-        const __m512 left = _mm512_permutex2var_ps(low[r], first, high[r]);
-        const __m512 right = _mm512_permutex2var_ps(low[r], second, high[r]);
-        store_bf16(to + place(value, 2 * chunk), _mm512_fmadd_ps(factor, left, offset));
-        store_bf16(to + place(value, 2 * chunk + 1), _mm512_fmadd_ps(factor, right, offset));
+        store_bf16(to + place(vectors, 2 * chunk), _mm512_fmadd_ps(factor, left, offset));
+        store_bf16(to + place(vectors, 2 * chunk + 1), _mm512_fmadd_ps(factor, right, offset));
     }
 }
 
 void Slot::attend(float scale, bf16* out) {
     const long lines = next.keys + next.values, passes = value.dim / WORDS * ((group + FEW - 1) / FEW);
-    if (key.format != MODEL) split_queries();
-    with_kind(key.format, [&](auto kind) {
-        score(kind, 2 * lines * LANES / (3 * group * full) + 1);  // two thirds of the time goes there
-    });
+    const long scored = 2 * lines * LANES / (3 * group * full) + 1;  // two thirds of the time goes there
+    if (channels) {
+        score(PlainWords{}, exact_key, exact, scored);
+        score_channels(scored);
+    } else {
+        if (key.format != MODEL) split_queries();
+        with_kind(key.format, [&](auto kind) { score(kind, key, rows, scored); });
+    }
     weigh(scale);
     if (value.format != MODEL) split_weights();
-    with_kind(value.format, [&](auto kind) { answer(kind, 2 * lines / (3 * full * passes) + 1, out); });
+    const long answered = 2 * lines / (3 * full * passes) + 1;
+    if (channels) answer(PlainWords{}, exact_value, 0, exact, answered, nullptr);
+    with_kind(value.format, [&](auto kind) { answer(kind, value, exact, rows, answered, out); });
 }
 
 }  // namespace

@@ -1,0 +1,51 @@
+// The slots of a layer whose keys are scaled by channel: see ChannelRows in slot_views.py.
+
+#pragma once
+
+#include "formats.h"
+
+namespace {
+
+// Slots by head; in one slot, those of a head are at its number.
+struct ChannelRows {
+    ChannelKeys keys;
+    Stored values;                    // [heads][capacity]
+    bf16 *exact_keys, *exact_values;  // [heads][KEY_GROUP][dim]
+    int32_t *exact_rows, *positions;  // [heads][KEY_GROUP], [heads][capacity]
+    long capacity;
+
+    // One head alone.
+    ChannelRows of(long head) const {
+        const long groups = (capacity + KEY_GROUP - 1) / KEY_GROUP;
+        return {keys.from(head * groups),
+                values.from(head * capacity),
+                exact_keys + head * KEY_GROUP * keys.dim,
+                exact_values + head * KEY_GROUP * values.dim,
+                exact_rows + head * KEY_GROUP,
+                positions + head * capacity,
+                capacity};
+    }
+    const bf16* exact_key(long position) const { return exact_keys + position % KEY_GROUP * keys.dim; }
+    // The following are of one head.
+    void put_exact(long position, const bf16* key, const bf16* value) const {
+        const long entry = position % KEY_GROUP;
+        std::memcpy(exact_keys + entry * keys.dim, key, keys.dim * sizeof(bf16));
+        std::memcpy(exact_values + entry * values.dim, value, values.dim * sizeof(bf16));
+        exact_rows[entry] = static_cast<int32_t>(position);
+    }
+    void put_value(long position, const bf16* value) const {
+        values.put(position, value);
+        positions[position] = static_cast<int32_t>(position);
+    }
+    // Stores a token's pair; if its key is the last of a group, the group's.
+    void put(long position, const bf16* key, const bf16* value) const {
+        put_exact(position, key, value);
+        put_value(position, value);
+        if (position % KEY_GROUP != KEY_GROUP - 1) return;
+        const bf16* vectors[KEY_GROUP];
+        for (long i = 0; i < KEY_GROUP; i++) vectors[i] = exact_key(i);
+        keys.put(position / KEY_GROUP, vectors);
+    }
+};
+
+}  // namespace
