@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
+from bmx.methods import expand_method, parse_method
 from bmx.plain_yaml import plain_mapping
 from bmx.prompt_config import PromptConfig
 from bmx.request import SamplingParams
@@ -225,8 +226,24 @@ class JobConfig:
         return first, shares
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodConfig:
+    """A name for several settings, which take its place before anything else reads them."""
+
+    method: Annotated[
+        str | None,
+        Setting(
+            "A method of the literature by name, such as kivi or snapkv: sets several settings of the cache at once",
+            decides_answers=NEVER,  # the settings that it stands for do
+            metavar="NAME",
+            parse=parse_method,
+        ),
+    ] = None
+
+
 SECTIONS: Mapping[str, type] = {
     "Job": JobConfig,
+    "Method": MethodConfig,
     "Model, cache and memory": EngineConfig,
     "Sampling (a row's own values win)": SamplingParams,
     "Prompts": PromptConfig,
@@ -278,18 +295,18 @@ def _section(section: type[Section], values: Mapping[str, Any]) -> Section:
 
 
 def given_settings(flags: Mapping[str, Any], config_file: str | None = None) -> dict[str, Any]:
-    """The values that the user gave, by name: flags and variables override the config file.
+    """The values that the user gave, by name: flags and variables override the config file; a method is its settings.
 
     Args:
         flags: settings that were given, by name; ``None`` means not given.
         config_file: a YAML file of settings.
 
     Raises:
-        UsageError: an unknown name or a wrong type.
+        UsageError: an unknown name, a wrong type, or a setting that contradicts the method.
     """
     given = dict(read_yaml(config_file)) if config_file else {}
     given.update({name: value for name, value in flags.items() if value is not None})
-    return {name: _value(setting_named(name), value) for name, value in given.items()}
+    return expand_method({name: _value(setting_named(name), value) for name, value in given.items()})
 
 
 def _value(setting: Setting, given: Any) -> Any:

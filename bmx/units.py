@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 from bmx.kv_formats import KV_FORMATS, format_name, formats_of
+from bmx.methods import METHODS, parse_method
 from bmx.policies import POLICIES, find_scorer
 
 LEAST_MEMORY = 10**6  # no model runs in less: a smaller size has lost its unit
@@ -230,6 +231,7 @@ def parse_object(value: str | Mapping[str, Any]) -> dict[str, Any]:
 EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or of its bytes like 25%bytes, or auto",
     parse_policy: f"one of {', '.join(POLICIES)}",
+    parse_method: f"one of {', '.join(METHODS)}",
     parse_format: f"auto, {', '.join(KV_FORMATS)}, or those of keys and values, like int8/int4",
     parse_layers: "uniform, pyramid, a factor per layer like 1.5,1,0.5, or one per kv head like 1.2:0.8,1:1",
     parse_shared: "pairs of layers like 7:3,12:5",

@@ -15,12 +15,18 @@ from typer.testing import CliRunner
 from bmx.cli.commands import app
 from bmx.cli.help import EXAMPLES
 from bmx.cli.reference import PAGE, reference
+from bmx.compress.policy import CompressionPolicy
+from bmx.config import EngineConfig
+from bmx.engine.arguments import gather_settings
 from bmx.errors import UsageError
 from bmx.job.fingerprint import differences, fingerprint
-from bmx.run_config import SECTIONS, RunConfig, all_settings, given_settings
+from bmx.methods import METHODS
+from bmx.run_config import SECTIONS, RunConfig, all_settings, given_settings, setting_named
 from bmx.settings import COMMANDS, DecidesAnswers, Setting, settings_in
 
+GUIDE = PAGE.with_name("guide.md")
 SETTINGS = all_settings()
+OWN = [setting for setting in SETTINGS if setting.name != "method"]  # which stands for others
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +153,7 @@ def typed(name: str, value: Any, word: str) -> list[str]:
 @pytest.mark.parametrize("contradictory", [False, True])
 def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file, contradictory):
     names = {"retry_failed", "verbose", "set_aside"}  # not together with --overwrite, --quiet
-    values = {s.name: sample(s) for s in SETTINGS if (s.name in names) == contradictory}
+    values = {s.name: sample(s) for s in OWN if (s.name in names) == contradictory}
     words = {name: value[0] if isinstance(value, list) else str(value) for name, value in values.items()}
     as_flags = shown(*(word for name in values for word in typed(name, values[name], words[name])))
     as_variables = shown(env={f"BMX_{name.upper()}": word for name, word in words.items()})
@@ -155,7 +161,7 @@ def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file, contradi
     assert as_flags == as_variables == as_keys
     defaults = shown()
     assert {name for name in defaults if as_flags[name] != defaults[name]} == set(values)
-    assert list(defaults) == [setting.name for setting in SETTINGS]
+    assert list(defaults) == [setting.name for setting in OWN]
 
 
 @pytest.mark.parametrize(
@@ -606,3 +612,72 @@ def test_a_step_smaller_than_a_chunk_is_refused():
     with pytest.raises(UsageError, match="chunk_size 512"):
         gather(max_num_batched_tokens=511)
     assert gather(max_num_batched_tokens=511, chunk_size=511)["chunk_size"] == 511
+
+
+# ---- methods: several settings by one name ----
+
+
+def test_every_method_is_valid_settings_in_their_own_types():
+    for name, own in METHODS.items():
+        assert {setting: setting_named(setting).coerce(value) for setting, value in own.items()} == own
+        config = RunConfig.of(("in.jsonl",), given_settings({"method": name}))
+        assert {setting: getattr(config.engine, setting) for setting in own} == own
+        CompressionPolicy.from_config(config.engine)
+
+
+def test_a_method_is_its_settings_from_wherever_it_is_given(config_file):
+    expected = shown("--kv-policy", "none", "--kv-format", "int2")
+    assert shown("--method", "kivi") == expected
+    assert shown("--method", "KIVI") == expected
+    assert shown(env={"BMX_METHOD": "Kivi"}) == expected
+    assert shown("--config", config_file("method: kivi")) == expected
+    assert shown("--method", "kivi", "--config", config_file("method: h2o")) == expected
+    assert gather_settings("demo", None, {"method": "kivi"})[0] == EngineConfig(kv_policy="none", kv_format="int2")
+    assert "method" not in expected
+
+
+def test_a_method_and_its_settings_resume_each_other():
+    by_name, by_hand = (
+        RunConfig.of(("x",), given_settings({"model": "fake"} | given))
+        for given in ({"method": "pyramidkv"}, {"kv_policy": "window", "kv_layer_budgets": "pyramid"})
+    )
+    assert fingerprint(by_name) == fingerprint(by_hand)
+    assert by_name.given == by_hand.given
+
+
+@pytest.mark.parametrize("told", ["average-attention", "keydiff"])
+def test_a_setting_that_contradicts_the_method_is_refused_a_default_that_was_typed_too(told, config_file):
+    said = f"method snapkv sets kv_policy to window; it was given as {told}"
+    with pytest.raises(UsageError, match=said):
+        gather(method="snapkv", kv_policy=told)
+    with pytest.raises(UsageError, match=said):
+        given_settings({"method": "snapkv"}, config_file(f"kv_policy: {told}"))
+    with pytest.raises(UsageError, match=said):
+        gather_settings("demo", None, {"method": "snapkv", "kv_policy": told})
+
+
+def test_settings_that_a_method_does_not_name_or_names_alike_stay():
+    settings = gather(method="SnapKV", kv_policy="window", kv_budget="25%", kv_format="model")
+    assert (settings["kv_policy"], settings["kv_budget"], settings["kv_format"]) == ("window", 0.25, "model")
+    assert gather(method="vatp", kv_policy="h2o")["kv_policy"] == "h2o"
+
+
+def test_an_unknown_method_is_refused_with_the_list_of_the_known_ones():
+    with pytest.raises(UsageError, match="method cannot be 'snapvk'") as refused:
+        gather(method="snapvk")
+    assert refused.value.hint == f"it takes one of {', '.join(METHODS)}"
+    assert list(METHODS) == sorted(METHODS)
+
+
+def test_the_guide_s_table_has_what_each_method_sets():
+    table = re.findall(
+        r"^\| `([a-z0-9-]+)` \| [^|]+ \| (`kv_[^|]+) \|", GUIDE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    written = {name: yaml.safe_load("\n".join(re.findall("`([^`]+)`", row))) for name, row in table}
+    assert written == {name: dict(own) for name, own in METHODS.items()}
+    assert list(written) == list(METHODS)
+
+
+def test_the_full_cache_of_an_engine_is_in_the_model_s_own_type_as_on_the_command_line():
+    assert gather_settings("demo", None, {"kv_policy": "none"})[0].kv_format == "model"
+    assert gather_settings(EngineConfig(kv_format="int8"), None, {"kv_policy": "none"})[0].kv_format == "int8"

@@ -10,9 +10,11 @@ from typing import Any
 
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
+from bmx.methods import expand_method
 from bmx.model.instructions import INSTRUCTIONS
 from bmx.prompt_config import PromptConfig, refuse_template_arguments
 from bmx.request import Request, Result, SamplingParams
+from bmx.run_config import MethodConfig
 from bmx.settings import settings_in
 
 
@@ -41,7 +43,7 @@ def gather_settings(
         raise UsageError(
             f"{name} belongs to a call, not to the engine", hint=f"engine.generate(prompts, {name}={keywords[name]!r})"
         )
-    values = _coerced(keywords, (EngineConfig, PromptConfig))
+    values = expand_method(_coerced(keywords, (EngineConfig, PromptConfig, MethodConfig)))
     of_engine = {field.name for field in fields(EngineConfig)}
     own = {name: value for name, value in values.items() if name in of_engine}
     if isinstance(model, EngineConfig):
