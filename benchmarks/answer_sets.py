@@ -1,4 +1,4 @@
-"""The sets of prompts that ``answers.py`` measures on: news, parts of books, documents, single facts and questions.
+"""The sets of prompts that ``answers.py`` measures on: news, books, documents, facts, questions and long answers.
 
 Each row has its request, good answers if there are any, and the name of the text that it is about: rows about one text
 are not independent of each other. The template of a set holds the words that all of its prompts have in common.
@@ -26,6 +26,7 @@ NEWS = (
     "Now write a short summary of all the passages."
 )
 BOOK = "Read this part of a book.\n\n{text}\n\nSummarize what happens in it in a few sentences."
+RETELL = "Read this part of a book.\n\n{text}\n\nRetell it in your own words, with every detail, as a long story."
 FACT = (
     "Read the following text, then answer in one short sentence what is asked after it.\n\n{text}\n\n"
     "Answer in one short sentence: {question}"
@@ -35,7 +36,8 @@ ASK = (
     "Question: {question}\nAnswer the question in one short sentence."
 )
 
-SETS = ("news", "facts-1200", "facts-4000", "questions", "documents", "book")
+LONG = "long"  # the set whose answers are long
+SETS = ("news", "facts-1200", "facts-4000", "questions", "documents", "book", LONG)
 RIGHT_OR_WRONG = ("facts-1200", "facts-4000", "questions")  # sets whose answers have one word that matters
 
 CHARACTERS = 4.1  # of a token of a book
@@ -89,6 +91,13 @@ def news(engine: Engine, data: Path, rows: int, least: int, most: int) -> Iterat
         if found < rows and least <= len(engine.encode(request)) <= most:
             found += 1
             yield Row(request, tuple(row["answers"]), request.id)
+
+
+def long(data: Path, rows: int, tokens: int, answer: int) -> Iterator[Row]:
+    """Parts of books to be retold, in answers of exactly ``answer`` tokens."""
+    for i, text in enumerate(parts(data, rows, tokens)):
+        request = _request(str(i), RETELL, answer, text=text)
+        yield Row(replace(request, params=replace(request.params, ignore_eos=True)), (), str(i))
 
 
 def book(data: Path, rows: int, tokens: int) -> Iterator[Row]:
@@ -152,6 +161,7 @@ def answer_sets(engine: Engine, data: Path | None, names: Sequence[str]) -> Iter
     makers = {
         "news": lambda: AnswerSet("news", NEWS, tuple(news(engine, data, 12, 1400, 2700))),
         "book": lambda: AnswerSet("book", BOOK, tuple(book(data, 4, 4000))),
+        LONG: lambda: AnswerSet(LONG, RETELL, tuple(long(data, 6, 2000, 1000))),
         "documents": lambda: replace(own_set(SAMPLE, None, 96), name="documents"),
         "facts-1200": lambda: AnswerSet("facts-1200", FACT, tuple(facts(data, 8, 1200))),
         "facts-4000": lambda: AnswerSet("facts-4000", FACT, tuple(facts(data, 8, 4000))),

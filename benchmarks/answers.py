@@ -1,32 +1,34 @@
-"""How close compressed caches come to the full cache, for the bytes that they take: policies, formats and budgets.
+"""How close compressed caches come to the full cache, for the bytes that they take: policies, formats, archives.
 
 python benchmarks/answers.py --data DATA --out cells.jsonl
 
 DATA is a folder with multi_news/multi_news.jsonl (LongBench's) and books/*.md; without it, only the sets that lie in
 this repository are measured. ``--rows FILE`` measures on lines of your own, as ``bmx run`` reads them. A cell is the
 settings of a cache, such as ``kv_policy=window;kv_budget=25%bytes``; ``default_cells`` lists those that are measured
-where no ``--cell`` is given.
+where no ``--cell`` is given. The bytes of a cell are those of the slot on which an answer is written: every sequence
+has one. With an archive, prompts are read in slots of their own: those are few and shared, and have their own column.
 
 The full cache answers each prompt greedily. Each cell then reads that answer token by token (how many of its likeliest
-tokens are the same, and the KL divergence), and writes an answer of its own (ROUGE-L, or whether it is right). A line
-per set and cell goes to the output; what is there already is not measured again. At the end, or at once with
-``--tables``, the output is printed as tables.
+tokens are the same, and the KL divergence), and writes an answer of its own (ROUGE-L, or whether it is right). Long
+answers are only read, and compared by quarters. A line per set and cell goes to the output; what is there already is
+not measured again. At the end, or at once with ``--tables``, the output is printed as tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from answer_sets import RIGHT_OR_WRONG, SETS, AnswerSet, answer_sets, own_set
+from answer_sets import LONG, RIGHT_OR_WRONG, SETS, AnswerSet, answer_sets, own_set
 from torch import Tensor
 
 from bmx import Engine, EngineConfig, PromptConfig
@@ -41,6 +43,8 @@ FULL = EngineConfig(kv_policy="none", kv_format="model")
 NEW, OLD, OTHERS = "far-attention", "average-attention", ("streaming", "h2o", "window")
 MIXTURES = ("int8", "int8/int4", "int4")
 ALL = "32768"  # pairs: more than any prompt here has, so that nothing is evicted
+ARCHIVES = ("model", "int8", "int4", "int2")
+QUARTERS = 4  # of a long answer
 ByName = dict[str, Any]  # a row that was measured, as it is written
 
 
@@ -53,6 +57,7 @@ class Measured:
         tokens: forced next tokens.
         same: how many of them are the full cache's.
         divergence: sum of their KL divergences, in nats.
+        quarters: the three for each quarter of a long answer.
         rouge_full: ROUGE-L of the free answer with the full cache's.
         rouge: the same with the best reference; None without references.
         full_rouge: the same for the full cache's answer.
@@ -64,6 +69,7 @@ class Measured:
     tokens: int = 0
     same: int = 0
     divergence: float = 0.0
+    quarters: list[tuple[int, int, float]] = field(default_factory=list)
     rouge_full: float = 0.0
     rouge: float | None = None
     full_rouge: float | None = None
@@ -79,7 +85,10 @@ def default_cells(name: str) -> list[str]:
         return [f"kv_policy={p};kv_budget={b};kv_format={f}{more}" for p, b, f in chosen]
 
     half, quarter, eighth, least = (f"{share}%bytes" for share in ("50", "25", "12.5", "7"))
-    listed = cells([NEW], [quarter], ["model", *MIXTURES[1:]]) + cells([OLD, *OTHERS], [quarter], ["model"])
+    archives = [f"kv_policy={p};kv_budget={quarter};kv_archive={a}" for p in (NEW, OLD) for a in ARCHIVES]
+    if name == LONG:
+        return [*archives, *cells([NEW, OLD], [quarter], ["model", "int8/int4"]), "kv_policy=none;kv_format=int4"]
+    listed = archives + cells([NEW], [quarter], ["model", *MIXTURES[1:]]) + cells([OLD, *OTHERS], [quarter], ["model"])
     if name == "news":
         listed += cells([NEW], [eighth], ["model", *MIXTURES[1:]]) + cells([OLD, *OTHERS], [eighth], ["model"])
         listed += cells([NEW], [ALL], MIXTURES) + cells([NEW], [least], MIXTURES[1:]) + cells([NEW], [half], ["model"])
@@ -119,24 +128,33 @@ def measure(engine: Engine, full: FullCacheAnswers, chosen: AnswerSet) -> list[M
     for place, answer in full.answers.items():
         length = len(answer.result.token_ids)
         params = replace(answer.request.params, max_tokens=length, ignore_eos=True, stop=(), stop_token_ids=())
-        requests += [replace(answer.request, id=-1 - place, params=params), replace(answer.request, id=place)]
+        requests.append(replace(answer.request, id=-1 - place, params=params))
+        requests += [] if chosen.name == LONG else [replace(answer.request, id=place)]
         forced[-1 - place] = answer.result.token_ids
 
     def compare(request: Request, at: int, logits: Tensor) -> None:
         place = -1 - int(request.id)
         if place in full.answers and at < len(full.answers[place].ids):
             answer = full.answers[place]
-            compared[place, at] = compare_token(logits, answer.ids[at], answer.log_probs[at])
+            compared.setdefault(place, {})[at] = compare_token(logits, answer.ids[at], answer.log_probs[at])
 
     for result in engine.run(requests, engine.plan(engine.measure(requests)), watch=compare, forced=forced):
         if result.error:
             raise result.error
         if result.id in full.answers:
             judge(measured[result.id], result, full.answers[result.id].result, chosen.rows[result.id].references)
-    for (place, _), (same, divergence) in compared.items():
-        row = measured[place]
-        row.tokens, row.same, row.divergence = row.tokens + 1, row.same + same, row.divergence + divergence
+    for place, tokens in compared.items():
+        row, in_order = measured[place], [tokens[at] for at in sorted(tokens)]
+        row.tokens, row.same, row.divergence = counted(in_order)
+        if chosen.name == LONG:
+            ends = [len(in_order) * i // QUARTERS for i in range(QUARTERS + 1)]
+            row.quarters = [counted(in_order[start:stop]) for start, stop in itertools.pairwise(ends)]
     return list(measured.values())
+
+
+def counted(compared: Sequence[tuple[bool, float]]) -> tuple[int, int, float]:
+    """Tokens that were compared, how many of them are the same, and the sum of their divergences."""
+    return len(compared), sum(same for same, _ in compared), sum(divergence for _, divergence in compared)
 
 
 def judge(row: Measured, answer: Result, full: Result, references: Sequence[str]) -> None:
@@ -153,14 +171,23 @@ def occurs(words: str, text: str) -> bool:
     return re.search(rf"\b{pattern}\b", text.lower()) is not None
 
 
-def shares(engine: Engine, full: Engine, requests: Sequence[Request]) -> tuple[float, float]:
-    """Bytes of the slots, positions and scores included, and pairs in them: shares of the full cache's."""
+def shares(engine: Engine, full: Engine, requests: Sequence[Request]) -> dict[str, float]:
+    """Bytes of the slots, positions and scores included, and pairs in them: shares of the full cache's.
+
+    Where prompts are read in slots of their own, also the bytes of the one that is largest, as a share of a mean full
+    cache.
+    """
     whole, part = full.measure(requests), engine.measure(requests)
-    layouts = [engine.policy.layout(engine.spec, length.rows_needed) for length in part]
+    layouts = [engine.policy.answering.layout(engine.spec, length.rows_needed) for length in part]
     full_layouts = [full.policy.layout(full.spec, length.rows_needed) for length in whole]
-    pairs = [sum(layer.capacity for layer in layout.layers) for layout in (*layouts, *full_layouts)]
-    nbytes = sum(layout.nbytes for layout in layouts) / sum(layout.kv_bytes for layout in full_layouts)
-    return nbytes, sum(pairs[: len(layouts)]) / sum(pairs[len(layouts) :])
+    pairs, full_pairs = (sum(layer.capacity for slot in of for layer in slot.layers) for of in (layouts, full_layouts))
+    full_bytes = sum(layout.kv_bytes for layout in full_layouts)
+    reading = engine.policy.layout(engine.spec, max(length.reading_rows for length in part))
+    return {
+        "bytes": sum(layout.nbytes for layout in layouts) / full_bytes,
+        "pairs": pairs / full_pairs,
+        "reading_slot": reading.nbytes * len(requests) / full_bytes if engine.policy.archive else 0.0,
+    }
 
 
 def columns(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -168,15 +195,25 @@ def columns(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     rows = record["by_row"]
     settings = dict(part.split("=", 1) for part in record["cell"].split(";"))
     policy = settings.pop("kv_policy", EngineConfig().kv_policy)
-    yield "cache", "full" if policy == "none" else policy
-    yield "stored as", settings.pop("kv_format", EngineConfig().kv_format)
+    archive = settings.pop("kv_archive", "none")
+    archived = archive != "none"
+    yield "cache", "full" if policy == "none" else f"archive, read by {policy}" if archived else policy
+    yield "stored as", archive if archived else settings.pop("kv_format", EngineConfig().kv_format)
     yield "budget", "" if policy == "none" else settings.pop("kv_budget", str(EngineConfig().kv_budget))
     yield "and", ", ".join(f"{name.removeprefix('kv_')} {value}" for name, value in settings.items())
     yield "bytes", f"{record['bytes']:.1%}"
+    yield "reading slot", f"{record['reading_slot']:.1%}" if record.get("reading_slot") else ""
     yield "pairs", f"{record['pairs']:.1%}"
     yield "top-1", in_percent(rows, lambda r: r["same"], lambda r: r["tokens"])
     divergence, error = ratio(rows, lambda r: r["divergence"], lambda r: r["tokens"])
     yield "KL", f"{divergence:.3f} ± {error:.3f}"
+    if record["set"] == LONG:
+        by_quarter = zip(*(row["quarters"] for row in rows), strict=True)
+        sums = [[sum(numbers) for numbers in zip(*quarter, strict=True)] for quarter in by_quarter]
+        yield "top-1 by quarter", ", ".join(f"{same / tokens:.1%}" for tokens, same, _ in sums)
+        yield "KL by quarter", ", ".join(f"{divergence / tokens:.3f}" for tokens, _, divergence in sums)
+        yield "seconds", f"{record['seconds']:.0f}"
+        return
     if record["set"] in RIGHT_OR_WRONG:
         known = [r for r in rows if r["full_found"]]
         yield "right, of all", f"{sum(r['found'] for r in rows)} of {len(rows)}"
@@ -244,9 +281,8 @@ def measure_set(engine: Engine, chosen: AnswerSet, cells: Sequence[str], out: Pa
             print(f"{chosen.name}: {cell} cannot be measured: {error}", file=sys.stderr, flush=True)
             continue
         seconds = time.monotonic() - began
-        nbytes, pairs = shares(other, full, requests)
         record = {"set": chosen.name, "cell": cell, "made_by": made_by, "lengths": [min(lengths), max(lengths)]}
-        record |= {"bytes": nbytes, "pairs": pairs, "seconds": seconds}
+        record |= shares(other, full, requests) | {"seconds": seconds}
         record |= {"by_row": [asdict(row) for row in rows]}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
