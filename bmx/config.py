@@ -218,6 +218,10 @@ class EngineConfig:
             "Keep every pair of prompt and answer, in this format, and write answers on all of them; the budget then "
             "is for reading alone",
             decides_answers=IF_EVICTING,
+            help_in={
+                "calibrate": "Formats in which every pair of prompt and answer is kept, and answers are written on all "
+                "of them; none keeps the slot alone (default none, int8 and int4, read under 25%bytes)"
+            },
             compared_in={"calibrate": "none,int4"},
             calibrated=True,
         ),

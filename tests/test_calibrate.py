@@ -101,6 +101,26 @@ def test_every_combination_is_measured_once_and_stands_in_the_table(given):
         assert line in ended.out
 
 
+def test_archives_are_measured_beside_slots_by_the_bytes_of_what_answers_are_written_on(given):
+    """Prompts that fit are read as by the full cache: the archive is the full cache in its format."""
+    given("--kv-policy", "none", "--kv-format", "int8")
+    [full] = measured()["candidates"]
+    ended = given("--kv-policy", "average-attention", "--kv-budget", 200, "--kv-archive", "model,int8")
+    assert "average-attention 200 archive model" in ended.out
+    archives = {c["settings"]["kv_archive"]: c for c in measured()["candidates"][1:]}
+    assert archives["model"]["top1_agreement"] == 1
+    assert archives["model"]["kl_divergence"] < 1e-5
+    assert archives["model"]["kv_bytes_per_sequence"] == measured()["full_cache"]["kv_bytes_per_sequence"]
+    assert archives["int8"]["kv_bytes_per_sequence"] == full["kv_bytes_per_sequence"]
+    assert archives["int8"]["kl_divergence"] == pytest.approx(full["kl_divergence"], abs=1e-4)
+
+
+def test_recall_is_a_part_of_archives(given):
+    given("--kv-budget", 60, "--kv-archive", "none,int8", "--kv-recall", "clusters", "--kv-recall-pairs", 40)
+    chosen = [(c["settings"]["kv_archive"], c["settings"]["kv_recall"]) for c in measured()["candidates"]]
+    assert chosen == [("none", "all"), ("int8", "clusters")]
+
+
 def test_the_likelihoods_are_those_of_transformers():
     """Top-1 and KL of a policy against the full cache, from logits that transformers computes in one piece."""
     model = tiny_model("llama")
@@ -187,6 +207,17 @@ def test_a_run_takes_a_recommended_budget_in_bytes(given, bmx, model):
     assert {row["kv"]["asked"] for row in rows} == {"60%bytes"}
     fingerprint = json.loads(Path("in.out.jsonl.run.json").read_text())["fingerprint"]
     assert (fingerprint["kv_budget"], fingerprint["kv_format"]) == ("60%bytes", "int8/int4")
+
+
+def test_a_run_takes_a_recommended_archive(given, bmx, model):
+    given("--kv-budget", 60, "--kv-archive", "int8", "--min-agreement", 0.01)
+    run = ("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--max-tokens", 3)
+    ran = bmx(*run)
+    assert ran.code == 0
+    rows = [json.loads(line) for line in Path("in.out.jsonl").read_text().splitlines()]
+    assert {(row["kv"]["format"], row["kv"]["evicted"]) for row in rows} == {("int8", 0)}
+    refused = bmx(*run, "--kv-archive", "int4")
+    assert "kv_archive is int4" in refused.complaint[0]
 
 
 def test_without_a_good_candidate_it_says_so_and_no_run_starts_with_it(given, bmx, model):
@@ -308,17 +339,17 @@ def test_another_job_may_not_resume_with_the_file(given):
 
 
 def test_an_empty_list_of_candidates_is_one_that_was_not_given(given):
-    ended = given("--kv-policy", "", "--kv-budget", "", "--kv-format", "", "--kv-layer-budgets", "")
+    ended = given("--kv-policy", "", "--kv-budget", "", "--kv-format", "", "--kv-layer-budgets", "", "--kv-archive", "")
     assert ended.code in (0, 3)
     candidates = [entry["settings"] for entry in measured()["candidates"]]
     assert {entry["kv_policy"] for entry in candidates} == {EngineConfig().kv_policy}
-    assert [(entry["kv_budget"], entry["kv_format"]) for entry in candidates] == [
-        (budget, kv_format)
+    assert [(entry["kv_archive"], entry["kv_budget"], entry["kv_format"]) for entry in candidates] == [
+        ("none", budget, kv_format)
         for budget in ("50%bytes", "25%bytes", "12.5%bytes")
         for kv_format in ("model", "int8", "int8/int4", "int4")
-    ]
-    assert "12 candidates to measure on 3 prompts" in ended.err
-    assert "1 of 12, about " in ended.err
+    ] + [("int8", "25%bytes", "model"), ("int4", "25%bytes", "model")]
+    assert "14 candidates to measure on 3 prompts" in ended.err
+    assert "1 of 14, about " in ended.err
 
 
 # Wrong things
@@ -390,6 +421,20 @@ def test_b1_auto_in_an_earlier_calibration_file_is_the_models_own_type(bmx, monk
     monkeypatch.setattr(kv_formats, "AUTO_FORMAT", "int8/int4")
     Path(FILE).write_text(json.dumps(GOOD | {"recommended": GOOD["recommended"] | {"kv_format": "auto"}}))
     assert "kv_format: model\n" in auto(bmx, "--print-config").out
+
+
+def test_b1_a_calibration_file_from_before_there_were_archives_is_read(given, bmx, model):
+    given("--kv-budget", 200)
+    record = measured()
+    for settings in (*(candidate["settings"] for candidate in record["candidates"]), record["recommended"]):
+        for name in ("kv_archive", "kv_recall", "kv_recall_pairs", "kv_recall_every"):
+            del settings[name]
+    Path(FILE).write_text(json.dumps(record))
+    run = ("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--dry-run")
+    assert bmx(*run).code == 0
+    assert "kv_archive is int4" in bmx(*run, "--kv-archive", "int4").complaint[0]
+    ended = given("--kv-budget", "200,24")
+    assert "1 candidate to measure" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -226,24 +226,32 @@ def plan_batch(inputs: list[str] | None, config: str | None, **flags: Any) -> No
 def calibrate(inputs: list[str], config: str | None, **flags: Any) -> None:
     """Measure how far compressed caches are from the full one on prompts of INPUT, and recommend settings.
 
-    The full cache answers first; then each combination of policy, budget and format is compared with it: 12 if nothing
-    else is asked for. The smallest that holds --min-agreement goes into <input>.calibration.json, which `bmx run
-    --kv-budget auto` reads.
+    The full cache answers first; then each combination of policy, budget, format and archive is compared with it: 14 if
+    nothing else is asked for. The smallest that holds --min-agreement goes into <input>.calibration.json, which `bmx
+    run --kv-budget auto` reads.
     """
-    from bmx.measure.calibrate import BUDGETS, FORMATS, CalibrateOptions
+    from bmx.measure.calibrate import CalibrateOptions
     from bmx.measure.calibrate import calibrate as run_calibrate
+    from bmx.measure.candidates import Axes
 
-    compared = {name: flags.pop(name) or None for name in ("kv_policy", "kv_budget", "kv_format", "kv_layer_budgets")}
+    layers = flags.pop("kv_layer_budgets")
+    names = ("kv_policy", "kv_budget", "kv_format", "kv_archive")
+    compared = {name: values_to_compare(name, flags.pop(name) or None) for name in names}
+    flags["kv_archive"] = max(compared["kv_archive"], key=lambda archive: archive != "none", default=None)  # for recall
     flags["kv_budget"] = EngineConfig().kv_budget  # a config file's `auto` would read what is measured here
     with _session("calibrate", inputs, config, flags) as (settings, own, display, stop):
-        formats = (settings.engine.kv_format,) if "kv_format" in settings.given else FORMATS
-        options = CalibrateOptions(
-            policies=values_to_compare("kv_policy", compared["kv_policy"]) or (settings.engine.kv_policy,),
-            budgets=values_to_compare("kv_budget", compared["kv_budget"]) or BUDGETS,
-            formats=values_to_compare("kv_format", compared["kv_format"]) or formats,
-            layers=tuple((compared["kv_layer_budgets"] or "uniform").split(",")),
-            **{name: value for name, value in own.items() if value is not None},
+        given = {
+            name: compared[name] or ((getattr(settings.engine, name),) if name in settings.given else ())
+            for name in ("kv_format", "kv_archive")
+        }
+        axes = Axes(
+            policies=compared["kv_policy"] or (settings.engine.kv_policy,),
+            budgets=compared["kv_budget"],
+            formats=given["kv_format"],
+            archives=given["kv_archive"],
+            layers=tuple((layers or "uniform").split(",")),
         )
+        options = CalibrateOptions(axes=axes, **{name: value for name, value in own.items() if value is not None})
         if not run_calibrate(settings, options, display, stop):
             sys.exit(EXIT_SOME_FAILED)
 

@@ -6,10 +6,10 @@ recommended. Each measurement is saved as soon as it is finished, so that the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from itertools import islice, product
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from bmx.job.ledger import Todo, unanswered_rows
 from bmx.job.locks import locked
 from bmx.job.manifest import write_json
 from bmx.job.paths import find_record_path, input_paths
-from bmx.measure.calibration_checks import CALIBRATED
 from bmx.measure.calibration_file import (
     answers_path,
     default_path,
@@ -32,6 +31,7 @@ from bmx.measure.calibration_file import (
     is_calibration_file,
     saved_or_new_record,
 )
+from bmx.measure.candidates import MEASURED, Axes, full_cache_config, settings_of
 from bmx.measure.metrics import on_frontier
 from bmx.measure.plan_query import query_for_rows
 from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
@@ -46,19 +46,16 @@ from bmx.stats import Stats
 from bmx.terminal.display import Display
 from bmx.terminal.reports import calibration_lines, failed_lines
 from bmx.terminal.tables import candidate_words, counted, duration
-from bmx.units import LayerFactors, layers_text, now, parse_layers
+from bmx.units import layers_text, now
 
 if TYPE_CHECKING:
     from bmx.measure.full_cache_answers import FullCacheAnswers
 
 ROWS = 16  # prompts of the sample
-BUDGETS = ("50%bytes", "25%bytes", "12.5%bytes")  # default candidates, in each of these formats
-FORMATS = ("model", "int8", "int8/int4", "int4")
 LAYER_ROWS = 4  # prompts of the sample on which layers compete for pairs
 LAYER_SHARE = 0.25  # of their pairs: what they compete for
 SHORT = 400  # characters of a prompt on which layers are compared
 LEAST_COSINE = 0.5  # similarity that sharing layers must leave: KVSharer's own
-MEASURED = "measured"  # layer budgets by what each layer needs of the sample's prompts
 READINGS = 2  # of each prompt, for a candidate: it reads the full cache's answer, and generates its own
 
 
@@ -67,19 +64,13 @@ class CalibrateOptions:
     """Options of the command that are not settings.
 
     Attributes:
-        policies: eviction policies to try; candidates are all combinations of these four.
-        budgets: KV budgets to try.
-        formats: KV formats to try.
-        layers: layer budgets to try.
+        axes: what to try.
         min_agreement: least top-1 agreement of a recommended candidate, from 0 to 1.
         rows: prompts of the sample.
         share_layers: number of layers that may read another layer's keys and values.
     """
 
-    policies: tuple[str, ...] = ()
-    budgets: tuple[int | float | str, ...] = BUDGETS
-    formats: tuple[str, ...] = FORMATS
-    layers: tuple[str, ...] = ("uniform",)
+    axes: Axes
     min_agreement: float = 0.95
     rows: int = ROWS
     share_layers: int = 0
@@ -145,7 +136,8 @@ def _check(config: RunConfig, options: CalibrateOptions) -> None:
         raise UsageError(f"min_agreement must be above 0 and at most 1: {options.min_agreement}", hint="0.95 is 95%")
     if config.engine.model == FAKE:
         raise UsageError("the fake model has no cache to calibrate", hint="name a real one with --model")
-    if set(options.layers) != {"uniform"} and not any(isinstance(budget, int) for budget in options.budgets):
+    axes = options.axes
+    if set(axes.layers) != {"uniform"} and not any(isinstance(budget, int) for budget in axes.budgets):
         raise UsageError("kv_layer_budgets needs a budget in KV pairs, not a share", hint="--kv-budget 512,1024")
     if not config.job.output_file and config.inputs == ("-",):
         raise UsageError("rows from standard input have no file to name the calibration after", hint="give one with -o")
@@ -200,13 +192,6 @@ def _greedy(request: Request) -> Request:
     return replace(request, params=replace(request.params, temperature=0.0, repetition_penalty=1.0))
 
 
-def full_cache_config(config: EngineConfig) -> EngineConfig:
-    """The settings that candidates are compared with: nothing evicted, quantized or shared."""
-    return replace(
-        config.full_cache, kv_format="model", kv_share_layers=None, kv_layer_budgets="uniform", quantization="none"
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Calibration:
     """A calibration in progress.
@@ -233,14 +218,15 @@ class _Calibration:
 
     def run(self) -> None:
         """Measure everything that is not measured yet, in order, and recommend a candidate."""
-        for candidate in self._candidates({}, ""):
+        axes = self.options.axes
+        for candidate in axes.candidates(self.config.engine, {}, ""):
             check_cache(candidate, self.config.prompt)
         self._update_sizes()
         with self.display.waiting(f"loading model {self.config.engine.model}"):
             full = Engine.open(full_cache_config(self.config.engine), self.config.prompt)
         if self.config.engine.int8:
             check_int8(full.backend.describe()["dtype"], full.backend.device_type)
-        candidates = self._candidates(self._layer_factors(full), self._shared_layers(full))
+        candidates = axes.candidates(self.config.engine, self._layer_factors(full), self._shared_layers(full))
         left = [candidate for candidate in candidates if not self._is_measured(candidate)]
         prompts = counted(len(self.sample.requests), "prompt")
         self.display.note(f"{counted(len(left), 'candidate')} to measure on {prompts}, beside the full cache")
@@ -258,37 +244,6 @@ class _Calibration:
         """An engine with int8 weights, which replaces the full one once the full cache's answers are known."""
         with self.display.waiting(f"loading model {self.config.engine.model} with int8 weights"):
             return Engine.open(self.config.engine, self.config.prompt)
-
-    def _candidates(self, factors: Mapping[str, str], shared: str) -> list[EngineConfig]:
-        """The settings to measure, each once.
-
-        Args:
-            factors: measured layer budgets, by policy.
-            shared: layers that could share, as ``kv_share_layers`` takes them; empty for none.
-        """
-        options, engine, candidates = self.options, self.config.engine, list[EngineConfig]()
-        tried = product(options.policies, options.budgets, options.formats, options.layers)
-        for policy, budget, kv_format, name in tried:
-            layers: str | LayerFactors = name
-            if name == MEASURED:
-                layers = parse_layers(factors.get(policy, "uniform"))
-            if layers != "uniform" and not isinstance(budget, int):
-                continue  # a budget that is a share of the prompt is the same for all layers
-            candidate = replace(
-                engine, kv_policy=policy, kv_budget=budget, kv_format=kv_format, kv_layer_budgets=layers
-            )
-            if policy == "none":
-                candidate = replace(
-                    candidate.full_cache, kv_budget=EngineConfig().kv_budget, kv_layer_budgets="uniform"
-                )
-            candidates.append(candidate)
-            if shared:
-                candidates.append(replace(candidate, kv_share_layers=shared))
-        return [
-            candidate
-            for i, candidate in enumerate(candidates)
-            if candidate not in candidates[:i] and candidate != full_cache_config(candidate)
-        ]
 
     def _full_cache_answers(self, full: Engine) -> FullCacheAnswers:
         """The full cache's answers: saved by an earlier call, or generated now.
@@ -391,8 +346,9 @@ class _Calibration:
     def _layer_factors(self, full: Engine) -> dict[str, str]:
         """Factors of layers and heads for each policy that is tried, as flags write them, if wanted."""
         measured: dict[str, str] = self.record.get("layer_factors", {}).get("factors", {})
-        for policy in self.options.policies:
-            if MEASURED not in self.options.layers or policy == "none" or policy in measured:
+        axes = self.options.axes
+        for policy in axes.policies:
+            if MEASURED not in axes.layers or policy == "none" or policy in measured:
                 continue
             from bmx.measure.layer_analysis import pooled_factors
 
@@ -434,13 +390,6 @@ class _Calibration:
 
     def _save(self) -> None:
         write_json(self.output, self.record)
-
-
-def settings_of(candidate: EngineConfig) -> dict[str, Any]:
-    """The settings in which candidates differ, as flags and files write them."""
-    settings = {f.name: getattr(candidate, f.name) for f in fields(candidate) if f.name in CALIBRATED}
-    settings["kv_layer_budgets"] = layers_text(settings["kv_layer_budgets"])
-    return settings
 
 
 def _beginning(request: Request) -> str:
