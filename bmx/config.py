@@ -401,6 +401,8 @@ class EngineConfig:
             raise UsageError(f"kv_recall {self.kv_recall} needs an archive to choose from", hint=hint)
         if not 1 <= self.kv_recall_every <= self.kv_recent:
             raise UsageError(f"kv_recall_every must be from 1 to kv_recent ({self.kv_recent}): {self.kv_recall_every}")
+        if not self.archives and self.kv_recall_every > 1:
+            raise UsageError("without an archive, pages are chosen at each token", hint="leave --kv-recall-every out")
         if self.kv_recall_pairs <= self.kv_sink + self.kv_recent:
             raise UsageError(
                 f"kv_recall_pairs {self.kv_recall_pairs} leaves no room beside {self.kv_sink} sink and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -20,7 +21,8 @@ from bmx.compress.recall import (
     with_neighbours,
 )
 from bmx.kv.index import CLUSTER_GROUP, CLUSTER_SIZE, WAITING, allocate_index, clusters_of
-from bmx.kv.layout import PAGE, LayerLayout, RecallLayout
+from bmx.kv.layout import PAGE, KVLayout, LayerLayout, RecallLayout
+from bmx.kv.pool import LayerSlots
 
 HEADS, GROUP, DIM = 2, 3, 16
 INDEXES = ("pages", "clusters", "bits")
@@ -184,6 +186,46 @@ def test_tokens_of_several_sequences_do_not_meet(by):
     for slot, start in enumerate(starts):
         own = products(alone, query[slot], slot, start + 40)
         torch.testing.assert_close(together[slot, ..., : start + 40], own, atol=1e-5, rtol=1e-5)
+
+
+# ---- slots ----
+
+
+def slots_of(format_, by="pages", dtype=torch.float32, kept=0):
+    """Slots of an archive with what recall keeps beside them."""
+    own = replace(
+        layer(by, kept=kept, dtype=dtype),
+        key_format=format_,
+        value_format=format_,
+        by_channel=format_ not in ("model", "fp8"),
+    )
+    return LayerSlots.allocate(own, 2, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("format_", ["model", "int8", "int4", "int2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_fetched_are_those_that_reading_all_gives_bit_for_bit(format_, dtype):
+    part = slots_of(format_, dtype=dtype)
+    for slot, tokens in enumerate((77, 5)):
+        pairs = drawn(tokens, HEADS, DIM, dtype=dtype), drawn(tokens, HEADS, 8, seed=1, dtype=dtype)
+        part.append(slot, 0, *pairs, torch.arange(tokens), {})
+    slots, positions = torch.tensor([1, 0]), torch.tensor([5, 77])
+    new = drawn(2, HEADS, DIM, seed=2, dtype=dtype), drawn(2, HEADS, 8, seed=3, dtype=dtype)
+    part.write(slots, positions.unsqueeze(1), *new, positions)
+    rows = torch.stack([torch.randint(0, used, (HEADS, 40)) for used in (6, 78)])
+    got = part.read_rows(slots, rows)
+    for fetched, whole in zip(got, part.read_slots(slots, 78), strict=True):
+        expected = whole.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, whole.shape[-1]))
+        assert torch.equal(fetched, expected)
+
+
+@pytest.mark.parametrize("by", ["attention", *INDEXES])
+@pytest.mark.parametrize("format_", ["model", "int4"])
+def test_slots_take_the_bytes_that_are_planned_with_what_recall_keeps(by, format_):
+    part = slots_of(format_, by, kept=30)
+    layout = KVLayout((part.layout,))
+    assert part.nbytes == 2 * layout.nbytes
+    assert layout.recall_bytes > (0 if by == "attention" else HEADS * 30 * 4)
 
 
 # ---- the choice ----

@@ -24,7 +24,7 @@ def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
     """Whether kernels can do whole steps under this configuration, in layers that share nothing."""
     beyond_kernels = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
     scorer, formats = scorer_named(config.kv_policy), config.pair_formats
-    beyond_kernels = beyond_kernels or scales_by_channel(scorer, formats[0])
+    beyond_kernels = beyond_kernels or config.kv_recall != "all" or scales_by_channel(scorer, formats[0])
     return bool(kernel_order(scorer)) and not beyond_kernels and capabilities.fuses(*formats)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bmx.compress.budgets import Budget
 from bmx.compress.kernel_orders import kernel_order, scales_by_channel
+from bmx.compress.recall import Recall
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import RANK_EVERY, TENSORS, Needs, QueryWeights, Scorer, Seen
 from bmx.compress.scorers import attention_policies, scorer_named
@@ -50,6 +51,7 @@ class CompressionPolicy:
         protects: whether the job's instructions are never evicted.
         archive: how every pair is kept on which the answer is written, where this policy is for reading alone; None
             where a sequence keeps one slot for both.
+        recall: which rows a token of the answer reads; None where it reads all.
     """
 
     scorer: Scorer | None
@@ -62,6 +64,7 @@ class CompressionPolicy:
     value_format: str = MODEL
     protects: bool = False
     archive: CompressionPolicy | None = None
+    recall: Recall | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig, spec: ModelSpec | None = None) -> CompressionPolicy:
@@ -97,6 +100,7 @@ class CompressionPolicy:
             value_format=value_format,
             protects=config.kv_protect != "none" and scorer is not None,
             archive=_archive(config) if config.archives else None,
+            recall=None if config.archives else Recall.from_config(config),
         )
         return replace(policy, budget=policy.budget.in_pairs(policy.layout(spec, 1))) if spec else policy
 
@@ -134,6 +138,9 @@ class CompressionPolicy:
             heads = tuple(min(capacity, budget) for budget in budgets)
         by_age = layer.window is not None and (layer.window <= max(heads) or self.budget.share is not None)
         heads = tuple(min(pairs, layer.window or pairs) for pairs in heads)
+        recall = None
+        if self.recall is not None and self.scorer is None and layer.window is None:
+            recall = self.recall.layout(max(heads), shared=last_reader != layer.owner)
         by_channel = layer.window is None and scales_by_channel(self.scorer, self.key_format)
         return LayerLayout(
             capacity=max(heads),
@@ -150,6 +157,7 @@ class CompressionPolicy:
             value_format=self.value_format,
             by_channel=by_channel,
             row_stats=() if by_age or self.scorer is None else self._row_stats,
+            recall=recall,
         )
 
     @property
@@ -424,15 +432,10 @@ class CompressionPolicy:
 
 def _archive(config: EngineConfig) -> CompressionPolicy:
     """The policy that keeps every pair in the archive's format."""
-    budget = Budget.of(config.kv_sink + config.kv_recent + 1, config.kv_sink + config.kv_recent, "uniform")  # unused
-    return CompressionPolicy(
-        scorer=None,
-        budget=budget,
-        sink=config.kv_sink,
-        recent=config.kv_recent,
-        key_format=config.kv_archive,
-        value_format=config.kv_archive,
-    )
+    name, sink, recent = config.kv_archive, config.kv_sink, config.kv_recent
+    unused, recall = Budget.of(sink + recent + 1, sink + recent, "uniform"), Recall.from_config(config)
+    plain = CompressionPolicy(scorer=None, budget=unused, sink=sink, recent=recent, recall=recall)
+    return replace(plain, key_format=name, value_format=name)
 
 
 def _rows(scores: Tensor) -> Tensor:

@@ -67,9 +67,15 @@ class Recall:
         """Rows that are chosen beside the first and the newest (O), in a slot of ``capacity`` rows."""
         return max(0, min(self.pairs, capacity) - self.sink - self.recent)
 
-    def layout(self, capacity: int) -> RecallLayout:
-        """What is kept beside a layer of ``capacity`` rows."""
-        return RecallLayout(by=self.by, sink=self.sink, kept=0 if self.every == 1 else self.others(capacity))
+    def layout(self, capacity: int, shared: bool = False) -> RecallLayout:
+        """What is kept beside a layer.
+
+        Args:
+            capacity: rows of its slots.
+            shared: whether other layers read its rows too: those that its own queries choose.
+        """
+        remembers = self.every > 1 or (shared and self.by != "attention")
+        return RecallLayout(by=self.by, sink=self.sink, kept=self.others(capacity) if remembers else 0)
 
     def choose(self, scores: Tensor, positions: Tensor, capacity: int) -> Tensor:
         """The rows of the best scores among those that will not be newest until the next choice.

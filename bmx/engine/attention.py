@@ -23,6 +23,7 @@ from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
 from bmx.engine.by_channel import append_chunk, decode_group
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
+from bmx.engine.recalling import RecallingAttention
 from bmx.kernels import Kernels
 from bmx.kernels.contract import Capabilities, KernelModule
 from bmx.kernels.formats import hadamard
@@ -129,6 +130,8 @@ class SlotAttention:
         self._kernels = kernels.module
         self._fused_prefill = _fused_layers(pool, policy, kernels.capabilities)
         self._fused_decode = _fused_layers(self._answering, policy.answering, kernels.capabilities)
+        recall = policy.answering.recall
+        self._recalling = RecallingAttention(recall, self._kernels) if recall else None
         self._rotations = _rotations((pool, self._answering), self._kernels)
         self._query_weights: dict[tuple[int, int], Tensor | None] = {}
         self._forward: Forward | None = None
@@ -185,7 +188,7 @@ class SlotAttention:
     @property
     def fuses_all_layers(self) -> bool:
         """Whether kernels can do every layer's whole part of a plain step."""
-        return None not in (*self._fused_prefill, *self._fused_decode)
+        return self._recalling is None and None not in (*self._fused_prefill, *self._fused_decode)
 
     def _decode_tokens(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the decoding tokens, the first rows of the output [N, H, E]."""
@@ -220,7 +223,7 @@ class SlotAttention:
     def _decode_fused(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> bool:
         """Let kernels do the decoding tokens' whole part of a layer; False, with nothing done, if they cannot."""
         fused, step, batch = self._fused_decode[forward.layer], forward.step, forward.step.decode_batch
-        if fused is None or batch is None or not step.plain:
+        if fused is None or batch is None or not step.plain or self._recalling is not None:
             return False
         (rows, order), tokens = fused, slice(len(batch.slots))
         return self._kernels.decode_step(
@@ -323,13 +326,14 @@ class SlotAttention:
 
     def _decode_group(self, part: LayerSlots, layer: int, group: DecodeGroup, inputs: LayerInputs) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
-        tokens = inputs.query[group.rows], inputs.key[group.rows], inputs.value[group.rows]
-        decoded = decode_group(self._kernels, part, group, tokens, **inputs.options)
+        query, key, value = inputs.query[group.rows], inputs.key[group.rows], inputs.value[group.rows]
+        decoded = decode_group(self._kernels, part, group, (query, key, value), **inputs.options)
         if decoded is not None:
             return decoded
-        owns_rows = part.layout.owner == layer
-        if owns_rows:
-            self._insert(part, group, inputs.key[group.rows], inputs.value[group.rows])
+        if owns_rows := part.layout.owner == layer:
+            self._insert(part, group, key, value)
+        if self._recalling is not None and part.layout.recall is not None:
+            return self._recalling(part, group, query, owns_rows, inputs.options)
         output, sums = self._attend_slots(part, group, inputs)
         if sums is not None:
             self._policy.answering.observe(part, group.slots, sums, first=owns_rows)
@@ -340,16 +344,20 @@ class SlotAttention:
 
         Slots are read as they lie; of those in fewer bits, only rows in use are decoded.
         """
-        row_stats, capacity = part.layout.row_stats, part.layout.capacity
-        in_place = part.reads_in_place
+        row_stats, capacity, in_place = part.layout.row_stats, part.layout.capacity, part.reads_in_place
         rows = capacity if in_place else min(max(group.positions_host) + 1, capacity)
         keys, values = part.read_slots(slice(None) if in_place else group.slots, rows)
+        if self._recalling is None or part.layout.window is not None:
+            hidden = _hidden_rows(part, group, rows)
+        else:
+            own_keys = keys[group.slots] if in_place else keys
+            hidden = self._recalling.unread(part, group, inputs.query[group.rows], own_keys, inputs.scale)
         output, sums = self._kernels.attend_slots(
             inputs.query[group.rows],
             keys,
             values,
             group.slots if in_place else None,
-            hidden=_hidden_rows(part, group, rows),
+            hidden=hidden,
             want_mass="mass" in row_stats and group.evicting(capacity),
             squares="squares" in row_stats,
             power=self._policy.summed.power,
@@ -378,6 +386,8 @@ class SlotAttention:
             first_full = capacity if row_limits is None else row_limits.unsqueeze(1)
             rows = victims if all(full) else torch.where(rows >= first_full, victims, rows)
         part.write(group.slots, rows, key, value, group.positions)
+        if part.index is not None:
+            part.index.write(group.slots, group.positions, group.positions_host, key)
 
 
 def _by_part(parts: Parts, output: Tensor, inputs: LayerInputs) -> Iterator[tuple[LayerSlots, Tensor, LayerInputs]]:

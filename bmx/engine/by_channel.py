@@ -26,7 +26,11 @@ def append_chunk(kernels: KernelModule, part: LayerSlots, slot: int, start: int,
         value: [T, K, E].
     """
     rows = part.channel_rows
-    return rows is not None and kernels.append_by_channel(key, value, rows, slot, start)
+    if rows is None or not kernels.append_by_channel(key, value, rows, slot, start):
+        return False
+    if part.index is not None:
+        part.index.append(slot, start, key.transpose(0, 1))
+    return True
 
 
 def decode_group(
@@ -36,7 +40,7 @@ def decode_group(
 
     Args:
         kernels: of the device.
-        part: the layer's slots, read by no other layer; written.
+        part: the layer's slots; written.
         group: the decoding tokens.
         tokens: their queries [B, H, D], keys [B, K, D] and values [B, K, E].
         options: scale, softcap and sinks.
@@ -45,7 +49,7 @@ def decode_group(
         [B, H, E].
     """
     rows, layout, (query, key, value) = part.channel_rows, part.layout, tokens
-    if rows is None or layout.owner != layout.last_reader:
+    if rows is None or layout.owner != layout.last_reader or layout.recall is not None:
         return None
     output = query.new_empty(*query.shape[:2], value.shape[-1])
     numbers = group.slots, group.positions

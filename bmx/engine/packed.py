@@ -85,6 +85,7 @@ class DecodeGroup:
         row_limits_host: rows of its slot that each sequence may use.
         row_limits: [B] the same, where some sequence may not use all of its slot; else None.
         spans: [B, N, 2] positions [start, stop) that are never evicted, or None.
+        due: which of the tokens choose the rows that they and later ones read: all, or [Q]; None for none of them.
     """
 
     rows: slice
@@ -97,6 +98,12 @@ class DecodeGroup:
     row_limits_host: tuple[int, ...]
     row_limits: Tensor | None = None
     spans: Tensor | None = None
+    due: Tensor | slice | None = None
+
+    def used_rows(self, capacity: int) -> list[int]:
+        """Rows of each slot in use, the tokens' own among them, in a layer of ``capacity`` rows."""
+        limits = zip(self.positions_host, self.row_limits_host, strict=True)
+        return [min(position + 1, limit, capacity) for position, limit in limits]
 
     def evicting(self, capacity: int) -> bool:
         """Whether any of these sequences ever evicts in a layer of ``capacity`` rows."""
@@ -303,10 +310,21 @@ class Packer:
                     row_limits_host=tuple(sequence.rows_needed for sequence in sequences),
                     row_limits=row_limits[rows] if self.policy.answering.budget.share else None,
                     spans=self._spans(sequences),
+                    due=self._due(chunks),
                 )
             )
             row = rows.stop
         return tuple(groups)
+
+    def _due(self, chunks: list[Chunk]) -> Tensor | slice | None:
+        """Which of a group's decoding tokens choose the rows that are read."""
+        recall = self.policy.answering.recall
+        if recall is None:
+            return None
+        due = [i for i, chunk in enumerate(chunks) if recall.due(chunk.start, len(chunk.sequence.prompt))]
+        if len(due) == len(chunks):
+            return slice(None)
+        return upload(due, self.device) if due else None
 
     def _spans(self, sequences: list[Sequence]) -> Tensor | None:
         """Protected spans [B, N, 2], padded with empty ones; None if no sequence has any."""

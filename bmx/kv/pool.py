@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bmx.kernels.formats import Stored
 from bmx.kernels.slot_views import ChannelRows, Rows
+from bmx.kv.index import Index, allocate_index
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout, SlotIndex
 from bmx.kv.places import DeviceMemory, Place
 from bmx.kv.stores import EMPTY, ExactWindow, RowStore, Shape, Store, allocate_by_channel
@@ -35,6 +36,8 @@ class LayerSlots:
         row_stats: by name, [S, K, C] float32: what eviction stores for each row.
         newest: exact copies of the newest pairs, where keys are scaled by channel; else None.
         channel_rows: the same tensors, as kernels see them, where keys are scaled by channel; else None.
+        index: of the keys, where tokens choose by it which rows they read; else None.
+        chosen: [S, K, O] int32, rows that the tokens until the next choice read too, where they are remembered.
     """
 
     layout: LayerLayout
@@ -44,6 +47,8 @@ class LayerSlots:
     row_stats: Mapping[str, Tensor]
     newest: ExactWindow | None
     channel_rows: ChannelRows | None = None
+    index: Index | None = None
+    chosen: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -81,14 +86,16 @@ class LayerSlots:
             stored = Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device, place.zeros)
             keys = RowStore(stored, layout.key_dim, dtype, device)
         of_values = RowStore(values, layout.value_dim, dtype, device)
-        return cls(layout, keys, of_values, positions, row_stats, newest, channel_rows)
+        index, chosen = allocate_index(layout, slots, dtype, device), _allocate_chosen(layout, slots, device)
+        return cls(layout, keys, of_values, positions, row_stats, newest, channel_rows, index, chosen)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         newest = self.newest.nbytes if self.newest else 0
         row_stats = sum(stat.nbytes for stat in self.row_stats.values())
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + row_stats + newest
+        recall = (self.index.nbytes if self.index else 0) + (0 if self.chosen is None else self.chosen.nbytes)
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + row_stats + newest + recall
 
     @property
     def slots(self) -> int:
@@ -111,6 +118,20 @@ class LayerSlots:
         """The first ``rows`` rows of slots, at least those in use: keys [B, K, R, D] and values [B, K, R, E]."""
         keys, values = self.keys.read(slots, rows), self.values.read(slots, rows)
         return (keys, values) if self.newest is None else self.newest.overlay(slots, keys, values)
+
+    def read_rows(self, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows of slots, each kv head's own, where nothing is evicted: row = position.
+
+        Args:
+            slots: [B].
+            rows: [B, K, N].
+
+        Returns:
+            Keys [B, K, N, D] and values [B, K, N, E].
+        """
+        index = (slots.view(-1, 1, 1), torch.arange(rows.shape[1], device=rows.device).unsqueeze(1), rows)
+        keys, values = self.keys.read_rows(index), self.values.read_rows(index)
+        return (keys, values) if self.newest is None else self.newest.replace_rows(index, keys, values)
 
     def write(self, slots: Tensor, rows: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Write one token into each of B slots, in each kv head into its own row.
@@ -152,6 +173,8 @@ class LayerSlots:
             stat[index] = row_stats[name]
         if self.newest is not None:
             self.newest.write_chunk(slot, self.positions[slot], positions, key, value)
+        if self.index is not None:
+            self.index.append(slot, used, key.transpose(0, 1))
 
     def replace(
         self, slot: int, keep: Tensor, key: Tensor, value: Tensor, positions: Tensor, row_stats: Mapping[str, Tensor]
@@ -207,6 +230,8 @@ class LayerSlots:
             self.row_stats[name][slot, :, :rows] = source.row_stats[name][source_slot, :, :rows]
         if self.newest is not None and source.newest is not None:
             self.newest.copy_newest(slot, source.newest, source_slot, tokens)
+        if self.index is not None and source.index is not None:
+            self.index.copy_state(slot, source.index, source_slot)
 
 
 Parts = tuple[LayerSlots, ...]  # a layer's slots in one group: all heads together, or each alone
@@ -240,6 +265,8 @@ def _allocate_layer(
             _view(positions, begin, shape),
             {name: _view(stat, begin, shape) for name, stat in row_stats.items()},
             None,
+            index=allocate_index(part, count, dtype, device),
+            chosen=_allocate_chosen(part, count, device),
         )
 
     groups, first, begin = list[Parts](), list[tuple[int, ...]](), 0
@@ -266,6 +293,13 @@ def _allocate_layer(
         apart=apart,
     )
     return tuple(groups), rows
+
+
+def _allocate_chosen(layout: LayerLayout, slots: int, device: torch.device) -> Tensor | None:
+    """Room for the chosen rows of each slot; None where they are not remembered."""
+    if layout.recall is None or not layout.recall.kept:
+        return None
+    return torch.full((slots, layout.kv_heads, layout.recall.kept), EMPTY, dtype=torch.int32, device=device)
 
 
 def _view(flat: Tensor, begin: int, shape: Shape) -> Tensor:

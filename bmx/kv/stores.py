@@ -59,6 +59,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def read_rows(self, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Vectors [B, K, N, D] of some rows, in the model's dtype.
+
+        Args:
+            index: slots [B, 1, 1], heads [K, 1], rows [B, K, N].
+        """
+
+    @abstractmethod
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
         """Write a chunk into the rows of a slot behind the ``used`` ones.
 
@@ -144,7 +152,15 @@ class RowStore(Store):
 
     def read(self, slots: Slots, rows: int) -> Tensor:
         """See ``Store``."""
-        numbers, *scales = self._fetched((slots, slice(None), slice(rows)))
+        return self._read((slots, slice(None), slice(rows)))
+
+    def read_rows(self, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """See ``Store``."""
+        return self._read(index)
+
+    def _read(self, index: Any) -> Tensor:
+        """Vectors at an index, on the device."""
+        numbers, *scales = self._fetched(index)
         return Stored(numbers, scales[0] if scales else None, self.stored.format).read(..., self.dim, self.dtype)
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
@@ -198,6 +214,14 @@ class ByChannel(Store):
         codes, scales = self._fetched(index)
         vectors = self.format.decode_groups(codes, scales, self.dtype)
         return vectors.flatten(-3, -2)[..., :rows, :]
+
+    def read_rows(self, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """See ``Store``; those of a group that is not complete have no meaning."""
+        slots, heads, rows = index
+        groups = rows // KEY_GROUP
+        codes = fetch(self.codes, (slots, heads, groups, rows % KEY_GROUP), self.device)
+        scales = fetch(self.scales, (slots, heads, groups), self.device)
+        return self.format.decode_groups(codes.unsqueeze(-2), scales, self.dtype).squeeze(-2)  # groups of one row
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
         """Write the groups that the chunk completes; the first one begins among the newest keys."""
@@ -285,6 +309,19 @@ class ExactWindow:
         for decoded, exact in ((keys, self.keys[slots][..., :size, :]), (values, self.values[slots][..., :size, :])):
             decoded.scatter_(-2, index.expand(exact.shape), exact)
         return keys, values
+
+    def replace_rows(self, index: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows' vectors, with exact ones for the newest of them; row = position.
+
+        Args:
+            index: slots [B, 1, 1], heads [K, 1], rows [B, K, N].
+            keys: [B, K, N, D], decoded.
+            values: [B, K, N, E], decoded.
+        """
+        slots, heads, rows = index
+        entries = (slots, heads, rows % self.size)
+        held = (self.rows[entries] == rows).unsqueeze(-1)
+        return torch.where(held, self.keys[entries], keys), torch.where(held, self.values[entries], values)
 
     def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, key: Tensor, value: Tensor) -> None:
         """Remember one token per slot.

@@ -73,7 +73,7 @@ class Memory:
         activations: the widest moment of the largest step, attention's workspace included.
         logits: logits of a step, and what sampling takes beside them.
         kv: keys and values of all slots.
-        scores: accumulated attention and positions of all slots.
+        scores: positions, accumulated attention and indexes of all slots.
         graphs: what captured decoding keeps for itself on a GPU.
         slack: what allocators lose to rounding, and compiled kernels.
     """
@@ -176,7 +176,7 @@ def memory_needed(
         activations=activations,
         logits=logits,
         kv=sum(slot.kv_bytes * count for slot, count in layouts),
-        scores=sum(slot.score_bytes * count for slot, count in layouts),
+        scores=sum((slot.nbytes - slot.kv_bytes) * count for slot, count in layouts),
         graphs=device.captured(spec, slots, keys),
         slack=device.slack + int(device.share * (activations + logits)),
     )
