@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
 from bmx.engine.by_channel import append_chunk, decode_group
+from bmx.engine.layer_inputs import ChunkState, Forward, LayerInputs, by_part
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.engine.recalling import RecallingAttention
 from bmx.kernels import Kernels
@@ -33,82 +33,9 @@ from bmx.kernels.reference import out_of_window
 from bmx.kernels.slot_views import Rows
 from bmx.kernels.transfer import upload
 from bmx.kv.layout import LayerLayout
-from bmx.kv.pool import KVPool, LayerSlots, Parts
+from bmx.kv.pool import KVPool, LayerSlots
 
 CACHED_WEIGHTS = 64  # chunk lengths whose query weights stay on the device
-
-
-@dataclass(frozen=True, slots=True)
-class LayerInputs:
-    """What a layer attends with.
-
-    Attributes:
-        query: [N, H, D].
-        key: [N, K, D], rotary embedding applied.
-        value: [N, K, E].
-        scale: factor of the dot products.
-        softcap: cap of the scores (Gemma 2), or None.
-        sinks: [H] logits of the attention sinks (gpt-oss), or None.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """All but the vectors, as keyword arguments of a kernel."""
-        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
-
-    def head(self, head: int) -> LayerInputs:
-        """One kv head's."""
-        group = self.query.shape[1] // self.key.shape[1]
-        own, asking = slice(head, head + 1), slice(head * group, (head + 1) * group)
-        sinks = None if self.sinks is None else self.sinks[asking]
-        vectors = self.query[:, asking], self.key[:, own], self.value[:, own]
-        return LayerInputs(*vectors, self.scale, self.softcap, sinks)
-
-    def output(self) -> Tensor:
-        """An uninitialised output [N, H, E]."""
-        tokens, heads, _ = self.query.shape
-        return self.query.new_empty(tokens, heads, self.value.shape[-1])
-
-
-@dataclass(slots=True)
-class ChunkState:
-    """A chunk's keys and values, and the attention that they have received in the layers that read them.
-
-    Attributes:
-        key: [T, K, D], with the probe's behind them.
-        value: [T, K, E], with the probe's behind them.
-        sums: [M, K, P + T], or None where it is not needed.
-    """
-
-    key: Tensor
-    value: Tensor
-    sums: Tensor | None = None
-
-    def add(self, sums: Tensor) -> None:
-        """Add the attention [M, K, P + T] of one more layer."""
-        self.sums = sums if self.sums is None else self.sums + sums
-
-
-@dataclass(slots=True)
-class Forward:
-    """One forward of the model over a packed step.
-
-    Attributes:
-        step: the packed step.
-        layer: the layer that is called next; transformers calls them in order, and some families pass no keywords on.
-        shared: by owner and chunk, the state of chunks that later layers read too.
-    """
-
-    step: PackedStep
-    layer: int = 0
-    shared: dict[tuple[int, int], ChunkState] = field(default_factory=dict)
 
 
 class SlotAttention:
@@ -198,16 +125,30 @@ class SlotAttention:
         if not step.decode_groups:
             raise RuntimeError("the kernels declined a step that was packed for them alone")
         for group in step.decode_groups:
-            for part, own_output, own in _by_part(self._answering.layer(group.group, forward.layer), output, inputs):
+            for part, own_output, own in by_part(self._answering.layer(group.group, forward.layer), output, inputs):
                 own_output[group.rows] = self._decode_group(part, forward.layer, group, own)
 
     def _prefill_chunks(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the prompt chunks, the rows of the output [N, H, E] behind the decoding tokens."""
+        step = forward.step
         if not self._prefill_fused(forward, output, inputs):
-            for index, chunk in enumerate(forward.step.prompts):
-                for part, own_output, own in _by_part(self._pool.layer(chunk.group, forward.layer), output, inputs):
-                    own_output[chunk.rows] = self._prefill_chunk(part, forward, index, chunk, own)
+            self._read(step.prompts, self._pool, self._policy, forward, output, inputs)
         self._archive_chunks(forward, inputs)
+        self._read(step.endings, self._answering, self._policy.answering, forward, output, inputs)
+
+    def _read(
+        self,
+        chunks: tuple[PromptChunk, ...],
+        pool: KVPool,
+        policy: CompressionPolicy,
+        forward: Forward,
+        output: Tensor,
+        inputs: LayerInputs,
+    ) -> None:
+        """Attention of chunks to their slots and to themselves; a policy says what the slots keep of them."""
+        for chunk in chunks:
+            for part, own_output, own in by_part(pool.layer(chunk.group, forward.layer), output, inputs):
+                own_output[chunk.rows] = self._prefill_chunk(part, policy, forward, chunk, own)
 
     def _archive_chunks(self, forward: Forward, inputs: LayerInputs) -> None:
         """Archive all pairs of the prompt chunks, in the layer that owns them."""
@@ -252,18 +193,18 @@ class SlotAttention:
         )
 
     def _prefill_chunk(
-        self, part: LayerSlots, forward: Forward, index: int, chunk: PromptChunk, inputs: LayerInputs
+        self, part: LayerSlots, policy: CompressionPolicy, forward: Forward, chunk: PromptChunk, inputs: LayerInputs
     ) -> Tensor:
         """A chunk attends to its slot and to itself, and its survivors are stored: output [T, H, E]."""
-        owner, rows = part.layout.owner, chunk.rows
-        state = forward.shared.get((owner, index)) or ChunkState(inputs.key[rows], inputs.value[rows])
+        rows, key = chunk.rows, (part.layout.owner, chunk.rows.start)
+        state = forward.shared.get(key) or ChunkState(inputs.key[rows], inputs.value[rows])
         output, sums = self._attend_chunk(part, chunk, state, inputs)
         if sums is not None:
             state.add(sums)
         if forward.layer < part.layout.last_reader:
-            forward.shared[owner, index] = state
+            forward.shared[key] = state
         else:
-            self._store(self._policy, part, chunk, state, inputs)
+            self._store(policy, part, chunk, state, inputs)
         return output
 
     def _attend_chunk(
@@ -388,16 +329,6 @@ class SlotAttention:
         part.write(group.slots, rows, key, value, group.positions)
         if part.index is not None:
             part.index.write(group.slots, group.positions, group.positions_host, key)
-
-
-def _by_part(parts: Parts, output: Tensor, inputs: LayerInputs) -> Iterator[tuple[LayerSlots, Tensor, LayerInputs]]:
-    """A layer's parts, each with its heads of the output [N, H, E] and of the inputs."""
-    if len(parts) == 1:
-        yield parts[0], output, inputs
-        return
-    group = output.shape[1] // len(parts)
-    for head, part in enumerate(parts):
-        yield part, output[:, head * group : (head + 1) * group], inputs.head(head)
 
 
 def _rotations(pools: tuple[KVPool, KVPool], kernels: KernelModule) -> list[Callable[[Tensor], list[Tensor]] | None]:

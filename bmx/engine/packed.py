@@ -139,6 +139,7 @@ class PackedStep:
         decode_groups: the same by group; empty if the step is for kernels that fuse whole steps.
         chunks: the prompt chunks behind them, as one table, or None.
         prompts: the same chunks one by one.
+        endings: chunks behind them that are read on the archive.
         plain: whether kernels that fuse whole steps can take it: it has no probe and no protected spans.
     """
 
@@ -149,6 +150,7 @@ class PackedStep:
     decode_groups: tuple[DecodeGroup, ...] = ()
     chunks: Chunks | None = None
     prompts: tuple[PromptChunk, ...] = ()
+    endings: tuple[PromptChunk, ...] = ()
     plain: bool = True
 
 
@@ -180,8 +182,8 @@ class Packer:
     def probe_behind(self, chunk: Chunk) -> tuple[int, ...]:
         """The probe's token ids behind a chunk; none while decoding, and none for a sequence that never evicts."""
         sequence = chunk.sequence
-        answer = sequence.held_total - len(sequence.prompt)
-        evicts = not chunk.decodes and self.policy.evicts(len(sequence.prompt), answer)
+        answer = sequence.held_total - sequence.read_tokens
+        evicts = chunk.start < sequence.read_tokens and self.policy.evicts(sequence.read_tokens, answer)
         return self.probe if evicts else ()
 
     def pack(self, step: Step, next_ids: Tensor) -> PackedStep:
@@ -195,7 +197,7 @@ class Packer:
         reading = [chunk for chunk in step.chunks if not chunk.decodes]
         ids, positions = [0] * len(decoding), [chunk.start for chunk in decoding]
         logits_at = list(range(len(decoding)))
-        prompts = []
+        prompts, endings = list[PromptChunk](), list[PromptChunk]()
         for chunk in reading:
             probe, begin, stop = self.probe_behind(chunk), len(ids), chunk.start + chunk.length
             ids += [*chunk.sequence.prompt[chunk.start : stop], *probe]
@@ -203,20 +205,23 @@ class Packer:
             positions += [min(stop + i, self.max_length - 1) for i in range(len(probe))]
             if chunk.samples:
                 logits_at.append(begin + chunk.length - 1)
-            prompts.append(self._prompt_chunk(chunk, slice(begin, len(ids)), len(probe)))
-        return self.upload(ids, positions, logits_at, decoding, prompts, next_ids)
+            ends = chunk.start >= chunk.sequence.read_tokens
+            (endings if ends else prompts).append(self._prompt_chunk(chunk, slice(begin, len(ids)), len(probe)))
+        return self.upload(ids, positions, logits_at, decoding, prompts, next_ids, endings)
 
     def _prompt_chunk(self, chunk: Chunk, rows: slice, probes: int) -> PromptChunk:
+        """A chunk in the slot that it is read in: one under the budget, or, at the end of a prompt, the archive."""
         sequence = chunk.sequence
         index = sequence.slot_index
+        archived = self.archives and chunk.start < sequence.read_tokens
         return PromptChunk(
             rows=rows,
-            group=0 if self.archives else index.group,
-            slot=index.reading if self.archives else index.slot,
+            group=0 if archived else index.group,
+            slot=index.reading if archived else index.slot,
             start=chunk.start,
-            total=sequence.held_total,
-            row_limit=sequence.row_limit,
-            archive=index if self.archives else None,
+            total=sequence.held_total if archived else sequence.total,
+            row_limit=sequence.row_limit if archived else sequence.rows_needed,
+            archive=index if archived else None,
             probes=probes,
             spans=sequence.spans,
         )
@@ -229,6 +234,7 @@ class Packer:
         decoding: list[Chunk],
         prompts: list[PromptChunk],
         next_ids: Tensor,
+        endings: Seq[PromptChunk] = (),
     ) -> PackedStep:
         """A packed step on the device; all its whole numbers travel together.
 
@@ -239,6 +245,7 @@ class Packer:
             decoding: chunks of decoding sequences, the first packed rows.
             prompts: the chunks behind them.
             next_ids: [S] on the device, the token that each slot decodes next.
+            endings: chunks that are read on the archive.
         """
         sequences = [chunk.sequence for chunk in decoding]
         numbers, row_limits = [self.slot_number(s) for s in sequences], [s.rows_needed for s in sequences]
@@ -258,6 +265,7 @@ class Packer:
             decode_groups=self._decode_groups(decoding, group_slots, starts, limits),
             chunks=self._chunks(table, torch.stack(columns), prompts, len(ids)) if prompts else None,
             prompts=tuple(prompts),
+            endings=tuple(endings),
             plain=not spans and not any(chunk.probes for chunk in prompts),
         )
 

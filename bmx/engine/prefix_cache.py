@@ -35,6 +35,10 @@ class Prompt(Protocol):
         """Its token ids."""
 
     @property
+    def read_tokens(self) -> int:
+        """Tokens of its prompt that are read in a slot under the budget."""
+
+    @property
     def held_total(self) -> int:
         """Most tokens that pass through the slot in which its prompt is read."""
 
@@ -89,7 +93,7 @@ class Reuse:
             return 0
         common = common_tokens(first.prompt, second.prompt)
         even = min(common, self._lossless_tokens(first), self._lossless_tokens(second)) // UNIT * UNIT
-        for tokens in sorted({even, even - UNIT, *chunk_ends(len(first.prompt), self.chunk_size)}, reverse=True):
+        for tokens in sorted({even, even - UNIT, *chunk_ends(first.read_tokens, self.chunk_size)}, reverse=True):
             if LEAST <= tokens <= common:
                 key = self.reuse_key(first, tokens)
                 usable = key is not None and (key != () or tokens % UNIT == 0)
@@ -110,9 +114,9 @@ class Reuse:
         Returns:
             The key; None if no chunk can end there.
         """
-        if min(tokens, request.rows_needed) > self.rows or tokens >= len(request.prompt):
+        if min(tokens, request.rows_needed) > self.rows or tokens >= request.read_tokens:
             return None
-        ends = chunk_ends(len(request.prompt), self.chunk_size)
+        ends = chunk_ends(request.read_tokens, self.chunk_size)
         after = bisect_right(ends, tokens)
         lossless = tokens <= self._lossless_tokens(request)
         if lossless and self._chunks_end_anywhere and ends[after] - tokens >= self._query_window:
@@ -123,7 +127,7 @@ class Reuse:
             return ("end",)
         spans = tuple((start, min(stop, tokens)) for start, stop in request.spans if start < tokens)
         rows = tuple(min(layer.rows, tokens) for layer in self._layers_of(request))
-        evicts = self.policy.evicts(len(request.prompt), request.held_total - len(request.prompt))
+        evicts = self.policy.evicts(request.read_tokens, request.held_total - request.read_tokens)
         return ("end", rows, spans, evicts)
 
     def scored(self, request: Prompt) -> int:

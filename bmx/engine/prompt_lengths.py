@@ -34,9 +34,14 @@ class EncodedPrompt:
     spans: tuple[tuple[int, int], ...] = ()
 
     @property
+    def read_tokens(self) -> int:
+        """Tokens of the prompt that are read in a slot under the budget."""
+        return self.length.prompt_tokens - self.length.ending
+
+    @property
     def held_total(self) -> int:
         """Most tokens that pass through the slot in which the prompt is read."""
-        return self.length.prompt_tokens + (0 if self.length.reading_rows else self.length.max_tokens)
+        return self.read_tokens + (0 if self.length.reading_rows else self.length.max_tokens)
 
     @property
     def row_limit(self) -> int:

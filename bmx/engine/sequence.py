@@ -11,7 +11,7 @@ from typing import Any
 
 from bmx.kv.layout import SlotIndex
 from bmx.model.prompt_encoder import Detokenizer, decode
-from bmx.plan.chunks import chunk_ends, steps_needed
+from bmx.plan.chunks import chunk_ends, ending_of, steps_needed
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 
@@ -131,9 +131,14 @@ class Sequence:
         return self.reading_rows or self.rows_needed
 
     @property
+    def read_tokens(self) -> int:
+        """Tokens of its prompt that are read in a slot under the budget; the others are read on the archive."""
+        return len(self.prompt) - ending_of(len(self.prompt), self.reading_rows)
+
+    @property
     def held_total(self) -> int:
         """Most tokens that pass through the slot in which its prompt is read."""
-        return len(self.prompt) if self.reading_rows else self.total
+        return self.read_tokens if self.reading_rows else self.total
 
     @property
     def forced(self) -> int | None:
@@ -159,12 +164,12 @@ class Sequence:
         """
         if self.decoding:
             return 1
-        ends = (*chunk_ends(len(self.prompt), chunk_size), *self.stops)
+        ends = (*chunk_ends(self.read_tokens, chunk_size), len(self.prompt), *self.stops)
         return min(end for end in ends if end > self.computed) - self.computed
 
     def steps(self, chunk_size: int) -> int:
         """Steps from its first chunk to its last token, when its answer has its maximum length."""
-        return steps_needed(len(self.prompt), self.max_tokens, chunk_size)
+        return steps_needed(len(self.prompt), self.max_tokens, chunk_size, len(self.prompt) - self.read_tokens)
 
     def draw(self) -> float:
         """The next random number of this sequence, in [0, 1), which does not depend on the batch."""

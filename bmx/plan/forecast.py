@@ -165,7 +165,7 @@ def _admit(plan: Plan, waiting: list[Length], free: list[int], prompts: list[Sim
         group = group_for(length.rows_needed, plan.groups, free)
         if group is not None:
             free[group] -= 1
-            chunks = _chunks(group, length.prompt_tokens, plan.step.chunk_size)
+            chunks = _chunks(group, length, plan.step.chunk_size)
             prompts.append(SimulatedPrompt(group, length, chunks[::-1]))
         else:
             left.append(length)
@@ -174,15 +174,16 @@ def _admit(plan: Plan, waiting: list[Length], free: list[int], prompts: list[Sim
     return left
 
 
-def _chunks(group: int, tokens: int, chunk_size: int) -> list[SimulatedChunk]:
+def _chunks(group: int, length: Length, chunk_size: int) -> list[SimulatedChunk]:
     """The chunks of a prompt.
 
     Args:
         group: of its slot.
-        tokens: of the prompt.
+        length: of the request.
         chunk_size: most tokens of a chunk.
     """
-    ends = [0, *chunk_ends(tokens, chunk_size)]
+    tokens = length.prompt_tokens
+    ends = dict.fromkeys([0, *chunk_ends(tokens - length.ending, chunk_size), tokens])
     return [SimulatedChunk(group, a, b - a, b == tokens) for a, b in pairwise(ends)]
 
 
@@ -292,7 +293,7 @@ class _Clock:
     def _prompt(self, chunk: SimulatedChunk) -> float:
         """Seconds of a chunk's attention to its slot and to itself."""
         reading = self._plan.reading
-        capacity = reading.layout.capacity if reading else self._plan.groups[chunk.group].capacity
+        capacity = reading.layout.capacity if reading and not chunk.last else self._plan.groups[chunk.group].capacity
         seconds = 0.0
         for (window, heads, dims), layers in self._layers.items():
             past = min(chunk.start, capacity, window or capacity)

@@ -15,7 +15,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
-from bmx.plan.chunks import steps_needed
+from bmx.plan.chunks import ending_of, steps_needed
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, Memory, ReadingSlots, SlotGroup, StepSize, does_not_fit, memory_needed
 
@@ -62,7 +62,12 @@ class Length:
 
     def steps(self, chunk_size: int) -> int:
         """Steps from the first chunk to the last token, if the answer is as long as it may get."""
-        return steps_needed(self.prompt_tokens, self.max_tokens, chunk_size)
+        return steps_needed(self.prompt_tokens, self.max_tokens, chunk_size, self.ending)
+
+    @property
+    def ending(self) -> int:
+        """Last tokens of its prompt that are read on its archive."""
+        return ending_of(self.prompt_tokens, self.reading_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
