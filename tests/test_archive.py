@@ -76,7 +76,7 @@ def test_text_that_prompts_share_is_read_once(archive, budget):
     rows = [document + question for question in random_prompts((12, 9, 14, 7), seed=9)]
     engine = archiving(archive=archive, kv_budget=budget)
     answered = answers(engine, requests(prompts=rows))
-    assert engine.stats.reused_prompt_tokens >= 3 * 72
+    assert engine.stats.reused_prompt_tokens >= 3 * 64
     assert answered == answers(archiving(archive=archive, kv_budget=budget, prefix_reuse=False), requests(prompts=rows))
 
 
