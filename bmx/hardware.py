@@ -309,6 +309,11 @@ def held_bytes() -> int:
     return resident_bytes() if anonymous is None else anonymous + (shared or 0)
 
 
+def file_bytes() -> int:
+    """Bytes of pages of files among those that this process holds; 0 where the system does not say."""
+    return _own_status("RssFile") or 0
+
+
 def peak_resident_bytes() -> int:
     """The most bytes held in memory since the start or, where it succeeded, since `reset_peak`."""
     peak = _own_status("VmHWM")  # getrusage's figure does not follow a reset

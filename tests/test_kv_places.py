@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 import resource
+import shutil
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_engine
+from conftest import answers, as_requests, random_prompts, tiny_engine, words
 
-from bmx.errors import OutputError, UsageError
+from bmx.engine.memory_meter import MemoryMeter
+from bmx.errors import MemoryLimitError, OutputError, UsageError
 from bmx.kv import places
 from bmx.kv.places import FileMemory, HostMemory, check_place, open_place
 from bmx.kv.pool import KVPool, LayerSlots
@@ -107,7 +111,121 @@ def test_a_file_is_as_large_as_its_tensors_and_goes_with_the_last_of_them(folder
     assert folder not in Path("/proc/self/maps").read_text()
 
 
-# ---- I18: the disk that is to take the archive is full ----
+# ---- an archive in a place ----
+
+PROMPTS = random_prompts((70, 9, 41, 64, 23), seed=3)
+
+
+def archiving(place, family="llama", archive="int4", **config):
+    config = {"chunk_size": 24, "max_num_batched_tokens": 72, "max_num_seqs": 3} | config
+    small = {"kv_budget": 16, "kv_sink": 2, "kv_recent": 5, "kv_archive": archive, "kv_archive_place": place}
+    return tiny_engine(family, **small, **config)
+
+
+def requests():
+    return as_requests(PROMPTS, max_tokens=40)
+
+
+@pytest.mark.parametrize(
+    ("family", "archive"), [("llama", "model"), ("gemma2", "int4"), ("llama", "int2"), ("gemma2", "model")]
+)
+def test_answers_do_not_depend_on_where_the_archive_is(family, archive, folder):
+    expected = answers(archiving("device", family, archive), requests())
+    assert answers(archiving(folder, family, archive), requests()) == expected
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("archive", ["model", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_is_in_the_file_is_planned_apart_and_does_not_count_as_memory(family, archive, folder):
+    here, there = (archiving(place, family, archive) for place in ("device", folder))
+    plain, filed = (engine.plan(engine.measure(requests())) for engine in (here, there))
+    assert plain.memory.file == plain.memory.host == 0
+    assert filed.memory.pool + filed.memory.file == plain.memory.pool
+    items = asdict(filed.memory)
+    assert filed.memory.total == sum(items.values()) - items["file"]
+    stored = sum(group.slots * layout.stored_bytes for group, layout in zip(filed.groups, filed.layouts, strict=True))
+    assert filed.memory.file == stored
+    with there.backend.runner(filed, there.policy) as runner:
+        assert runner.kv_bytes == filed.memory.pool
+        assert runner.answering.nbytes - runner.answering.device_bytes == filed.memory.file
+
+
+def test_more_sequences_fit_into_the_same_memory_beside_a_file(folder):
+    prompts = as_requests(random_prompts((200,) * 40), max_tokens=40)
+    pool = 3 * 10**5
+    here, there = (archiving(place, max_num_seqs=40, kv_cache_memory=pool) for place in ("device", folder))
+    fewer, more = (engine.plan(engine.measure(prompts)) for engine in (here, there))
+    assert more.memory.pool <= pool
+    assert more.slots > 1.5 * fewer.slots
+
+
+def test_pages_of_files_that_are_spared_are_no_memory_of_the_run(folder):
+    meter, size = MemoryMeter("cpu", 0), 64 * 10**6
+    meter.reset(spares_files=True)
+    before, here = meter.peak, meter.now
+    tensor = FileMemory(folder, size, 1).zeros((size,), torch.uint8)
+    tensor[:] = 1
+    assert meter.peak - before < size / 4
+    assert meter.now - here < size / 4
+    meter.reset()
+    assert meter.now - here > size / 2
+    meter.reset(spares_files=True)
+    held = torch.ones(size, dtype=torch.uint8)
+    assert meter.peak - before > size / 2
+    assert held.all()
+
+
+def test_a_run_says_where_the_archive_is_and_how_much_of_it(bmx, model, folder):
+    lines = [json.dumps({"id": i, "prompt": words(prompt)}) for i, prompt in enumerate(PROMPTS)]
+    Path("in.jsonl").write_text("\n".join(lines))
+    Path(folder, "disk").mkdir()
+    given = ("-m", model, "--kv-archive", "int4", "--kv-budget", 64, "--max-tokens", 5, "--no-chat-template")
+    ended = bmx("run", "in.jsonl", *given, "--kv-archive-place", f"{folder}/disk")
+    assert ended.code == 0, ended.err
+    assert any(line.startswith("archive: ") and f"in a file in {folder}/disk of" in line for line in ended.log)
+    assert any(line.startswith("KV cache") and line.endswith(f"in a file in {folder}/disk") for line in ended.log)
+    plan = json.loads(Path("in.out.jsonl.run.json").read_text())["plan"]
+    assert plan["archive_place"] == f"{folder}/disk"
+    assert plan["memory"]["file"] > 0 == plan["memory"]["host"]
+    assert plan["memory"]["total"] + plan["memory"]["file"] == sum(plan["memory"].values()) - plan["memory"]["total"]
+
+
+# ---- G15: the disk that is to take the archive is full ----
+
+
+def test_g15_a_disk_without_room_for_one_sequence_is_an_error_of_the_plan(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    engine = archiving(folder)
+    with pytest.raises(MemoryLimitError, match=f"needs 1 MB in {folder}; 0 MB may be used there") as refused:
+        engine.plan(engine.measure(requests()))
+    assert "--kv-archive-place" in refused.value.hint
+
+
+def test_g15_a_disk_with_little_room_makes_fewer_slots(folder, monkeypatch):
+    layout = archiving(folder).policy.answering.layout(archiving(folder).spec, 112)
+    free = int(1.9 * layout.stored_bytes / 0.92)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, free))
+    engine = archiving(folder)
+    assert engine.plan(engine.measure(requests())).slots == 2
+
+
+def test_g15_a_disk_that_fills_up_before_the_file_is_made_ends_the_run_before_the_first_answer(
+    bmx, model, folder, monkeypatch
+):
+    Path("in.jsonl").write_text(json.dumps({"id": "a", "prompt": words(PROMPTS[0])}))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    given = ("-m", model, "--kv-archive", "int4", "--kv-budget", 64, "--max-tokens", 5, "--no-chat-template")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        ended = bmx("run", "in.jsonl", *given, "--kv-archive-place", folder)
+    assert ended.code == 1
+    assert f"{folder} has no room for" in ended.err
+    assert not Path("in.out.jsonl").exists()
+    assert bmx("run", "in.jsonl", *given).code == 0
 
 
 @contextmanager
@@ -121,7 +239,7 @@ def files_no_larger_than(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_file_that_may_not_grow_so_large_is_an_error_before_anything_is_in_it(folder):
+def test_g15_a_file_that_may_not_grow_so_large_is_an_error_before_anything_is_in_it(folder):
     with files_no_larger_than(10_000), pytest.raises(OutputError, match="has no room for 2 MB") as refused:
         FileMemory(folder, 2_000_000, 4)
     assert "name another folder" in refused.value.hint
@@ -129,7 +247,7 @@ def test_a_file_that_may_not_grow_so_large_is_an_error_before_anything_is_in_it(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_an_error_that_names_the_folder(code, folder, monkeypatch):
+def test_g15_a_full_disk_is_an_error_that_names_the_folder(code, folder, monkeypatch):
     def full(*_):
         raise OSError(code, os.strerror(code))
 
@@ -138,11 +256,11 @@ def test_a_full_disk_is_an_error_that_names_the_folder(code, folder, monkeypatch
         FileMemory(folder, 3 * 10**9, 4)
 
 
-# ---- I19: a place that cannot be used ----
+# ---- G16: a place that cannot be used ----
 
 
 @pytest.mark.parametrize("made", ["missing", "file", "unwritable"])
-def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_loaded(made, tmp_path, monkeypatch):
+def test_g16_a_folder_that_cannot_be_used_is_refused_before_anything_is_loaded(made, tmp_path, monkeypatch):
     path = tmp_path / "place"
     if made == "file":
         path.write_text("")
@@ -159,7 +277,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_loaded(made,
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ramfs"])
-def test_a_folder_in_memory_is_refused_since_it_saves_none(kind, tmp_path, monkeypatch):
+def test_g16_a_folder_in_memory_is_refused_since_it_saves_none(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(places, "_file_system", lambda _: kind)
     with pytest.raises(UsageError, match=f"is a {kind}, which keeps its files in memory"):
         check_place(str(tmp_path), "cpu")
@@ -172,9 +290,21 @@ def test_the_type_of_a_file_system_is_the_mount_s():
     assert places._file_system(str(shm)) == "tmpfs"
 
 
-def test_host_memory_is_refused_on_a_cpu_whose_memory_it_is():
+def test_g16_host_memory_is_refused_on_a_cpu_whose_memory_it_is():
     with pytest.raises(UsageError, match="host is for GPUs"):
         open_place("host", CPU, 1, 1)
+
+
+def test_g16_a_run_refuses_the_place_before_it_loads_a_model(bmx):
+    Path("in.jsonl").write_text('{"prompt": "x"}')
+    for given, said in (
+        (("--kv-archive", "int4", "--kv-archive-place", "nowhere"), "no file can be made in 'nowhere'"),
+        (("--kv-archive", "int4", "--device", "cpu", "--kv-archive-place", "host"), "host is for GPUs"),
+        (("--kv-archive-place", "."), "nothing is archived"),
+    ):
+        ended = bmx("run", "in.jsonl", "-m", "no/such-model", *given)
+        assert ended.code == 2
+        assert said in ended.complaint[0]
 
 
 def test_what_is_not_on_the_device_is_not_handed_to_its_kernels():

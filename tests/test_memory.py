@@ -439,7 +439,7 @@ class Meter:
     def __init__(self, peak: int, exact: bool = True) -> None:
         self.peak, self.exact = peak, exact
 
-    def reset(self) -> None:
+    def reset(self, spares_files: bool = False) -> None:
         pass
 
 

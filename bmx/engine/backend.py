@@ -35,7 +35,7 @@ class Runner(Protocol):
     """Computes the steps of one plan.
 
     Attributes:
-        kv_bytes: bytes of the slots that it holds.
+        kv_bytes: bytes of the slots that it holds on the device.
         ahead: steps that may be launched before the tokens of an earlier one are read.
         rounds: most tokens that sequences should decode in one step.
     """

@@ -59,11 +59,18 @@ class MemoryMeter:
         self._cuda = device == "cuda"
         self._context = context_bytes if self._cuda else 0
         self.exact = False
-        self._trimmed_to = 0
+        self._trimmed_to = self._peak = 0
+        self._files: int | None = None  # pages of files in memory at the reset, where later ones do not count
 
-    def reset(self) -> None:
-        """Count from now."""
-        self._trimmed_to = 0
+    def reset(self, spares_files: bool = False) -> None:
+        """Count from now.
+
+        Args:
+            spares_files: do not count pages of files that come into memory from now on: those of an archive, which the
+                system writes back and takes when it needs memory.
+        """
+        self._trimmed_to = self._peak = 0
+        self._files = hardware.file_bytes() if spares_files and not self._cuda else None
         if self._cuda:
             import torch
 
@@ -73,9 +80,17 @@ class MemoryMeter:
 
     @property
     def peak(self) -> int:
-        """The most bytes held since the reset: of the GPU, or of the host by this process."""
-        if not self._cuda:
+        """The most bytes held since the reset: of the GPU, or of the host by this process.
+
+        The system's own peak counts pages of files. Where those are spared, what came in since the reset is taken off,
+        and the system counts again from here, so that it is off by no more than what came and went between two calls.
+        """
+        if not self._cuda and self._files is None:
             return hardware.peak_resident_bytes()
+        if not self._cuda:
+            self._peak = max(self._peak, hardware.peak_resident_bytes() - self._spared)
+            hardware.reset_peak()
+            return self._peak
         import torch
 
         return torch.cuda.max_memory_reserved() + self._context
@@ -99,10 +114,15 @@ class MemoryMeter:
     def now(self) -> int:
         """Bytes held now."""
         if not self._cuda:
-            return hardware.resident_bytes()
+            return hardware.resident_bytes() - self._spared
         import torch
 
         return torch.cuda.memory_reserved() + self._context
+
+    @property
+    def _spared(self) -> int:
+        """Bytes of pages of files that do not count."""
+        return 0 if self._files is None else max(0, hardware.file_bytes() - self._files)
 
     @property
     def held(self) -> int:

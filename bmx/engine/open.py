@@ -13,7 +13,9 @@ from bmx.config import FAKE, EngineConfig
 from bmx.engine.backend import Backend, ModelBackend
 from bmx.engine.fake import FakeBackend, FakeTokenizer
 from bmx.engine.memory_meter import bound_kernel_caches
+from bmx.errors import UsageError
 from bmx.kernels import choose
+from bmx.kv.places import DEVICE, check_place
 from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.model.loader import RUNTIME_BYTES, check_libraries, choose_device, load_model, load_tokenizer
 from bmx.model.preview import preview_spec
@@ -46,12 +48,17 @@ def open_model(config: EngineConfig) -> tuple[Any, Backend]:
 
 
 def check_cache(config: EngineConfig, prompt: PromptConfig) -> None:
-    """Refuse settings of the cache that contradict each other, before anything is loaded.
+    """Refuse settings of the cache that contradict each other or cannot be followed, before anything is loaded.
 
     Raises:
         UsageError: they do.
     """
     CompressionPolicy.from_config(config)
+    if config.archives:
+        check_place(config.kv_archive_place, "cuda" if config.device != "cpu" and hardware.visible_gpus() else "cpu")
+    elif config.kv_archive_place != DEVICE:
+        hint = "give --kv-archive a format, such as int4"
+        raise UsageError(f"kv_archive_place is {config.kv_archive_place}, and nothing is archived", hint=hint)
     if config.kv_probe == INSTRUCTIONS:
         _ = Instructions.from_config(prompt).question
 

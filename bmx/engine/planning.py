@@ -105,7 +105,7 @@ class RunPlanner:
         last = len(plan.groups) - 1
         alone = plan.alone(SlotGroup(plan.groups[last].capacity, 1), plan.layouts[last])
         meter = self.backend.meter
-        meter.reset()
+        meter.reset(spares_files=plan.memory.file > 0)
         refused = None if self.config.enforce_eager else Stats().note_eager
         try:
             with device_errors(), self.backend.runner(alone, self.policy, probe=self.probe, refused=refused) as runner:

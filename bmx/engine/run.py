@@ -140,7 +140,7 @@ class Run:
         """All results. Each attempt leaves what it could not finish to the next one, under a smaller plan."""
         stats = self._context.stats
         stats.started = time.monotonic()
-        self._context.meter.reset()
+        self._context.meter.reset(spares_files=plan.memory.file > 0)
         while not (yield from self._attempt(plan)):
             smaller = self._context.shrunk(plan)
             if smaller is None:

@@ -61,7 +61,7 @@ class ModelRunner:
         policy: as given.
         pool: the slots in which prompts are read.
         answering: the slots on which answers are written: the archive's, or the same.
-        kv_bytes: bytes of the slots.
+        kv_bytes: bytes of the slots on the device.
         ahead: see ``Runner``.
         rounds: see ``Runner``.
     """
@@ -81,10 +81,10 @@ class ModelRunner:
         device = self._model.device
         slots = tuple(group.slots for group in (*plan.groups, *plan.prefix_slots))
         self.policy = policy
-        self.answering = self.pool = KVPool(plan.layouts, slots, self._model.dtype, device)
+        self.answering = self.pool = KVPool.placed(plan.layouts, slots, self._model.dtype, device, plan.limits.place)
         if plan.reading:
             self.pool = KVPool((plan.reading.layout,), (plan.reading.slots,), self._model.dtype, device)
-        self.kv_bytes = sum(pool.nbytes for pool in {self.pool, self.answering})
+        self.kv_bytes = sum(pool.device_bytes for pool in {self.pool, self.answering})
         self.ahead = int(kernels.capabilities.runs_ahead(device.type) and watch is None)
         self._largest_slot = plan.groups[-1].capacity
         self._largest_group = len(plan.groups) - 1

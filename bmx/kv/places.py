@@ -10,10 +10,12 @@ import errno
 import math
 import mmap
 import os
+import shutil
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Protocol
 
+from bmx import hardware
 from bmx.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -147,6 +149,16 @@ def check_place(name: str, device_type: str) -> None:
         raise UsageError("kv_archive_place host is for GPUs: the memory of a CPU is the host's", hint=hint)
     if name not in (DEVICE, HOST):
         check_folder(name)
+
+
+def free_bytes(name: str) -> int | None:
+    """Bytes that are free in a place beside the device's memory; None for the device, and where nobody can say."""
+    if name == DEVICE:
+        return None
+    try:
+        return hardware.free_host_memory().free if name == HOST else shutil.disk_usage(name).free
+    except OSError:
+        return None
 
 
 def check_folder(folder: str) -> None:

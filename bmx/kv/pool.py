@@ -20,7 +20,7 @@ from bmx.kernels.formats import Stored
 from bmx.kernels.slot_views import ChannelRows, Rows
 from bmx.kv.index import Index, allocate_index
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout, SlotIndex
-from bmx.kv.places import DeviceMemory, Place
+from bmx.kv.places import DeviceMemory, Place, open_place
 from bmx.kv.stores import EMPTY, ExactWindow, RowStore, Shape, Store, allocate_by_channel
 
 
@@ -234,6 +234,7 @@ class LayerSlots:
             self.index.copy_state(slot, source.index, source_slot)
 
 
+TENSORS = 4  # that hold the keys and values of a layer's slots of one group: numbers and scales of each
 Parts = tuple[LayerSlots, ...]  # a layer's slots in one group: all heads together, or each alone
 Sizes = list[tuple[LayerLayout, int]]  # one layer's layout in each group, with the group's number of slots
 HeadNumbers = tuple[tuple[int, ...], ...]  # [S][K]
@@ -354,6 +355,7 @@ class KVPool:
         place: Place | None = None,
     ) -> None:
         self.dtype, place = dtype, place or DeviceMemory(device)
+        self._elsewhere = not isinstance(place, DeviceMemory)
         self.slot_offsets = tuple(accumulate(slots, initial=0))
         tables: SlotTables = {}
         owned: dict[int, tuple[tuple[Parts, ...], Rows | None]] = {}
@@ -364,6 +366,27 @@ class KVPool:
         owners = [layer.owner for layer in layouts[0].layers]
         self.groups = tuple(tuple(owned[owner][0][group] for owner in owners) for group in range(len(layouts)))
         self.rows = tuple(owned[owner][1] for owner in owners)
+
+    @classmethod
+    def placed(
+        cls, layouts: tuple[KVLayout, ...], slots: tuple[int, ...], dtype: torch.dtype, device: torch.device, place: str
+    ) -> KVPool:
+        """A pool whose keys and values are in the place that a setting names; room for all of them is taken first.
+
+        Args:
+            layouts: one layout per group.
+            slots: how many slots each group has.
+            dtype: of keys and values.
+            device: the device that computes.
+            place: ``device``, ``host`` or a folder.
+
+        Raises:
+            OutputError: a disk has no room for them.
+            UsageError: there is no such place for this device.
+        """
+        nbytes = sum(layout.stored_bytes * count for layout, count in zip(layouts, slots, strict=True))
+        tensors = TENSORS * sum(len(layout.layers) for layout in layouts)
+        return cls(layouts, slots, dtype, device, open_place(place, device, nbytes, tensors))
 
     def layer(self, group: int, layer: int) -> Parts:
         """The slots that a layer reads in a group: its own, or those of the layer whose rows it shares.
@@ -392,8 +415,14 @@ class KVPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots: what the layouts promised."""
+        """Bytes of all slots, wherever they are: what the layouts promised."""
         return sum(part.nbytes for group in range(len(self.groups)) for part in self._parts(group))
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all slots on the device: without keys and values that have another place."""
+        parts = [part for group in range(len(self.groups)) for part in self._parts(group)]
+        return self.nbytes - self._elsewhere * sum(part.keys.nbytes + part.values.nbytes for part in parts)
 
     def _parts(self, group: int) -> Iterator[LayerSlots]:
         """All parts of a group, each once."""

@@ -9,6 +9,7 @@ from bmx import kernels
 from bmx.compress.kernel_orders import left_to_kernels
 from bmx.config import EngineConfig
 from bmx.kernels.formats import MODEL
+from bmx.kv.places import DEVICE
 from bmx.model.spec import ModelSpec
 
 # Bytes, and share of activations and logits, that allocators lose; measured by benchmarks/memory.py.
@@ -29,6 +30,7 @@ class Device:
         slack: bytes that allocators lose in any case.
         share: share of the bytes of activations and logits that they lose besides.
         captures: whether decoding is captured as CUDA graphs.
+        archive_place: where the keys and values of an archive are: ``device``, ``host`` or a folder.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Device:
     slack: int = 0
     share: float = 0.02
     captures: bool = False
+    archive_place: str = DEVICE
 
     @classmethod
     def of(cls, kind: str, spec: ModelSpec, runtime: int, config: EngineConfig | None = None) -> Device:
@@ -66,7 +69,15 @@ class Device:
         if kind == "cpu":
             slack += spec.merged_bytes  # the file's pages of merged weights stay mapped
         captures = kind == "cuda" and capabilities.capturable and fused and not config.enforce_eager
-        return cls(kind=kind, runtime=runtime, workspace=workspace, slack=slack, share=share, captures=captures)
+        return cls(
+            kind=kind,
+            runtime=runtime,
+            workspace=workspace,
+            slack=slack,
+            share=share,
+            captures=captures,
+            archive_place=config.kv_archive_place,
+        )
 
     def captured(self, spec: ModelSpec, slots: int, rows: int) -> int:
         """Bytes that captured graphs of decoding hold: activations, and logits twice, since some rows may be sampled.

@@ -1,6 +1,6 @@
 """The memory of a run in closed form, item by item, and what a run may use.
 
-Knows sizes and counts; touches no tensor, no device and no file.
+Knows sizes and counts; touches no tensor and no device, and asks the system only how much room an archive has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
 from bmx.kv.layout import KVLayout
+from bmx.kv.places import DEVICE, HOST, free_bytes
 from bmx.model.spec import ModelSpec
 from bmx.plan.device import Device
 
@@ -76,6 +77,8 @@ class Memory:
         scores: positions, accumulated attention and indexes of all slots.
         graphs: what captured decoding keeps for itself on a GPU.
         slack: what allocators lose to rounding, and compiled kernels.
+        host: keys and values of an archive in the host's memory, beside a GPU.
+        file: keys and values of an archive in a file.
     """
 
     runtime: int = 0
@@ -86,10 +89,12 @@ class Memory:
     scores: int = 0
     graphs: int = 0
     slack: int = 0
+    host: int = 0
+    file: int = 0
 
     @property
     def pool(self) -> int:
-        """Bytes of the slots: keys, values and scores."""
+        """Bytes of the slots on the device: keys, values and scores."""
         return self.kv + self.scores
 
     @property
@@ -98,9 +103,15 @@ class Memory:
         return self.total - self.pool - self.graphs
 
     @property
+    def elsewhere(self) -> int:
+        """Bytes that do not count as memory of the device."""
+        return self.host + self.file
+
+    @property
     def total(self) -> int:
-        """Bytes of all items."""
-        return sum(getattr(self, f.name) for f in fields(self))
+        """Bytes of all items on the device."""
+        sizes: list[int] = [getattr(self, f.name) for f in fields(self)]
+        return sum(sizes) - self.elsewhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,21 +123,28 @@ class Limits:
         pool: bytes of the slots, or None for what the rest leaves over.
         slots: most sequences at once, or None.
         source: where ``total`` comes from, for people.
+        place: where the keys and values of an archive are: ``device``, ``host`` or a folder.
+        room: bytes that they may take there, or None for any.
     """
 
     total: int
     pool: int | None = None
     slots: int | None = None
     source: str = ""
+    place: str = DEVICE
+    room: int | None = None
 
     def missing(self, needed: Memory) -> int:
         """Bytes by which a run is too large; 0 if it fits."""
         over = 0 if self.pool is None else needed.pool - self.pool
-        return max(0, over, needed.total - self.total)
+        outside = 0 if self.room is None else needed.elsewhere - self.room
+        return max(0, over, outside, needed.total - self.total)
 
 
 def limits(config: EngineConfig, memory: FreeMemory, held: int) -> Limits:
     """What a run may use: the user's limit, or a share of what is free and what bmx holds already.
+
+    An archive that is elsewhere may take the same share of what is free there.
 
     Args:
         config: the settings.
@@ -138,7 +156,17 @@ def limits(config: EngineConfig, memory: FreeMemory, held: int) -> Limits:
     source = f"{config.gpu_memory_utilization:.0%} of what is free, {memory.source}{held_by_others}"
     if config.memory_limit is not None and config.memory_limit < total:
         total, source = config.memory_limit, "memory_limit"
-    return Limits(total=total, pool=config.kv_cache_memory, slots=config.max_num_seqs, source=source)
+    place = config.kv_archive_place if config.archives else DEVICE
+    free = free_bytes(place)
+    room = None if free is None else int(free * config.gpu_memory_utilization)
+    return Limits(
+        total=total,
+        pool=config.kv_cache_memory,
+        slots=config.max_num_seqs,
+        source=source,
+        place=place,
+        room=room,
+    )
 
 
 def memory_needed(
@@ -167,6 +195,8 @@ def memory_needed(
     tokens = max(step.max_num_batched_tokens, slots + chunk)
     keys = max((group.capacity for group in groups), default=0) + chunk
     layouts = [(layout(group.capacity), group.slots) for group in (*groups, *prefix_slots)]
+    away = reading is not None and device.archive_place != DEVICE
+    stored = sum(slot.stored_bytes * count for slot, count in layouts) if away else 0
     layouts += [(reading.layout, reading.slots)] if reading else []
     activations = spec.costs.activation_bytes * tokens + device.workspace(chunk, keys, slots)
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
@@ -175,15 +205,19 @@ def memory_needed(
         weights=spec.weight_bytes,
         activations=activations,
         logits=logits,
-        kv=sum(slot.kv_bytes * count for slot, count in layouts),
+        kv=sum(slot.kv_bytes * count for slot, count in layouts) - stored,
         scores=sum((slot.nbytes - slot.kv_bytes) * count for slot, count in layouts),
         graphs=device.captured(spec, slots, keys),
         slack=device.slack + int(device.share * (activations + logits)),
+        host=stored if device.archive_place == HOST else 0,
+        file=0 if device.archive_place == HOST else stored,
     )
 
 
 def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
     """The error that says how much is missing for one sequence, and what would be enough."""
+    if limits.room is not None and needed.elsewhere > limits.room:
+        return _no_room(needed, limits)
     size, limit, what, flag = needed.total, limits.total, "in all", "--memory-limit"
     if size <= limit:
         size, limit, what, flag = needed.pool, limits.pool or 0, "for the KV cache", "--kv-cache-memory"
@@ -197,4 +231,14 @@ def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
         f"{ceil((size - limit) / 1e6):,} MB are missing",
         hint=f"{way_out} lower --kv-budget or --chunk-size, or choose a smaller model; "
         "`bmx plan-batch --check` computes what would fit",
+    )
+
+
+def _no_room(needed: Memory, limits: Limits) -> MemoryLimitError:
+    """The error that an archive has no room where it is to be."""
+    place = "the host's memory" if limits.place == HOST else limits.place
+    return MemoryLimitError(
+        f"the archive of one sequence needs {ceil(needed.elsewhere / 1e6):,} MB in {place}; "
+        f"{(limits.room or 0) / 1e6:,.0f} MB may be used there",
+        hint="make room there, name another place with --kv-archive-place, or choose a --kv-archive of fewer bits",
     )

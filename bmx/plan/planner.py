@@ -440,6 +440,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "max_num_batched_tokens": plan.step.max_num_batched_tokens,
         "memory": {f.name: getattr(memory, f.name) for f in fields(memory)} | {"total": memory.total},
         "limit": {"bytes": plan.limits.total, "kv_bytes": plan.limits.pool, "source": plan.limits.source},
+        **({"archive_place": plan.limits.place, "archive_room": plan.limits.room} if plan.memory.elsewhere else {}),
         "too_large": plan.too_large,
         "fill": round(plan.fill, 4),
     }

@@ -86,6 +86,14 @@ def plan_lines(
     items = " + ".join(f"{name} {megabytes(size)}" for name, size in memory_items(plan.memory) if size)
     total = f"{megabytes(plan.memory.total)} of {megabytes(plan.limits.total)} ({plan.limits.source})"
     yield Line(f"memory: {items} = {total}")
+    if plan.memory.elsewhere:
+        room = "" if plan.limits.room is None else f" of {megabytes(plan.limits.room)} that may be used there"
+        yield Line(f"archive: {megabytes(plan.memory.elsewhere)} in {place_words(plan)}{room}")
+
+
+def place_words(plan: Plan) -> str:
+    """Where the archive's keys and values are, for people."""
+    return f"a file in {plan.limits.place}" if plan.memory.file else "the host's memory"
 
 
 def _read_in(plan: Plan) -> str:
@@ -207,7 +215,8 @@ def _memory_lines(stats: Stats, plan: Plan) -> Iterator[Line]:
     if full > stats.kv_bytes:
         share = f", {stats.kv_bytes / full:.0%} of the {megabytes(full)} that full caches would have taken"
     if stats.kv_bytes:
-        yield Line(f"KV cache {megabytes(stats.kv_bytes)} in {counted(stats.slots, 'slot')}{share}")
+        away = f", and {megabytes(plan.memory.elsewhere)} in {place_words(plan)}" if plan.memory.elsewhere else ""
+        yield Line(f"KV cache {megabytes(stats.kv_bytes)} in {counted(stats.slots, 'slot')}{share}{away}")
     planned, peak = plan.memory.total, stats.peak_memory_bytes
     if peak:
         yield Line(f"memory planned {megabytes(planned)}, peak {megabytes(peak)} ({peak / planned - 1:+.1%})")
