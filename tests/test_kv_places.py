@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import answers, as_requests, random_prompts, tiny_engine, words
 
+from bmx.config import EngineConfig
 from bmx.engine.memory_meter import MemoryMeter
 from bmx.errors import MemoryLimitError, OutputError, UsageError
 from bmx.kv import places
@@ -133,6 +134,13 @@ def test_answers_do_not_depend_on_where_the_archive_is(family, archive, folder):
     expected = answers(archiving("device", family, archive), requests())
     assert answers(archiving(folder, family, archive), requests()) == expected
     assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("by", ["attention", "pages", "clusters", "bits"])
+def test_pairs_that_are_chosen_are_read_from_a_file_too(by, folder):
+    few = {"kv_recall": by, "kv_recall_pairs": 16}
+    expected = answers(archiving("device", **few), requests())
+    assert answers(archiving(folder, **few), requests()) == expected
 
 
 @pytest.mark.parametrize("archive", ["model", "int4"])
@@ -322,3 +330,5 @@ def test_what_is_not_on_the_device_is_not_handed_to_its_kernels():
             return False
 
     assert KVPool(layouts, (1,), F32, CPU, Elsewhere()).rows == (None,) * len(engine.spec.layers)
+    coded = engine.with_config(EngineConfig(kv_policy="none", kv_format="int4")).policy.layout(engine.spec, 20)
+    assert parts_of(KVPool((coded,), (1,), F32, CPU, Elsewhere()))[0].channel_rows is None

@@ -35,7 +35,8 @@ class LayerSlots:
         positions: [S, K, C] int32, the token's position in its sequence, -1 where the row is empty.
         row_stats: by name, [S, K, C] float32: what eviction stores for each row.
         newest: exact copies of the newest pairs, where keys are scaled by channel; else None.
-        channel_rows: the same tensors, as kernels see them, where keys are scaled by channel; else None.
+        channel_rows: the same tensors, as kernels see them, where keys are scaled by channel and on the device; else
+            None.
         index: of the keys, where tokens choose by it which rows they read; else None.
         chosen: [S, K, O] int32, rows that the tokens until the next choice read too, where they are remembered.
     """
@@ -72,16 +73,17 @@ class LayerSlots:
         if layout.by_channel:
             newest = ExactWindow.allocate(layout, slots, dtype, device)
             keys = allocate_by_channel(layout.key_format, shape, newest.keys, place)
-            channel_rows = ChannelRows(
-                codes=keys.codes,
-                scales=keys.scales,
-                key_format=layout.key_format,
-                values=values,
-                exact_keys=newest.keys,
-                exact_values=newest.values,
-                exact_rows=newest.rows,
-                positions=positions,
-            )
+            if place.is_on(device):
+                channel_rows = ChannelRows(
+                    codes=keys.codes,
+                    scales=keys.scales,
+                    key_format=layout.key_format,
+                    values=values,
+                    exact_keys=newest.keys,
+                    exact_values=newest.values,
+                    exact_rows=newest.rows,
+                    positions=positions,
+                )
         else:
             stored = Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device, place.zeros)
             keys = RowStore(stored, layout.key_dim, dtype, device)
