@@ -213,7 +213,7 @@ class EngineConfig:
         ),
     ] = None
     kv_archive: Annotated[
-        Literal["none", "model", "int8", "int4", "int2"],
+        Literal["none", "model", "int8", "int8/int4", "int4", "int2"],
         Setting(
             "Keep every pair of prompt and answer, in this format, and write answers on all of them; the budget then "
             "is for reading alone",

@@ -44,7 +44,7 @@ def test_a_prompt_of_one_chunk_is_answered_as_by_the_full_cache_whatever_the_bud
     assert answers(engine, requests()) == reference_answers(tiny_loaded("llama").model, PROMPTS, 8)
 
 
-@pytest.mark.parametrize("archive", ["int8", "int4"])
+@pytest.mark.parametrize("archive", ["int8", "int8/int4", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_an_archive_of_fewer_bits_answers_as_the_full_cache_in_them(family, archive):
     """A prompt of one chunk attends to itself alone, whatever is stored afterwards."""

@@ -23,7 +23,7 @@ from bmx.errors import UsageError
 from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout
-from bmx.kv_formats import format_name, format_of_key_rows
+from bmx.kv_formats import format_name, format_of_key_rows, formats_of
 from bmx.model.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -432,10 +432,10 @@ class CompressionPolicy:
 
 def _archive(config: EngineConfig) -> CompressionPolicy:
     """The policy that keeps every pair in the archive's format."""
-    name, sink, recent = config.kv_archive, config.kv_sink, config.kv_recent
+    (keys, values), sink, recent = formats_of(config.kv_archive), config.kv_sink, config.kv_recent
     unused, recall = Budget.of(sink + recent + 1, sink + recent, "uniform"), Recall.from_config(config)
     plain = CompressionPolicy(scorer=None, budget=unused, sink=sink, recent=recent, recall=recall)
-    return replace(plain, key_format=name, value_format=name)
+    return replace(plain, key_format=keys, value_format=values)
 
 
 def _rows(scores: Tensor) -> Tensor:
