@@ -193,6 +193,10 @@ def test_a_run_says_where_the_archive_is_and_how_much_of_it(bmx, model, folder):
     assert ended.code == 0, ended.err
     assert any(line.startswith("archive: ") and f"in a file in {folder}/disk of" in line for line in ended.log)
     assert any(line.startswith("KV cache") and line.endswith(f"in a file in {folder}/disk") for line in ended.log)
+    planned = bmx("plan-batch", "in.jsonl", *given, "--kv-archive-place", f"{folder}/disk")
+    assert any(
+        line.startswith("archive int4: ") and f"in a file in {folder}/disk" in line for line in planned.out.splitlines()
+    )
     plan = json.loads(Path("in.out.jsonl.run.json").read_text())["plan"]
     assert plan["archive_place"] == f"{folder}/disk"
     assert plan["memory"]["file"] > 0 == plan["memory"]["host"]
@@ -313,6 +317,8 @@ def test_g16_a_run_refuses_the_place_before_it_loads_a_model(bmx):
         ended = bmx("run", "in.jsonl", "-m", "no/such-model", *given)
         assert ended.code == 2
         assert said in ended.complaint[0]
+    planned = bmx("plan-batch", "in.jsonl", "-m", "fake", "--kv-archive", "int4", "--kv-archive-place", "nowhere")
+    assert (planned.code, "no file can be made in 'nowhere'" in planned.err) == (2, True)
 
 
 def test_what_is_not_on_the_device_is_not_handed_to_its_kernels():

@@ -15,6 +15,7 @@ from bmx.errors import InputFileError, MemoryLimitError, UsageError
 from bmx.job.input_rows import Reader, input_reader
 from bmx.job.ledger import Todo, unanswered_rows
 from bmx.job.paths import input_paths
+from bmx.kv.places import check_place
 from bmx.measure.plan_query import query_for_length, query_for_rows
 from bmx.model.random_models import SHAPES
 from bmx.plan.machine import machine
@@ -72,6 +73,8 @@ def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -
     _check(config, options)
     config = replace(config, engine=replace(config.engine, model=options.shape or config.engine.model))
     target = machine(config.engine, options.gpu, options.gpu_memory)
+    if config.engine.archives and not (options.gpu or options.gpu_memory):
+        check_place(config.engine.kv_archive_place, target.kind)
     with input_paths(config.inputs) as paths:
         if paths:
             reader = input_reader(config, paths)

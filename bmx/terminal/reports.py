@@ -87,8 +87,13 @@ def plan_lines(
     total = f"{megabytes(plan.memory.total)} of {megabytes(plan.limits.total)} ({plan.limits.source})"
     yield Line(f"memory: {items} = {total}")
     if plan.memory.elsewhere:
-        room = "" if plan.limits.room is None else f" of {megabytes(plan.limits.room)} that may be used there"
-        yield Line(f"archive: {megabytes(plan.memory.elsewhere)} in {place_words(plan)}{room}")
+        yield Line(f"archive: {_away(plan)}")
+
+
+def _away(plan: Plan) -> str:
+    """How much of the archive is not in the device's memory, and where."""
+    room = "" if plan.limits.room is None else f" of {megabytes(plan.limits.room)} that may be used there"
+    return f"{megabytes(plan.memory.elsewhere)} in {place_words(plan)}{room}"
 
 
 def place_words(plan: Plan) -> str:
@@ -260,6 +265,8 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
             yield f"{scenario.name}: {scenario.problem.message}"
         if scenario.plan and scenario.left_out:
             yield f"{scenario.name}: no slot for {_named(scenario.left_out, scenario.plan.too_large)}"
+        if scenario.plan and scenario.plan.memory.elsewhere:
+            yield f"{scenario.name}: {_away(scenario.plan)}"
 
 
 def failed_lines(query: PlanQuery) -> Iterator[str]:
