@@ -58,6 +58,23 @@ def fetch(part: Tensor, index: Any, device: torch.device) -> Tensor:
     return part[_moved(index, part.device)].to(device)
 
 
+def fetch_rows(part: Tensor, index: Sequence[Tensor], device: torch.device) -> Tensor:
+    """What a contiguous tensor holds at entries of its first dimensions, on the device that computes.
+
+    It is ``part[index]``, in a way that copies whole vectors.
+
+    Args:
+        part: wherever it is.
+        index: whole numbers for each of the first dimensions, which are broadcast; on the device.
+        device: the one that computes.
+    """
+    entry = index[0]
+    for size, numbers in zip(part.shape[1:], index[1:], strict=False):
+        entry = entry * size + numbers
+    vectors = part.flatten(0, len(index) - 1).index_select(0, entry.flatten().to(part.device))
+    return vectors.to(device).view(*entry.shape, *part.shape[len(index) :])
+
+
 def put(part: Tensor, index: Any, values: Tensor) -> None:
     """Write values of the device that computes into a tensor.
 

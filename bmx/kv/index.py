@@ -23,7 +23,7 @@ from bmx.kernels.formats import KEY_GROUP
 from bmx.kv.layout import BITS_FORMAT, CLUSTER_GROUP, CLUSTER_SIZE, PAGE, LayerLayout
 from bmx.kv.stores import ByChannel, allocate_by_channel
 
-ITERATIONS = 10  # of k-means
+ITERATIONS = 4  # of k-means; ten choose no better
 WAITING = -1  # the label of a row that is in no cluster yet
 
 Self = TypeVar("Self", bound="Index")
@@ -147,7 +147,7 @@ class PageIndex(Index):
         """See ``Index``: where a query's number is positive, the greatest key is the bound, else the least."""
         pages = -(-rows // PAGE)
         asking = _grouped(query, self.low.shape[1])
-        low, high = (bounds[slots, :, :pages].float().transpose(-1, -2) for bounds in self.parts)
+        low, high = (bounds.index_select(0, slots)[:, :, :pages].float().transpose(-1, -2) for bounds in self.parts)
         bounds = asking.clamp(min=0) @ high + asking.clamp(max=0) @ low
         return bounds.repeat_interleave(PAGE, -1)[..., :rows]
 
@@ -275,9 +275,17 @@ class BitsIndex(Index):
         self.keys.write_tokens(_index(slots, keys, positions), positions, keys)
 
     def products(self, query: Tensor, slots: Tensor, positions: Tensor, rows: int) -> Tensor:
-        """See ``Index``: the dot product with the decoded key, or with the exact one of the newest rows."""
-        asking = _grouped(query, self.keys.newest.shape[1])
-        coarse = asking @ self.keys.read(slots, rows).float().transpose(-1, -2)
+        """See ``Index``: the dot product with the decoded key, or with the exact one of the newest rows.
+
+        Keys are not decoded: a query is multiplied by a group's scales instead, and with its offsets.
+        """
+        asking, groups = _grouped(query, self.keys.newest.shape[1]), self.keys.length_of(rows)
+        codes, scales = (part.index_select(0, slots)[:, :, :groups] for part in self.keys.parts)
+        levels = self.keys.format.unpack(codes)[..., : query.shape[-1]].float()  # [B, K, groups, KEY_GROUP, D]
+        scale, offset = scales.float().unsqueeze(3).unbind(-1)  # [B, K, groups, 1, D]
+        of_group = asking.unsqueeze(2)
+        coarse = (of_group * scale) @ levels.transpose(-1, -2) + (of_group * offset).sum(-1, keepdim=True)
+        coarse = coarse.transpose(2, 3).flatten(3)[..., :rows]
         exact = asking @ self.keys.newest[slots].float().transpose(-1, -2)  # [B, K, G, KEY_GROUP]
         row = torch.arange(rows, device=query.device)
         newest = row > positions.view(-1, 1, 1, 1) - KEY_GROUP

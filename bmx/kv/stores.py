@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bmx.kernels.formats import FORMATS, KEY_GROUP, Format, Stored
-from bmx.kernels.transfer import fetch, put
+from bmx.kernels.transfer import fetch, fetch_rows, put
 from bmx.kv.layout import LayerLayout
 from bmx.kv.places import DeviceMemory, Place
 
@@ -152,15 +152,15 @@ class RowStore(Store):
 
     def read(self, slots: Slots, rows: int) -> Tensor:
         """See ``Store``."""
-        return self._read((slots, slice(None), slice(rows)))
+        return self._decoded(self._fetched((slots, slice(None), slice(rows))))
 
     def read_rows(self, index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """See ``Store``."""
-        return self._read(index)
+        return self._decoded([fetch_rows(part, index, self.device) for part in self.parts])
 
-    def _read(self, index: Any) -> Tensor:
-        """Vectors at an index, on the device."""
-        numbers, *scales = self._fetched(index)
+    def _decoded(self, fetched: list[Tensor]) -> Tensor:
+        """Vectors from what was fetched of each part."""
+        numbers, *scales = fetched
         return Stored(numbers, scales[0] if scales else None, self.stored.format).read(..., self.dim, self.dtype)
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
@@ -219,8 +219,8 @@ class ByChannel(Store):
         """See ``Store``; those of a group that is not complete have no meaning."""
         slots, heads, rows = index
         groups = rows // KEY_GROUP
-        codes = fetch(self.codes, (slots, heads, groups, rows % KEY_GROUP), self.device)
-        scales = fetch(self.scales, (slots, heads, groups), self.device)
+        codes = fetch_rows(self.codes, (slots, heads, groups, rows % KEY_GROUP), self.device)
+        scales = fetch_rows(self.scales, (slots, heads, groups), self.device)
         return self.format.decode_groups(codes.unsqueeze(-2), scales, self.dtype).squeeze(-2)  # groups of one row
 
     def append(self, slot: int, used: int, vectors: Tensor) -> None:
@@ -321,7 +321,9 @@ class ExactWindow:
         slots, heads, rows = index
         entries = (slots, heads, rows % self.size)
         held = (self.rows[entries] == rows).unsqueeze(-1)
-        return torch.where(held, self.keys[entries], keys), torch.where(held, self.values[entries], values)
+        exact = (fetch_rows(part, entries, keys.device) for part in (self.keys, self.values))
+        own_keys, own_values = (torch.where(held, own, read) for own, read in zip(exact, (keys, values), strict=True))
+        return own_keys, own_values
 
     def write_tokens(self, index: tuple[Tensor, Tensor, Tensor], positions: Tensor, key: Tensor, value: Tensor) -> None:
         """Remember one token per slot.
