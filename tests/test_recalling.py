@@ -114,7 +114,7 @@ def test_layers_that_read_anothers_pairs_read_those_that_its_queries_chose(recal
 
 @pytest.mark.parametrize("recall", WAYS)
 def test_text_that_prompts_share_is_indexed_once(recall):
-    document = random_prompts((96,), seed=8)[0]
+    document = random_prompts((170,), seed=8)[0]
     rows = [document + question for question in random_prompts((12, 9, 14, 7), seed=9)]
     settings = {"recall": recall, "pairs": 40, "archive": "int4", "kv_recall_every": 2}
     engine = recalling(**settings)
