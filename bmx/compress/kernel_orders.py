@@ -11,6 +11,7 @@ from bmx.compress.scorers import scorer_named
 from bmx.config import EngineConfig
 from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import FORMATS
+from bmx.kv_formats import formats_of
 
 _KERNEL_ORDERS = {  # the formulas that kernels know, and what ``EvictionOrder`` calls them
     Recency.__call__: "age",
@@ -25,6 +26,8 @@ def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
     beyond_kernels = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
     scorer, formats = scorer_named(config.kv_policy), config.pair_formats
     beyond_kernels = beyond_kernels or config.kv_recall != "all" or scales_by_channel(scorer, formats[0])
+    if config.archives and not capabilities.profile.reads_by_channel:
+        beyond_kernels = beyond_kernels or scales_by_channel(None, formats_of(config.kv_archive)[0])
     return bool(kernel_order(scorer)) and not beyond_kernels and capabilities.fuses(*formats)
 
 

@@ -27,6 +27,7 @@ from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import use_attention
+from bmx.plan.chunks import ENDING
 from bmx.plan.memory import SAMPLER_ROWS, StepSize
 from bmx.plan.planner import Plan
 from bmx.request import Request, SamplingParams
@@ -195,7 +196,8 @@ class ModelRunner:
     def profile_step(self, size: StepSize, sampled: int) -> None:
         """Compute the largest step that a plan allows, on made-up tokens, so that its memory can be measured.
 
-        Chunks read slot 0 of the last group. Where the policy evicts, the slot is full; else they fill it.
+        Chunks read slot 0 of the last group. Where the policy evicts, the slot is full; else they fill it. Where
+        prompts are archived, the first tokens are the end of one, which reads the whole archive.
 
         Args:
             size: how large the step is.
@@ -207,6 +209,7 @@ class ModelRunner:
         evicts = not archives and self.policy.evicts(capacity, 1)
         start = max(0, min(capacity, self._max_length - chunk) if evicts else capacity - chunk)
         self._reset(last)
+        ending = min(ENDING, tokens // 2, capacity) if archives else 0
         prompts = [
             PromptChunk(
                 rows=slice(begin, min(begin + chunk, tokens)),
@@ -218,11 +221,19 @@ class ModelRunner:
                 archive=last if archives else None,
                 probes=min(size.probe, min(chunk, tokens - begin) - 1),
             )
-            for begin in range(0, tokens, chunk)
+            for begin in range(ending, tokens, chunk)
         ]
+        at_end = PromptChunk(
+            rows=slice(0, ending),
+            group=last.group,
+            slot=0,
+            start=capacity - ending,
+            total=capacity,
+            row_limit=capacity,
+        )
         ids, positions = [i % self._vocab for i in range(tokens)], [start + i % chunk for i in range(tokens)]
         logits_at = [i % tokens for i in range(sampled)]
-        packed = self._packer.upload(ids, positions, logits_at, [], prompts, self._next_ids)
+        packed = self._packer.upload(ids, positions, logits_at, [], prompts, self._next_ids, [at_end] if ending else [])
         logits = self._logits(packed, [Segment(tokens, start + chunk)])
         drawn = min(sampled, SAMPLER_ROWS)
         rows = [SamplingRow(SamplingParams(temperature=1.0), 0.5)] * drawn

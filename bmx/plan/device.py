@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from bmx import kernels
-from bmx.compress.kernel_orders import left_to_kernels
+from bmx.compress.kernel_orders import left_to_kernels, scales_by_channel
+from bmx.compress.scorers import scorer_named
 from bmx.config import EngineConfig
+from bmx.kernels.contract import KernelProfile
 from bmx.kernels.formats import MODEL
 from bmx.kv.places import DEVICE
+from bmx.kv_formats import formats_of
 from bmx.model.spec import ModelSpec
 
 # Bytes, and share of activations and logits, that allocators lose; measured by benchmarks/memory.py.
@@ -58,12 +62,12 @@ class Device:
         heads = max(layer.query_heads for layer in spec.layers)
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
-        unpacks = config.kv_format != MODEL and capabilities.profile_for(spec.itemsize, fused).unpack_passes
-        unpacked_row = _unpacked_row(spec) if unpacks else 0
+        unpacked = _unpacked_slots(config, capabilities.profile_for(spec.itemsize, fused))
 
         def workspace(chunk: int, rows: int, slots: int) -> int:
             sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}
-            return bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes) + slots * rows * unpacked_row
+            attending = bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes)
+            return attending + min(slots, unpacked) * rows * _unpacked_row(spec)
 
         slack, share = SLACK[kind]
         if kind == "cpu":
@@ -91,6 +95,17 @@ class Device:
             return 0
         activations = (slots + GRAPH_ROWS) * (spec.costs.activation_bytes + 2 * spec.itemsize * spec.vocab)
         return GRAPHS + activations + self.workspace(1, rows, slots)
+
+
+def _unpacked_slots(config: EngineConfig, profile: KernelProfile) -> int:
+    """Most slots whose pairs a layer decodes at once: those that decode, or the one in which a chunk is read."""
+    stored = config.kv_archive if config.archives else config.kv_format
+    scorer = None if config.archives else scorer_named(config.kv_policy)
+    if stored == MODEL:
+        return 0
+    if profile.reads_by_channel and scales_by_channel(scorer, formats_of(stored)[0]):
+        return 1
+    return sys.maxsize if profile.unpack_passes else 0
 
 
 def _unpacked_row(spec: ModelSpec) -> int:
