@@ -354,33 +354,38 @@ long bmx_decode_by_channel(const Vectors* views, const ChannelRows* rows, const 
     const long group = heads / kv_heads, dim = rows->keys.dim, value_dim = rows->values.dim;
     const Stored key{nullptr, nullptr, MODEL, dim};  // its size
     const size_t query_bytes = Work::bytes<bf16>(group * dim);
-    const size_t bytes_each = query_bytes + Slot::bytes({nullptr, key, rows->values, longest + 1, group});
+    Slot largest{nullptr, key, rows->values, longest + 1, group};
+    largest.set_channels(&rows->keys);
+    const size_t bytes_each = query_bytes + Slot::bytes(largest);
     const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
     if (size < needed) return needed;
-#pragma omp parallel for schedule(static, 1)
-    for (long task = 0; task < batch * kv_heads; task++) {
-        const long token = task / kv_heads, head = task % kv_heads, position = positions[token];
-        const ChannelRows own = rows->of(slots[token] * kv_heads + head);
-        own.put(position, k.at(token, head), v.at(token, head));
-        Work left{work + omp_get_thread_num() * bytes_each};
-        bf16* query = left.take<bf16>(group * dim);
-        for (long g = 0; g < group; g++)
-            std::memcpy(query + g * dim, q.at(token, head * group + g), dim * sizeof(bf16));
-        Slot slot{query, key, own.values, position + 1, group};
-        slot.channels = &own.keys;
-        slot.exact = std::min(position + 1, KEY_GROUP);
-        slot.exact_key = {reinterpret_cast<uint8_t*>(own.exact_keys), nullptr, MODEL, dim};
-        slot.exact_value = {reinterpret_cast<uint8_t*>(own.exact_values), nullptr, MODEL, value_dim};
-        slot.take(left);
-        const long after = task + omp_get_num_threads();  // the next task of this thread
-        if (after < batch * kv_heads) {
-            const ChannelRows then = rows->of(slots[after / kv_heads] * kv_heads + after % kv_heads);
-            const long coded = std::max(0L, positions[after / kv_heads] + 1 - KEY_GROUP);
-            slot.next = Stream{then.keys.at(0), then.values.at(0), coded * then.keys.bytes() / 64,
-                               coded * then.values.bytes() / 64};
+#pragma omp parallel
+    {
+#pragma omp for schedule(static, 1)
+        for (long task = 0; task < batch * kv_heads; task++) {
+            const long token = task / kv_heads, head = task % kv_heads, position = positions[token];
+            const ChannelRows own = rows->of(slots[token] * kv_heads + head);
+            own.put(position, k.at(token, head), v.at(token, head));
+            Work left{work + omp_get_thread_num() * bytes_each};
+            bf16* query = left.take<bf16>(group * dim);
+            for (long g = 0; g < group; g++)
+                std::memcpy(query + g * dim, q.at(token, head * group + g), dim * sizeof(bf16));
+            Slot slot{query, key, own.values, position + 1, group};
+            slot.set_channels(&own.keys);
+            slot.exact_key = {reinterpret_cast<uint8_t*>(own.exact_keys), nullptr, MODEL, dim};
+            slot.exact_value = {reinterpret_cast<uint8_t*>(own.exact_values), nullptr, MODEL, value_dim};
+            slot.take(left);
+            const long after = task + omp_get_num_threads();  // the next task of this thread
+            if (after < batch * kv_heads) {
+                const ChannelRows then = rows->of(slots[after / kv_heads] * kv_heads + after % kv_heads);
+                const long coded = std::max(0L, positions[after / kv_heads] + 1 - KEY_GROUP);
+                slot.next = Stream{then.keys.at(0), then.values.at(0), coded * then.keys.bytes() / 64,
+                                   coded * then.values.bytes() / 64};
+            }
+            slot.sinks = sinks ? sinks + head * group : nullptr;
+            slot.attend(scale, out + (token * heads + head * group) * value_dim);
         }
-        slot.sinks = sinks ? sinks + head * group : nullptr;
-        slot.attend(scale, out + (token * heads + head * group) * value_dim);
+        release_tiles();
     }
     return 0;
 }

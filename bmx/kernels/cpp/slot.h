@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "channels.h"
+#include "products.h"
 
 namespace {
 

@@ -17,6 +17,7 @@ struct Slot : Operands {
     float *query_sums, *offsets;  // [group]: of the queries' numbers, and of weights times offsets of values
     float* answers;               // [group][value.dim], of the exact rows
 
+    void set_channels(const ChannelKeys* keys) { channels = keys, exact = std::min(rows, KEY_GROUP); }
     Work take(Work own);
     static size_t bytes(Slot sizes) { return reinterpret_cast<size_t>(sizes.take(Work{nullptr}).at); }
     void attend(float scale, bf16* out);

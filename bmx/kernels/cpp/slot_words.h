@@ -8,10 +8,11 @@
 
 namespace {
 
-constexpr int WORDS = 2 * LANES;  // 16-bit numbers of a register
-constexpr long SPAN = 32;         // rows whose weights are fractions of one number
+constexpr int WORDS = 2 * LANES;     // 16-bit numbers of a register
+constexpr long SPAN = 32;            // rows whose weights are fractions of one number
+constexpr long GROUPS = 4;           // of keys that are multiplied together: see slot_bytes.h
+constexpr long ROWS_OF_PANEL = 256;  // of values in bytes: see slot_bytes.h
 constexpr float LARGEST_WORD = 32767.0f;
-constexpr float LARGEST_BYTES = 127.0f * 256.0f + 127.0f;  // of two signed bytes
 
 // Codes of one byte as 16-bit words, those of `chunk`: 32 numbers in order.
 struct Int8 {
@@ -83,8 +84,17 @@ struct Slot : Operands {
     word* fractions;                  // [group][full / 2], of weights
     float *weight_steps, *offsets;    // [group][full / SPAN], and [group]: sums of weights times offsets of values
     float* answers;                   // [group][value.dim], of the exact rows
-    float* folded;                    // [dim], a query times the scales of channels
+    // Where keys are scaled by channel; see slot_bytes.h.
+    float *widened, *folded;              // queries [group][dim]; one times scales, scales and offsets [3][dim]
+    uint8_t *query_bytes, *weight_bytes;  // [GROUPS][2 * group + 1][dim], [2 * group][full - KEY_GROUP]
+    word *panel, *sums;                   // of codes; [GROUPS][2 * group + 1][KEY_GROUP]
+    float* scaled;                        // [3][ROWS_OF_PANEL]
+    float* columns;                       // [group][value.dim in whole chunks]
 
+    void set_channels(const ChannelKeys* keys) {
+        channels = keys, exact = std::min(rows, KEY_GROUP);
+        full = KEY_GROUP + (rows - exact + 63) / 64 * 64;
+    }
     Work take(Work own);
     static size_t bytes(Slot sizes) { return reinterpret_cast<size_t>(sizes.take(Work{nullptr}).at); }
     void attend(float scale, bf16* out);
@@ -92,11 +102,17 @@ struct Slot : Operands {
     void weigh(float scale) const;
     void split_queries() const;
     void split_weights() const;
-    void fold_queries(long row) const;
-    void unpack_keys(long row, long count) const;
+    void fold_queries(long row, long member, long lines);
+    void unpack_keys(long row, word* to, long lines);
+    void finish_scores(long at, long member, long half) const;
+    void pair_weights() const;
+    template <class Kind>
+    void unpack_values(Kind, long row, long count, long number, long lines);
+    void answer_bytes(bf16* out);
+    void finish_columns(long g, long wide, bf16* out) const;
     template <class Kind>
     void score(Kind, const Stored& keys, long end, long lines);
-    void score_channels(long lines);
+    void score_channels();
     template <class Kind>
     void answer(Kind, const Stored& vectors, long begin, long end, long lines, bf16* out);
     template <class Kind, int COUNT>
@@ -110,7 +126,15 @@ Work Slot::take(Work own) {
     query_steps = own.take<float>(group), query_sums = own.take<float>(group);
     fractions = own.take<word>(group * full / 2);
     weight_steps = own.take<float>(group * full / SPAN), offsets = own.take<float>(group);
-    answers = own.take<float>(group * value.dim), folded = own.take<float>(key.dim);
+    if (!channels) return own;
+    answers = own.take<float>(group * value.dim), columns = own.take<float>(group * (value.dim + 63) / 64 * 64);
+    widened = own.take<float>(group * key.dim), folded = own.take<float>(3 * key.dim);
+    const long rows_of_bytes = GROUPS * (2 * group + 1);
+    query_bytes = own.take<uint8_t>(rows_of_bytes * key.dim);
+    query_steps = own.take<float>(GROUPS * group), query_sums = own.take<float>(GROUPS * group);
+    weight_bytes = own.take<uint8_t>(2 * group * (full - KEY_GROUP)), scaled = own.take<float>(3 * ROWS_OF_PANEL);
+    panel = own.take<word>(std::max(GROUPS * key.dim / 4 * KEY_GROUP, ROWS_OF_PANEL * LANES));
+    sums = own.take<word>(std::max(rows_of_bytes * KEY_GROUP, 8 * group * LANES));
     return own;
 }
 
@@ -193,89 +217,6 @@ void Slot::score(Kind, const Stored& keys, long end, long lines) {
     }
 }
 
-// Queries times the scales of the channels of a row's group, as fractions of their largest number in two signed bytes
-// [group][2][dim]: number = step * (256 * first + second). Beside them the queries' products with the offsets.
-void Slot::fold_queries(long row) const {
-    const long dim = key.dim;
-    for (long g = 0; g < group; g++) {
-        __m512 most = _mm512_setzero_ps(), offset = _mm512_setzero_ps();
-        for (long d = 0; d < dim; d += LANES) {
-            const __m512 v = load_bf16(query + g * dim + d);
-            const Scales scales = channels->scales_of(row, d);
-            const __m512 product = _mm512_mul_ps(v, scales.scale);
-            most = _mm512_max_ps(most, _mm512_abs_ps(product));
-            offset = _mm512_fmadd_ps(v, scales.offset, offset);
-            _mm512_store_ps(folded + d, product);
-        }
-        const float largest = std::max(_mm512_reduce_max_ps(most), 1e-30f);
-        const __m512 factor = _mm512_set1_ps(LARGEST_BYTES / largest);
-        uint8_t* to = reinterpret_cast<uint8_t*>(query_words + g * words);
-        for (long d = 0; d < dim; d += LANES) {
-            const Int whole = ::whole(_mm512_mul_ps(_mm512_load_ps(folded + d), factor));
-            store_bytes(to + d, whole + 128 >> 8);
-            store_bytes(to + dim + d, whole);
-        }
-        query_steps[g] = largest / LARGEST_BYTES, query_sums[g] = _mm512_reduce_add_ps(offset);
-    }
-}
-
-// The codes of a group's rows `row` .. `row + count`: four channels of 16 rows in a register, [2][dim / 4].
-void Slot::unpack_keys(long row, long count) const {
-    const long bytes = channels->bytes(), lines = key.dim / 4;
-    const __m512i low = _mm512_set1_epi8(15);
-    for (long half = 0; half * LANES < count; half++) {
-        word* to = block + half * lines * LANES;
-        for (long at = 0; at < bytes; at += 64) {
-            const __mmask16 some = first_lanes((bytes - at) / 4);
-            Int r[LANES];
-            for (long j = 0; j < LANES; j++)
-                r[j] = reinterpret_cast<Int>(_mm512_maskz_loadu_epi32(some, channels->at(row + half * LANES + j) + at));
-            transpose(r);
-            for (long k = 0; k < std::min<long>(LANES, (bytes - at) / 4); k++) {
-                const __m512i codes = reinterpret_cast<__m512i>(r[k]);
-                word* line = to + (at / 4 + k) * LANES;
-                if (channels->format == INT8) {
-                    _mm512_store_si512(line, codes);
-                } else {
-                    _mm512_store_si512(line, _mm512_and_si512(codes, low));
-                    _mm512_store_si512(line + lines / 2 * LANES, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low));
-                }
-            }
-        }
-    }
-}
-
-// Dot products of the rows after the exact ones, whose keys are scaled by channel.
-void Slot::score_channels(long lines) {
-    const long parts = key.dim / 4;
-    for (long i = exact; i < rows; i += KEY_GROUP) {
-        const long count = std::min(KEY_GROUP, rows - i);
-        fold_queries(i - exact);
-        unpack_keys(i - exact, count);
-        for (long g = 0; g < group; g++) {
-            next.fetch(2 * lines);
-            const word* first = query_words + g * words;
-            __m512i upper[2], lower[2];
-            for (int half = 0; half < 2; half++) upper[half] = lower[half] = _mm512_setzero_si512();
-            for (long k = 0; k < parts; k++) {
-                const __m512i a = _mm512_set1_epi32(static_cast<int>(first[k]));
-                const __m512i b = _mm512_set1_epi32(static_cast<int>(first[parts + k]));
-                for (int half = 0; half < 2; half++) {
-                    const __m512i codes = _mm512_load_si512(block + (half * parts + k) * LANES);
-                    upper[half] = _mm512_dpbusd_epi32(upper[half], codes, a);
-                    lower[half] = _mm512_dpbusd_epi32(lower[half], codes, b);
-                }
-            }
-            for (int half = 0; half < 2; half++) {
-                const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper[half]), _mm512_set1_ps(256.0f),
-                                                   _mm512_cvtepi32_ps(lower[half]));
-                _mm512_store_ps(scores + g * full + i + half * LANES,
-                                _mm512_fmadd_ps(sum, _mm512_set1_ps(query_steps[g]), _mm512_set1_ps(query_sums[g])));
-            }
-        }
-    }
-}
-
 // The answers of `COUNT` query heads from `head` on, in the columns that one chunk of words holds.
 template <class Kind, int COUNT>
 void Slot::answer_of(const Stored& vectors, long begin, long end, long head, long chunk, long lines, bf16* out) {
@@ -322,20 +263,27 @@ void Slot::answer_of(const Stored& vectors, long begin, long end, long head, lon
     }
 }
 
+}  // namespace
+
+#include "slot_bytes.h"
+
+namespace {
+
 void Slot::attend(float scale, bf16* out) {
     const long lines = next.keys + next.values, passes = value.dim / WORDS * ((group + FEW - 1) / FEW);
     const long scored = 2 * lines * LANES / (3 * group * full) + 1;  // two thirds of the time goes there
     if (channels) {
         score(PlainWords{}, exact_key, exact, scored);
-        score_channels(scored);
+        score_channels();
     } else {
         if (key.format != MODEL) split_queries();
         with_kind(key.format, [&](auto kind) { score(kind, key, rows, scored); });
     }
     weigh(scale);
-    if (value.format != MODEL) split_weights();
     const long answered = 2 * lines / (3 * full * passes) + 1;
     if (channels) answer(PlainWords{}, exact_value, 0, exact, answered, nullptr);
+    if (channels && value.format != MODEL) return answer_bytes(out);
+    if (value.format != MODEL) split_weights();
     with_kind(value.format, [&](auto kind) { answer(kind, value, exact, rows, answered, out); });
 }
 
