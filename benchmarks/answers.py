@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bmx import Engine, EngineConfig, PromptConfig
 from bmx.errors import BmxError
-from bmx.measure.full_cache_answers import FullCacheAnswers, compare_token
+from bmx.measure.full_cache_answers import FullCacheAnswers
 from bmx.measure.metrics import rouge_l
 from bmx.request import Request, Result
 from bmx.run_config import setting_named
@@ -135,8 +135,7 @@ def measure(engine: Engine, full: FullCacheAnswers, chosen: AnswerSet) -> list[M
     def compare(request: Request, at: int, logits: Tensor) -> None:
         place = -1 - int(request.id)
         if place in full.answers and at < len(full.answers[place].ids):
-            answer = full.answers[place]
-            compared.setdefault(place, {})[at] = compare_token(logits, answer.ids[at], answer.log_probs[at])
+            compared.setdefault(place, {})[at] = full.answers[place].compare_token(at, logits)
 
     for result in engine.run(requests, engine.plan(engine.measure(requests)), watch=compare, forced=forced):
         if result.error:

@@ -48,6 +48,21 @@ class FullCacheAnswer:
     ids: Tensor
     log_probs: Tensor
 
+    def compare_token(self, place: int, logits: Tensor) -> tuple[bool, float]:
+        """Compare another cache's token at a place of the answer with this one's.
+
+        Tokens that are equally likely are not in order: the likeliest is the one that the answer has.
+
+        Args:
+            place: of the answer.
+            logits: [V] of the other cache.
+
+        Returns:
+            Whether the likeliest token is the same, and KL(full cache || other cache) in nats.
+        """
+        same = int(logits.argmax()) == self.result.token_ids[place]
+        return same, divergence(logits, self.ids[place], self.log_probs[place])
+
 
 @dataclass(slots=True)
 class FullCacheAnswers:
@@ -127,7 +142,7 @@ class FullCacheAnswers:
             sample_place, kind = _parse_id(request.id)
             answer = self.answers[sample_place]
             if kind == FORCED and place < len(answer.ids):
-                agreement.count_token(*compare_token(logits, answer.ids[place], answer.log_probs[place]))
+                agreement.count_token(*answer.compare_token(place, logits))
 
         results = 0
         for result in _answer(engine, requests, stop, count_token, forced_tokens, stats):
@@ -256,21 +271,18 @@ def _full_length(answer: FullCacheAnswer) -> Request:
     return replace(answer.request, params=params)
 
 
-def compare_token(logits: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[bool, float]:
-    """Compare another cache's next token with the full cache's.
+def divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> float:
+    """KL(full cache || other cache) of a next token, in nats.
 
-    Tokens that are not kept count as one token, so the divergence is a lower bound, and close to the exact one.
+    Tokens that are not kept count as one token, so it is a lower bound, and close to the exact one.
 
     Args:
         logits: [V] of the other cache.
-        ids: [L] the full cache's likeliest tokens, the likeliest first.
+        ids: [L] the full cache's likeliest tokens.
         log_probs: [L] their log-probabilities.
-
-    Returns:
-        Whether the likeliest token is the same, and KL(full cache || other cache) in nats.
     """
     other = logits.float().log_softmax(-1).cpu()[ids].double()
     full = log_probs.double()
     full_rest, other_rest = ((1 - part.exp().sum()).clamp(min=1e-12).log() for part in (full, other))
-    divergence = (full.exp() * (full - other)).sum() + full_rest.exp() * (full_rest - other_rest)
-    return int(logits.argmax()) == int(ids[0]), max(0.0, float(divergence))
+    found = (full.exp() * (full - other)).sum() + full_rest.exp() * (full_rest - other_rest)
+    return max(0.0, float(found))
