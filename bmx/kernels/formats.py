@@ -192,17 +192,23 @@ class Int2(Format):
         import torch
 
         dim, groups = vectors.shape[-1], self.scales(vectors.shape[-1]) // 2
-        whole = torch.arange(groups * VALUE_GROUP, device=vectors.device).clamp(max=dim - 1)  # repeats the last number
-        grouped = vectors.float()[..., whole].view(*vectors.shape[:-1], groups, VALUE_GROUP)
+        lacking = groups * VALUE_GROUP - dim
+        if lacking:  # the last group repeats its last number
+            vectors = torch.cat([vectors, vectors[..., -1:].expand(*vectors.shape[:-1], lacking)], dim=-1)
+        grouped = vectors.float().reshape(*vectors.shape[:-1], groups, VALUE_GROUP)
         levels, scale, offset = _levels(grouped, -1, 2**self.bits - 1)
         return self.pack(levels.flatten(-2)[..., :dim]), torch.cat([scale, offset], dim=-1).flatten(-2)
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
-        levels = self.unpack(codes).float()
-        steps = scales.view(*scales.shape[:-1], scales.shape[-1] // 2, 2).repeat_interleave(VALUE_GROUP, dim=-2)
-        steps = steps[..., : levels.shape[-1], :]
-        return levels.mul_(steps[..., 0]).add_(steps[..., 1]).to(dtype)
+        from torch.nn.functional import pad
+
+        levels, groups = self.unpack(codes).float(), scales.shape[-1] // 2
+        dim = levels.shape[-1]
+        lacking = groups * VALUE_GROUP - dim
+        grouped = (pad(levels, (0, lacking)) if lacking else levels).view(*levels.shape[:-1], groups, VALUE_GROUP)
+        steps = scales.view(*scales.shape[:-1], groups, 2)
+        return grouped.mul_(steps[..., :1]).add_(steps[..., 1:]).to(dtype).flatten(-2)[..., :dim]
 
     def pack(self, levels: Tensor) -> Tensor:
         """See ``Format``."""
