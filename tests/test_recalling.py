@@ -9,8 +9,9 @@ import torch
 from conftest import answers, as_requests, random_prompts, tiny_engine
 from families import tiny_model
 
-from bmx import Engine, UsageError
+from bmx import Engine, EngineConfig, UsageError
 from bmx.kv.layout import PAGE
+from bmx.measure.candidates import Axes
 from bmx.model.spec import use_attention
 from bmx.policies import POLICIES
 
@@ -228,3 +229,10 @@ def test_what_is_planned_with_an_index_is_what_is_allocated(recall, family, arch
 def test_without_an_archive_pages_are_chosen_at_each_token():
     with pytest.raises(UsageError, match="at each token"):
         Engine.open("fake", kv_recall="pages", kv_recall_every=2)
+
+
+def test_pages_that_stand_for_several_tokens_are_compared_on_archives_alone():
+    config = EngineConfig(kv_archive="int4", kv_recall="pages", kv_recall_every=4)
+    axes = Axes(policies=("h2o",), budgets=(512,), formats=("model",), archives=("none", "int4"))
+    found = {candidate.kv_archive: candidate.kv_recall for candidate in axes.candidates(config, {}, "")}
+    assert found == {"none": "all", "int4": "pages"}

@@ -60,7 +60,8 @@ class Axes:
             reads = archive != NO_ARCHIVE
             budgets = self.budgets or ((READING_BUDGET,) if reads else BUDGETS)
             formats = self.formats or ((READING_FORMAT,) if reads else FORMATS)
-            recall = config.kv_recall if reads or config.kv_recall == "pages" else "all"
+            evicting_slots_choose = config.kv_recall == "pages" and config.kv_recall_every == 1
+            recall = config.kv_recall if reads or evicting_slots_choose else "all"
             for budget, kv_format, name in product(budgets, formats, self.layers):
                 layers = parse_layers(factors.get(policy, "uniform")) if name == MEASURED else name
                 if layers != "uniform" and not isinstance(budget, int):
