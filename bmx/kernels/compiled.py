@@ -280,13 +280,15 @@ class CompiledKernels:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> bool:
-        """See ``contract.KernelModule.decode_by_channel``."""
+        """See ``contract.KernelModule.decode_by_channel``; declines a position that its slot has no row for."""
         if softcap is not None or scale <= 0 or not _takes_channels(rows, query, key, value):
             return False
-        batch, heads, _ = query.shape
+        (batch, heads, _), longest = query.shape, int(positions.max())
+        if longest >= rows.positions.shape[-1]:
+            return False
         sinks = None if sinks is None else sinks.float()
         operands = (vectors_of(query, key, value), channel_rows_of(rows), address(slots), address(positions))
-        sizes = (batch, heads, key.shape[1], int(positions.max()))
+        sizes = (batch, heads, key.shape[1], longest)
         self._library.call("bmx_decode_by_channel", *operands, *sizes, scale, address(sinks), address(output))
         return True
 

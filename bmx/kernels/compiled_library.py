@@ -143,14 +143,15 @@ def stored_of(keys: Stored, values: Stored, *vectors: Tensor) -> Any:
 
 def channel_rows_of(rows: ChannelRows, slot: int = 0) -> Any:
     """Slots whose keys are scaled by channel, from this one on."""
-    codes, scales, values = rows.codes[slot:], rows.scales[slot:], rows.values
-    key_dim, value_dim = rows.exact_keys.shape[-1], rows.exact_values.shape[-1]
-    of_values = None if values.scales is None else values.scales[slot:]
-    return ctypes.byref(
-        _ChannelRows(
-            _ChannelKeys(address(codes), address(scales), FORMATS.index(rows.key_format), key_dim),
-            _Stored(address(values.numbers[slot:]), address(of_values), FORMATS.index(values.format), value_dim, 0),
-            *(address(part[slot:]) for part in (rows.exact_keys, rows.exact_values, rows.exact_rows, rows.positions)),
-            rows.positions.shape[-1],
-        )
+    values = rows.values
+
+    def begin(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr() + slot * tensor.stride(0) * tensor.itemsize
+
+    keys = _ChannelKeys(
+        begin(rows.codes), begin(rows.scales), FORMATS.index(rows.key_format), rows.exact_keys.shape[-1]
     )
+    value_dim = rows.exact_values.shape[-1]
+    of_values = _Stored(begin(values.numbers), begin(values.scales), FORMATS.index(values.format), value_dim, 0)
+    parts = map(begin, (rows.exact_keys, rows.exact_values, rows.exact_rows, rows.positions))
+    return ctypes.byref(_ChannelRows(keys, of_values, *parts, rows.positions.shape[-1]))

@@ -379,8 +379,12 @@ long bmx_decode_by_channel(const Vectors* views, const ChannelRows* rows, const 
             if (after < batch * kv_heads) {
                 const ChannelRows then = rows->of(slots[after / kv_heads] * kv_heads + after % kv_heads);
                 const long coded = std::max(0L, positions[after / kv_heads] + 1 - KEY_GROUP);
-                slot.next = Stream{then.keys.at(0), then.values.at(0), coded * then.keys.bytes() / 64,
-                                   coded * then.values.bytes() / 64};
+                slot.next = Stream{then.keys.at(0),
+                                   then.values.at(0),
+                                   coded * then.keys.bytes() / 64,
+                                   coded * then.values.bytes() / 64,
+                                   reinterpret_cast<uint8_t*>(then.keys.scales),
+                                   coded / KEY_GROUP * dim / 16};
             }
             slot.sinks = sinks ? sinks + head * group : nullptr;
             slot.attend(scale, out + (token * heads + head * group) * value_dim);

@@ -14,7 +14,10 @@ constexpr int FEW = 4;  // query heads that are multiplied with values together
 struct Stream {
     const uint8_t *key = nullptr, *value = nullptr;
     long keys = 0, values = 0;  // cache lines left of each
+    const uint8_t* scale = nullptr;
+    long scales = 0;  // of channels
     void fetch(long lines) {
+        for (; lines > 0 && scales > 0; lines--, scales--, scale += 64) prefetch(scale);
         for (; lines > 0 && keys > 0; lines--, keys--, key += 64) prefetch(key);
         for (; lines > 0 && values > 0; lines--, values--, value += 64) prefetch(value);
     }

@@ -14,7 +14,7 @@ constexpr int HALF_PAIR = 32768;
 
 // Stores 32 whole numbers from 0 to 65535 as their upper bytes and their lower bytes.
 struct BytePairs {
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), low = _mm512_set1_epi16(255);
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     void store(Int a, Int b, uint8_t* upper, uint8_t* lower) const {
         const __m512i words = _mm512_permutexvar_epi64(
             order, _mm512_packus_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
@@ -31,13 +31,18 @@ inline __mmask64 first_bytes(long count) {
 
 // Queries times the scales of the channels of a row's group, plus HALF_PAIR, in bytes [2 * group][dim]: two rows for
 // each query. Beside them the steps, and what is left out: the queries' products with the channels' offsets.
+template <long DIM>
 void Slot::fold_queries(long row, long member, long lines) {
-    const long dim = key.dim;
+    const long dim = DIM ? DIM : key.dim;                           // known where loops are worth unrolling
     const float middle = channels->format == INT8 ? 128.0f : 0.0f;  // of the codes as they are multiplied
     float *scales = folded + dim, *offsets = scales + dim;
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const uint16_t* halves = channels->scales + row / KEY_GROUP * 2 * dim;
     for (long d = 0; d < dim; d += LANES) {
-        const Scales some = channels->scales_of(row, d);
-        store(scales + d, some.scale), store(offsets + d, fused(splat(middle), some.scale, some.offset));
+        const Real a = load_halves(halves + 2 * d), b = load_halves(halves + 2 * d + LANES);
+        const Real scale = _mm512_permutex2var_ps(a, even, b), offset = _mm512_permutex2var_ps(a, odd, b);
+        store(scales + d, scale), store(offsets + d, fused(splat(middle), scale, offset));
     }
     const BytePairs pairs;
     for (long g = 0; g < group; g++) {
@@ -108,8 +113,8 @@ void Slot::unpack_keys(long row, word* panel, long lines) {
 // groups are unpacked before they are multiplied, so that no instruction waits for what the last one has written.
 void Slot::score_channels() {
     const long dim = key.dim, rows_of_bytes = 2 * group + 1, words_of_panel = dim / QUAD * KEY_GROUP;
-    const long turns = (rows - exact) / KEY_GROUP * (group + channels->bytes() / LANES) + 1;
-    const long lines = 2 * (next.keys + next.values) / (3 * turns) + 1;  // two thirds of the time goes there
+    const long turns = (rows - exact) / KEY_GROUP * (group + channels->bytes() / LANES + 2) + 1;
+    const long lines = (next.keys + next.values + next.scales) / (2 * turns) + 1;  // half of the time goes there
     for (long g = 0; g < group; g++)
         for (long d = 0; d < dim; d += LANES) store(widened + g * dim + d, load_bf16(query + g * dim + d));
     for (long m = 0; m < GROUPS; m++)  // the last row's products are the sums of codes
@@ -117,13 +122,18 @@ void Slot::score_channels() {
     for (long begin = exact; begin < rows; begin += GROUPS * KEY_GROUP) {
         const long count = std::min(GROUPS, (rows - begin + KEY_GROUP - 1) / KEY_GROUP);
         for (long m = 0; m < count; m++) {
-            fold_queries(begin - exact + m * KEY_GROUP, m, lines);
-            unpack_keys(begin - exact + m * KEY_GROUP, panel + m * words_of_panel, lines);
+            const long row = begin - exact + m * KEY_GROUP;
+            dim == 64    ? fold_queries<64>(row, m, lines)
+            : dim == 128 ? fold_queries<128>(row, m, lines)
+                         : fold_queries<0>(row, m, lines);
+            unpack_keys(row, panel + m * words_of_panel, lines);
         }
-        for (long m = 0; m < count; m++)
+        for (long m = 0; m < count; m++) {
+            next.fetch(2 * lines);
             product<Bytes>(reinterpret_cast<const word*>(query_bytes + m * rows_of_bytes * dim), dim / QUAD,
                            rows_of_bytes, panel + m * words_of_panel, 2, dim / QUAD, true,
                            sums + m * rows_of_bytes * KEY_GROUP, KEY_GROUP);
+        }
         for (long m = 0; m < count; m++)
             for (long half = 0; half < KEY_GROUP; half += LANES) finish_scores(begin + m * KEY_GROUP + half, m, half);
     }
@@ -142,7 +152,7 @@ void Slot::finish_scores(long at, long member, long half) const {
 
 // Weights times the scales of values, as fractions of the largest in a panel's rows, in bytes [2 * group][full -
 // exact]; one that is no number makes all of them none.
-void Slot::pair_weights() const {
+void Slot::pair_weights() {
     const long stride = full - KEY_GROUP;
     const BytePairs pairs;
     for (long g = 0; g < group; g++) offsets[g] = 0.0f;
@@ -155,6 +165,7 @@ void Slot::pair_weights() const {
         }
         for (long g = 0; g < group; g++) {
             Real most = splat(1e-30f), broken = zeros(), offset = zeros();
+            next.fetch(8);
             for (long i = 0; i < count; i += LANES) {
                 const Real weight = load_bf16(weights + g * full + begin + i), product = weight * load(scales + i);
                 offset = fused(weight, load(shifts + i), offset);

@@ -102,10 +102,11 @@ struct Slot : Operands {
     void weigh(float scale) const;
     void split_queries() const;
     void split_weights() const;
+    template <long DIM>
     void fold_queries(long row, long member, long lines);
     void unpack_keys(long row, word* to, long lines);
     void finish_scores(long at, long member, long half) const;
-    void pair_weights() const;
+    void pair_weights();
     template <class Kind>
     void unpack_values(Kind, long row, long count, long number, long lines);
     void answer_bytes(bf16* out);
