@@ -49,7 +49,7 @@ class _ChannelRows(ctypes.Structure):
     _fields_ = (
         ("keys", _ChannelKeys),
         ("values", _Stored),
-        *((name, ctypes.c_void_p) for name in ("exact_keys", "exact_values", "exact_rows", "positions")),
+        *((name, ctypes.c_void_p) for name in ("exact_keys", "exact_values", "exact_rows")),
         ("capacity", ctypes.c_long),
     )
 
@@ -153,5 +153,5 @@ def channel_rows_of(rows: ChannelRows, slot: int = 0) -> Any:
     )
     value_dim = rows.exact_values.shape[-1]
     of_values = _Stored(begin(values.numbers), begin(values.scales), FORMATS.index(values.format), value_dim, 0)
-    parts = map(begin, (rows.exact_keys, rows.exact_values, rows.exact_rows, rows.positions))
-    return ctypes.byref(_ChannelRows(keys, of_values, *parts, rows.positions.shape[-1]))
+    parts = map(begin, (rows.exact_keys, rows.exact_values, rows.exact_rows))
+    return ctypes.byref(_ChannelRows(keys, of_values, *parts, values.numbers.shape[2]))

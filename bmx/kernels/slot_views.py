@@ -107,7 +107,6 @@ class ChannelRows:
         exact_keys: [S, K, G, D].
         exact_values: [S, K, G, E].
         exact_rows: [S, K, G] int32, the row that each exact pair has in its slot, -1 for none.
-        positions: [S, K, C] int32, the row's own number; -1 where the row is empty.
     """
 
     codes: Tensor
@@ -117,7 +116,6 @@ class ChannelRows:
     exact_keys: Tensor
     exact_values: Tensor
     exact_rows: Tensor
-    positions: Tensor
 
     @property
     def formats(self) -> tuple[str, str]:

@@ -172,8 +172,9 @@ class LayerLayout:
 
     @property
     def score_bytes(self) -> int:
-        """Bytes of positions and row statistics."""
-        return self.rows * (POSITION_BYTES + ROW_STAT_BYTES * len(self.row_stats))
+        """Bytes of positions and row statistics; where keys are scaled by channel, rows are positions."""
+        positions = 0 if self.by_channel else POSITION_BYTES
+        return self.rows * (positions + ROW_STAT_BYTES * len(self.row_stats))
 
     @property
     def recall_bytes(self) -> int:

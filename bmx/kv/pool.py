@@ -32,7 +32,8 @@ class LayerSlots:
         layout: what a slot holds of this layer.
         keys: store of [S, K, C, D].
         values: store of [S, K, C, E].
-        positions: [S, K, C] int32, the token's position in its sequence, -1 where the row is empty.
+        positions: [S, K, C] int32, the token's position in its sequence, -1 where the row is empty. Where keys are
+            scaled by channel nothing is evicted: each row has its own number, for all slots once.
         row_stats: by name, [S, K, C] float32: what eviction stores for each row.
         newest: exact copies of the newest pairs, where keys are scaled by channel; else None.
         channel_rows: the same tensors, as kernels see them, where keys are scaled by channel and on the device; else
@@ -66,11 +67,11 @@ class LayerSlots:
         """
         shape, place = (slots, layout.kv_heads, layout.capacity), place or DeviceMemory(device)
         values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device, place.zeros)
-        positions = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
         row_stats = {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats}
         keys: Store
         newest = channel_rows = None
         if layout.by_channel:
+            positions = torch.arange(layout.capacity, dtype=torch.int32, device=device).expand(shape)
             newest = ExactWindow.allocate(layout, slots, dtype, device)
             keys = allocate_by_channel(layout.key_format, shape, newest.keys, place)
             if place.is_on(device):
@@ -82,9 +83,9 @@ class LayerSlots:
                     exact_keys=newest.keys,
                     exact_values=newest.values,
                     exact_rows=newest.rows,
-                    positions=positions,
                 )
         else:
+            positions = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
             stored = Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device, place.zeros)
             keys = RowStore(stored, layout.key_dim, dtype, device)
         of_values = RowStore(values, layout.value_dim, dtype, device)
@@ -97,7 +98,8 @@ class LayerSlots:
         newest = self.newest.nbytes if self.newest else 0
         row_stats = sum(stat.nbytes for stat in self.row_stats.values())
         recall = (self.index.nbytes if self.index else 0) + (0 if self.chosen is None else self.chosen.nbytes)
-        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes + row_stats + newest + recall
+        positions = 0 if self.layout.by_channel else self.positions.nbytes
+        return self.keys.nbytes + self.values.nbytes + positions + row_stats + newest + recall
 
     @property
     def slots(self) -> int:
@@ -146,7 +148,8 @@ class LayerSlots:
             positions: [B], of the tokens in their sequences.
         """
         index = (slots.unsqueeze(1), torch.arange(self.layout.kv_heads, device=rows.device), rows)
-        self.positions[index] = positions.unsqueeze(1).to(torch.int32)
+        if not self.layout.by_channel:
+            self.positions[index] = positions.unsqueeze(1).to(torch.int32)
         for name, stat in self.row_stats.items():
             stat[index] = ROW_STATS[name]
         if self.newest is not None:  # before the keys, which may be encoded from there
@@ -170,7 +173,8 @@ class LayerSlots:
         self.keys.append(slot, used, key.transpose(0, 1))
         self.values.append(slot, used, value.transpose(0, 1))
         index = (slot, slice(None), slice(used, used + len(positions)))
-        self.positions[index] = positions.to(torch.int32)
+        if not self.layout.by_channel:
+            self.positions[index] = positions.to(torch.int32)
         for name, stat in self.row_stats.items():
             stat[index] = row_stats[name]
         if self.newest is not None:
@@ -209,7 +213,8 @@ class LayerSlots:
     def reset(self, slot: int) -> None:
         """Empty one slot. Values are zeroed too: a NaN times a weight of zero is a NaN."""
         self.values.clear(slot)
-        self.positions[slot] = EMPTY
+        if not self.layout.by_channel:
+            self.positions[slot] = EMPTY
         for name, stat in self.row_stats.items():
             stat[slot] = ROW_STATS[name]
         if self.newest is not None:
@@ -227,7 +232,8 @@ class LayerSlots:
         rows = min(tokens, self.layout.capacity, source.layout.capacity)
         self.keys.copy_rows(slot, source.keys, source_slot, rows)
         self.values.copy_rows(slot, source.values, source_slot, rows)
-        self.positions[slot, :, :rows] = source.positions[source_slot, :, :rows]
+        if not self.layout.by_channel:
+            self.positions[slot, :, :rows] = source.positions[source_slot, :, :rows]
         for name in self.row_stats.keys() & source.row_stats.keys():
             self.row_stats[name][slot, :, :rows] = source.row_stats[name][source_slot, :, :rows]
         if self.newest is not None and source.newest is not None:

@@ -11,7 +11,7 @@ struct ChannelRows {
     ChannelKeys keys;
     Stored values;                    // [heads][capacity]
     bf16 *exact_keys, *exact_values;  // [heads][KEY_GROUP][dim]
-    int32_t *exact_rows, *positions;  // [heads][KEY_GROUP], [heads][capacity]
+    int32_t* exact_rows;              // [heads][KEY_GROUP]
     long capacity;
 
     // One head alone.
@@ -22,7 +22,6 @@ struct ChannelRows {
                 exact_keys + head * KEY_GROUP * keys.dim,
                 exact_values + head * KEY_GROUP * values.dim,
                 exact_rows + head * KEY_GROUP,
-                positions + head * capacity,
                 capacity};
     }
     const bf16* exact_key(long position) const { return exact_keys + position % KEY_GROUP * keys.dim; }
@@ -33,14 +32,10 @@ struct ChannelRows {
         std::memcpy(exact_values + entry * values.dim, value, values.dim * sizeof(bf16));
         exact_rows[entry] = static_cast<int32_t>(position);
     }
-    void put_value(long position, const bf16* value) const {
-        values.put(position, value);
-        positions[position] = static_cast<int32_t>(position);
-    }
     // Stores a token's pair; if its key is the last of a group, the group's.
     void put(long position, const bf16* key, const bf16* value) const {
         put_exact(position, key, value);
-        put_value(position, value);
+        values.put(position, value);
         if (position % KEY_GROUP != KEY_GROUP - 1) return;
         const bf16* vectors[KEY_GROUP];
         for (long i = 0; i < KEY_GROUP; i++) vectors[i] = exact_key(i);

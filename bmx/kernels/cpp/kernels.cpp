@@ -405,7 +405,7 @@ void bmx_append_by_channel(const Vectors* views, const ChannelRows* rows, long t
         const long head = task % kv_heads, group = first + task / kv_heads, begin = group * KEY_GROUP;
         const ChannelRows own = rows->of(head);
         for (long at = std::max(begin, start); at < std::min(begin + KEY_GROUP, stop); at++)
-            own.put_value(at, v.at(at - start, head));
+            own.values.put(at, v.at(at - start, head));
         if (begin + KEY_GROUP > stop) continue;
         const bf16* vectors[KEY_GROUP];
         for (long i = 0; i < KEY_GROUP; i++)
