@@ -284,7 +284,7 @@ class CompiledKernels:
         if softcap is not None or scale <= 0 or not _takes_channels(rows, query, key, value):
             return False
         (batch, heads, _), longest = query.shape, int(positions.max())
-        if longest >= rows.positions.shape[-1]:
+        if longest >= rows.values.numbers.shape[2]:
             return False
         sinks = None if sinks is None else sinks.float()
         operands = (vectors_of(query, key, value), channel_rows_of(rows), address(slots), address(positions))
