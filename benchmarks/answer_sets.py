@@ -94,10 +94,13 @@ def news(engine: Engine, data: Path, rows: int, least: int, most: int) -> Iterat
 
 
 def long(data: Path, rows: int, tokens: int, answer: int) -> Iterator[Row]:
-    """Parts of books to be retold, in answers of exactly ``answer`` tokens."""
+    """Parts of books to be retold, in answers of exactly ``answer`` tokens.
+
+    They are sampled: the likeliest tokens of a small model soon repeat themselves, which any cache predicts.
+    """
     for i, text in enumerate(parts(data, rows, tokens)):
         request = _request(str(i), RETELL, answer, text=text)
-        yield Row(replace(request, params=replace(request.params, ignore_eos=True)), (), str(i))
+        yield Row(replace(request, params=replace(request.params, ignore_eos=True, temperature=1.0)), (), str(i))
 
 
 def book(data: Path, rows: int, tokens: int) -> Iterator[Row]:

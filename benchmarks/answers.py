@@ -8,10 +8,10 @@ settings of a cache, such as ``kv_policy=window;kv_budget=25%bytes``; ``default_
 where no ``--cell`` is given. The bytes of a cell are those of the slot on which an answer is written: every sequence
 has one. With an archive, prompts are read in slots of their own: those are few and shared, and have their own column.
 
-The full cache answers each prompt greedily. Each cell then reads that answer token by token (how many of its likeliest
-tokens are the same, and the KL divergence), and writes an answer of its own (ROUGE-L, or whether it is right). Long
-answers are only read, and compared by quarters. A line per set and cell goes to the output; what is there already is
-not measured again. At the end, or at once with ``--tables``, the output is printed as tables.
+The full cache answers each prompt greedily, long answers are sampled. Each cell then reads that answer token by token
+(how many of its likeliest tokens are the same, and the KL divergence), and writes an answer of its own (ROUGE-L, or
+whether it is right). Long answers are only read, and compared by quarters. A line per set and cell goes to the output;
+what is there already is not measured again. At the end, or at once with ``--tables``, the output is printed as tables.
 """
 
 from __future__ import annotations

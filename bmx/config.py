@@ -220,7 +220,7 @@ class EngineConfig:
             decides_answers=IF_EVICTING,
             help_in={
                 "calibrate": "Formats in which every pair of prompt and answer is kept, and answers are written on all "
-                "of them; none keeps the slot alone (default none, int8 and int4, read under 25%bytes)"
+                "of them; none keeps the slot alone (default none, int8/int4 and int4, read under 25%bytes)"
             },
             compared_in={"calibrate": "none,int4"},
             calibrated=True,

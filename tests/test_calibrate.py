@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -153,6 +154,9 @@ def test_of_tokens_that_are_equally_likely_the_answers_own_is_the_likeliest():
     answer = FullCacheAnswer(request, result, torch.tensor([[2, 1, 3, 0]]), best[[2, 1, 3, 0]].unsqueeze(0))
     assert answer.compare_token(0, logits) == (True, 0.0)
     assert not answer.compare_token(0, torch.tensor([0.0, 3.0, 3.1, 1.0]))[0]
+    answer.result = replace(answer.result, token_ids=(3,))  # sampled
+    assert answer.compare_token(0, torch.tensor([0.0, 3.0, 3.1, 1.0]))[0]
+    assert not answer.compare_token(0, torch.tensor([0.0, 3.0, 2.9, 4.0]))[0]
 
 
 @pytest.mark.parametrize(
@@ -355,7 +359,7 @@ def test_an_empty_list_of_candidates_is_one_that_was_not_given(given):
         ("none", budget, kv_format)
         for budget in ("50%bytes", "25%bytes", "12.5%bytes")
         for kv_format in ("model", "int8", "int8/int4", "int4")
-    ] + [("int8", "25%bytes", "model"), ("int4", "25%bytes", "model")]
+    ] + [("int8/int4", "25%bytes", "model"), ("int4", "25%bytes", "model")]
     assert "14 candidates to measure on 3 prompts" in ended.err
     assert "1 of 14, about " in ended.err
 

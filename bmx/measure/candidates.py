@@ -17,7 +17,7 @@ from bmx.units import layers_text, parse_layers
 BUDGETS = ("50%bytes", "25%bytes", "12.5%bytes")  # default candidates, in each of these formats
 FORMATS = ("model", "int8", "int8/int4", "int4")
 NO_ARCHIVE = "none"
-ARCHIVES = (NO_ARCHIVE, "int8", "int4")  # of default candidates
+ARCHIVES = (NO_ARCHIVE, "int8/int4", "int4")  # of default candidates
 READING_BUDGET, READING_FORMAT = "25%bytes", "model"  # of the slots in which their prompts are read
 MEASURED = "measured"  # layer budgets by what each layer needs of the sample's prompts
 

@@ -51,7 +51,7 @@ class FullCacheAnswer:
     def compare_token(self, place: int, logits: Tensor) -> tuple[bool, float]:
         """Compare another cache's token at a place of the answer with this one's.
 
-        Tokens that are equally likely are not in order: the likeliest is the one that the answer has.
+        Tokens that are equally likely are in no order: if the answer has one of the likeliest, that one counts.
 
         Args:
             place: of the answer.
@@ -60,8 +60,10 @@ class FullCacheAnswer:
         Returns:
             Whether the likeliest token is the same, and KL(full cache || other cache) in nats.
         """
-        same = int(logits.argmax()) == self.result.token_ids[place]
-        return same, divergence(logits, self.ids[place], self.log_probs[place])
+        ids, log_probs, own = self.ids[place], self.log_probs[place], self.result.token_ids[place]
+        best = ids[log_probs == log_probs[0]].tolist()
+        likeliest = own if own in best else best[0]
+        return int(logits.argmax()) == likeliest, divergence(logits, ids, log_probs)
 
 
 @dataclass(slots=True)
