@@ -123,7 +123,10 @@ class Watch:
             if layer.window is None:
                 wanted |= {*range(min(SINK, now))}
                 wanted |= {p for span in sequence.spans for p in range(*span) if p < now}
-            for positions in part.positions[slot].tolist():
+            rows = (
+                now if part.layout.by_channel else limit
+            )  # where nothing is evicted, rows not in use have numbers too
+            for positions in part.positions[slot, :, :rows].tolist():
                 kept = [p for p in positions if p >= 0]
                 assert len(set(kept)) == len(kept) == min(now, limit)
                 assert max(kept) == now - 1
