@@ -111,6 +111,19 @@ def test_chunks_are_stored_as_the_pool_stores_them(compiled, cuts, dim, formats)
 
 
 @cases(["dim"], [64, 128])
+def test_a_slot_is_read_as_the_pool_reads_it(compiled, dim, formats):
+    """The newest pairs exactly, the others as decoded, to a last bit of rounding."""
+    part = filled(formats, POSITIONS, dim=dim, value_dim=64)
+    for slot, count in enumerate(POSITIONS):
+        for read, expected in zip(
+            compiled.read_by_channel(part.channel_rows, slot, count), part.read(slot, count), strict=True
+        ):
+            newest = slice(max(0, count - KEY_GROUP), count)
+            assert torch.equal(read[:, newest], expected[:, newest])
+            torch.testing.assert_close(read, expected, rtol=2**-7, atol=2**-9)
+
+
+@cases(["dim"], [64, 128])
 def test_tokens_are_stored_as_the_pool_stores_them(compiled, dim, formats):
     """Also into a slot that held another sequence before."""
     part, expected = (filled(formats, (70, 0, 25), dim=dim) for _ in range(2))

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
-from bmx.engine.by_channel import append_chunk, decode_group
+from bmx.engine.by_channel import append_chunk, decode_group, read_slot
 from bmx.engine.layer_inputs import ChunkState, Forward, LayerInputs, by_part
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.engine.recalling import RecallingAttention
@@ -212,7 +212,7 @@ class SlotAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of a chunk: output [T, H, E], and sums [M, K, P + T] if pairs are ranked by them."""
         layout, used = part.layout, chunk.used_rows(part.layout.capacity)
-        keys, values = part.read(chunk.slot, used)
+        keys, values = read_slot(self._kernels, part, chunk.slot, used)
         positions = part.positions[chunk.slot, :, :used]
         output, sums = self._kernels.attend_chunk(
             inputs.query[chunk.rows],

@@ -1,6 +1,7 @@
 """What kernels do at once in a layer whose keys are scaled by channel, where they can. Knows slots and vectors.
 
-Shapes: T tokens of a chunk, B decoding tokens, H query heads, K kv heads, D key dim, E value dim.
+Shapes: T tokens of a chunk, B decoding tokens, H query heads, K kv heads, P rows in use,
+D key dim, E value dim.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ def append_chunk(kernels: KernelModule, part: LayerSlots, slot: int, start: int,
     if part.index is not None:
         part.index.append(slot, start, key.transpose(0, 1))
     return True
+
+
+def read_slot(kernels: KernelModule, part: LayerSlots, slot: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The rows of a slot that are in use: keys [K, P, D] and values [K, P, E].
+
+    Args:
+        kernels: of the device; the pool reads what they do not.
+        part: the layer's slots.
+        slot: of them.
+        rows: how many are in use (P).
+    """
+    read = None if part.channel_rows is None else kernels.read_by_channel(part.channel_rows, slot, rows)
+    return part.read(slot, rows) if read is None else read
 
 
 def decode_group(

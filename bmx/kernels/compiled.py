@@ -300,6 +300,17 @@ class CompiledKernels:
         self._library.functions.bmx_append_by_channel(*operands, tokens, kv_heads, start)
         return True
 
+    def read_by_channel(self, rows: ChannelRows, slot: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """See ``contract.KernelModule.read_by_channel``."""
+        exact = rows.exact_keys, rows.exact_values
+        if not _takes_channels(rows, *exact):
+            return None
+        kv_heads = rows.exact_keys.shape[1]
+        keys, values = (vectors.new_empty(kv_heads, count, vectors.shape[-1]) for vectors in exact)
+        addresses = keys.data_ptr(), values.data_ptr()
+        self._library.functions.bmx_read_by_channel(channel_rows_of(rows, slot), kv_heads, count, *addresses)
+        return keys, values
+
 
 @cache
 def kernels_for(name: str) -> CompiledKernels:

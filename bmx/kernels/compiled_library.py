@@ -93,6 +93,8 @@ class Library:
         library.bmx_rotate.restype = None
         library.bmx_append_by_channel.argtypes = [pointer] * 2 + [number] * 3
         library.bmx_append_by_channel.restype = None
+        library.bmx_read_by_channel.argtypes = [pointer, number, number, pointer, pointer]
+        library.bmx_read_by_channel.restype = None
         self.functions: Any = library
         self._work = torch.empty(0, dtype=torch.uint8)
 

@@ -251,6 +251,19 @@ class KernelModule(Protocol):
         """
         ...
 
+    def read_by_channel(self, rows: ChannelRows, slot: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """All rows in use of a slot whose keys are scaled by channel, as ``kv.pool.LayerSlots.read`` decodes them.
+
+        Args:
+            rows: the layer's slots.
+            slot: of them.
+            count: rows in use (P).
+
+        Returns:
+            Keys [K, P, D] and values [K, P, E]; None where the pool must read them.
+        """
+        ...
+
     def product(self, layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
         """The function that computes linear layers of one input: x [..., I] -> [..., O] of each layer.
 

@@ -18,6 +18,7 @@ from bmx.kernels.workspace import TILE
 
 attend_slots, decode_step, prefill_step = reference.attend_slots, reference.decode_step, reference.prefill_step
 decode_by_channel, append_by_channel = reference.decode_by_channel, reference.append_by_channel
+read_by_channel = reference.read_by_channel
 product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
 
 

@@ -374,6 +374,12 @@ def append_by_channel(key: Tensor, value: Tensor, rows: ChannelRows, slot: int, 
     return False
 
 
+def read_by_channel(rows: ChannelRows, slot: int, count: int) -> tuple[Tensor, Tensor] | None:
+    """Declines: ``kv.pool.LayerSlots`` is the specification of ``contract.KernelModule.read_by_channel``."""
+    del rows, slot, count
+    return None
+
+
 def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
     """See ``contract.KernelModule.product``."""
 

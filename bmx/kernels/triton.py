@@ -26,6 +26,7 @@ __all__ = ["attend_chunk", "attend_slots", "decode_step", "gate", "prefill_step"
 
 attend_slots = reference.attend_slots
 decode_by_channel, append_by_channel = reference.decode_by_channel, reference.append_by_channel
+read_by_channel = reference.read_by_channel
 
 
 def prefill_step(

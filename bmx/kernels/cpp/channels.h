@@ -25,6 +25,7 @@ struct ChannelRows {
                 capacity};
     }
     const bf16* exact_key(long position) const { return exact_keys + position % KEY_GROUP * keys.dim; }
+    const bf16* exact_value(long position) const { return exact_values + position % KEY_GROUP * values.dim; }
     // The following are of one head.
     void put_exact(long position, const bf16* key, const bf16* value) const {
         const long entry = position % KEY_GROUP;

@@ -127,7 +127,18 @@ struct ChannelKeys {
         return Scales::from(load(reinterpret_cast<const int32_t*>(scales + row / KEY_GROUP * 2 * dim) + d));
     }
     void put(long group, const bf16* const* vectors) const;
+    void read(long row, bf16* vector) const;
 };
+
+// Reads a vector, rounded to bfloat16.
+void ChannelKeys::read(long row, bf16* vector) const {
+    const uint8_t* from = at(row);
+    for (long d = 0; d < dim; d += LANES) {
+        const Real level = format == INT8 ? real(load_bytes(from + d)) : Int4Codes::numbers(from, d, dim);
+        const Scales scales = scales_of(row, d);
+        store_bf16(vector + d, fused(level, scales.scale, scales.offset));
+    }
+}
 
 // Stores a group of vectors, with exactly the codes and scales of formats.py.
 void ChannelKeys::put(long group, const bf16* const* vectors) const {

@@ -417,4 +417,23 @@ void bmx_append_by_channel(const Vectors* views, const ChannelRows* rows, long t
             rows->of(head).put_exact(at, k.at(at - start, head), v.at(at - start, head));
 }
 
+// Reads the first `count` rows, all that are in use, of one slot whose keys are scaled by channel: see read_by_channel
+// in contract.py.
+//
+// rows of the slot, by kv head; keys [kv_heads][count][dim], values [kv_heads][count][value_dim].
+void bmx_read_by_channel(const ChannelRows* rows, long kv_heads, long count, bf16* keys, bf16* values) {
+    const long dim = rows->keys.dim, value_dim = rows->values.dim, coded = count - KEY_GROUP;
+#pragma omp parallel for schedule(static)
+    for (long task = 0; task < kv_heads * count; task++) {
+        const long row = task % count;
+        const ChannelRows own = rows->of(task / count);
+        if (row < coded) {
+            own.keys.read(row, keys + task * dim), own.values.read(row, values + task * value_dim);
+        } else {
+            std::memcpy(keys + task * dim, own.exact_key(row), dim * sizeof(bf16));
+            std::memcpy(values + task * value_dim, own.exact_value(row), value_dim * sizeof(bf16));
+        }
+    }
+}
+
 }  // extern "C"
