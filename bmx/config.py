@@ -432,16 +432,13 @@ class EngineConfig:
     @property
     def full_cache(self) -> EngineConfig:
         """The same settings with a cache that keeps every pair."""
-        return replace(
-            self,
-            kv_policy="none",
-            kv_probe=None,
-            kv_value_norm=False,
-            kv_protect="none",
-            kv_archive="none",
-            kv_archive_place="device",
-            kv_recall="all",
-        )
+        bare = self.without_archive
+        return replace(bare, kv_policy="none", kv_probe=None, kv_value_norm=False, kv_protect="none")
+
+    @property
+    def without_archive(self) -> EngineConfig:
+        """The same settings with answers written in the slots in which prompts are read."""
+        return replace(self, kv_archive="none", kv_archive_place="device", kv_recall="all")
 
     @property
     def int8(self) -> bool:

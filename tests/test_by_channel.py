@@ -79,7 +79,7 @@ def decode(module, part, query, key, value, slots, positions, **options):
 
 
 def filled(formats, positions, **sizes):
-    """Slots whose sequences have so many tokens, stored by the pool."""
+    """Slots in which the pool has stored sequences of these numbers of tokens."""
     part = slots_of(formats, slots=len(positions), **sizes)
     dims = {name: size for name, size in sizes.items() if name in ("dim", "value_dim")}
     for slot, tokens in enumerate(positions):

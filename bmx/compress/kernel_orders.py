@@ -1,4 +1,4 @@
-"""What kernels can do of a policy: the scorers whose formulas they know, and the formats that they read as they lie.
+"""What kernels can do of a policy: the scorers whose formulas they know, and the formats of pairs that they read.
 
 Knows names; loads no torch.
 """
@@ -24,11 +24,18 @@ _KERNEL_ORDERS = {  # the formulas that kernels know, and what ``EvictionOrder``
 def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
     """Whether kernels can do whole steps under this configuration, in layers that share nothing."""
     beyond_kernels = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
-    scorer, formats = scorer_named(config.kv_policy), config.pair_formats
-    beyond_kernels = beyond_kernels or config.kv_recall != "all" or scales_by_channel(scorer, formats[0])
-    if config.archives and not capabilities.profile.reads_by_channel:
-        beyond_kernels = beyond_kernels or scales_by_channel(None, formats_of(config.kv_archive)[0])
-    return bool(kernel_order(scorer)) and not beyond_kernels and capabilities.fuses(*formats)
+    beyond_kernels = beyond_kernels or config.kv_recall != "all"
+    if not (config.archives and capabilities.profile.reads_by_channel):
+        beyond_kernels = beyond_kernels or answers_by_channel(config)
+    known = bool(kernel_order(scorer_named(config.kv_policy)))
+    return known and not beyond_kernels and capabilities.fuses(*config.pair_formats)
+
+
+def answers_by_channel(config: EngineConfig) -> bool:
+    """Whether the keys on which answers are written are scaled by channel, in layers without a window."""
+    if config.archives:
+        return scales_by_channel(None, formats_of(config.kv_archive)[0])
+    return scales_by_channel(scorer_named(config.kv_policy), config.pair_formats[0])
 
 
 def scales_by_channel(scorer: Scorer | None, key_format: str) -> bool:

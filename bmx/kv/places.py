@@ -36,7 +36,7 @@ class Place(Protocol):
         ...
 
     def is_on(self, device: torch.device) -> bool:
-        """Whether a device computes with the tensors as they lie."""
+        """Whether a device computes with the tensors without a copy of them."""
         ...
 
 

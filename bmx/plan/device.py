@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bmx import kernels
-from bmx.compress.kernel_orders import left_to_kernels, scales_by_channel
-from bmx.compress.scorers import scorer_named
+from bmx.compress.kernel_orders import answers_by_channel, left_to_kernels
 from bmx.config import EngineConfig
 from bmx.kernels.contract import KernelProfile
 from bmx.kernels.formats import MODEL
 from bmx.kv.places import DEVICE
-from bmx.kv_formats import formats_of
 from bmx.model.spec import ModelSpec
 
 # Bytes, and share of activations and logits, that allocators lose; measured by benchmarks/memory.py.
@@ -100,10 +98,9 @@ class Device:
 def _unpacked_slots(config: EngineConfig, profile: KernelProfile) -> int:
     """Most slots whose pairs a layer decodes at once: those that decode, or the one in which a chunk is read."""
     stored = config.kv_archive if config.archives else config.kv_format
-    scorer = None if config.archives else scorer_named(config.kv_policy)
     if stored == MODEL:
         return 0
-    if profile.reads_by_channel and scales_by_channel(scorer, formats_of(stored)[0]):
+    if profile.reads_by_channel and answers_by_channel(config):
         return 1
     return sys.maxsize if profile.unpack_passes else 0
 

@@ -145,8 +145,7 @@ class PlanQuery:
             yield self.option(name, replace(evicting, kv_budget=budget))
         if self.config.archives and archive != "model":
             yield self.option(f"full cache {archive}", replace(full, kv_format=archive))
-        without = replace(evicting, kv_archive="none", kv_archive_place="device", kv_recall="all")
-        yield self.option("decode-only", full, replace(without, kv_budget=budgets[0]))
+        yield self.option("decode-only", full, replace(evicting.without_archive, kv_budget=budgets[0]))
         yield self.option("full cache", full)
 
     def _evicting(self) -> EngineConfig:

@@ -102,7 +102,7 @@ def place_words(plan: Plan) -> str:
 
 
 def _read_in(plan: Plan) -> str:
-    """The slots in which prompts are read before they are archived, in a few words; nothing where there are none."""
+    """How many slots prompts are read in before they are archived, in a few words; empty without an archive."""
     if plan.reading is None:
         return ""
     layout = plan.reading.layout

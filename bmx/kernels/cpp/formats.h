@@ -134,7 +134,7 @@ struct ChannelKeys {
 void ChannelKeys::read(long row, bf16* vector) const {
     const uint8_t* from = at(row);
     for (long d = 0; d < dim; d += LANES) {
-        const Real level = format == INT8 ? real(load_bytes(from + d)) : Int4Codes::numbers(from, d, dim);
+        const Real level = format == INT8 ? Levels::numbers(from, d, dim) : Int4Codes::numbers(from, d, dim);
         const Scales scales = scales_of(row, d);
         store_bf16(vector + d, fused(level, scales.scale, scales.offset));
     }
