@@ -1,8 +1,10 @@
 """Compiles Triton kernels for GPUs that this machine lacks, and reports the registers and memory that they need.
 
-A kernel file's ``compiled_for(head_dim)`` lists what is launched. Kernels that were imported to be interpreted cannot
-be compiled, so another process compiles them: this file is its program. The test compiles each launch for one
-architecture; ``python tests/aot.py`` compiles all of them, at more head sizes, for both (two minutes).
+A kernel file's ``compiled_for`` lists what is launched for keys and values of some sizes, on GPUs with some shared
+memory. Kernels that were imported to be interpreted cannot be compiled, so another process compiles them: this file is
+its program. The test compiles what is scarcest in registers or shared memory; ``python tests/aot.py`` compiles every
+launch in every size for every architecture, and prints a table (half an hour on one core; ``python tests/aot.py 90``
+compiles for one).
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a block may have
-# Head sizes that each file's kernels are compiled for, by architecture: in the test one, the largest where registers
-# are scarce; else each size for at least one architecture, and the largest for both where registers are scarce.
-TESTED: dict[str, dict[int, tuple[int, ...]]] = {
-    "bmx.kernels.triton_prefill": {90: (128,)},
-    "bmx.kernels.triton_decode": {80: (128,)},
-    "bmx.kernels.triton_evict": {80: (128,)},
-    "bmx.kernels.triton_pointwise": {90: (64,)},
-}
-ALL: dict[str, dict[int, tuple[int, ...]]] = {
-    "bmx.kernels.triton_prefill": {80: (64, 128), 90: (96, 128)},
-    "bmx.kernels.triton_decode": {80: (128,), 90: (64, 96)},
-    "bmx.kernels.triton_evict": {80: (128,), 90: (96,)},
-    "bmx.kernels.triton_pointwise": {80: (128,), 90: (64, 96)},
+KILOBYTES = {
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # of shared memory that a block may have, by capability
+SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # of keys and values
+MODULES = tuple(f"bmx.kernels.triton_{name}" for name in ("prefill", "decode", "evict", "pointwise"))
+# What the test compiles: files and sizes by architecture.
+TESTED: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
+    80: {"bmx.kernels.triton_decode": ((128, 128),), "bmx.kernels.triton_evict": ((128, 128),)},
+    90: {"bmx.kernels.triton_prefill": ((128, 128),), "bmx.kernels.triton_pointwise": ((64, 64),)},
 }
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -43,6 +45,7 @@ class Built:
     """What one compiled kernel needs.
 
     Attributes:
+        heads: sizes of keys and values.
         registers: of a thread; ``shared``: bytes of a block; ``spills``: bytes stored and loaded for want of registers.
         serial: whether the assembler complains that tensor cores wait for each other.
     """
@@ -50,6 +53,7 @@ class Built:
     module: str
     kernel: str
     arch: int
+    heads: tuple[int, int]
     registers: int
     shared: int
     spills: int
@@ -58,7 +62,7 @@ class Built:
     @property
     def fits(self) -> bool:
         """Whether it runs on the architecture, and keeps what it works on in registers."""
-        return self.spills == 0 and self.shared <= ARCHITECTURES[self.arch] and not self.serial
+        return self.spills == 0 and self.shared <= KILOBYTES[self.arch] * 1024 and not self.serial
 
 
 def built(arch: int) -> list[Built]:
@@ -67,7 +71,7 @@ def built(arch: int) -> list[Built]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
-        command = [sys.executable, __file__, str(arch)]
+        command = [sys.executable, __file__, str(arch), "tested"]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return [Built(**kernel) for kernel in json.loads(ended.stdout)]
@@ -93,7 +97,7 @@ def source(variant):
     return ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=divisible)
 
 
-def compiled(module, variant, arch) -> Built:
+def compiled(module, variant, arch, heads) -> Built:
     """One launch for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -105,31 +109,35 @@ def compiled(module, variant, arch) -> Built:
     stored, loaded = map(int, SPILLED.search(ptxas).groups())
     registers = int(re.search(r"Used (\d+) registers", ptxas).group(1))
     name, spills = variant.kernel.__name__, stored + loaded
-    return Built(module, name, arch, registers, binary.metadata.shared, spills, "serialized" in ptxas)
+    return Built(module, name, arch, heads, registers, binary.metadata.shared, spills, "serialized" in ptxas)
 
 
-def kernels_of(modules: dict[str, dict[int, tuple[int, ...]]], arch: int) -> list[Built]:
+def kernels_of(modules: dict[str, tuple[tuple[int, int], ...]], arch: int) -> list[Built]:
     """Each launch of these files once, compiled for an architecture."""
-    made = []
-    for module, dims in modules.items():
-        launches = [each for dim in dims.get(arch, ()) for each in import_module(module).compiled_for(dim)]
-        made += [compiled(module, each, arch) for each in {repr(each): each for each in launches}.values()]
-    return made
+    made = {}
+    for module, sizes in modules.items():
+        for heads in sizes:
+            for launch in import_module(module).compiled_for(*heads, KILOBYTES[arch] * 1024):
+                made.setdefault(repr(launch), (module, launch, arch, heads))
+    return [compiled(*each) for each in made.values()]
 
 
-def compile_all() -> None:
+def compile_all(architectures) -> None:
     """Print what every kernel needs; exits with 1 if one does not fit."""
-    kernels = []
+    good = True
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-        for arch in ARCHITECTURES:
-            kernels += kernels_of(ALL, arch)
-    for kernel in kernels:
-        sys.stdout.write(f"{'ok  ' if kernel.fits else 'BAD '} {kernel}\n")
-    sys.exit(not all(kernel.fits for kernel in kernels))
+        for arch in architectures:
+            for kernel in kernels_of(dict.fromkeys(MODULES, SIZES), arch):
+                good = good and kernel.fits
+                sys.stdout.write(f"{'ok  ' if kernel.fits else 'BAD '} {kernel}\n")
+    sys.exit(not good)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        compile_all()
-    sys.stdout.write(json.dumps([asdict(kernel) for kernel in kernels_of(TESTED, int(sys.argv[1]))]))
+    if sys.argv[2:] == ["tested"]:
+        sys.stdout.write(
+            json.dumps([asdict(kernel) for kernel in kernels_of(TESTED[int(sys.argv[1])], int(sys.argv[1]))])
+        )
+    else:
+        compile_all(map(int, sys.argv[1:] or KILOBYTES))

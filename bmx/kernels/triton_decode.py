@@ -21,7 +21,16 @@ from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Rows
-from bmx.kernels.triton_operands import BF16_TOKENS, Variant, packed, reads, slot_rows, stored_rows, variant
+from bmx.kernels.triton_operands import (
+    BF16_TOKENS,
+    Variant,
+    packed,
+    reads,
+    shared_memory,
+    slot_rows,
+    stored_rows,
+    variant,
+)
 from bmx.kernels.triton_vectors import (
     Parts,
     in_one_part,
@@ -295,7 +304,7 @@ def decode_step(
     group, width = heads // rows.kv_heads, _round_up(rows.largest, 16)
     scored = accumulate and rows.mass is not None
     scratch = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device) if scored else None
-    sizes, launch = _decode_launch(group, dim, value.shape[-1], key.element_size(), *rows.formats)
+    sizes, launch = _decode_launch(group, dim, value.shape[-1], key.element_size(), shared_memory(), *rows.formats)
     _decode[(batch, rows.kv_heads)](
         output, packed(query), packed(key), packed(value), slot_rows(rows), rows.first, rows.capacity,
         slots, positions, row_limits, sinks, scratch, width, scale, decay, softcap, order, sizes, **launch,
@@ -305,7 +314,13 @@ def decode_step(
 
 @cache
 def _decode_launch(
-    group: int, dim: int, value_dim: int, itemsize: int, key_format: str = MODEL, value_format: str = MODEL
+    group: int,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+    shared: int,  # noqa: ARG001
+    key_format: str = MODEL,
+    value_format: str = MODEL,
 ) -> tuple[DecodeSizes, dict[str, int]]:
     """Sizes that the decoding kernel is compiled for, and its warps and stages."""
     group_full = max(16, triton.next_power_of_2(group))
@@ -340,8 +355,8 @@ TYPES = {
 }
 
 
-def compiled_for(head_dim: int) -> list[Variant]:
-    """The launches of bfloat16 models with heads of this size."""
+def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
+    """The launches of bfloat16 models with keys and values of these sizes, by the shared memory of a block."""
     far = EvictionOrder(by="average", sink=4, recent=64, window=None, distance=64, power=2)
     age = EvictionOrder(by="age", sink=0, recent=0, window=None)
     mass = EvictionOrder(by="mass", sink=4, recent=64, window=4096)
@@ -357,7 +372,7 @@ def compiled_for(head_dim: int) -> list[Variant]:
     ]
     variants = []
     for group, order, softcap, sinks, formats in models:
-        sizes, launch = _decode_launch(group, head_dim, head_dim, 2, *formats)
+        sizes, launch = _decode_launch(group, dim, value_dim, 2, shared, *formats)
         constants: dict[str, Any] = {"softcap": softcap, "order": order, "sizes": sizes}
         constants |= {} if sinks else {"sinks": None}
         constants |= {} if order is not age else {"scratch": None}

@@ -220,8 +220,8 @@ TYPES = {
 }
 
 
-def compiled_for(head_dim: int) -> list[Variant]:
-    """The launches of bfloat16 models with heads of this size."""
+def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noqa: ARG001
+    """The launches of bfloat16 models with keys and values of these sizes, by the shared memory of a block."""
     average = EvictionOrder(by="average", sink=4, recent=64, window=None)
     age = EvictionOrder(by="age", sink=0, recent=0, window=512)
     variants = []
@@ -234,7 +234,7 @@ def compiled_for(head_dim: int) -> list[Variant]:
         *((plain, True, {}), (plain, False, {"sums": None}), (plain, True, unevicted)),
         *((("int8", "int4"), True, {}), (("int4", "int8"), True, unevicted)),
     ):
-        move, launch = _move_launch(head_dim, head_dim, *formats)
+        move, launch = _move_launch(dim, value_dim, *formats)
         types = TYPES | {"rows": stored_rows(*formats, mass=mass)}
         variants.append(variant(_move, types, {"sizes": move, **missing}, launch))
     return variants

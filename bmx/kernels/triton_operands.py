@@ -7,13 +7,26 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bmx.kernels.formats import MODEL
 from bmx.kernels.slot_views import Rows
 from bmx.kernels.triton_vectors import FORMATS
+
+LEAST_SHARED = 99 * 1024  # bytes of shared memory that a block may have on GPUs of compute capability 8.6, 8.9 and 12
+MOST_SHARED = 227 * 1024  # on those of 9.0 and 10.0; on 8.0 it is 163 KB
+
+
+@cache
+def shared_memory() -> int:
+    """Bytes of shared memory that a block may have on the current GPU; without one, the most that any GPU has."""
+    if not torch.cuda.is_available():
+        return MOST_SHARED
+    return getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", LEAST_SHARED)
 
 
 class Packed(NamedTuple):

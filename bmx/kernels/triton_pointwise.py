@@ -94,13 +94,13 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
     return output
 
 
-def compiled_for(head_dim: int) -> list[Variant]:
-    """The launches of bfloat16 models with heads of this size, and 32 times that size."""
-    inner, half = 32 * head_dim, triton.next_power_of_2(head_dim // 2)
+def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noqa: ARG001
+    """The launches of bfloat16 models with keys of this size, and 32 times that size."""
+    inner, half = 32 * dim, triton.next_power_of_2(dim // 2)
     types = dict.fromkeys(("output", "x", "weight", "cos", "sin", "gate", "up"), "*bf16")
     types |= dict.fromkeys(("by_token", "by_head", "heads", "by_gate", "by_up"), "i32") | {"epsilon": "fp32"}
     block = triton.next_power_of_2(inner)
-    norm, rotary = {"inner": inner, "block": block}, {"dim": head_dim, "half_block": half}
+    norm, rotary = {"inner": inner, "block": block}, {"dim": dim, "half_block": half}
     gated = {"inner": 4 * inner, "block": GATE_BLOCK}
     return [
         variant(_rms_norm_kernel, types, norm, {"num_warps": 4 if block <= 4096 else 8, "num_stages": 1}),

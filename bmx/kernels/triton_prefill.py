@@ -23,7 +23,16 @@ from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.transfer import upload
 from bmx.kernels.triton_attention import Sizes, attend_kernel, sums_kernel
-from bmx.kernels.triton_operands import BF16_TOKENS, SlotRows, Variant, packed, slot_rows, stored_rows, variant
+from bmx.kernels.triton_operands import (
+    BF16_TOKENS,
+    SlotRows,
+    Variant,
+    packed,
+    shared_memory,
+    slot_rows,
+    stored_rows,
+    variant,
+)
 from bmx.kernels.triton_vectors import in_parts
 
 INTERPRETED = interpreted()
@@ -44,12 +53,13 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def _launch_attention(dim: int, itemsize: int, decodes: bool = False) -> Launch:
+def _launch_attention(dim: int, itemsize: int, shared: int, decodes: bool = False) -> Launch:  # noqa: ARG001
     """How attention is launched.
 
     Args:
         dim: the wider of keys' and values'.
         itemsize: bytes of a number of the model's type.
+        shared: bytes of shared memory that a block may have.
         decodes: whether slots store codes. Tiles that are decoded in registers cannot be loaded ahead, so several small
             programs share a multiprocessor and wait by turns.
     """
@@ -64,7 +74,7 @@ def _launch_attention(dim: int, itemsize: int, decodes: bool = False) -> Launch:
     return Launch(128, 64, 8, 3)
 
 
-def _launch_sums(dim: int, itemsize: int) -> Launch:
+def _launch_sums(dim: int, itemsize: int, shared: int) -> Launch:  # noqa: ARG001
     """How column sums are launched."""
     if INTERPRETED:
         return Launch(16, 32, 4, 1)
@@ -105,7 +115,8 @@ def attend(
     if not chunks.lengths:
         return
     kv_heads, width = value.shape[1:]
-    launch = _launch_attention(max(query.shape[2], width), query.element_size(), rows.formats != (MODEL, MODEL))
+    decodes = rows.formats != (MODEL, MODEL)
+    launch = _launch_attention(max(query.shape[2], width), query.element_size(), shared_memory(), decodes)
     sizes = _sizes(query.shape[1], kv_heads, query.shape[2], width, softcap, window, launch, *rows.formats)
     tiles = triton.cdiv(max(chunks.lengths) * sizes.group, launch.block_m)
     attend_kernel[tiles, kv_heads, len(chunks.lengths)](
@@ -173,7 +184,7 @@ def _add_up(
 ) -> None:
     """Add up attention with one set of query weights; without mass, ``own`` [K, P + T] takes sums of slot rows too."""
     heads, dim = query.shape[1:]
-    launch = _launch_sums(dim, query.element_size())
+    launch = _launch_sums(dim, query.element_size(), shared_memory())
     sizes = _sizes(heads, key.shape[1], dim, dim, softcap, window, launch, rows.key_format)
     past = max(min(start, limit, rows.largest) for start, limit in zip(chunks.starts, chunks.row_limits, strict=True))
     past_tiles, own_tiles = (triton.cdiv(keys, launch.block_n) for keys in (past, max(chunks.lengths)))
@@ -325,27 +336,27 @@ TYPES: dict[str, Any] = {
 }
 
 
-def compiled_for(head_dim: int) -> list[Variant]:
-    """The launches of bfloat16 models with 32 heads and 8 kv heads of this size."""
-    attention, sums = _launch_attention(head_dim, 2), _launch_sums(head_dim, 2)
-    made = [_compiled(head_dim, attend_kernel, attention, {"logsums": None})]
-    coded = ("int4", "int8") if head_dim == 96 else ("int8", "int4")
+def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
+    """The launches of bfloat16 models with 32 heads and 8 kv heads, by the shared memory of a block."""
+    plain, far = {"distance": 0, "power": 1}, {"distance": 32, "power": 2}
+    coded = ("int4", "int8") if dim == 96 else ("int8", "int4")
+    made = [_attention_variant(dim, value_dim, shared, (MODEL, MODEL), {"logsums": None})]
     for formats in ((MODEL, MODEL), coded):
-        made += [
-            _compiled(head_dim, attend_kernel, _launch_attention(head_dim, 2, formats[0] != MODEL), {}, formats),
-            _compiled(head_dim, sums_kernel, sums, {"distance": 32, "power": 2}, formats),
-        ]
-    return [*made, _compiled(head_dim, sums_kernel, sums, {"distance": 0, "power": 1})]
+        made += [_attention_variant(dim, value_dim, shared, formats, {}), _sums_variant(dim, shared, formats[0], far)]
+    return [*made, _sums_variant(dim, shared, MODEL, plain)]
 
 
-def _compiled(
-    head_dim: int, kernel: Any, launch: Launch, constants: dict[str, Any], formats: tuple[str, str] = (MODEL, MODEL)
+def _attention_variant(
+    dim: int, value_dim: int, shared: int, formats: tuple[str, str], constants: dict[str, Any]
 ) -> Variant:
-    """One launch for 32 heads and 8 kv heads."""
-    rows = stored_rows(*formats, positions=bool(constants.get("distance")), mass=kernel is sums_kernel)
-    if kernel is sums_kernel:
-        rows = rows._replace(value=None, value_scales=None)
-        formats = formats[0], MODEL
-    constants = {"sizes": _sizes(32, 8, head_dim, head_dim, None, None, launch, *formats), "sinks": None, **constants}
-    constants = {name: constant for name, constant in constants.items() if name in kernel.arg_names}
-    return variant(kernel, TYPES | {"slot_rows": rows}, constants, launch.options)
+    launch = _launch_attention(max(dim, value_dim), 2, shared, formats != (MODEL, MODEL))
+    rows = stored_rows(*formats, positions=False, mass=False)
+    constants = {"sizes": _sizes(32, 8, dim, value_dim, None, None, launch, *formats), "sinks": None, **constants}
+    return variant(attend_kernel, TYPES | {"slot_rows": rows}, constants, launch.options)
+
+
+def _sums_variant(dim: int, shared: int, key_format: str, constants: dict[str, Any]) -> Variant:
+    launch = _launch_sums(dim, 2, shared)
+    rows = stored_rows(key_format, MODEL, positions=constants["distance"] > 0)._replace(value=None)
+    constants = {"sizes": _sizes(32, 8, dim, dim, None, None, launch, key_format), **constants}
+    return variant(sums_kernel, TYPES | {"slot_rows": rows}, constants, launch.options)
