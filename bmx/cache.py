@@ -28,10 +28,12 @@ def cache_folder(kind: str) -> Path:
     """The folder for one kind of entries; it need not exist.
 
     Raises:
-        OSError: there is no home folder, and no variable names another one.
+        OSError: there is no home folder, and no variable names another one; or platformdirs is not installed.
     """
-    from platformdirs import user_cache_path
-
+    try:
+        from platformdirs import user_cache_path
+    except ImportError as error:
+        raise OSError(errno.ENOENT, "platformdirs is not installed") from error
     try:
         folder = user_cache_path("bmx") / kind
     except RuntimeError:
@@ -41,11 +43,16 @@ def cache_folder(kind: str) -> Path:
     return folder
 
 
-def warn_once(problem: str) -> None:
-    """Say once that something is done without the cache."""
+def remedy(error: OSError) -> str:
+    """What makes a cache work that cannot be used because of an error."""
+    return "pip install platformdirs" if isinstance(error.__cause__, ImportError) else REMEDY
+
+
+def warn_once(problem: str, error: OSError) -> None:
+    """Say once that something is done without the cache, and what would help against the error."""
     if problem not in _told:
         _told.add(problem)
-        logger.warning("%s: %s", problem, REMEDY)
+        logger.warning("%s: %s", problem, remedy(error))
 
 
 def store(file: Path, content: bytes) -> None:
@@ -72,7 +79,7 @@ def is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / CONTENTS).read_bytes())
         return bool(sizes == _sizes(folder, sizes))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ from threading import Thread
 import pytest
 from gguf_files import random_model, write_gguf
 
-from bmx import cache
+from bmx import cache, kernels
 from bmx.errors import ModelError
 from bmx.model import gguf_cache
 from bmx.plan import machine_speed
@@ -23,7 +26,8 @@ RATES = machine_speed.Rates(flops=1.0, bandwidth=2.0, thin_bandwidth=3.0, operat
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch) -> None:
-    """No warning has been given yet."""
+    """No warning has been given yet, and the compiled kernels of this process are there."""
+    kernels.choose("cpu")
     monkeypatch.setattr(cache, "_told", set())
 
 
@@ -126,7 +130,15 @@ def test_e2_speeds_that_cannot_be_kept_are_measured_again_with_one_warning(tmp_p
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"flops": 1}', b"\0" * 100])
+def test_e2_without_platformdirs_speeds_are_measured_in_each_run_and_one_warning_names_the_package(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setattr(machine_speed, "measure", lambda *_: RATES)
+    assert [machine_rates("cpu", "float32", "a").flops for _ in range(2)] == [1.0, 1.0]
+    [warning] = caplog.messages
+    assert "(platformdirs is not installed), and is measured in each run: pip install platformdirs" in warning
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"flops": 1}', b"\0" * 100, b"[" * 10**5])
 def test_e2_damaged_speeds_are_measured_again(tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine_speed, "measure", lambda *_: RATES)
@@ -178,6 +190,24 @@ def test_e2_without_a_cache_a_gguf_file_is_refused_in_one_line(gguf, monkeypatch
     if place is None:
         monkeypatch.setattr("platformdirs.user_cache_path", lambda *_: Path("~/.cache/bmx"))
     with pytest.raises(ModelError, match=r"Not a directory|no home folder") as refused:
+        gguf_cache.unpacked_folder([gguf])
+    assert "XDG_CACHE_HOME" in refused.value.hint
+
+
+def test_e2_without_platformdirs_a_gguf_file_is_refused_in_one_line_that_names_the_package(gguf, monkeypatch):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert gguf_cache.kept_folder([gguf]) is None
+    with pytest.raises(ModelError, match="platformdirs is not installed") as refused:
+        gguf_cache.unpacked_folder([gguf])
+    assert "pip install platformdirs" in refused.value.hint
+
+
+def test_e2_a_lock_that_cannot_be_taken_is_one_line(gguf, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(ModelError, match="No locks available") as refused:
         gguf_cache.unpacked_folder([gguf])
     assert "XDG_CACHE_HOME" in refused.value.hint
 

@@ -785,3 +785,11 @@ def test_e2_without_a_place_to_keep_them_kernels_are_compiled_and_a_warning_says
     [warning] = caplog.messages
     assert "cannot be kept (Not a directory), and are compiled in each run" in warning
     assert "XDG_CACHE_HOME" in warning
+
+
+def test_e2_without_platformdirs_kernels_are_compiled_and_a_warning_names_the_package(best, monkeypatch, caplog):
+    another_process()
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert kernels.choose("cpu").name == best
+    [warning] = caplog.messages
+    assert "(platformdirs is not installed), and are compiled in each run: pip install platformdirs" in warning

@@ -136,7 +136,9 @@ def _built(chosen: InstructionSet, compiler: str, openmp: Path) -> ctypes.PyDLL:
                 content = built.read_bytes()
                 store(cache_folder("kernels") / _name(_key(chosen, compiler, openmp), content), content)
             except OSError as error:
-                warn_once(f"the compiled kernels cannot be kept ({error.strerror}), and are compiled in each run")
+                warn_once(
+                    f"the compiled kernels cannot be kept ({error.strerror}), and are compiled in each run", error
+                )
             return ctypes.PyDLL(str(built))
     except OSError as error:
         raise CannotBuildError(f"the library that {compiler} builds cannot be stored or loaded: {error}") from None
@@ -179,7 +181,7 @@ def _compile(chosen: InstructionSet, compiler: str, openmp: Path, folder: Path) 
     )
     for command in commands:
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
         except subprocess.CalledProcessError as error:
             lines = [line for line in error.stderr.splitlines() if "error" in line] or [f"exit {error.returncode}"]
             raise CannotBuildError(f"{compiler} cannot compile them: {lines[0]}") from None

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bmx.cache import cache_folder, filled, is_whole
+from bmx.cache import cache_folder, filled, is_whole, remedy
 from bmx.errors import ModelError
 from bmx.model.gguf_config import complete_config
 from bmx.model.gguf_file import GgufFile
@@ -46,7 +46,7 @@ def unpacked_folder(parts: Sequence[Path]) -> Path:
         place = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         raise ModelError(
             f"cannot keep the unpacked model in the cache {place}/bmx: {error.strerror or error}",
-            hint="make room there, or set XDG_CACHE_HOME to another folder",
+            hint=f"make room there if it is full, or {remedy(error)}",
         ) from None
 
 

@@ -63,7 +63,7 @@ def machine_rates(device: str, dtype: str, name: str) -> Rates:
         dtype: a torch type's name.
         name: of the processor or GPU.
     """
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         file = _cache_file(device, dtype, name)
         cached = Rates(**json.loads(file.read_text()))
         age, kept = time.time() - file.stat().st_mtime, KEPT_IF_BUSY if cached.source == MEASURED_BUSY else KEPT_SECONDS
@@ -76,7 +76,7 @@ def machine_rates(device: str, dtype: str, name: str) -> Rates:
     try:
         store(_cache_file(device, dtype, name), json.dumps(asdict(rates)).encode())
     except OSError as error:
-        warn_once(f"the speed of this machine cannot be kept ({error.strerror}), and is measured in each run")
+        warn_once(f"the speed of this machine cannot be kept ({error.strerror}), and is measured in each run", error)
     return rates
 
 
