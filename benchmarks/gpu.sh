@@ -1,25 +1,33 @@
 #!/bin/sh
-# Everything that can be asked of bmx on one NVIDIA card, in less than ten minutes: see benchmarks/gpu.py.
+# Everything that can be asked of bmx on one NVIDIA card, in less than nine minutes: see benchmarks/gpu.py.
 #
-#   benchmarks/gpu.sh [out.json] [--only kernels,throughput] [--jobs prefill,decode]
-#   FULL=1 benchmarks/gpu.sh out.json --only throughput --jobs prefill,decode,20000/2000      # as long as it takes
+#   benchmarks/gpu.sh OUT.json                              # all of it
+#   benchmarks/gpu.sh OUT.json --decisive                   # what decides, in less than four minutes
+#   benchmarks/gpu.sh OUT.json --part kernels,throughput    # some parts
 #
-# Nothing is installed: where there is no jsonlines, which only files need, an empty module takes its place.
+# Nothing is installed. Small modules take the place of jsonlines and platformdirs, where there are none.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-cd "$root" || exit 2
-python=${PYTHON:-$(command -v python || command -v python3)}
+if [ $# -eq 0 ]; then
+    echo "usage: benchmarks/gpu.sh OUT.json [--decisive] [--part P,...]" >&2
+    exit 2
+fi
+python=${PYTHON:-$(command -v python3 || command -v python)}
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    echo "gpu.sh: torch sees no CUDA GPU here, and nothing was measured" >&2
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu.sh: $python sees no torch, or torch no CUDA GPU: nothing was measured" >&2
     exit 2
 fi
-if ! "$python" -c 'import jsonlines' 2>/dev/null; then
-    stub=$(mktemp -d) || exit 2
-    trap 'rm -rf "$stub"' EXIT
-    : >"$stub/jsonlines.py"
-    PYTHONPATH=$PYTHONPATH:$stub
-fi
-"$python" benchmarks/gpu.py "$@"
+stubs=$(mktemp -d) || exit 2
+trap 'rm -rf "$stubs"' EXIT
+"$python" -c 'import jsonlines' 2>/dev/null || : >"$stubs/jsonlines.py"
+"$python" -c 'import platformdirs' 2>/dev/null || cat >"$stubs/platformdirs.py" <<'STUB'
+from pathlib import Path
+
+
+def user_cache_path(name):
+    return Path.home() / ".cache" / name
+STUB
+PYTHONPATH=$PYTHONPATH:$stubs "$python" "$root/benchmarks/gpu.py" "$@"

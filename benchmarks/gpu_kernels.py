@@ -8,43 +8,24 @@ Shapes: T packed tokens, N chunks, S slots, H query heads, K kv heads, C rows of
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from gpu_cells import Cell, Context, Place, median_seconds, share
 from torch import Tensor
 
 from bmx.kernels import reference
+from bmx.kernels.formats import FORMATS, MODEL, Stored
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 
 LIMIT = 1e-2  # relative error, Frobenius norm
 RANKING = EvictionOrder(by="average", sink=4, recent=32, window=None, distance=32, power=2)
 SEEN = 3  # times as many tokens as a slot has rows have passed it
-Note = Callable[[str, Any], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where it runs, and how large things are there."""
-
-    tried: bool
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.tried else "cuda"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Interpreted Triton computes bfloat16 wrongly."""
-        return torch.float32 if self.tried else torch.bfloat16
-
-    @property
-    def repeats(self) -> int:
-        return 1 if self.tried else 15
+PARTS = ("keys", "values", "positions", "mass", "key_scales", "value_scales")  # of rows, that kernels write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +40,18 @@ class Size:
     chunks: int
     inner: int
     kv_bytes: float  # that decoding is timed with
+    formats: tuple[str, str] = (MODEL, MODEL)
 
     @property
-    def row_bytes(self) -> int:
-        """Of a slot's keys and values in two bytes each."""
-        return self.kv_heads * self.capacity * self.dim * 4
+    def slot_bytes(self) -> int:
+        """Of a slot's keys and values."""
+        of = [2 * self.dim if form == MODEL else FORMATS[form].vector_bytes(self.dim) for form in self.formats]
+        return self.kv_heads * self.capacity * sum(of)
+
+    @property
+    def name(self) -> str:
+        stored = "" if self.formats == (MODEL, MODEL) else " " + "/".join(self.formats)
+        return f"D {self.dim}, {self.heads}/{self.kv_heads}{stored}"
 
     @property
     def order(self) -> EvictionOrder:
@@ -71,38 +59,15 @@ class Size:
 
 
 def sizes(place: Place) -> list[Size]:
+    """The first two decide: the default formats, and pairs as the model has them."""
+    coded = ("int8", "int4")
     if place.tried:
         small = dict(capacity=48, chunk=20, chunks=2, inner=96, kv_bytes=4e4)
-        return [Size(dim=32, heads=4, kv_heads=2, **small), Size(dim=24, heads=2, kv_heads=2, **small)]
+        shapes = ((32, 4, 2, (MODEL, MODEL)), (24, 2, 2, coded))
+        return [Size(dim=dim, heads=h, kv_heads=kv, formats=form, **small) for dim, h, kv, form in shapes]
     large = dict(capacity=1024, chunk=512, chunks=16, inner=14_336, kv_bytes=1.7e9)
-    return [Size(dim=dim, heads=32, kv_heads=kv, **large) for dim, kv in ((128, 8), (96, 32), (64, 8))]
-
-
-def synchronize(place: Place) -> None:
-    if not place.tried:
-        torch.cuda.synchronize()
-
-
-def median_seconds(work: Callable[[], Any], place: Place) -> float:
-    """Seconds of the median of some repetitions: on a GPU by its own clock, after a warm-up."""
-    if place.tried:
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-    for _ in range(3):
-        work()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(place.repeats)]
-    for start, end in pairs:
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in pairs)
-
-
-def share(amount: float, seconds: float, rate: float | None) -> float | None:
-    """Of what the machine does in that time; None where its rate is not known."""
-    return amount / seconds / rate if rate else None
+    shapes = ((128, 8, (MODEL, MODEL)), (128, 8, coded), (96, 32, (MODEL, MODEL)), (64, 8, (MODEL, MODEL)))
+    return [Size(dim=dim, heads=32, kv_heads=kv, formats=form, **large) for dim, kv, form in shapes]
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -130,32 +95,56 @@ def make_rows(size: Size, seen: list[int], place: Place, poison: bool = True) ->
     left = place_of.topk(c, dim=-1, largest=False).indices.sort(dim=-1).values
     in_use = torch.arange(c, device=place.device) < there
     positions = torch.where(in_use, torch.where(there <= c, tokens[:c].expand_as(left), left), -1).int().flatten()
-    keys, values = (random(len(positions), size.dim, place=place, seed=seed) for seed in (1, 2))
+    vectors = [random(len(positions), size.dim, place=place, seed=seed) for seed in (1, 2)]
+    (keys, key_scales), (values, value_scales) = (
+        (part, None) if form == MODEL else FORMATS[form].encode(part)
+        for part, form in zip(vectors, size.formats, strict=True)
+    )
     if poison:
-        keys[positions < 0], values[positions < 0] = float("nan"), float("nan")
+        for part in (keys, values, key_scales, value_scales):
+            if part is not None and part.is_floating_point():
+                part[positions < 0] = float("nan")
     mass = torch.rand(len(positions), device=place.device) * SEEN * (positions >= 0)
+    heads = torch.arange(count * size.kv_heads, device=place.device).view(count, size.kv_heads)
     return Rows(
         keys=keys,
         values=values,
+        key_scales=key_scales,
+        value_scales=value_scales,
+        key_format=size.formats[0],
+        value_format=size.formats[1],
         positions=positions,
         mass=mass,
-        first=torch.arange(count, device=place.device) * size.kv_heads * c,
-        capacity=torch.full((count,), c, device=place.device),
+        first=heads * c,
+        capacity=torch.full_like(heads, c),
         kv_heads=size.kv_heads,
-        capacities=(c,) * count,
+        capacities=((c,) * size.kv_heads,) * count,
         largest=c,
     )
 
 
 def copied(rows: Rows) -> Rows:
-    parts = ("keys", "values", "positions", "mass")
-    return replace(rows, **{name: getattr(rows, name).clone() for name in parts if getattr(rows, name) is not None})
+    return replace(rows, **{name: part.clone() for name in PARTS if (part := getattr(rows, name)) is not None})
 
 
 def same(one: Rows, other: Rows) -> bool:
     """The same bits."""
-    parts = [(getattr(one, name), getattr(other, name)) for name in ("keys", "values", "positions", "mass")]
+    parts = [(getattr(one, name), getattr(other, name)) for name in PARTS]
     return all(torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in parts if a is not None)
+
+
+def stored(rows: Rows) -> tuple[Stored, Stored]:
+    """Keys and values as they lie in memory."""
+    return (
+        Stored(rows.keys, rows.key_scales, rows.key_format),
+        Stored(rows.values, rows.value_scales, rows.value_format),
+    )
+
+
+def decoded(rows: Rows, size: Size) -> list[Tensor]:
+    """Keys and values [S, K, C, D] in float64; zeros where there are none."""
+    read = [part.read(slice(None), size.dim, torch.float32) for part in stored(rows)]
+    return [by_head(rows, part.double().nan_to_num()) for part in read]
 
 
 def make_chunks(size: Size, starts: list[int], place: Place) -> Chunks:
@@ -210,23 +199,28 @@ def true_decode(tokens: list[Tensor], rows: Rows, now: list[int], size: Size, co
     """Output [S, H, D] in float64; ``rows`` become what they should, their mass in float32 of float64 sums."""
     query, key, value = tokens
     s, k, g = len(now), size.kv_heads, size.heads // size.kv_heads
-    at = torch.tensor(now, device=query.device)[:, None, None]
-    keys, values, positions = (by_head(rows, part) for part in (rows.keys, rows.values, rows.positions))
-    mass = None if rows.mass is None else by_head(rows, rows.mass)
-    worth = scores_of(positions, mass if counted else None, at, size.order)
-    victim = torch.where(at[..., 0] < size.capacity, at[..., 0], worth.argmin(-1))[..., None]  # the first of equals
-    keys.scatter_(2, victim[..., None].expand(s, k, 1, size.dim), key.unsqueeze(2))
-    values.scatter_(2, victim[..., None].expand(s, k, 1, size.dim), value.unsqueeze(2))
-    positions.scatter_(2, victim, at.expand(s, k, 1).int())
-    unused = positions < 0
+    at = torch.tensor(now, device=query.device)[:, None]
+    positions, mass = rows.positions, rows.mass
+    worth = scores_of(
+        by_head(rows, positions),
+        by_head(rows, mass) if counted and mass is not None else None,
+        at[..., None],
+        size.order,
+    )
+    victim = torch.where(at < size.capacity, at, worth.argmin(-1))  # the first of equals
+    row = (rows.first + victim).flatten()
+    for part, vectors in zip(stored(rows), (key, value), strict=True):
+        part.write(row, vectors.flatten(0, 1))
+    positions[row] = at.expand(s, k).flatten().int()
+    keys, values = decoded(rows, size)
     queries = query.double().reshape(s, k, g, -1) * size.dim**-0.5
-    logits = torch.einsum("skgd,skcd->skgc", queries, keys.double().nan_to_num())
+    logits = torch.einsum("skgd,skcd->skgc", queries, keys)
+    unused = by_head(rows, positions) < 0
     weights = torch.softmax(logits.masked_fill(unused.unsqueeze(2), float("-inf")), -1)
     if mass is not None:
-        mass.scatter_(2, victim, 0.0)
-        far = at - positions >= size.order.distance
-        mass += (weights**size.order.power).mean(2).float() * far if counted else 0.0
-    return torch.einsum("skgc,skcd->skgd", weights, values.double().nan_to_num()).reshape(s, size.heads, -1)
+        mass[row] = 0.0
+        by_head(rows, mass).add_((weights**size.order.power).mean(2).float() if counted else 0.0)
+    return torch.einsum("skgc,skcd->skgd", weights, values).reshape(s, size.heads, -1)
 
 
 def check_decode(size: Size, place: Place, counted: bool) -> dict[str, Any]:
@@ -252,12 +246,12 @@ def check_decode(size: Size, place: Place, counted: bool) -> dict[str, Any]:
 
 def time_decode(size: Size, place: Place, counted: bool, rates: dict[str, float]) -> dict[str, Any]:
     """All slots full and evicting."""
-    slots = max(2, int(size.kv_bytes / size.row_bytes))
+    slots = max(2, int(size.kv_bytes / size.slot_bytes))
     now = [SEEN * size.capacity + i % 7 for i in range(slots)]
     rows = make_rows(size, now, place, poison=False)
     rows = rows if counted else replace(rows, mass=None)
     seconds = median_seconds(decode(decode_inputs(size, slots, place), rows, now, size, counted), place)
-    read = rows.keys.nbytes + rows.values.nbytes
+    read = slots * size.slot_bytes
     return {
         "slots": slots,
         "kv_bytes": read,
@@ -317,12 +311,12 @@ class Reading:
         """Output [T, H, D], logarithms [T, H], the mass afterwards [R] and own sums [K, T], in float64."""
         size, t, c = self.size, self.size.chunk, self.size.capacity
         k, g = size.kv_heads, size.heads // size.kv_heads
-        outputs, logs, owns = [], [], []
+        outputs, logs, owns, held = [], [], [], decoded(self.rows, size)
         mass = by_head(self.rows, self.rows.mass.double())
         for n, start in enumerate(self.chunks.starts):
             query, key, value = (part[n * t : (n + 1) * t].double().transpose(0, 1) for part in self.tokens)
             used = min(start, c)
-            past = [by_head(self.rows, part)[n, :, :used].double() for part in (self.rows.keys, self.rows.values)]
+            past = [part[n, :, :used] for part in held]
             keys, values = torch.cat([past[0], key], 1), torch.cat([past[1], value], 1)
             logits = torch.einsum("kgtd,kcd->kgtc", query.reshape(k, g, t, -1), keys) * size.dim**-0.5
             future = torch.ones(t, used + t, dtype=torch.bool, device=keys.device).triu(used + 1)
@@ -345,10 +339,9 @@ class Reading:
             mine = slice(n * t, (n + 1) * t)
             own = torch.arange(start, start + t, device=sums.device, dtype=torch.int32)
             for head in range(size.kv_heads):
-                parts = [by_head(rows, part)[n, head] for part in (rows.keys, rows.values, rows.positions, rows.mass)]
-                used = min(start, size.capacity)
-                candidates = torch.cat([parts[2][:used], own])
-                received = torch.cat([parts[3][:used], sums[head, mine]])
+                used, first = min(start, size.capacity), int(rows.first[n, head])
+                candidates = torch.cat([rows.positions[first : first + used], own])
+                received = torch.cat([rows.mass[first : first + used], sums[head, mine]])
                 worth = scores_of(candidates, received, start + t, size.order)
                 best = worth.sort(descending=True, stable=True).indices[: size.capacity]
                 stays = torch.zeros(len(candidates), dtype=torch.bool, device=sums.device)
@@ -356,10 +349,10 @@ class Reading:
                 kept = torch.zeros(size.capacity, dtype=torch.bool, device=sums.device)
                 kept[:used] = stays[:used]
                 new = stays[used:].nonzero().flatten()
-                free = (~kept).nonzero().flatten()[: len(new)]
-                from_chunk = (self.tokens[1][mine, head], self.tokens[2][mine, head], own, sums[head, mine])
-                for part, arrived in zip(parts, from_chunk, strict=True):
-                    part[free] = arrived[new]
+                row = first + (~kept).nonzero().flatten()[: len(new)]
+                for part, vectors in zip(stored(rows), self.tokens[1:], strict=True):
+                    part.write(row, vectors[mine, head][new])
+                rows.positions[row], rows.mass[row] = own[new], sums[head, mine][new]
         return rows
 
 
@@ -479,7 +472,7 @@ def verdict(found: Any) -> list[str]:
     wrong = []
     for name, value in found.items():
         if isinstance(value, dict):
-            wrong += [f"{name}.{inner}" for inner in verdict(value)]
+            wrong += [name] if "failed" in value else [f"{name}.{inner}" for inner in verdict(value)]
         elif "error" in name and isinstance(value, float):
             wrong += [] if value <= LIMIT else [name]  # NaN is wrong too
         elif isinstance(value, bool) and not value:
@@ -487,32 +480,58 @@ def verdict(found: Any) -> list[str]:
     return wrong
 
 
-def run(note: Note, place: Place, rates: dict[str, float]) -> None:
-    """The whole part, one size after another; a kernel that fails keeps no other from its turn."""
+def right(size: Size, context: Context) -> dict[str, Any]:
+    """Every kernel against float64; one that fails keeps no other from its turn."""
+    torch.manual_seed(0)
+    works = {
+        "decode": partial(check_decode, counted=True),
+        "decode_by_age": partial(check_decode, counted=False),
+        "reading": check_reading,
+    }
+    found = attempted({name: partial(work, size, context.place) for name, work in works.items()}, context)
+    return {**found, "wrong": verdict(found)}
+
+
+def fast(size: Size, context: Context) -> dict[str, Any]:
+    """How long each kernel takes, and what share of the machine's rates that is."""
+    place, rates = context.place, context.rates
+    works = {
+        "decode": partial(time_decode, size, place, True, rates),
+        "decode_by_age": partial(time_decode, size, place, False, rates),
+        "reading": partial(time_reading, size, place, rates),
+    }
+    return attempted(works, context)
+
+
+def parts(size: Size, context: Context) -> dict[str, Any]:
+    """A model's small parts: right, and how fast."""
+    found = attempted({"parts": partial(small_parts, size, context.place, context.rates)}, context)
+    return {**found, "wrong": verdict(found)}
+
+
+def attempted(works: dict[str, Callable[[], dict[str, Any]]], context: Context) -> dict[str, Any]:
+    """What comes of each, noted at once; a problem is noted in its place."""
     import traceback
 
-    torch.manual_seed(0)
-    for size in sizes(place):
-        found: dict[str, Any] = {}
-        name = f"D {size.dim}, {size.heads}/{size.kv_heads}"
-        for label, work in {
-            "decode": lambda: check_decode(size, place, counted=True),  # noqa: B023
-            "decode_by_age": lambda: check_decode(size, place, counted=False),  # noqa: B023
-            "reading": lambda: check_reading(size, place),  # noqa: B023
-            "parts": lambda: small_parts(size, place, rates),  # noqa: B023
-            "decode_speed": lambda: time_decode(size, place, True, rates),  # noqa: B023
-            "decode_by_age_speed": lambda: time_decode(size, place, False, rates),  # noqa: B023
-            "reading_speed": lambda: time_reading(size, place, rates),  # noqa: B023
-        }.items():
-            started = time.perf_counter()
-            try:
-                found[label] = work()
-            except Exception as problem:
-                found[label] = {"failed": f"{type(problem).__name__}: {problem}"[:500]}
-                found[label]["traceback"] = traceback.format_exc(limit=-3)[-1500:]
-            found[label]["in_all_seconds"] = time.perf_counter() - started
-            found["wrong"] = verdict({k: v for k, v in found.items() if k != "wrong"})
-            found["wrong"] += [k for k, v in found.items() if isinstance(v, dict) and "failed" in v]
-            note(name, found)
-            if not place.tried:
-                torch.cuda.empty_cache()
+    found: dict[str, Any] = {}
+    for name, work in works.items():
+        try:
+            found[name] = work()
+        except Exception as problem:
+            found[name] = {"failed": f"{type(problem).__name__}: {problem}"[:500]}
+            found[name]["traceback"] = traceback.format_exc(limit=-3)[-1500:]
+        context.note(name, found[name])
+        if not context.place.tried:
+            torch.cuda.empty_cache()
+    return found
+
+
+def cells(place: Place) -> list[Cell]:
+    """Right and fast, for each size; what decides comes first."""
+    made = []
+    for number, size in enumerate(sizes(place)):
+        for name, work, seconds in (("right", right, 70), ("fast", fast, 60), ("small parts", parts, 40)):
+            if work is not parts or size.formats == (MODEL, MODEL):
+                cell = Cell(part="kernels", name=f"{size.name}, {name}", seconds=seconds, work=partial(work, size))
+                made.append(replace(cell, decisive=number < 2 and work is not parts))
+    return made

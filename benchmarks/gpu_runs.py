@@ -1,38 +1,43 @@
-"""What ``gpu.py`` asks of whole runs: graphs against launching anew, planned against seen memory, and tokens a second.
+"""What ``gpu.py`` asks of whole runs: tokens a second, graphs against launching anew, planned against seen memory.
 
-Random weights in the shapes of ``bmx.model.random_models``, random
-token ids, answers to their full length past any end token.
+Random weights in the shapes of ``bmx.model.random_models``, random token ids, answers to their full length past any end
+token. Where decoding alone is measured, slots are filled with made-up pairs, and no prompt is read.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
-import os
 import statistics
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_kernels import Note, Place, share, synchronize
+from gpu_cells import Cell, Context, Place, share, synchronize
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.engine.backend import ModelBackend
+from bmx.engine.runner import ModelRunner
+from bmx.engine.scheduler import Scheduler
 from bmx.measure.bench_sides import plan_lengths
+from bmx.measure.decode_bound import decode_step, run_step, sequence_of, timed_seconds
 from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model
+from bmx.plan.memory import SlotGroup
 from bmx.plan.planner import Length, Plan
-from bmx.plan.roofline import held_rows, weights_read
+from bmx.plan.roofline import prefill_flops, weights_read
 from bmx.shutdown import Stop
 from bmx.stats import Stats
 
 LLAMA = "llama-3.1-8b"
 BUDGET = 1024
 MORE = 1.25  # times as many rows as slots
-SHARE_OF_LONG, SHARE_OF_SHORT = 0.6, 0.9  # of the time that is left, for 5,000/500 and then for 2,000/200
+ENDING = 12  # seconds of its limit that a job leaves for its beginning and its end
+LONGEST = 22_016  # tokens of a sequence
+TIMED_ROUNDS = 64
+SLOTS = {"64": 64, "256": 256, "all": None}  # that decode together; None for as many as fit
 TINY = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -180,47 +185,21 @@ def plan_of(engine: Engine, lengths: list[int], answer: int) -> Plan:
     return plan_lengths(engine, [Length.of(engine.policy, tokens, answer) for tokens in lengths])
 
 
-def forget(place: Place) -> None:
-    """Give back what a model or a run held."""
-    gc.collect()
-    if not place.tried:
-        torch.cuda.empty_cache()
-
-
-def attempted(note: Note, name: str, work: Callable[[], dict[str, Any]], place: Place) -> dict[str, Any]:
-    """What comes of it, noted; a problem is noted in its place."""
-    started = time.monotonic()
-    try:
-        found = work()
-    except Exception as problem:
-        found = {"failed": f"{type(problem).__name__}: {problem}"[:600]}
-        found["traceback"] = traceback.format_exc(limit=-4)[-2500:]
-    found["in_all_seconds"] = time.monotonic() - started
-    note(name, found)
-    forget(place)
-    return found
-
-
 # Graphs.
 
 
-def graphs(note: Note, place: Place) -> None:
-    """Three families cut to 4 layers; phi's frequencies differ for long sequences, of which there are some."""
-    half = 8 if place.tried else 48
-    trained = 32 if place.tried else 256
-    phi = SHAPES["phi-3.5-mini"]
-    rope = phi["rope_parameters"] | {
-        "short_factor": [1.0 + 0.01 * i for i in range(half)],
-        "long_factor": [1.0 + 0.5 * i for i in range(half)],
-        "original_max_position_embeddings": trained,
-    }
-    changes: dict[str, dict[str, Any]] = {
-        LLAMA: {},
-        "qwen3-8b": {},
-        "phi-3.5-mini": {"rope_parameters": rope, "original_max_position_embeddings": trained},
-    }
-    for name, changed in changes.items():
-        attempted(note, name, lambda: with_and_without(shape_of(name, place, 4, **changed), place), place)  # noqa: B023
+def graphs(name: str, context: Context) -> dict[str, Any]:
+    """A family cut to 4 layers; phi's frequencies differ for long sequences, of which there are some."""
+    changes: dict[str, Any] = {}
+    if name.startswith("phi"):
+        half, trained = (8, 32) if context.place.tried else (48, 256)
+        rope = SHAPES[name]["rope_parameters"] | {
+            "short_factor": [1.0 + 0.01 * i for i in range(half)],
+            "long_factor": [1.0 + 0.5 * i for i in range(half)],
+            "original_max_position_embeddings": trained,
+        }
+        changes = {"rope_parameters": rope, "original_max_position_embeddings": trained}
+    return with_and_without(shape_of(name, context.place, 4, **changes), context.place)
 
 
 def with_and_without(name: str, place: Place) -> dict[str, Any]:
@@ -262,182 +241,255 @@ def decode_rate(ran: Ran) -> float | None:
 # Memory.
 
 
-def memory(note: Note, place: Place) -> None:
-    """A model of Llama-3.1-8B's width under a limit, with more rows than slots; and one with its own limit."""
+def memory(context: Context) -> dict[str, Any]:
+    """A model of Llama-3.1-8B's width under a limit, with more rows than slots."""
+    place = context.place
     limit = 700 * 10**6 if place.tried else 12 * 10**9
     tokens, answer = (30, 4) if place.tried else (2000, 48)
     told = TINY_CACHE if place.tried else {"kv_budget": BUDGET}
-
-    def work() -> dict[str, Any]:
-        engine = engine_of(shape_of(LLAMA, place, 4), place, tokens + answer, memory_limit=limit, **told)
-        plan = plan_of(engine, [tokens] * (4 if place.tried else 1024), answer)
-        profiled = plan.profiled
-        rows = math.ceil(MORE * plan.slots)
-        ran = run_rows(engine, plan, [tokens] * rows, answer, place)
-        items = {name: getattr(plan.memory, name) for name in plan.memory.__dataclass_fields__}
-        return {
-            "limit": limit,
-            "ratio": ran.seen / plan.memory.total,
-            "held": ran.seen <= plan.memory.total,
-            "items": items,
-            "profiled_step_planned_and_measured": profiled and [profiled.predicted, profiled.measured],
-            "beside_torch_bytes": beside_torch(place),
-            "beside_torch_planned": engine.backend.runtime_bytes,
-            "reserved_bytes": 0 if place.tried else torch.cuda.max_memory_reserved(),
-            "allocated_bytes": 0 if place.tried else torch.cuda.max_memory_allocated(),
-            **ran.record,
-        }
-
-    attempted(note, "4 layers", work, place)
+    engine = engine_of(shape_of(LLAMA, place, 4), place, tokens + answer, memory_limit=limit, **told)
+    plan = plan_of(engine, [tokens] * (4 if place.tried else 1024), answer)
+    profiled = plan.profiled
+    rows = math.ceil(MORE * plan.slots)
+    ran = run_rows(engine, plan, [tokens] * rows, answer, place)
+    return {
+        "limit": limit,
+        "ratio": ran.seen / plan.memory.total,
+        "items": {name: getattr(plan.memory, name) for name in plan.memory.__dataclass_fields__},
+        "profiled_step_planned_and_measured": profiled and [profiled.predicted, profiled.measured],
+        "beside_torch_bytes": beside_torch(place),
+        "beside_torch_planned": engine.backend.runtime_bytes,
+        "reserved_bytes": 0 if place.tried else torch.cuda.max_memory_reserved(),
+        "allocated_bytes": 0 if place.tried else torch.cuda.max_memory_allocated(),
+        **ran.record,
+    }
 
 
 # Throughput.
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """So many tokens in and out."""
+def llama(context: Context, **told: Any) -> Engine:
+    """Llama-3.1-8B, tiny on a CPU; warm: what a step compiles is compiled."""
+    place = context.place
+    cache = TINY_CACHE | {name: told[name] for name in told if name not in ("kv_budget", "quantization")}
+    told = cache if place.tried else {"kv_budget": BUDGET, **told}
+    engine = engine_of(shape_of(LLAMA, place, None), place, 200 if place.tried else LONGEST, **told)
+    lengths, answer = ([20, 20], 2) if place.tried else ([5000, 2000, 8000], 10)
+    run_rows(engine, plan_of(engine, lengths, answer), lengths, answer, place)
+    return engine
 
-    prompt: int
-    answer: int
+
+def prefill(context: Context, **told: Any) -> dict[str, Any]:
+    """Prompts alone: one token each. MFU counts linear layers and attention."""
+    place, engine = context.place, llama(context, **told)
+    tokens, rows = (33, 3) if place.tried else (8000, 48)
+    plan = plan_of(engine, [tokens] * rows, 1)
+    ran = run_rows(engine, plan, [tokens] * rows, 1, place, context.seconds - ENDING)
+    log, rate = ran.stats.log, ran.stats.prompt_tokens / ran.seconds
+    steps = [(b["prompt_tokens"], b["ended"] - a["ended"]) for a, b in itertools.pairwise(log)]
+    full = [n / s for n, s in steps[1:-1] if n > 0.9 * plan.step.max_num_batched_tokens] or [rate]
+    chunk, slot = plan.step.chunk_size, plan.groups[-1].capacity
+    flops = prefill_flops(engine.spec, engine.policy, tokens, slot, chunk) / tokens  # of a token
+    return {
+        "prompt": tokens,
+        "prompt_tokens_per_second": rate,
+        "flops_of_a_token": flops,
+        "mfu": share(flops * rate, 1.0, context.rates.get("flops")),
+        "mfu_of_the_median_full_step": share(flops * statistics.median(full), 1.0, context.rates.get("flops")),
+        "mfu_of_linear_layers_alone": share(engine.spec.costs.flops * rate, 1.0, context.rates.get("flops")),
+        **ran.record,
+    }
 
 
 @dataclass
-class Throughput:
-    """One model and the jobs that it is given.
+class Decoding:
+    """Slots that decode, filled with made-up pairs.
 
     Attributes:
-        until: when all must be done, by the monotonic clock.
-        read, decoded: prompt tokens read a second, and tokens decoded a second in all slots; once they are known.
+        engine: of the model.
+        runner: of the plan, entered.
+        scheduler: whose sequences have had their prompts.
     """
 
-    place: Place
-    rates: dict[str, float]
-    until: float
     engine: Engine
-    read: float | None = None
-    decoded: float | None = None
+    runner: ModelRunner
+    scheduler: Scheduler
 
-    @property
-    def left(self) -> float:
-        return self.until - time.monotonic()
+    @classmethod
+    def of(cls, engine: Engine, plan: Plan, slots: int, tokens: int, answer: int) -> Decoding:
+        """Slots that have seen so many tokens, for answers of so many; the runner is yet to be entered."""
+        length = Length.of(engine.policy, tokens, answer)
+        group = SlotGroup(length.rows_needed, slots)
+        layouts = (engine.policy.answering.layout(engine.spec, group.capacity),)
+        plan = replace(plan, groups=(group,), layouts=layouts, prefix_slots=(), reading=None)
+        scheduler = Scheduler(plan.groups, plan.step)
+        for number in range(slots):
+            sequence = sequence_of(engine, number, tokens, answer, rows=length.rows_needed)
+            scheduler.admit(sequence)
+            sequence.computed = tokens
+        runner = engine.backend.runner(plan, engine.policy.answering, refused=engine.stats.note_eager)
+        return cls(engine, runner, scheduler)
 
-    @property
-    def parameters(self) -> int:
-        """Of the layers: neither the embedding nor the head."""
-        model = self.engine.backend.model
-        ends = {id(p): p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-        return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in ends.values())
-
-    def warm(self) -> dict[str, Any]:
-        """Compile what a step compiles."""
-        lengths, answer = ([20, 20], 2) if self.place.tried else ([5000, 2000, 8000], 10)
-        return run_rows(self.engine, plan_of(self.engine, lengths, answer), lengths, answer, self.place).record
-
-    def prefill(self) -> dict[str, Any]:
-        """Prompts alone: one token each."""
-        tokens, rows = (33, 3) if self.place.tried else (8000, 48)
-        plan = plan_of(self.engine, [tokens] * rows, 1)
-        ran = run_rows(self.engine, plan, [tokens] * rows, 1, self.place, 0.3 * self.left)
-        self.read = ran.stats.prompt_tokens / ran.seconds
-        log = ran.stats.log
-        steps = [(b["prompt_tokens"], b["ended"] - a["ended"]) for a, b in itertools.pairwise(log)]
-        full = [n / s for n, s in steps[1:-1] if n > 0.9 * plan.step.max_num_batched_tokens] or [self.read]
-        return {
-            "prompt": tokens,
-            "prompt_tokens_per_second": self.read,
-            "mfu": share(2 * self.parameters * self.read, 1.0, self.rates.get("flops")),
-            "mfu_of_the_median_full_step": share(
-                2 * self.parameters * statistics.median(full), 1.0, self.rates.get("flops")
-            ),
-            "parameters": self.parameters,
-            **ran.record,
-        }
-
-    def decode(self) -> dict[str, Any]:
-        """All slots full and decoding, at least 64 tokens after the last prompt was read."""
-        tokens, many = (26, 4) if self.place.tried else (BUDGET + 16, 2048)
-        plan = plan_of(self.engine, [tokens] * many, 64 + tokens)
-        rows = plan.slots
-        reading = math.ceil(1.3 * rows * tokens / plan.step.max_num_batched_tokens)
-        answer = 20 if self.place.tried else reading + 96
-        ran = run_rows(self.engine, plan, [tokens] * rows, answer, self.place, 0.4 * self.left)
-        seconds, steps = ran.stats.seconds_of_round(), ran.stats.decoding()
-        if not seconds:
-            raise RuntimeError(f"no steps in which all slots decode: {ran.record}")
-        active = steps[0]["active"]
-        self.decoded = active / seconds
-        spec, policy = self.engine.spec, self.engine.policy
-        weights = weights_read(spec, self.engine.backend.model, active)
-        pairs = active * policy.layout(spec, held_rows(policy, tokens, answer)).kv_bytes
-        return {
-            "prompt": tokens,
-            "answer": answer,
-            "active": active,
-            "rounds": sum(step["rounds"] for step in steps),
-            "tokens_per_second": self.decoded,
-            "step_seconds": seconds,
-            "weight_bytes": weights,
-            "pair_bytes": pairs,
-            "share_of_copy": share(weights + pairs, seconds, self.rates.get("copy")),
-            **ran.record,
-        }
-
-    def mixed(self, job: Job, seconds: float) -> dict[str, Any]:
-        """Somewhat more rows than slots; fewer slots if that would take too long at the rates seen so far."""
-        many = 4096 if not self.place.tried else 3
-        plan = plan_of(self.engine, [job.prompt] * many, job.answer)
-        slots, allowed = plan.slots, plan.slots
-        if self.read and self.decoded and not self.place.tried:
-            row = 1.1 * (job.prompt / self.read + job.answer / self.decoded)
-            allowed = max(1, min(slots, int((seconds - 15) / row / MORE)))
-        if allowed < slots:
-            fewer = self.engine.with_config(replace(self.engine.config, max_num_seqs=allowed))
-            plan = plan_of(fewer, [job.prompt] * many, job.answer)
-        rows = math.ceil(MORE * plan.slots)
-        ran = run_rows(self.engine, plan, [job.prompt] * rows, job.answer, self.place, seconds)
-        return {
-            "prompt": job.prompt,
-            "answer": job.answer,
-            "slots_that_fit": slots,
-            "slots_cut_to_save_time": plan.slots < slots,
-            "seconds_allowed": seconds,
-            "generated_tokens_per_second": ran.stats.generated_tokens / ran.seconds,
-            "prompt_tokens_per_second": ran.stats.prompt_tokens / ran.seconds,
-            **ran.record,
-        }
+    @torch.inference_mode()
+    def fill(self, tokens: int) -> None:
+        """Made-up pairs in all rows: the newest tokens, some attention received, codes and scales of usual size."""
+        for parts in {parts for group in self.runner.answering.groups for parts in group}:
+            for part in parts:
+                of_newest = (part.newest.keys, part.newest.values) if part.newest else ()
+                for tensor in (*part.keys.parts, *part.values.parts, *of_newest):
+                    _make_up(tensor)
+                first = max(0, tokens - part.layout.capacity)
+                rows = torch.arange(first, first + part.layout.capacity, device=part.positions.device)
+                if part.newest:
+                    count = part.newest.rows.shape[-1]
+                    newest = torch.arange(tokens - count, tokens, device=rows.device)
+                    part.newest.rows[..., newest % count] = newest.to(part.newest.rows.dtype)
+                else:
+                    part.positions.copy_(torch.where(rows < tokens, rows, -1))
+                for stat in part.row_stats.values():
+                    stat.uniform_(0.5, 1.0)
 
 
-def throughput(note: Note, place: Place, rates: dict[str, float], seconds: float, jobs: list[str]) -> None:
-    """The whole part; ``jobs`` are those of prefill, decode, 5000/500, 2000/200 and 20000/2000 to be run, or all."""
-    until = time.monotonic() + seconds
-    longest = 200 if place.tried else 22_016
-    told = TINY_CACHE if place.tried else {"kv_budget": BUDGET}
-    work: dict[str, Any] = {}
+def _make_up(tensor: torch.Tensor) -> None:
+    """Codes of any value, float16 scales of a hundredth, numbers of a normal distribution."""
+    if tensor.dtype == torch.uint8:
+        tensor.random_(0, 256)
+    elif tensor.dtype == torch.float16:
+        tensor.fill_(0.01)
+    elif tensor.is_floating_point():
+        tensor.normal_()
 
-    def opened() -> dict[str, Any]:
-        name = shape_of(LLAMA, place, None)
-        work["it"] = Throughput(place, rates, until, engine_of(name, place, longest, **told))
-        return work["it"].warm()
 
-    if "failed" in attempted(note, "model and warm-up", opened, place):
-        return
-    it = work["it"]
-    sizes = zip((2000, 5000, 20_000), (200, 500, 2000), _cut(place), strict=True)
-    small, long, whole = (Job(prompt=prompt // by, answer=answer // by) for prompt, answer, by in sizes)
-    todo = {
-        "prefill": it.prefill,
-        "decode": it.decode,
-        "5000/500": lambda: it.mixed(long, SHARE_OF_LONG * it.left),
-        "2000/200": lambda: it.mixed(small, SHARE_OF_SHORT * it.left),
+def decode(context: Context, slots: int | None = None, tokens: int = 3 * BUDGET, **told: Any) -> dict[str, Any]:
+    """Slots that are full and decode, and the least that the card's rates allow: the sum of floors.
+
+    Floors: KV bytes at the rate of copies; and weight bytes at that rate, or FLOPs at that of products, what is more.
+    """
+    place, engine = context.place, llama(context, **told)
+    tokens, rounds = (40, 8) if place.tried else (tokens, TIMED_ROUNDS)
+    plan = plan_of(engine, [tokens] * (4 if place.tried else 2048), 2 * rounds)
+    slots = min(slots or plan.slots, plan.slots)
+    decoding = Decoding.of(engine, plan, slots, tokens, rounds + 2)
+    with decoding.runner as runner:
+        decoding.fill(tokens)
+        seconds = timed_seconds(decoding.scheduler, runner, rounds)
+        pairs = runner.kv_bytes
+    spec, rates = engine.spec, context.rates
+    weights, flops = (
+        weights_read(spec, engine.backend.model, slots),
+        slots * (spec.costs.flops + 2 * spec.head_bytes // spec.itemsize),
+    )
+    floors = [pairs / rates["copy"], max(weights / rates["copy"], flops / rates["flops"])] if rates else []
+    return {
+        "slots": slots,
+        "tokens_seen": tokens,
+        "tokens_per_second": slots / seconds,
+        "round_seconds": seconds,
+        "floor_seconds": floors,
+        "share_of_floors": sum(floors) / seconds if floors else None,
+        "weight_bytes": weights,
+        "pair_bytes": pairs,
+        "formats": engine.policy.answering.format,
+        "refused_graphs": engine.stats.eager,
     }
-    if os.environ.get("FULL") == "1":
-        todo["20000/2000"] = lambda: it.mixed(whole, it.left - 5)
-    for name, one in todo.items():
-        if not jobs or name in jobs:
-            attempted(note, name, one, place)
 
 
-def _cut(place: Place) -> tuple[int, int, int]:
-    """By how much the three jobs are shorter on a CPU."""
-    return (60, 150, 500) if place.tried else (1, 1, 1)
+def traces(context: Context, **told: Any) -> dict[str, Any]:
+    """What one step of reading and one round of decoding launch, by torch's profiler; traces beside the record."""
+    place, engine = context.place, llama(context, **told)
+    tokens, slots = (33, 2) if place.tried else (8000, 256)
+    plan = plan_of(engine, [tokens] * (3 if place.tried else 64), 20)
+    reading = Scheduler(plan.groups, plan.step)
+    for number in range(min(plan.slots, 32)):
+        reading.admit(sequence_of(engine, number, tokens, 20, rows=plan.groups[-1].capacity))
+    with engine.backend.runner(plan, engine.policy) as runner:
+        for _ in range(3):
+            run_step(reading, runner, reading.schedule())
+        step = reading.schedule()
+        context.note("prefill", profiled(context, "prefill", lambda: run_step(reading, runner, step)))
+    decoding = Decoding.of(engine, plan, min(slots, plan.slots), tokens, 20)
+    with decoding.runner as runner:
+        decoding.fill(tokens)
+        run_step(decoding.scheduler, runner, decode_step(decoding.scheduler, 1))
+        step = decode_step(decoding.scheduler, 1)
+        return {"round": profiled(context, "round", lambda: run_step(decoding.scheduler, runner, step))}
+
+
+def profiled(context: Context, name: str, work: Any) -> dict[str, Any]:
+    """The work's kernels by the time that they take, and its launches; the whole trace goes to a file."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([] if context.place.tried else [ProfilerActivity.CUDA])]
+    with profile(activities=kinds) as seen:
+        work()
+        synchronize(context.place)
+    file = f"{context.beside}.{name}.json.gz"
+    seen.export_chrome_trace(file)
+    key = "self_cpu_time_total" if context.place.tried else "self_device_time_total"
+    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))
+    kernels = [{"name": row.key[:90], "calls": row.count, "microseconds": getattr(row, key)} for row in rows[:40]]
+    launches = sum(row.count for row in rows if "LaunchKernel" in row.key or "GraphLaunch" in row.key)
+    return {"file": file, "launches": launches, "by_time": kernels}
+
+
+def mixed(context: Context, prompt: int, answer: int, **told: Any) -> dict[str, Any]:
+    """Somewhat more rows than slots; fewer slots if that would take too long at the rates that were seen before."""
+    began = time.monotonic()
+    place, engine = context.place, llama(context, **told)
+    seconds = context.seconds - ENDING - (time.monotonic() - began)
+    many = 3 if place.tried else 4096
+    plan = plan_of(engine, [prompt] * many, answer)
+    slots = allowed = plan.slots
+    before, kind = context.found.get("throughput", {}), " fp8" if "quantization" in told else ""
+    read = before.get(f"prefill{kind}", {}).get("found", {}).get("prompt_tokens_per_second")
+    decoded = before.get(f"decode 256{kind}", {}).get("found", {}).get("tokens_per_second")
+    if read and decoded and not place.tried:
+        row = 1.1 * (prompt / read + answer / decoded)
+        allowed = max(1, min(slots, int(seconds / row / MORE)))
+    if allowed < slots:
+        plan = plan_of(engine.with_config(replace(engine.config, max_num_seqs=allowed)), [prompt] * many, answer)
+    rows = math.ceil(MORE * plan.slots)
+    ran = run_rows(engine, plan, [prompt] * rows, answer, place, seconds)
+    return {
+        "prompt": prompt,
+        "answer": answer,
+        "slots_that_fit": slots,
+        "slots_cut_to_save_time": plan.slots < slots,
+        "seconds_allowed": seconds,
+        "generated_tokens_per_second": ran.stats.generated_tokens / ran.seconds,
+        "prompt_tokens_per_second": ran.stats.prompt_tokens / ran.seconds,
+        **ran.record,
+    }
+
+
+def cells(place: Place) -> list[Cell]:
+    """All of them; what decides comes first."""
+    fp8, plain = {"quantization": "fp8"}, {"kv_format": "model"}
+    by_ten = 100 if place.tried else 1  # by how much the jobs are shorter on a CPU
+    long, short = (5000 // by_ten, 500 // by_ten), (2000 // by_ten, 200 // by_ten)
+    throughput = {
+        "prefill": (45, prefill, True),
+        "decode 256": (45, partial(decode, slots=256), True),
+        "traces": (45, traces, True),
+        "prefill fp8": (45, partial(prefill, **fp8), True),
+        "5000/500": (110, partial(mixed, prompt=long[0], answer=long[1]), True),
+        "decode 256 model": (45, partial(decode, slots=256, **plain), False),
+        "decode 64": (40, partial(decode, slots=64), False),
+        "decode all": (45, partial(decode), False),
+        "decode 256 fp8": (45, partial(decode, slots=256, **fp8), False),
+        "5000/500 fp8": (80, partial(mixed, prompt=long[0], answer=long[1], **fp8), False),
+        "2000/200": (60, partial(mixed, prompt=short[0], answer=short[1]), False),
+        "decode 64 archive": (40, partial(decode, slots=64, tokens=8000, kv_archive="int4"), False),
+        "decode 8 full": (40, partial(decode, slots=8, tokens=16_000, kv_policy="none", **plain), False),
+    }
+    return [
+        *(
+            Cell(part="throughput", name=name, seconds=s, work=work, decisive=d)
+            for name, (s, work, d) in throughput.items()
+        ),
+        *(
+            Cell(part="graphs", name=name, seconds=45, work=partial(graphs, name))
+            for name in (LLAMA, "qwen3-8b", "phi-3.5-mini")
+        ),
+        Cell(part="memory", name="4 layers", seconds=45, work=memory),
+    ]

@@ -40,14 +40,14 @@ def decode_step_seconds(engine: Engine, plan: Plan, slots: int, rows: int, steps
     plan = replace(plan, groups=(group,), layouts=(layout,), prefix_slots=())
     scheduler = Scheduler(plan.groups, plan.step)
     for number in range(slots):
-        scheduler.admit(_sequence(engine, number, tokens, steps + 2))
+        scheduler.admit(sequence_of(engine, number, tokens, steps + 2))
     refused = None if engine.config.enforce_eager else engine.stats.note_eager
     with device_errors(), engine.backend.runner(plan, engine.policy, refused=refused) as runner:
         _read_prompts(scheduler, runner, plan.step.chunk_size)
-        return _timed_seconds(scheduler, runner, steps)
+        return timed_seconds(scheduler, runner, steps)
 
 
-def _sequence(engine: Engine, number: int, tokens: int, answer: int) -> Sequence:
+def sequence_of(engine: Engine, number: int, tokens: int, answer: int, rows: int | None = None) -> Sequence:
     """A sequence whose prompt is arbitrary tokens, different for each number.
 
     Args:
@@ -55,13 +55,14 @@ def _sequence(engine: Engine, number: int, tokens: int, answer: int) -> Sequence
         number: of the sequence.
         tokens: of its prompt.
         answer: tokens that it generates.
+        rows: of a slot that it needs; one for each token if left out.
     """
     vocab = engine.spec.vocab
     return Sequence(
         request=Request(id=number, params=SamplingParams(max_tokens=answer, ignore_eos=True)),
         prompt=[(7919 * number + 31 * place) % vocab for place in range(tokens)],
         max_tokens=answer,
-        rows_needed=tokens + answer,
+        rows_needed=rows or tokens + answer,
         end_token_ids=frozenset(),
         tokenizer=engine.tokenizer,
     )
@@ -72,23 +73,24 @@ def _read_prompts(scheduler: Scheduler, runner: Runner, chunk_size: int) -> None
     for sequence in scheduler.in_slots:
         while not sequence.decoding:
             chunk = Chunk(sequence, sequence.computed, sequence.chunk_length(chunk_size))
-            _run_step(scheduler, runner, Step((chunk,)))
+            run_step(scheduler, runner, Step((chunk,)))
 
 
-def _run_step(scheduler: Scheduler, runner: Runner, step: Step) -> None:
+def run_step(scheduler: Scheduler, runner: Runner, step: Step) -> None:
+    """Launch a step, and wait for its tokens."""
     sampled = runner.run(step)
     scheduler.launched(step)
     scheduler.update(step, sampled.read())
 
 
-def _timed_seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
+def timed_seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
     """Mean seconds of ``steps`` decode steps, after one that is not timed."""
-    _run_step(scheduler, runner, _decode_step(scheduler, 1))
+    run_step(scheduler, runner, decode_step(scheduler, 1))
     started, left, in_flight = time.perf_counter(), steps, deque[tuple[Step, Sampled]]()
     while left or in_flight:
         if left:
             rounds = min(left, runner.rounds)
-            step, left = _decode_step(scheduler, rounds), left - rounds
+            step, left = decode_step(scheduler, rounds), left - rounds
             in_flight.append((step, runner.run(step)))
             scheduler.launched(step)
         if not left or len(in_flight) > runner.ahead:
@@ -97,6 +99,6 @@ def _timed_seconds(scheduler: Scheduler, runner: Runner, steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def _decode_step(scheduler: Scheduler, rounds: int) -> Step:
+def decode_step(scheduler: Scheduler, rounds: int) -> Step:
     """A step in which every sequence decodes ``rounds`` tokens."""
     return Step(tuple(Chunk(sequence, sequence.computed, rounds) for sequence in scheduler.in_slots))
