@@ -111,13 +111,15 @@ def _online_softmax(
         masked: whether some query does not see some key.
         sizes: what the kernel is compiled for.
     """
+    key_parts: tl.constexpr = sizes.keys
+    value_parts: tl.constexpr = sizes.outputs
     top, total, low, high = state
     factor, inner = factors
     dtype: tl.constexpr = query[0].dtype
     for n in range(begin, stop, sizes.block_n):
         rows = n + tl.arange(0, sizes.block_n)
         valid = rows < stop
-        tile = _tile(keys, rows, valid, own, sizes.keys, masked, dtype)
+        tile = _tile(keys, rows, valid, own, key_parts, masked, dtype)
         scores = _scores(query, tile, inner, sizes)
         if masked:
             seen = valid[None, :]
@@ -134,7 +136,7 @@ def _online_softmax(
         fade = tl.exp2(top - highest)
         total = total * fade + tl.sum(weights, 1)
         top = highest
-        value_low, value_high = _tile(values, rows, valid, own, sizes.outputs, masked, dtype)
+        value_low, value_high = _tile(values, rows, valid, own, value_parts, masked, dtype)
         weights = weights.to(dtype)
         low = tl.dot(weights, value_low, low * fade[:, None], input_precision="ieee")
         if sizes.outputs.high > 0:
@@ -163,6 +165,7 @@ def attend_kernel(
 ):
     """Attention, by programs (tile of the chunk, kv head, chunk); the last tiles, which see most keys, come first."""
     group: tl.constexpr = sizes.group
+    key_parts: tl.constexpr = sizes.keys
     parts: tl.constexpr = sizes.outputs
     block_m: tl.constexpr = sizes.block_m
     low_size: tl.constexpr = parts.low
@@ -176,14 +179,14 @@ def attend_kernel(
     tokens, heads = members // group, head * group + members % group
     valid = tokens < length
     at = tokens * query.token + heads * query.head
-    queries = load(query.data + offset * query.token, at, valid, sizes.keys, True)
+    queries = load(query.data + offset * query.token, at, valid, key_parts, True)
     top, total = tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m], tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + heads).to(tl.float32) * TO_TWO
         top = tl.maximum(top, sink)
         total = tl.exp2(sink - top)
     state = (top, total, tl.zeros([block_m, low_size], tl.float32), tl.zeros([block_m, high_size], tl.float32))
-    keys = (slot_rows.key + row * keys_row, keys_row, scales_of_head(slot_rows.key_scales, row, sizes.keys))
+    keys = (slot_rows.key + row * keys_row, keys_row, scales_of_head(slot_rows.key_scales, row, key_parts))
     values = (slot_rows.value + row * values_row, values_row, scales_of_head(slot_rows.value_scales, row, parts))
     own_keys = (key.data + offset * key.token + head * key.head, key.token, None)
     own_values = (value.data + offset * value.token + head * value.head, value.token, None)
@@ -255,12 +258,13 @@ def _add_columns(
         power: of the probabilities that are added up.
         sizes: what the kernel is compiled for.
     """
+    key_parts: tl.constexpr = sizes.keys
     factor, inner = factors
     for m in range(begin, stop, sizes.block_m):
         members = m + tl.arange(0, sizes.block_m)
         tokens, heads = members // sizes.group, members % sizes.group
         valid = tokens < length
-        queries = load(query[0], tokens * query[1] + heads * query[2], valid, sizes.keys, True)
+        queries = load(query[0], tokens * query[1] + heads * query[2], valid, key_parts, True)
         scores = _scores(keys, queries, inner, sizes)
         if masked:
             seen = places[:, None] <= tokens[None, :] - distance
@@ -297,7 +301,8 @@ def _column_sums(
     From ``middle`` on, each of them sees all keys of the tile and counts for them; with a window, none does. Without
     ``masked``, ``middle`` is ``begin``. The rest is as in ``_add_columns``.
     """
-    sums = tl.zeros([sizes.block_n], tl.float32)
+    block_n: tl.constexpr = sizes.block_n
+    sums = tl.zeros([block_n], tl.float32)
     if masked:
         sums = _add_columns(
             *(sums, keys, places, query, logsums, query_weights, begin, tl.minimum(middle, last), length, factors),
@@ -372,6 +377,7 @@ def sums_kernel(
     are written before those of own keys.
     """
     group: tl.constexpr = sizes.group
+    key_parts: tl.constexpr = sizes.keys
     block_n: tl.constexpr = sizes.block_n
     head = tl.program_id(1)
     offset, length, start, used, limit, row = _chunk(table, chunks, first, capacity)
@@ -392,11 +398,11 @@ def sums_kernel(
         valid = rows < used
         if counted and tile * block_n < used:
             keys = _tile(
-                (slot_rows.key + row * keys_row, keys_row, scales_of_head(slot_rows.key_scales, row, sizes.keys)),
+                (slot_rows.key + row * keys_row, keys_row, scales_of_head(slot_rows.key_scales, row, key_parts)),
                 rows,
                 valid,
                 False,
-                sizes.keys,
+                key_parts,
                 True,
                 dtype,
             )
@@ -414,7 +420,7 @@ def sums_kernel(
         valid = rows < length
         if begin < length:
             if counted:
-                keys = load(key.data + offset * key.token + head * key.head, rows * key.token, valid, sizes.keys, True)
+                keys = load(key.data + offset * key.token + head * key.head, rows * key.token, valid, key_parts, True)
                 far = (begin + distance) * group  # earlier queries are near all keys of the tile
                 seers: tl.constexpr = block_n - 1 + (max(sizes.window - distance, 0) if sizes.window > 0 else 0)
                 middle = far + tl.cdiv(seers * group, sizes.block_m) * sizes.block_m

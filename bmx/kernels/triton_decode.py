@@ -227,6 +227,7 @@ def _decode(
 ):  # fmt: skip
     """One kv head of one decoding token: it takes a row, attends to the slot, and its attention is added up."""
     group: tl.constexpr = sizes.group
+    group_full: tl.constexpr = sizes.group_full
     key_parts: tl.constexpr = sizes.keys
     value_parts: tl.constexpr = sizes.values
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -237,7 +238,7 @@ def _decode(
     first_head = (token * kv_heads + head) * group  # this program's first query head of all tokens
     output += first_head * value_parts.whole
     if slot < 0:
-        nothing = tl.zeros([sizes.group_full, 1], tl.float32)
+        nothing = tl.zeros([group_full, 1], tl.float32)
         store(output, g * value_parts.whole, valid, nothing, nothing, value_parts)
         return
     begin = tl.load(first + slot * kv_heads + head)

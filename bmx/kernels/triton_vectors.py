@@ -108,10 +108,11 @@ def load_stored(base, rows, stride, valid, parts: tl.constexpr, masked: tl.const
 
 @triton.jit
 def scales_of_head(scales, begin, parts: tl.constexpr):
-    """The address of the scales of a head's vectors, of which the first is in this row; None without scales."""
+    """The address of the scales of a head's vectors, of which the first is in this row; unused without scales."""
+    at = begin  # Triton 3.6 cannot return None
     if scales is not None:
-        scales += begin * (2 if parts.format == "int4" else 1)
-    return scales
+        at = scales + begin * (2 if parts.format == "int4" else 1)
+    return at
 
 
 @triton.jit
