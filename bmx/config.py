@@ -71,10 +71,10 @@ class EngineConfig:
         ),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "int8"],
+        Literal["none", "int8", "fp8"],
         Setting(
-            "int8: linear layers in 8 bits (W8A8), on CPUs where that is faster; "
-            "`bmx calibrate --quantization int8` measures what it costs",
+            "Linear layers in 8 bits (W8A8): int8 on CPUs where that is faster, fp8 on GPUs of compute capability 8.9 "
+            "and later; `bmx calibrate --quantization int8` measures what it costs",
             decides_answers=ALWAYS,
             calibrated=True,
         ),
@@ -439,8 +439,3 @@ class EngineConfig:
     def without_archive(self) -> EngineConfig:
         """The same settings with answers written in the slots in which prompts are read."""
         return replace(self, kv_archive="none", kv_archive_place="device", kv_recall="all")
-
-    @property
-    def int8(self) -> bool:
-        """Whether linear layers compute in 8 bits."""
-        return self.quantization == "int8"

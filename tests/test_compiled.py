@@ -28,7 +28,7 @@ from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.model.fused_modules import Int8Linear, fused_modules
-from bmx.model.loader import prepare, quantize_int8
+from bmx.model.loader import prepare, quantize
 
 BF16 = torch.bfloat16
 CHUNK_COLUMNS = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
@@ -564,7 +564,7 @@ def test_in_bfloat16_too_a_row_alone_is_the_row_in_a_batch(instruction_set, poli
     """With these kernels no number depends on its company, so not even rounding does."""
     cpu_kernels(instruction_set)
     loaded = prepare(bfloat16_model())
-    loaded = quantize_int8(loaded) if int8 else loaded
+    loaded = quantize(loaded, "int8") if int8 else loaded
     settings = {
         "kv_policy": policy,
         "kv_format": kv_format,

@@ -20,7 +20,7 @@ from bmx.engine.backend import ModelBackend
 from bmx.errors import ModelError, UsageError
 from bmx.kernels import Kernels, fbgemm, int8
 from bmx.model.int8_modules import Int8Linear, LibraryInt8Linear, quantise
-from bmx.model.loader import load_model, prepare, quantize_int8
+from bmx.model.loader import load_model, prepare, quantize
 from bmx.model.preview import preview_spec
 
 AMX = frozenset({"avx2", "avx512f", "avx512_bf16", "amx_bf16"})
@@ -73,7 +73,7 @@ def test_logits_in_bytes_are_near_those_without(family, dtype, plain, every_laye
     """Weights and inputs with seven or eight bits each, through every layer."""
     model = tiny_model(family).to(dtype)
     before = logits_of(prepare(model))
-    after = logits_of(quantize_int8(prepare(model)))
+    after = logits_of(quantize(prepare(model), "int8"))
     assert any(isinstance(module, LibraryInt8Linear) for module in model.modules())
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     distance = (after - before).norm() / before.norm()
@@ -171,7 +171,7 @@ def test_weights_are_counted_as_the_bytes_they_are(request, plain):
     model = LlamaForCausalLM(SIZES)
     loaded = prepare(model)
     before = hardware.resident_bytes()
-    small = quantize_int8(loaded)
+    small = quantize(loaded, "int8")
     saved = loaded.spec.weight_bytes - small.spec.weight_bytes
     assert 0.75 * saved < before - hardware.resident_bytes() < 1.1 * saved  # if codes were held twice, 0.67
     tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
@@ -189,7 +189,7 @@ def test_what_is_foreseen_is_what_is_loaded(names, tmp_path, cpu_kernels, flags)
     for quantization in ("none", "int8"):
         config = EngineConfig(model=str(tmp_path), quantization=quantization, device="cpu", dtype="float32")
         seen, loaded = preview_spec(config, "cpu"), load_model(str(tmp_path), config).spec
-        assert seen.int8 == loaded.int8 == (quantization == "int8")
+        assert seen.quantization == loaded.quantization == quantization
         assert seen.weight_bytes == pytest.approx(loaded.weight_bytes, rel=0.02)
         bytes_held[quantization] = seen.weight_bytes
     assert bytes_held["int8"] < 0.4 * bytes_held["none"]
@@ -221,7 +221,7 @@ def test_a_gpu_and_a_model_without_linear_layers_are_refused(model, plain):
         preview_spec(EngineConfig(model=model, quantization="int8"), "cuda")
     for family in ("gpt2", "llama"):  # the latter's are too small for the library to be faster
         with pytest.raises(ModelError, match="no linear layers"):
-            quantize_int8(prepare(tiny_model(family)))
+            quantize(prepare(tiny_model(family)), "int8")
 
 
 @by_library

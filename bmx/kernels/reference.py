@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmx.kernels import fp8_products
 from bmx.kernels.fbgemm import MOST, row_scales
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
@@ -382,9 +383,11 @@ def read_by_channel(rows: ChannelRows, slot: int, count: int) -> tuple[Tensor, T
 
 def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
     """See ``contract.KernelModule.product``."""
+    in_float8 = layers[0].weight.dtype == torch.float8_e4m3fn
+    of_float8 = fp8_products.product(layers)
 
     def compute(x: Tensor) -> list[Tensor]:
-        outputs = [_linear(x, layer) for layer in layers]
+        outputs = of_float8(x) if in_float8 else [_linear(x, layer) for layer in layers]
         return [gate(*outputs)] if gated else outputs
 
     return compute

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.kernels import reference
+from bmx.kernels import fp8_products, reference
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.triton_decode import decode_step
 from bmx.kernels.triton_evict import evict, fits
+from bmx.kernels.triton_fp8 import round_rows
 from bmx.kernels.triton_operands import reads
 from bmx.kernels.triton_pointwise import gate, rms_norm, rotate
 from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
@@ -55,6 +56,7 @@ def prefill_step(
 
 
 def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
-    """See ``contract.KernelModule.product``: torch multiplies, and the gate is one kernel."""
-    multiply = reference.product(layers)
+    """See ``contract.KernelModule.product``: torch multiplies; rounding and the gate are kernels."""
+    in_float8 = layers[0].weight.dtype == torch.float8_e4m3fn
+    multiply = fp8_products.product(layers, round_rows) if in_float8 else reference.product(layers)
     return (lambda x: [gate(*multiply(x))]) if gated else multiply

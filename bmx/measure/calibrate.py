@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import FAKE, EngineConfig
 from bmx.engine.engine import Engine
+from bmx.engine.memory_meter import release
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
 from bmx.job.input_rows import Reader, input_reader
@@ -35,7 +36,7 @@ from bmx.measure.candidates import MEASURED, Axes, full_cache_config, settings_o
 from bmx.measure.metrics import on_frontier
 from bmx.measure.plan_query import query_for_rows
 from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
-from bmx.model.loader import check_int8
+from bmx.model.loader import check_quantization
 from bmx.model.spec import share_layers
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
@@ -224,8 +225,7 @@ class _Calibration:
         self._update_sizes()
         with self.display.waiting(f"loading model {self.config.engine.model}"):
             full = Engine.open(full_cache_config(self.config.engine), self.config.prompt)
-        if self.config.engine.int8:
-            check_int8(full.backend.describe()["dtype"], full.backend.device_type)
+        check_quantization(self.config.engine.quantization, full.backend.describe()["dtype"], full.backend.device_type)
         candidates = axes.candidates(self.config.engine, self._layer_factors(full), self._shared_layers(full))
         left = [candidate for candidate in candidates if not self._is_measured(candidate)]
         prompts = counted(len(self.sample.requests), "prompt")
@@ -233,7 +233,9 @@ class _Calibration:
         if left or "full_cache" not in self.record:
             full_answers = self._full_cache_answers(full)
             self.record["full_cache"] = self._sizes(full.config) | {"rows": len(full_answers.answers)}
-            if left and self.config.engine.int8:
+            if left and self.config.engine.quantization != "none":
+                del full
+                release()  # a GPU may not hold both
                 full = self._open_quantized()
             self._measure_all(full, full_answers, left)
         self._recommend()
@@ -241,8 +243,9 @@ class _Calibration:
         self.display.note(plots_note(plot_calibration(self.record, self.output)))
 
     def _open_quantized(self) -> Engine:
-        """An engine with int8 weights, which replaces the full one once the full cache's answers are known."""
-        with self.display.waiting(f"loading model {self.config.engine.model} with int8 weights"):
+        """An engine with quantised weights, which replaces the full one once the full cache's answers are known."""
+        model, how = self.config.engine.model, self.config.engine.quantization
+        with self.display.waiting(f"loading model {model} with {how} weights"):
             return Engine.open(self.config.engine, self.config.prompt)
 
     def _full_cache_answers(self, full: Engine) -> FullCacheAnswers:

@@ -17,7 +17,7 @@ from bmx.job.input_rows import Reader
 from bmx.job.ledger import Todo
 from bmx.model.loader import load_tokenizer
 from bmx.model.number_type import dtype_name
-from bmx.model.preview import locate_files, preview_spec, with_int8_weights
+from bmx.model.preview import locate_files, preview_spec, with_quantized_weights
 from bmx.model.prompt_encoder import PromptEncoder
 from bmx.model.random_models import SHAPES, preview_random_model
 from bmx.model.spec import ModelSpec, share_layers
@@ -83,7 +83,7 @@ def _spec_of_shape(engine: EngineConfig, kind: str, shape: str, longest: int) ->
         longest: tokens of prompt and answer.
     """
     spec = preview_random_model(shape, longest, dtype_name(engine, kind, SHAPES[shape]))
-    return with_int8_weights(spec, engine, kind) if engine.int8 else spec
+    return spec if engine.quantization == "none" else with_quantized_weights(spec, engine, kind)
 
 
 def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Todo) -> PlanQuery:

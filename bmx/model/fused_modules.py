@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bmx.kernels import Kernels
 from bmx.kernels.contract import KernelModule
 from bmx.kernels.linear import Linear
+from bmx.model.fp8_modules import Fp8Linear
 from bmx.model.int8_modules import Int8Linear
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -83,12 +84,12 @@ def _replacements(module: Any, kernels: KernelModule, like: Tensor) -> list[tupl
 
 
 def _is_linear(module: Any) -> bool:
-    return type(module) in (nn.Linear, Int8Linear)
+    return type(module) in (nn.Linear, Int8Linear, Fp8Linear)
 
 
 def _weights(module: Any) -> Linear:
     """A linear layer as kernels see it."""
-    if isinstance(module, Int8Linear):
+    if isinstance(module, Int8Linear | Fp8Linear):
         return module.layer
     return Linear(weight=module.weight, bias=module.bias)
 

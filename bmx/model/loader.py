@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bmx import hardware
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError, UsageError
-from bmx.kernels import choose, int8
+from bmx.kernels import choose, fp8, int8
 from bmx.model.end_tokens import end_tokens
 from bmx.model.folders import SOURCES, refuse_no_weights, tokenizer_problem
 from bmx.model.hub import cached_commit
@@ -128,7 +128,7 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         _read_pages(model)
     loaded = replace(prepare(model.eval(), runtime), commit=cached_commit(source, config.revision))
     loaded = loaded if ends is None else replace(loaded, end_token_ids=ends)
-    return quantize_int8(loaded) if config.int8 else loaded
+    return loaded if config.quantization == "none" else quantize(loaded, config.quantization)
 
 
 def _compare_vocabularies(tokenizer: Any, model_config: Any, name: str) -> None:
@@ -143,41 +143,71 @@ def _compare_vocabularies(tokenizer: Any, model_config: Any, name: str) -> None:
         logger.warning(text, name, last, vocab - 1)
 
 
-def quantize_int8(loaded: LoadedModel) -> LoadedModel:
-    """The same model with int8 weights in its linear layers.
-
-    Raises:
-        ModelError: the model has no linear layers, or only small ones.
-        UsageError: as ``check_int8``.
-    """
-    from bmx.model.int8_modules import quantise
-
-    check_int8(str(loaded.model.dtype).removeprefix("torch."), loaded.model.device.type)
-    if not quantise(loaded.model, choose("cpu")):
-        reason = f"{loaded.spec.name} has no linear layers that would be faster in int8"
-        raise ModelError(reason, hint="leave out --quantization")
-    for parameter in loaded.model.parameters():  # a view of the mapped file would keep all of it in memory
-        parameter.data = parameter.data.clone()
-    hardware.trim_heap()  # of the weights that were there before
-    return replace(loaded, spec=replace(loaded.spec, weight_bytes=held_bytes(loaded.model), int8=True))
-
-
-def check_int8(dtype: str, device: str) -> None:
-    """Refuse int8 weights where they would be slower than the model's own.
+def quantize(loaded: LoadedModel, how: str) -> LoadedModel:
+    """The same model with int8 or float8 weights in its linear layers.
 
     Args:
+        loaded: the model.
+        how: ``int8`` or ``fp8``.
+
+    Raises:
+        ModelError: the model has no linear layers, or only such as stay as they are.
+        UsageError: as ``check_quantization``.
+    """
+    from bmx.model import fp8_modules, int8_modules
+
+    model, on_cpu = loaded.model, loaded.model.device.type == "cpu"
+    check_quantization(how, str(model.dtype).removeprefix("torch."), model.device.type)
+    count = int8_modules.quantise(model, choose("cpu")) if how == "int8" else fp8_modules.quantise(model)
+    if not count:
+        reason = f"{loaded.spec.name} has no linear layers that would be faster in {how}"
+        raise ModelError(reason, hint="leave out --quantization")
+    for parameter in model.parameters() if on_cpu else ():  # a view of the mapped file would keep all of it in memory
+        parameter.data = parameter.data.clone()
+    hardware.trim_heap()  # of the weights that were there before
+    if not on_cpu:
+        import torch
+
+        torch.cuda.empty_cache()
+    return replace(loaded, spec=replace(loaded.spec, weight_bytes=held_bytes(model), quantization=how))
+
+
+def check_quantization(how: str, dtype: str, device: str) -> None:
+    """Refuse quantised weights where they would be slower than the model's own.
+
+    Args:
+        how: ``none``, ``int8`` or ``fp8``.
         dtype: torch's name of the model's type.
         device: ``cpu`` or ``cuda``.
 
     Raises:
         UsageError: they would be slower, or the device has none.
     """
+    if how == "none":
+        return
+    if how == "fp8":
+        _check_fp8(dtype, device)
+        return
     if device != "cpu":
-        raise UsageError("--quantization int8 works on CPUs only", hint="leave it out, or add --device cpu")
+        raise UsageError("--quantization int8 works on CPUs only", hint="here, fp8 may be faster; or add --device cpu")
     kernels = choose("cpu")
     if reason := int8.why_refused(kernels.capabilities, dtype):
         message = f"--quantization int8 would make this run slower: {reason}; kernels: {kernels.why}"
         raise UsageError(message, hint="leave it out")
+
+
+def _check_fp8(dtype: str, device: str) -> None:
+    """The part of ``check_quantization`` about float8 weights.
+
+    Raises:
+        UsageError: the device has none.
+    """
+    if device != "cuda":
+        raise UsageError("--quantization fp8 works on GPUs only", hint="leave it out; on CPUs, int8 may be faster")
+    if reason := fp8.why_refused(dtype):
+        other_type = dtype != fp8.DTYPE
+        hint = f"add --dtype {fp8.DTYPE}, or leave it out" if other_type else "leave it out"
+        raise UsageError(f"--quantization fp8 does not work here: {reason}", hint=hint)
 
 
 def _read_pages(model: Any) -> None:

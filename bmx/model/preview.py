@@ -11,13 +11,13 @@ from typing import Any
 
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
-from bmx.kernels import choose, int8
+from bmx.kernels import choose, fp8, int8
 from bmx.model.checkpoint import read_headers, weight_bytes
 from bmx.model.config_spec import known_keys, spec_from_config
 from bmx.model.demo import local_path
 from bmx.model.gguf_cache import kept_folder, read_config
 from bmx.model.gguf_file import find_parts
-from bmx.model.loader import check_int8, check_libraries, loading_errors, prepare, silence_transformers
+from bmx.model.loader import check_libraries, check_quantization, loading_errors, prepare, silence_transformers
 from bmx.model.number_type import dtype_name
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
@@ -39,16 +39,16 @@ def preview_spec(config: EngineConfig, device: str) -> ModelSpec:
 
     Raises:
         ModelError: the model cannot be found or read, or bmx cannot run it.
-        UsageError: int8 weights would be slower here.
+        UsageError: quantised weights would be slower here.
     """
     spec = _unquantized_spec(config, device)
-    return with_int8_weights(spec, config, device) if config.int8 else spec
+    return spec if config.quantization == "none" else with_quantized_weights(spec, config, device)
 
 
-def with_int8_weights(spec: ModelSpec, config: EngineConfig, device: str) -> ModelSpec:
-    """About the spec of the model with int8 linear layers, as if all of them read the hidden state.
+def with_quantized_weights(spec: ModelSpec, config: EngineConfig, device: str) -> ModelSpec:
+    """About the spec of the model with quantised linear layers, as if all of them read the hidden state.
 
-    Where the library multiplies, projections to keys and values may be too small for it.
+    Where the library multiplies int8, projections to keys and values may be too small for it.
 
     Args:
         spec: of the model without them.
@@ -56,21 +56,24 @@ def with_int8_weights(spec: ModelSpec, config: EngineConfig, device: str) -> Mod
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        UsageError: int8 weights would be slower here.
+        UsageError: they would be slower here.
     """
     auto = "bfloat16" if spec.itemsize == ITEMSIZE["bfloat16"] else "float32"
     dtype = auto if config.dtype == "auto" else config.dtype
-    check_int8(dtype, device)
+    check_quantization(config.quantization, dtype, device)
     weights = 0 if spec.merged_bytes else spec.costs.flops // 2  # experts stay as they are
     hidden = spec.head_bytes // spec.itemsize // spec.vocab
-    if int8.takes(choose(device).capabilities, dtype, 0, hidden):
+    if config.quantization == "fp8":
+        held = weights // hidden * (hidden + fp8.OUTPUT_BYTES)
+    elif int8.takes(choose(device).capabilities, dtype, 0, hidden):
         held = weights // hidden * (hidden + OUTPUT_BYTES)
     else:
         widths = (layer.kv_heads * dim for layer in spec.layers for dim in (layer.key_dim, layer.value_dim))
         small = sum(width * hidden for width in widths if width * hidden < int8.LEAST_WEIGHTS)
         weights -= min(weights, small)
         held = int8.packed_bytes(weights // hidden, hidden)
-    return replace(spec, weight_bytes=spec.weight_bytes - weights * spec.itemsize + held, int8=True)
+    left = spec.weight_bytes - weights * spec.itemsize
+    return replace(spec, weight_bytes=left + held, quantization=config.quantization)
 
 
 def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:

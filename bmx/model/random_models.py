@@ -13,12 +13,12 @@ from bmx.config import EngineConfig
 from bmx.model.loader import (
     RUNTIME_BYTES,
     LoadedModel,
-    check_int8,
+    check_quantization,
     choose_device,
     choose_dtype,
     loading_errors,
     prepare,
-    quantize_int8,
+    quantize,
     silence_transformers,
 )
 from bmx.model.spec import ModelSpec
@@ -158,21 +158,20 @@ def make_random_model(name: str, longest: int, config: EngineConfig) -> LoadedMo
     Raises:
         MemoryLimitError: the device has no room for it.
         ModelError: there is no such device.
-        UsageError: int8 weights would be slower on it.
+        UsageError: quantised weights would be slower on it.
     """
     import torch
 
     device = choose_device(config)
     dtype = str(choose_dtype(config, device, SHAPES[name])).removeprefix("torch.")
-    if config.int8:
-        check_int8(dtype, device.type)
+    check_quantization(config.quantization, dtype, device.type)
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else RUNTIME_BYTES["cuda"]
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), loading_errors(name):
         torch.manual_seed(0)
         model = _build(name, longest, device, dtype)
     loaded = prepare(model, runtime)
-    return quantize_int8(loaded) if config.int8 else loaded
+    return loaded if config.quantization == "none" else quantize(loaded, config.quantization)
 
 
 def _build(name: str, longest: int, device: Any, dtype: str) -> Any:

@@ -77,7 +77,7 @@ class ModelSpec:
         head_bytes: bytes of the output head, which is read for sampled tokens only.
         itemsize: bytes of an activation.
         merged_bytes: bytes of experts, which loading copies into one tensor.
-        int8: whether linear layers have int8 weights.
+        quantization: how the weights of linear layers are held: ``none``, ``int8`` or ``fp8``.
     """
 
     name: str
@@ -89,7 +89,7 @@ class ModelSpec:
     head_bytes: int
     itemsize: int
     merged_bytes: int = 0
-    int8: bool = False
+    quantization: str = "none"
 
     def last_reader(self, owner: int) -> int:
         """The number of the last layer that reads the keys and values of layer ``owner``."""

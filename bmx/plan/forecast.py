@@ -273,7 +273,7 @@ class _Clock:
         tokens = sum(step.decodes) + sum(chunk.length + self._plan.step.probe for chunk in step.chunks)
         sampled = sum(step.decodes) + sum(chunk.last for chunk in step.chunks)
         weights = min(spec.weight_bytes - spec.head_bytes, tokens * spec.costs.flops // 2 * spec.itemsize)
-        own = spec.costs.flops / (profile.int8_speed if spec.int8 else 1)
+        own = spec.costs.flops / profile.product_speed(spec.quantization)
         flops = tokens * own + sampled * 2 * spec.head_bytes // spec.itemsize
         read = weights + (spec.head_bytes if sampled else 0)
         touched = profile.own_operators * tokens * spec.costs.traffic_bytes + sampled * spec.vocab * spec.itemsize

@@ -35,7 +35,8 @@ def budget_text(budget: float | str) -> str:
 
 def candidate_words(settings: Mapping[str, Any]) -> str:
     """The settings of a candidate in a few words."""
-    words = [settings["kv_policy"]] + (["int8 weights"] if settings.get("quantization") == "int8" else [])
+    words, weights = [settings["kv_policy"]], settings.get("quantization", "none")
+    words += [] if weights == "none" else [f"{weights} weights"]
     if settings["kv_policy"] != "none":
         words.append(budget_text(settings["kv_budget"]))
     if settings["kv_format"] != "model":
