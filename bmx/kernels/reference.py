@@ -383,14 +383,11 @@ def read_by_channel(rows: ChannelRows, slot: int, count: int) -> tuple[Tensor, T
 
 def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
     """See ``contract.KernelModule.product``."""
-    in_float8 = layers[0].weight.dtype == torch.float8_e4m3fn
-    of_float8 = fp8_products.product(layers)
-
-    def compute(x: Tensor) -> list[Tensor]:
-        outputs = of_float8(x) if in_float8 else [_linear(x, layer) for layer in layers]
-        return [gate(*outputs)] if gated else outputs
-
-    return compute
+    if layers[0].weight.dtype == torch.float8_e4m3fn:
+        multiply = fp8_products.product(layers)
+    else:
+        multiply = lambda x: [_linear(x, layer) for layer in layers]  # noqa: E731
+    return (lambda x: [gate(*multiply(x))]) if gated else multiply
 
 
 def _linear(x: Tensor, layer: Linear) -> Tensor:

@@ -44,11 +44,11 @@ def _warps(block: int) -> int:
     return min(32, max(4, block // 2048))
 
 
-def compiled_for(head_dim: int) -> list[Variant]:
+def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noqa: ARG001
     """The launches of a bfloat16 model with 32 heads of this size: rows of the hidden state, and of the inner one."""
     types = {"codes": "*fp8e4nv", "scales": "*fp32", "x": "*bf16", "by_row": "i32:16"}
     launches = []
-    for inner in (32 * head_dim, 112 * head_dim):
+    for inner in (32 * dim, 112 * dim):
         block = triton.next_power_of_2(inner)
         constants = {"inner": inner, "least": LEAST, "most": MOST, "block": block}
         launches.append(variant(_round_kernel, types, constants, {"num_warps": _warps(block), "num_stages": 1}))
