@@ -25,6 +25,7 @@ HEAVY = {"torch", "transformers", "triton", "ray"}
 MAY_BE_HEAVY = ("kernels/", "kv/", "engine/", "model/fused_modules.py", "model/int8_modules.py")
 MAY_BE_HEAVY += (
     "model/fp8_modules.py",
+    "model/joined_weights.py",
     "model/rope.py",
     "model/cost_trace.py",
     "measure/full_cache_answers.py",

@@ -368,6 +368,7 @@ class Capabilities:
         row_formats: names of the formats, beside the model's dtype, in which fused steps read and store pairs.
         int8_multiples: numbers that outputs and inputs of a layer must be multiples of for its products of int8
             weights; None if it has none.
+        joins_layers: layers of one input are one product, where their weights lie one after another.
         asynchronous: its steps are launched before earlier ones are done, on any device; torch's own are on a GPU.
         capturable: fused decode steps can be captured as CUDA graphs: nothing in them depends on the host.
         skips_empty_rows: fused steps never read rows that hold no pair, so slots need not be emptied between sequences.
@@ -381,6 +382,7 @@ class Capabilities:
     fuses_steps: bool = False
     row_formats: tuple[str, ...] = ()
     int8_multiples: tuple[int, int] | None = None
+    joins_layers: bool = False
     asynchronous: bool = False
     capturable: bool = False
     skips_empty_rows: bool = False

@@ -1,7 +1,8 @@
-"""A linear layer as kernels see it: weights in the model's type, in int8 or in float8. Knows tensors only."""
+"""A linear layer as kernels see it: its weights, in one of several types. Knows tensors; computes nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,3 +25,25 @@ class Linear:
     bias: Tensor | None
     scales: Tensor | None = None
     sums: Tensor | None = None
+
+
+def as_one(layers: Sequence[Linear]) -> Linear | None:
+    """Layers of one input as one layer, a view; None if their weights do not lie one after another in memory."""
+    columns = [[getattr(layer, name) for layer in layers] for name in ("weight", "bias", "scales")]
+    weight, bias, scales = wholes = [_as_one(column) for column in columns]
+    apart = any(one is None and any(t is not None for t in column) for one, column in zip(wholes, columns, strict=True))
+    return None if weight is None or apart else Linear(weight=weight, bias=bias, scales=scales)
+
+
+def _as_one(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Tensors with rows as one tensor, a view; None if one is missing, or they do not lie one after another."""
+    tensors = [part for part in parts if part is not None and part.is_contiguous()]
+    if len(tensors) < len(parts):
+        return None
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or tensor.dtype != first.dtype or tensor.storage_offset() != end:
+            return None
+        end += tensor.numel()
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())

@@ -65,6 +65,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
     **{name: _compiled(profile) for name, profile in _PROFILES.items()},
     "triton": Capabilities(
         model_dtypes=() if interpreted() else ("bfloat16", "float16", "float32"),  # interpreting each token takes long
+        joins_layers=True,
         fuses_steps=True,
         asynchronous=True,
         capturable=True,

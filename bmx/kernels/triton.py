@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bmx.kernels import fp8_products, reference
-from bmx.kernels.linear import Linear
+from bmx.kernels.linear import Linear, as_one
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.triton_decode import decode_step
@@ -56,7 +56,20 @@ def prefill_step(
 
 
 def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:
-    """See ``contract.KernelModule.product``: torch multiplies; rounding and the gate are kernels."""
+    """See ``contract.KernelModule.product``: torch multiplies; rounding and the gate are kernels.
+
+    Layers whose weights lie one after another are one product, whose outputs are views of each layer's columns.
+    """
+    together = as_one(layers)
+    factors = layers if together is None else (together,)
     in_float8 = layers[0].weight.dtype == torch.float8_e4m3fn
-    multiply = fp8_products.product(layers, round_rows) if in_float8 else reference.product(layers)
-    return (lambda x: [gate(*multiply(x))]) if gated else multiply
+    multiply = fp8_products.product(factors, round_rows) if in_float8 else reference.product(factors)
+    columns = [len(layer.weight) for layer in layers]
+
+    def compute(x: Tensor) -> list[Tensor]:
+        outputs = multiply(x)
+        if together is not None:
+            outputs = list(torch.split(outputs[0], columns, dim=-1))
+        return [gate(*outputs)] if gated else outputs
+
+    return compute

@@ -21,6 +21,7 @@ from bmx.kernels.contract import KernelModule
 from bmx.kernels.linear import Linear
 from bmx.model.fp8_modules import Fp8Linear
 from bmx.model.int8_modules import Int8Linear
+from bmx.model.joined_weights import join_weights
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -36,6 +37,8 @@ def fused_modules(model: Any, kernels: Kernels) -> Iterator[None]:
     dtypes = {getattr(torch, name) for name in kernels.capabilities.model_dtypes}
     with ExitStack() as undo:
         if model.dtype in dtypes:
+            if kernels.capabilities.joins_layers:
+                join_weights(model)
             _replace_forwards(model, kernels.module, dtypes, undo)
         yield
 
