@@ -84,6 +84,14 @@ class Backend(Protocol):
     def kernels(self) -> Kernels:
         """The kernels that compute attention, and why they were chosen."""
 
+    def try_kernels(self, spec: ModelSpec, policy: CompressionPolicy) -> None:
+        """Find out whether the kernels compute this model under a policy; those that do not are replaced.
+
+        Args:
+            spec: the model's sizes, with the layers that share their KV pairs.
+            policy: which KV pairs stay in a slot.
+        """
+
     @property
     def meter(self) -> MemoryMeter:
         """Measures the memory that is held."""
@@ -132,7 +140,7 @@ class ModelBackend:
 
     Args:
         loaded: the model and its sizes.
-        kernels: what computes attention; those chosen for the device if left out.
+        kernels: what computes attention, taken as they are; those chosen for the device, and tried, if left out.
         meter: measures memory; one of the device if left out.
     """
 
@@ -141,12 +149,19 @@ class ModelBackend:
     def __init__(self, loaded: LoadedModel, kernels: Kernels | None = None, meter: MemoryMeter | None = None) -> None:
         self.loaded = loaded
         self.device_type = str(loaded.model.device.type)
-        self.kernels = kernels or choose(self.device_type)
+        self.kernels, self._tries = kernels or choose(self.device_type), kernels is None
         self.meter = meter or MemoryMeter(self.device_type, loaded.runtime_bytes)
 
     def with_kernels(self, kernels: Kernels) -> ModelBackend:
         """The same model with other kernels."""
         return ModelBackend(self.loaded, kernels, self.meter)
+
+    def try_kernels(self, spec: ModelSpec, policy: CompressionPolicy) -> None:
+        """See ``Backend``."""
+        if self._tries:
+            from bmx.engine.kernel_trials import tried
+
+            self.kernels = tried(self.kernels, self.loaded.model, spec, policy)
 
     @property
     def spec(self) -> ModelSpec:
@@ -199,4 +214,5 @@ class ModelBackend:
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(model.device) if on_gpu else hardware.cpu_name(),
             "attention": self.kernels.name,
+            "replaced_kernels": dict(self.kernels.replaced),
         }

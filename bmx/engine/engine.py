@@ -58,6 +58,7 @@ class Engine:
         self.spec = share_layers(backend.spec, config.kv_share_layers)
         self.tokenizer = tokenizer
         self.policy = CompressionPolicy.from_config(config, self.spec)
+        backend.try_kernels(self.spec, self.policy)
         self.stats = Stats()
         reuse = None
         if config.prefix_reuse and backend.shares_prefixes:

@@ -120,6 +120,9 @@ class FakeBackend:
         """All that this process holds."""
         return self.meter.now
 
+    def try_kernels(self, *_: Any) -> None:
+        """There are none."""
+
     def runner(self, *_: Any, **__: Any) -> AbstractContextManager[Runner]:
         """Next tokens without slots."""
         return FakeRunner()

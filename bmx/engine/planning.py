@@ -82,7 +82,7 @@ class RunPlanner:
             config=self.config,
             spec=self.spec,
             policy=self.policy,
-            device=Device.of(backend.device_type, self.spec, backend.runtime_bytes, self.config),
+            device=Device.of(backend.device_type, self.spec, backend.runtime_bytes, self.config, backend.kernels),
             kernels=backend.kernels,
             limits=limits,
             rates=self._rates,

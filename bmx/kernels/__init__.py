@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, cast
 
 from bmx.errors import UsageError
 from bmx.kernels import build
-from bmx.kernels.contract import Capabilities, KernelModule
+from bmx.kernels.contract import FUNCTIONS, Capabilities, KernelModule
 from bmx.kernels.instruction_sets import SETS
 from bmx.kernels.registry import CAPABILITIES, interpreted
 
 LEAST_CAPABILITY = (8, 0)  # Ampere
+STEPS = {"decode_step", "prefill_step"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,12 @@ class Kernels:
     Attributes:
         name: of its module here, or of its instruction set, and of its description in ``registry``.
         why: the reason for the choice.
+        replaced: functions that plain torch computes in its place, each with the reason (``trial``).
     """
 
     name: str
     why: str
+    replaced: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
 
     @property
     def module(self) -> KernelModule:
@@ -37,12 +42,19 @@ class Kernels:
             from bmx.kernels.compiled import kernels_for
 
             return kernels_for(self.name)
-        return cast("KernelModule", import_module(f"bmx.kernels.{self.name}"))
+        own: Any = import_module(f"bmx.kernels.{self.name}")
+        if self.replaced:
+            plain = import_module("bmx.kernels.reference")
+            own = SimpleNamespace(**{f: getattr(plain if f in self.replaced else own, f) for f in FUNCTIONS})
+        return cast("KernelModule", own)
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it takes over."""
-        return CAPABILITIES[self.name]
+        """What it takes over: no whole steps if a function is replaced that computes them."""
+        own = CAPABILITIES[self.name]
+        if STEPS.isdisjoint(self.replaced):
+            return own
+        return replace(CAPABILITIES["reference"], model_dtypes=own.model_dtypes, asynchronous=own.asynchronous)
 
 
 def choose(device_type: str) -> Kernels:

@@ -44,17 +44,25 @@ class Device:
     archive_place: str = DEVICE
 
     @classmethod
-    def of(cls, kind: str, spec: ModelSpec, runtime: int, config: EngineConfig | None = None) -> Device:
-        """A device of this kind with the kernels that would be chosen there.
+    def of(
+        cls,
+        kind: str,
+        spec: ModelSpec,
+        runtime: int,
+        config: EngineConfig | None = None,
+        chosen: kernels.Kernels | None = None,
+    ) -> Device:
+        """A device of this kind.
 
         Args:
             kind: ``cpu`` or ``cuda``.
             spec: the model's sizes.
             runtime: bytes that the process holds beside the model.
             config: the settings.
+            chosen: the kernels that run there; those that would be chosen if left out.
         """
         config = config or EngineConfig()
-        capabilities = kernels.choose(kind).capabilities
+        capabilities = (chosen or kernels.choose(kind)).capabilities
         fused = left_to_kernels(config, capabilities)
         bytes_of = capabilities.workspace_bytes(fused)
         heads = max(layer.query_heads for layer in spec.layers)

@@ -116,9 +116,8 @@ def measure(device: str, dtype: str) -> Rates:
     block = torch.ones(count * outer * inner, dtype=kind, device=place)
     few, gain = x[:THIN_ROWS], torch.ones(inner, dtype=kind, device=place)
     chosen = kernels.choose(device)
-    product = kernels.Kernels(
-        chosen.name if dtype in chosen.capabilities.model_dtypes else "reference", ""
-    ).module.product
+    own_products = device == "cpu" and dtype in chosen.capabilities.model_dtypes  # on a GPU, torch's are used
+    product = kernels.Kernels(chosen.name if own_products else "reference", "").module.product
     products = [product((Linear(weight=weight, bias=None),)) for weight in weights]
 
     def thin() -> None:

@@ -1,0 +1,189 @@
+"""Kernels that raise, or compute wrong numbers, are replaced by plain torch one by one, and it is said."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from conftest import answers, as_requests, random_prompts, tiny_engine
+from families import FAMILIES
+
+triton = pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from bmx import EngineConfig, kernels
+from bmx.errors import DeviceError
+from bmx.kernels import reference, trial
+from bmx.kernels.contract import FUNCTIONS
+from bmx.plan.device import Device
+
+MODULE = "bmx.kernels.triton"
+TIGHT = {"kv_budget": 20, "kv_sink": 2, "kv_recent": 5, "chunk_size": 16, "max_num_seqs": 2}
+PROMPTS = random_prompts((40, 11))
+
+
+@pytest.fixture(autouse=True)
+def compiled(cpu_kernels, monkeypatch):
+    """Triton's kernels are chosen, and tried as if they were compiled. None has been tried yet."""
+    cpu_kernels("triton")
+    small = FAMILIES["llama"]()
+    small.num_hidden_layers = 1
+    monkeypatch.setitem(FAMILIES, "small", lambda: small)
+    monkeypatch.setattr(trial, "interpreted", lambda: False)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    """Nothing was tried, and nothing was said."""
+    trial._failures.cache_clear()
+    trial._warn.cache_clear()
+
+
+def fail(*_, **__):
+    raise OutOfResources(131072, 101376, "shared memory")
+
+
+def wrong(x, weight, epsilon):
+    return 1.1 * reference.rms_norm(x, weight, epsilon)
+
+
+def test_a_kernel_that_raises_and_one_that_is_wrong_are_replaced_and_no_other(monkeypatch, caplog):
+    monkeypatch.setattr(f"{MODULE}.decode_step", fail)
+    monkeypatch.setattr(f"{MODULE}.rms_norm", wrong)
+    engine = tiny_engine("small", **TIGHT)
+    chosen = engine.backend.kernels
+    assert chosen.name == "triton"
+    assert set(chosen.replaced) == {"decode_step", "rms_norm"}
+    assert chosen.replaced["decode_step"].startswith("OutOfResources: out of resource: shared memory, Required: 131072")
+    assert chosen.replaced["rms_norm"] == "wrong numbers: output is off by 10.0%"
+    assert engine.describe()["replaced_kernels"] == chosen.replaced
+    assert len(caplog.messages) == 2
+    assert all("plain torch computes" in message for message in caplog.messages)
+    own = sys.modules[MODULE]
+    for name in FUNCTIONS:
+        assert getattr(chosen.module, name) is getattr(reference if name in chosen.replaced else own, name)
+
+
+def test_answers_are_those_of_plain_torch_and_the_plan_knows(monkeypatch, cpu_kernels):
+    monkeypatch.setattr(f"{MODULE}.prefill_step", fail)
+    engine, requests = tiny_engine("small", **TIGHT), as_requests(PROMPTS, max_tokens=3)
+    answered = answers(engine, requests)
+    assert not engine.backend.kernels.capabilities.fuses_steps
+    planned = [
+        Device.of("cuda", engine.spec, 0, EngineConfig(**TIGHT), chosen)
+        for chosen in (engine.backend.kernels, kernels.Kernels("triton", ""))
+    ]
+    assert [device.captures for device in planned] == [False, True]
+    assert planned[0].workspace(512, 1024, 4) > planned[1].workspace(512, 1024, 4)
+    cpu_kernels("reference")
+    assert answers(tiny_engine("small", **TIGHT), requests) == answered
+
+
+def test_kernels_that_work_are_kept_and_tried_once_for_all_layers_alike(caplog, monkeypatch):
+    engine = tiny_engine("llama", **TIGHT)
+    assert engine.backend.kernels == kernels.choose("cpu")
+    for name in FUNCTIONS:
+        monkeypatch.setattr(f"{MODULE}.{name}", fail)
+    assert engine.with_config(engine.config).backend.kernels.replaced == {}
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("family", "kv_format"), [("gemma2", "model"), ("gpt_oss", "int8/int4"), ("youtu", "model")])
+def test_no_false_alarms_in_capped_windowed_quantised_or_latent_attention(family, kv_format):
+    assert tiny_engine(family, kv_format=kv_format, kv_policy="far-attention").backend.kernels.replaced == {}
+
+
+def without_compiler(*_, **__):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
+
+
+def test_where_nothing_can_be_compiled_plain_torch_runs_alone_and_says_why_once(monkeypatch, caplog):
+    for name in trial.TRIALS:
+        monkeypatch.setattr(f"{MODULE}.{name}", without_compiler)
+    chosen = tiny_engine("small").backend.kernels
+    assert chosen.name == "reference"
+    assert "plain torch: RuntimeError: Failed to find C compiler" in chosen.why
+    [warning] = caplog.messages
+    assert "Failed to find C compiler" in warning
+
+
+def test_a_triton_that_cannot_be_imported_leaves_plain_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, MODULE, None)
+    chosen = tiny_engine("small").backend.kernels
+    assert chosen.name == "reference"
+    assert "plain torch: ModuleNotFoundError" in chosen.why
+
+
+def test_every_function_that_triton_computes_has_a_trial():
+    module = kernels.Kernels("triton", "").module
+    own = {name for name in FUNCTIONS if getattr(module, name) is not getattr(reference, name)}
+    assert own == set(trial.TRIALS)
+
+
+LAYER = trial.Attention(
+    heads=2,
+    kv_heads=1,
+    key_dim=16,
+    value_dim=16,
+    order=trial.EvictionOrder(by="average", sink=2, recent=4, window=None),
+    mass=True,
+)
+
+
+def replaced(layer=LAYER):
+    chosen = trial.tried(kernels.choose("cpu"), [layer], torch.float32, torch.device("cpu"))
+    return dict(chosen.replaced)
+
+
+def damaged_decode(change):
+    """Plain torch's decoding step, after which something is changed."""
+
+    def decode_step(output, query, key, value, rows, *args, **options):
+        done = reference.decode_step(output, query, key, value, rows, *args, **options)
+        change(output, rows)
+        return done
+
+    return decode_step
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda output, _: output[0, 0].mul_(2), "output is off"),
+        (lambda output, _: output[0, 0, 0].fill_(float("nan")), "output is off"),
+        (lambda _, rows: rows.mass.zero_(), "mass is off"),
+        (lambda _, rows: rows.keys.neg_(), "keys is off"),
+        (lambda _, rows: rows.positions.add_(1), "pairs are kept or evicted"),
+    ],
+)
+def test_whatever_a_step_writes_is_compared(monkeypatch, change, what):
+    monkeypatch.setattr(f"{MODULE}.decode_step", damaged_decode(change))
+    assert what in replaced()["decode_step"]
+
+
+def test_a_step_that_declines_is_not_a_failure(monkeypatch):
+    monkeypatch.setattr(f"{MODULE}.prefill_step", lambda *_, **__: False)
+    assert replaced() == {}
+
+
+def test_an_error_after_which_the_gpu_refuses_every_call_ends_the_run_with_the_way_out(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", refused)
+    with pytest.raises(DeviceError, match="a trial of the kernel gate stopped the GPU: RuntimeError: bad") as caught:
+        trial._check_alive(torch.device("cuda"), "gate", RuntimeError("bad"))
+    assert "BMX_KERNELS=reference" in caught.value.hint
+
+
+def test_memory_that_runs_out_in_a_trial_is_no_fault_of_the_kernel(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"{MODULE}.gate", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        replaced()
