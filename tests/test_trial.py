@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bmx.errors import DeviceError
 from bmx.kernels import reference, trial
 from bmx.kernels.contract import FUNCTIONS
 from bmx.plan.device import Device
+from bmx.terminal import environment
 
 MODULE = "bmx.kernels.triton"
 TIGHT = {"kv_budget": 20, "kv_sink": 2, "kv_recent": 5, "chunk_size": 16, "max_num_seqs": 2}
@@ -51,7 +53,7 @@ def wrong(x, weight, epsilon):
     return 1.1 * reference.rms_norm(x, weight, epsilon)
 
 
-def test_a_kernel_that_raises_and_one_that_is_wrong_are_replaced_and_no_other(monkeypatch, caplog):
+def test_g17_a_kernel_that_raises_and_one_that_is_wrong_are_replaced_and_no_other(monkeypatch, caplog):
     monkeypatch.setattr(f"{MODULE}.decode_step", fail)
     monkeypatch.setattr(f"{MODULE}.rms_norm", wrong)
     engine = tiny_engine("small", **TIGHT)
@@ -68,7 +70,7 @@ def test_a_kernel_that_raises_and_one_that_is_wrong_are_replaced_and_no_other(mo
         assert getattr(chosen.module, name) is getattr(reference if name in chosen.replaced else own, name)
 
 
-def test_answers_are_those_of_plain_torch_and_the_plan_knows(monkeypatch, cpu_kernels):
+def test_g17_answers_are_those_of_plain_torch_and_the_plan_knows(monkeypatch, cpu_kernels):
     monkeypatch.setattr(f"{MODULE}.prefill_step", fail)
     engine, requests = tiny_engine("small", **TIGHT), as_requests(PROMPTS, max_tokens=3)
     answered = answers(engine, requests)
@@ -101,17 +103,19 @@ def without_compiler(*_, **__):
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
 
 
-def test_where_nothing_can_be_compiled_plain_torch_runs_alone_and_says_why_once(monkeypatch, caplog):
+def test_g17_where_nothing_can_be_compiled_plain_torch_runs_alone_and_says_why_once(monkeypatch, caplog):
     for name in trial.TRIALS:
         monkeypatch.setattr(f"{MODULE}.{name}", without_compiler)
     chosen = tiny_engine("small").backend.kernels
     assert chosen.name == "reference"
     assert "plain torch: RuntimeError: Failed to find C compiler" in chosen.why
+    assert chosen.capabilities == kernels.CAPABILITIES["reference"]
+    assert callable(chosen.module.decode_step)
     [warning] = caplog.messages
     assert "Failed to find C compiler" in warning
 
 
-def test_a_triton_that_cannot_be_imported_leaves_plain_torch(monkeypatch):
+def test_g17_a_triton_that_cannot_be_imported_leaves_plain_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, MODULE, None)
     chosen = tiny_engine("small").backend.kernels
     assert chosen.name == "reference"
@@ -170,7 +174,7 @@ def test_a_step_that_declines_is_not_a_failure(monkeypatch):
     assert replaced() == {}
 
 
-def test_an_error_after_which_the_gpu_refuses_every_call_ends_the_run_with_the_way_out(monkeypatch):
+def test_g17_an_error_after_which_the_gpu_refuses_every_call_ends_the_run_with_the_way_out(monkeypatch):
     def refused(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -187,3 +191,14 @@ def test_memory_that_runs_out_in_a_trial_is_no_fault_of_the_kernel(monkeypatch):
     monkeypatch.setattr(f"{MODULE}.gate", full)
     with pytest.raises(torch.OutOfMemoryError):
         replaced()
+
+
+def test_g17_the_environment_names_what_is_replaced(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment, "_free", str)
+    monkeypatch.setattr("bmx.hardware.free_gpu_memory", lambda: "some")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(trial, "tried", lambda chosen, *_: replace(chosen, replaced={"gate": "it is broken"}))
+    rows = environment.environment()
+    assert ("gpu (CUDA)", "a card, some") in rows
+    assert ("gate", "in plain torch: it is broken") in rows

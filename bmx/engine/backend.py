@@ -207,12 +207,14 @@ class ModelBackend:
         import torch
 
         model = self.loaded.model
-        on_gpu = self.device_type == "cuda"
+        on_gpu, kernels = self.device_type == "cuda", self.kernels
+        reasons: dict[str, Any] = {"attention_why": kernels.why} if on_gpu else {}
+        reasons |= {"replaced_kernels": dict(kernels.replaced)} if kernels.replaced else {}
         return {
             "architecture": self.spec.name,
             "commit": self.loaded.commit,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(model.device) if on_gpu else hardware.cpu_name(),
-            "attention": self.kernels.name,
-            "replaced_kernels": dict(self.kernels.replaced),
+            "attention": kernels.name,
+            **reasons,
         }

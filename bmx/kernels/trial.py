@@ -110,7 +110,7 @@ def tried(kernels: Kernels, layers: Iterable[Attention], dtype: torch.dtype, dev
 def _without(kernels: Kernels, reason: str) -> Kernels:
     """Plain torch alone."""
     _warn(f"plain torch computes all that Triton would, slower: {reason}")
-    return Kernels("reference", f"plain torch: {reason} ({kernels.why})")
+    return Kernels("reference", f"plain torch: {reason} ({kernels.why})", replaced=dict.fromkeys(TRIALS, reason))
 
 
 @cache

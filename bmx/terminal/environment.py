@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bmx import hardware
+from bmx.config import EngineConfig
+from bmx.kernels import Kernels
 from bmx.terminal.tables import megabytes
 
 
@@ -30,10 +32,27 @@ def environment() -> list[tuple[str, str]]:
     rows += [("gpu (NVML)", _gpu(gpu)) for gpu in hardware.gpus()]
     if torch.cuda.is_available():
         rows.append(("gpu (CUDA)", f"{torch.cuda.get_device_name()}, {_free(hardware.free_gpu_memory())}"))
-    chosen = kernels.choose("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = _tried(kernels.choose("cuda")) if torch.cuda.is_available() else kernels.choose("cpu")
     rows.append(("attention", f"{chosen.name}: {chosen.why}"))
+    if chosen.name != "reference":
+        rows += [(name, f"in plain torch: {reason}") for name, reason in chosen.replaced.items()]
     rows.append(("demo model", _demo()))
     return rows
+
+
+def _tried(chosen: Kernels) -> Kernels:
+    """What is left of a GPU's kernels after a trial in the sizes of Llama 3.1 8B, with the default settings."""
+    import torch
+
+    from bmx.kernels.ranking import EvictionOrder
+    from bmx.kernels.trial import Attention, tried
+
+    config = EngineConfig()
+    order = EvictionOrder(by="average", sink=config.kv_sink, recent=config.kv_recent, window=None)
+    layer = Attention(
+        heads=32, kv_heads=8, key_dim=128, value_dim=128, order=order, formats=config.pair_formats, mass=True
+    )
+    return tried(chosen, [layer], torch.bfloat16, torch.device("cuda"))
 
 
 def _free(memory: Any) -> str:
