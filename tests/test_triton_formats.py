@@ -39,7 +39,7 @@ from test_triton_slots import (
     uniform,
 )
 
-from bmx.kernels import reference, triton, triton_evict
+from bmx.kernels import reference, triton, triton_decode, triton_evict, triton_splits
 from bmx.kernels.formats import FORMATS, MODEL
 from bmx.kv_formats import formats_of
 
@@ -111,6 +111,16 @@ def test_a_decoding_step_reads_codes_as_unpacking_them_would(name, form):
     numbers = (torch.tensor(one, device=DEVICE) for one in (SLOTS, NOW, LIMITS))
     assert reference.decode_step(answer, *tokens, expected, *numbers, **manner)
     torch.testing.assert_close(output, answer, **NEAR[F32])
+    assert_same_rows(actual, expected, **NEAR[F32])
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_decoding_step_in_splits_reads_and_stores_the_same_codes(form, monkeypatch):
+    tokens, rows = tokens_of(5, group=3, dim=24), packed(make_rows(*seen_by_slots(), dim=24), form)
+    whole, expected = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
+    monkeypatch.setattr(triton_decode, "SPLITS", triton_splits.Splits(whole=8, rows=16))
+    output, actual = decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN)
+    torch.testing.assert_close(output, whole, **NEAR[F32])
     assert_same_rows(actual, expected, **NEAR[F32])
 
 

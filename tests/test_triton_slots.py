@@ -9,6 +9,7 @@ import pytest
 import torch
 
 triton_decode = pytest.importorskip("bmx.kernels.triton_decode")
+triton_splits = pytest.importorskip("bmx.kernels.triton_splits")
 triton_evict = pytest.importorskip("bmx.kernels.triton_evict")
 
 from bmx.compress.policy import CompressionPolicy
@@ -235,6 +236,57 @@ def test_a_decoding_step_is_what_float64_says(shape, manner, dtype):
     of_slots = {name: size for name, size in shape.items() if name != "group"}
     actual = assert_decodes(tokens, make_rows(*seen_by_slots(), dtype=dtype, **of_slots), **manner)
     assert actual.mass.isfinite().all()
+
+
+@pytest.fixture(params=[1, 3])
+def in_splits(monkeypatch, request):
+    """Slots in splits of 8 rows, up to 7 of them, that one program or three read."""
+    splits = triton_splits.Splits(whole=16, rows=8)
+    monkeypatch.setattr(triton_decode, "SPLITS", splits)
+    monkeypatch.setattr(triton_decode, "programs", lambda *_: request.param)
+    return splits
+
+
+@pytest.mark.usefixtures("in_splits")
+@pytest.mark.parametrize(
+    ("shape", "manner"),
+    [
+        ({"group": 1, "dim": 96, "value_dim": 64}, {"order": ranked("mass"), "decay": 0.5}),
+        ({"group": 3, "kv_heads": 1, "value_dim": 24}, {"order": ranked("average", **ROOT_MEAN_SQUARE)}),
+        ({"group": 3}, {"order": ranked("mass", window=12, sink=0, recent=0), "sinks": True, "softcap": 2.0}),
+        ({"group": 2}, {"order": ranked("age"), "accumulate": False}),
+    ],
+)
+def test_a_decoding_step_in_splits_is_what_float64_says(shape, manner):
+    """Slots of one split and of seven; splits of which a window hides all."""
+    manner, tokens = {**PLAIN, **manner}, tokens_of(5, **shape)
+    if "sinks" in manner:
+        manner["sinks"] = normal(tokens[0].shape[1], seed=5)
+    of_slots = {name: size for name, size in shape.items() if name != "group"}
+    assert_decodes(tokens, make_rows(*seen_by_slots(), **of_slots), **manner)
+
+
+def test_more_splits_than_are_combined_at_once(monkeypatch):
+    monkeypatch.setattr(triton_decode, "SPLITS", triton_splits.Splits(whole=16, rows=2))
+    order = ranked("average", **ROOT_MEAN_SQUARE)
+    assert_decodes(tokens_of(5, group=3), make_rows(*seen_by_slots()), **{**PLAIN, "order": order})
+
+
+def test_an_answer_does_not_depend_on_how_many_programs_read_a_slot(monkeypatch):
+    monkeypatch.setattr(triton_decode, "SPLITS", triton_splits.Splits(whole=16, rows=8))
+    tokens, rows, found = tokens_of(5, group=3), make_rows(*seen_by_slots()), []
+    for count in (1, 2, 7):
+        monkeypatch.setattr(triton_decode, "programs", lambda *_, count=count: count)
+        found.append(decode(*tokens, rows, SLOTS, NOW, LIMITS, **PLAIN))
+    for output, actual in found[1:]:
+        assert torch.equal(output, found[0][0])
+        assert_same_rows(actual, found[0][1])
+
+
+def test_programs_fill_a_device_and_no_more():
+    device = torch.device(DEVICE)
+    whole = triton_splits.PROGRAMS * triton_splits.multiprocessors(device)
+    assert [triton_splits.programs(heads, 40, device) for heads in (1, whole, 3 * whole)] == [min(40, whole), 1, 1]
 
 
 @pytest.mark.parametrize("window", [None, 20])

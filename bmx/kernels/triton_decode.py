@@ -8,7 +8,6 @@ Shapes: B decoding tokens, H query heads, K kv heads, G = H / K, C rows of a hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Rows
+from bmx.kernels.triton_combine import DecodeSizes, add_attention, combine, rows_of_head
 from bmx.kernels.triton_operands import (
     BF16_TOKENS,
     Variant,
@@ -31,8 +30,22 @@ from bmx.kernels.triton_operands import (
     stored_rows,
     variant,
 )
+from bmx.kernels.triton_splits import (
+    INTERPRETED,
+    LOG2_E,
+    PARTIAL,
+    SPLITS,
+    Splits,
+    logits,
+    nothing,
+    partial_results,
+    programs,
+    split_of,
+    store_nothing,
+    store_own,
+    store_partial,
+)
 from bmx.kernels.triton_vectors import (
-    Parts,
     in_one_part,
     load,
     load_scales,
@@ -42,32 +55,7 @@ from bmx.kernels.triton_vectors import (
     store_encoded,
 )
 
-INTERPRETED = interpreted()
-LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
-
-
-@dataclass(frozen=True)
-class DecodeSizes:
-    """Sizes that the decoding kernel is compiled for.
-
-    Attributes:
-        group: G.
-        group_full: a power of two that holds it.
-        keys: how keys are stored.
-        values: how values are stored.
-        block: rows that are attended to at once.
-        search: rows that are compared at once.
-        count: rows whose attention is added up at once.
-    """
-
-    group: int
-    group_full: int
-    keys: Parts
-    values: Parts
-    block: int
-    search: int
-    count: int
 
 
 @triton.jit
@@ -105,19 +93,6 @@ def _victim(positions, mass, limit, now, order: tl.constexpr, block: tl.constexp
 
 
 @triton.jit
-def _logits(products, scale, softcap: tl.constexpr):
-    """Scaled and capped scores, in powers of two."""
-    if softcap is None:
-        logits = products * (scale * LOG2_E)
-    else:
-        x = products * (scale / softcap)
-        t = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-        tanh = (1 - t) / (1 + t)
-        logits = tl.where(x < 0, -tanh, tanh) * (softcap * LOG2_E)
-    return logits
-
-
-@triton.jit
 def _dot_keys(q, keys, scales, c, read, sums, parts: tl.constexpr):
     """Dot products [G, N] of queries in two parts and the keys of rows c; ``sums`` [G] are those of the queries."""
     low, high = load_stored(keys, c, parts.width, read, parts, True, q[0].dtype)
@@ -151,40 +126,51 @@ def _add_values(answer, weights, fade, values, scales, c, read, dtype: tl.conste
 
 
 @triton.jit
-def _attend(
-    q, own_key, own_value, keys, key_scales, values, value_scales, positions, sinks, scratch, heads, valid, row, used,
-    position, width, scale,
-    softcap: tl.constexpr, order: tl.constexpr, sizes: tl.constexpr,
-):  # fmt: skip
-    """A token's query heads q [G, D] attend to its own pair, then to the rows in use but the one that it takes.
-
-    The softmax begins with the own pair, so that its maximum is finite from the start. Vectors are in two parts.
+def _own(q, key, value, sinks, heads, valid, scale, softcap: tl.constexpr, sizes: tl.constexpr):
+    """The softmax of a token's own pair, and of sinks: with it the maximum is finite from the start.
 
     Returns:
-        The output [G, E], not divided yet; and [G]: the score of the own pair, the highest score, and the divisor.
+        The answer [G, E] in two parts, not divided yet; and [G]: the own pair's score, the highest, and the divisor.
     """
-    block: tl.constexpr = sizes.block
-    key: tl.constexpr = sizes.keys
-    value: tl.constexpr = sizes.values
-    g = tl.arange(0, sizes.group_full)
-    wide, wide_high = q[0].to(tl.float32), q[1].to(tl.float32)
-    product, sums = tl.sum(wide * own_key[0], 1), tl.sum(wide, 1)
-    if key.high > 0:
-        product += tl.sum(wide_high * own_key[1], 1)
-        sums += tl.sum(wide_high, 1)
-    own = _logits(product, scale, softcap)
+    product = tl.sum(q[0].to(tl.float32) * key[0], 1)
+    if sizes.keys.high > 0:
+        product += tl.sum(q[1].to(tl.float32) * key[1], 1)
+    own = logits(product, scale, softcap)
     top = own
     if sinks is not None:
         sink = tl.load(sinks + heads, mask=valid, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(own, sink)
     total = tl.exp2(own - top)
-    answer = (total[:, None] * own_value[0], total[:, None] * own_value[1])
+    answer = (total[:, None] * value[0], total[:, None] * value[1])
     if sinks is not None:
         total += tl.exp2(sink - top)
-    for start in range(0, used, block):
+    return answer, own, top, total
+
+
+@triton.jit
+def _attend(
+    q, answer, top, total, keys, key_scales, values, value_scales, positions, scratch, valid, row, begin, end,
+    position, width, scale,
+    softcap: tl.constexpr, order: tl.constexpr, sizes: tl.constexpr,
+):  # fmt: skip
+    """A token's query heads q [G, D] attend to the rows ``begin`` .. ``end`` but the one that it takes.
+
+    The softmax goes on from what it is. Vectors are in two parts.
+
+    Returns:
+        The answer [G, E], not divided yet; and [G]: the highest score, and the divisor.
+    """
+    block: tl.constexpr = sizes.block
+    key: tl.constexpr = sizes.keys
+    value: tl.constexpr = sizes.values
+    g = tl.arange(0, sizes.group_full)
+    sums = tl.sum(q[0].to(tl.float32), 1)
+    if key.high > 0:
+        sums += tl.sum(q[1].to(tl.float32), 1)
+    for start in range(begin, end, block):
         c = start + tl.arange(0, block)
-        read = (c < used) & (c != row)  # the row it takes may be written by now
-        scores = _logits(_dot_keys(q, keys, key_scales, c, read, sums, key), scale, softcap)  # [G, block]
+        read = (c < end) & (c != row)  # the row it takes may be written by now
+        scores = logits(_dot_keys(q, keys, key_scales, c, read, sums, key), scale, softcap)  # [G, block]
         seen = read
         if order.window is not None:
             seen = read & (tl.load(positions + c, mask=read, other=0) > position - order.window)
@@ -197,86 +183,77 @@ def _attend(
         total = total * fade + tl.sum(weights, 1)
         answer = _add_values(answer, weights, fade, values, value_scales, c, read, q[0].dtype, value)
         top = higher
-    return answer, own, top, total
-
-
-@triton.jit
-def _accumulate(
-    mass, scratch, valid, row, used, width, own, top, total, decay, order: tl.constexpr, sizes: tl.constexpr,
-):  # fmt: skip
-    """Add the mean of the query heads' probabilities, raised to the power, to the mass of all rows in use."""
-    group: tl.constexpr = sizes.group
-    block: tl.constexpr = sizes.count
-    g, shared = tl.arange(0, sizes.group_full), tl.log2(total)
-    tl.debug_barrier()  # other threads wrote what is read here
-    for start in range(0, used, block):
-        c = start + tl.arange(0, block)
-        read = (c < used) & (c != row)
-        at = scratch + g[:, None] * width + c[None, :]
-        scores = tl.load(at, mask=valid[:, None] & read[None, :], other=-INFINITY)
-        seen = tl.sum(tl.exp2((scores - top[:, None] - shared[:, None]) * order.power), 0) / group
-        before = tl.load(mass + c, mask=read, other=0.0)
-        tl.store(mass + c, before * decay + seen, mask=read)
-    tl.store(mass + row, tl.sum(tl.where(valid, tl.exp2((own - top - shared) * order.power), 0.0), 0) / group)
+    return answer, top, total
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots", "token_positions", "row_limits"])
 def _decode(
-    output, query, key, value, rows, first, capacity, slots, token_positions, row_limits, sinks, scratch, width,
-    scale, decay, softcap: tl.constexpr, order: tl.constexpr, sizes: tl.constexpr,
+    output, partial, query, key, value, rows, first, capacity, slots, token_positions, row_limits, sinks, scratch,
+    width, scale, decay, softcap: tl.constexpr, order: tl.constexpr, sizes: tl.constexpr,
 ):  # fmt: skip
-    """One kv head of one decoding token: it takes a row, attends to the slot, and its attention is added up."""
+    """One kv head of one decoding token: it takes a row, attends to the slot, and its attention is added up.
+
+    With partial results, it attends to every n-th split, of n programs, and ``combine`` does what is left.
+    """
     group: tl.constexpr = sizes.group
-    group_full: tl.constexpr = sizes.group_full
     key_parts: tl.constexpr = sizes.keys
     value_parts: tl.constexpr = sizes.values
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kv_heads = tl.num_programs(1)
+    token, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kv_heads, parts = tl.num_programs(1), tl.num_programs(2)
     slot = tl.load(slots + token)
     g, one = tl.arange(0, sizes.group_full), tl.arange(0, 1)
     valid = g < group
     first_head = (token * kv_heads + head) * group  # this program's first query head of all tokens
-    output += first_head * value_parts.whole
     if slot < 0:
-        nothing = tl.zeros([group_full, 1], tl.float32)
-        store(output, g * value_parts.whole, valid, nothing, nothing, value_parts)
+        if partial is None:
+            store_nothing(output, first_head, 0, 1, group, value_parts)
         return
-    begin = tl.load(first + slot * kv_heads + head)
-    row_count = tl.load(capacity + slot * kv_heads + head)
-    limit = tl.minimum(tl.load(row_limits + token), row_count).to(tl.int32)
-    position = tl.load(token_positions + token).to(tl.int32)
+    begin, limit, position = rows_of_head(first, capacity, token_positions, row_limits, token, slot, head)
+    used = tl.minimum(position, limit)  # rows of earlier tokens, the victim's among them
+    length, splits = split_of(used, sizes)
+    if part > 0 and part >= splits:
+        return
     keys, key_scales = rows.key + begin * key_parts.width, scales_of_head(rows.key_scales, begin, key_parts)
     values, value_scales = rows.value + begin * value_parts.width, scales_of_head(rows.value_scales, begin, value_parts)
     positions = rows.positions + begin
-    mass = rows.mass
-    if mass is not None:
-        mass += begin
+    mass = None if rows.mass is None else rows.mass + begin
     row = position
     if position >= limit:
         row = _victim(positions, mass, limit, position, order, sizes.search)
-    used = tl.minimum(position, limit)  # rows of earlier tokens, the victim's among them
 
     heads = head * group + g
     q = load(query.data + token * query.token, heads * query.head, valid, key_parts, True)
     own_key = load(key.data + token * key.token + head * key.head, one, one == 0, key_parts, True)
     own_value = load(value.data + token * value.token + head * value.head, one, one == 0, value_parts, True)
     tl.debug_barrier()  # every thread has finished the search
-    own_key = store_encoded(keys, key_scales, row + one, one == 0, own_key[0], own_key[1], key_parts)
-    own_value = store_encoded(values, value_scales, row + one, one == 0, own_value[0], own_value[1], value_parts)
-    tl.store(positions + row, position)
-
+    stores = one == part
+    own_key = store_encoded(keys, key_scales, row + one, stores, own_key[0], own_key[1], key_parts)
+    own_value = store_encoded(values, value_scales, row + one, stores, own_value[0], own_value[1], value_parts)
     if scratch is not None:
         scratch += first_head * width
-    answer, own, top, total = _attend(
-        q, own_key, own_value, keys, key_scales, values, value_scales, positions, sinks, scratch, heads, valid, row,
-        used, position, width, scale, softcap, order, sizes,
-    )  # fmt: skip
-    low, high = answer[0] / total[:, None], answer[1] / total[:, None]
-    store(output, g * value_parts.whole, valid, low, high, value_parts)
-    if scratch is not None:
-        _accumulate(mass, scratch, valid, row, used, width, own, top, total, decay, order, sizes)
-    elif mass is not None:
-        tl.store(mass + row, 0.0)
+    answer, own, top, total = _own(q, own_key, own_value, sinks, heads, valid, scale, softcap, sizes)
+
+    if partial is None:
+        tl.store(positions + row, position)
+        answer, top, total = _attend(
+            q, answer, top, total, keys, key_scales, values, value_scales, positions, scratch, valid, row, 0, used,
+            position, width, scale, softcap, order, sizes,
+        )  # fmt: skip
+        low, high = answer[0] / total[:, None], answer[1] / total[:, None]
+        store(output + first_head * value_parts.whole, g * value_parts.whole, valid, low, high, value_parts)
+        add_attention(mass, scratch, valid, row, used, width, own, top, total, decay, order, sizes)
+    else:  # other programs may still search the rows' positions and mass
+        if part == 0:
+            store_partial(partial, first_head, 0, g, valid, answer, top, total, value_parts)
+            store_own(partial, first_head + g, valid, own, token * kv_heads + head, row)
+        for split in range(part, splits, parts):
+            start, end = split * length, tl.minimum(split * length + length, used)
+            answer, top, total = nothing(answer, top)
+            answer, top, total = _attend(
+                q, answer, top, total, keys, key_scales, values, value_scales, positions, scratch, valid, row, start,
+                end, position, width, scale, softcap, order, sizes,
+            )  # fmt: skip
+            store_partial(partial, first_head, 1 + split, g, valid, answer, top, total, value_parts)
 
 
 def decode_step(
@@ -305,11 +282,21 @@ def decode_step(
     group, width = heads // rows.kv_heads, _round_up(rows.largest, 16)
     scored = accumulate and rows.mass is not None
     scratch = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device) if scored else None
-    sizes, launch = _decode_launch(group, dim, value.shape[-1], key.element_size(), shared_memory(), *rows.formats)
-    _decode[(batch, rows.kv_heads)](
-        output, packed(query), packed(key), packed(value), slot_rows(rows), rows.first, rows.capacity,
-        slots, positions, row_limits, sinks, scratch, width, scale, decay, softcap, order, sizes, **launch,
+    sizes, launch = _decode_launch(
+        group, dim, value.shape[-1], key.element_size(), shared_memory(), *rows.formats, SPLITS
+    )
+    splits, partial, parts = sizes.splits.most(rows.largest), None, 1
+    if splits > 1:
+        partial = partial_results(batch, heads, rows.kv_heads, splits, value.shape[-1], query.device)
+        parts = programs(batch * rows.kv_heads, splits, query.device)
+    grid, of_slots = (batch, rows.kv_heads, parts), (slot_rows(rows), rows.first, rows.capacity)
+    numbers = (slots, positions, row_limits)
+    _decode[grid](
+        output, partial, packed(query), packed(key), packed(value), *of_slots, *numbers, sinks, scratch, width, scale,
+        decay, softcap, order, sizes, **launch,
     )  # fmt: skip
+    if partial is not None:
+        combine[grid](output, partial, *of_slots, *numbers, scratch, width, decay, order, sizes, num_warps=4)
     return True
 
 
@@ -320,8 +307,9 @@ def _decode_launch(
     value_dim: int,
     itemsize: int,
     shared: int,  # noqa: ARG001
-    key_format: str = MODEL,
-    value_format: str = MODEL,
+    key_format: str,
+    value_format: str,
+    splits: Splits,
 ) -> tuple[DecodeSizes, dict[str, int]]:
     """Sizes that the decoding kernel is compiled for, and its warps and stages."""
     group_full = max(16, triton.next_power_of_2(group))
@@ -336,6 +324,7 @@ def _decode_launch(
         block=16 if INTERPRETED else min(max(16384 // vector_bytes, 16), 32 if wide else 64),
         search=32 if INTERPRETED else 1024,
         count=32 if INTERPRETED else 4096 // group_full,
+        splits=splits,
     )
     return sizes, {"num_warps": 8 if wide else 4, "num_stages": 2 if wide else 3}
 
@@ -349,6 +338,7 @@ TYPES = {
     **dict.fromkeys(("output", "sinks"), "*bf16"),
     **dict.fromkeys(("first", "capacity"), "*i64"),
     **dict.fromkeys(("slots", "token_positions", "row_limits"), "*i64:8"),
+    "partial": PARTIAL,
     "scratch": "*fp32",
     "width": "i32:16",
     "scale": "fp32",
@@ -362,21 +352,28 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
     age = EvictionOrder(by="age", sink=0, recent=0, window=None)
     mass = EvictionOrder(by="mass", sink=4, recent=64, window=4096)
     models: list[
-        tuple[int, EvictionOrder, float | None, bool, tuple[str, str]]
-    ] = [  # G, order, softcap, sinks, formats
-        (4, far, None, False, (MODEL, MODEL)),
-        (1, age, None, False, (MODEL, MODEL)),
-        (8, mass, 50.0, True, (MODEL, MODEL)),
-        (71, far, None, False, (MODEL, MODEL)),
-        (4, far, None, False, ("int8", "int4")),
-        (71, far, None, False, ("int4", "int4")),
+        tuple[int, EvictionOrder, float | None, bool, bool, tuple[str, str]]
+    ] = [  # G, order, softcap, sinks, whether slots are split, formats
+        (4, far, None, False, False, (MODEL, MODEL)),
+        (4, far, None, False, True, (MODEL, MODEL)),
+        (1, age, None, False, True, (MODEL, MODEL)),
+        (8, mass, 50.0, True, True, (MODEL, MODEL)),
+        (71, far, None, False, False, (MODEL, MODEL)),
+        (71, far, None, False, True, (MODEL, MODEL)),
+        (4, far, None, False, False, ("int8", "int4")),
+        (4, far, None, False, True, ("int8", "int4")),
+        (71, far, None, False, False, ("int4", "int4")),
     ]
     variants = []
-    for group, order, softcap, sinks, formats in models:
-        sizes, launch = _decode_launch(group, dim, value_dim, 2, shared, *formats)
-        constants: dict[str, Any] = {"softcap": softcap, "order": order, "sizes": sizes}
-        constants |= {} if sinks else {"sinks": None}
+    for group, order, softcap, sinks, split, formats in models:
+        if group > 64 and max(dim, value_dim) > 128:
+            continue  # no model has so many query heads of this size for one of keys
+        sizes, launch = _decode_launch(group, dim, value_dim, 2, shared, *formats, SPLITS)
+        constants: dict[str, Any] = {"order": order, "sizes": sizes}
         constants |= {} if order is not age else {"scratch": None}
-        rows = stored_rows(*formats, mass=order is not age)
-        variants.append(variant(_decode, TYPES | {"rows": rows}, constants, launch))
+        types = TYPES | {"rows": stored_rows(*formats, mass=order is not age)}
+        decoding = constants | {"softcap": softcap} | ({} if sinks else {"sinks": None})
+        variants.append(variant(_decode, types, decoding | ({} if split else {"partial": None}), launch))
+        if split:
+            variants.append(variant(combine, types, constants, {"num_warps": 4, "num_stages": 3}))
     return variants

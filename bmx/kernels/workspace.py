@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 TILE = 192  # queries of a CPU tile, at most
+UNSPLIT = 2048  # rows of a slot that a GPU's decoding reads in one piece
+SPLIT = 512  # rows of a piece of a larger slot
 
 
 def whole_matrices(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
@@ -19,8 +21,9 @@ def tiles(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, items
 
 
 def fused_steps(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
-    """Fused on a GPU: raw scores of the decoding tokens; of a prompt chunk, attention sums and the survivors' lists."""
-    return max(4 * slots * heads * rows, heads * chunk * (3 * 4 + head_dim * itemsize))
+    """Fused on a GPU: scores of decoding tokens and results of splits; of a chunk, sums and the survivors' lists."""
+    splits = 2 + rows // SPLIT if rows > UNSPLIT else 0
+    return max(4 * slots * heads * (rows + splits * (head_dim + 2)), heads * chunk * (3 * 4 + head_dim * itemsize))
 
 
 def _plain_decode(heads: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
