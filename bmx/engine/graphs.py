@@ -9,10 +9,14 @@ Shapes: R rounds, N rows of a graph, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -104,11 +108,11 @@ class DecodeGraphs:
         if self.captures:
             try:
                 self._pool = decoding.capture(self._pool, _warming_stream())
-            except RuntimeError as error:
+            except Exception as error:  # Triton's errors have no type in common with torch's
                 if is_out_of_memory(error):
                     raise
                 self.captures = False
-                self._refused(str(error).strip().partition("\n")[0])
+                self._refused(_told_and_placed(error))
         return decoding
 
 
@@ -116,6 +120,26 @@ class DecodeGraphs:
 def _warming_stream() -> Any:
     """The stream on which rounds run once before capture; one for all, since each stream has workspaces of its own."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Within the body, torch raises a RuntimeError where the host would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype: what it misses, the capture finds
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _told_and_placed(error: Exception) -> str:
+    """The first line of an error, and where it was raised."""
+    told = str(error).strip().partition("\n")[0] or type(error).__name__
+    frames = extract_tb(error.__traceback__)
+    return f"{told} ({'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno})" if frames else told
 
 
 class Rounds:
@@ -182,20 +206,30 @@ class Round:
             self._graph.replay()
 
     def capture(self, pool: Any, stream: Any) -> Any:
-        """Capture the round as a graph, with every row idle, after a first run on another stream.
+        """Capture the round as a graph, with every row idle, after two runs on another stream.
+
+        The second one fails where the host would wait for the device, which no graph can hold: a capture that failed
+        midway would leave torch's allocators as they are within one.
 
         Args:
             pool: the memory pool of earlier graphs, or None.
-            stream: for the first run.
+            stream: for the first runs.
 
         Returns:
             The memory pool that the graph uses.
+
+        Raises:
+            RuntimeError: the host would wait.
         """
         self._state.zero_()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute()  # compiles and allocates what is needed once
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                self._compute()  # compiles and allocates what is needed once
+                with _no_waiting():
+                    self._compute()
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._compute()
