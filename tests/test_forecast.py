@@ -431,6 +431,14 @@ def test_every_card_is_found_however_it_is_spelt(card):
         ("NVIDIA A100 80GB PCIe", "A100-80G"),
         ("Tesla V100-SXM2-16GB", "V100-16G"),
         ("4060 ti 16gb", "RTX-4060-Ti"),
+        ("3090", "RTX-3090"),
+        ("5090", "RTX-5090"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H20", "H20"),
+        ("rtx pro 6000", "RTX-PRO-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX-PRO-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
     ],
 )
 def test_f_a_card_by_its_usual_names(spelling, name):
@@ -452,6 +460,27 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name):
     assert name in caught.value.message
     assert all(card.name in caught.value.hint for card in CARDS)
     assert "--gpu-memory" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("H1000", "H100"), ("rtx 4090 ti", "RTX-4090"), ("L40X", "L40"), ("3O90", "RTX-3090"), ("A600", "RTX-A6000")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name, nearest):
+    with pytest.raises(UsageError, match="no card") as caught:
+        card_named(name)
+    assert nearest in re.match("perhaps (.*); known are A2", caught.value.hint)[1].split(" or ")
+
+
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [
+        *(("T4", 15360), ("L4", 23034), ("A10", 23028), ("A10G", 23028), ("L40S", 46068), ("A100-40G", 40960)),
+        *(("A100-80G", 81920), ("H100", 81559), ("H200", 143771), ("RTX-4090", 24564), ("RTX-PRO-6000", 97887)),
+    ],
+)
+def test_a_card_has_what_nvidia_smi_shows_but_for_what_the_driver_takes(name, mebibytes):
+    assert mebibytes - 1024 < card_named(name).memory / 2**20 < mebibytes - 200
 
 
 @pytest.mark.parametrize("name", ["RTX 4060", "RTX 4090 Laptop GPU", "A100 64GB", "RTX 3060 8GB"])
