@@ -534,7 +534,8 @@ def test_fewer_bits_are_fewer_bytes(name, ratio, policy):
         ({"kv_format": "int8/int4"}, False),  # kernels do not read it
         ({"kv_format": "int8", "kv_policy": "none"}, False),  # by channel
         ({"kv_format": "model/int8", "kv_policy": "none"}, True),
-        ({"kv_format": "int8", "kv_policy": "keydiff"}, False),
+        ({"kv_format": "int8", "kv_policy": "keydiff"}, True),
+        ({"kv_format": "int8", "kv_policy": "lagkv"}, False),
     ],
 )
 def test_memory_for_decoding_is_planned_where_kernels_do_not_read_codes(told, fused, monkeypatch):

@@ -11,8 +11,11 @@ from test_kernels import normal
 
 from bmx import EngineConfig, kernels
 from bmx.compress.policy import CompressionPolicy
+from bmx.engine import ranking
 from bmx.engine.attention import SlotAttention
 from bmx.engine.packed import DecodeBatch, DecodeGroup, PackedStep, PromptChunk
+from bmx.engine.ranking import DecodingSlot
+from bmx.kernels.ranking import RANKS
 from bmx.kernels.registry import CAPABILITIES
 from bmx.kernels.slot_views import Chunks
 from bmx.kv.layout import KVLayout, LayerLayout
@@ -31,7 +34,7 @@ class Chosen(kernels.Kernels):
 
     @property
     def capabilities(self):
-        return replace(CAPABILITIES[self.name], fuses_steps=self.fused)
+        return replace(CAPABILITIES[self.name], orders=RANKS if self.fused else ())
 
 
 CHUNK_COLUMNS = ("offsets", "lengths", "slots", "starts", "row_limits", "totals")
@@ -77,7 +80,7 @@ def attention_of(chosen, policy, window, form, sizes, groups=((48, 5),)):
             LayerLayout(
                 capacity=rows, kv_heads=sizes.kv_heads, key_dim=sizes.key_dim, value_dim=sizes.value_dim, itemsize=2,
                 window=window, owner=0, last_reader=0, by_age=False, key_format=keys, value_format=values,
-                row_stats=made.attention_stats if made.scorer else (),
+                row_stats=made._row_stats if made.scorer else (),
             ),
         ))
         for rows, _ in groups
@@ -119,8 +122,9 @@ def assert_same(results):
     assert torch.equal(rows.positions, expected.positions)
     for part in ("keys", "values", "key_scales", "value_scales"):
         assert same(getattr(rows, part), getattr(expected, part))
-    if rows.mass is not None:
-        torch.testing.assert_close(rows.mass, expected.mass, **NEAR)
+    for stat, other in ((rows.mass, expected.mass), (rows.ranks, expected.ranks)):
+        if stat is not None:
+            torch.testing.assert_close(stat, other, **NEAR)
 
 
 def same(tensor, other):
@@ -136,8 +140,12 @@ POLICIES = pytest.mark.parametrize("policy", ["average-attention", "h2o", "decay
 @pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(back_end, policy, window, limits, form, sizes):
-    """Two groups of slots, of which the second one's have sequences that evict."""
-    found, now, seen = [], (100, 30, 60, 47), (20, 7)
+    assert_decodes_alike(back_end, policy, window, limits, form, sizes, (100, 30, 60, 47))
+
+
+def assert_decodes_alike(back_end, policy, window, limits, form, sizes, now):
+    """Two groups of slots, of which the second one's have sequences that evict and have seen ``now`` tokens."""
+    found, seen = [], (20, 7)
     for fused in (False, True):
         attention, pool = attention_of(Chosen(back_end, "", fused), policy, window, form, sizes, ((31, 3), (48, 5)))
         slots_of, groups = ((2, 0), (4, 0, 2, 3)), []
@@ -163,6 +171,9 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(back_end, policy
         step = PackedStep(
             input_ids=None, positions=None, logits_at=0, decode_batch=decode_batch, decode_groups=tuple(groups)
         )
+        if fused:
+            numbers = (decode_batch.slots, decode_batch.positions, decode_batch.row_limits)
+            attention.rank(DecodingSlot(*one) for one in zip(*(each.tolist() for each in numbers), strict=True))
         found.append((attended(attention, step, 6, sizes), pool))
     assert_same(found)
 
@@ -187,7 +198,8 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(
         table = [[1, 1 + tokens], [tokens, 12], [1, 4], [start, 0], [limit, 40], [900, 40]]
         weights, decay = torch.zeros(13 + tokens), torch.ones(2)
         for n, (at, length) in enumerate(((1, tokens), (1 + tokens, 12))):
-            weights[at : at + length] = torch.tensor(attention._policy.query_weights(length, 0)[0])
+            for own in attention._policy.query_weights(length, 0):
+                weights[at : at + length] = torch.tensor(own)
             decay[n] = attention._policy.decay(length)
         chunks = Chunks(
             **dict(zip(CHUNK_COLUMNS, map(tuple, table), strict=True)),
@@ -196,3 +208,34 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(
         step = PackedStep(input_ids=None, positions=None, logits_at=0, chunks=chunks, prompts=prompts)
         found.append((attended(attention, step, 13 + tokens, sizes)[:, 1:], pool))
     assert_same(found)
+
+
+RANKED = pytest.mark.parametrize("policy", ["window", "r-kv", "keydiff", "knorm"])
+FORMS = pytest.mark.parametrize("form", ["model", "int8/int4"])
+
+
+@RANKED
+@FORMS
+@pytest.mark.parametrize(
+    ("start", "tokens", "limit"), [(0, 30, 48), (0, 60, 40), (20, 30, 48), (100, 64, 40), (40, 8, 44)]
+)
+@pytest.mark.parametrize("at_once", [2**26, 1])
+def test_chunks_ranked_all_at_once_leave_what_policy_and_pool_leave(
+    policy, start, tokens, limit, form, at_once, monkeypatch
+):
+    monkeypatch.setattr(ranking, "RANKED_BYTES", at_once)
+    test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(
+        "reference", policy, start, tokens, limit, None, form, REGISTERS
+    )
+
+
+@RANKED
+@FORMS
+@pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 44, 48)])
+@pytest.mark.parametrize("now", [(96, 30, 60, 48), (104, 48, 64, 47), (97, 64, 61, 49)])
+@pytest.mark.parametrize("at_once", [2**26, 1])
+def test_slots_ranked_all_at_once_when_they_are_due_evict_what_policy_and_pool_evict(
+    policy, limits, now, form, at_once, monkeypatch
+):
+    monkeypatch.setattr(ranking, "RANKED_BYTES", at_once)
+    assert_decodes_alike("reference", policy, None, limits, form, REGISTERS, now)

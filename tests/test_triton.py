@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,9 @@ pytest.importorskip("triton")
 
 from bmx import Request, SamplingParams, kernels
 from bmx.engine import graphs
+from bmx.engine.attention import SlotAttention
 from bmx.kernels import reference, triton_pointwise
+from bmx.kernels.ranking import RANKS
 from bmx.kernels.registry import CAPABILITIES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +39,15 @@ def chosen(cpu_kernels, monkeypatch):
     small = FAMILIES["llama"]()
     small.num_hidden_layers = 1
     monkeypatch.setitem(FAMILIES, "small", lambda: small)
+
+
+@contextmanager
+def fused_alone():
+    """Nothing is left to policy and pool."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("_prefill_chunk", "_decode_group"):
+            patched.setattr(SlotAttention, name, None)
+        yield
 
 
 def engine_of(family, **settings):
@@ -56,15 +68,42 @@ def test_same_greedy_tokens_as_generate(family):
         ("llama", "far-attention"),
         ("small", "average-attention"),
         ("small", "decay"),
+        ("small", "tova"),
         ("small", "streaming"),
-        ("llama", "window"),
     ],
 )
 def test_the_same_tokens_survive_as_in_plain_torch(family, policy, cpu_kernels):
     requests = as_requests(LONG[:2], max_tokens=5)
-    answered = answers(engine_of(family, kv_policy=policy, **TIGHT), requests)
+    with fused_alone():
+        answered = answers(engine_of(family, kv_policy=policy, **TIGHT), requests)
     cpu_kernels("reference")
     assert answered == answers(tiny_engine(family, kv_policy=policy, **TIGHT), requests)
+
+
+def ranked_requests(prompts=(LONG[2], PROMPTS[2])):
+    """A slot whose ranking gets old while it answers, and one that becomes full."""
+    drawn = SamplingParams(max_tokens=6, temperature=0.8)
+    return [*as_requests(prompts[:1], max_tokens=6), Request(id="drawn", prompt=words(prompts[1]), params=drawn)]
+
+
+@pytest.mark.parametrize("policy", ["window", "r-kv", "keydiff"])
+def test_pairs_that_are_ranked_now_and_then_survive_as_in_plain_torch(policy, cpu_kernels):
+    with fused_alone():
+        answered = answers(engine_of("small", kv_policy=policy, **TIGHT), ranked_requests())
+    cpu_kernels("reference")
+    assert answered == answers(tiny_engine("small", kv_policy=policy, **TIGHT), ranked_requests())
+
+
+def test_of_pairs_that_are_ranked_alike_those_survive_that_the_specification_says(cpu_kernels, monkeypatch):
+    """Neighbours share the greatest attention among them. Alone, in company, and in few bits."""
+    with fused_alone():
+        settings = {"kv_policy": "rocketkv", "kv_format": "int8/int4", **TIGHT}
+        answered = answers(engine_of("small", **settings), ranked_requests())
+        assert answers(engine_of("small", **settings), ranked_requests()[1:]).items() <= answered.items()
+        fuses = replace(CAPABILITIES["reference"], orders=RANKS)
+        monkeypatch.setitem(CAPABILITIES, "reference", fuses)
+        cpu_kernels("reference")
+        assert answered == answers(tiny_engine("small", **settings), ranked_requests())
 
 
 def test_a_window_that_some_slots_hold_and_others_do_not(cpu_kernels):

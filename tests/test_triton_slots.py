@@ -87,14 +87,14 @@ def make_rows(seen, limits, *, kv_heads=2, dim=16, value_dim=16, dtype=F32, mass
 
 
 def copied(rows, device=DEVICE):
-    parts = (*STORED, "positions", "mass", "first", "capacity")
+    parts = (*STORED, "positions", "mass", "ranks", "first", "capacity")
     actual = {name: getattr(rows, name) for name in parts}
     return replace(rows, **{name: None if t is None else t.to(device, copy=True) for name, t in actual.items()})
 
 
 def assert_same_rows(actual, expected, **tolerance):
     """The same bits, but where arithmetic of another kind gives the mass."""
-    for name in (*STORED, "positions"):
+    for name in (*STORED, "positions", "ranks"):
         one, other = getattr(actual, name), getattr(expected, name)
         if one is other is None:
             continue
@@ -108,9 +108,17 @@ def assert_same_rows(actual, expected, **tolerance):
         assert torch.equal(actual.mass.cpu(), expected.mass.cpu())
 
 
+def with_ranks(rows, seed=4):
+    """The same rows with ranks of two kinds, of which some are equal; others came after the last ranking."""
+    kinds = torch.tensor([-0.5, 0.25, INFINITY], device=DEVICE)
+    return replace(rows, ranks=kinds[(uniform(len(rows.positions), seed=seed) * 3).long()])
+
+
 def score(position, mass, now, order):
-    """What one pair is worth: the rules, one by one; float32, as scores are."""
+    """What one pair is worth: the rules, one by one; float32, as scores are. Ranked pairs: their rank, not the mass."""
     value = mass
+    if order.by == "rank" and mass == INFINITY:
+        value = 1e30 * (1 + position / 2**23)
     if order.by == "age":
         value = float(position)
     if order.by == "average":
@@ -142,7 +150,8 @@ def true_decode(
             begin, limit = int(rows.first[slot, head]), min(limits[one], int(rows.capacity[slot, head]))
             row = at
             if at >= limit:
-                mass = [0.0] * limit if rows.mass is None else rows.mass[begin : begin + limit].tolist()
+                known = rows.ranks if order.by == "rank" else rows.mass
+                mass = [0.0] * limit if known is None else known[begin : begin + limit].tolist()
                 positions = rows.positions[begin : begin + limit].tolist()
                 worth = [score(p, m, at, order) for p, m in zip(positions, mass, strict=True)]
                 row = worth.index(min(worth))
@@ -150,6 +159,8 @@ def true_decode(
             rows.positions[begin + row] = at
             if rows.mass is not None:
                 rows.mass[begin + row] = 0.0
+            if rows.ranks is not None:
+                rows.ranks[begin + row] = INFINITY
             used = slice(begin, begin + min(at + 1, limit))
             hidden = rows.positions[used] <= at - (order.window or 10**9)
             seen = torch.zeros(used.stop - begin, dtype=torch.float64)
@@ -420,9 +431,9 @@ def make_chunks(wanted, slots=(0, 1, 2, 3), ahead=3):
     ) + 2
 
 
-def true_evict(key, value, rows, chunks, sums, order):
+def true_evict(key, value, rows, chunks, sums, order, ranks):
     """``rows``, on the CPU, become what they should."""
-    key, value, sums = (None if t is None else t.cpu() for t in (key, value, sums))
+    key, value, sums, ranks = (None if t is None else t.cpu() for t in (key, value, sums, ranks))
     columns = (chunks.offsets, chunks.lengths, chunks.slots, chunks.starts, chunks.row_limits)
     for at, tokens, slot, start, most in zip(*columns, strict=True):
         for head in range(rows.kv_heads):
@@ -431,7 +442,10 @@ def true_evict(key, value, rows, chunks, sums, order):
             positions = rows.positions[begin : begin + used].tolist() + list(range(start, start + tokens))
             own = [0.0] * tokens if sums is None else sums[head, at : at + tokens].tolist()
             mass = ([0.0] * used if rows.mass is None else rows.mass[begin : begin + used].tolist()) + own
-            worth = [score(p, m, start + tokens, order) for p, m in zip(positions, mass, strict=True)]
+            own = [INFINITY] * tokens if ranks is None else ranks[head, at : at + tokens].tolist()
+            rank = ([0.0] * used if rows.ranks is None else rows.ranks[begin : begin + used].tolist()) + own
+            known = rank if order.by == "rank" else mass
+            worth = [score(p, m, start + tokens, order) for p, m in zip(positions, known, strict=True)]
             best = sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:limit]
             if used + tokens <= limit:
                 assert len(best) == used + tokens
@@ -442,17 +456,19 @@ def true_evict(key, value, rows, chunks, sums, order):
                 rows.positions[begin + row] = positions[i]
                 if rows.mass is not None:
                     rows.mass[begin + row] = mass[i]
+                if rows.ranks is not None:
+                    rows.ranks[begin + row] = rank[i]
 
 
-def assert_evicts(rows, chunks, packed, sums, order, dtype=F32, seed=3):
+def assert_evicts(rows, chunks, packed, sums, order, dtype=F32, seed=3, ranks=None):
     dims = rows.keys.shape[-1], rows.values.shape[-1]
     key, value = (strided(packed, rows.kv_heads, dim, seed + i, dtype) for i, dim in enumerate(dims))
     actual, expected = copied(rows), copied(rows, "cpu")
-    assert triton_evict.evict(key, value, actual, chunks, sums, order=order)
-    true_evict(key, value, expected, chunks, sums, order)
+    assert triton_evict.evict(key, value, actual, chunks, sums, ranks, order=order)
+    true_evict(key, value, expected, chunks, sums, order, ranks)
     assert_same_rows(actual, expected)
     specified = copied(rows)
-    assert reference.evict(key, value, specified, chunks, sums, order=order)
+    assert reference.evict(key, value, specified, chunks, sums, ranks, order=order)
     assert_same_rows(actual, specified)
     return actual
 
@@ -484,6 +500,18 @@ def test_survivors_are_those_of_the_rules(wanted, order):
     rows = slots_before(wanted)
     actual = assert_evicts(rows, chunks, packed, uniform(2, packed, seed=8), order)
     assert not torch.equal(actual.positions, rows.positions)
+
+
+@pytest.mark.parametrize("mass", [True, False])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("wanted", "ranked_now"), [(EVICTING, True), (MIXED, True), (FITTING, False)])
+def test_where_pairs_were_ranked_their_rank_decides_and_new_pairs_go_after_them(wanted, ranked_now, window, mass):
+    chunks, packed = make_chunks(wanted)
+    rows, order = with_ranks(slots_before(wanted, mass=mass)), ranked("rank", window=window)
+    ranks = normal(2, packed, seed=9) if ranked_now else None
+    assert_evicts(rows, chunks, packed, uniform(2, packed) if mass else None, order, ranks=ranks)
+    rows = with_ranks(make_rows(*seen_by_slots(), mass=mass))
+    assert_decodes(tokens_of(len(SLOTS)), rows, **PLAIN | {"order": order, "decay": 0.9})
 
 
 @pytest.mark.parametrize("wanted", [FITTING, MIXED], ids=["fitting", "mixed"])

@@ -1,11 +1,12 @@
-"""What kernels can do of a policy: the scorers whose formulas they know, and the formats of pairs that they read.
+"""What kernels can do of a policy: the scorers that they rank by, and the formats of pairs that they read.
 
 Knows names; loads no torch.
 """
 
 from __future__ import annotations
 
-from bmx.compress.attention_scorers import AttentionMass, AverageAttention, FarAttention, Recency
+from bmx.compress.attention_scorers import RKV, AttentionMass, AverageAttention, FarAttention, Recency, Window
+from bmx.compress.key_scorers import KeyDiff, KeyNorm
 from bmx.compress.scorer_api import Scorer
 from bmx.compress.scorers import scorer_named
 from bmx.config import EngineConfig
@@ -13,11 +14,12 @@ from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import FORMATS
 from bmx.kv_formats import formats_of
 
-_KERNEL_ORDERS = {  # the formulas that kernels know, and what ``EvictionOrder`` calls them
+_KERNEL_ORDERS = {  # what ``EvictionOrder`` calls scorers' formulas; "rank": the engine ranks, kernels only evict
     Recency.__call__: "age",
     AttentionMass.__call__: "mass",
     AverageAttention.__call__: "average",
     FarAttention.__call__: "average",
+    **dict.fromkeys((Window.__call__, RKV.__call__, KeyDiff.__call__, KeyNorm.__call__), "rank"),
 }
 
 
@@ -27,8 +29,8 @@ def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
     beyond_kernels = beyond_kernels or config.kv_recall != "all"
     if not (config.archives and capabilities.profile.reads_by_channel):
         beyond_kernels = beyond_kernels or answers_by_channel(config)
-    known = bool(kernel_order(scorer_named(config.kv_policy)))
-    return known and not beyond_kernels and capabilities.fuses(*config.pair_formats)
+    order = kernel_order(scorer_named(config.kv_policy))
+    return not beyond_kernels and capabilities.fuses(order, *config.pair_formats)
 
 
 def answers_by_channel(config: EngineConfig) -> bool:
@@ -44,7 +46,7 @@ def scales_by_channel(scorer: Scorer | None, key_format: str) -> bool:
 
 
 def kernel_order(scorer: Scorer | None) -> str:
-    """What ``EvictionOrder`` calls a scorer's formula; empty if kernels do not know it.
+    """What ``EvictionOrder`` calls a scorer's formula; empty if kernels cannot rank by it.
 
     A subclass that overrides ``__call__`` has a formula of its own, so kernels do not rank for it.
     """

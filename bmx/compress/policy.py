@@ -21,7 +21,7 @@ from bmx.compress.scorers import attention_policies, scorer_named
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.kernels.formats import MODEL
-from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.ranking import POSITIONS, UNRANKED, EvictionOrder
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout
 from bmx.kv_formats import format_name, format_of_key_rows, formats_of
 from bmx.model.spec import LayerSpec, ModelSpec
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bmx.kv.pool import LayerSlots
-
-UNRANKED = 1e30  # the score of pairs that came after the last ranking: above all ranked pairs
-POSITIONS = 2.0**23  # positions that a float32 still tells apart when they are added to UNRANKED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,9 +194,8 @@ class CompressionPolicy:
     def eviction_order(self, layout: LayerLayout) -> EvictionOrder | None:
         """How a layer's pairs are ranked, if kernels can do it by themselves; else None."""
         by = "age" if layout.by_age else kernel_order(self.scorer)
-        if by != "age" and (layout.row_stats != ("mass",) or self.value_norm):
-            return None
-        if not by:
+        known = {"mass", "rank"}.issuperset(layout.row_stats) and ("rank" in layout.row_stats) == (by == "rank")
+        if not by or (by != "age" and (self.value_norm or not known)):
             return None
         return EvictionOrder(
             by=by,

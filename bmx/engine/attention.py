@@ -9,8 +9,9 @@ K kv heads, C rows of a slot, P rows in use, D key dim, E value dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +22,15 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
 from bmx.engine.by_channel import append_chunk, decode_group, read_slot
-from bmx.engine.layer_inputs import ChunkState, Forward, LayerInputs, by_part
+from bmx.engine.layer_inputs import ChunkState, Forward, FusedLayer, LayerInputs, by_part
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
+from bmx.engine.ranking import DecodingSlot, Ranking
 from bmx.engine.recalling import RecallingAttention
 from bmx.kernels import Kernels
 from bmx.kernels.contract import Capabilities, KernelModule
 from bmx.kernels.formats import hadamard
 from bmx.kernels.linear import Linear
-from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference import out_of_window
-from bmx.kernels.slot_views import Rows
 from bmx.kernels.transfer import upload
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots
@@ -57,6 +57,7 @@ class SlotAttention:
         self._kernels = kernels.module
         self._fused_prefill = _fused_layers(pool, policy, kernels.capabilities)
         self._fused_decode = _fused_layers(self._answering, policy.answering, kernels.capabilities)
+        self._ranking = Ranking(policy, pool.dtype, self._fused_decode)
         recall = policy.answering.recall
         self._recalling = RecallingAttention(recall, self._kernels) if recall else None
         self._rotations = _rotations((pool, self._answering), self._kernels)
@@ -117,6 +118,10 @@ class SlotAttention:
         """Whether kernels can do every layer's whole part of a plain step."""
         return self._recalling is None and None not in (*self._fused_prefill, *self._fused_decode)
 
+    def rank(self, slots: Iterable[DecodingSlot]) -> None:
+        """Rank the pairs of the slots that are due before their next tokens, where kernels evict by rank."""
+        self._ranking.rank_slots(slots)
+
     def _decode_tokens(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the decoding tokens, the first rows of the output [N, H, E]."""
         step = forward.step
@@ -166,7 +171,7 @@ class SlotAttention:
         fused, step, batch = self._fused_decode[forward.layer], forward.step, forward.step.decode_batch
         if fused is None or batch is None or not step.plain or self._recalling is not None:
             return False
-        (rows, order), tokens = fused, slice(len(batch.slots))
+        (rows, order, _), tokens = fused, slice(len(batch.slots))
         return self._kernels.decode_step(
             output[tokens],
             inputs.query[tokens],
@@ -187,10 +192,12 @@ class SlotAttention:
         fused, step = self._fused_prefill[forward.layer], forward.step
         if fused is None or step.chunks is None or not step.plain:
             return False
-        rows, order = fused
-        return self._kernels.prefill_step(
-            output, inputs.query, inputs.key, inputs.value, rows, step.chunks, order=order, **inputs.options
-        )
+        (rows, order, _), ranking = fused, None
+        if order.by == "rank":
+            ranking = partial(self._ranking.rank_chunks, fused, step.chunks, inputs.key, forward.ranked)
+        vectors = inputs.query, inputs.key, inputs.value
+        options = {"order": order, "ranking": ranking, **inputs.options}
+        return self._kernels.prefill_step(output, *vectors, rows, step.chunks, **options)
 
     def _prefill_chunk(
         self, part: LayerSlots, policy: CompressionPolicy, forward: Forward, chunk: PromptChunk, inputs: LayerInputs
@@ -343,16 +350,14 @@ def _rotations(pools: tuple[KVPool, KVPool], kernels: KernelModule) -> list[Call
     return [rotations[layouts[0].key_dim] if wanted else None for layouts, wanted in zip(layers, rotated, strict=True)]
 
 
-def _fused_layers(
-    pool: KVPool, policy: CompressionPolicy, capabilities: Capabilities
-) -> list[tuple[Rows, EvictionOrder] | None]:
+def _fused_layers(pool: KVPool, policy: CompressionPolicy, capabilities: Capabilities) -> list[FusedLayer | None]:
     """By layer, what kernels need to do its whole part of a step; None where they cannot."""
-    fused: list[tuple[Rows, EvictionOrder] | None] = []
+    fused: list[FusedLayer | None] = []
     for layer, rows in enumerate(pool.rows):
         layout = pool.layer(0, layer)[0].layout
         order, shares_nothing = policy.eviction_order(layout), layout.owner == layer == layout.last_reader
-        able = capabilities.fuses(*layout.formats) and shares_nothing
-        fused.append((rows, order) if able and rows is not None and order is not None else None)
+        able = order is not None and capabilities.fuses(order.by, *layout.formats) and shares_nothing
+        fused.append(FusedLayer(rows, order, layout.key_dim) if able and rows is not None and order else None)
     return fused
 
 

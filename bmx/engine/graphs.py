@@ -68,16 +68,25 @@ class DecodeGraphs:
         next_ids: [S + 1] the next token of each slot; the last entry is no slot's.
         refused: is called with the reason if a round cannot be captured; rounds are then launched operator by operator,
             with the same results.
+        before: is called before each round with the rows, and how many rounds came before; what it launches is no part
+            of the graph.
 
     Attributes:
         captures: whether rounds are captured.
         row_counts: numbers of rows for which there are graphs.
     """
 
-    def __init__(self, forward: Forward, next_ids: Tensor, refused: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        next_ids: Tensor,
+        refused: Callable[[str], None],
+        before: Callable[[Sequence[GraphRow], int], None],
+    ) -> None:
         self._forward = forward
         self._next_ids = next_ids
         self._refused = refused
+        self._before = before
         self.captures = next_ids.device.type == "cuda"
         self._rounds: dict[tuple[int, bool], Round] = {}
         self._pool: Any = None
@@ -92,6 +101,7 @@ class DecodeGraphs:
         decoding = self._rounds.get((count, drawn)) or self._new_round(count, drawn)
         decoding.begin(rows)
         for number in range(max(row.tokens for row in rows)):
+            self._before(rows, number)
             decoding.run()
             if drawn:
                 idle = [SamplingRow.likeliest()] * (count - len(rows))

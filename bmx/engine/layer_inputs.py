@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bmx.engine.packed import PackedStep
+from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.slot_views import Rows
 from bmx.kv.pool import LayerSlots, Parts
 
 
@@ -76,6 +78,20 @@ class ChunkState:
         self.sums = sums if self.sums is None else self.sums + sums
 
 
+class FusedLayer(NamedTuple):
+    """A layer whose whole part of a step kernels do.
+
+    Attributes:
+        rows: its slots.
+        order: which pair is evicted first.
+        key_dim: D.
+    """
+
+    rows: Rows
+    order: EvictionOrder
+    key_dim: int
+
+
 @dataclass(slots=True)
 class Forward:
     """One forward of the model over a packed step.
@@ -84,11 +100,13 @@ class Forward:
         step: the packed step.
         layer: the layer that is called next; transformers calls them in order, and some families pass no keywords on.
         shared: by owner and first packed row, the state of chunks that later layers read too.
+        ranked: see ``Ranking.rank_chunks``.
     """
 
     step: PackedStep
     layer: int = 0
     shared: dict[tuple[int, int], ChunkState] = field(default_factory=dict)
+    ranked: dict[int, Any] = field(default_factory=dict)
 
 
 def by_part(parts: Parts, output: Tensor, inputs: LayerInputs) -> Iterator[tuple[LayerSlots, Tensor, LayerInputs]]:

@@ -6,7 +6,7 @@ they are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -16,6 +16,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import SlotAttention
 from bmx.engine.graphs import ROUNDS, DecodeGraphs, GraphRow, Rounds
 from bmx.engine.packed import PackedStep, Packer, PromptChunk
+from bmx.engine.ranking import DecodingSlot
 from bmx.engine.sampler import NO_TOKEN, SamplingRow, sample
 from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
@@ -111,7 +112,7 @@ class ModelRunner:
         capturable = self._reads_no_empty_rows and self._kernels.capabilities.capturable
         if not (self.ahead and rope_on_device and capturable):
             return None
-        return DecodeGraphs(self._decode_round, self._next_ids, refused)
+        return DecodeGraphs(self._decode_round, self._next_ids, refused, self._before_round)
 
     def __enter__(self) -> ModelRunner:
         self._attached.enter_context(use_attention(self._model, self._attention))
@@ -131,6 +132,11 @@ class ModelRunner:
             for chunk in step.chunks:
                 if chunk.start == 0:
                     self._reset(chunk.sequence.slot_index)
+        decoding = (chunk for chunk in step.chunks if chunk.decodes)
+        self._attention.rank(
+            DecodingSlot(self._packer.slot_number(chunk.sequence), chunk.start, chunk.sequence.rows_needed)
+            for chunk in decoding
+        )
         logits = self._logits(self._packer.pack(step, self._next_ids), self._segments(step))
         return self._sample([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
 
@@ -152,6 +158,11 @@ class ModelRunner:
             long=self._rope is not None and self._rope.is_long(sequence.total),
             draws=tuple(_sampling_row(sequence) for _ in drawn),
         )
+
+    def _before_round(self, rows: Iterable[GraphRow], number: int) -> None:
+        """What is launched before a round of decoding, when ``number`` rounds of these rows came before."""
+        decoding = (row for row in rows if number < row.tokens)
+        self._attention.rank(DecodingSlot(row.slot, row.position + number, row.row_limit) for row in decoding)
 
     def _decode_round(self, packed: PackedStep, long: Tensor) -> Tensor:
         """Logits [N, V] of decoding rows; ``long`` [N] says which belong to sequences with long-context frequencies."""

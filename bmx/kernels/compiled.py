@@ -8,6 +8,7 @@ pairs in formats other than int8 and int4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,7 @@ from bmx.kernels.compiled_library import (
 )
 from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
-from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.ranking import FORMULAS, EvictionOrder
 from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, query_heads
 
 WORD = 32  # bfloat16 numbers, or columns, that are computed together
@@ -213,8 +214,8 @@ class CompiledKernels:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> bool:
-        """See ``contract.KernelModule.decode_step``; no slot may be -1."""
-        if softcap is not None or scale <= 0 or not _takes_rows(query, key, value, rows):
+        """See ``contract.KernelModule.decode_step``; no slot may be -1, and it declines orders by rank."""
+        if softcap is not None or scale <= 0 or order.by not in FORMULAS or not _takes_rows(query, key, value, rows):
             return False
         batch, heads, _ = query.shape
         sinks = None if sinks is None else sinks.float()
@@ -239,14 +240,15 @@ class CompiledKernels:
         *,
         scale: float,
         order: EvictionOrder,
+        ranking: Callable[[Tensor | None], Tensor] | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> bool:
-        """See ``contract.KernelModule.prefill_step``; one chunk after another."""
-        if softcap is not None or scale <= 0 or not _takes_rows(query, key, value, rows):
+        """See ``contract.KernelModule.prefill_step``; one chunk after another, and none where pairs are ranked."""
+        if softcap is not None or scale <= 0 or ranking is not None or not _takes_rows(query, key, value, rows):
             return False
         decay = [1.0] * len(chunks.offsets) if chunks.decay is None else chunks.decay.tolist()
-        for n, (heads, (keys, values, positions, mass)) in chunks.views(rows):
+        for n, (heads, (keys, values, positions, mass, _)) in chunks.views(rows):
             own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
             asking = query_heads(heads, query.shape[1] // rows.kv_heads)
             start, tokens, (kv_heads, capacity) = chunks.starts[n], chunks.lengths[n], positions.shape

@@ -136,7 +136,7 @@ class KernelModule(Protocol):
         A token takes row ``position`` of its slot while that is below its row limit; else, in each kv head, the row of
         the pair that the order evicts first (of equals, the lowest row). Then it attends to the rows in use, its own
         pair among them, and the mean of its query heads' probabilities, to the order's power, is added to the attention
-        mass, whatever the order's distance: it is for prompts.
+        mass, whatever the order's distance: it is for prompts. The rank of a new pair is +inf.
 
         Args:
             output: [B, H, E], contiguous; written.
@@ -170,6 +170,7 @@ class KernelModule(Protocol):
         *,
         scale: float,
         order: EvictionOrder,
+        ranking: Callable[[Tensor | None], Tensor] | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> bool:
@@ -190,6 +191,9 @@ class KernelModule(Protocol):
             chunks: the prompt chunks, no two of the same slot.
             scale: factor of the dot products.
             order: which pair is evicted first.
+            ranking: where pairs are ranked, called before any is evicted with the attention [K, T] that the chunks' own
+                keys received (None without mass), when the mass of rows in use is up to date. It writes the ranks of
+                the rows of chunks that evict in this step, and returns those of the packed tokens [K, T] float32.
             softcap: as in ``attend_chunk``.
             sinks: [H], as in ``attend_chunk``.
 
@@ -363,8 +367,8 @@ class Capabilities:
     Attributes:
         model_dtypes: torch's names of the types for which it replaces the model's linear layers, norms, gated MLPs
             and rotary embedding.
-        fuses_steps: ``decode_step`` and ``prefill_step`` run in place of policy and pool in layers whose pairs are
-            evicted in an ``EvictionOrder``.
+        orders: what an ``EvictionOrder`` may rank by for ``decode_step`` and ``prefill_step`` to run in place of policy
+            and pool.
         row_formats: names of the formats, beside the model's dtype, in which fused steps read and store pairs.
         int8_multiples: numbers that outputs and inputs of a layer must be multiples of for its products of int8
             weights; None if it has none.
@@ -379,7 +383,7 @@ class Capabilities:
     """
 
     model_dtypes: tuple[str, ...] = ()
-    fuses_steps: bool = False
+    orders: tuple[str, ...] = ()
     row_formats: tuple[str, ...] = ()
     int8_multiples: tuple[int, int] | None = None
     joins_layers: bool = False
@@ -391,9 +395,9 @@ class Capabilities:
     profile: KernelProfile
     wide_profile: KernelProfile | None = None
 
-    def fuses(self, *formats: str) -> bool:
-        """Whether fused steps read and store pairs in all of these formats."""
-        return self.fuses_steps and {MODEL, *self.row_formats}.issuperset(formats)
+    def fuses(self, order: str, *formats: str) -> bool:
+        """Whether fused steps rank by this order, and read and store pairs in all of these formats."""
+        return order in self.orders and {MODEL, *self.row_formats}.issuperset(formats)
 
     def runs_ahead(self, device_type: str) -> bool:
         """Whether steps on this type of device return before they are computed."""

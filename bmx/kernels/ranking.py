@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RANKS = ("age", "mass", "average")
+FORMULAS = ("age", "mass", "average")  # computed from what kernels know of a pair
+RANKS = (*FORMULAS, "rank")
+UNRANKED = 1e30  # the score of pairs that came after the last ranking: above all ranked pairs
+POSITIONS = 2.0**23  # positions that a float32 still tells apart when they are added to UNRANKED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +16,9 @@ class EvictionOrder:
 
     Attributes:
         by: ``age``: the oldest; ``mass``: the one that received the least attention; ``average``: the least attention
-            per query that counts for it and could have seen it.
+            per query that counts for it and could have seen it; ``rank``: the one with the lowest score at the last
+            ranking, which is not the kernels' work. Pairs that came after it have the rank +inf, and are evicted after
+            all ranked ones, the oldest first.
         sink: first tokens of a sequence, which are never evicted.
         recent: newest tokens, which are never evicted.
         window: newest keys that a query sees, or None for all; pairs out of the window are evicted before all others.

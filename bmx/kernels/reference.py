@@ -19,7 +19,7 @@ from torch import Tensor
 from bmx.kernels import fp8_products
 from bmx.kernels.fbgemm import MOST, row_scales
 from bmx.kernels.linear import Linear
-from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.ranking import POSITIONS, UNRANKED, EvictionOrder
 from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SlotView, query_heads
 
 
@@ -211,19 +211,22 @@ def _decode_token(
     sinks: Tensor | None,
 ) -> Tensor:
     """The part of ``decode_step`` of one token and the kv heads of a view; returns the output [H, E]."""
-    keys, values, row_positions, mass = view
+    keys, values, row_positions, mass, ranks = view
     heads = torch.arange(len(key), device=query.device)
     limit = min(row_limit, row_positions.shape[1])
     if position < limit:
         row = torch.full_like(heads, position)
     else:
-        received = None if mass is None else mass[:, :limit]
-        row = rank(row_positions[:, :limit], received, position, order).argmin(1)  # [K], of equals the first
+        known = ranks if order.by == "rank" else mass
+        known = None if known is None else known[:, :limit]
+        row = rank(row_positions[:, :limit], known, position, order).argmin(1)  # [K], of equals the first
     keys.write((heads, row), key)
     values.write((heads, row), value)
     row_positions[heads, row] = position
     if mass is not None:
         mass[heads, row] = 0
+    if ranks is not None:
+        ranks[heads, row] = float("inf")
     used = slice(min(position + 1, limit))
     answer, sums = attend_slots(
         query.unsqueeze(0),
@@ -251,13 +254,14 @@ def prefill_step(
     *,
     scale: float,
     order: EvictionOrder,
+    ranking: Callable[[Tensor | None], Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
     """See ``contract.KernelModule.prefill_step``; one chunk after another."""
     own_sums = None if rows.mass is None else rows.mass.new_zeros(rows.kv_heads, len(key))
     weights = query.new_ones(len(query), dtype=torch.float32) if chunks.query_weights is None else chunks.query_weights
-    for n, (heads, (keys, values, positions, mass)) in chunks.views(rows):
+    for n, (heads, (keys, values, positions, mass, _)) in chunks.views(rows):
         own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
         asking = query_heads(heads, query.shape[1] // rows.kv_heads)
         start, capacity = chunks.starts[n], positions.shape[1]
@@ -281,14 +285,24 @@ def prefill_step(
             decay = 1.0 if chunks.decay is None else chunks.decay[n]
             mass[:, :used] = mass[:, :used] * decay + sums[0, :, :used]
             own_sums[heads, own] = sums[0, :, used:]
-    return evict(key, value, rows, chunks, own_sums, order=order)
+    ranks = None if ranking is None else ranking(own_sums)
+    return evict(key, value, rows, chunks, own_sums, ranks, order=order)
 
 
-def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor | None, *, order: EvictionOrder) -> bool:
+def evict(
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    chunks: Chunks,
+    sums: Tensor | None,
+    ranks: Tensor | None = None,
+    *,
+    order: EvictionOrder,
+) -> bool:
     """Keep the best pairs of each slot and its chunk, once the chunks have attended.
 
     As many are kept as the row limit says; of equals, the first, rows before tokens. The survivors of a chunk take, in
-    order, the rows of evicted pairs, then empty rows. The mass of rows in use is up to date already.
+    order, the rows of evicted pairs, then empty rows. The mass and ranks of rows in use are up to date already.
 
     Args:
         key: [T, K, D], of all packed tokens, each vector contiguous.
@@ -296,22 +310,24 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
         rows: the layer's slots; written.
         chunks: the prompt chunks.
         sums: [K, T] float32, attention that the chunks' own keys received; None for 0.
+        ranks: [K, T] float32, those of the packed tokens, where pairs are ranked.
         order: which pair is evicted first.
 
     Returns:
         Whether it was done; if not, nothing was changed.
     """
-    for n, (heads, (keys, values, positions, mass)) in chunks.views(rows):
+    for n, (heads, (keys, values, positions, mass, row_ranks)) in chunks.views(rows):
         start, tokens = chunks.starts[n], chunks.lengths[n]
         own, limit = slice(chunks.offsets[n], chunks.offsets[n] + tokens), min(chunks.row_limits[n], positions.shape[1])
         used = min(start, limit)
         own_positions = torch.arange(start, start + tokens, dtype=torch.int32, device=key.device)
         candidates = torch.cat([positions[:, :used], own_positions.expand(len(positions), -1)], 1)  # [K, P + T]
-        received = None
-        if mass is not None:
-            own_mass = mass.new_zeros(len(mass), tokens) if sums is None else sums[heads, own]
-            received = torch.cat([mass[:, :used], own_mass], 1)
-        best = rank(candidates, received, start + tokens, order).argsort(dim=1, descending=True, stable=True)[:, :limit]
+        none = positions.new_zeros(len(positions), tokens, dtype=torch.float32)
+        stats = [(mass, none if sums is None else sums[heads, own])]
+        stats += [(row_ranks, none + float("inf") if ranks is None else ranks[heads, own])]
+        held, new = stats[order.by == "rank"]
+        known = None if held is None else torch.cat([held[:, :used], new], 1)
+        best = rank(candidates, known, start + tokens, order).argsort(dim=1, descending=True, stable=True)[:, :limit]
         stays = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, best, True)
         for head in range(len(positions)):
             survivors = stays[head, used:].nonzero().squeeze(1)
@@ -320,25 +336,28 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
             keys.write((head, row), key[own, heads][survivors, head])
             values.write((head, row), value[own, heads][survivors, head])
             positions[head, row] = own_positions[survivors]
-            if mass is not None and received is not None:
-                mass[head, row] = received[head, used + survivors]
+            for stat, own_stat in stats:
+                if stat is not None:
+                    stat[head, row] = own_stat[head, survivors]
     return True
 
 
-def rank(positions: Tensor, mass: Tensor | None, now: int, order: EvictionOrder) -> Tensor:
+def rank(positions: Tensor, known: Tensor | None, now: int, order: EvictionOrder) -> Tensor:
     """Scores of KV pairs [K, N] float32; the lowest is evicted first.
 
     Args:
         positions: [K, N] int32, of the pairs' tokens; -1 for an empty row.
-        mass: [K, N] float32, attention that the pairs received; None for 0.
+        known: [K, N] float32, attention that the pairs received, or their scores at the last ranking; None for 0.
         now: tokens of the sequence so far.
         order: which pair is evicted first.
 
     Returns:
         -inf for empty rows and pairs out of the window; of the others, +inf for sink and recent tokens, -inf for NaN.
     """
-    received = torch.zeros_like(positions, dtype=torch.float32) if mass is None else mass
-    scores = positions.float() if order.by == "age" else received
+    known = torch.zeros_like(positions, dtype=torch.float32) if known is None else known
+    scores = positions.float() if order.by == "age" else known
+    if order.by == "rank":
+        scores = scores.where(scores != float("inf"), UNRANKED * (1 + positions / POSITIONS))
     if order.by == "average":
         most = None if order.window is None else max(1, order.window - order.distance)
         scores = (

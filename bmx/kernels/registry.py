@@ -13,6 +13,7 @@ from bmx.kernels import workspace
 from bmx.kernels.contract import Capabilities, KernelProfile
 from bmx.kernels.formats import FORMATS
 from bmx.kernels.instruction_sets import SETS
+from bmx.kernels.ranking import FORMULAS, RANKS
 
 
 def interpreted() -> bool:
@@ -50,7 +51,7 @@ def _compiled(profile: KernelProfile) -> Capabilities:
     """Kernels in C++, whatever they are compiled for."""
     return Capabilities(
         model_dtypes=("bfloat16",),
-        fuses_steps=True,
+        orders=FORMULAS,
         row_formats=("int8", "int4"),
         int8_multiples=(16, 32),
         workspace=workspace.tiles,  # of types that are tiled; for bfloat16 the compiled code holds less
@@ -66,7 +67,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
     "triton": Capabilities(
         model_dtypes=() if interpreted() else ("bfloat16", "float16", "float32"),  # interpreting each token takes long
         joins_layers=True,
-        fuses_steps=True,
+        orders=RANKS,
         asynchronous=True,
         capturable=True,
         skips_empty_rows=True,

@@ -24,12 +24,14 @@ class SlotView(NamedTuple):
         values: [K, C, E], as they are stored.
         positions: [K, C].
         mass: [K, C], or None.
+        ranks: [K, C], or None.
     """
 
     keys: Stored
     values: Stored
     positions: Tensor
     mass: Tensor | None
+    ranks: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +56,7 @@ class Rows:
         value_scales: the same of the values.
         key_format: ``model``, or the name of the keys' format.
         value_format: ``model``, or the name of the values' format.
+        ranks: [R] float32, scores at the last ranking, +inf for pairs that came after it; None where none are stored.
     """
 
     keys: Tensor
@@ -70,6 +73,7 @@ class Rows:
     value_scales: Tensor | None = None
     key_format: str = MODEL
     value_format: str = MODEL
+    ranks: Tensor | None = None
 
     @property
     def formats(self) -> tuple[str, str]:
@@ -90,6 +94,7 @@ class Rows:
             Stored(self.values, self.value_scales, self.value_format).rows(first, shape),
             self.positions[own].view(shape),
             None if self.mass is None else self.mass[own].view(shape),
+            None if self.ranks is None else self.ranks[own].view(shape),
         )
 
 

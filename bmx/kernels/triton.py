@@ -40,6 +40,7 @@ def prefill_step(
     *,
     scale: float,
     order: EvictionOrder,
+    ranking: Callable[[Tensor | None], Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
@@ -52,7 +53,8 @@ def prefill_step(
     attend(output, query, key, value, rows, chunks, sinks=sinks, logsums=logsums, **options)
     options |= {"distance": order.distance, "power": order.power}
     sums = None if logsums is None else add_up(query, key, rows, chunks, logsums, **options)
-    return evict(key, value, rows, chunks, sums, order=order)
+    ranks = None if ranking is None else ranking(sums)
+    return evict(key, value, rows, chunks, sums, ranks, order=order)
 
 
 def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor], list[Tensor]]:

@@ -108,6 +108,8 @@ def combine(
     row = tl.load(partial.row + token * kv_heads + head)
     if part == 0:
         tl.store(rows.positions + begin + row, position)
+        if rows.ranks is not None:
+            tl.store(rows.ranks + begin + row, float("inf"))
     if scratch is not None:
         g = tl.arange(0, sizes.group_full)
         valid = g < group

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bmx.kernels import ranking
 from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Rows
@@ -56,6 +57,7 @@ from bmx.kernels.triton_vectors import (
 )
 
 INFINITY = tl.constexpr(float("inf"))
+UNRANKED, POSITIONS = tl.constexpr(ranking.UNRANKED), tl.constexpr(ranking.POSITIONS)
 
 
 @triton.jit
@@ -64,6 +66,8 @@ def rank(position, received, now, order: tl.constexpr):
     score = received
     if order.by == "age":
         score = position.to(tl.float32)
+    if order.by == "rank":
+        score = tl.where(received == INFINITY, UNRANKED * (1 + position.to(tl.float32) / POSITIONS), received)
     if order.by == "average":
         age = tl.maximum(now - position - order.distance, 1)  # pairs out of the window get -inf below
         score = tl.div_rn(received, age.to(tl.float32))
@@ -75,7 +79,7 @@ def rank(position, received, now, order: tl.constexpr):
 
 
 @triton.jit
-def _victim(positions, mass, limit, now, order: tl.constexpr, block: tl.constexpr):
+def _victim(positions, known, limit, now, order: tl.constexpr, block: tl.constexpr):
     """The row of a full slot whose pair is evicted: the lowest score, of equals the first."""
     least = tl.full([block], INFINITY, tl.float32)
     lowest = tl.arange(0, block)
@@ -83,8 +87,8 @@ def _victim(positions, mass, limit, now, order: tl.constexpr, block: tl.constexp
         c = start + tl.arange(0, block)
         position = tl.load(positions + c, mask=c < limit, other=0)
         received = tl.zeros([block], tl.float32)
-        if order.by != "age" and mass is not None:
-            received = tl.load(mass + c, mask=c < limit, other=0.0)
+        if order.by != "age" and known is not None:
+            received = tl.load(known + c, mask=c < limit, other=0.0)
         score = rank(position, received, now, order)
         lower = (score < least) & (c < limit)
         least = tl.where(lower, score, least)
@@ -217,9 +221,10 @@ def _decode(
     values, value_scales = rows.value + begin * value_parts.width, scales_of_head(rows.value_scales, begin, value_parts)
     positions = rows.positions + begin
     mass = None if rows.mass is None else rows.mass + begin
+    ranks = None if rows.ranks is None else rows.ranks + begin
     row = position
     if position >= limit:
-        row = _victim(positions, mass, limit, position, order, sizes.search)
+        row = _victim(positions, ranks if order.by == "rank" else mass, limit, position, order, sizes.search)
 
     heads = head * group + g
     q = load(query.data + token * query.token, heads * query.head, valid, key_parts, True)
@@ -235,6 +240,8 @@ def _decode(
 
     if partial is None:
         tl.store(positions + row, position)
+        if ranks is not None:
+            tl.store(ranks + row, INFINITY)
         answer, top, total = _attend(
             q, answer, top, total, keys, key_scales, values, value_scales, positions, scratch, valid, row, 0, used,
             position, width, scale, softcap, order, sizes,
@@ -242,7 +249,7 @@ def _decode(
         low, high = answer[0] / total[:, None], answer[1] / total[:, None]
         store(output + first_head * value_parts.whole, g * value_parts.whole, valid, low, high, value_parts)
         add_attention(mass, scratch, valid, row, used, width, own, top, total, decay, order, sizes)
-    else:  # other programs may still search the rows' positions and mass
+    else:  # other programs may still search the rows' positions, mass and ranks
         if part == 0:
             store_partial(partial, first_head, 0, g, valid, answer, top, total, value_parts)
             store_own(partial, first_head + g, valid, own, token * kv_heads + head, row)
@@ -351,6 +358,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
     far = EvictionOrder(by="average", sink=4, recent=64, window=None, distance=64, power=2)
     age = EvictionOrder(by="age", sink=0, recent=0, window=None)
     mass = EvictionOrder(by="mass", sink=4, recent=64, window=4096)
+    rank_ = EvictionOrder(by="rank", sink=4, recent=64, window=None)
     models: list[
         tuple[int, EvictionOrder, float | None, bool, bool, tuple[str, str]]
     ] = [  # G, order, softcap, sinks, whether slots are split, formats
@@ -362,6 +370,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
         (71, far, None, False, True, (MODEL, MODEL)),
         (4, far, None, False, False, ("int8", "int4")),
         (4, far, None, False, True, ("int8", "int4")),
+        (4, rank_, None, False, True, ("int8", "int4")),
         (71, far, None, False, False, ("int4", "int4")),
     ]
     variants = []
@@ -371,7 +380,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
         sizes, launch = _decode_launch(group, dim, value_dim, 2, shared, *formats, SPLITS)
         constants: dict[str, Any] = {"order": order, "sizes": sizes}
         constants |= {} if order is not age else {"scratch": None}
-        types = TYPES | {"rows": stored_rows(*formats, mass=order is not age)}
+        types = TYPES | {"rows": stored_rows(*formats, mass=order is not age, ranks=order is rank_)}
         decoding = constants | {"softcap": softcap} | ({} if sinks else {"sinks": None})
         variants.append(variant(_decode, types, decoding | ({} if split else {"partial": None}), launch))
         if split:

@@ -126,7 +126,9 @@ def _choose(
 
 
 @triton.jit(do_not_specialize=["packed_tokens", "chunks", "longest"])
-def _move(lists, counts, key, value, rows, sums, first, table, packed_tokens, chunks, longest, sizes: tl.constexpr):
+def _move(
+    lists, counts, key, value, rows, sums, ranks, first, table, packed_tokens, chunks, longest, sizes: tl.constexpr,
+):  # fmt: skip
     """One kv head of some survivors of one chunk: they go where ``_choose`` said; without lists, all are appended."""
     key_parts: tl.constexpr = sizes.keys
     value_parts: tl.constexpr = sizes.values
@@ -157,9 +159,23 @@ def _move(lists, counts, key, value, rows, sums, first, table, packed_tokens, ch
         if sums is not None:
             received = tl.load(sums + head.to(tl.int64) * packed_tokens + source, mask=valid, other=0.0)
         tl.store(rows.mass + target, received, mask=valid)
+    if rows.ranks is not None:
+        rank_of = tl.full([block], float("inf"), tl.float32)
+        if ranks is not None:
+            rank_of = tl.load(ranks + head.to(tl.int64) * packed_tokens + source, mask=valid, other=0.0)
+        tl.store(rows.ranks + target, rank_of, mask=valid)
 
 
-def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor | None, *, order: EvictionOrder) -> bool:
+def evict(
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    chunks: Chunks,
+    sums: Tensor | None,
+    ranks: Tensor | None = None,
+    *,
+    order: EvictionOrder,
+) -> bool:
     """See ``reference.evict``; declines when there are too many rows or tokens to choose from."""
     if not chunks.lengths:
         return True
@@ -172,13 +188,14 @@ def evict(key: Tensor, value: Tensor, rows: Rows, chunks: Chunks, sums: Tensor |
         lists = torch.empty(2, count, kv_heads, longest, dtype=torch.int32, device=key.device)
         counts = torch.empty(count, kv_heads, dtype=torch.int32, device=key.device)
         choice, launch = _choice_launch(rows.largest, longest)
+        known = (rows.ranks, ranks) if order.by == "rank" else (rows.mass, sums)
         _choose[(kv_heads, count)](
-            lists, counts, rows.positions, rows.mass, sums, rows.first, rows.capacity, chunks.table,
+            lists, counts, rows.positions, *known, rows.first, rows.capacity, chunks.table,
             tokens, count, longest, order, choice, **launch,
         )  # fmt: skip
     move, launch = _move_launch(key.shape[-1], value.shape[-1], *rows.formats)
     _move[(triton.cdiv(longest, move.block), kv_heads, count)](
-        lists, counts, packed(key), packed(value), slot_rows(rows), sums, rows.first, chunks.table,
+        lists, counts, packed(key), packed(value), slot_rows(rows), sums, ranks, rows.first, chunks.table,
         tokens, count, longest, move, **launch,
     )  # fmt: skip
     return True
@@ -215,7 +232,7 @@ TYPES = {
     **dict.fromkeys(("key", "value"), BF16_TOKENS),
     **dict.fromkeys(("lists", "counts", "positions"), "*i32"),
     **dict.fromkeys(("first", "capacity", "table"), "*i64"),
-    **dict.fromkeys(("mass", "sums"), "*fp32"),
+    **dict.fromkeys(("mass", "sums", "ranks"), "*fp32"),
     **dict.fromkeys(("packed_tokens", "chunks", "longest"), "i32"),
 }
 
@@ -229,12 +246,13 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noq
         choice, launch = _choice_launch(largest, longest)
         missing: dict[str, Any] = {"mass": None, "sums": None} if order is age else {}
         variants.append(variant(_choose, TYPES, {"order": order, "sizes": choice, **missing}, launch))
-    plain, unevicted = (MODEL, MODEL), {"lists": None, "counts": None}
-    for formats, mass, missing in (
-        *((plain, True, {}), (plain, False, {"sums": None}), (plain, True, unevicted)),
-        *((("int8", "int4"), True, {}), (("int4", "int8"), True, unevicted)),
+    plain, unevicted = (MODEL, MODEL), {"lists": None, "counts": None, "ranks": None}
+    for formats, stats, missing in (
+        *((plain, "mass", {"ranks": None}), (plain, "", {"sums": None, "ranks": None})),
+        *((plain, "mass", unevicted), (("int8", "int4"), "mass, ranks", {})),
+        (("int4", "int8"), "ranks", unevicted | {"sums": None}),
     ):
         move, launch = _move_launch(dim, value_dim, *formats)
-        types = TYPES | {"rows": stored_rows(*formats, mass=mass)}
+        types = TYPES | {"rows": stored_rows(*formats, mass="mass" in stats, ranks="ranks" in stats)}
         variants.append(variant(_move, types, {"sizes": move, **missing}, launch))
     return variants

@@ -46,6 +46,7 @@ class SlotRows(NamedTuple):
     mass: Any = None
     key_scales: Any = None
     value_scales: Any = None
+    ranks: Any = None
 
 
 def packed(tensor: Tensor) -> Packed:
@@ -55,7 +56,7 @@ def packed(tensor: Tensor) -> Packed:
 
 def slot_rows(rows: Rows) -> SlotRows:
     """All that kernels take of a layer's slots."""
-    return SlotRows(rows.keys, rows.values, rows.positions, rows.mass, rows.key_scales, rows.value_scales)
+    return SlotRows(rows.keys, rows.values, rows.positions, rows.mass, rows.key_scales, rows.value_scales, rows.ranks)
 
 
 def reads(rows: Rows) -> bool:
@@ -63,13 +64,15 @@ def reads(rows: Rows) -> bool:
     return set(FORMATS).issuperset(rows.formats)
 
 
-def stored_rows(key_format: str, value_format: str, positions: bool = True, mass: bool = True) -> SlotRows:
+def stored_rows(
+    key_format: str, value_format: str, positions: bool = True, mass: bool = True, ranks: bool = False
+) -> SlotRows:
     """Types of the rows of a bfloat16 model."""
     (key, key_scales), (value, value_scales) = (
         ("*bf16", None) if form == MODEL else ("*u8", "*fp16") for form in (key_format, value_format)
     )
     types = SlotRows(key, value, "*i32" if positions else None, "*fp32" if mass else None)
-    return types._replace(key_scales=key_scales, value_scales=value_scales)
+    return types._replace(key_scales=key_scales, value_scales=value_scales, ranks="*fp32" if ranks else None)
 
 
 BF16_TOKENS = Packed("*bf16", "i32:16", "i32:16")

@@ -294,6 +294,7 @@ def _allocate_layer(
         value_format=values.format,
         positions=positions,
         mass=row_stats.get("mass"),
+        ranks=row_stats.get("rank"),
         first=first_rows,
         capacity=capacity,
         kv_heads=layout.kv_heads,

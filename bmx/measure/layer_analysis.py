@@ -70,7 +70,7 @@ class RecordingKernels(Kernels):
     @property
     def capabilities(self) -> Capabilities:
         """The inner kernels' capabilities without fused steps, so that every chunk calls ``attend_chunk``."""
-        return replace(self.inner.capabilities, fuses_steps=False)
+        return replace(self.inner.capabilities, orders=())
 
     def _attend_chunk(
         self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, **options: Any
