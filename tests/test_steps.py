@@ -99,8 +99,9 @@ def sequences(policy, lengths, new):
 SIMPLE = [
     *({"kv_budget": 24, "kv_policy": name} for name in ("far-attention", "decay", "streaming")),
     {"kv_budget": 24, "kv_format": "int8/int4"},
+    *({"kv_budget": 24, "kv_policy": name} for name in ("tova", "window", "r-kv", "keydiff")),
 ]
-DEAR = [{"kv_budget": 24, "kv_policy": name} for name in ("window", "r-kv", "keydiff", "roco", "expected-attention")]
+DEAR = [{"kv_budget": 24, "kv_policy": name} for name in ("lagkv", "roco", "expected-attention")]
 MORE = [
     {"kv_budget": 24, "kv_format": "fp8"},
     {"kv_budget": 24, "kv_value_norm": True},

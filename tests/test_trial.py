@@ -74,7 +74,7 @@ def test_g17_answers_are_those_of_plain_torch_and_the_plan_knows(monkeypatch, cp
     monkeypatch.setattr(f"{MODULE}.prefill_step", fail)
     engine, requests = tiny_engine("small", **TIGHT), as_requests(PROMPTS, max_tokens=3)
     answered = answers(engine, requests)
-    assert not engine.backend.kernels.capabilities.fuses_steps
+    assert not engine.backend.kernels.capabilities.orders
     planned = [
         Device.of("cuda", engine.spec, 0, EngineConfig(**TIGHT), chosen)
         for chosen in (engine.backend.kernels, kernels.Kernels("triton", ""))

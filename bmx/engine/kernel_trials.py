@@ -38,7 +38,7 @@ def _layers(model: Any, spec: ModelSpec, policy: CompressionPolicy, capabilities
         for capacity in (1, spec.max_length):
             for layer, layout in zip(spec.layers, part.layout(spec, capacity).layers, strict=True):
                 order = part.eviction_order(layout)
-                fused = order is not None and not layout.by_channel and capabilities.fuses(*layout.formats)
+                fused = order is not None and not layout.by_channel and capabilities.fuses(order.by, *layout.formats)
                 yield Attention(
                     heads=layer.query_heads,
                     kv_heads=layer.kv_heads,

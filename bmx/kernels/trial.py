@@ -31,6 +31,7 @@ FEW = 3  # tokens whose numbers are independent of each other
 STARTS = (ROWS + 24, TOKENS)  # tokens in each slot: the first is full, and the second has room for a chunk
 TOLERANCE = {2: 0.03, 4: 0.003}  # of the length of all numbers together, by bytes of a number
 MISPLACED = 1 / 16  # of all pairs: where scores are nearly equal, rounding decides which pair stays
+NEW = 9.0  # above all ranks of a trial
 REASON = 200  # most characters of a reason
 
 logger = logging.getLogger(__name__)
@@ -255,6 +256,7 @@ class Inputs:
             value_scales=values.scales,
             key_format=layer.formats[0],
             value_format=layer.formats[1],
+            ranks=self.normal(heads * ROWS, seed=22).float() if layer.order.by == "rank" else None,
         )
 
     def chunks(self) -> Chunks:
@@ -285,6 +287,7 @@ def _results(output: Tensor, rows: Rows, inputs: Inputs) -> Results:
         ),
     }
     stored |= {} if rows.mass is None else {"mass": rows.mass.unsqueeze(1)}
+    stored |= {} if rows.ranks is None else {"ranks": rows.ranks.clamp(max=NEW).unsqueeze(1)}
     last = max(STARTS) + TOKENS
     places = torch.where(positions < 0, last, positions).clamp(max=last)  # empty rows have a place of their own
     pairs = {}
@@ -313,7 +316,10 @@ def _prefill(module: KernelModule, inputs: Inputs) -> Results | None:
     layer, rows = inputs.layer, inputs.rows()
     query, key, value = inputs.vectors(TOKENS * SLOTS)
     output = value.new_zeros(TOKENS * SLOTS, layer.heads, layer.value_dim)
-    done = module.prefill_step(output, query, key, value, rows, inputs.chunks(), order=layer.order, **inputs.options)
+    options, ranks = {"order": layer.order, **inputs.options}, inputs.normal(TOKENS * SLOTS, layer.kv_heads, seed=23)
+    if rows.ranks is not None:
+        options["ranking"] = lambda _: ranks.t().float().contiguous()
+    done = module.prefill_step(output, query, key, value, rows, inputs.chunks(), **options)
     return _results(output, rows, inputs) if done else None
 
 

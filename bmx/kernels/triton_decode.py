@@ -62,7 +62,7 @@ UNRANKED, POSITIONS = tl.constexpr(ranking.UNRANKED), tl.constexpr(ranking.POSIT
 
 @triton.jit
 def rank(position, received, now, order: tl.constexpr):
-    """Scores of pairs: see ``reference.rank``."""
+    """Scores of pairs: see ``reference_eviction.rank``."""
     score = received
     if order.by == "age":
         score = position.to(tl.float32)

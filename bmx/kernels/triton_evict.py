@@ -176,7 +176,7 @@ def evict(
     *,
     order: EvictionOrder,
 ) -> bool:
-    """See ``reference.evict``; declines when there are too many rows or tokens to choose from."""
+    """See ``reference_eviction.evict``; declines when there are too many rows or tokens to choose from."""
     if not chunks.lengths:
         return True
     if not reads(rows) or not fits(rows, chunks):
