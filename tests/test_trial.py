@@ -94,9 +94,17 @@ def test_kernels_that_work_are_kept_and_tried_once_for_all_layers_alike(caplog, 
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(("family", "kv_format"), [("gemma2", "model"), ("gpt_oss", "int8/int4"), ("youtu", "model")])
-def test_no_false_alarms_in_capped_windowed_quantised_or_latent_attention(family, kv_format):
-    assert tiny_engine(family, kv_format=kv_format, kv_policy="far-attention").backend.kernels.replaced == {}
+@pytest.mark.parametrize(
+    ("family", "kv_format", "policy"),
+    [
+        ("gemma2", "model", "far-attention"),
+        ("gpt_oss", "int8/int4", "far-attention"),
+        ("youtu", "model", "far-attention"),
+        ("small", "int8", "r-kv"),
+    ],
+)
+def test_no_false_alarms_in_capped_windowed_quantised_latent_or_ranked_attention(family, kv_format, policy):
+    assert tiny_engine(family, kv_format=kv_format, kv_policy=policy).backend.kernels.replaced == {}
 
 
 def without_compiler(*_, **__):

@@ -46,7 +46,7 @@ def _layers(model: Any, spec: ModelSpec, policy: CompressionPolicy, capabilities
                     value_dim=layer.value_dim,
                     formats=layout.formats if fused else (MODEL, MODEL),
                     order=order or EvictionOrder(by="age", sink=0, recent=0, window=layer.window),
-                    mass=layout.row_stats == ("mass",),
+                    mass="mass" in layout.row_stats,
                     decays=part.weighs_queries,
                     softcap=softcap,
                     sinks=sinks,
