@@ -79,21 +79,26 @@ def rank(position, received, now, order: tl.constexpr):
 
 
 @triton.jit
-def _victim(positions, known, limit, now, order: tl.constexpr, block: tl.constexpr):
-    """The row of a full slot whose pair is evicted: the lowest score, of equals the first."""
-    least = tl.full([block], INFINITY, tl.float32)
-    lowest = tl.arange(0, block)
-    for start in range(0, limit, block):
-        c = start + tl.arange(0, block)
-        position = tl.load(positions + c, mask=c < limit, other=0)
-        received = tl.zeros([block], tl.float32)
-        if order.by != "age" and known is not None:
-            received = tl.load(known + c, mask=c < limit, other=0.0)
-        score = rank(position, received, now, order)
-        lower = (score < least) & (c < limit)
-        least = tl.where(lower, score, least)
-        lowest = tl.where(lower, c, lowest)
-    return tl.min(tl.where(least == tl.min(least, 0), lowest, limit), 0)
+def _row_taken(rows, begin, limit, now, order: tl.constexpr, block: tl.constexpr):
+    """The row of a new pair: the next one; in a full slot, that of the lowest score, of equals the first."""
+    row = now
+    if now >= limit:
+        least = tl.full([block], INFINITY, tl.float32)
+        lowest = tl.arange(0, block)
+        for start in range(0, limit, block):
+            c = start + tl.arange(0, block)
+            position = tl.load(rows.positions + begin + c, mask=c < limit, other=0)
+            known = tl.zeros([block], tl.float32)
+            if order.by == "rank":
+                known = tl.load(rows.ranks + begin + c, mask=c < limit, other=0.0)
+            elif order.by != "age" and rows.mass is not None:
+                known = tl.load(rows.mass + begin + c, mask=c < limit, other=0.0)
+            score = rank(position, known, now, order)
+            lower = (score < least) & (c < limit)
+            least = tl.where(lower, score, least)
+            lowest = tl.where(lower, c, lowest)
+        row = tl.min(tl.where(least == tl.min(least, 0), lowest, limit), 0)
+    return row
 
 
 @triton.jit
@@ -221,10 +226,7 @@ def _decode(
     values, value_scales = rows.value + begin * value_parts.width, scales_of_head(rows.value_scales, begin, value_parts)
     positions = rows.positions + begin
     mass = None if rows.mass is None else rows.mass + begin
-    ranks = None if rows.ranks is None else rows.ranks + begin
-    row = position
-    if position >= limit:
-        row = _victim(positions, ranks if order.by == "rank" else mass, limit, position, order, sizes.search)
+    row = _row_taken(rows, begin, limit, position, order, sizes.search)
 
     heads = head * group + g
     q = load(query.data + token * query.token, heads * query.head, valid, key_parts, True)
@@ -240,8 +242,8 @@ def _decode(
 
     if partial is None:
         tl.store(positions + row, position)
-        if ranks is not None:
-            tl.store(ranks + row, INFINITY)
+        if rows.ranks is not None:
+            tl.store(rows.ranks + begin + row, INFINITY)
         answer, top, total = _attend(
             q, answer, top, total, keys, key_scales, values, value_scales, positions, scratch, valid, row, 0, used,
             position, width, scale, softcap, order, sizes,
