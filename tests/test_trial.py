@@ -18,6 +18,7 @@ from bmx import EngineConfig, kernels
 from bmx.errors import DeviceError
 from bmx.kernels import reference, trial
 from bmx.kernels.contract import FUNCTIONS
+from bmx.model.loader import choose_dtype
 from bmx.plan.device import Device
 from bmx.terminal import environment
 
@@ -130,6 +131,34 @@ def test_g17_a_triton_that_cannot_be_imported_leaves_plain_torch(monkeypatch):
     assert "plain torch: ModuleNotFoundError" in chosen.why
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "name", "dtype", "why"),
+    [
+        ((7, 0), None, "reference", torch.float16, "compute capability 8.0 or later, this one has 7.0"),
+        ((7, 5), None, "reference", torch.float16, "compute capability 8.0 or later, this one has 7.5"),
+        ((9, 4), "7.0", "reference", torch.bfloat16, "AMD's"),
+        ((8, 0), None, "triton", torch.bfloat16, "compiled for the GPU"),
+        ((12, 0), None, "triton", torch.bfloat16, "compiled for the GPU"),
+    ],
+)
+def test_g18_gpus_that_triton_kernels_are_not_for_run_plain_torch_and_it_is_said_once(
+    monkeypatch, caplog, capability, hip, name, dtype, why
+):
+    monkeypatch.delenv("BMX_KERNELS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    device, chosen = torch.device("cuda"), kernels.choose("cuda")
+    assert chosen.name == name
+    assert why in chosen.why
+    assert choose_dtype(EngineConfig(), device, {}) is dtype
+    assert [message for message in caplog.messages if "float16" in message] != [] or dtype is torch.bfloat16
+    caplog.clear()
+    for _ in range(2 if name == "reference" else 0):
+        assert trial.tried(chosen, [LAYER], dtype, device) == chosen
+    assert len(caplog.messages) == (name == "reference")
+
+
 def test_every_function_that_triton_computes_has_a_trial():
     module = kernels.Kernels("triton", "").module
     own = {name for name in FUNCTIONS if getattr(module, name) is not getattr(reference, name)}
@@ -201,12 +230,20 @@ def test_memory_that_runs_out_in_a_trial_is_no_fault_of_the_kernel(monkeypatch):
         replaced()
 
 
-def test_g17_the_environment_names_what_is_replaced(monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "told"),
+    [
+        ((7, 5), "compute capability 7.5, float16 (no bfloat16 in hardware)"),
+        ((8, 6), "compute capability 8.6, bfloat16"),
+    ],
+)
+def test_g17_the_environment_names_the_numbers_and_what_is_replaced(monkeypatch, capability, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(environment, "_free", str)
     monkeypatch.setattr("bmx.hardware.free_gpu_memory", lambda: "some")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(trial, "tried", lambda chosen, *_: replace(chosen, replaced={"gate": "it is broken"}))
     rows = environment.environment()
-    assert ("gpu (CUDA)", "a card, some") in rows
+    assert ("gpu (CUDA)", f"a card, {told}, some") in rows
     assert ("gate", "in plain torch: it is broken") in rows

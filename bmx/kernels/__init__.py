@@ -105,6 +105,9 @@ def _why_no_triton() -> str:
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return ""
-    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        return "Triton kernels need a GPU of compute capability 8.0 or later"
+    if torch.version.hip:
+        return "the Triton kernels are for NVIDIA GPUs, and this torch is for AMD's (ROCm)"
+    if (major_minor := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
+        has = ".".join(map(str, major_minor))
+        return f"Triton kernels need a GPU of compute capability 8.0 or later, this one has {has}"
     return "Triton is not installed (pip install triton)" if find_spec("triton") is None else ""

@@ -91,6 +91,8 @@ def tried(kernels: Kernels, layers: Iterable[Attention], dtype: torch.dtype, dev
     Raises:
         DeviceError: after a trial the GPU refuses every call.
     """
+    if kernels.name == "reference" and device.type == "cuda" and not kernels.replaced:
+        _warn(f"plain torch computes attention on this GPU, slower than kernels would: {kernels.why}")
     if kernels.name != "triton" or interpreted():
         return kernels
     whole = replace(kernels, replaced={})

@@ -280,6 +280,7 @@ def choose_dtype(config: EngineConfig, device: Any, model_config: Mapping[str, A
     import torch
 
     if config.dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        logger.warning("the model is computed in float16: GPUs of a compute capability below 8.0 have no bfloat16")
         return torch.float16
     dtype = dtype_name(config, device.type, model_config)
     if config.dtype != "auto" and device.type == "cpu" and (reason := slow_on_cpu(dtype, model_config)):

@@ -31,7 +31,10 @@ def environment() -> list[tuple[str, str]]:
     rows.append(("memory", _free(hardware.free_host_memory())))
     rows += [("gpu (NVML)", _gpu(gpu)) for gpu in hardware.gpus()]
     if torch.cuda.is_available():
-        rows.append(("gpu (CUDA)", f"{torch.cuda.get_device_name()}, {_free(hardware.free_gpu_memory())}"))
+        major, minor = torch.cuda.get_device_capability()
+        numbers = "bfloat16" if (major, minor) >= kernels.LEAST_CAPABILITY else "float16 (no bfloat16 in hardware)"
+        parts = (torch.cuda.get_device_name(), f"compute capability {major}.{minor}", numbers)
+        rows.append(("gpu (CUDA)", ", ".join((*parts, _free(hardware.free_gpu_memory())))))
     chosen = _tried(kernels.choose("cuda")) if torch.cuda.is_available() else kernels.choose("cpu")
     rows.append(("attention", f"{chosen.name}: {chosen.why}"))
     if chosen.name != "reference":
