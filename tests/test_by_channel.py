@@ -14,8 +14,8 @@ from bmx.kernels import cpu, reference
 from bmx.kernels.compiled import kernels_for
 from bmx.kernels.formats import KEY_GROUP
 from bmx.kernels.instruction_sets import SETS
-from bmx.kv.layout import LayerLayout
-from bmx.kv.pool import LayerSlots
+from bmx.kv.layout import KVLayout, LayerLayout
+from bmx.kv.pool import KVPool, LayerSlots
 
 BF16 = torch.bfloat16
 FORMATS = [("int4", "int4"), ("int8", "int8"), ("int8", "int4"), ("int4", "model")]
@@ -172,6 +172,30 @@ def test_a_token_alone_is_the_token_among_others_to_the_last_bit(compiled, forma
         own = slice(slot, slot + 1)
         alone = decode(compiled, part, query[own], key[own], value[own], torch.tensor([slot]), positions[own])
         assert torch.equal(alone[0], outputs[0][slot])
+
+
+@pytest.mark.parametrize("formats", [("int4", "int4"), ("int8", "model")])
+def test_slots_of_all_groups_are_read_at_once(compiled, formats):
+    """Each as in its own group, to the last bit; an idle row is zeros, and a position without a row is refused."""
+    sizes = (3, 70), (2, 210)
+    layouts = tuple(KVLayout((slots_of(formats, capacity=capacity).layout,)) for _, capacity in sizes)
+    pool = KVPool(layouts, tuple(count for count, _ in sizes), BF16, torch.device("cpu"))
+    positions, numbers = [69, 5, 32, 200, 64], [2, 0, 1, 4, 3]
+    (key, value), query = vectors(6, seed=3), normal(6, 6, 64, dtype=BF16)
+    parts = [(pool.layer(group, 0)[0], slot) for group, (count, _) in enumerate(sizes) for slot in range(count)]
+    for number, position in zip(numbers, positions, strict=True):
+        append(*parts[number], 0, *vectors(position, seed=number))
+    alone = []
+    for i, number in enumerate(numbers):
+        part, slot = parts[number]
+        of_token = [t[i : i + 1] for t in (query, key, value)]
+        alone.append(decode(compiled, part, *of_token, torch.tensor([slot]), torch.tensor(positions[i : i + 1])))
+    [rows] = pool.channel_rows
+    together, slots = torch.full((6, 6, 32), torch.nan, dtype=BF16), torch.tensor([*numbers, -1])
+    options = query, key, value, rows, slots, torch.tensor([*positions, 0])
+    assert compiled.decode_by_channel(together, *options, scale=64**-0.5)
+    assert torch.equal(together, torch.cat([*alone, torch.zeros(1, 6, 32, dtype=BF16)]))
+    assert not compiled.decode_by_channel(together, *options[:-1], torch.tensor([70, 1, 1, 1, 1, 1]), scale=64**-0.5)
 
 
 def test_what_is_no_number_stays_none(compiled):

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
-from bmx.engine.by_channel import append_chunk, decode_group, read_slot
+from bmx.engine.by_channel import append_chunk, decode_tokens, layers_by_channel, read_slot
 from bmx.engine.layer_inputs import ChunkState, Forward, FusedLayer, LayerInputs, by_part
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.engine.ranking import DecodingSlot, Ranking
@@ -58,6 +58,7 @@ class SlotAttention:
         self._fused_prefill = _fused_layers(pool, policy, kernels.capabilities)
         self._fused_decode = _fused_layers(self._answering, policy.answering, kernels.capabilities)
         self._ranking = Ranking(policy, pool.dtype, self._fused_decode)
+        self._by_channel = layers_by_channel(self._answering)
         recall = policy.answering.recall
         self._recalling = RecallingAttention(recall, self._kernels) if recall else None
         self._rotations = _rotations((pool, self._answering), self._kernels)
@@ -169,6 +170,9 @@ class SlotAttention:
     def _decode_fused(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> bool:
         """Let kernels do the decoding tokens' whole part of a layer; False, with nothing done, if they cannot."""
         fused, step, batch = self._fused_decode[forward.layer], forward.step, forward.step.decode_batch
+        channels = self._by_channel[forward.layer]
+        if channels is not None and batch is not None:
+            return decode_tokens(self._kernels, channels, batch, output, inputs)
         if fused is None or batch is None or not step.plain or self._recalling is not None:
             return False
         (rows, order, _), tokens = fused, slice(len(batch.slots))
@@ -275,9 +279,6 @@ class SlotAttention:
     def _decode_group(self, part: LayerSlots, layer: int, group: DecodeGroup, inputs: LayerInputs) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
         query, key, value = inputs.query[group.rows], inputs.key[group.rows], inputs.value[group.rows]
-        decoded = decode_group(self._kernels, part, group, (query, key, value), **inputs.options)
-        if decoded is not None:
-            return decoded
         if owns_rows := part.layout.owner == layer:
             self._insert(part, group, key, value)
         if self._recalling is not None and part.layout.recall is not None:

@@ -1,18 +1,18 @@
 """What kernels do at once in a layer whose keys are scaled by channel, where they can. Knows slots and vectors.
 
-Shapes: T tokens of a chunk, B decoding tokens, H query heads, K kv heads, P rows in use,
+Shapes: N packed tokens of a step, T tokens of a chunk, H query heads, K kv heads, P rows in use,
 D key dim, E value dim.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from bmx.engine.packed import DecodeGroup
+from bmx.engine.layer_inputs import LayerInputs
+from bmx.engine.packed import DecodeBatch
 from bmx.kernels.contract import KernelModule
-from bmx.kv.pool import LayerSlots
+from bmx.kernels.slot_views import ChannelRows
+from bmx.kv.pool import KVPool, LayerSlots
 
 
 def append_chunk(kernels: KernelModule, part: LayerSlots, slot: int, start: int, key: Tensor, value: Tensor) -> bool:
@@ -47,24 +47,25 @@ def read_slot(kernels: KernelModule, part: LayerSlots, slot: int, rows: int) -> 
     return part.read(slot, rows) if read is None else read
 
 
-def decode_group(
-    kernels: KernelModule, part: LayerSlots, group: DecodeGroup, tokens: tuple[Tensor, Tensor, Tensor], **options: Any
-) -> Tensor | None:
-    """Store one token per slot, and let each attend to its slot; None, with nothing done, if kernels cannot.
+def decode_tokens(
+    kernels: KernelModule, rows: ChannelRows, batch: DecodeBatch, output: Tensor, inputs: LayerInputs
+) -> bool:
+    """Store one token per slot, and let each attend to its slot; False, with nothing done, if kernels cannot.
 
     Args:
         kernels: of the device.
-        part: the layer's slots; written.
-        group: the decoding tokens.
-        tokens: their queries [B, H, D], keys [B, K, D] and values [B, K, E].
-        options: scale, softcap and sinks.
-
-    Returns:
-        [B, H, E].
+        rows: the layer's slots, of all groups; written.
+        batch: the decoding tokens, the first of the packed ones.
+        output: [N, H, E]; written.
+        inputs: of all packed tokens.
     """
-    rows, layout, (query, key, value) = part.channel_rows, part.layout, tokens
-    if rows is None or layout.owner != layout.last_reader or layout.recall is not None:
-        return None
-    output = query.new_empty(*query.shape[:2], value.shape[-1])
-    numbers = group.slots, group.positions
-    return output if kernels.decode_by_channel(output, query, key, value, rows, *numbers, **options) else None
+    own = slice(len(batch.slots))
+    tokens = output[own], inputs.query[own], inputs.key[own], inputs.value[own]
+    return kernels.decode_by_channel(*tokens, rows, batch.slots, batch.positions, **inputs.options)
+
+
+def layers_by_channel(pool: KVPool) -> list[ChannelRows | None]:
+    """By layer, its slots, where kernels may do the decoding tokens' whole part; else None."""
+    layouts = [pool.layer(0, layer)[0].layout for layer in range(len(pool.rows))]
+    plain = [one.owner == layer == one.last_reader and one.recall is None for layer, one in enumerate(layouts)]
+    return [rows if alone else None for rows, alone in zip(pool.channel_rows, plain, strict=True)]

@@ -285,14 +285,10 @@ class CompiledKernels:
         """See ``contract.KernelModule.decode_by_channel``; declines a position that its slot has no row for."""
         if softcap is not None or scale <= 0 or not _takes_channels(rows, query, key, value):
             return False
-        (batch, heads, _), longest = query.shape, int(positions.max())
-        if longest >= rows.values.numbers.shape[2]:
-            return False
-        sinks = None if sinks is None else sinks.float()
+        (batch, heads, _), sinks = query.shape, None if sinks is None else sinks.float()
         operands = (vectors_of(query, key, value), channel_rows_of(rows), address(slots), address(positions))
-        sizes = (batch, heads, key.shape[1], longest)
-        self._library.call("bmx_decode_by_channel", *operands, *sizes, scale, address(sinks), address(output))
-        return True
+        sizes = (batch, heads, key.shape[1])
+        return self._library.call("bmx_decode_by_channel", *operands, *sizes, scale, address(sinks), address(output))
 
     def append_by_channel(self, key: Tensor, value: Tensor, rows: ChannelRows, slot: int, start: int) -> bool:
         """See ``contract.KernelModule.append_by_channel``."""

@@ -50,7 +50,7 @@ class _ChannelRows(ctypes.Structure):
         ("keys", _ChannelKeys),
         ("values", _Stored),
         *((name, ctypes.c_void_p) for name in ("exact_keys", "exact_values", "exact_rows")),
-        ("capacity", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("first", "first_group", "capacity")),
     )
 
 
@@ -83,7 +83,7 @@ class Library:
             "bmx_attend_slots": [pointer] * 3 + [number] * 4 + [real, flag, pointer, number, number] + [pointer] * 3,
             "bmx_decode_step": [pointer] * 9 + [number] * 4 + [real] * 2 + [flag, _Order] + [pointer] * 2,
             "bmx_evict": [pointer] * 5 + [number] * 6 + [real, _Order],
-            "bmx_decode_by_channel": [pointer] * 4 + [number] * 4 + [real, pointer, pointer],
+            "bmx_decode_by_channel": [pointer] * 4 + [number] * 3 + [real, pointer, pointer],
         }
         for name, arguments in working.items():
             function = getattr(library, name)
@@ -98,13 +98,18 @@ class Library:
         self.functions: Any = library
         self._work = torch.empty(0, dtype=torch.uint8)
 
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call a function; if it says that the memory to work in is too small, again with as much as it needs."""
+    def call(self, name: str, *arguments: Any) -> bool:
+        """Call a function; if it says that the memory to work in is too small, again with as much as it needs.
+
+        Returns:
+            Whether it was done: not, if the function declined.
+        """
         function = getattr(self.functions, name)
         needed = function(*arguments, self._work.data_ptr(), self._work.numel())
-        if needed:
+        if needed > 0:
             self._work.resize_(needed)
             function(*arguments, self._work.data_ptr(), needed)
+        return bool(needed >= 0)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -145,15 +150,12 @@ def stored_of(keys: Stored, values: Stored, *vectors: Tensor) -> Any:
 
 def channel_rows_of(rows: ChannelRows, slot: int = 0) -> Any:
     """Slots whose keys are scaled by channel, from this one on."""
-    values = rows.values
 
-    def begin(tensor: Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr() + slot * tensor.stride(0) * tensor.itemsize
+    def begin(tensor: Tensor) -> int:
+        return tensor.data_ptr() + slot * tensor.stride(0) * tensor.itemsize
 
-    keys = _ChannelKeys(
-        begin(rows.codes), begin(rows.scales), FORMATS.index(rows.key_format), rows.exact_keys.shape[-1]
-    )
-    value_dim = rows.exact_values.shape[-1]
-    of_values = _Stored(begin(values.numbers), begin(values.scales), FORMATS.index(values.format), value_dim, 0)
-    parts = map(begin, (rows.exact_keys, rows.exact_values, rows.exact_rows))
-    return ctypes.byref(_ChannelRows(keys, of_values, *parts, values.numbers.shape[2]))
+    dims, values = (rows.exact_keys.shape[-1], rows.exact_values.shape[-1]), rows.values
+    keys = _ChannelKeys(address(rows.codes), address(rows.scales), FORMATS.index(rows.key_format), dims[0])
+    of_values = _Stored(address(values.numbers), address(values.scales), FORMATS.index(values.format), dims[1], 0)
+    of_slots = (rows.exact_keys, rows.exact_values, rows.exact_rows, rows.first, rows.first_group, rows.capacity)
+    return ctypes.byref(_ChannelRows(keys, of_values, *map(begin, of_slots)))

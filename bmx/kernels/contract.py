@@ -229,7 +229,7 @@ class KernelModule(Protocol):
             key: [B, K, D], the tokens' own keys, each vector contiguous.
             value: [B, K, E], their values.
             rows: the layer's slots; written.
-            slots: [B] int64, no two equal.
+            slots: [B] int64, no two equal; where it is -1 the output is zeros and nothing else happens.
             positions: [B] int64, each token's position in its sequence, below the slots' capacity.
             scale: factor of the dot products.
             softcap: as in ``attend_chunk``.

@@ -1,13 +1,13 @@
 """What kernels see of a layer's slots and of the prompt chunks of a step. Knows tensors; computes nothing.
 
 Shapes: R rows of all slots and heads, S slots, K kv heads, C rows of a head in one slot, D key dim, E value dim,
-N chunks, T packed tokens of a step, G exact rows.
+N chunks or groups of keys, T packed tokens of a step, G exact rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from bmx.kernels.formats import MODEL, Stored
@@ -100,18 +100,23 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChannelRows:
-    """The slots of one layer of one group whose keys are scaled by channel: nothing is evicted, a row is a position.
+    """Slots of one layer whose keys are scaled by channel, of every capacity: nothing is evicted, a row is a position.
 
-    The newest pairs of each slot are held in the model's dtype too: those of position p are at p mod G.
+    The groups of keys of all slots lie in one piece of memory, and so do the values. The newest pairs of each slot are
+    held in the model's dtype too: those of position p are at p mod G, with G = ``KEY_GROUP``.
 
     Attributes:
-        codes: [S, K, C / G, G, bytes] uint8, the keys' codes, with G = ``KEY_GROUP``.
-        scales: [S, K, C / G, D, 2] float16, scale and offset of each channel of a group.
+        codes: [N, G, bytes] uint8, the keys' codes, in groups of G rows.
+        scales: [N, D, 2] float16, scale and offset of each channel of a group.
         key_format: the name of the keys' format.
-        values: [S, K, C, E], as they are stored.
+        values: [R, E], as they are stored.
         exact_keys: [S, K, G, D].
         exact_values: [S, K, G, E].
         exact_rows: [S, K, G] int32, the row that each exact pair has in its slot, -1 for none.
+        first: [S, K] int64, the first value of each kv head of each slot.
+        first_group: [S, K] int64, its first group of keys.
+        capacity: [S, K] int64, its rows.
+        largest: the largest capacity.
     """
 
     codes: Tensor
@@ -121,6 +126,15 @@ class ChannelRows:
     exact_keys: Tensor
     exact_values: Tensor
     exact_rows: Tensor
+    first: Tensor
+    first_group: Tensor
+    capacity: Tensor
+    largest: int
+
+    def of(self, slots: slice) -> ChannelRows:
+        """The same of some slots alone, numbered from the first of them."""
+        names = ("exact_keys", "exact_values", "exact_rows", "first", "first_group", "capacity")
+        return replace(self, **{name: getattr(self, name)[slots] for name in names})
 
     @property
     def formats(self) -> tuple[str, str]:

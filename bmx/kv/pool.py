@@ -9,7 +9,7 @@ chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from bmx.kernels.formats import Stored
 from bmx.kernels.slot_views import ChannelRows, Rows
+from bmx.kv.channel_memory import ChannelGroup, allocate_channels
 from bmx.kv.index import Index, allocate_index
 from bmx.kv.layout import ROW_STATS, KVLayout, LayerLayout, SlotIndex
 from bmx.kv.places import DeviceMemory, Place, open_place
-from bmx.kv.stores import EMPTY, ExactWindow, RowStore, Shape, Store, allocate_by_channel
+from bmx.kv.slot_tables import SlotTables, first_rows, slot_table
+from bmx.kv.stores import EMPTY, ExactWindow, RowStore, Shape, Store
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,31 +68,42 @@ class LayerSlots:
             place: where keys and values are; on the device if left out.
         """
         shape, place = (slots, layout.kv_heads, layout.capacity), place or DeviceMemory(device)
-        values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device, place.zeros)
-        row_stats = {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats}
-        keys: Store
-        newest = channel_rows = None
         if layout.by_channel:
-            positions = torch.arange(layout.capacity, dtype=torch.int32, device=device).expand(shape)
-            newest = ExactWindow.allocate(layout, slots, dtype, device)
-            keys = allocate_by_channel(layout.key_format, shape, newest.keys, place)
-            if place.is_on(device):
-                channel_rows = ChannelRows(
-                    codes=keys.codes,
-                    scales=keys.scales,
-                    key_format=layout.key_format,
-                    values=values,
-                    exact_keys=newest.keys,
-                    exact_values=newest.values,
-                    exact_rows=newest.rows,
-                )
-        else:
-            positions = torch.full(shape, EMPTY, dtype=torch.int32, device=device)
-            stored = Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device, place.zeros)
-            keys = RowStore(stored, layout.key_dim, dtype, device)
-        of_values = RowStore(values, layout.value_dim, dtype, device)
-        index, chosen = allocate_index(layout, slots, dtype, device), _allocate_chosen(layout, slots, device)
-        return cls(layout, keys, of_values, positions, row_stats, newest, channel_rows, index, chosen)
+            return cls.by_channel(layout, allocate_channels([(layout, slots)], dtype, device, place, {})[1][0])
+        keys = Stored.zeros(layout.key_format, shape, layout.key_dim, dtype, device, place.zeros)
+        values = Stored.zeros(layout.value_format, shape, layout.value_dim, dtype, device, place.zeros)
+        return cls(
+            layout,
+            RowStore(keys, layout.key_dim, dtype, device),
+            RowStore(values, layout.value_dim, dtype, device),
+            torch.full(shape, EMPTY, dtype=torch.int32, device=device),
+            {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats},
+            None,
+            index=allocate_index(layout, slots, dtype, device),
+            chosen=_allocate_chosen(layout, slots, device),
+        )
+
+    @classmethod
+    def by_channel(cls, layout: LayerLayout, group: ChannelGroup) -> LayerSlots:
+        """Slots whose keys are scaled by channel.
+
+        Args:
+            layout: what a slot holds of this layer.
+            group: their memory.
+        """
+        device, slots = group.newest.keys.device, len(group.newest.keys)
+        shape = (slots, layout.kv_heads, layout.capacity)
+        return cls(
+            layout,
+            group.keys,
+            group.values,
+            torch.arange(layout.capacity, dtype=torch.int32, device=device).expand(shape),
+            {name: torch.full(shape, ROW_STATS[name], device=device) for name in layout.row_stats},
+            group.newest,
+            group.rows,
+            allocate_index(layout, slots, group.keys.dtype, device),
+            _allocate_chosen(layout, slots, device),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -245,17 +258,19 @@ class LayerSlots:
 TENSORS = 4  # that hold the keys and values of a layer's slots of one group: numbers and scales of each
 Parts = tuple[LayerSlots, ...]  # a layer's slots in one group: all heads together, or each alone
 Sizes = list[tuple[LayerLayout, int]]  # one layer's layout in each group, with the group's number of slots
-HeadNumbers = tuple[tuple[int, ...], ...]  # [S][K]
-SlotTables = dict[tuple[HeadNumbers, HeadNumbers], tuple[Tensor, Tensor]]  # first rows and capacities, for all layers
 
 
 def _allocate_layer(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, place: Place, tables: SlotTables
-) -> tuple[tuple[Parts, ...], Rows | None]:
-    """One layer's slots in all groups; views of one ``Rows`` if ranked alike and stored row by row on the device."""
+) -> tuple[tuple[Parts, ...], Rows | ChannelRows | None]:
+    """One layer's slots in all groups; views of one piece of memory if they are ranked alike and on the device."""
     ranked_alike = len({(layout.row_stats, layout.by_age) for layout, _ in sizes}) == 1
     layout, apart = sizes[0][0], any(own.heads_differ for own, _ in sizes)
     parts = [(own.heads if apart else (own,), count) for own, count in sizes]
+    if layout.by_channel and not apart and place.is_on(device):
+        channels, memory = allocate_channels(sizes, dtype, device, place, tables)
+        of_groups = zip(sizes, memory, strict=True)
+        return tuple((LayerSlots.by_channel(own, group),) for (own, _), group in of_groups), channels
     if not ranked_alike or layout.by_channel or not place.is_on(device):
         slots = (tuple(LayerSlots.allocate(p, count, dtype, device, place) for p in of) for of, count in parts)
         return tuple(slots), None
@@ -282,9 +297,9 @@ def _allocate_layer(
     for own, count in parts:
         *begins, begin = accumulate((part.rows * count for part in own), initial=begin)
         groups.append(tuple(part_from(at, part, count) for at, part in zip(begins, own, strict=True)))
-        first += [_first_rows(begins, own, slot) for slot in range(count)]
+        first += [first_rows(begins, own, slot) for slot in range(count)]
     capacities = tuple(own.capacities for own, count in sizes for _ in range(count))
-    first_rows, capacity = _slot_table(tuple(first), capacities, device, tables)
+    begin_of_head, capacity = slot_table(tuple(first), capacities, device, tables)
     rows = Rows(
         keys=keys.numbers,
         values=values.numbers,
@@ -295,7 +310,7 @@ def _allocate_layer(
         positions=positions,
         mass=row_stats.get("mass"),
         ranks=row_stats.get("rank"),
-        first=first_rows,
+        first=begin_of_head,
         capacity=capacity,
         kv_heads=layout.kv_heads,
         largest=max(map(max, capacities)),
@@ -318,25 +333,6 @@ def _view(flat: Tensor, begin: int, shape: Shape) -> Tensor:
     return flat[begin : begin + slots * heads * capacity].view(shape)
 
 
-def _first_rows(begins: Sequence[int], parts: Sequence[LayerLayout], slot: int) -> tuple[int, ...]:
-    """The first row of each kv head of a slot; ``begins`` are the first rows of a group's parts."""
-    return tuple(
-        begin + slot * part.rows + head * part.capacity
-        for begin, part in zip(begins, parts, strict=True)
-        for head in range(part.kv_heads)
-    )
-
-
-def _slot_table(
-    first: HeadNumbers, capacities: HeadNumbers, device: torch.device, tables: SlotTables
-) -> tuple[Tensor, Tensor]:
-    """The first row of each slot and head [S, K], and its capacity [S, K]; layers with the same sizes share them."""
-    key = (first, capacities)
-    if key not in tables:
-        tables[key] = (torch.tensor(first, device=device), torch.tensor(capacities, device=device))
-    return tables[key]
-
-
 class KVPool:
     """All slots of a run, in groups of equal capacity.
 
@@ -353,6 +349,8 @@ class KVPool:
         slot_offsets: number of slots in the groups before each; slot s of group g has number slot_offsets[g] + s.
         rows: by layer, the slots of all groups in one piece, where groups are ranked alike and pairs are stored row by
             row; else None.
+        channel_rows: by layer, the slots of all groups in one piece, where keys are scaled by channel and on the
+            device; else None.
     """
 
     def __init__(
@@ -367,14 +365,16 @@ class KVPool:
         self._elsewhere = not isinstance(place, DeviceMemory)
         self.slot_offsets = tuple(accumulate(slots, initial=0))
         tables: SlotTables = {}
-        owned: dict[int, tuple[tuple[Parts, ...], Rows | None]] = {}
+        owned: dict[int, tuple[tuple[Parts, ...], Rows | ChannelRows | None]] = {}
         for i, layer in enumerate(layouts[0].layers):
             if layer.owner == i:
                 sizes = [(layout.layers[i], count) for layout, count in zip(layouts, slots, strict=True)]
                 owned[i] = _allocate_layer(sizes, dtype, device, place, tables)
         owners = [layer.owner for layer in layouts[0].layers]
         self.groups = tuple(tuple(owned[owner][0][group] for owner in owners) for group in range(len(layouts)))
-        self.rows = tuple(owned[owner][1] for owner in owners)
+        pieces = [owned[owner][1] for owner in owners]
+        self.rows = tuple(piece if isinstance(piece, Rows) else None for piece in pieces)
+        self.channel_rows = tuple(piece if isinstance(piece, ChannelRows) else None for piece in pieces)
 
     @classmethod
     def placed(

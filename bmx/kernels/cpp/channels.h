@@ -6,23 +6,24 @@
 
 namespace {
 
-// Slots by head; in one slot, those of a head are at its number.
+// Slots by head; those of a slot one after another.
 struct ChannelRows {
-    ChannelKeys keys;
-    Stored values;                    // [heads][capacity]
-    bf16 *exact_keys, *exact_values;  // [heads][KEY_GROUP][dim]
-    int32_t* exact_rows;              // [heads][KEY_GROUP]
-    long capacity;
+    ChannelKeys keys;                               // of all slots
+    Stored values;                                  // of all slots
+    bf16 *exact_keys, *exact_values;                // [heads][KEY_GROUP][dim]
+    int32_t* exact_rows;                            // [heads][KEY_GROUP]
+    const int64_t *first, *first_group, *capacity;  // [heads]: first value, first group of keys, rows
 
     // One head alone.
     ChannelRows of(long head) const {
-        const long groups = (capacity + KEY_GROUP - 1) / KEY_GROUP;
-        return {keys.from(head * groups),
-                values.from(head * capacity),
+        return {keys.from(first_group[head]),
+                values.from(first[head]),
                 exact_keys + head * KEY_GROUP * keys.dim,
                 exact_values + head * KEY_GROUP * values.dim,
                 exact_rows + head * KEY_GROUP,
-                capacity};
+                first + head,
+                first_group + head,
+                capacity + head};
     }
     const bf16* exact_key(long position) const { return exact_keys + position % KEY_GROUP * keys.dim; }
     const bf16* exact_value(long position) const { return exact_values + position % KEY_GROUP * values.dim; }

@@ -346,10 +346,17 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
 // The decoding tokens' part of a layer whose keys are scaled by channel: see decode_by_channel in contract.py.
 //
 // views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; rows by slot and kv head; slots and
-// positions [batch]; `longest`: the greatest position.
+// positions [batch]; where a slot is -1 the output is zeros. Returns -1, with nothing done, if a slot has no row for a
+// position.
 long bmx_decode_by_channel(const Vectors* views, const ChannelRows* rows, const int64_t* slots,
-                           const int64_t* positions, long batch, long heads, long kv_heads, long longest, float scale,
+                           const int64_t* positions, long batch, long heads, long kv_heads, float scale,
                            const float* sinks, bf16* out, char* work, long size) {
+    long longest = 0;
+    for (long token = 0; token < batch; token++) {
+        if (slots[token] < 0) continue;
+        if (positions[token] >= rows->capacity[slots[token] * kv_heads]) return -1;
+        longest = std::max<long>(longest, positions[token]);
+    }
     const Vectors q = views[0], k = views[1], v = views[2];
     const long group = heads / kv_heads, dim = rows->keys.dim, value_dim = rows->values.dim;
     const Stored key{nullptr, nullptr, MODEL, dim};  // its size
@@ -364,6 +371,11 @@ long bmx_decode_by_channel(const Vectors* views, const ChannelRows* rows, const 
 #pragma omp for schedule(static, 1)
         for (long task = 0; task < batch * kv_heads; task++) {
             const long token = task / kv_heads, head = task % kv_heads, position = positions[token];
+            bf16* answer = out + (token * heads + head * group) * value_dim;
+            if (slots[token] < 0) {
+                std::memset(answer, 0, group * value_dim * sizeof(bf16));
+                continue;
+            }
             const ChannelRows own = rows->of(slots[token] * kv_heads + head);
             own.put(position, k.at(token, head), v.at(token, head));
             Work left{work + omp_get_thread_num() * bytes_each};
@@ -376,7 +388,7 @@ long bmx_decode_by_channel(const Vectors* views, const ChannelRows* rows, const 
             slot.exact_value = {reinterpret_cast<uint8_t*>(own.exact_values), nullptr, MODEL, value_dim};
             slot.take(left);
             const long after = task + omp_get_num_threads();  // the next task of this thread
-            if (after < batch * kv_heads) {
+            if (after < batch * kv_heads && slots[after / kv_heads] >= 0) {
                 const ChannelRows then = rows->of(slots[after / kv_heads] * kv_heads + after % kv_heads);
                 const long coded = std::max(0L, positions[after / kv_heads] + 1 - KEY_GROUP);
                 slot.next = Stream{then.keys.at(0),
@@ -387,7 +399,7 @@ long bmx_decode_by_channel(const Vectors* views, const ChannelRows* rows, const 
                                    coded / KEY_GROUP * dim / 16};
             }
             slot.sinks = sinks ? sinks + head * group : nullptr;
-            slot.attend(scale, out + (token * heads + head * group) * value_dim);
+            slot.attend(scale, answer);
         }
         release_tiles();
     }
