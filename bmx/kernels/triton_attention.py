@@ -264,6 +264,9 @@ def _add_columns(
         members = m + tl.arange(0, sizes.block_m)
         tokens, heads = members // sizes.group, members % sizes.group
         valid = tokens < length
+        logsum = tl.load(logsums + tokens * sizes.heads + heads, mask=valid, other=float("inf"))
+        if query_weights is not None:
+            weight = tl.load(query_weights + tokens, mask=valid, other=0.0)
         queries = load(query[0], tokens * query[1] + heads * query[2], valid, key_parts, True)
         scores = _scores(keys, queries, inner, sizes)
         if masked:
@@ -271,10 +274,9 @@ def _add_columns(
             if sizes.window > 0:
                 seen = seen & (places[:, None] > tokens[None, :] - sizes.window)
             scores = tl.where(seen, scores, float("-inf"))
-        logsum = tl.load(logsums + tokens * sizes.heads + heads, mask=valid, other=float("inf"))
         received = tl.exp2(scores * (factor * power) - (logsum * power)[None, :])
         if query_weights is not None:
-            received = received * tl.load(query_weights + tokens, mask=valid, other=0.0)[None, :]
+            received = received * weight[None, :]
         sums += tl.sum(received, 1)
     return sums
 

@@ -14,48 +14,61 @@ from torch import Tensor
 
 from bmx.kernels.triton_operands import Variant, variant
 
+TILE = 4096  # numbers that a program of 128 threads holds
 GATE_BLOCK = 1024
 
 
 @triton.jit
-def _rms_norm_kernel(output, x, weight, epsilon, inner: tl.constexpr, block: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _rms_norm_kernel(output, x, weight, rows, epsilon, inner: tl.constexpr, block: tl.constexpr, many: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)
     columns = tl.arange(0, block)
-    inside = columns < inner
-    numbers = tl.load(x + row * inner + columns, inside, 0.0)
+    inside = (row < rows)[:, None] & (columns < inner)[None, :]
+    at = row[:, None] * inner + columns[None, :]
+    numbers = tl.load(x + at, inside, 0.0)
+    scale = tl.load(weight + columns, columns < inner, 0.0).to(tl.float32)
     wide = numbers.to(tl.float32)
-    mean = tl.sum(wide * wide, 0) / inner
-    normal = (wide * tl.rsqrt(mean + epsilon)).to(numbers.dtype)
-    scale = tl.load(weight + columns, inside, 0.0)
-    tl.store(output + row * inner + columns, scale.to(tl.float32) * normal.to(tl.float32), inside)
+    mean = tl.sum(wide * wide, 1) / inner
+    normal = (wide * tl.rsqrt(mean + epsilon)[:, None]).to(numbers.dtype)
+    tl.store(output + at, scale[None, :] * normal.to(tl.float32), inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """See ``contract.KernelModule.rms_norm``."""
+    """See ``contract.KernelModule.rms_norm``; a program takes several vectors if they are short."""
     x, inner = x.contiguous(), x.shape[-1]
     output, rows = torch.empty_like(x), x.numel() // inner
     if rows:
-        block = triton.next_power_of_2(inner)
-        _rms_norm_kernel[rows,](output, x, weight, epsilon, inner, block, num_warps=4 if block <= 4096 else 8)
+        sizes, launch = _norm_launch(inner)
+        _rms_norm_kernel[triton.cdiv(rows, sizes["many"]),](output, x, weight, rows, epsilon, **sizes, **launch)
     return output
 
 
+def _norm_launch(inner: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The sizes of a program, and its warps and stages."""
+    block = triton.next_power_of_2(inner)
+    sizes = {"inner": inner, "block": block, "many": max(1, TILE // block)}
+    return sizes, {"num_warps": 4 if block <= TILE else 8, "num_stages": 1}
+
+
 @triton.jit
-def _rotate_kernel(output, x, cos, sin, by_token, by_head, heads, dim: tl.constexpr, half_block: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+def _rotate_kernel(
+    output, x, cos, sin, tokens, by_token, by_head, heads,
+    dim: tl.constexpr, half_block: tl.constexpr, many: tl.constexpr,
+):  # fmt: skip
+    """Some heads of some tokens, in the order of the output; each reads its angles, mostly from the cache."""
     half: tl.constexpr = dim // 2
+    row = tl.program_id(0) * many + tl.arange(0, many)
     columns = tl.arange(0, half_block)
-    inside = columns < half
-    source = x + token * by_token + head * by_head
-    first = tl.load(source + columns, inside, 0.0).to(tl.float32)
-    second = tl.load(source + half + columns, inside, 0.0).to(tl.float32)
-    angles = token * dim + columns
+    inside = (row < tokens * heads)[:, None] & (columns < half)[None, :]
+    token, head, row = (row // heads).to(tl.int64), row % heads, row.to(tl.int64)
+    source = x + (token * by_token + head * by_head)[:, None] + columns[None, :]
+    first = tl.load(source, inside, 0.0).to(tl.float32)
+    second = tl.load(source + half, inside, 0.0).to(tl.float32)
+    angles = (token * dim)[:, None] + columns[None, :]
     low = first * tl.load(cos + angles, inside, 0.0) - second * tl.load(sin + angles, inside, 0.0)
     high = second * tl.load(cos + angles + half, inside, 0.0) + first * tl.load(sin + angles + half, inside, 0.0)
-    target = output + (token * heads + head) * dim
-    tl.store(target + columns, low, inside)
-    tl.store(target + half + columns, high, inside)
+    target = output + (row * dim)[:, None] + columns[None, :]
+    tl.store(target, low, inside)
+    tl.store(target + half, high, inside)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -64,11 +77,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     output = x.new_empty(1, tokens, heads, dim)
     if output.numel():
-        half = triton.next_power_of_2(max(1, dim // 2))
-        strides = (x.stride(2), x.stride(1))
-        tables = (cos.contiguous(), sin.contiguous())
-        _rotate_kernel[tokens, heads](output, x, *tables, *strides, heads, dim, half, num_warps=1)
+        sizes, launch = _rotation_launch(dim)
+        operands = (output, x, cos.contiguous(), sin.contiguous(), tokens, x.stride(2), x.stride(1), heads)
+        _rotate_kernel[triton.cdiv(tokens * heads, sizes["many"]),](*operands, **sizes, **launch)
     return output.transpose(1, 2)
+
+
+def _rotation_launch(dim: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The sizes of a program, and its warps and stages."""
+    half = triton.next_power_of_2(max(1, dim // 2))
+    return {"dim": dim, "half_block": half, "many": max(1, TILE // 2 // half)}, {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -95,15 +113,13 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noqa: ARG001
-    """The launches of bfloat16 models with keys of this size, and 32 times that size."""
-    inner, half = 32 * dim, triton.next_power_of_2(dim // 2)
+    """The launches of bfloat16 models with keys of this size, normed or not, and 32 times that size."""
     types = dict.fromkeys(("output", "x", "weight", "cos", "sin", "gate", "up"), "*bf16")
-    types |= dict.fromkeys(("by_token", "by_head", "heads", "by_gate", "by_up"), "i32") | {"epsilon": "fp32"}
-    block = triton.next_power_of_2(inner)
-    norm, rotary = {"inner": inner, "block": block}, {"dim": dim, "half_block": half}
-    gated = {"inner": 4 * inner, "block": GATE_BLOCK}
+    types |= dict.fromkeys(("by_token", "by_head", "by_gate", "by_up"), "i32:16") | {"epsilon": "fp32"}
+    types |= dict.fromkeys(("rows", "tokens", "heads"), "i32")
+    gated = {"inner": 128 * dim, "block": GATE_BLOCK}
     return [
-        variant(_rms_norm_kernel, types, norm, {"num_warps": 4 if block <= 4096 else 8, "num_stages": 1}),
-        variant(_rotate_kernel, types, rotary, {"num_warps": 1, "num_stages": 1}),
+        *(variant(_rms_norm_kernel, types, *_norm_launch(inner)) for inner in (32 * dim, dim)),
+        variant(_rotate_kernel, types, *_rotation_launch(dim)),
         variant(_gate_kernel, types, gated, {"num_warps": 4, "num_stages": 1}),
     ]

@@ -25,6 +25,7 @@ from bmx.kernels.transfer import upload
 from bmx.kernels.triton_attention import Sizes, attend_kernel, sums_kernel
 from bmx.kernels.triton_operands import (
     BF16_TOKENS,
+    MOST_SHARED,
     SlotRows,
     Variant,
     packed,
@@ -53,11 +54,12 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def _launch_attention(dim: int, itemsize: int, shared: int, decodes: bool = False) -> Launch:  # noqa: ARG001
+def _launch_attention(dim: int, value_dim: int, itemsize: int, shared: int, decodes: bool = False) -> Launch:
     """How attention is launched.
 
     Args:
-        dim: the wider of keys' and values'.
+        dim: D.
+        value_dim: E.
         itemsize: bytes of a number of the model's type.
         shared: bytes of shared memory that a block may have.
         decodes: whether slots store codes. Tiles that are decoded in registers cannot be loaded ahead, so several small
@@ -67,20 +69,23 @@ def _launch_attention(dim: int, itemsize: int, shared: int, decodes: bool = Fals
         return Launch(32, 16, 4, 1)
     if itemsize == 4:  # no tensor cores
         return Launch(32, 32, 8, 1)
+    wide, ample = max(dim, value_dim) > 128, shared >= MOST_SHARED
     if decodes:
-        return Launch(64, 32, 4 if dim <= 128 else 8, 1)
-    if dim > 128:
-        return Launch(64, 32, 8, 2)
-    return Launch(128, 64, 8, 3)
+        return Launch(64, 32, 8, 1) if wide else Launch(64, 64 if ample else 32, 4, 1)
+    if not wide:
+        return Launch(128, 64, 8, 3)
+    return Launch(128, 64 if dim + value_dim <= 320 else 32, 8, 2) if ample else Launch(64, 32, 8, 2)
 
 
-def _launch_sums(dim: int, itemsize: int, shared: int) -> Launch:  # noqa: ARG001
-    """How column sums are launched."""
+def _launch_sums(dim: int, itemsize: int, shared: int) -> Launch:
+    """How column sums are launched: of keys of D numbers, with this much shared memory of a block."""
     if INTERPRETED:
         return Launch(16, 32, 4, 1)
     if itemsize == 4:
         return Launch(32, 32, 8, 1)
-    return Launch(64, 128, 8, 3 if dim <= 128 else 2)
+    if dim <= 192:
+        return Launch(64, 128, 8, 3 if dim <= 128 else 2)
+    return Launch(64, 128, 8, 2) if shared >= MOST_SHARED else Launch(32, 64, 4, 2)
 
 
 def attend(
@@ -116,7 +121,7 @@ def attend(
         return
     kv_heads, width = value.shape[1:]
     decodes = rows.formats != (MODEL, MODEL)
-    launch = _launch_attention(max(query.shape[2], width), query.element_size(), shared_memory(), decodes)
+    launch = _launch_attention(query.shape[2], width, query.element_size(), shared_memory(), decodes)
     sizes = _sizes(query.shape[1], kv_heads, query.shape[2], width, softcap, window, launch, *rows.formats)
     tiles = triton.cdiv(max(chunks.lengths) * sizes.group, launch.block_m)
     attend_kernel[tiles, kv_heads, len(chunks.lengths)](
@@ -349,7 +354,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
 def _attention_variant(
     dim: int, value_dim: int, shared: int, formats: tuple[str, str], constants: dict[str, Any]
 ) -> Variant:
-    launch = _launch_attention(max(dim, value_dim), 2, shared, formats != (MODEL, MODEL))
+    launch = _launch_attention(dim, value_dim, 2, shared, formats != (MODEL, MODEL))
     rows = stored_rows(*formats, positions=False, mass=False)
     constants = {"sizes": _sizes(32, 8, dim, value_dim, None, None, launch, *formats), "sinks": None, **constants}
     return variant(attend_kernel, TYPES | {"slot_rows": rows}, constants, launch.options)
