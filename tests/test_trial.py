@@ -118,7 +118,7 @@ def test_g17_where_nothing_can_be_compiled_plain_torch_runs_alone_and_says_why_o
     chosen = tiny_engine("small").backend.kernels
     assert chosen.name == "reference"
     assert "plain torch: RuntimeError: Failed to find C compiler" in chosen.why
-    assert chosen.capabilities == kernels.CAPABILITIES["reference"]
+    assert not chosen.capabilities.orders
     assert callable(chosen.module.decode_step)
     [warning] = caplog.messages
     assert "Failed to find C compiler" in warning
@@ -196,7 +196,7 @@ def damaged_decode(change):
     [
         (lambda output, _: output[0, 0].mul_(2), "output is off"),
         (lambda output, _: output[0, 0, 0].fill_(float("nan")), "output is off"),
-        (lambda _, rows: rows.mass.zero_(), "mass is off"),
+        (lambda _, rows: rows.mass.mul_(0.9), "mass is off"),
         (lambda _, rows: rows.keys.neg_(), "keys is off"),
         (lambda _, rows: rows.positions.add_(1), "pairs are kept or evicted"),
     ],
@@ -204,6 +204,24 @@ def damaged_decode(change):
 def test_whatever_a_step_writes_is_compared(monkeypatch, change, what):
     monkeypatch.setattr(f"{MODULE}.decode_step", damaged_decode(change))
     assert what in replaced()["decode_step"]
+
+
+def test_attention_that_is_not_added_up_is_noticed(monkeypatch):
+    def decode_step(*args, **options):
+        return reference.decode_step(*args, **options | {"accumulate": False})
+
+    monkeypatch.setattr(f"{MODULE}.decode_step", decode_step)
+    assert "mass is off" in replaced()["decode_step"]
+
+
+def test_slots_that_are_read_in_pieces_are_tried_too(monkeypatch):
+    def decode_step(output, query, key, value, rows, *args, **options):
+        done = reference.decode_step(output, query, key, value, rows, *args, **options)
+        output.mul_(1 if rows.largest == trial.ROWS else 2)
+        return done
+
+    monkeypatch.setattr(f"{MODULE}.decode_step", decode_step)
+    assert "output is off" in replaced()["decode_step"]
 
 
 def test_a_step_that_declines_is_not_a_failure(monkeypatch):

@@ -54,7 +54,9 @@ class Kernels:
         own = CAPABILITIES[self.name]
         if STEPS.isdisjoint(self.replaced):
             return own
-        return replace(CAPABILITIES["reference"], model_dtypes=own.model_dtypes, asynchronous=own.asynchronous)
+        plain = CAPABILITIES["reference"]
+        own = replace(own, workspace=plain.workspace, profile=plain.profile)
+        return replace(own, orders=(), capturable=False, skips_empty_rows=False)
 
 
 def choose(device_type: str) -> Kernels:
