@@ -24,13 +24,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 KILOBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory that a block may have
 SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # of keys and values
-MODULES = tuple(f"bmx.kernels.triton_{name}" for name in ("prefill", "decode", "evict", "pointwise", "fp8"))
+MODULES = tuple(f"bmx.kernels.triton_{name}" for name in ("prefill", "decode", "evict", "pointwise", "fp8", "draw"))
 SPARED = 32  # bytes: values that no loop touches, which the assembler puts aside so that another block fits
 # What the test compiles: files and sizes by architecture.
 TESTED: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
     86: {"bmx.kernels.triton_decode": ((128, 128),), "bmx.kernels.triton_evict": ((128, 128),)},
     89: {"bmx.kernels.triton_fp8": ((128, 128),)},
-    90: {"bmx.kernels.triton_prefill": ((128, 128),), "bmx.kernels.triton_pointwise": ((64, 64),)},
+    90: {
+        "bmx.kernels.triton_prefill": ((128, 128),),
+        "bmx.kernels.triton_pointwise": ((64, 64),),
+        "bmx.kernels.triton_draw": ((64, 64),),
+    },
 }
 LEAST = {"bmx.kernels.triton_fp8": 89}  # architecture that a file's kernels are for, where not all are
 SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bmx.engine.graphs import DecodeGraphs, GraphRow
+from bmx.kernels.drawing import draw
 
 VOCAB, SLOTS = 11, 3
 
@@ -74,7 +75,7 @@ def decoded(during):
         during()
         return torch.nn.functional.one_hot((step.input_ids[0] + 1) % VOCAB, VOCAB).float()
 
-    graphs = DecodeGraphs(forward, torch.tensor([3, 6, 9, 0]), refused.append)
+    graphs = DecodeGraphs(forward, torch.tensor([3, 6, 9, 0]), draw, refused.append, lambda *_: None)
     graphs.captures = True
     rows = [GraphRow(slot=slot, position=5, row_limit=8, tokens=3) for slot in (0, 2)]
     return graphs.decode(rows).read(), refused

@@ -267,12 +267,13 @@ def test_a_device_counts_with_the_widest_layer():
 SAMPLE = """
 import resource, torch
 from bmx.engine.sampler import SamplingRow as Row, sample
+from bmx.kernels.drawing import draw
 from bmx.request import SamplingParams
 torch.set_num_threads(1)
 row = Row(SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.05), 0.5)
-sample(torch.randn(2, 60_000), [row] * 2)
+sample(torch.randn(2, 60_000), [row] * 2, draw)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sample(torch.randn(64, 60_000), [row] * 64)
+sample(torch.randn(64, 60_000), [row] * 64, draw)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

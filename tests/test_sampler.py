@@ -19,6 +19,7 @@ from transformers import (
 
 from bmx import Request, SamplingParams
 from bmx.engine.sampler import NO_TOKEN, SamplingRow, sample
+from bmx.kernels.drawing import draw
 
 VOCAB = 24
 SEEN = (3, 3, 7, 11, 20)
@@ -47,7 +48,7 @@ def reference(logits: torch.Tensor, params: SamplingParams, seen=SEEN) -> torch.
 
 def tokens(logits, rows):
     """The next token of each row; None where there is none."""
-    return [None if token == NO_TOKEN else token for token in sample(logits, rows).tolist()]
+    return [None if token == NO_TOKEN else token for token in sample(logits, rows, draw).tolist()]
 
 
 def frequencies(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bmx.engine.memory_meter import is_out_of_memory
 from bmx.engine.packed import DecodeBatch, PackedStep
-from bmx.engine.sampler import NO_TOKEN, SamplingRow, likeliest, sample
+from bmx.engine.sampler import NO_TOKEN, Draw, SamplingRow, likeliest, sampling_columns
 from bmx.kernels.transfer import Download, upload
 
 ROUNDS = 8  # tokens that a sequence decodes before the host reads them
@@ -33,6 +33,7 @@ ROW_ALIGNMENT = 16  # rows that a matrix product computes together
 ENDS = 8  # end tokens of an answer that the device checks; the host checks further ones
 NO_SLOT = -1
 Forward = Callable[[PackedStep, Tensor], Tensor]
+CUTS = 4  # numbers that say which tokens are drawn from: temperature, top k, top p and min p
 FIELDS = 5  # of a row's state: slot, position, row limit, tokens left, whether it has long-context frequencies
 
 
@@ -66,6 +67,7 @@ class DecodeGraphs:
         forward: computes the logits [N, V] of a packed step of N decoding tokens; its second argument [N] says which
             rows have long-context frequencies.
         next_ids: [S + 1] the next token of each slot; the last entry is no slot's.
+        draw: draws tokens, as ``contract.KernelModule.draw`` does.
         refused: is called with the reason if a round cannot be captured; rounds are then launched operator by operator,
             with the same results.
         before: is called before each round with the rows, and how many rounds came before; what it launches is no part
@@ -80,11 +82,13 @@ class DecodeGraphs:
         self,
         forward: Forward,
         next_ids: Tensor,
+        draw: Draw,
         refused: Callable[[str], None],
         before: Callable[[Sequence[GraphRow], int], None],
     ) -> None:
         self._forward = forward
         self._next_ids = next_ids
+        self._draw = draw
         self._refused = refused
         self._before = before
         self.captures = next_ids.device.type == "cuda"
@@ -103,10 +107,6 @@ class DecodeGraphs:
         for number in range(max(row.tokens for row in rows)):
             self._before(rows, number)
             decoding.run()
-            if drawn:
-                idle = [SamplingRow.likeliest()] * (count - len(rows))
-                draws = [row.draws[number] if number < len(row.draws) else SamplingRow.likeliest() for row in rows]
-                decoding.take(sample(decoding.logits, [*draws, *idle]))
         return Rounds(decoding.ring, [row.tokens for row in rows])
 
     def _new_round(self, count: int, drawn: bool) -> Round:
@@ -114,7 +114,9 @@ class DecodeGraphs:
         largest = self.row_counts[-1]
         if self.captures and count < largest and (largest, drawn) not in self._rounds:
             self._new_round(largest, drawn)  # first, so that the smaller ones reuse its memory
-        decoding = self._rounds[count, drawn] = Round(self._forward, self._next_ids, count, drawn)
+        decoding = self._rounds[count, drawn] = Round(
+            self._forward, self._next_ids, count, self._draw if drawn else None
+        )
         if self.captures:
             try:
                 self._pool = decoding.capture(self._pool, _warming_stream())
@@ -178,20 +180,20 @@ class Round:
         forward: see ``DecodeGraphs``.
         next_ids: see ``DecodeGraphs``.
         count: rows (N).
-        drawn: whether some tokens are drawn; they are then sampled between rounds.
+        draw: draws tokens; None if all are the likeliest.
 
     Attributes:
         ring: [R, N] token ids of the rounds.
-        logits: [N, V] of the last round, if tokens are drawn.
     """
 
-    def __init__(self, forward: Forward, next_ids: Tensor, count: int, drawn: bool) -> None:
+    def __init__(self, forward: Forward, next_ids: Tensor, count: int, draw: Draw | None) -> None:
         device = next_ids.device
-        self._forward, self._next_ids, self._drawn = forward, next_ids, drawn
+        self._forward, self._next_ids, self._draw = forward, next_ids, draw
+        self._rows = torch.arange(count, device=device)
+        self._sampling = torch.zeros(CUTS + ROUNDS, count, dtype=torch.float64, device=device)
         self._state = torch.zeros(FIELDS + ENDS, count, dtype=torch.long, device=device)
         self._tick = torch.zeros(1, dtype=torch.long, device=device)
         self.ring = torch.zeros(ROUNDS, count, dtype=torch.long, device=device)
-        self.logits = torch.empty(0, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self, rows: Sequence[GraphRow]) -> None:
@@ -206,7 +208,18 @@ class Round:
             *([row.ends[i] if i < len(row.ends) else NO_TOKEN for row in rows] for i in range(ENDS)),
         ]
         self._state.copy_(upload([[*numbers, *idle] for numbers in lists], self._state.device))
+        if self._draw is not None:
+            self._sampling.copy_(upload(self._sampling_of(rows), self._sampling.device, torch.float64))
         self._tick.zero_()
+
+    def _sampling_of(self, rows: Sequence[GraphRow]) -> list[list[float]]:
+        """Temperature, top k, top p and min p of each row, and its draw in each round; 0 where none is drawn."""
+        greedy, idle = SamplingRow.likeliest(), self._state.shape[1] - len(rows)
+        first = [row.draws[0] if row.draws else greedy for row in rows] + [greedy] * idle
+        draws = [
+            [row.draws[i].draw if i < len(row.draws) else 0.0 for row in rows] + [0.0] * idle for i in range(ROUNDS)
+        ]
+        return [*sampling_columns(first)[:CUTS], *draws]
 
     def run(self) -> None:
         """One round."""
@@ -256,12 +269,14 @@ class Round:
             decode_batch=DecodeBatch(slots=active, positions=positions, row_limits=limits, evicting=True),
         )
         logits = self._forward(step, long)
-        if self._drawn:
-            self.logits = logits
-        else:
-            self.take(likeliest(logits))
+        ids = likeliest(logits)
+        if self._draw is not None:
+            sampling = torch.cat([self._sampling[:CUTS], self._sampling[CUTS:].index_select(0, self._tick)])
+            drawn = (sampling[0] > 0) & (ids != NO_TOKEN)
+            ids = torch.where(drawn, self._draw(logits, self._rows, sampling), ids)
+        self._take(ids)
 
-    def take(self, ids: Tensor) -> None:
+    def _take(self, ids: Tensor) -> None:
         """Store the next token of each row [N] and advance its position; rows that have ended stay as they are."""
         slots, positions, _, left, _ = self._state[:FIELDS]
         active = left > 0

@@ -22,6 +22,7 @@ from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
 from bmx.kernels import Kernels
 from bmx.kernels.transfer import Download, upload
+from bmx.kernels.workspace import SAMPLER_ROWS
 from bmx.kv.layout import SlotIndex
 from bmx.kv.pool import KVPool
 from bmx.model.fused_modules import fused_modules
@@ -29,7 +30,7 @@ from bmx.model.loader import LoadedModel
 from bmx.model.rope import Segment
 from bmx.model.spec import use_attention
 from bmx.plan.chunks import ENDING
-from bmx.plan.memory import SAMPLER_ROWS, StepSize
+from bmx.plan.memory import StepSize
 from bmx.plan.planner import Plan
 from bmx.request import Request, SamplingParams
 
@@ -79,6 +80,7 @@ class ModelRunner:
         refused: Callable[[str], None] | None = None,
     ) -> None:
         self._model, self._rope, self._kernels, self._watch = loaded.model, loaded.rope, kernels, watch
+        self._draw = kernels.module.draw
         self._vocab, self._max_length = loaded.spec.vocab, loaded.spec.max_length
         device = self._model.device
         slots = tuple(group.slots for group in (*plan.groups, *plan.prefix_slots))
@@ -112,7 +114,7 @@ class ModelRunner:
         capturable = self._reads_no_empty_rows and self._kernels.capabilities.capturable
         if not (self.ahead and rope_on_device and capturable):
             return None
-        return DecodeGraphs(self._decode_round, self._next_ids, refused, self._before_round)
+        return DecodeGraphs(self._decode_round, self._next_ids, self._draw, refused, self._before_round)
 
     def __enter__(self) -> ModelRunner:
         self._attached.enter_context(use_attention(self._model, self._attention))
@@ -176,7 +178,7 @@ class ModelRunner:
                 self._watch(sequence.request, len(sequence.answer), row)
         if not sequences:
             return Tokens(self._next_ids[:0])
-        ids, forced_ids = sample(logits, rows), [sequence.forced for sequence in sequences]
+        ids, forced_ids = sample(logits, rows, self._draw), [sequence.forced for sequence in sequences]
         if any(token is not None for token in forced_ids):
             forced = upload([NO_TOKEN if token is None else token for token in forced_ids], ids.device)
             ids = torch.where((forced == NO_TOKEN) | (ids == NO_TOKEN), ids, forced)
@@ -248,7 +250,7 @@ class ModelRunner:
         logits = self._logits(packed, [Segment(tokens, start + chunk)])
         drawn = min(sampled, SAMPLER_ROWS)
         rows = [SamplingRow(SamplingParams(temperature=1.0), 0.5)] * drawn
-        sample(logits, rows + [SamplingRow.likeliest()] * (sampled - drawn))
+        sample(logits, rows + [SamplingRow.likeliest()] * (sampled - drawn), self._draw)
 
     def _logits(
         self, packed: PackedStep, segments: list[Segment] | None = None, is_long: Tensor | None = None

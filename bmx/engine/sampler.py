@@ -1,25 +1,25 @@
 """From logits to the next token of each row, in the order of operations that transformers uses.
 
-Knows logits and sampling parameters. A row's randomness is one number that the caller draws, so that a row's token
-does not depend on the other rows.
+Knows logits and sampling parameters; the kernels draw. A row's randomness is one number that the caller draws, so that
+a row's token does not depend on the other rows.
 
 Shapes: N rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bmx.kernels.transfer import upload
-from bmx.plan.memory import SAMPLER_ROWS
+from bmx.kernels.workspace import SAMPLER_ROWS
 from bmx.request import SamplingParams
 
 NO_TOKEN = -1
-COLDEST = 1e-6  # lower temperatures are raised to it: they pick the same token, and could overflow
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]  # ``contract.KernelModule.draw``
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +42,35 @@ class SamplingRow:
         return cls(SamplingParams())
 
     @property
-    def changes(self) -> bool:
-        """Whether its token may differ from the likeliest one."""
-        return self.params.temperature > 0 or self.params.repetition_penalty != 1
+    def penalised(self) -> bool:
+        """Whether the tokens so far change its logits."""
+        return self.params.repetition_penalty != 1
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its token is drawn."""
+        return self.params.temperature > 0
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], draw: Draw) -> Tensor:
     """The next token of each row [N]; ``NO_TOKEN`` where its logits are not numbers.
 
-    Greedy rows use the model's own logits; only the others are copied to float32, a few at a time.
+    Only rows with a repetition penalty are copied to float32, a few at a time.
 
     Args:
         logits: [N, V].
         rows: one per row of logits.
+        draw: draws tokens, as ``contract.KernelModule.draw`` does.
     """
     ids = likeliest(logits)
-    changed = [i for i, row in enumerate(rows) if row.changes]
-    for start in range(0, len(changed), SAMPLER_ROWS):
-        block = changed[start : start + SAMPLER_ROWS]
-        index = upload(block, logits.device)
-        chosen = _choose(logits[index].float(), [rows[i] for i in block])
-        ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, chosen)
+    drawn = [i for i, row in enumerate(rows) if row.drawn and not row.penalised]
+    if drawn:
+        _put(ids, drawn, _drawn(logits, drawn, rows, draw))
+    penalised = [i for i, row in enumerate(rows) if row.penalised]
+    for start in range(0, len(penalised), SAMPLER_ROWS):
+        block = penalised[start : start + SAMPLER_ROWS]
+        copies = logits[upload(block, logits.device)].float()
+        _put(ids, block, _of_penalised(copies, [rows[i] for i in block], draw))
     return ids
 
 
@@ -72,45 +80,43 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(best), ids, NO_TOKEN)
 
 
+def sampling_columns(rows: Sequence[SamplingRow]) -> list[list[float]]:
+    """Lists of the rows' temperatures, top k, top p, min p and draws, as ``contract.KernelModule.draw`` takes them."""
+    params = [row.params for row in rows]
+    return [
+        [each.temperature for each in params],
+        [each.top_k or 0 for each in params],
+        [each.top_p for each in params],
+        [each.min_p for each in params],
+        [row.draw for row in rows],
+    ]
+
+
+def _drawn(logits: Tensor, numbers: list[int], rows: Sequence[SamplingRow], draw: Draw) -> Tensor:
+    """The tokens that are drawn for the rows with these numbers [M]."""
+    sampling = upload(sampling_columns([rows[i] for i in numbers]), logits.device, torch.float64)
+    return draw(logits, upload(numbers, logits.device), sampling)
+
+
+def _put(ids: Tensor, numbers: list[int], chosen: Tensor) -> None:
+    """Put the tokens of the rows with these numbers in their places, but for rows whose logits are not numbers."""
+    index = upload(numbers, ids.device)
+    ids[index] = torch.where(ids[index] == NO_TOKEN, NO_TOKEN, chosen)
+
+
+def _of_penalised(logits: Tensor, rows: Sequence[SamplingRow], draw: Draw) -> Tensor:
+    """One token per row of float32 logits [N, V], which are changed in place: [N] ids."""
+    for values, row in zip(logits, rows, strict=True):
+        _penalise(values, row)
+    ids = logits.argmax(dim=-1)
+    drawn = [i for i, row in enumerate(rows) if row.drawn]
+    if drawn:
+        ids[upload(drawn, logits.device)] = _drawn(logits, drawn, rows, draw)
+    return ids
+
+
 def _penalise(logits: Tensor, row: SamplingRow) -> None:
     """Divide positive and multiply negative logits [V] of seen tokens by the penalty (CTRL, arXiv 1909.05858, 4.1)."""
     seen = upload(sorted(set(row.seen)), logits.device)
     unpenalised, penalty = logits[seen], row.params.repetition_penalty
     logits[seen] = torch.where(unpenalised > 0, unpenalised / penalty, unpenalised * penalty)
-
-
-def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """One token per row of float32 logits [N, V], which are changed in place: [N] ids."""
-    for values, row in zip(logits, rows, strict=True):
-        if row.params.repetition_penalty != 1:
-            _penalise(values, row)
-    ids = logits.argmax(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-    if drawn:
-        index = upload(drawn, logits.device)
-        ids[index] = _draw(logits[index], [rows[i] for i in drawn])
-    return ids
-
-
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """One token per row of float32 logits [N, V], by inverting its cumulative distribution: [N] ids."""
-
-    def column(values: list[float]) -> Tensor:
-        return upload(values, logits.device, torch.float64).unsqueeze(1)
-
-    vocab = logits.shape[-1]
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    probs = (ordered - ordered[:, :1]) / column([max(row.params.temperature, COLDEST) for row in rows])
-    del ordered
-    rank = torch.arange(vocab, device=logits.device)
-    probs.masked_fill_(rank >= column([row.params.top_k or vocab for row in rows]), float("-inf"))
-    probs = torch.softmax(probs, dim=-1)
-    likelier = probs.cumsum(-1).sub_(probs)  # the probability of all likelier tokens
-    probs.masked_fill_(likelier >= column([row.params.top_p for row in rows]), 0.0)
-    del likelier
-    probs.masked_fill_(probs < column([row.params.min_p for row in rows]) * probs[:, :1], 0.0)
-    allowed = (probs > 0).sum(-1, keepdim=True).clamp(min=1)  # tokens are sorted, so the allowed ones come first
-    cumulative = probs.cumsum(-1)
-    target = column([row.draw for row in rows]) * cumulative[:, -1:]
-    chosen = torch.minimum((cumulative <= target).sum(-1, keepdim=True), allowed - 1)
-    return ids.gather(1, chosen).squeeze(1)

@@ -61,6 +61,10 @@ class CompiledKernels:
         """See ``contract.KernelModule.gate``."""
         return reference.gate(gate, up)
 
+    def draw(self, logits: Tensor, rows: Tensor, sampling: Tensor) -> Tensor:
+        """See ``contract.KernelModule.draw``."""
+        return reference.draw(logits, rows, sampling)
+
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """See ``contract.KernelModule.rms_norm``."""
         inner = len(weight)

@@ -301,6 +301,23 @@ class KernelModule(Protocol):
         """
         ...
 
+    def draw(self, logits: Tensor, rows: Tensor, sampling: Tensor) -> Tensor:
+        """A token for each of some rows: the first, likeliest first, up to which tokens have more than a share of all.
+
+        Of equal logits the first is the likelier one. Tokens are the likeliest ``top k``; of those, as few as hold
+        ``top p`` of the probability; of those, the ones at least ``min p`` times as likely as the likeliest. The share
+        is of what is left.
+
+        Args:
+            logits: [N, V].
+            rows: [M] int64, numbers of rows of logits.
+            sampling: [5, M] float64: temperature, top k (0 for all), top p, min p, and the share, in [0, 1).
+
+        Returns:
+            [M] int64 token ids; any where the temperature is 0, or a logit is no number.
+        """
+        ...
+
 
 FUNCTIONS = tuple(name for name in vars(KernelModule) if not name.startswith("_"))
 

@@ -20,6 +20,7 @@ attend_slots, decode_step, prefill_step = reference.attend_slots, reference.deco
 decode_by_channel, append_by_channel = reference.decode_by_channel, reference.append_by_channel
 read_by_channel = reference.read_by_channel
 product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
+draw = reference.draw
 
 
 def attend_chunk(

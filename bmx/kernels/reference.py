@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.kernels import fp8_products
+from bmx.kernels import drawing, fp8_products
 from bmx.kernels.fbgemm import MOST, row_scales
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference_eviction import evict, rank
 from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SlotView, query_heads
+
+draw = drawing.draw
 
 
 def attend_chunk(

@@ -27,6 +27,7 @@ from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Chunks, Rows
 
 SLOTS, ROWS, TOKENS = 2, 40, 16  # slots of a trial, rows of each of their heads, tokens of a chunk
+TOKENS_TO_DRAW = 5000  # of a trial's vocabulary: more than a program looks at together
 FEW = 3  # tokens whose numbers are independent of each other
 OLDER = 24  # tokens of the first slot that were evicted: it is full, and the second one has room for a chunk
 TOLERANCE = {2: 0.03, 4: 0.003}  # of the length of all numbers together, by bytes of a number
@@ -393,6 +394,15 @@ def _rotation(module: KernelModule, inputs: Inputs) -> Results:
     return _numbers(output=module.rotate(x, cos, sin))
 
 
+def _drawn(module: KernelModule, inputs: Inputs) -> Results:
+    """Rows with each cut, with all and with none; the second row is left out."""
+    rows = inputs.tensor([0, *range(2, 7)])
+    cuts = [(1.0, 0, 1.0, 0.0), (0.7, 9, 1.0, 0.0), (1.5, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.2), (0.9, 40, 0.9, 0.05)]
+    sampling = [(*cut, 0.15 * number) for number, cut in enumerate([*cuts, cuts[0]])]
+    logits = inputs.normal(len(sampling) + 1, TOKENS_TO_DRAW, seed=22)
+    return _numbers(tokens=module.draw(logits, rows, inputs.tensor(sampling, torch.float64).t().contiguous()))
+
+
 TRIALS: Mapping[str, tuple[Callable[[KernelModule, Inputs], Results | None], ...]] = {
     "decode_step": (_decode, _decode_long),
     "prefill_step": (_prefill,),
@@ -401,4 +411,5 @@ TRIALS: Mapping[str, tuple[Callable[[KernelModule, Inputs], Results | None], ...
     "gate": (_gate,),
     "rms_norm": (_norm,),
     "rotate": (_rotation,),
+    "draw": (_drawn,),
 }

@@ -17,13 +17,24 @@ from bmx.kernels.linear import Linear, as_one
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.triton_decode import decode_step
+from bmx.kernels.triton_draw import draw
 from bmx.kernels.triton_evict import evict, fits
 from bmx.kernels.triton_fp8 import round_rows
 from bmx.kernels.triton_operands import reads
 from bmx.kernels.triton_pointwise import gate, rms_norm, rotate
 from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
 
-__all__ = ["attend_chunk", "attend_slots", "decode_step", "gate", "prefill_step", "product", "rms_norm", "rotate"]
+__all__ = [
+    "attend_chunk",
+    "attend_slots",
+    "decode_step",
+    "draw",
+    "gate",
+    "prefill_step",
+    "product",
+    "rms_norm",
+    "rotate",
+]
 
 attend_slots = reference.attend_slots
 decode_by_channel, append_by_channel = reference.decode_by_channel, reference.append_by_channel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+SAMPLER_ROWS = 16  # rows whose logits plain torch sorts together
 TILE = 192  # queries of a CPU tile, at most
 UNSPLIT = 2048  # rows of a slot that a GPU's decoding reads in one piece
 SPLIT = 512  # rows of a piece of a larger slot

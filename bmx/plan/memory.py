@@ -12,12 +12,12 @@ from math import ceil
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
+from bmx.kernels.workspace import SAMPLER_ROWS
 from bmx.kv.layout import KVLayout
 from bmx.kv.places import DEVICE, HOST, free_bytes
 from bmx.model.spec import ModelSpec
 from bmx.plan.device import Device
 
-SAMPLER_ROWS = 16  # rows whose logits are sampled together
 SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, with their ids and sums
 
 
