@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 QUIET_SECONDS = 30.0  # a run in which no row finished for less than this is never unusually quiet
 
@@ -45,6 +47,7 @@ class Stats:
     peak_active_slots: int = 0
     shrunk_to: list[tuple[int, int]] = field(default_factory=list)  # after running out of memory: slots, step tokens
     eager: str = ""  # why decoding could not be captured as CUDA graphs, if capturing failed
+    modules: Mapping[str, Any] = field(default_factory=dict)  # of the model: how many kernels compute, by kind
     started: float = field(default_factory=time.monotonic)
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import answers, as_requests, random_prompts, tiny_engine
-from families import FAMILIES
+from families import FAMILIES, tiny_model
 
 triton = pytest.importorskip("triton")
 
@@ -16,8 +16,11 @@ from triton.runtime.errors import OutOfResources
 
 from bmx import EngineConfig, kernels
 from bmx.errors import DeviceError
+from bmx.job.manifest import run_finished
 from bmx.kernels import reference, trial
 from bmx.kernels.contract import FUNCTIONS
+from bmx.kernels.registry import CAPABILITIES
+from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import choose_dtype
 from bmx.plan.device import Device
 from bmx.terminal import environment
@@ -265,3 +268,35 @@ def test_g17_the_environment_names_the_numbers_and_what_is_replaced(monkeypatch,
     rows = environment.environment()
     assert ("gpu (CUDA)", f"a card, {told}, some") in rows
     assert ("gate", "in plain torch: it is broken") in rows
+
+
+def counts(family, monkeypatch):
+    """Parts of a family's tiny model, where Triton's kernels may compute those in float32."""
+    changed = replace(CAPABILITIES["triton"], model_dtypes=("float32",))
+    monkeypatch.setattr(kernels, "CAPABILITIES", {**CAPABILITIES, "triton": changed})
+    with fused_modules(tiny_model(family), kernels.Kernels("triton", "")) as counted:
+        return counted
+
+
+def test_parts_that_kernels_take_over_are_counted_by_kind(monkeypatch):
+    assert counts("small", monkeypatch) == {
+        "linear": {"kernels": 8, "torch": 0},
+        "norm": {"kernels": 3, "torch": 0},
+        "mlp": {"kernels": 1, "torch": 0},
+        "rotary": {"kernels": 1, "torch": 0},
+    }
+
+
+def test_parts_that_are_left_to_torch_are_counted_with_the_reason(monkeypatch):
+    monkeypatch.setattr(f"{MODULE}.rms_norm", fail)
+    counted = counts("helium", monkeypatch)
+    assert counted["norm"]["kernels"] == 0
+    assert counted["norm"]["why"].startswith("HeliumRMSNorm: OutOfResources: out of resource: shared memory")
+    assert counted["rotary"] == {"kernels": 0, "torch": 2, "why": "HeliumAttention: the kernel's numbers are others"}
+
+
+def test_the_manifest_counts_the_parts(cpu_kernels):
+    cpu_kernels("reference")
+    engine = tiny_engine("small", **TIGHT)
+    answers(engine, as_requests(PROMPTS[:1], max_tokens=2))
+    assert run_finished("finished", None, engine.stats)["modules"]["linear"] == {"kernels": 0, "torch": 8}

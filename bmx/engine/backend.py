@@ -5,7 +5,7 @@ The engine plans, schedules and collects; a backend says how large its model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,11 +38,13 @@ class Runner(Protocol):
         kv_bytes: bytes of the slots that it holds on the device.
         ahead: steps that may be launched before the tokens of an earlier one are read.
         rounds: most tokens that sequences should decode in one step.
+        modules: of the model, by kind: how many kernels compute, and how many torch does.
     """
 
     kv_bytes: int
     ahead: int
     rounds: int
+    modules: Mapping[str, Any]
 
     def run(self, step: Step) -> Sampled:
         """Launch a step."""

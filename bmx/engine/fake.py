@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from zlib import crc32
 
@@ -79,6 +80,7 @@ class FakeRunner(AbstractContextManager["FakeRunner"]):
 
     kv_bytes = ahead = 0
     rounds = 1
+    modules: Mapping[str, Any] = MappingProxyType({})
 
     def __exit__(self, *_: object) -> None:
         """Nothing is held."""

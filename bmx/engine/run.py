@@ -166,6 +166,7 @@ class Run:
         try:
             with device_errors(), context.runner(plan) as runner:
                 context.stats.slots, context.stats.kv_bytes = plan.slots, runner.kv_bytes
+                context.stats.modules = runner.modules
                 rows = max((group.capacity for group in plan.prefix_slots), default=0)
                 reuse = Reuse(spec=context.spec, policy=context.policy, chunk_size=chunk_size, rows=rows)
                 prefixes = PrefixCache(reuse, plan.prefix_slots, len(plan.groups), runner.copy, reading or 0)

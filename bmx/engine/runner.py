@@ -6,8 +6,9 @@ they are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ class ModelRunner:
         kv_bytes: bytes of the slots on the device.
         ahead: see ``Runner``.
         rounds: see ``Runner``.
+        modules: see ``Runner``, once it is entered.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class ModelRunner:
         self._graphs = self._decode_graphs(refused) if refused is not None else None
         self.rounds = 1 if self._graphs is None else ROUNDS
         self._attached = ExitStack()
+        self.modules: Mapping[str, Any] = {}
 
     def _decode_graphs(self, refused: Callable[[str], None]) -> DecodeGraphs | None:
         """Graphs of decoding rounds, where rounds can follow each other without the host."""
@@ -118,7 +121,7 @@ class ModelRunner:
 
     def __enter__(self) -> ModelRunner:
         self._attached.enter_context(use_attention(self._model, self._attention))
-        self._attached.enter_context(fused_modules(self._model, self._kernels))
+        self.modules = self._attached.enter_context(fused_modules(self._model, self._kernels))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,7 @@ of attention, caches or files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType, MethodType
@@ -28,28 +28,54 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 MERGED = ("gate_up_proj", "down_proj")
 ROTARY = "apply_rotary_pos_emb"  # the function's name in the code of transformers' models
 CLOSE = 2**-7  # of the largest number, which bfloat16 rounds to within 2^-9
+KINDS = {"Norm": "norm", "MLP": "mlp", "Attention": "rotary", "Experts": "experts"}  # by the end of a class's name
 Forward = Callable[..., Tensor]
+Counts = Mapping[str, Mapping[str, Any]]
 
 
 @contextmanager
-def fused_modules(model: Any, kernels: Kernels) -> Iterator[None]:
-    """Let kernels compute what they can of a model while the body runs."""
+def fused_modules(model: Any, kernels: Kernels) -> Iterator[Counts]:
+    """Let kernels compute what they can of a model while the body runs.
+
+    Yields:
+        By kind of module (``linear``, ``norm``, ``mlp``, ``rotary``, ``experts``): how many ``kernels`` compute, how
+        many are left to ``torch`` and, where a kernel was tried, ``why``.
+    """
     dtypes = {getattr(torch, name) for name in kernels.capabilities.model_dtypes}
+    left: dict[nn.Module, str] = {}
     with ExitStack() as undo:
         if model.dtype in dtypes:
             if kernels.capabilities.joins_layers:
                 join_weights(model)
-            _replace_forwards(model, kernels.module, dtypes, undo)
-        yield
+            left = _replace_forwards(model, kernels.module, dtypes, undo)
+        yield _counts(model, left)
 
 
 @torch.inference_mode()
-def _replace_forwards(model: Any, kernels: KernelModule, dtypes: set[torch.dtype], undo: ExitStack) -> None:
-    like = torch.empty(0, dtype=model.dtype, device=model.device)
+def _replace_forwards(
+    model: Any, kernels: KernelModule, dtypes: set[torch.dtype], undo: ExitStack
+) -> dict[nn.Module, str]:
+    """Replace what can be; returns why modules are left to torch that were tried."""
+    like, left = torch.empty(0, dtype=model.dtype, device=model.device), dict[nn.Module, str]()
     for module in model.modules():
-        for part, forward in _replacements(module, kernels, like):
+        for part, forward in _replacements(module, kernels, like, left):
             _set_forward(part, forward, undo)
-    _replace_rotary(model, kernels, dtypes, like, undo)
+    _replace_rotary(model, kernels, dtypes, like, undo, left)
+    return left
+
+
+def _counts(model: Any, left: Mapping[nn.Module, str]) -> Counts:
+    """See ``fused_modules``."""
+    counts: dict[str, dict[str, Any]] = {}
+    for module in model.modules():
+        name = type(module).__name__
+        of_name = next((kind for ending, kind in KINDS.items() if name.endswith(ending)), "")
+        if kind := "linear" if isinstance(module, nn.Linear) or _is_linear(module) else of_name:
+            count = counts.setdefault(kind, {"kernels": 0, "torch": 0})
+            count["kernels" if "forward" in vars(module) else "torch"] += 1
+            if module in left:
+                count["why"] = f"{name}: {left[module]}"
+    return counts
 
 
 def _set_forward(module: nn.Module, forward: Forward, undo: ExitStack) -> None:
@@ -59,8 +85,17 @@ def _set_forward(module: nn.Module, forward: Forward, undo: ExitStack) -> None:
         undo.callback(delattr, module, "forward")
 
 
-def _replacements(module: Any, kernels: KernelModule, like: Tensor) -> list[tuple[nn.Module, Forward]]:
-    """How the kernels compute a module, or parts of it; empty if they cannot, or not with the same numbers."""
+def _replacements(
+    module: Any, kernels: KernelModule, like: Tensor, left: dict[nn.Module, str]
+) -> list[tuple[nn.Module, Forward]]:
+    """How the kernels compute a module, or parts of it; empty if they cannot, or not with the same numbers.
+
+    Args:
+        module: of the model.
+        kernels: compute it.
+        like: of the model's type, where it is.
+        left: written; why a module is left to torch.
+    """
     parts = dict(module.named_children())
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if _is_linear(module):
@@ -83,7 +118,10 @@ def _replacements(module: Any, kernels: KernelModule, like: Tensor) -> list[tupl
     else:
         return []
     x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(like)
-    return [(module, forward)] if _same(lambda: module(x), lambda: forward(x)) else []
+    if reason := _difference(lambda: module(x), lambda: forward(x)):
+        left[module] = reason
+        return []
+    return [(module, forward)]
 
 
 def _is_linear(module: Any) -> bool:
@@ -126,12 +164,19 @@ def _together(modules: list[Any], kernels: KernelModule) -> list[tuple[nn.Module
     return [(module, partial(forward, number)) for number, module in enumerate(modules)]
 
 
-def _replace_rotary(model: Any, kernels: KernelModule, dtypes: set[torch.dtype], like: Tensor, undo: ExitStack) -> None:
+def _replace_rotary(
+    model: Any,
+    kernels: KernelModule,
+    dtypes: set[torch.dtype],
+    like: Tensor,
+    undo: ExitStack,
+    left: dict[nn.Module, str],
+) -> None:
     """Give the model's attention modules a ``forward`` that turns queries and keys with the kernel.
 
     That ``forward`` is their own code, with another function under the name ``apply_rotary_pos_emb``.
     """
-    copies: dict[Any, FunctionType | None] = {}
+    copies: dict[Any, FunctionType | str] = {}
     for module in model.modules():
         code = type(module).forward
         if ROTARY not in getattr(getattr(code, "__code__", None), "co_names", ()):
@@ -139,18 +184,20 @@ def _replace_rotary(model: Any, kernels: KernelModule, dtypes: set[torch.dtype],
         if code not in copies:
             copies[code] = _with_rotary(code, kernels, dtypes, like)
         copy = copies[code]
-        if copy is not None:
+        if isinstance(copy, str):
+            left[module] = copy
+        else:
             _set_forward(module, MethodType(copy, module), undo)
 
 
-def _with_rotary(code: Any, kernels: KernelModule, dtypes: set[torch.dtype], like: Tensor) -> FunctionType | None:
-    """A copy of a ``forward`` that calls the kernel; None if the kernel gives other numbers than its own function."""
+def _with_rotary(code: Any, kernels: KernelModule, dtypes: set[torch.dtype], like: Tensor) -> FunctionType | str:
+    """A copy of a ``forward`` that calls the kernel; the reason if the kernel cannot do what its own function does."""
     own = code.__globals__.get(ROTARY)
     turned = partial(_rotary, kernels, dtypes, own)
     random = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(*shape, generator=random).to(like) for shape in _ROTARY_SHAPES)
-    if not _same(lambda: torch.cat(own(q, k, cos, sin), 1), lambda: torch.cat(turned(q, k, cos, sin), 1)):
-        return None
+    if reason := _difference(lambda: torch.cat(own(q, k, cos, sin), 1), lambda: torch.cat(turned(q, k, cos, sin), 1)):
+        return reason
     copy = FunctionType(
         code.__code__, {**code.__globals__, ROTARY: turned}, code.__name__, code.__defaults__, code.__closure__
     )
@@ -180,12 +227,13 @@ def _rotary(
     return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
 
 
-def _same(own: Callable[[], Tensor], replaced: Callable[[], Tensor]) -> bool:
-    """Whether two ways to compute give the same numbers but for rounding; not if either fails."""
+def _difference(own: Callable[[], Tensor], replaced: Callable[[], Tensor]) -> str:
+    """How a way to compute differs from a module's own; empty if the numbers are the same but for rounding."""
     try:
         expected, output = own(), replaced()
-    except (TypeError, RuntimeError, AttributeError, ValueError):
-        return False
+    except Exception as error:  # Triton's errors have no type in common with torch's
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if (expected.shape, expected.dtype) != (output.shape, output.dtype):
-        return False
-    return bool((expected.float() - output.float()).abs().max() <= CLOSE * expected.float().abs().max())
+        return "the kernel's output has another shape or type"
+    close = (expected.float() - output.float()).abs().max() <= CLOSE * expected.float().abs().max()
+    return "" if close else "the kernel's numbers are others"

@@ -197,7 +197,7 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
     return _spec(model, tuple(probe.layers), costs(model))
 
 
-def _own_kernels(model: Any) -> AbstractContextManager[None]:
+def _own_kernels(model: Any) -> AbstractContextManager[Any]:
     """On a CPU, the kernels that will run compute: torch's products of bfloat16 may take a hundred times as long."""
     if model.device.type != "cpu":
         return nullcontext()
