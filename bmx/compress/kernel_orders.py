@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from bmx.compress.attention_scorers import RKV, AttentionMass, AverageAttention, FarAttention, Recency, Window
 from bmx.compress.key_scorers import KeyDiff, KeyNorm
-from bmx.compress.scorer_api import Scorer
+from bmx.compress.scorer_api import Needs, Scorer
 from bmx.compress.scorers import scorer_named
 from bmx.config import EngineConfig
 from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import FORMATS
 from bmx.kv_formats import formats_of
+from bmx.model.spec import ModelSpec
 
 _KERNEL_ORDERS = {  # what ``EvictionOrder`` calls scorers' formulas; "rank": the engine ranks, kernels only evict
     Recency.__call__: "age",
@@ -21,6 +22,34 @@ _KERNEL_ORDERS = {  # what ``EvictionOrder`` calls scorers' formulas; "rank": th
     FarAttention.__call__: "average",
     **dict.fromkeys((Window.__call__, RKV.__call__, KeyDiff.__call__, KeyNorm.__call__), "rank"),
 }
+
+RANKED_BYTES = 2**25  # of pairs that are ranked at once for kernels, unless one slot has more
+UNKEYED = 64  # bytes of a pair that is ranked without its key: numbers, and their order
+FLOAT32 = 4  # bytes
+COPIES = 6  # of a key, as it is decoded and scored
+
+
+def ranked_pair_bytes(needs: Needs, key_dim: int) -> int:
+    """Bytes of a pair that is ranked, before a scorer makes anything of it."""
+    return FLOAT32 * key_dim if Needs.KEYS in needs else UNKEYED
+
+
+def ranking_bytes(config: EngineConfig, capabilities: Capabilities, spec: ModelSpec, pairs: int, slots: int) -> int:
+    """Bytes that ranking holds beside steps in which kernels evict by rank; 0 if they do not.
+
+    Args:
+        config: the settings.
+        capabilities: of the kernels.
+        spec: the model's sizes.
+        pairs: of a head, at most.
+        slots: that may be ranked at once.
+    """
+    scorer = scorer_named(config.kv_policy)
+    if scorer is None or kernel_order(scorer) != "rank" or not left_to_kernels(config, capabilities):
+        return 0
+    copies = COPIES if Needs.KEYS in scorer.needs else 1
+    slot = pairs * max(layer.kv_heads * ranked_pair_bytes(scorer.needs, layer.key_dim) for layer in spec.layers)
+    return copies * max(slot, min(slot * slots * len(spec.layers), RANKED_BYTES))
 
 
 def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:

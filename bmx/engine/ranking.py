@@ -4,18 +4,19 @@ Kernels then evict by these ranks, so that steps stay fused and graphs contain n
 on its own sequence alone: while a prompt is read, at each chunk that evicts; in decoding, before the token that finds
 the slot full, and before each ``every``-th one after it. Works for scorers on which empty rows have no influence.
 
-Shapes: N slots, K kv heads, C rows and T tokens of each that are ranked, P packed tokens, D key dim.
+Shapes: L layers, N slots, K kv heads, C rows and T tokens of each that are ranked, P packed tokens, D key dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bmx.compress.kernel_orders import RANKED_BYTES, ranked_pair_bytes
 from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs, Seen
 from bmx.engine.layer_inputs import FusedLayer
@@ -23,10 +24,6 @@ from bmx.kernels.formats import Stored
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.transfer import upload
 from bmx.kv.stores import EMPTY
-
-RANKED_BYTES = 2**26  # of what is ranked at once, as float32 keys: a scorer holds a few times as much
-UNKEYED = 64  # bytes of a pair that is ranked without its key
-FLOAT32 = 4  # bytes
 
 
 class DecodingSlot(NamedTuple):
@@ -129,21 +126,22 @@ class Candidates:
             now=now.view(-1, 1, 1),
         )
 
-    def positions(self, rows: Rows) -> Tensor:
-        """[N, K, C + T] int32, -1 for a repetition."""
-        held = torch.where(self.in_use, rows.positions[self.rows], EMPTY)
-        return torch.cat([held, self.token_positions], -1)
+    def positions(self, held: Tensor) -> Tensor:
+        """[L, N, K, C + T] int32, -1 for a repetition, from those of the rows [L, N, K, C]."""
+        held = torch.where(self.in_use, held, EMPTY)
+        return torch.cat([held, self.token_positions.expand(len(held), -1, -1, -1)], -1)
 
-    def masses(self, mass: Tensor, sums: Tensor | None) -> Tensor:
-        """[N, K, C + T], 0 for a repetition, from the mass of rows, and that [K, P] of packed tokens."""
-        held = torch.where(self.in_use, mass[self.rows], 0.0)
+    def masses(self, held: Tensor, sums: Tensor | None) -> Tensor:
+        """[L, N, K, C + T], 0 for a repetition, from those of the rows [L, N, K, C] and of packed tokens [K, P]."""
+        held = torch.where(self.in_use, held, 0.0)
         if sums is None:
             return held
-        return torch.cat([held, torch.where(self.given, sums[:, self.tokens].transpose(0, 1), 0.0)], -1)
+        own = torch.where(self.given, sums[:, self.tokens].transpose(0, 1), 0.0)
+        return torch.cat([held, own.unsqueeze(0)], -1)
 
     def keys(self, held: Tensor, key: Tensor | None) -> Tensor:
-        """[N, K, C + T, D] float32, from those of the rows [N, K, C, D] and of packed tokens [P, K, D]."""
-        own = [] if key is None else [key[self.tokens].transpose(1, 2)]
+        """[L, N, K, C + T, D] float32, from those of the rows [L, N, K, C, D] and of packed tokens [P, K, D]."""
+        own = [] if key is None else [key[self.tokens].transpose(1, 2).unsqueeze(0)]
         return torch.cat([held, *own], -2).float()
 
 
@@ -158,10 +156,11 @@ class Ranking:
 
     def __init__(self, policy: CompressionPolicy, dtype: torch.dtype, decoding: Sequence[FusedLayer | None]) -> None:
         self._policy, self._dtype = policy, dtype
-        self._alike: dict[int, list[FusedLayer]] = {}  # layers by their table of slots
+        self._alike: dict[Any, list[FusedLayer]] = {}  # layers that are ranked together
         for layer in decoding:
             if layer is not None and layer.order.by == "rank":
-                self._alike.setdefault(id(layer.rows.first), []).append(layer)
+                kind = id(layer.rows.first), layer.order, layer.key_dim, layer.rows.formats
+                self._alike.setdefault(kind, []).append(layer)
 
     def rank_slots(self, slots: Iterable[DecodingSlot]) -> None:
         """Rank the pairs of the slots that are due before these tokens, in every layer."""
@@ -176,8 +175,8 @@ class Ranking:
             most = [min(one.row_limit, max(first.rows.capacities[one.slot])) for one in due]
             for piece in self._pieces(first, max(most), len(due)):
                 candidates = Candidates.of_slots(first.rows, columns[:, piece], max(most[piece]), every)
-                for layer in layers:
-                    self._rank(layer, candidates)
+                for some in self._pieces(first, max(most) * len(due[piece]), len(layers)):
+                    self._rank(layers[some], candidates)
 
     def rank_chunks(
         self,
@@ -204,7 +203,7 @@ class Ranking:
         if table not in selected:
             selected[table] = list(self._evicting(layer, chunks))
         for candidates in selected[table]:
-            self._rank(layer, candidates, key, sums, ranks)
+            self._rank([layer], candidates, key, sums, ranks)
         return ranks
 
     def _evicting(self, layer: FusedLayer, chunks: Chunks) -> Iterator[Candidates]:
@@ -221,42 +220,51 @@ class Ranking:
                 yield Candidates.of_chunks(rows, chunks.table[:, piece], count, max(chunks.lengths[piece]))
 
     def _pieces(self, layer: FusedLayer, candidates: int, count: int) -> Iterator[slice]:
-        """As many of ``count`` slots at a time as memory is meant for, with so many candidates in each head."""
-        pair = layer.key_dim * FLOAT32 if Needs.KEYS in self._policy.needs else UNKEYED
+        """As many of ``count`` slots or layers at a time as memory is meant for; each has so many candidates a head."""
+        pair = ranked_pair_bytes(self._policy.needs, layer.key_dim)
         step = max(1, RANKED_BYTES // (pair * candidates * layer.rows.kv_heads))
         return (slice(begin, begin + step) for begin in range(0, count, step))
 
     def _rank(
         self,
-        layer: FusedLayer,
+        layers: Sequence[FusedLayer],
         candidates: Candidates,
         key: Tensor | None = None,
         sums: Tensor | None = None,
         ranks: Tensor | None = None,
     ) -> None:
-        """Rank pairs of rows, and those of packed tokens where there are any; ``ranks`` [K, P] are written."""
-        rows, at, ranked = layer.rows, candidates.rows, candidates.ranked
-        seen = Seen(
-            positions=candidates.positions(rows),
-            now=candidates.now,
-            inputs={},
-            window=layer.order.window,
-            distance=layer.order.distance,
-        )
+        """Rank pairs of rows of L layers, or of one layer and of packed tokens, whose ``ranks`` [K, P] are written."""
+        at, first = candidates.rows, layers[0]
+        positions = candidates.positions(_gathered([layer.rows.positions for layer in layers], at))
         inputs = {}
-        if rows.mass is not None:
-            inputs["mass"] = candidates.masses(rows.mass, sums)
+        if Needs.ATTENTION_MASS in self._policy.needs:
+            inputs["mass"] = candidates.masses(_gathered([layer.rows.mass for layer in layers], at), sums)
         if Needs.KEYS in self._policy.needs:
-            keys = Stored(rows.keys, rows.key_scales, rows.key_format).read(at, layer.key_dim, self._dtype)
-            inputs["keys"] = candidates.keys(keys, key).masked_fill_(~seen.valid.unsqueeze(-1), 0)
-        scores = self._policy.score(replace(seen, inputs=inputs)).gather(-1, candidates.numbers)
-        held = scores[..., : at.shape[-1]]
-        if rows.ranks is not None:
-            written = ranked & candidates.in_use[..., :1]  # repetitions too: those of a row write the same
-            rows.ranks[at] = torch.where(written, held, rows.ranks[at])
+            codes = _gathered([layer.rows.keys for layer in layers], at)
+            scales = None
+            if first.rows.key_scales is not None:
+                scales = _gathered([layer.rows.key_scales for layer in layers], at)
+            held = Stored(codes, scales, first.rows.key_format).read(..., first.key_dim, self._dtype)
+            inputs["keys"] = candidates.keys(held, key).masked_fill_((positions < 0).unsqueeze(-1), 0)
+        window, distance = first.order.window, first.order.distance
+        seen = Seen(positions=positions, now=candidates.now, inputs=inputs, window=window, distance=distance)
+        scores = self._policy.score(seen)
+        scores = scores.gather(-1, candidates.numbers.expand(scores.shape))
+        written = candidates.ranked & candidates.in_use[..., :1]  # repetitions too: those of a row write the same
+        before = _gathered([layer.rows.ranks for layer in layers], at)
+        after = torch.where(written, scores[..., : at.shape[-1]], before)
+        for layer, own in zip(layers, after, strict=True):
+            if layer.rows.ranks is not None:
+                layer.rows.ranks[at] = own
         if ranks is not None:
-            own = torch.where(ranked, scores[..., at.shape[-1] :], float("inf"))
-            ranks[:, candidates.tokens] = own.transpose(0, 1)
+            of_tokens = torch.where(candidates.ranked, scores[0, ..., at.shape[-1] :], float("inf"))
+            ranks[:, candidates.tokens] = of_tokens.transpose(0, 1)
+
+
+def _gathered(parts: Sequence[Tensor | None], rows: Tensor) -> Tensor:
+    """[L, N, K, C, ...] what L layers hold in rows [N, K, C]."""
+    gathered = [part[rows] for part in parts if part is not None]
+    return gathered[0].unsqueeze(0) if len(gathered) == 1 else torch.stack(gathered)
 
 
 def _counted(limits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from bmx import kernels
-from bmx.compress.kernel_orders import answers_by_channel, left_to_kernels
+from bmx.compress.kernel_orders import answers_by_channel, left_to_kernels, ranking_bytes
 from bmx.config import EngineConfig
 from bmx.kernels.contract import KernelProfile
 from bmx.kernels.formats import MODEL
@@ -31,6 +32,7 @@ class Device:
         workspace: bytes of one layer's attention, from a chunk's tokens, the keys that a query sees, and the slots.
         slack: bytes that allocators lose in any case.
         share: share of the bytes of activations and logits that they lose besides.
+        ranking: bytes of ranking pairs beside a layer's attention, from the keys that a query sees, and the slots.
         captures: whether decoding is captured as CUDA graphs.
         archive_place: where the keys and values of an archive are: ``device``, ``host`` or a folder.
     """
@@ -40,6 +42,7 @@ class Device:
     workspace: Callable[[int, int, int], int]
     slack: int = 0
     share: float = 0.02
+    ranking: Callable[[int, int], int] = lambda rows, slots: 0  # noqa: ARG005
     captures: bool = False
     archive_place: str = DEVICE
 
@@ -83,6 +86,7 @@ class Device:
             kind=kind,
             runtime=runtime,
             workspace=workspace,
+            ranking=partial(ranking_bytes, config, capabilities, spec),
             slack=slack,
             share=share,
             captures=captures,

@@ -198,7 +198,8 @@ def memory_needed(
     away = reading is not None and device.archive_place != DEVICE
     stored = sum(slot.stored_bytes * count for slot, count in layouts) if away else 0
     layouts += [(reading.layout, reading.slots)] if reading else []
-    activations = spec.costs.activation_bytes * tokens + device.workspace(chunk, keys, slots)
+    attention = device.workspace(chunk, keys, slots) + device.ranking(keys, slots)
+    activations = spec.costs.activation_bytes * tokens + attention
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(
         runtime=device.runtime,
