@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.interpreter import GridExecutor
 
+from bmx.compress.scorer_api import RANK_EVERY
 from bmx.engine.scheduler import Scheduler
 from bmx.kernels.registry import CAPABILITIES
 from bmx.measure.decode_bound import decode_step, sequence_of
@@ -29,6 +30,7 @@ LAUNCH_NOTHING = {
     *("empty", "new_empty", "empty_like", "empty_strided"),
 }
 PROMPT, CHUNK, ANSWER = 48, 16, 3
+READING, DECODING = 15, 12  # launches of a layer
 
 
 class Operators(TorchDispatchMode):
@@ -60,7 +62,7 @@ def launched(cpu_kernels, monkeypatch):
     return count
 
 
-def steps_of(layers, launched, **settings):
+def steps_of(layers, launched, prompt=PROMPT, **settings):
     """What a model launches to read the last chunks of prompts, which evict, and to decode a token of each."""
     config = FAMILIES["llama"]()
     config.num_hidden_layers = layers
@@ -68,12 +70,12 @@ def steps_of(layers, launched, **settings):
         patch.setitem(FAMILIES, "counted", lambda: config)
         told = {"kv_budget": 20, "kv_sink": 2, "kv_recent": 5, "chunk_size": CHUNK, "max_num_seqs": 2}
         engine = tiny_engine(tiny_model("counted"), **told, **settings)
-    lengths, plans, counts = [Length.of(engine.policy, PROMPT, ANSWER)] * 2, [], []
+    lengths, plans, counts = [Length.of(engine.policy, prompt, ANSWER)] * 2, [], []
     launched(lambda: plans.append(engine.plan(lengths)))
     [plan] = plans
     scheduler = Scheduler(plan.groups, plan.step)
     for number in range(2):
-        scheduler.admit(sequence_of(engine, number, PROMPT, ANSWER, rows=plan.groups[-1].capacity))
+        scheduler.admit(sequence_of(engine, number, prompt, ANSWER, rows=plan.groups[-1].capacity))
     with engine.backend.runner(plan, engine.policy, refused=pytest.fail) as runner:
         while not all(sequence.decoding for sequence in scheduler.in_slots):
             step = scheduler.schedule()
@@ -82,9 +84,19 @@ def steps_of(layers, launched, **settings):
         return counts[-1], launched(lambda: runner.run(decode_step(scheduler, 1)))
 
 
+@pytest.mark.parametrize(("policy", "ranking"), [("window", (22, 4)), ("r-kv", (54, 6)), ("keydiff", (32, 5))])
+def test_ranking_many_slots_of_a_layer_launches_no_more_than_this(policy, ranking, launched):
+    """To read chunks that evict, and to decode a token before which all slots are due; beside what a layer launches."""
+    told = {"kv_policy": policy, "kv_format": "int8/int4", "prompt": 20 + 2 * RANK_EVERY}
+    two, three = (steps_of(layers, launched, **told) for layers in (2, 3))  # several are put together
+    reading, decoding = (more - less for more, less in zip(three, two, strict=True))
+    assert reading.total() <= READING + ranking[0], reading
+    assert decoding.total() <= DECODING + ranking[1], decoding
+
+
 @pytest.mark.parametrize("kv_format", ["model", "int8/int4"])
 def test_a_layer_launches_no_more_than_this(launched, kv_format):
     one, two = (steps_of(layers, launched, kv_format=kv_format) for layers in (1, 2))
     reading, decoding = (more - less for more, less in zip(two, one, strict=True))
-    assert reading.total() <= 15, reading
-    assert decoding.total() <= 12, decoding
+    assert reading.total() <= READING, reading
+    assert decoding.total() <= DECODING, decoding

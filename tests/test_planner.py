@@ -213,7 +213,8 @@ def test_logits_are_counted_for_every_slot_and_sampling_for_a_few_at_once():
         ({"kv_policy": "none"}, True),
         ({"kv_policy": "streaming"}, True),
         ({"enforce_eager": True}, False),
-        ({"kv_policy": "keydiff"}, False),
+        ({"kv_policy": "keydiff"}, True),
+        ({"kv_policy": "lagkv"}, False),
         ({"kv_value_norm": True}, False),
         ({"kv_format": "int8"}, True),
         ({"kv_format": "fp8"}, False),
@@ -772,3 +773,16 @@ def test_a_sequence_longer_than_the_plan_fails_alone():
     found = {result.id: result for result in engine.run([short, long], made)}
     assert found["1"].error.code == "out_of_memory"
     assert found["0"].token_ids == answers(tiny_engine("llama"), [short])["0"]
+
+
+def test_what_ranking_takes_beside_fused_steps_is_planned_and_bounded():
+    spec = tiny_engine("llama").spec
+
+    def ranking(policy, rows, slots, kind="cuda"):
+        return Device.of(kind, spec, 0, EngineConfig(kv_policy=policy)).ranking(rows, slots)
+
+    assert ranking("r-kv", 1000, 100) > ranking("window", 1000, 100) > 0
+    assert ranking("r-kv", 1000, 10**6) == ranking("r-kv", 1000, 10**7)
+    assert ranking("r-kv", 10**7, 1) == ranking("r-kv", 10**7, 9) > ranking("r-kv", 1000, 10**6)
+    assert ranking("far-attention", 1000, 100) == ranking("lagkv", 1000, 100) == 0
+    assert ranking("r-kv", 1000, 100, kind="cpu") == 0

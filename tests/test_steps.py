@@ -76,7 +76,7 @@ def launches(monkeypatch):
         allowed.pop()
         return sent
 
-    parts = ("engine.runner", "engine.packed", "engine.attention", "engine.sampler", "engine.graphs")
+    parts = ("engine.runner", "engine.packed", "engine.attention", "engine.sampler", "engine.graphs", "engine.ranking")
     for module in (*parts, "kernels.triton_prefill", "model.rope"):
         monkeypatch.setattr(f"bmx.{module}.upload", upload, raising=False)
     return names, lambda: monkeypatch.setattr(torch, "tensor", tensor)
@@ -127,7 +127,7 @@ def test_no_step_waits_for_the_device(family, config, launches):
         drained(runner, scheduler, (9, 45), 2)  # tables of frequencies are made once
         names.clear()
         watch()
-        kinds = drained(runner, scheduler, (12, 45, 33, 51, 9), 6)
+        kinds = drained(runner, scheduler, (12, 45, 37, 51, 9), 6)
     assert kinds == {(True, False), (False, True), (True, True)}
     alone = config in SIMPLE or config["kv_budget"] == 0.5
     assert ("_decode" in names) == alone

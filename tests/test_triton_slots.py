@@ -266,6 +266,7 @@ def in_splits(monkeypatch, request):
         ({"group": 3, "kv_heads": 1, "value_dim": 24}, {"order": ranked("average", **ROOT_MEAN_SQUARE)}),
         ({"group": 3}, {"order": ranked("mass", window=12, sink=0, recent=0), "sinks": True, "softcap": 2.0}),
         ({"group": 2}, {"order": ranked("age"), "accumulate": False}),
+        ({"group": 2}, {"order": ranked("rank"), "decay": 0.5}),
     ],
 )
 def test_a_decoding_step_in_splits_is_what_float64_says(shape, manner):
@@ -274,7 +275,7 @@ def test_a_decoding_step_in_splits_is_what_float64_says(shape, manner):
     if "sinks" in manner:
         manner["sinks"] = normal(tokens[0].shape[1], seed=5)
     of_slots = {name: size for name, size in shape.items() if name != "group"}
-    assert_decodes(tokens, make_rows(*seen_by_slots(), **of_slots), **manner)
+    assert_decodes(tokens, with_ranks(make_rows(*seen_by_slots(), **of_slots)), **manner)
 
 
 def test_more_splits_than_are_combined_at_once(monkeypatch):
