@@ -211,7 +211,7 @@ def test_the_tables_of_fields_are_those_of_a_run(bmx):
     manifest = json.loads(Path("in.out.jsonl.run.json").read_text())
     failed = json.loads(Path("in.out.jsonl.errors.jsonl").read_text())
     assert documented("The output") == set(record) | {"max_tokens"}  # which is there only where it was lowered
-    assert documented("The manifest") == set(manifest)
+    assert documented("The manifest") == set(manifest) | {"modules"}  # of a run on a GPU
     assert failed["error"]["code"] in documented("The error file")
 
 

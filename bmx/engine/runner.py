@@ -68,7 +68,7 @@ class ModelRunner:
         kv_bytes: bytes of the slots on the device.
         ahead: see ``Runner``.
         rounds: see ``Runner``.
-        modules: see ``Runner``, once it is entered.
+        modules: see ``Runner``, once it is entered; counted on a GPU alone.
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class ModelRunner:
 
     def __enter__(self) -> ModelRunner:
         self._attached.enter_context(use_attention(self._model, self._attention))
-        self.modules = self._attached.enter_context(fused_modules(self._model, self._kernels))
+        modules = self._attached.enter_context(fused_modules(self._model, self._kernels))
+        self.modules = modules if self._model.device.type == "cuda" else {}
         return self
 
     def __exit__(self, *_: object) -> None:

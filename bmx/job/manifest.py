@@ -107,7 +107,7 @@ def run_finished(state: State, plan: Plan | None, stats: Stats) -> dict[str, Any
             "largest_step_without_slots": _profiled(plan),
             "after_out_of_memory": [{"slots": s, "max_num_batched_tokens": t} for s, t in stats.shrunk_to],
         },
-        "modules": dict(stats.modules),
+        **({"modules": dict(stats.modules)} if stats.modules else {}),
         **progress_record(stats),
     }
 
