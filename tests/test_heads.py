@@ -16,6 +16,7 @@ from bmx.compress.budgets import Budget
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.attention import SlotAttention
 from bmx.engine.packed import DecodeBatch, DecodeGroup, PackedStep, PromptChunk
+from bmx.engine.ranking import DecodingSlot
 from bmx.errors import UsageError
 from bmx.kernels.slot_views import Chunks
 from bmx.kv.layout import KVLayout, LayerLayout, SlotIndex
@@ -155,7 +156,7 @@ def attention_of(chosen, policy, form, window=None, groups=GROUPS):
         KVLayout((
             LayerLayout(
                 capacity=max(capacities), capacities=capacities, kv_heads=2, key_dim=32, value_dim=32, itemsize=2,
-                window=window, owner=0, last_reader=0, by_age=False, row_stats=made.attention_stats,
+                window=window, owner=0, last_reader=0, by_age=False, row_stats=made._row_stats,
                 key_format=keys, value_format=values,
             ),
         ))
@@ -197,8 +198,9 @@ def assert_same(results):
     for name in ("positions", "keys", "values", "key_scales", "value_scales"):
         one, two = getattr(pool.rows[0], name), getattr(other.rows[0], name)
         assert one is two is None or torch.equal(one, two), name
-    if pool.rows[0].mass is not None:
-        torch.testing.assert_close(pool.rows[0].mass, other.rows[0].mass, **NEAR)
+    for name in ("mass", "ranks"):
+        if getattr(pool.rows[0], name) is not None:
+            torch.testing.assert_close(getattr(pool.rows[0], name), getattr(other.rows[0], name), **NEAR)
 
 
 EITHER = pytest.mark.parametrize(
@@ -227,13 +229,24 @@ POLICIES = pytest.mark.parametrize("policy", ["far-attention", "average-attentio
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("limits", [(48, 48, 48, 48), (40, 48, 24, 48)])
 def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(back_end, policy, form, window, limits):
+    assert_decodes_alike(back_end, policy, form, window, limits, (100, 30, 60, 47))
+
+
+RANKED = pytest.mark.parametrize("policy", ["window", "r-kv", "keydiff"])
+
+
+@RANKED
+@pytest.mark.parametrize("seen", [(96, 48, 59, 47), (91, 64, 27, 43)])
+def test_each_head_is_ranked_when_it_is_due(policy, seen):
+    assert_decodes_alike("reference", policy, "int8/int4", None, (40, 48, 24, 48), seen)
+
+
+def assert_decodes_alike(back_end, policy, form, window, limits, asked):
     found = []
     for kernels, fused in (("reference", False), (back_end, False), (back_end, True)):
         attention, pool = attention_of(Chosen(kernels, "", fused), policy, form, window)
         groups = []
-        for group, (slots, seen, rows) in enumerate(
-            (((2, 0), (20, 7), (31, 31)), ((4, 0, 2, 3), (100, 30, 60, 47), limits))
-        ):
+        for group, (slots, seen, rows) in enumerate((((2, 0), (20, 7), (31, 31)), ((4, 0, 2, 3), asked, limits))):
             for slot, count, limit in zip(slots, seen, rows, strict=True):
                 fill(pool.layer(group, 0), slot, count, limit)
             groups.append(
@@ -249,6 +262,9 @@ def test_a_decoding_step_in_one_call_is_what_policy_and_pool_do(back_end, policy
             row_limits=torch.cat([one.row_limits for one in groups]),
         )  # fmt: skip
         step = PackedStep(input_ids=None, positions=None, logits_at=0, decode_batch=batch, decode_groups=tuple(groups))
+        if fused:
+            numbers = (batch.slots, batch.positions, batch.row_limits)
+            attention.rank(DecodingSlot(*one) for one in zip(*(each.tolist() for each in numbers), strict=True))
         found.append((attended(attention, step, 6), pool))
     assert_same(found[:2])
     assert_same(found[1:])
@@ -284,6 +300,16 @@ def test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(back_end, poli
         step = PackedStep(input_ids=None, positions=None, logits_at=0, chunks=chunks, prompts=prompts)
         found.append((attended(attention, step, 26 + tokens)[:, 1:], pool))
     assert_same(found)
+
+
+@RANKED
+@pytest.mark.parametrize(
+    ("start", "tokens", "limit"), [(0, 30, 48), (0, 60, 40), (20, 30, 48), (30, 9, 48), (100, 64, 40)]
+)
+def test_heads_are_ranked_where_a_chunk_evicts(policy, start, tokens, limit):
+    test_chunks_read_in_one_call_leave_what_policy_and_pool_leave(
+        "reference", policy, "int8/int4", start, tokens, limit, None
+    )
 
 
 @pytest.mark.parametrize("form", ["model", "int8", "int4"])
