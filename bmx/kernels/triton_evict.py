@@ -242,7 +242,9 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noq
     average = EvictionOrder(by="average", sink=4, recent=64, window=None)
     age = EvictionOrder(by="age", sink=0, recent=0, window=512)
     variants = []
-    for largest, longest, order in ((512, 512, age), (2048, 1024, average), (8192, 4096, average)):
+    ranked = EvictionOrder(by="rank", sink=4, recent=64, window=None)
+    sizes = ((512, 512, age), (2048, 1024, average), (2048, 1024, ranked), (8192, 4096, average))
+    for largest, longest, order in sizes:
         choice, launch = _choice_launch(largest, longest)
         missing: dict[str, Any] = {"mass": None, "sums": None} if order is age else {}
         variants.append(variant(_choose, TYPES, {"order": order, "sizes": choice, **missing}, launch))
