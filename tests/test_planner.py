@@ -217,7 +217,7 @@ def test_logits_are_counted_for_every_slot_and_sampling_for_a_few_at_once():
         ({"kv_policy": "lagkv"}, False),
         ({"kv_value_norm": True}, False),
         ({"kv_format": "int8"}, True),
-        ({"kv_format": "fp8"}, False),
+        ({"kv_format": "fp8"}, True),
         ({"kv_protect": "instructions"}, False),
     ],
 )

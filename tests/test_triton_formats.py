@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
+jit = pytest.importorskip("triton").jit
+tl = pytest.importorskip("triton.language")
 
 from conftest import answers, as_requests, random_prompts, tiny_engine
 from families import FAMILIES, tiny_model
@@ -39,11 +40,11 @@ from test_triton_slots import (
     uniform,
 )
 
-from bmx.kernels import reference, triton, triton_decode, triton_evict, triton_splits
+from bmx.kernels import reference, triton, triton_decode, triton_evict, triton_splits, triton_vectors
 from bmx.kernels.formats import FORMATS, MODEL
 from bmx.kv_formats import formats_of
 
-FORMS = ("int8", "int4", "int8/int4", "int4/int8", "model/int4", "int8/model")
+FORMS = ("fp8", "int8", "int4", "int8/int4", "int4/int8", "model/int4", "int8/model")
 FAR = ranked("average", recent=9, distance=9, power=2)
 WINDOW = ranked("average", window=25, recent=6, distance=6, power=2)
 
@@ -161,7 +162,7 @@ def test_chunks_read_codes_as_unpacking_them_would_and_store_their_own(name, for
     assert_same_rows(actual, expected, **NEAR[F32])
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize(("dim", "wanted"), [(1, EVICTING), (5, FITTING), (80, EVICTING), (128, FITTING)])
 def test_codes_are_those_of_the_formats_bit_for_bit(form, dim, wanted):
     """Of vectors large and small, all alike, all zero, and too large for the scale."""
@@ -177,9 +178,25 @@ def test_codes_are_those_of_the_formats_bit_for_bit(form, dim, wanted):
     assert_same_rows(*found)
 
 
+@jit
+def _encode(codes, numbers, count: tl.constexpr):
+    at = tl.arange(0, count)
+    tl.store(codes + at, triton_vectors.to_fp8(tl.load(numbers + at)))
+
+
+def test_float8_is_rounded_as_torch_rounds_it():
+    """All float16 numbers as far as it reaches, and some close to half of its smallest and to its smallest normal."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    numbers = torch.where(numbers.isnan(), 0.0, numbers).clamp(-448, 448).to(DEVICE)
+    numbers[-3:] = torch.tensor([2.0**-6 - 2.0**-30, 2.0**-10 + 2.0**-33, -(2.0**-10)])
+    codes = torch.empty(len(numbers), dtype=torch.uint8, device=DEVICE)
+    _encode[1,](codes, numbers, len(numbers))
+    assert torch.equal(codes, numbers.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
 def test_formats_that_kernels_do_not_know_are_left_to_others():
     rows = packed(make_rows(*seen_by_slots()), "int8")
-    rows = replace(rows, key_format="fp8")
+    rows = replace(rows, key_format="int2")
     same = copied(rows)
     output, actual = decode(*tokens_of(5), rows, SLOTS, NOW, LIMITS, **PLAIN)
     assert output.isnan().all()
@@ -190,7 +207,7 @@ def test_formats_that_kernels_do_not_know_are_left_to_others():
     assert_same_rows(actual, same)
 
 
-@pytest.mark.parametrize("form", ["int8", "int8/int4"])
+@pytest.mark.parametrize("form", ["fp8", "int8/int4"])
 def test_answers_are_those_of_unpacking_pairs(form, cpu_kernels, monkeypatch):
     small = FAMILIES["llama"]()
     small.num_hidden_layers = 1

@@ -373,6 +373,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
         (4, far, None, False, False, ("int8", "int4")),
         (4, far, None, False, True, ("int8", "int4")),
         (4, rank_, None, False, True, ("int8", "int4")),
+        (4, far, None, False, True, ("fp8", "fp8")),
         (71, far, None, False, False, ("int4", "int4")),
     ]
     variants = []

@@ -253,6 +253,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noq
         *((plain, "mass", {"ranks": None}), (plain, "", {"sums": None, "ranks": None})),
         *((plain, "mass", unevicted), (("int8", "int4"), "mass, ranks", {})),
         (("int4", "int8"), "ranks", unevicted | {"sums": None}),
+        (("fp8", "fp8"), "mass", {"ranks": None}),
     ):
         move, launch = _move_launch(dim, value_dim, *formats)
         types = TYPES | {"rows": stored_rows(*formats, mass="mass" in stats, ranks="ranks" in stats)}

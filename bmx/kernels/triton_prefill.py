@@ -344,7 +344,7 @@ TYPES: dict[str, Any] = {
 def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
     """The launches of bfloat16 models with 32 heads and 8 kv heads, by the shared memory of a block."""
     plain, far = {"distance": 0, "power": 1}, {"distance": 32, "power": 2}
-    coded = ("int4", "int8") if dim == 96 else ("int8", "int4")
+    coded = {64: ("fp8", "fp8"), 96: ("int4", "int8")}.get(dim, ("int8", "int4"))
     made = [_attention_variant(dim, value_dim, shared, (MODEL, MODEL), {"logsums": None})]
     for formats in ((MODEL, MODEL), coded):
         made += [_attention_variant(dim, value_dim, shared, formats, {}), _sums_variant(dim, shared, formats[0], far)]

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from bmx.kernels.formats import LARGEST_HALF, MODEL, SMALLEST_SCALE
 
-FORMATS = (MODEL, "int8", "int4")  # that kernels read and store
+FORMATS = (MODEL, "fp8", "int8", "int4")  # that kernels read and store
 LEAST = 16  # numbers of a part: what tensor cores multiply at once
 TIES = tl.constexpr(
     1.5 * 2**23
@@ -24,6 +24,11 @@ TIES = tl.constexpr(
 LEAST_SCALE = tl.constexpr(SMALLEST_SCALE)
 MOST = tl.constexpr(LARGEST_HALF)
 INFINITY = tl.constexpr(float("inf"))
+OF_HALF = tl.constexpr(
+    256.0
+)  # a number in float8 over the float16 that has its bits: their exponents begin at 7 and 15
+LARGEST_FP8 = tl.constexpr(448.0)
+NORMAL_FP8 = tl.constexpr(2.0**-6)  # smaller numbers are multiples of 2^-9
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,15 @@ def load(base, offsets, valid, parts: tl.constexpr, masked: tl.constexpr):
 
 
 @triton.jit
+def _code_value(codes, parts: tl.constexpr, dtype: tl.constexpr):
+    """What bytes of codes stand for; in float8 (e4m3fn), ``OF_HALF`` times less."""
+    codes = codes.to(tl.int8, bitcast=True)
+    if parts.format == "fp8":  # the sign comes first, then the last seven bits
+        codes = ((codes.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
+    return codes.to(dtype)
+
+
+@triton.jit
 def load_stored(base, rows, stride, valid, parts: tl.constexpr, masked: tl.constexpr, dtype: tl.constexpr):
     """What slots store of the vectors in these rows, in two parts: numbers of ``dtype``, or codes converted to it."""
     if parts.format == "int4":
@@ -101,8 +115,8 @@ def load_stored(base, rows, stride, valid, parts: tl.constexpr, masked: tl.const
         high = (codes >> 4).to(tl.int8, bitcast=True).to(dtype)
     else:
         low, high = load(base, rows * stride, valid, parts, masked)
-        if parts.format == "int8":
-            low, high = low.to(tl.int8, bitcast=True).to(dtype), high.to(tl.int8, bitcast=True).to(dtype)
+        if parts.format != "model":
+            low, high = _code_value(low, parts, dtype), _code_value(high, parts, dtype)
     return low, high
 
 
@@ -117,12 +131,14 @@ def scales_of_head(scales, begin, parts: tl.constexpr):
 
 @triton.jit
 def load_scales(scales, rows, valid, parts: tl.constexpr):
-    """Scale and offset [N] of the codes in these rows; 0 where not valid, or where the format has no offset."""
+    """Factor and offset [N] of what ``load_stored`` gives of these rows; 0 where not valid, or where there is none."""
     if parts.format == "int4":
         scale = tl.load(scales + rows * 2, mask=valid, other=0.0).to(tl.float32)
         offset = tl.load(scales + rows * 2 + 1, mask=valid, other=0.0).to(tl.float32)
     else:
         scale = tl.load(scales + rows, mask=valid, other=0.0).to(tl.float32)
+        if parts.format == "fp8":
+            scale *= OF_HALF
         offset = tl.zeros_like(scale)
     return scale, offset
 
@@ -172,6 +188,16 @@ def _levels(x, offset, scale):
 
 
 @triton.jit
+def to_fp8(x):
+    """Codes in float8 (e4m3fn) of float32 numbers up to its largest, rounded to the nearest, of two to the even one."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = (size + 0x7FFFF + ((size >> 20) & 1) >> 20) - (127 - 7 << 3)  # three bits of 23 stay
+    small = _rounded(tl.abs(x) * 512).to(tl.int32)
+    return (tl.where(tl.abs(x) < NORMAL_FP8, small, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
 def store_encoded(base, scales, rows, valid, low, high, parts: tl.constexpr):
     """Store vectors in rows of slots, in one part (in int4 in two); returns what will be read there, in float32.
 
@@ -181,6 +207,14 @@ def store_encoded(base, scales, rows, valid, low, high, parts: tl.constexpr):
     low, high = low.to(tl.float32), high.to(tl.float32)
     if parts.format == "model":
         store(base, offsets, valid, low, high, parts)
+    if parts.format == "fp8":
+        scale = _scale(tl.max(tl.abs(low), 1), LARGEST_FP8)
+        wide = scale.to(tl.float32)[:, None]
+        codes = to_fp8(tl.minimum(tl.maximum(tl.div_rn(low, wide), -LARGEST_FP8), LARGEST_FP8))
+        store(base, offsets, valid, codes, codes, parts)
+        tl.store(scales + rows, scale, mask=valid)
+        low = _code_value(codes, parts, tl.float32) * (wide * OF_HALF)
+        high = low
     if parts.format == "int8":
         scale = _scale(tl.max(tl.abs(low), 1), 127.0)
         wide = scale.to(tl.float32)[:, None]
