@@ -30,7 +30,7 @@ LAUNCH_NOTHING = {
     *("empty", "new_empty", "empty_like", "empty_strided"),
 }
 PROMPT, CHUNK, ANSWER = 48, 16, 3
-READING, DECODING = 15, 12  # launches of a layer
+READING, DECODING = 14, 11  # launches of a layer
 
 
 class Operators(TorchDispatchMode):

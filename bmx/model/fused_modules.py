@@ -224,7 +224,19 @@ def _rotary(
     alike = len({t.dtype for t in (q, k, cos, sin)}) == 1 and q.dtype in dtypes
     if args or kwargs or not (whole and alike):
         return own(q, k, cos, sin, *args, **kwargs)  # type: ignore[no-any-return]
-    return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+    together = _as_one(q, k)
+    if together is None:
+        return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+    turned, heads = kernels.rotate(together, cos, sin), q.shape[1]
+    return turned[:, :heads], turned[:, heads:]
+
+
+def _as_one(q: Tensor, k: Tensor) -> Tensor | None:
+    """Queries and keys as the heads of one tensor, where one product has left them side by side; else None."""
+    beside = q.data_ptr() + q.shape[1] * q.stride(1) * q.element_size() == k.data_ptr()
+    if not beside or q.stride() != k.stride() or q.untyped_storage().data_ptr() != k.untyped_storage().data_ptr():
+        return None
+    return q.as_strided((1, q.shape[1] + k.shape[1], *q.shape[2:]), q.stride())
 
 
 def _difference(own: Callable[[], Tensor], replaced: Callable[[], Tensor]) -> str:
