@@ -24,7 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 KILOBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared memory that a block may have
 SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # of keys and values
-MODULES = tuple(f"bmx.kernels.triton_{name}" for name in ("prefill", "decode", "evict", "pointwise", "fp8", "draw"))
+MODULES = tuple(
+    f"bmx.kernels.triton_{name}"
+    for name in ("prefill", "decode", "channel_decode", "evict", "pointwise", "fp8", "draw")
+)
 SPARED = 32  # bytes: values that no loop touches, which the assembler puts aside so that another block fits
 # What the test compiles: files and sizes by architecture.
 TESTED: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
@@ -34,6 +37,7 @@ TESTED: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
         "bmx.kernels.triton_prefill": ((128, 128),),
         "bmx.kernels.triton_pointwise": ((64, 64),),
         "bmx.kernels.triton_draw": ((64, 64),),
+        "bmx.kernels.triton_channel_decode": ((128, 128),),
     },
 }
 LEAST = {"bmx.kernels.triton_fp8": 89}  # architecture that a file's kernels are for, where not all are

@@ -16,6 +16,8 @@ from bmx.kernels import fp8_products, reference
 from bmx.kernels.linear import Linear, as_one
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
+from bmx.kernels.triton_channel_decode import decode_by_channel
+from bmx.kernels.triton_channels import append_by_channel, read_by_channel
 from bmx.kernels.triton_decode import decode_step
 from bmx.kernels.triton_draw import draw
 from bmx.kernels.triton_evict import evict, fits
@@ -25,20 +27,21 @@ from bmx.kernels.triton_pointwise import gate, rms_norm, rotate
 from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
 
 __all__ = [
+    "append_by_channel",
     "attend_chunk",
     "attend_slots",
+    "decode_by_channel",
     "decode_step",
     "draw",
     "gate",
     "prefill_step",
     "product",
+    "read_by_channel",
     "rms_norm",
     "rotate",
 ]
 
 attend_slots = reference.attend_slots
-decode_by_channel, append_by_channel = reference.decode_by_channel, reference.append_by_channel
-read_by_channel = reference.read_by_channel
 
 
 def prefill_step(

@@ -117,7 +117,7 @@ def _dot_keys(q, keys, scales, c, read, sums, parts: tl.constexpr):
 
 
 @triton.jit
-def _add_values(answer, weights, fade, values, scales, c, read, dtype: tl.constexpr, parts: tl.constexpr):
+def add_values(answer, weights, fade, values, scales, c, read, dtype: tl.constexpr, parts: tl.constexpr):
     """The answer [G, E] in two parts, which fades, and the values of rows c, weighted with [G, N]."""
     low, high = answer[0] * fade[:, None], answer[1] * fade[:, None]
     if parts.format != "model":
@@ -190,7 +190,7 @@ def _attend(
         fade = tl.exp2(top - higher)
         weights = tl.exp2(scores - higher[:, None])
         total = total * fade + tl.sum(weights, 1)
-        answer = _add_values(answer, weights, fade, values, value_scales, c, read, q[0].dtype, value)
+        answer = add_values(answer, weights, fade, values, value_scales, c, read, q[0].dtype, value)
         top = higher
     return answer, top, total
 
