@@ -112,6 +112,17 @@ def test_no_false_alarms_in_capped_windowed_quantised_latent_or_ranked_attention
     assert tiny_engine(family, kv_format=kv_format, kv_policy=policy).backend.kernels.replaced == {}
 
 
+def test_keys_that_are_scaled_by_channel_are_tried_where_a_run_has_them(monkeypatch):
+    settings = {"kv_policy": "none", "kv_format": "int8/int4"}
+    engine = tiny_engine("small", kv_budget=40, **settings)
+    assert engine.backend.kernels.replaced == {}
+    forget()
+    monkeypatch.setattr(f"{MODULE}.decode_by_channel", fail)
+    chosen = tiny_engine("small", kv_budget=40, **settings).backend.kernels
+    assert set(chosen.replaced) == {"append_by_channel", "decode_by_channel", "read_by_channel"}
+    assert not chosen.capabilities.profile.reads_by_channel
+
+
 def without_compiler(*_, **__):
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
 

@@ -51,4 +51,5 @@ def _layers(model: Any, spec: ModelSpec, policy: CompressionPolicy, capabilities
                     softcap=softcap,
                     sinks=sinks,
                     fused=fused,
+                    channel_formats=layout.formats if layout.by_channel else None,
                 )

@@ -19,6 +19,7 @@ from bmx.kernels.registry import CAPABILITIES, interpreted
 
 LEAST_CAPABILITY = (8, 0)  # Ampere
 STEPS = {"decode_step", "prefill_step"}
+BY_CHANNEL = {"append_by_channel", "decode_by_channel", "read_by_channel"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class Kernels:
     def capabilities(self) -> Capabilities:
         """What it takes over: no whole steps if a function is replaced that computes them."""
         own = CAPABILITIES[self.name]
+        if not BY_CHANNEL.isdisjoint(self.replaced):
+            own = replace(own, profile=replace(own.profile, reads_by_channel=False))
         if STEPS.isdisjoint(self.replaced):
             return own
         plain = CAPABILITIES["reference"]

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from bmx.errors import DeviceError
-from bmx.kernels import STEPS, Kernels, reference
+from bmx.kernels import BY_CHANNEL, STEPS, Kernels, reference
 from bmx.kernels.contract import FUNCTIONS, KernelModule
-from bmx.kernels.formats import MODEL, Stored
+from bmx.kernels.formats import KEY_GROUP, MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.registry import interpreted
 from bmx.kernels.slot_views import Chunks, Rows
+from bmx.kernels.trial_channels import results_by_channel
 
 SLOTS, ROWS, TOKENS = 2, 40, 16  # slots of a trial, rows of each of their heads, tokens of a chunk
 TOKENS_TO_DRAW = 5000  # of a trial's vocabulary: more than a program looks at together
@@ -54,6 +55,7 @@ class Attention:
         softcap: of the scores, or None.
         sinks: whether there are extra logits without a value.
         fused: whether kernels do whole steps; if not, chunks attend and a policy does the rest.
+        channel_formats: how keys and values are stored, where keys are scaled by channel; else None.
     """
 
     heads: int
@@ -67,6 +69,7 @@ class Attention:
     softcap: float | None = None
     sinks: bool = False
     fused: bool = True
+    channel_formats: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +107,7 @@ def tried(kernels: Kernels, layers: Iterable[Attention], dtype: torch.dtype, dev
     replaced = dict(kernels.replaced)
     for layer in layers:
         replaced = dict(_failures(whole, layer, dtype, device)) | replaced
-    if replaced.keys() >= own:
+    if replaced.keys() >= own - BY_CHANNEL:
         return _without(kernels, next(iter(replaced.values())))
     for name, reason in replaced.items():
         _warn(f"plain torch computes {name}, slower, in place of Triton's: {reason}")
@@ -138,6 +141,7 @@ def _failures(
     for name in TRIALS:
         fused = layer.fused and STEPS.isdisjoint(found)  # chunks attend by themselves where a step has failed
         needed = layer.fused if name in STEPS else not fused if name == "attend_chunk" else True
+        needed = layer.channel_formats is not None if name in BY_CHANNEL else needed
         if needed and _is_own(kernels.module, name):
             reason = _failure(name, kernels.module, layer, dtype, device)
             found |= {name: reason} if reason else {}
@@ -330,6 +334,20 @@ def _decode_long(module: KernelModule, inputs: Inputs) -> Results | None:
     return _decode(module, Inputs(inputs.layer, inputs.dtype, inputs.device, SPLITS.whole + TOKENS))
 
 
+def _channels(module: KernelModule, inputs: Inputs, tokens: int = 2 * KEY_GROUP + FEW) -> Results | None:
+    """A chunk and a token of a sequence whose keys are scaled by channel."""
+    formats = inputs.layer.channel_formats
+    found = formats and results_by_channel(module, formats, inputs.vectors(tokens), inputs.options)
+    return _numbers(**found) if found else None
+
+
+def _channels_long(module: KernelModule, inputs: Inputs) -> Results | None:
+    """The same of a sequence that is read in pieces."""
+    from bmx.kernels.triton_splits import SPLITS
+
+    return _channels(module, inputs, SPLITS.whole + 2 * KEY_GROUP + FEW)
+
+
 def _prefill(module: KernelModule, inputs: Inputs) -> Results | None:
     """A chunk in each slot: one evicts, and one is appended."""
     layer, rows = inputs.layer, inputs.rows()
@@ -406,6 +424,8 @@ def _drawn(module: KernelModule, inputs: Inputs) -> Results:
 TRIALS: Mapping[str, tuple[Callable[[KernelModule, Inputs], Results | None], ...]] = {
     "decode_step": (_decode, _decode_long),
     "prefill_step": (_prefill,),
+    **dict.fromkeys(sorted(BY_CHANNEL), (_channels,)),
+    "decode_by_channel": (_channels, _channels_long),
     "attend_chunk": (_chunk,),
     "product": (_product,),
     "gate": (_gate,),
