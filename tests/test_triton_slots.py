@@ -447,7 +447,7 @@ def true_evict(key, value, rows, chunks, sums, order, ranks):
             rank = ([0.0] * used if rows.ranks is None else rows.ranks[begin : begin + used].tolist()) + own
             known = rank if order.by == "rank" else mass
             worth = [score(p, m, start + tokens, order) for p, m in zip(positions, known, strict=True)]
-            best = sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:limit]
+            best = set(sorted(range(len(worth)), key=lambda i: (-worth[i], i))[:limit])
             if used + tokens <= limit:
                 assert len(best) == used + tokens
             free = [row for row in range(limit) if row >= used or row not in best]
@@ -501,6 +501,12 @@ def test_survivors_are_those_of_the_rules(wanted, order):
     rows = slots_before(wanted)
     actual = assert_evicts(rows, chunks, packed, uniform(2, packed, seed=8), order)
     assert not torch.equal(actual.positions, rows.positions)
+
+
+def test_thousands_of_rows_are_chosen_from():
+    wanted = [(11_000, 40, 10_990)]
+    chunks, packed = make_chunks(wanted, slots=(0,))
+    assert_evicts(slots_before(wanted, capacities=(11_000,), dim=4), chunks, packed, uniform(2, packed), ranked("mass"))
 
 
 @pytest.mark.parametrize("mass", [True, False])

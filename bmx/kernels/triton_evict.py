@@ -24,7 +24,7 @@ from bmx.kernels.triton_decode import rank
 from bmx.kernels.triton_operands import BF16_TOKENS, Variant, packed, reads, slot_rows, stored_rows, variant
 from bmx.kernels.triton_vectors import Parts, in_one_part, load, store_encoded
 
-MOST = 8192  # rows of a head, and tokens of a chunk, that one program can choose from
+MOST_ROWS, MOST_TOKENS = 16384, 8192  # of a head and of a chunk that one program can choose from, held in registers
 LEAST_BLOCK = 64  # tokens: shorter chunks get no kernel of their own
 NOTHING = tl.constexpr(-(2**31))  # below ``_sortable`` of any score
 
@@ -203,7 +203,8 @@ def evict(
 
 def fits(rows: Rows, chunks: Chunks) -> bool:
     """Whether no chunk evicts in this step, or a program can hold what it chooses from."""
-    return max(rows.largest, *chunks.lengths) <= MOST or not _evicts(rows, chunks)
+    few = rows.largest <= MOST_ROWS and max(chunks.lengths, default=0) <= MOST_TOKENS
+    return few or not _evicts(rows, chunks)
 
 
 def _evicts(rows: Rows, chunks: Chunks) -> bool:
