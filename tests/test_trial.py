@@ -90,6 +90,23 @@ def test_g17_answers_are_those_of_plain_torch_and_the_plan_knows(monkeypatch, cp
     assert answers(tiny_engine("small", **TIGHT), requests) == answered
 
 
+def test_g17_a_kernel_that_fails_in_the_rehearsal_alone_gives_way_to_plain_torch(monkeypatch, caplog, cpu_kernels):
+    own = sys.modules[MODULE].prefill_step
+
+    def prefill_step(output, query, *args, **options):
+        return own(output, query, *args, **options) if len(query) == trial.TOKENS * trial.SLOTS else fail()
+
+    monkeypatch.setattr(f"{MODULE}.prefill_step", prefill_step)
+    engine, requests = tiny_engine("small", **TIGHT), as_requests(PROMPTS, max_tokens=3)
+    assert engine.backend.kernels.name == "triton"
+    answered = answers(engine, requests)
+    assert engine.backend.kernels.name == "reference"
+    [warning] = caplog.messages
+    assert "OutOfResources: out of resource" in warning
+    cpu_kernels("reference")
+    assert answers(tiny_engine("small", **TIGHT), requests) == answered
+
+
 def test_kernels_that_work_are_kept_and_tried_once_for_all_layers_alike(caplog, monkeypatch):
     engine = tiny_engine("llama", **TIGHT)
     assert engine.backend.kernels == kernels.choose("cpu")

@@ -94,6 +94,9 @@ class Backend(Protocol):
             policy: which KV pairs stay in a slot.
         """
 
+    def replace_kernels(self, error: Exception) -> bool:
+        """Let plain torch compute what kernels do, if they may have raised an error; returns whether it does."""
+
     @property
     def meter(self) -> MemoryMeter:
         """Measures the memory that is held."""
@@ -164,6 +167,15 @@ class ModelBackend:
             from bmx.engine.kernel_trials import tried
 
             self.kernels = tried(self.kernels, self.loaded.model, spec, policy)
+
+    def replace_kernels(self, error: Exception) -> bool:
+        """See ``Backend``."""
+        if not self._tries or self.kernels.name != "triton":
+            return False
+        from bmx.kernels.trial import without
+
+        self.kernels = without(self.kernels, error)
+        return True
 
     @property
     def spec(self) -> ModelSpec:

@@ -125,6 +125,10 @@ class FakeBackend:
     def try_kernels(self, *_: Any) -> None:
         """There are none."""
 
+    def replace_kernels(self, _: Exception) -> bool:
+        """There are none."""
+        return False
+
     def runner(self, *_: Any, **__: Any) -> AbstractContextManager[Runner]:
         """Next tokens without slots."""
         return FakeRunner()

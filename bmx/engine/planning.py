@@ -13,6 +13,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.engine.backend import Backend
 from bmx.engine.memory_meter import device_errors, is_out_of_memory, release
+from bmx.errors import BmxError
 from bmx.model.spec import ModelSpec
 from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
@@ -44,12 +45,24 @@ class RunPlanner:
         """The plan that answers these lengths the fastest within the memory that may be used.
 
         The largest step is run once, on made-up tokens, before the slots exist: where it takes more than the closed
-        form says, the plan makes room for it.
+        form says, the plan makes room for it. Where kernels fail in it that passed their trials, plain torch computes.
 
         Raises:
             MemoryLimitError: not even one slot fits.
+            DeviceError: the GPU failed.
         """
         lengths = list(lengths) or [Length(1, 1, 1)]
+        try:
+            return self._plan(lengths)
+        except Exception as error:
+            known = isinstance(error, BmxError) or is_out_of_memory(error)
+            if known or not self.backend.replace_kernels(error):
+                raise
+        release()
+        return self._plan(lengths)
+
+    def _plan(self, lengths: list[Length]) -> Plan:
+        """See ``plan``, with the kernels that there are."""
         meter = self.backend.meter
         builder = self._builder(limits(self.config, meter.free_memory(), held=meter.held))
         sizes = builder.step_sizes(lengths)

@@ -103,19 +103,23 @@ def tried(kernels: Kernels, layers: Iterable[Attention], dtype: torch.dtype, dev
     try:
         own = {name for name in FUNCTIONS if _is_own(whole.module, name)}
     except Exception as error:
-        return _without(kernels, _reason(error))
+        return without(kernels, error)
     replaced = dict(kernels.replaced)
     for layer in layers:
         replaced = dict(_failures(whole, layer, dtype, device)) | replaced
     if replaced.keys() >= own - BY_CHANNEL:
-        return _without(kernels, next(iter(replaced.values())))
+        return _plain(kernels, next(iter(replaced.values())))
     for name, reason in replaced.items():
         _warn(f"plain torch computes {name}, slower, in place of Triton's: {reason}")
     return replace(kernels, replaced=replaced)
 
 
-def _without(kernels: Kernels, reason: str) -> Kernels:
-    """Plain torch alone."""
+def without(kernels: Kernels, error: Exception) -> Kernels:
+    """Plain torch alone, because of an error that kernels raised."""
+    return _plain(kernels, _reason(error))
+
+
+def _plain(kernels: Kernels, reason: str) -> Kernels:
     _warn(f"plain torch computes all that Triton would, slower: {reason}")
     return Kernels("reference", f"plain torch: {reason} ({kernels.why})", replaced=dict.fromkeys(TRIALS, reason))
 
