@@ -11,13 +11,19 @@ import torch
 triton_channels = pytest.importorskip("bmx.kernels.triton_channels")
 triton_channel_decode = pytest.importorskip("bmx.kernels.triton_channel_decode")
 
+from conftest import answers, as_requests, random_prompts, tiny_engine
+from families import FAMILIES
 from test_by_channel import append, assert_same, decode, read_exactly, slots_of, vectors, write
 from test_kernels import dense_slots, normal
 
+from bmx import kernels
+from bmx.config import EngineConfig
+from bmx.engine import graphs
 from bmx.kernels import triton
 from bmx.kernels.triton_splits import Splits
 from bmx.kv.layout import KVLayout
 from bmx.kv.pool import KVPool
+from bmx.plan.device import Device
 
 F32 = torch.float32
 NEAR = {"atol": 2e-5, "rtol": 2e-5}
@@ -136,3 +142,40 @@ def test_formats_that_kernels_do_not_know_are_left_to_the_pool():
     assert not triton.decode_by_channel(output, normal(1, 2, 32), key, value, rows, *slots, scale=0.2)
     assert not triton.append_by_channel(key, value, rows, 0, 0)
     assert triton.read_by_channel(rows, 0, 1) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_policy": "none", "kv_format": "int4"},
+        {"kv_policy": "none", "kv_format": "int8/int4", "max_num_seqs": 1},
+        {"kv_archive": "int4", "kv_budget": 20, "kv_sink": 2, "kv_recent": 5},
+    ],
+)
+def test_answers_are_those_of_plain_torch_and_rounds_follow_each_other(settings, cpu_kernels, monkeypatch):
+    """Slots of two sizes, in the full cache and in an archive; groups of keys that end within an answer."""
+    small, counted = FAMILIES["llama"](), []
+    small.num_hidden_layers = 1
+    monkeypatch.setitem(FAMILIES, "small", lambda: small)
+    settings = {"chunk_size": 16, "max_num_seqs": 3, "max_num_batched_tokens": 40} | settings
+    requests = as_requests(random_prompts((60, 11, 30)), max_tokens=6)
+    cpu_kernels("triton")
+    compute = graphs.Round._compute
+    monkeypatch.setattr(graphs.Round, "_compute", lambda self: (counted.append(self), compute(self))[1])
+    answered = answers(tiny_engine("small", **settings), requests)
+    assert counted
+    cpu_kernels("reference")
+    assert answered == answers(tiny_engine("small", **settings), requests)
+
+
+def test_plans_know_that_rounds_are_captured_and_slots_are_not_unpacked():
+    spec, captured = tiny_engine("llama").spec, kernels.Kernels("triton", "")
+    for settings, captures in [
+        ({"kv_policy": "none", "kv_format": "int4"}, True),
+        ({"kv_archive": "int4"}, True),
+        ({"kv_policy": "none", "kv_format": "int2"}, False),
+        ({"kv_archive": "int4", "kv_recall": "pages"}, False),
+    ]:
+        device = Device.of("cuda", spec, 0, EngineConfig(**settings), captured)
+        assert device.captures == captures
+        assert (device.workspace(16, 8192, 64) < 8 * device.workspace(16, 8192, 1)) == captures

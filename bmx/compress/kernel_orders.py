@@ -54,12 +54,28 @@ def ranking_bytes(config: EngineConfig, capabilities: Capabilities, spec: ModelS
 
 def left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
     """Whether kernels can do whole steps under this configuration, in layers that share nothing."""
-    beyond_kernels = config.kv_value_norm or config.kv_probe or config.kv_share_layers or config.kv_protect != "none"
-    beyond_kernels = beyond_kernels or config.kv_recall != "all"
-    if not (config.archives and capabilities.profile.reads_by_channel):
-        beyond_kernels = beyond_kernels or answers_by_channel(config)
-    order = kernel_order(scorer_named(config.kv_policy))
-    return not beyond_kernels and capabilities.fuses(order, *config.pair_formats)
+    if _beyond_kernels(config) or (answers_by_channel(config) and not _decodes_archives(config, capabilities)):
+        return False
+    return capabilities.fuses(kernel_order(scorer_named(config.kv_policy)), *config.pair_formats)
+
+
+def rounds_left_to_kernels(config: EngineConfig, capabilities: Capabilities) -> bool:
+    """Whether kernels can do whole steps in which all sequences decode, in layers that share nothing."""
+    if left_to_kernels(config, capabilities):
+        return True
+    by_channel = not config.archives and answers_by_channel(config)
+    return by_channel and not _beyond_kernels(config) and capabilities.decodes_by_channel(*config.pair_formats)
+
+
+def _beyond_kernels(config: EngineConfig) -> bool:
+    """Whether settings ask for what no kernel does."""
+    others = config.kv_value_norm, config.kv_probe, config.kv_share_layers, config.kv_protect != "none"
+    return any(others) or config.kv_recall != "all"
+
+
+def _decodes_archives(config: EngineConfig, capabilities: Capabilities) -> bool:
+    """Whether answers are written on archives that kernels read as they lie."""
+    return config.archives and capabilities.decodes_by_channel(*formats_of(config.kv_archive))
 
 
 def answers_by_channel(config: EngineConfig) -> bool:

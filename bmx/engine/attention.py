@@ -58,7 +58,7 @@ class SlotAttention:
         self._fused_prefill = _fused_layers(pool, policy, kernels.capabilities)
         self._fused_decode = _fused_layers(self._answering, policy.answering, kernels.capabilities)
         self._ranking = Ranking(policy, pool.dtype, self._fused_decode)
-        self._by_channel = layers_by_channel(self._answering)
+        self._by_channel = layers_by_channel(self._answering, kernels.capabilities)
         recall = policy.answering.recall
         self._recalling = RecallingAttention(recall, self._kernels) if recall else None
         self._rotations = _rotations((pool, self._answering), self._kernels)
@@ -116,8 +116,10 @@ class SlotAttention:
 
     @property
     def fuses_all_layers(self) -> bool:
-        """Whether kernels can do every layer's whole part of a plain step."""
-        return self._recalling is None and None not in (*self._fused_prefill, *self._fused_decode)
+        """Whether kernels can do every layer's whole part of a plain step, or of its decoding tokens by channel."""
+        decoding = [one or other for one, other in zip(self._fused_decode, self._by_channel, strict=True)]
+        reading = self._fused_prefill if self._archive else decoding  # of the same slots
+        return self._recalling is None and None not in (*reading, *decoding)
 
     def rank(self, slots: Iterable[DecodingSlot]) -> None:
         """Rank the pairs of the slots that are due before their next tokens, where kernels evict by rank."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bmx.engine.layer_inputs import LayerInputs
 from bmx.engine.packed import DecodeBatch
-from bmx.kernels.contract import KernelModule
+from bmx.kernels.contract import Capabilities, KernelModule
 from bmx.kernels.slot_views import ChannelRows
 from bmx.kv.pool import KVPool, LayerSlots
 
@@ -64,8 +64,11 @@ def decode_tokens(
     return kernels.decode_by_channel(*tokens, rows, batch.slots, batch.positions, **inputs.options)
 
 
-def layers_by_channel(pool: KVPool) -> list[ChannelRows | None]:
+def layers_by_channel(pool: KVPool, capabilities: Capabilities) -> list[ChannelRows | None]:
     """By layer, its slots, where kernels may do the decoding tokens' whole part; else None."""
-    layouts = [pool.layer(0, layer)[0].layout for layer in range(len(pool.rows))]
-    plain = [one.owner == layer == one.last_reader and one.recall is None for layer, one in enumerate(layouts)]
-    return [rows if alone else None for rows, alone in zip(pool.channel_rows, plain, strict=True)]
+    found: list[ChannelRows | None] = []
+    for layer, rows in enumerate(pool.channel_rows):
+        layout = pool.layer(0, layer)[0].layout
+        plain = layout.owner == layer == layout.last_reader and layout.recall is None
+        found.append(rows if plain and capabilities.decodes_by_channel(*layout.formats) else None)
+    return found

@@ -416,6 +416,10 @@ class Capabilities:
         """Whether fused steps rank by this order, and read and store pairs in all of these formats."""
         return order in self.orders and {MODEL, *self.row_formats}.issuperset(formats)
 
+    def decodes_by_channel(self, *formats: str) -> bool:
+        """Whether decoding tokens read keys that are scaled by channel, and values, in these formats as they lie."""
+        return self.profile.reads_by_channel and {MODEL, *self.row_formats}.issuperset(formats)
+
     def runs_ahead(self, device_type: str) -> bool:
         """Whether steps on this type of device return before they are computed."""
         return self.asynchronous or device_type == "cuda"

@@ -44,6 +44,7 @@ _GPU = KernelProfile(
     all_slots=False,
     slot_bandwidth=0.8,
     ahead=True,
+    reads_by_channel=True,
 )
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from bmx import kernels
-from bmx.compress.kernel_orders import answers_by_channel, left_to_kernels, ranking_bytes
+from bmx.compress.kernel_orders import answers_by_channel, left_to_kernels, ranking_bytes, rounds_left_to_kernels
 from bmx.config import EngineConfig
-from bmx.kernels.contract import KernelProfile
+from bmx.kernels.contract import Capabilities, KernelProfile
 from bmx.kernels.formats import MODEL
 from bmx.kv.places import DEVICE
+from bmx.kv_formats import formats_of
 from bmx.model.spec import ModelSpec
 
 # Bytes, and share of activations and logits, that allocators lose; measured by benchmarks/memory.py.
@@ -67,21 +68,26 @@ class Device:
         config = config or EngineConfig()
         capabilities = (chosen or kernels.choose(kind)).capabilities
         fused = left_to_kernels(config, capabilities)
+        rounds = rounds_left_to_kernels(config, capabilities)
         bytes_of = capabilities.workspace_bytes(fused)
         heads = max(layer.query_heads for layer in spec.layers)
         head_dim = max(max(layer.key_dim, layer.value_dim) for layer in spec.layers)
 
-        unpacked = _unpacked_slots(config, capabilities.profile_for(spec.itemsize, fused))
+        unpacked = _unpacked_slots(config, capabilities, capabilities.profile_for(spec.itemsize, fused))
 
         def workspace(chunk: int, rows: int, slots: int) -> int:
             sizes = {"heads": heads, "head_dim": head_dim, "itemsize": spec.itemsize}
-            attending = bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes)
+            if rounds and capabilities.capturable:  # only chunks may be left to torch
+                decoding = capabilities.workspace(chunk=1, rows=rows, slots=slots, **sizes)
+                attending = max(decoding, bytes_of(chunk=chunk, rows=rows, slots=slots if fused else 1, **sizes))
+            else:
+                attending = bytes_of(chunk=chunk, rows=rows, slots=slots, **sizes)
             return attending + min(slots, unpacked) * rows * _unpacked_row(spec)
 
         slack, share = SLACK[kind]
         if kind == "cpu":
             slack += spec.merged_bytes  # the file's pages of merged weights stay mapped
-        captures = kind == "cuda" and capabilities.capturable and fused and not config.enforce_eager
+        captures = kind == "cuda" and capabilities.capturable and rounds and not config.enforce_eager
         return cls(
             kind=kind,
             runtime=runtime,
@@ -107,12 +113,13 @@ class Device:
         return GRAPHS + activations + self.workspace(1, rows, slots)
 
 
-def _unpacked_slots(config: EngineConfig, profile: KernelProfile) -> int:
+def _unpacked_slots(config: EngineConfig, capabilities: Capabilities, profile: KernelProfile) -> int:
     """Most slots whose pairs a layer decodes at once: those that decode, or the one in which a chunk is read."""
     stored = config.kv_archive if config.archives else config.kv_format
     if stored == MODEL:
         return 0
-    if profile.reads_by_channel and answers_by_channel(config):
+    as_they_lie = profile.reads_by_channel and capabilities.decodes_by_channel(*formats_of(stored))
+    if as_they_lie and answers_by_channel(config):
         return 1
     return sys.maxsize if profile.unpack_passes else 0
 
