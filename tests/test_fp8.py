@@ -15,7 +15,7 @@ from bmx.errors import UsageError
 from bmx.kernels import fp8_products
 from bmx.kernels.fp8_products import MOST, multiply, product, round_rows
 from bmx.model.fp8_modules import Fp8Linear, quantise
-from bmx.model.loader import check_quantization, prepare
+from bmx.model.loader import check_quantization, prepare, quantize
 from bmx.model.preview import with_quantized_weights
 from bmx.model.spec import held_bytes
 
@@ -204,6 +204,26 @@ def test_gpus_without_8_bit_floats_are_refused(monkeypatch):
         with pytest.raises(UsageError, match=said) as refused:
             check_quantization("fp8", dtype, device)
         assert refused.value.hint
+
+
+def test_products_that_fail_or_are_wrong_are_a_line(monkeypatch):
+    """Tried before a weight is rounded. The CPU stands in for the card."""
+    monkeypatch.setattr("bmx.model.loader.check_quantization", lambda *_: None)
+    loaded = prepare(tiny_model("llama").to(BF16))
+
+    def fails(*_, **__):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling something\nand more")
+
+    for scaled_mm, said in (
+        (fails, "CUBLAS_STATUS_INTERNAL_ERROR"),
+        (lambda a, b, *_, **__: a.float() @ a.float().t(), "wrong"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_scaled_mm", scaled_mm)
+            with pytest.raises(UsageError, match=said):
+                quantize(loaded, "fp8")
+    assert not any(isinstance(module, Fp8Linear) for module in loaded.model.modules())
+    assert quantize(loaded, "fp8").spec.quantization == "fp8"
 
 
 def test_on_a_cpu_it_is_refused_before_weights_are_read(bmx, model, tmp_path):

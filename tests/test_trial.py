@@ -20,6 +20,7 @@ from bmx.job.manifest import run_finished
 from bmx.kernels import reference, trial
 from bmx.kernels.contract import FUNCTIONS
 from bmx.kernels.registry import CAPABILITIES
+from bmx.model.fp8_modules import quantise
 from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import choose_dtype
 from bmx.plan.device import Device
@@ -161,6 +162,17 @@ def test_g17_a_triton_that_cannot_be_imported_leaves_plain_torch(monkeypatch):
     chosen = tiny_engine("small").backend.kernels
     assert chosen.name == "reference"
     assert "plain torch: ModuleNotFoundError" in chosen.why
+
+
+def test_g17_float8_weights_that_a_kernel_rounds_wrongly_are_left_to_plain_torch(monkeypatch):
+    """Only in models that have them."""
+    monkeypatch.setattr("bmx.kernels.triton.round_rows", fail)
+    model = tiny_model("small")
+    for quantised in (False, True):
+        if quantised:
+            quantise(model)
+        engine = tiny_engine(model, kv_policy="none")
+        assert set(engine.backend.kernels.replaced) == ({"product"} if quantised else set())
 
 
 @pytest.mark.parametrize(

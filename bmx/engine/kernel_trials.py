@@ -11,6 +11,7 @@ from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.trial import Attention
+from bmx.model.fp8_modules import Fp8Linear
 from bmx.model.spec import ModelSpec
 
 
@@ -34,6 +35,7 @@ def _layers(model: Any, spec: ModelSpec, policy: CompressionPolicy, capabilities
     """What kernels are compiled for, layer by layer, in the smallest slot and in the largest."""
     softcap = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    float8 = any(isinstance(module, Fp8Linear) for module in model.modules())
     for part in filter(None, (policy, policy.archive)):
         for capacity in (1, spec.max_length):
             for layer, layout in zip(spec.layers, part.layout(spec, capacity).layers, strict=True):
@@ -52,4 +54,5 @@ def _layers(model: Any, spec: ModelSpec, policy: CompressionPolicy, capabilities
                     sinks=sinks,
                     fused=fused,
                     channel_formats=layout.formats if layout.by_channel else None,
+                    float8=float8,
                 )

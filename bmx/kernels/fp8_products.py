@@ -17,8 +17,13 @@ from bmx.kernels.linear import Linear
 
 MOST = 448.0  # the greatest number of the type
 LEAST = 1e-30  # of a row's greatest number, so that rows of zeros have a scale
+WRONG = 0.1  # far off, in sums of 32 products of numbers up to 1: no rounding
 ADA = (8, 9)
-REFUSED = ("not_supported", "not currently supported")  # what torch's errors say of sizes, libraries or GPUs
+REFUSED = (
+    "not_supported",
+    "not currently supported",
+    "cutlass cannot",
+)  # what torch's errors say of sizes, libraries or GPUs
 Round = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _by_tensor: set[tuple[int, int, int]] = set()  # sizes that are multiplied without scales of rows
@@ -69,6 +74,23 @@ def multiply(codes: Tensor, scales: Tensor, layer: Linear, dtype: torch.dtype) -
                 raise
             _by_tensor.add(sizes)
     return _scaled_after(codes, weight, by_row, by_output, layer.bias, dtype)
+
+
+def failure(device: torch.device) -> str:
+    """Why products of float8 numbers fail on a device; empty if they do not.
+
+    Args:
+        device: where they are to be computed.
+    """
+    x = torch.linspace(-1, 1, 16 * 32, device=device).view(16, 32)
+    codes, scales = round_rows(x)
+    rounded = codes.float() * scales.unsqueeze(1)
+    layer = Linear(weight=codes, bias=None, scales=scales)
+    try:
+        off = multiply(codes, scales, layer, torch.bfloat16).float() - rounded @ rounded.t()
+    except RuntimeError as error:
+        return str(error).strip().partition("\n")[0]
+    return "" if bool(off.abs().max() < WRONG) else "its products of 8-bit floats are wrong"
 
 
 def _scaled_after(

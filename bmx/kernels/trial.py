@@ -21,6 +21,7 @@ from bmx.errors import DeviceError
 from bmx.kernels import BY_CHANNEL, STEPS, Kernels, reference
 from bmx.kernels.contract import FUNCTIONS, KernelModule
 from bmx.kernels.formats import KEY_GROUP, MODEL, Stored
+from bmx.kernels.fp8_products import round_rows
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.registry import interpreted
@@ -29,6 +30,7 @@ from bmx.kernels.trial_channels import results_by_channel
 
 SLOTS, ROWS, TOKENS = 2, 40, 16  # slots of a trial, rows of each of their heads, tokens of a chunk
 TOKENS_TO_DRAW = 5000  # of a trial's vocabulary: more than a program looks at together
+FLOAT8_SIZES = (48, 128)  # outputs and inputs of a layer with float8 weights
 FEW = 3  # tokens whose numbers are independent of each other
 OLDER = 24  # tokens of the first slot that were evicted: it is full, and the second one has room for a chunk
 TOLERANCE = {2: 0.03, 4: 0.003}  # of the length of all numbers together, by bytes of a number
@@ -56,6 +58,7 @@ class Attention:
         sinks: whether there are extra logits without a value.
         fused: whether kernels do whole steps; if not, chunks attend and a policy does the rest.
         channel_formats: how keys and values are stored, where keys are scaled by channel; else None.
+        float8: whether the model's linear layers have float8 weights.
     """
 
     heads: int
@@ -70,6 +73,7 @@ class Attention:
     sinks: bool = False
     fused: bool = True
     channel_formats: tuple[str, str] | None = None
+    float8: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,6 +403,15 @@ def _product(module: KernelModule, inputs: Inputs) -> Results:
     return _numbers(output=output, gated=gated)
 
 
+def _product_of_float8(module: KernelModule, inputs: Inputs) -> Results | None:
+    """A linear layer with float8 weights."""
+    if not inputs.layer.float8:
+        return None
+    codes, scales = round_rows(inputs.normal(*FLOAT8_SIZES, seed=23))
+    layer = Linear(weight=codes, bias=None, scales=scales)
+    return _numbers(output=module.product((layer,))(inputs.normal(FEW, FLOAT8_SIZES[1], seed=24))[0])
+
+
 def _gate(module: KernelModule, inputs: Inputs) -> Results:
     gate, up = (inputs.normal(FEW, inputs.layer.key_dim, seed=seed) for seed in (15, 16))
     return _numbers(output=module.gate(gate, up))
@@ -431,7 +444,7 @@ TRIALS: Mapping[str, tuple[Callable[[KernelModule, Inputs], Results | None], ...
     **dict.fromkeys(sorted(BY_CHANNEL), (_channels,)),
     "decode_by_channel": (_channels, _channels_long),
     "attend_chunk": (_chunk,),
-    "product": (_product,),
+    "product": (_product, _product_of_float8),
     "gate": (_gate,),
     "rms_norm": (_norm,),
     "rotate": (_rotation,),

@@ -154,10 +154,13 @@ def quantize(loaded: LoadedModel, how: str) -> LoadedModel:
         ModelError: the model has no linear layers, or only such as stay as they are.
         UsageError: as ``check_quantization``.
     """
+    from bmx.kernels.fp8_products import failure
     from bmx.model import fp8_modules, int8_modules
 
     model, on_cpu = loaded.model, loaded.model.device.type == "cpu"
     check_quantization(how, str(model.dtype).removeprefix("torch."), model.device.type)
+    if how == "fp8" and (reason := failure(model.device)):
+        raise UsageError(f"--quantization fp8 does not work here: {reason}", hint="leave it out")
     count = int8_modules.quantise(model, choose("cpu")) if how == "int8" else fp8_modules.quantise(model)
     if not count:
         reason = f"{loaded.spec.name} has no linear layers that would be faster in {how}"
