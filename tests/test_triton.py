@@ -234,6 +234,9 @@ def test_norms_gates_and_rotations_are_those_of_plain_torch(shape, dtype):
     torch.testing.assert_close(triton_pointwise.gate(*halves), reference.gate(*halves), **close)
     heads = normal(1, 5, 3, shape[-1], seed=4, dtype=dtype).to(DEVICE).transpose(1, 2)
     cos, sin = (normal(1, 5, shape[-1], seed=seed, dtype=dtype).to(DEVICE) for seed in (5, 6))
+    columns = normal(1, 5, 4 * shape[-1], seed=7, dtype=dtype).to(DEVICE)[..., shape[-1] :].unflatten(-1, (3, -1))
+    normed = triton_pointwise.rms_norm(columns, weight, 1e-5)
+    torch.testing.assert_close(normed, reference.rms_norm(columns, weight, 1e-5), **close)
     turned = triton_pointwise.rotate(heads, cos, sin)
     torch.testing.assert_close(turned, reference.rotate(heads, cos, sin), **close)
 

@@ -7,7 +7,6 @@ Shapes: T tokens, H heads, I inner size, D head dim.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,26 +18,36 @@ GATE_BLOCK = 1024
 
 
 @triton.jit
-def _rms_norm_kernel(output, x, weight, rows, epsilon, inner: tl.constexpr, block: tl.constexpr, many: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * many + tl.arange(0, many)
+def _rms_norm_kernel(
+    output, x, weight, rows, by_token, by_head, heads, epsilon,
+    inner: tl.constexpr, block: tl.constexpr, many: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * many + tl.arange(0, many)
     columns = tl.arange(0, block)
     inside = (row < rows)[:, None] & (columns < inner)[None, :]
-    at = row[:, None] * inner + columns[None, :]
-    numbers = tl.load(x + at, inside, 0.0)
+    token, head, row = (row // heads).to(tl.int64), row % heads, row.to(tl.int64)
+    source = x + (token * by_token + head * by_head)[:, None] + columns[None, :]
+    numbers = tl.load(source, inside, 0.0)
     scale = tl.load(weight + columns, columns < inner, 0.0).to(tl.float32)
     wide = numbers.to(tl.float32)
     mean = tl.sum(wide * wide, 1) / inner
     normal = (wide * tl.rsqrt(mean + epsilon)[:, None]).to(numbers.dtype)
-    tl.store(output + at, scale[None, :] * normal.to(tl.float32), inside)
+    tl.store(output + row[:, None] * inner + columns[None, :], scale[None, :] * normal.to(tl.float32), inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """See ``contract.KernelModule.rms_norm``; a program takes several vectors if they are short."""
-    x, inner = x.contiguous(), x.shape[-1]
-    output, rows = torch.empty_like(x), x.numel() // inner
+    """See ``contract.KernelModule.rms_norm``; a program takes several vectors if they are short.
+
+    Vectors of heads are read as they lie: those of queries and keys are columns of a larger product.
+    """
+    inner, by_heads = x.shape[-1], x.dim() == 4 and len(x) == 1 and x.stride(3) == 1
+    output, rows = x.new_empty(x.shape), x.numel() // inner
     if rows:
+        x = x if by_heads else x.contiguous()
+        strides = (x.stride(1), x.stride(2), x.shape[2]) if by_heads else (inner, inner, 1)
         sizes, launch = _norm_launch(inner)
-        _rms_norm_kernel[triton.cdiv(rows, sizes["many"]),](output, x, weight, rows, epsilon, **sizes, **launch)
+        grid = (triton.cdiv(rows, sizes["many"]),)
+        _rms_norm_kernel[grid](output, x, weight, rows, *strides, epsilon, **sizes, **launch)
     return output
 
 
