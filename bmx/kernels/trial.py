@@ -395,21 +395,17 @@ def _numbers(**numbers: Tensor) -> Results:
 
 
 def _product(module: KernelModule, inputs: Inputs) -> Results:
-    """A linear layer, and a gated pair of them."""
+    """A linear layer, a gated pair of them, and one with float8 weights if the model has such."""
     dim = inputs.layer.key_dim
     x = inputs.normal(FEW, dim, seed=12)
     gate, up = (Linear(weight=inputs.normal(2 * dim, dim, seed=seed) / dim**0.5, bias=None) for seed in (13, 14))
     [output], [gated] = module.product((gate,))(x), module.product((gate, up), gated=True)(x)
+    if inputs.layer.float8:
+        codes, scales = round_rows(inputs.normal(*FLOAT8_SIZES, seed=23))
+        wide = inputs.normal(FEW, FLOAT8_SIZES[1], seed=24)
+        [wide] = module.product((Linear(weight=codes, bias=None, scales=scales),))(wide)
+        return _numbers(output=output, gated=gated, float8=wide)
     return _numbers(output=output, gated=gated)
-
-
-def _product_of_float8(module: KernelModule, inputs: Inputs) -> Results | None:
-    """A linear layer with float8 weights."""
-    if not inputs.layer.float8:
-        return None
-    codes, scales = round_rows(inputs.normal(*FLOAT8_SIZES, seed=23))
-    layer = Linear(weight=codes, bias=None, scales=scales)
-    return _numbers(output=module.product((layer,))(inputs.normal(FEW, FLOAT8_SIZES[1], seed=24))[0])
 
 
 def _gate(module: KernelModule, inputs: Inputs) -> Results:
@@ -444,7 +440,7 @@ TRIALS: Mapping[str, tuple[Callable[[KernelModule, Inputs], Results | None], ...
     **dict.fromkeys(sorted(BY_CHANNEL), (_channels,)),
     "decode_by_channel": (_channels, _channels_long),
     "attend_chunk": (_chunk,),
-    "product": (_product, _product_of_float8),
+    "product": (_product,),
     "gate": (_gate,),
     "rms_norm": (_norm,),
     "rotate": (_rotation,),
