@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,9 +306,14 @@ def test_g17_the_environment_names_the_numbers_and_what_is_replaced(monkeypatch,
     monkeypatch.setattr(environment, "_free", str)
     monkeypatch.setattr("bmx.hardware.free_gpu_memory", lambda: "some")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    card = SimpleNamespace(shared_memory_per_block_optin=101376)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(environment.shutil, "which", lambda _: None)
     monkeypatch.setattr(trial, "tried", lambda chosen, *_: replace(chosen, replaced={"gate": "it is broken"}))
     rows = environment.environment()
-    assert ("gpu (CUDA)", f"a card, {told}, some") in rows
+    assert ("gpu (CUDA)", f"a card, {told}, 99 KB of shared memory a block, some") in rows
+    assert ("C compiler", "none (gcc or clang), which Triton needs") in rows
     assert ("gate", "in plain torch: it is broken") in rows
 
 

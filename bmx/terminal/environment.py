@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 from bmx import hardware
@@ -33,8 +35,12 @@ def environment() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         numbers = "bfloat16" if (major, minor) >= kernels.LEAST_CAPABILITY else "float16 (no bfloat16 in hardware)"
-        parts = (torch.cuda.get_device_name(), f"compute capability {major}.{minor}", numbers)
-        rows.append(("gpu (CUDA)", ", ".join((*parts, _free(hardware.free_gpu_memory())))))
+        shared = getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 0) // 1024
+        parts = [torch.cuda.get_device_name(), f"compute capability {major}.{minor}", numbers]
+        parts += [f"{shared} KB of shared memory a block"] if shared else []
+        rows.append(("gpu (CUDA)", ", ".join([*parts, _free(hardware.free_gpu_memory())])))
+        compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("clang", "gcc"))), None)
+        rows.append(("C compiler", compiler or "none (gcc or clang), which Triton needs"))
     chosen = _tried(kernels.choose("cuda")) if torch.cuda.is_available() else kernels.choose("cpu")
     rows.append(("attention", f"{chosen.name}: {chosen.why}"))
     if chosen.name != "reference":
