@@ -27,7 +27,7 @@ from bmx.plan.device import Device
 
 F32 = torch.float32
 NEAR = {"atol": 2e-5, "rtol": 2e-5}
-FORMATS = [("int4", "int4"), ("int8", "int8"), ("int8", "int4"), ("int4", "model")]
+FORMATS = [("int4", "int4"), ("int8", "fp8"), ("int8", "int4"), ("int4", "model")]
 POSITIONS = [0, 30, 31, 32, 95, 140]
 
 
@@ -87,7 +87,7 @@ def test_tokens_are_stored_as_the_pool_stores_them(formats):
     ("formats", "group", "dim", "options"),
     [
         (("int4", "int4"), 3, 24, {}),
-        (("int8", "int8"), 1, 33, {"sinks": True}),
+        (("int8", "fp8"), 1, 33, {"sinks": True}),
         (("int8", "int4"), 2, 16, {"softcap": 0.8}),
         (("int4", "model"), 17, 24, {"sinks": True, "softcap": 2.0}),
     ],

@@ -243,7 +243,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noq
     for group, softcap, sinks, split, formats in [
         (4, None, False, True, ("int4", "int4")),
         (4, None, False, False, ("int8", "int4")),
-        (8, 50.0, True, True, ("int8", "int8")),
+        (8, 50.0, True, True, ("int8", "fp8")),
         (1, None, False, True, ("int4", MODEL)),
     ]:
         sizes, launch = launch_of(group, dim, value_dim, *formats, CHANNEL_SPLITS)

@@ -26,6 +26,7 @@ from bmx.kernels.triton_splits import (
     Splits,
 )
 from bmx.kernels.triton_vectors import (
+    FORMATS,
     Parts,
     _load,
     _rounded,
@@ -83,7 +84,7 @@ def channel_memory(rows: ChannelRows) -> ChannelMemory:
 
 def takes(rows: ChannelRows) -> bool:
     """Whether the kernels know the formats of these rows."""
-    return rows.key_format in ("int8", "int4") and rows.values.format in (MODEL, "int8", "int4")
+    return rows.key_format in ("int8", "int4") and rows.values.format in FORMATS
 
 
 @triton.jit
