@@ -11,7 +11,7 @@ import aot
 
 @pytest.mark.parametrize("arch", aot.TESTED)
 def test_kernels_compile_for_gpus_and_fit_into_them(arch):
-    """The scarcest launches of one GPU; ``python tests/aot.py`` compiles all of them."""
+    """Some launches for one GPU; ``python tests/aot.py`` compiles all of them."""
     kernels = aot.built(arch)
     assert {kernel.module for kernel in kernels} == set(aot.TESTED[arch])
     assert [kernel for kernel in kernels if not kernel.fits] == []
