@@ -27,8 +27,7 @@ def tried(kernels: Kernels, model: Any, spec: ModelSpec, policy: CompressionPoli
     Raises:
         DeviceError: after a trial the GPU refuses every call.
     """
-    layers = dict.fromkeys(_layers(model, spec, policy, kernels.capabilities))
-    return trial.tried(kernels, layers, model.dtype, model.device)
+    return trial.tried(kernels, _layers(model, spec, policy, kernels.capabilities), model.dtype, model.device)
 
 
 def _layers(model: Any, spec: ModelSpec, policy: CompressionPolicy, capabilities: Capabilities) -> Iterator[Attention]:

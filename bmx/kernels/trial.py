@@ -109,7 +109,7 @@ def tried(kernels: Kernels, layers: Iterable[Attention], dtype: torch.dtype, dev
     except Exception as error:
         return without(kernels, error)
     replaced = dict(kernels.replaced)
-    for layer in layers:
+    for layer in dict.fromkeys(layers):  # each once, in their order
         replaced = dict(_failures(whole, layer, dtype, device)) | replaced
     if replaced.keys() >= own - BY_CHANNEL:
         return _plain(kernels, next(iter(replaced.values())))
