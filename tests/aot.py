@@ -28,7 +28,7 @@ MODULES = tuple(
     f"bmx.kernels.triton_{name}"
     for name in ("prefill", "decode", "channel_decode", "evict", "pointwise", "fp8", "draw")
 )
-SPARED = 32  # bytes: values that no loop touches, which the assembler puts aside so that another block fits
+SPARED = 64  # bytes stored and loaded: the assembler may put a few values aside so that another block fits
 FEW = 3  # launches of a file that the test compiles, from all over its list
 # What the test compiles: files and sizes by architecture.
 TESTED: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
