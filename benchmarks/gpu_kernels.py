@@ -66,7 +66,13 @@ def sizes(place: Place) -> list[Size]:
         shapes = ((32, 4, 2, (MODEL, MODEL)), (24, 2, 2, coded))
         return [Size(dim=dim, heads=h, kv_heads=kv, formats=form, **small) for dim, h, kv, form in shapes]
     large = dict(capacity=1024, chunk=512, chunks=16, inner=14_336, kv_bytes=1.7e9)
-    shapes = ((128, 8, (MODEL, MODEL)), (128, 8, coded), (96, 32, (MODEL, MODEL)), (64, 8, (MODEL, MODEL)))
+    shapes = (
+        (128, 8, (MODEL, MODEL)),
+        (128, 8, coded),
+        (128, 8, ("fp8", "fp8")),
+        (96, 32, (MODEL, MODEL)),
+        (64, 8, (MODEL, MODEL)),
+    )
     return [Size(dim=dim, heads=32, kv_heads=kv, formats=form, **large) for dim, kv, form in shapes]
 
 
