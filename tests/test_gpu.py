@@ -17,7 +17,10 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
-from bmx.kernels import choose
+from bmx.kernels import choose, drawing, fp8, fp8_products, trial
+from bmx.kernels.ranking import EvictionOrder
+from bmx.model.fp8_modules import Fp8Linear, quantise
+from bmx.model.joined_weights import join_weights
 from bmx.model.loader import prepare
 from bmx.plan.memory import Limits, Memory, SlotGroup, StepSize
 from bmx.plan.planner import Plan
@@ -100,6 +103,170 @@ def test_every_way_to_rank_keeps_what_it_keeps_on_the_cpu(policy, eager):
     requests = as_requests(PROMPTS, max_tokens=20)
     expected = answers(tiny_engine("llama", kv_policy=policy, **TIGHT), requests)
     assert answers(engine_of("llama", kv_policy=policy, enforce_eager=eager, **TIGHT), requests) == expected
+
+
+def assert_alike(found, expected):
+    """All answers but one, at most: where a number lies between two codes, rounding chooses one of them."""
+    assert found.keys() == expected.keys()
+    assert sum(found[name] != expected[name] for name in found) <= 1
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    ("policy", "form"),
+    [
+        ("far-attention", "int8/int4"),
+        ("average-attention", "int8"),
+        ("h2o", "fp8"),
+        ("window", "int4"),
+        ("r-kv", "model"),
+        ("knorm", "fp8/int4"),
+        ("keydiff", "int8/int4"),
+    ],
+)
+def test_coded_and_ranked_pairs_are_those_of_the_cpu_and_run_in_graphs(policy, form, eager, replays):
+    settings, requests = TIGHT | {"kv_policy": policy, "kv_format": form}, as_requests(PROMPTS, max_tokens=20)
+    engine = engine_of("llama", enforce_eager=eager, **settings)
+    assert_alike(answers(engine, requests), answers(tiny_engine("llama", **settings), requests))
+    assert (engine.stats.eager, bool(replays)) == ("", not eager)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TIGHT | {"kv_archive": "int4"},
+        TIGHT | {"kv_archive": "int8/int4", "kv_policy": "streaming", "kv_format": "int8"},
+        TIGHT | {"kv_archive": "model"},
+        {"kv_policy": "none", "kv_format": "int4", "chunk_size": 10, "max_num_seqs": 3},
+        {"kv_policy": "none", "kv_format": "fp8", "chunk_size": 10, "max_num_seqs": 3},
+    ],
+    ids=lambda settings: ", ".join(f"{name[3:]} {each}" for name, each in settings.items() if isinstance(each, str)),
+)
+def test_archives_and_whole_caches_in_fewer_bits_answer_as_on_the_cpu(settings, eager):
+    """Keys of most of them are scaled by channel."""
+    requests = as_requests(PROMPTS, max_tokens=20)
+    expected = answers(tiny_engine("llama", **settings), requests)
+    assert_alike(answers(engine_of("llama", enforce_eager=eager, **settings), requests), expected)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("settings", [TIGHT, {"kv_policy": "none", "chunk_size": 10, "max_num_seqs": 3}], ids=str)
+def test_slots_read_in_splits_answer_as_on_the_cpu(settings, eager, monkeypatch):
+    from bmx.kernels import triton_decode
+
+    requests = as_requests(PROMPTS, max_tokens=20)
+    expected = answers(tiny_engine("llama", **settings), requests)
+    monkeypatch.setattr(triton_decode, "SPLITS", triton_decode.Splits(8, 16))
+    assert answers(engine_of("llama", enforce_eager=eager, **settings), requests) == expected
+
+
+def attention_of(by="average", formats=("model", "model"), **told):
+    """A layer of the trials, under an order of eviction."""
+    far = {"distance": 4, "power": 2} if by == "average" else {}
+    order = EvictionOrder(by=by, sink=2, recent=4, window=told.pop("window", None), **far)
+    sizes = {"heads": 8, "kv_heads": 2, "key_dim": 64, "value_dim": 64, "mass": by in ("average", "mass")}
+    return trial.Attention(order=order, formats=formats, **sizes | told)
+
+
+LAYERS = {
+    "far": attention_of(),
+    "coded": attention_of(formats=("int8", "int4")),
+    "float8": attention_of("mass", ("fp8", "fp8"), decays=True, key_dim=96, value_dim=96),
+    "ranked": attention_of("rank", ("int4", "int8"), mass=True),
+    "by age, many heads": attention_of("age", heads=48, kv_heads=2, key_dim=128, value_dim=128, window=24),
+    "capped, sinks": attention_of("mass", softcap=30.0, sinks=True, window=24),
+    "of two sizes": attention_of(heads=4, kv_heads=4, key_dim=192, value_dim=128),
+    "by itself": attention_of(fused=False),
+    "by channel": attention_of("age", fused=False, channel_formats=("int4", "int4")),
+    "by channel, in bytes": attention_of("age", fused=False, channel_formats=("int8", "model"), key_dim=128),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [
+        *((layer, torch.bfloat16) for layer in LAYERS),
+        *((layer, torch.float32) for layer in ("far", "coded", "by channel")),
+        ("far", torch.float16),
+    ],
+    ids=str,
+)
+def test_every_kernel_computes_what_plain_torch_does(layer, dtype):
+    assert trial._failures(choose(DEVICE), LAYERS[layer], dtype, torch.device(DEVICE)) == ()
+
+
+@pytest.mark.parametrize("layer", ["far", "coded", "float8", "ranked", "by channel"])
+def test_nothing_depends_on_how_many_programs_share_a_slot_or_on_which_is_first(layer, monkeypatch):
+    """Programs that wrote what others read would differ once in a while."""
+    from bmx.kernels import triton_channel_decode, triton_decode
+
+    module, by_channel = choose(DEVICE).module, LAYERS[layer].channel_formats is not None
+    inputs, seen = trial.Inputs(LAYERS[layer], torch.bfloat16, torch.device(DEVICE)), []
+    for programs in (1, 2, 5, 5, 5, 5):
+        for file in (triton_decode, triton_channel_decode):
+            monkeypatch.setattr(file, "programs", lambda _, splits, __, most=programs: min(splits, most))
+        found = (trial._channels_long if by_channel else trial._decode_long)(module, inputs)
+        seen.append({**found.numbers, **found.pairs})
+    assert all(torch.equal(one[name], seen[0][name]) for one in seen for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_of_a_large_vocabulary_is_drawn_what_is_drawn_from_a_sorted_one(dtype):
+    """But where a draw falls between two tokens."""
+    cuts = [(1.0, 0, 1.0, 0.0), (1.7, 50, 1.0, 0.0), (1.2, 0, 0.8, 0.0), (0.8, 0, 1.0, 0.05), (1.5, 200, 0.95, 0.01)]
+    chance = torch.Generator().manual_seed(0)
+    sampling = torch.tensor([(*cut, u) for cut in cuts for u in torch.rand(8, generator=chance).tolist()])
+    sampling = sampling.double().t().contiguous().to(DEVICE)
+    logits = (3 * torch.randn(sampling.shape[1], 128_256, generator=chance)).to(DEVICE, dtype)
+    rows = torch.arange(len(logits), device=DEVICE)
+    ids = choose(DEVICE).module.draw(logits, rows, sampling)
+    assert int((ids != drawing.draw(logits, rows, sampling)).sum()) <= 1
+    assert torch.equal(ids[7:9], choose(DEVICE).module.draw(logits, rows[7:9], sampling[:, 7:9].contiguous()))
+
+
+def float8_refused():
+    """Why layers cannot be multiplied in float8 here."""
+    return fp8.why_refused("bfloat16")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 300])
+def test_float8_layers_multiply_what_was_rounded_joined_or_not(rows, bias):
+    if reason := float8_refused():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model = tiny_model("llama").to(torch.bfloat16)
+    names = ("q_proj", "k_proj", "v_proj")
+    attention = model.model.layers[0].self_attn
+    for name, outputs in zip(names, (64, 32, 32), strict=True):
+        setattr(attention, name, Fp8Linear(torch.nn.Linear(48, outputs, bias=bias, dtype=torch.bfloat16)))
+    model.to(DEVICE)
+    x = torch.randn(rows, 48).to(DEVICE, torch.bfloat16)
+    codes, scales = fp8_products.round_rows(x)
+    for _ in range(2):
+        layers = [getattr(attention, name).layer for name in names]
+        with torch.inference_mode():
+            outputs = choose(DEVICE).module.product(tuple(layers))(x)
+        for layer, y in zip(layers, outputs, strict=True):
+            weight = layer.weight.double() * layer.scales.double().unsqueeze(1)
+            expected = (codes.double() * scales.double().unsqueeze(1)) @ weight.t()
+            expected += 0 if layer.bias is None else layer.bias.detach().double()
+            assert (y.double() - expected).norm() <= 0.02 * expected.norm()
+        join_weights(model)
+    assert layers[1].weight.storage_offset() > 0
+
+
+def test_float8_layers_run_in_graphs(replays):
+    if reason := float8_refused():
+        pytest.skip(reason)
+    model = tiny_model("llama").to(DEVICE, torch.bfloat16)
+    assert quantise(model)
+    engine = tiny_engine(model, **TIGHT)
+    answers(engine, [*drawn(0.0)[:3], *drawn(0.9)[3:]])
+    assert engine.stats.eager == ""
+    assert replays
+    assert [count for count in engine.stats.modules.values() if "why" in count] == []
 
 
 @BOTH_WAYS
@@ -256,6 +423,9 @@ def sequences(policy, largest, temperature):
         ("llama", "average-attention"),
         ("llama", "decay"),
         ("llama", "streaming"),
+        ("llama", "window"),
+        ("llama", "r-kv"),
+        ("llama", "keydiff"),
         ("qwen3", "h2o"),
         ("phi3", "h2o"),
     ],
