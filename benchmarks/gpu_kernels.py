@@ -539,5 +539,5 @@ def cells(place: Place) -> list[Cell]:
         for name, work, seconds in (("right", right, 70), ("fast", fast, 60), ("small parts", parts, 40)):
             if work is not parts or size.formats == (MODEL, MODEL):
                 cell = Cell(part="kernels", name=f"{size.name}, {name}", seconds=seconds, work=partial(work, size))
-                made.append(replace(cell, decisive=number < 2 and work is not parts))
+                made.append(replace(cell, decisive=number < 2 and work is right))
     return made

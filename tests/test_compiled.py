@@ -434,7 +434,7 @@ def test_decoding_tokens_read_codes_as_float64_does(compiled, group, dim, value_
         read(compiled, rows, (query, key, value), 0, count - 1, order, count)
     rows.mass.zero_()
     output = read(compiled, rows, (query, key, value), count - 1, count, order, count, scale=sharp, sinks=sinks)
-    keys, values, positions, mass = view_of(rows)
+    keys, values, positions, mass, _ = view_of(rows)
     assert torch.equal(positions, torch.arange(count, dtype=torch.int32).expand(2, -1))
     read_keys, read_values = exact(keys, dim).unsqueeze(0), exact(values, value_dim).unsqueeze(0)
     expected, columns = dense_slots(query[-1:], read_keys, read_values, scale=sharp, sinks=sinks)

@@ -98,12 +98,11 @@ def sequences(policy, lengths, new):
 
 SIMPLE = [
     *({"kv_budget": 24, "kv_policy": name} for name in ("far-attention", "decay", "streaming")),
-    {"kv_budget": 24, "kv_format": "int8/int4"},
+    *({"kv_budget": 24, "kv_format": name} for name in ("int8/int4", "fp8")),
     *({"kv_budget": 24, "kv_policy": name} for name in ("tova", "window", "r-kv", "keydiff")),
 ]
 DEAR = [{"kv_budget": 24, "kv_policy": name} for name in ("lagkv", "roco", "expected-attention")]
 MORE = [
-    {"kv_budget": 24, "kv_format": "fp8"},
     {"kv_budget": 24, "kv_value_norm": True},
     {"kv_budget": 24, "kv_probe": "w7 w8 w9"},
     {"kv_budget": "50%", "kv_policy": "average-attention"},

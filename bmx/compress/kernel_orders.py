@@ -23,7 +23,7 @@ _KERNEL_ORDERS = {  # what ``EvictionOrder`` calls scorers' formulas; "rank": th
     **dict.fromkeys((Window.__call__, RKV.__call__, KeyDiff.__call__, KeyNorm.__call__), "rank"),
 }
 
-RANKED_BYTES = 2**25  # of pairs that are ranked at once for kernels, unless one slot has more
+RANKED_BYTES = 2**27  # of pairs that are ranked at once for kernels, unless one slot has more
 UNKEYED = 64  # bytes of a pair that is ranked without its key: numbers, and their order
 FLOAT32 = 4  # bytes
 COPIES = 6  # of a key, as it is decoded and scored

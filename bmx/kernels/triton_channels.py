@@ -139,7 +139,7 @@ def store_group(codes, scales, low, high, parts: tl.constexpr):
     tl.store(at, levels.to(tl.uint8), mask=(n[:, None] >= 0) & (columns < parts.split)[None, :])
 
 
-@triton.jit(do_not_specialize=["slot", "start", "stop"])
+@triton.jit(do_not_specialize=["slot", "start", "stop"], do_not_specialize_on_alignment=["first", "first_group"])
 def append_groups(key, value, rows, first, first_group, slot, start, stop, sizes: tl.constexpr):
     """One kv head of a chunk, and one group of the slot's rows: values are stored, and keys if the group is whole."""
     key_parts: tl.constexpr = sizes.keys
@@ -190,7 +190,7 @@ def append_by_channel(key: Tensor, value: Tensor, rows: ChannelRows, slot: int, 
     return bool(tokens)
 
 
-@triton.jit(do_not_specialize=["slot", "count"])
+@triton.jit(do_not_specialize=["slot", "count"], do_not_specialize_on_alignment=["first", "first_group"])
 def read_groups(keys, values, rows, first, first_group, slot, count, sizes: tl.constexpr):
     """One kv head of a slot, and one group of its first ``count`` rows, those that are in use: decoded, or exact."""
     key_parts: tl.constexpr = sizes.keys

@@ -25,7 +25,7 @@ from bmx.kernels.triton_operands import BF16_TOKENS, Variant, packed, reads, slo
 from bmx.kernels.triton_vectors import Parts, in_one_part, load, store_encoded
 
 MOST_ROWS, MOST_TOKENS = 16384, 8192  # of a head and of a chunk that one program can choose from, held in registers
-LEAST_BLOCK = 64  # tokens: shorter chunks get no kernel of their own
+BLOCKS = (64, 512, 2048, MOST_TOKENS)  # tokens of a chunk, at most, for which there is a kernel
 NOTHING = tl.constexpr(-(2**31))  # below ``_sortable`` of any score
 
 
@@ -215,7 +215,7 @@ def _evicts(rows: Rows, chunks: Chunks) -> bool:
 
 def _choice_launch(largest: int, longest: int) -> tuple[ChoiceSizes, dict[str, int]]:
     """Sizes that the choosing kernel is compiled for, and its warps and stages."""
-    sizes = ChoiceSizes(triton.next_power_of_2(largest), max(LEAST_BLOCK, triton.next_power_of_2(longest)))
+    sizes = ChoiceSizes(triton.next_power_of_2(largest), next(block for block in BLOCKS if block >= longest))
     return sizes, {"num_warps": min(max(max(sizes.rows, sizes.tokens) // 256, 4), 16), "num_stages": 1}
 
 

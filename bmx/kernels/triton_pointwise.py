@@ -17,7 +17,7 @@ TILE = 4096  # numbers that a program of 128 threads holds
 GATE_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     output, x, weight, rows, by_token, by_head, heads, epsilon,
     inner: tl.constexpr, block: tl.constexpr, many: tl.constexpr,
@@ -58,7 +58,7 @@ def _norm_launch(inner: int) -> tuple[dict[str, int], dict[str, int]]:
     return sizes, {"num_warps": 4 if block <= TILE else 8, "num_stages": 1}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate_kernel(
     output, x, cos, sin, tokens, by_token, by_head, heads,
     dim: tl.constexpr, half_block: tl.constexpr, many: tl.constexpr,

@@ -156,6 +156,7 @@ def _together(modules: list[Any], kernels: KernelModule) -> list[tuple[nn.Module
     def forward(number: int, x: Tensor) -> Tensor:
         if number == 0:
             outputs = product(x)
+            waiting.clear()  # a layer that reads another one's pairs takes no keys
             waiting.update({i: (x, outputs[i]) for i in range(1, len(outputs))})
             return outputs[0]
         source, output = waiting.pop(number, (None, None))
