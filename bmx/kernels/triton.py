@@ -76,7 +76,7 @@ def product(layers: tuple[Linear, ...], gated: bool = False) -> Callable[[Tensor
 
     Layers whose weights lie one after another are one product, whose outputs are views of each layer's columns.
     """
-    together = as_one(layers)
+    together = as_one(layers) if len(layers) > 1 else None
     factors = layers if together is None else (together,)
     in_float8 = layers[0].weight.dtype == torch.float8_e4m3fn
     multiply = fp8_products.product(factors, round_rows) if in_float8 else reference.product(factors)
