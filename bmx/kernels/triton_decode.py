@@ -26,7 +26,6 @@ from bmx.kernels.triton_operands import (
     Variant,
     packed,
     reads,
-    shared_memory,
     slot_rows,
     stored_rows,
     variant,
@@ -291,9 +290,7 @@ def decode_step(
     group, width = heads // rows.kv_heads, _round_up(rows.largest, 16)
     scored = accumulate and rows.mass is not None
     scratch = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device) if scored else None
-    sizes, launch = _decode_launch(
-        group, dim, value.shape[-1], key.element_size(), shared_memory(), *rows.formats, SPLITS
-    )
+    sizes, launch = _decode_launch(group, dim, value.shape[-1], key.element_size(), *rows.formats, SPLITS)
     splits, partial, parts = sizes.splits.most(rows.largest), None, 1
     if splits > 1:
         partial = partial_results(batch, heads, rows.kv_heads, splits, value.shape[-1], query.device)
@@ -315,7 +312,6 @@ def _decode_launch(
     dim: int,
     value_dim: int,
     itemsize: int,
-    shared: int,  # noqa: ARG001
     key_format: str,
     value_format: str,
     splits: Splits,
@@ -355,8 +351,8 @@ TYPES = {
 }
 
 
-def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
-    """The launches of bfloat16 models with keys and values of these sizes, by the shared memory of a block."""
+def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noqa: ARG001
+    """The launches of bfloat16 models with keys and values of these sizes."""
     far = EvictionOrder(by="average", sink=4, recent=64, window=None, distance=64, power=2)
     age = EvictionOrder(by="age", sink=0, recent=0, window=None)
     mass = EvictionOrder(by="mass", sink=4, recent=64, window=4096)
@@ -380,7 +376,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:
     for group, order, softcap, sinks, split, formats in models:
         if group > 64 and max(dim, value_dim) > 128:
             continue  # no model has so many query heads of this size for one of keys
-        sizes, launch = _decode_launch(group, dim, value_dim, 2, shared, *formats, SPLITS)
+        sizes, launch = _decode_launch(group, dim, value_dim, 2, *formats, SPLITS)
         constants: dict[str, Any] = {"order": order, "sizes": sizes}
         constants |= {} if order is not age else {"scratch": None}
         types = TYPES | {"rows": stored_rows(*formats, mass=order is not age, ranks=order is rank_)}

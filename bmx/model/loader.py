@@ -96,6 +96,7 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
     Raises:
         MemoryLimitError: the device has no room for it.
         ModelError: the model cannot be found or read, or bmx cannot run it correctly.
+        UsageError: as ``check_quantization``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -111,13 +112,15 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
     _compare_vocabularies(tokenizer, model_config, config.model)
     with contextlib.suppress(KeyError):  # a model with code of its own is not in the table
         _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, so that it counts as runtime
+    dtype = choose_dtype(config, device, model_config.to_dict())
+    check_quantization(config.quantization, str(dtype).removeprefix("torch."), device.type)
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else _context_bytes(device)
     with loading_errors(config.model):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=model_config,
-            dtype=choose_dtype(config, device, model_config.to_dict()),
+            dtype=dtype,
             device_map=None if device.type == "cpu" else device,
             use_safetensors=True,
             output_loading_info=True,
