@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, pairwise
 
 import pytest
@@ -22,11 +22,12 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
+from bmx.kv.layout import StateLayout
 from bmx.kv.pool import KVPool
 from bmx.model.loader import prepare
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
-from bmx.plan.memory import Limits, SlotGroup, StepSize, limits, memory_needed
+from bmx.plan.memory import Limits, ReadingSlots, SlotGroup, StepSize, limits, memory_needed
 from bmx.plan.planner import ENOUGH, MAX_GROUPS, MAX_SLOTS, ROW_ALIGNMENT, Length, capacities, plan, shrunk, step_sizes
 
 MB = 10**6
@@ -42,6 +43,14 @@ SPEC = ModelSpec(
     head_bytes=10 * MB,
     itemsize=2,
 )
+HYBRID = replace(
+    SPEC,
+    states=(
+        StateLayout(shape=(3, 500), itemsize=2, recurrent=False),
+        StateLayout(shape=(8, 64, 100), itemsize=4, recurrent=True),
+    ),
+)
+STATE_BYTES = 3 * 500 * 2 + 8 * 64 * 100 * 4
 POLICY = CompressionPolicy.from_config(EngineConfig(kv_budget=1024, kv_format="model"))
 HUGE = CompressionPolicy.from_config(
     EngineConfig(kv_budget=10**6, kv_format="model")
@@ -159,6 +168,7 @@ def test_the_total_is_the_sum_of_its_items():
     items = (memory.activations, memory.logits, memory.kv, memory.scores, memory.slack)
     assert all(item > 0 for item in items)
     assert memory.total == memory.runtime + memory.weights + sum(items)
+    assert memory.states == 0
     assert memory.pool == memory.kv + memory.scores
 
 
@@ -167,6 +177,30 @@ def test_keys_and_values_are_counted_by_hand():
     rows = 1024 * 4 + 128 * 10
     assert memory.kv == rows * 6 * 2 * (64 + 64) * 2  # layers, kv heads, key and value dims, bytes
     assert memory.scores == rows * 6 * 2 * 8  # a float32 score and an int32 position
+
+
+@pytest.mark.parametrize("archive", ["none", "int8"])
+def test_states_are_counted_by_hand_and_once_more_for_idle_rows(archive):
+    """Every slot that an answer is written on holds them, of prefixes too; a slot to read prompts in does not."""
+    policy = CompressionPolicy.from_config(EngineConfig(kv_budget=1024, kv_archive=archive, kv_format="model"))
+    groups, prefixes = (SlotGroup(1024, 4), SlotGroup(128, 10)), (SlotGroup(64, 2),)
+    reading = ReadingSlots(policy.layout(HYBRID, 256), 3) if policy.archive else None
+
+    def memory(spec):
+        layout = partial(policy.answering.layout, spec)
+        return memory_needed(spec, layout, groups, STEP, DEVICE, prefixes, reading)
+
+    hybrid, plain = memory(HYBRID), memory(SPEC)
+    assert hybrid.states == (4 + 10 + 2 + 1) * STATE_BYTES
+    assert replace(hybrid, states=0) == plain
+    assert (hybrid.total, hybrid.pool) == (plain.total + hybrid.states, plain.pool + hybrid.states)
+    assert hybrid.step == plain.step
+
+
+def test_states_are_no_part_of_a_budget_in_bytes():
+    """A budget says how much of the KV cache stays, and states are none of it."""
+    config = EngineConfig(kv_budget="25%bytes")
+    assert CompressionPolicy.from_config(config, HYBRID) == CompressionPolicy.from_config(config, SPEC)
 
 
 @pytest.mark.parametrize("larger", [{"chunk_size": 512}, {"max_num_batched_tokens": 4096}], ids=str)

@@ -62,7 +62,7 @@ class Budget:
             pair: a slot of one row.
         """
         of_bytes = self.of_bytes
-        return replace(self, share=of_bytes * pair.full_cache_bytes / pair.nbytes) if of_bytes else self
+        return replace(self, share=of_bytes * pair.full_cache_bytes / pair.cache_bytes) if of_bytes else self
 
     @property
     def of_bytes(self) -> float | None:

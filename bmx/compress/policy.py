@@ -124,8 +124,12 @@ class CompressionPolicy:
         return self.least_rows(prompt_tokens, max_tokens) < prompt_tokens + max_tokens
 
     def layout(self, spec: ModelSpec, capacity: int) -> KVLayout:
-        """A slot of ``capacity`` rows; sliding-window layers hold no more than their window."""
-        return KVLayout(tuple(self._layer(spec, layer, capacity) for layer in spec.layers))
+        """A slot of ``capacity`` rows; sliding-window layers hold no more than their window.
+
+        The slot on which an answer is written also holds the states of layers without attention.
+        """
+        layers = tuple(self._layer(spec, layer, capacity) for layer in spec.layers)
+        return KVLayout(layers, () if self.archive else spec.states)
 
     def _layer(self, spec: ModelSpec, layer: LayerSpec, capacity: int) -> LayerLayout:
         heads, last_reader = (capacity,) * layer.kv_heads, spec.last_reader(layer.owner)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 from bmx.kernels.formats import FORMATS, KEY_GROUP, MODEL
@@ -183,11 +184,38 @@ class LayerLayout:
         return 0 if recall is None else recall.nbytes(self.capacity, self.kv_heads, self.key_dim, self.itemsize)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateLayout:
+    """One tensor of fixed size that a layer without attention keeps for each sequence.
+
+    Attributes:
+        shape: without the dimension of slots.
+        itemsize: bytes of a number.
+        recurrent: whether it is the state of a recurrence; otherwise it holds the last inputs of a convolution, in the
+            model's type.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    recurrent: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sequence's state."""
+        return prod(self.shape) * self.itemsize
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """One slot: its layers, including those that read another layer's rows."""
+    """One slot.
+
+    Attributes:
+        layers: its attention layers, including those that read another layer's rows.
+        states: what layers without attention keep, in the order of their calls.
+    """
 
     layers: tuple[LayerLayout, ...]
+    states: tuple[StateLayout, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -220,11 +248,21 @@ class KVLayout:
         return sum(layer.recall_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of what layers without attention keep; the same for every capacity."""
+        return sum(state.nbytes for state in self.states)
+
+    @property
     def full_cache_bytes(self) -> int:
         """Bytes that the keys and values of as many pairs take in the model's own type."""
         return sum(layer.full_cache_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of a slot's KV pairs and of all that is stored beside them."""
+        return self.kv_bytes + self.score_bytes + self.recall_bytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of a slot."""
-        return self.kv_bytes + self.score_bytes + self.recall_bytes
+        return self.cache_bytes + self.state_bytes

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bmx.errors import ModelError, UsageError
+from bmx.kv.layout import StateLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +79,7 @@ class ModelSpec:
         itemsize: bytes of an activation.
         merged_bytes: bytes of experts, which loading copies into one tensor.
         quantization: how the weights of linear layers are held: ``none``, ``int8`` or ``fp8``.
+        states: what layers without attention keep for each sequence, in the order of their calls.
     """
 
     name: str
@@ -90,6 +92,7 @@ class ModelSpec:
     itemsize: int
     merged_bytes: int = 0
     quantization: str = "none"
+    states: tuple[StateLayout, ...] = ()
 
     def last_reader(self, owner: int) -> int:
         """The number of the last layer that reads the keys and values of layer ``owner``."""

@@ -75,6 +75,7 @@ class Memory:
         logits: logits of a step, and what sampling takes beside them.
         kv: keys and values of all slots.
         scores: positions, accumulated attention and indexes of all slots.
+        states: what layers without attention keep in all slots, and in one more for rows of captured steps that idle.
         graphs: what captured decoding keeps for itself on a GPU.
         slack: what allocators lose to rounding, and compiled kernels.
         host: keys and values of an archive in the host's memory, beside a GPU.
@@ -87,6 +88,7 @@ class Memory:
     logits: int = 0
     kv: int = 0
     scores: int = 0
+    states: int = 0
     graphs: int = 0
     slack: int = 0
     host: int = 0
@@ -94,8 +96,8 @@ class Memory:
 
     @property
     def pool(self) -> int:
-        """Bytes of the slots on the device: keys, values and scores."""
-        return self.kv + self.scores
+        """Bytes of the slots on the device: keys, values, scores and states."""
+        return self.kv + self.scores + self.states
 
     @property
     def step(self) -> int:
@@ -207,7 +209,8 @@ def memory_needed(
         activations=activations,
         logits=logits,
         kv=sum(slot.kv_bytes * count for slot, count in layouts) - stored,
-        scores=sum((slot.nbytes - slot.kv_bytes) * count for slot, count in layouts),
+        scores=sum((slot.cache_bytes - slot.kv_bytes) * count for slot, count in layouts),
+        states=sum(slot.state_bytes * count for slot, count in layouts) + layouts[0][0].state_bytes,
         graphs=device.captured(spec, slots, keys),
         slack=device.slack + int(device.share * (activations + logits)),
         host=stored if device.archive_place == HOST else 0,
