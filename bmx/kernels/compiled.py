@@ -30,6 +30,7 @@ from bmx.kernels.compiled_library import (
 from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import FORMULAS, EvictionOrder
+from bmx.kernels.segments import Segments
 from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, query_heads
 
 WORD = 32  # bfloat16 numbers, or columns, that are computed together
@@ -64,6 +65,41 @@ class CompiledKernels:
     def draw(self, logits: Tensor, rows: Tensor, sampling: Tensor) -> Tensor:
         """See ``contract.KernelModule.draw``."""
         return reference.draw(logits, rows, sampling)
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, segments: Segments, *, silu: bool
+    ) -> Tensor:
+        """See ``contract.KernelModule.convolve``."""
+        return reference.convolve(x, weight, bias, windows, segments, silu=silu)
+
+    def delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        states: Tensor,
+        segments: Segments,
+        *,
+        normalise: bool,
+    ) -> Tensor:
+        """See ``contract.KernelModule.delta_rule``."""
+        return reference.delta_rule(query, key, value, decay, beta, states, segments, normalise=normalise)
+
+    def state_space(
+        self,
+        x: Tensor,
+        step: Tensor,
+        rate: Tensor,
+        inputs: Tensor,
+        outputs: Tensor,
+        skip: Tensor | None,
+        states: Tensor,
+        segments: Segments,
+    ) -> Tensor:
+        """See ``contract.KernelModule.state_space``."""
+        return reference.state_space(x, step, rate, inputs, outputs, skip, states, segments)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """See ``contract.KernelModule.rms_norm``."""

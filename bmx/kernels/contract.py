@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from bmx.kernels.formats import MODEL
+from bmx.kernels.mixer_contract import MixerFunctions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 HALF = 2  # bytes of a number in bfloat16 or float16
 
 
-class KernelModule(Protocol):
-    """The functions of a back end."""
+class KernelModule(MixerFunctions, Protocol):
+    """The functions of a back end; those for mixers are explained in ``mixer_contract``."""
 
     def attend_chunk(
         self,
@@ -319,7 +320,7 @@ class KernelModule(Protocol):
         ...
 
 
-FUNCTIONS = tuple(name for name in vars(KernelModule) if not name.startswith("_"))
+FUNCTIONS = tuple(name for part in (KernelModule, MixerFunctions) for name in vars(part) if not name.startswith("_"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

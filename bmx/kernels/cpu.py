@@ -21,6 +21,7 @@ decode_by_channel, append_by_channel = reference.decode_by_channel, reference.ap
 read_by_channel = reference.read_by_channel
 product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
 draw = reference.draw
+convolve, delta_rule, state_space = reference.convolve, reference.delta_rule, reference.state_space
 
 
 def attend_chunk(

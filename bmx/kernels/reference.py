@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmx.kernels import drawing, fp8_products
+from bmx.kernels import drawing, fp8_products, reference_mixers
 from bmx.kernels.fbgemm import MOST, row_scales
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
@@ -24,6 +24,7 @@ from bmx.kernels.reference_eviction import evict, rank
 from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SlotView, query_heads
 
 draw = drawing.draw
+convolve, delta_rule, state_space = reference_mixers.convolve, reference_mixers.delta_rule, reference_mixers.state_space
 
 
 def attend_chunk(

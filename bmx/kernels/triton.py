@@ -30,8 +30,10 @@ __all__ = [
     "append_by_channel",
     "attend_chunk",
     "attend_slots",
+    "convolve",
     "decode_by_channel",
     "decode_step",
+    "delta_rule",
     "draw",
     "gate",
     "prefill_step",
@@ -39,9 +41,11 @@ __all__ = [
     "read_by_channel",
     "rms_norm",
     "rotate",
+    "state_space",
 ]
 
 attend_slots = reference.attend_slots
+convolve, delta_rule, state_space = reference.convolve, reference.delta_rule, reference.state_space
 
 
 def prefill_step(

@@ -1,0 +1,257 @@
+"""The functions of mixers give what a recurrence in float64 gives, token by token, and what transformers gives."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from bmx.kernels import reference
+from bmx.kernels.segments import Segments
+
+CPU = torch.device("cpu")
+SLOTS = 7
+# Two decoding rows and one of nobody, then prompt segments of unlike lengths in unlike order of slots; the second of
+# slot 5 is a probe, which sees the state that the first leaves, and leaves none.
+DECODING = (6, -1, 2)
+PROMPTS = ((3, 5, 4, True), (8, 130, 0, True), (138, 5, 3, True), (143, 5, 5, True), (148, 5, 5, False))
+TOKENS = 153
+TIGHT = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def mixed():
+    return Segments.of(torch.tensor(DECODING), PROMPTS, CPU)
+
+
+def pieces():
+    """(slot, rows, kept) of each sequence of the mixed step, in an order in which states may be read and written."""
+    decoding = [(slot % (SLOTS + 1), slice(row, row + 1), True) for row, slot in enumerate(DECODING)]
+    return decoding + [(slot, slice(begin, begin + length), kept) for begin, length, slot, kept in PROMPTS]
+
+
+def recurrence(step, states, output):
+    """Each token of each sequence by itself; states [S + 1, ...] are read, and written where they are kept."""
+    for slot, rows, kept in pieces():
+        state = states[slot].double()
+        for row in range(rows.start, rows.stop):
+            output[row], state = step(row, state)
+        if kept:
+            states[slot] = state
+    return output
+
+
+def delta_operands(dtype=torch.float32, *, by_channel=False, heads=4, key_heads=2, dim=16, value_dim=24):
+    query, key = (normal(TOKENS, key_heads, dim, seed=seed, dtype=dtype) for seed in (1, 2))
+    value, beta = normal(TOKENS, heads, value_dim, seed=3, dtype=dtype), normal(TOKENS, heads, seed=4).sigmoid()
+    decay = -3 * normal(TOKENS, heads, *([dim] if by_channel else []), seed=5).square()
+    return query, key, value, decay, beta.to(dtype)
+
+
+def delta_recurrence(query, key, value, decay, beta, states, *, normalise):
+    heads, dim = value.shape[1], key.shape[-1]
+    query, key, value, decay, beta = (one.double() for one in (query, key, value, decay, beta))
+    if normalise:
+        query, key = (one / (one.square().sum(-1, keepdim=True) + 1e-6).sqrt() for one in (query, key))
+    query, key = (one.repeat_interleave(heads // one.shape[1], 1) for one in (query / math.sqrt(dim), key))
+
+    def step(row, state):
+        left = decay[row].exp()
+        state = state * (left[:, :, None] if left.dim() == 2 else left[:, None, None])
+        change = beta[row][:, None] * (value[row] - torch.einsum("hde,hd->he", state, key[row]))
+        state = state + key[row][:, :, None] * change[:, None, :]
+        return torch.einsum("hde,hd->he", state, query[row]), state
+
+    return recurrence(step, states, torch.zeros_like(value))
+
+
+def space_operands(dtype=torch.float32, *, by_number=False, heads=4, groups=2, dim=6, numbers=16):
+    dim = 1 if by_number else dim
+    x, step = normal(TOKENS, heads, dim, seed=1, dtype=dtype), normal(TOKENS, heads, seed=2).square()
+    rate = -normal(heads, *([numbers] if by_number else []), seed=3).exp()
+    inputs, outputs = (normal(TOKENS, groups, numbers, seed=seed, dtype=dtype) for seed in (4, 5))
+    return x, step, rate, inputs, outputs, normal(heads, seed=6)
+
+
+def space_recurrence(x, step, rate, inputs, outputs, skip, states):
+    heads = x.shape[1]
+    x, step, rate, inputs, outputs = (one.double() for one in (x, step, rate, inputs, outputs))
+    inputs, outputs = (one.repeat_interleave(heads // one.shape[1], 1) for one in (inputs, outputs))
+
+    def advance(row, state):
+        left = (step[row].view(-1, *[1] * (rate.dim() - 1)) * rate).exp()
+        state = state * (left[:, None, :] if left.dim() == 2 else left[:, None, None])
+        state = state + (step[row][:, None] * x[row])[:, :, None] * inputs[row][:, None, :]
+        y = torch.einsum("hpn,hn->hp", state, outputs[row])
+        return y if skip is None else y + skip.double()[:, None] * x[row], state
+
+    return recurrence(advance, states, torch.zeros_like(x))
+
+
+def compare(output, expected, states, expected_states, *, dtype=torch.float32):
+    tolerance = TIGHT if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    rows = [row for _, own, _ in pieces() for row in range(own.start, own.stop)]
+    torch.testing.assert_close(output[rows].double(), expected[rows], **tolerance)
+    kept = TIGHT if states.dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    torch.testing.assert_close(states[:SLOTS], expected_states[:SLOTS], **kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("silu", "biased", "taps"), [(True, False, 4), (False, True, 3), (True, True, 2)])
+def test_convolutions_go_on_from_the_windows_of_their_sequences(dtype, silu, biased, taps):
+    x, weight = normal(TOKENS, 10, dtype=dtype), normal(10, taps, seed=1, dtype=dtype)
+    bias = normal(10, seed=2, dtype=dtype) if biased else None
+    windows = normal(SLOTS + 1, taps - 1, 10, seed=3, dtype=dtype)
+    expected_windows = windows.clone()
+
+    def step(row, window):
+        seen = torch.cat([window, x[row].double()[None]])
+        y = (seen * weight.double().t()).sum(0) + (0 if bias is None else bias.double())
+        return y * y.sigmoid() if silu else y, seen[1:]
+
+    expected = recurrence(step, expected_windows, torch.zeros(TOKENS, 10, dtype=torch.float64))
+    output = reference.convolve(x, weight, bias, windows, mixed(), silu=silu)
+    assert output.dtype == dtype
+    compare(output, expected, windows, expected_windows, dtype=dtype)
+    assert torch.equal(windows[:SLOTS], expected_windows[:SLOTS])
+
+
+@pytest.mark.parametrize("by_channel", [False, True], ids=["by head", "by channel"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "normalise"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float32, torch.float32, False),
+    ],
+)
+def test_the_delta_rule_is_the_recurrence(by_channel, dtype, state_dtype, normalise):
+    operands = delta_operands(dtype, by_channel=by_channel)
+    if not normalise:
+        operands = (operands[0], 0.2 * operands[1], *operands[2:])  # keys beyond length 1 make states grow
+    states = normal(SLOTS + 1, 4, 16, 24, seed=9, dtype=state_dtype)
+    expected_states = states.clone()
+    expected = delta_recurrence(*operands, expected_states, normalise=normalise)
+    output = reference.delta_rule(*operands, states, mixed(), normalise=normalise)
+    assert output.dtype == dtype
+    compare(output, expected, states, expected_states, dtype=dtype)
+
+
+@pytest.mark.parametrize("by_number", [False, True], ids=["Mamba-2", "Mamba"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_state_spaces_are_the_recurrence(by_number, dtype, state_dtype):
+    operands = space_operands(dtype, by_number=by_number)
+    states = normal(SLOTS + 1, 4, operands[0].shape[-1], 16, seed=9, dtype=state_dtype)
+    expected_states = states.clone()
+    expected = space_recurrence(*operands, expected_states)
+    output = reference.state_space(*operands, states, mixed())
+    assert output.dtype == torch.float32
+    compare(output, expected, states, expected_states)
+
+
+def test_a_segment_in_two_parts_equals_it_whole():
+    operands, space = delta_operands(), space_operands()
+    x, taps = normal(TOKENS, 10), normal(10, 4, seed=1)
+    whole, parts = [(0, TOKENS, 1, True)], [[(0, 70, 1, True)], [(70, TOKENS - 70, 1, True)]]
+
+    def outputs(steps):
+        windows, states = torch.zeros(3, 3, 10), torch.zeros(3, 4, 16, 24)
+        spaces, found = torch.zeros(3, 4, 6, 16), [torch.zeros(TOKENS, 10), torch.zeros(TOKENS, 96)]
+        found.append(torch.zeros(TOKENS, 24))
+        for step in steps:
+            segments = Segments.of(None, step, CPU)
+            own = slice(step[0][0], step[0][0] + step[0][1])
+            found[0][own] = reference.convolve(x, taps, None, windows, segments, silu=True)[own]
+            found[1][own] = reference.delta_rule(*operands, states, segments, normalise=True).flatten(1)[own]
+            found[2][own] = reference.state_space(*space, spaces, segments).flatten(1)[own]
+        return [*found, windows, states, spaces]
+
+    for one, other in zip(outputs([whole]), outputs(parts), strict=True):
+        torch.testing.assert_close(one, other, **TIGHT)
+
+
+def test_segments_of_equal_length_are_computed_together_and_probes_last():
+    segments = mixed()
+    assert [(batch.begins, batch.length, batch.slots.tolist(), batch.kept) for batch in segments.batches] == [
+        ((3, 138, 143), 5, [4, 3, 5], True),
+        ((8,), 130, [0], True),
+        ((148,), 5, [5], False),
+    ]
+    x, y = normal(TOKENS, 2), torch.zeros(TOKENS, 2)
+    for batch in segments.batches:
+        batch.put(y, batch.take(x))
+    assert torch.equal(y[3:], x[3:])
+    assert Segments.of(None, [(0, 2, 1, True), (2, 2, 0, True)], CPU).batches[0].take(x).data_ptr() == x.data_ptr()
+
+
+def code_of(family):
+    return import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+def whole(tokens=TOKENS):
+    return Segments.of(None, [(0, tokens, 0, True)], CPU)
+
+
+def test_the_delta_rule_is_that_of_transformers():
+    query, key, value, decay, beta = delta_operands()
+    states = torch.zeros(2, 4, 16, 24)
+    output = reference.delta_rule(query, key, value, decay, beta, states, whole(), normalise=True)
+    expected, state = code_of("qwen3_5").torch_chunk_gated_delta_rule(
+        query[None], key[None], value[None], g=decay[None], beta=beta[None], output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+    torch.testing.assert_close(output, expected[0], **TIGHT)
+    torch.testing.assert_close(states[:1], state, **TIGHT)
+
+
+def test_the_delta_rule_by_channel_is_that_of_transformers():
+    query, key, value, decay, beta = delta_operands(by_channel=True, key_heads=4)
+    states = torch.zeros(2, 4, 16, 24)
+    output = reference.delta_rule(query, key, value, decay, beta, states, whole(), normalise=True)
+    expected, state = code_of("kimi_linear").chunk_kimi_delta_attention(
+        query[None], key[None], value[None], g=decay[None], beta=beta[None], output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+    torch.testing.assert_close(output, expected[0], **TIGHT)
+    torch.testing.assert_close(states[:1], state, **TIGHT)
+
+
+def test_state_spaces_are_those_of_transformers():
+    x, step, rate, inputs, outputs, skip = space_operands()
+    states = torch.zeros(2, 4, 6, 16)
+    output = reference.state_space(x, step, rate, inputs, outputs, skip, states, whole())
+    expected, state = code_of("granitemoehybrid").mamba2_chunk_scan(
+        x[None], step[None], rate, inputs[None], outputs[None], 32, D=skip, return_final_states=True
+    )
+    torch.testing.assert_close(output, expected[0], **TIGHT)
+    torch.testing.assert_close(states[:1], state, **TIGHT)
+
+
+def test_state_spaces_by_number_are_those_of_transformers():
+    x, step, rate, inputs, outputs, skip = space_operands(by_number=True, groups=1)
+    states = torch.zeros(2, 4, 1, 16)
+    output = reference.state_space(x, step, rate, inputs, outputs, skip, states, whole())
+    expected, state = code_of("jamba").mamba_selective_scan(
+        x[:, :, 0].t()[None], step.t()[None], rate, inputs[:, 0].t()[None], outputs[:, 0].t()[None], D=skip,
+        return_last_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close(output[:, :, 0].t()[None], expected, **TIGHT)
+    torch.testing.assert_close(states[:1, :, 0], state, **TIGHT)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "jamba"])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_convolutions_are_those_of_transformers(family, activation):
+    x, weight, bias = normal(TOKENS, 10), normal(10, 4, seed=1), normal(10, seed=2)
+    output = reference.convolve(x, weight, bias, torch.zeros(2, 3, 10), whole(), silu=activation == "silu")
+    expected = code_of(family).causal_conv1d_fn(x.t()[None], weight, bias, activation)
+    torch.testing.assert_close(output.t()[None], expected, **TIGHT)
