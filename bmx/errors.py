@@ -7,6 +7,7 @@ BmxError                  a job that cannot start or continue (exit 1)
 ├── OutputError           the output cannot be written (exit 1)
 ├── LockedError           another run uses the same output (exit 75)
 ├── ModelError            no such model, or one that bmx cannot run correctly (exit 1)
+│   └── PreviewError      a model whose sizes are known only once it is loaded (exit 1)
 └── DeviceError           the GPU has failed and stays broken (exit 1)
 
 RowError                  one input line cannot be answered: it becomes a Result, never an exit
@@ -61,6 +62,10 @@ class LockedError(BmxError):
 
 class ModelError(BmxError):
     """The model cannot be found or loaded, or bmx would not run it correctly."""
+
+
+class PreviewError(ModelError):
+    """The sizes of the model are known only once it is loaded; it may run."""
 
 
 class DeviceError(BmxError):

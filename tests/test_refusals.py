@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 
 from bmx import Engine, EngineConfig
-from bmx.errors import ModelError
+from bmx.errors import ModelError, PreviewError
 from bmx.model.loader import prepare
+from bmx.model.preview import preview_spec
 from bmx.model.spec import check_config
 
 S, F = "sliding_attention", "full_attention"
@@ -164,6 +166,29 @@ def test_a_hybrid_family_is_served_where_all_its_layers_are_attention():
     assert answers(engine, as_requests(prompts, max_tokens=8)) == reference_answers(model, prompts, 8)
 
 
+VALUES_DECIDE = {
+    "granitemoehybrid": TEXT | MAMBA | {"num_local_experts": 0, "shared_intermediate_size": 16, "layer_types": [F, F]},
+    "jetmoe": TEXT | LOCAL_EXPERTS | {"num_key_value_heads": 4, "kv_channels": 8},
+}
+
+
+@pytest.mark.parametrize("model_type", VALUES_DECIDE)
+def test_a_model_whose_memory_cannot_be_foretold_is_loaded_all_the_same(model_type, tmp_path, monkeypatch):
+    """On tensors without contents JetMoE fails, which sorts its tokens by their values; Granite does not."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = build(model_type, **VALUES_DECIDE[model_type])
+    model.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    config = EngineConfig(model=str(tmp_path), dtype="float32", device="cpu")
+    if model_type == "jetmoe":
+        with pytest.raises(PreviewError, match="its code reads the values of tensors"):
+            preview_spec(config, "cpu")
+    else:
+        assert len(preview_spec(config, "cpu").layers) == 2
+    found = answers(Engine.open(config), as_requests([[5, 6, 7]], max_tokens=4))
+    assert found == reference_answers(model, [[5, 6, 7]], 4)
+
+
 # ---- models of nobody's ----
 
 
@@ -257,6 +282,46 @@ class FailingLlama(OwnLlama):
 
     def forward(self, *_, **__):
         raise self.error
+
+
+class AskingLlama(OwnLlama):
+    """A Llama that asks its attention for more than queries, keys and values."""
+
+    keywords: ClassVar[dict[str, Any]] = {}
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs, **self.keywords)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "reason"),
+    [
+        ("indices", torch.zeros(1, 3, 1, dtype=torch.long), "an indexer of its own selects the keys"),
+        ("block_indices", torch.zeros(1, 3, 1, dtype=torch.long), "an indexer of its own selects the keys"),
+        ("position_bias", torch.zeros(1, 4, 3, 3), "bias of its own"),
+        ("sinks", torch.zeros(4), r"something that bmx does not know \(sinks\)"),
+        ("is_causal", False, "not causal"),
+    ],
+)
+def test_a_model_that_asks_its_attention_for_what_bmx_does_not_do(keyword, value, reason):
+    model = AskingLlama.tiny()
+    model.keywords = {keyword: value}
+    assert_refused(model, "AskingLlama", reason)
+
+
+def test_keywords_that_ask_for_nothing_change_nothing():
+    model = AskingLlama.tiny()
+    model.keywords = {"indices": None, "sinks": None, "deterministic": True, "output_router_logits": False}
+    assert len(prepare(model).spec.layers) == 2
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "deepseek_v4"])
+def test_sparse_attention_is_no_state_of_its_own(model_type):
+    config = AutoConfig.for_model(model_type)
+    if model_type == "minimax_m3_vl_text":
+        config.layer_types = ["minimax_m3_sparse"] * config.num_hidden_layers
+    with pytest.raises(ModelError, match="sparse: an indexer of its own selects the keys"):
+        check_config(config)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from bmx.config import FAKE, EngineConfig
 from bmx.engine.backend import Backend, ModelBackend
 from bmx.engine.fake import FakeBackend, FakeTokenizer
 from bmx.engine.memory_meter import bound_kernel_caches
-from bmx.errors import UsageError
+from bmx.errors import PreviewError, UsageError
 from bmx.kernels import choose
 from bmx.kv.places import DEVICE, check_place
 from bmx.model.instructions import INSTRUCTIONS, Instructions
@@ -72,7 +72,7 @@ def use_all_cores() -> None:
 
 
 def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> None:
-    """Refuse, before weights are loaded, a model of which not one short sequence would fit.
+    """Refuse, before weights are loaded, a model of which not one short sequence would fit, if its sizes are known.
 
     Args:
         config: the settings.
@@ -89,7 +89,10 @@ def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> N
         memory, held, runtime = hardware.free_host_memory(), hardware.held_bytes(), hardware.resident_bytes()
     if memory is None:
         return  # what is free is known when CUDA has begun
-    spec = share_layers(preview(kind), config.kv_share_layers)
+    try:
+        spec = share_layers(preview(kind), config.kv_share_layers)
+    except PreviewError:
+        return  # the plan of the loaded model says it
     policy = CompressionPolicy.from_config(config, spec)
     shortest = Length.of(policy, 1, 1)
     builder = PlanBuilder(

@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bmx.errors import ModelError
 from bmx.model.rope import pin_rope
-from bmx.model.spec import Costs, use_attention
+from bmx.model.spec import Costs, no_padding, no_preview, use_attention
 
 FEW, MANY = 64, 128  # tokens of the two runs; costs that do not grow with the tokens cancel out
 
@@ -47,16 +46,13 @@ def token_costs(model: Any) -> Costs:
     """The costs of a packed token, traced on a copy of the model without contents where that runs.
 
     Raises:
-        ModelError: the model is on the meta device and its code reads the values of tensors.
+        PreviewError: the model is on the meta device and its code reads the values of tensors.
     """
     for dtype in dict.fromkeys((model.dtype, torch.bfloat16)):  # on the meta device, experts take bfloat16 alone
         with suppress(RuntimeError, NotImplementedError):
             return trace_costs(meta_copy(model, dtype)).scaled(model.dtype.itemsize / dtype.itemsize)
     if model.device.type == "meta":
-        raise ModelError(
-            f"the memory of {type(model).__name__} cannot be predicted: its code reads the values of tensors",
-            hint="bmx run --dry-run loads the model and makes the plan",
-        )
+        raise no_preview(model)
     return trace_costs(model)
 
 
@@ -81,12 +77,12 @@ class _CostMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Measure a step of ``tokens`` tokens."""
         device = self._model.device
         ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        no_padding = torch.ones_like(ids, dtype=torch.bool)  # so that no code looks for padding in the values of ids
+        mask = no_padding(self._model, tokens)
         with use_attention(self._model, _no_attention, _no_mask), torch.no_grad(), self:
             self._model(
                 input_ids=ids,
                 position_ids=ids,
-                attention_mask=no_padding,
+                attention_mask=mask,
                 past_key_values=None,
                 use_cache=False,
                 logits_to_keep=torch.zeros(0, dtype=torch.long, device=device),
@@ -95,6 +91,9 @@ class _CostMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and count what it made and touched."""
         output = operator(*args, **(kwargs or {}))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(t.dim() == 2 and t.device != self._model.device for t in inputs):
+            return output  # it looks at the mask, which a step does not have
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         for tensor in outputs:
             if not operator.is_view or self._holders[tensor.untyped_storage()._cdata]:  # views of weights do not count
@@ -104,7 +103,6 @@ class _CostMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if flops:
             self.flops += flops
         elif not operator.is_view:
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self.traffic += sum(_bytes(t) for t in (*inputs, *outputs))
         return output
 

@@ -297,7 +297,7 @@ def choose_dtype(config: EngineConfig, device: Any, model_config: Mapping[str, A
 def _end_tokens(model: Any) -> frozenset[int]:
     """Token ids that end an answer: the generation config's, else the model config's."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = model.config.get_text_config(decoder=True).eos_token_id if ids is None else ids
+    ids = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None) if ids is None else ids
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 

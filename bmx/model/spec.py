@@ -11,13 +11,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bmx.errors import ModelError, UsageError
+from bmx.errors import ModelError, PreviewError, UsageError
 from bmx.kv.layout import StateLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+SPARSE_LAYER_TYPES = {"indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention", "minimax_m3_sparse"}
+SPARSE_LAYER_TYPES |= {"compressed_sparse_attention"}
+# Keywords of an attention function: those that bmx heeds, and those that change nothing in packed tokens
+HEEDED_KEYWORDS = {"scaling", "softcap", "s_aux", "sliding_window", "is_causal"}
+IDLE_KEYWORDS = {"dropout", "position_ids", "cache_position", "use_cache", "deterministic", "return_dict"}
+IDLE_KEYWORDS |= {"output_attentions", "output_hidden_states", "output_router_logits"}
+IDLE_KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+SPARSE_KEYWORDS = {"indices", "block_indices"}
+SPARSE = "its attention is sparse: an indexer of its own selects the keys that each token sees"
 _names = itertools.count()
 
 
@@ -137,6 +146,8 @@ def check_config(config: Any) -> None:
         reason = "it is an encoder-decoder model"
     elif getattr(text, "attn_temperature_tuning", None) or kinds & {"chunked_attention"}:
         reason = "its attention (chunked, or with a temperature by position) is computed outside the attention function"
+    elif kinds & SPARSE_LAYER_TYPES:
+        reason = f"{SPARSE} ({', '.join(sorted(kinds & SPARSE_LAYER_TYPES))})"
     elif kinds or getattr(text, "ssm_cfg", None):
         reason = f"it has layers that keep a state of their own ({', '.join(sorted(kinds)) or 'state-space layers'})"
     else:
@@ -181,6 +192,7 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
 
     Raises:
         ModelError: the attention function is never called or sees the future, or tokens mix outside it.
+        PreviewError: the model fails on the meta device.
     """
     probe = _AttentionProbe(model.device)
     with _own_kernels(model), use_attention(model, probe, probe.placeholder_mask):
@@ -191,6 +203,8 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
         except ModelError as error:
             raise _refusal(type(model).__name__, error.message) from None
         except Exception as error:
+            if model.device.type == "meta":
+                raise no_preview(model) from error
             reason = (str(error).splitlines() or [""])[0]
             raise _refusal(type(model).__name__, f"it fails on packed tokens: {reason}") from error
     if not probe.layers:
@@ -255,9 +269,8 @@ class _AttentionProbe:
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        if kwargs.get("position_bias") is not None:
-            raise ModelError("it gives its attention a bias of its own")
-        if getattr(module, "is_causal", True) is False:
+        _check_keywords({name for name, value in kwargs.items() if value is not None})
+        if getattr(module, "is_causal", True) is False or kwargs.get("is_causal") is False:
             raise ModelError("its attention is not causal: a token sees what comes after it")
         if not query.dtype == key.dtype == value.dtype:
             raise ModelError(f"its queries, keys and values differ in type ({query.dtype}, {key.dtype}, {value.dtype})")
@@ -289,6 +302,38 @@ class _AttentionProbe:
         raise ModelError("it gives its attention a mask or bias of its own")
 
 
+def _check_keywords(given: set[str]) -> None:
+    """Refuse a call of the attention function that asks for what bmx would not do.
+
+    Args:
+        given: the keywords whose value is not None.
+
+    Raises:
+        ModelError: the reason.
+    """
+    if "position_bias" in given:
+        raise ModelError("it gives its attention a bias of its own")
+    if given & SPARSE_KEYWORDS:
+        raise ModelError(SPARSE)
+    if unknown := sorted(given - HEEDED_KEYWORDS - IDLE_KEYWORDS):
+        raise ModelError(f"it asks its attention for something that bmx does not know ({', '.join(unknown)})")
+
+
+def no_padding(model: Any, tokens: int) -> Tensor:
+    """The padding mask [1, N] of packed tokens: all ones.
+
+    With it, transformers looks neither for padding in the values of ids nor for borders of sequences in positions.
+    Some models look at its values: for a model on the meta device it is on the CPU.
+
+    Args:
+        model: that it is for.
+        tokens: N.
+    """
+    import torch
+
+    return torch.ones(1, tokens, dtype=torch.bool, device="cpu" if model.device.type == "meta" else model.device)
+
+
 def _outputs(model: Any, probe: _AttentionProbe, tokens: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:
     """Queries, keys, values and logits of the first two of three packed tokens: [2, F], one row for each token.
 
@@ -301,8 +346,7 @@ def _outputs(model: Any, probe: _AttentionProbe, tokens: tuple[int, ...], positi
     import torch
 
     probe.reset()
-    # With a mask, transformers does not look for the borders of sequences in the values of the positions.
-    mask = {"attention_mask": torch.ones(1, len(tokens), device="meta")} if model.device.type == "meta" else {}
+    mask = {"attention_mask": no_padding(model, len(tokens))} if model.device.type == "meta" else {}
     with torch.inference_mode():
         output = model(
             **mask,
@@ -349,6 +393,14 @@ def _max_length(text: Any) -> int:
     trained = int(getattr(text, "max_position_embeddings", None) or 2**31)
     rope = getattr(text, "rope_parameters", None) or {}
     return int(trained * rope["factor"]) if rope.get("rope_type") == "dynamic" else trained
+
+
+def no_preview(model: Any) -> PreviewError:
+    """The error of a model that does not run on the meta device."""
+    return PreviewError(
+        f"the memory of {type(model).__name__} cannot be predicted: its code reads the values of tensors",
+        hint="bmx run --dry-run loads the model and makes the plan",
+    )
 
 
 def _refusal(name: str, reason: str) -> ModelError:
