@@ -23,6 +23,7 @@ from bmx.model.hub import cached_commit
 from bmx.model.load_problems import cause_and_hint
 from bmx.model.number_type import dtype_name, slow_on_cpu
 from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
+from bmx.model.text_side import find_text_side
 
 if TYPE_CHECKING:
     from bmx.model.rope import SequenceRope
@@ -98,7 +99,7 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         ModelError: the model cannot be found or read, or bmx cannot run it correctly.
         UsageError: as ``check_quantization``.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     silence_transformers()
     device = choose_device(config)
@@ -110,20 +111,18 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         refuse_no_weights(Path(source), config.model)
     ends = end_tokens(source, config, model_config, tokenizer) if tokenizer else None
     _compare_vocabularies(tokenizer, model_config, config.model)
-    with contextlib.suppress(KeyError):  # a model with code of its own is not in the table
-        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # imports the model's code, so that it counts as runtime
+    with loading_errors(config.model):
+        text_side = find_text_side(model_config, config.trust_remote_code)  # imports its code, which counts as runtime
     dtype = choose_dtype(config, device, model_config.to_dict())
     check_quantization(config.quantization, str(dtype).removeprefix("torch."), device.type)
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else _context_bytes(device)
     with loading_errors(config.model):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = text_side.load(
             source,
-            config=model_config,
             dtype=dtype,
             device_map=None if device.type == "cpu" else device,
             use_safetensors=True,
-            output_loading_info=True,
             **where,
         )
     check_complete(config.model, loading)

@@ -21,6 +21,7 @@ from bmx.model.loader import check_libraries, check_quantization, loading_errors
 from bmx.model.number_type import dtype_name
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
+from bmx.model.text_side import find_text_side
 
 TOKENIZER_SIZE = 25  # bytes in memory for each byte of tokenizer.json, measured with one vocabulary of 49,000 tokens
 OUTPUT_BYTES = 8  # an int8 layer of compiled kernels keeps a scale and a sum for each output
@@ -119,14 +120,10 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
 
 
 def _meta_spec(model_config: Any, dtype: str, config: EngineConfig) -> ModelSpec:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with loading_errors(config.model), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config, dtype=getattr(torch, dtype), trust_remote_code=config.trust_remote_code
-        )
-    return prepare(model.eval()).spec
+    with loading_errors(config.model):
+        text_side = find_text_side(model_config, config.trust_remote_code)
+        model = text_side.on_meta(dtype, config.trust_remote_code)
+    return prepare(model).spec
 
 
 def locate_files(config: EngineConfig) -> tuple[str, str | None]:
