@@ -212,6 +212,15 @@ class EngineConfig:
             calibrated=True,
         ),
     ] = None
+    state_format: Annotated[
+        Literal["float32", "bfloat16"],
+        Setting(
+            "How layers with a recurrent state (gated delta nets, Mamba) store it; bfloat16 takes half the memory",
+            decides_answers=ALWAYS,
+            rare=True,
+            calibrated=True,
+        ),
+    ] = "float32"
     kv_archive: Annotated[
         Literal["none", "model", "int8", "int8/int4", "int4", "int2"],
         Setting(
@@ -300,7 +309,7 @@ class EngineConfig:
     kv_cache_memory: Annotated[
         int | None,
         Setting(
-            "Most memory for the KV cache alone (300M)",
+            "Most memory for the KV cache alone, with the states of layers without attention (300M)",
             decides_answers=NEVER,
             unit="bytes",
             parse=parse_memory,
@@ -422,7 +431,7 @@ class EngineConfig:
     @property
     def chunking_is_free(self) -> bool:
         """Whether answers do not depend on where chunks end: nothing is evicted, and nothing is rounded when stored."""
-        return self.kv_policy == "none" and self.kv_format == "model"
+        return self.kv_policy == "none" and self.kv_format == "model" and self.state_format == "float32"
 
     @property
     def pair_formats(self) -> tuple[str, str]:

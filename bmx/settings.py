@@ -32,7 +32,7 @@ class DecidesAnswers(Enum):
 
     ALWAYS = "yes"
     IF_EVICTING = "where KV pairs are evicted"
-    IF_CHUNKED = "where KV pairs are evicted or stored in fewer bits"
+    IF_CHUNKED = "where KV pairs are evicted, or pairs or states are stored in fewer bits"
     IF_CUT = "for prompts that are too long"
     IF_TRUE = "when it is on"
     IF_GIVEN = "when it is given"

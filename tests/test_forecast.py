@@ -23,6 +23,7 @@ from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.kernels.registry import CAPABILITIES
+from bmx.kv.layout import StateLayout
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan import forecast as forecast_module
 from bmx.plan import machine_speed as rates_module
@@ -140,6 +141,16 @@ def test_what_is_no_product_takes_the_bandwidth():
     seconds = foreseen([Length(100, 1, 101)], rates=memory).seconds
     moved = SPEC.weight_bytes + 100 * SPEC.costs.traffic_bytes
     assert moved / 1e10 <= seconds <= 1.05 * moved / 1e10
+
+
+def test_states_are_read_and_written_for_each_token_of_an_answer_and_each_chunk(monkeypatch):
+    state = StateLayout(shape=(1000, 1000), itemsize=4, recurrent=True)
+    chunks, answer = 3, 20  # of each of four rows
+    lengths = [Length(chunks * STEP.chunk_size, answer, chunks * STEP.chunk_size + answer)] * 4
+    before = foreseen(lengths)
+    monkeypatch.setattr(sys.modules[__name__], "SPEC", replace(SPEC, states=(state,)))
+    times = 4 * (chunks + answer - 1)  # the last chunk gives the first token
+    assert foreseen(lengths).seconds - before.seconds == pytest.approx(times * 2 * state.nbytes / RATES.bandwidth)
 
 
 def test_every_operator_takes_its_start():
@@ -672,6 +683,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.kernels.registry import CAPABILITIES
 from bmx.plan.forecast import forecast
+from bmx.kv.layout import StateLayout
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, StepSize

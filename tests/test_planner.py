@@ -25,10 +25,21 @@ from bmx.hardware import FreeMemory
 from bmx.kv.layout import StateLayout
 from bmx.kv.pool import KVPool
 from bmx.model.loader import prepare
-from bmx.model.spec import Costs, LayerSpec, ModelSpec
+from bmx.model.spec import Costs, LayerSpec, ModelSpec, under_settings
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, ReadingSlots, SlotGroup, StepSize, limits, memory_needed
-from bmx.plan.planner import ENOUGH, MAX_GROUPS, MAX_SLOTS, ROW_ALIGNMENT, Length, capacities, plan, shrunk, step_sizes
+from bmx.plan.planner import (
+    ENOUGH,
+    MAX_GROUPS,
+    MAX_SLOTS,
+    ROW_ALIGNMENT,
+    Length,
+    capacities,
+    plan,
+    plan_record,
+    shrunk,
+    step_sizes,
+)
 
 MB = 10**6
 SPEC = ModelSpec(
@@ -195,6 +206,80 @@ def test_states_are_counted_by_hand_and_once_more_for_idle_rows(archive):
     assert replace(hybrid, states=0) == plain
     assert (hybrid.total, hybrid.pool) == (plain.total + hybrid.states, plain.pool + hybrid.states)
     assert hybrid.step == plain.step
+
+
+def test_each_row_pays_for_its_states_and_compression_does_not_help():
+    """Of two plans with the same pairs, the one with states has the slots that are left beside the states."""
+    lengths = of_rows([1024] * MAX_SLOTS)
+
+    def slots(spec, config):
+        policy = CompressionPolicy.from_config(config, spec)
+        served = [Length.of(policy, length.prompt_tokens, length.max_tokens) for length in lengths]
+        found = plan(spec, partial(policy.layout, spec), Limits(total=800 * MB), served, STEP, DEVICE)
+        assert found.memory.states == (found.slots + 1) * spec.state_bytes
+        return found.slots
+
+    heavy = replace(HYBRID, states=HYBRID.states * 10)
+    small, full = EngineConfig(kv_budget=128, kv_format="model"), EngineConfig(kv_policy="none")
+    plain, hybrid = (slots(spec, small) / slots(spec, full) for spec in (SPEC, heavy))
+    assert plain > 2 * hybrid > 2
+
+
+@pytest.mark.parametrize("pool", [40 * MB, 100 * MB])
+def test_a_limit_for_the_kv_cache_holds_for_its_states_too(pool):
+    hybrid = partial(POLICY.layout, HYBRID)
+    found = plan(HYBRID, hybrid, Limits(total=10**12, pool=pool), of_rows([1024] * 500), STEP, DEVICE)
+    one_more = memory_needed(HYBRID, hybrid, with_one_more(found.groups), STEP, DEVICE)
+    assert found.memory.states > 0
+    assert found.memory.pool <= pool < one_more.pool
+
+
+def test_where_states_do_not_fit_the_error_names_them_and_the_limit_that_would_do():
+    hybrid = partial(POLICY.layout, HYBRID)
+    with pytest.raises(MemoryLimitError, match="for the KV cache and states") as error:
+        plan(HYBRID, hybrid, Limits(total=10**12, pool=MB // 4), of_rows([16]), STEP, DEVICE)
+    enough = int(re.search(r"--kv-cache-memory (\d+)M", error.value.hint)[1]) * MB
+    assert plan(HYBRID, hybrid, Limits(total=10**12, pool=enough), of_rows([16]), STEP, DEVICE).slots == 1
+
+
+def test_a_smaller_plan_and_one_group_alone_keep_their_states():
+    """After memory has run out, and where a group is measured alone; a copy of a prefix costs its states too."""
+    hybrid = partial(HUGE.layout, HYBRID)
+    lengths = [Length(400, 100, rows, shared=64) for rows in [500] * 20 + [900] * 20]
+    found = plan(HYBRID, hybrid, Limits(total=10**12, slots=12), lengths, STEP, DEVICE)
+    copies = sum(group.slots for group in found.prefix_slots)
+    assert copies
+    assert found.memory.states == (12 + copies + 1) * STATE_BYTES
+    smaller = shrunk(found, HYBRID, hybrid, DEVICE)
+    assert smaller.memory.states == (9 + 1) * STATE_BYTES
+    assert all(layout.states == HYBRID.states for layout in smaller.layouts)
+    alone = found.alone(found.groups[0], found.layouts[0])
+    assert alone.layouts[0].states == HYBRID.states
+
+
+def test_states_in_bfloat16_take_half_and_windows_of_convolutions_stay():
+    narrow = under_settings(HYBRID, EngineConfig(state_format="bfloat16"))
+    assert narrow.state_bytes == 3 * 500 * 2 + 8 * 64 * 100 * 2
+    assert under_settings(narrow, EngineConfig()) == HYBRID
+    assert under_settings(SPEC, EngineConfig(state_format="bfloat16")) == SPEC
+
+
+def test_where_states_are_rounded_answers_depend_on_chunks():
+    """Chunks then have the configured size, as where pairs are rounded or evicted."""
+    config = EngineConfig(kv_policy="none", state_format="bfloat16")
+    assert {size.chunk_size for size in step_sizes(config, "cpu", of_rows([3000]))} == {512}
+
+
+def test_a_record_says_what_a_slot_holds_of_states():
+    def record(spec):
+        return plan_record(plan(spec, partial(POLICY.layout, spec), Limits(total=10**12), of_rows([64]), STEP, DEVICE))
+
+    assert "states" not in record(SPEC)
+    assert record(HYBRID)["states"] == {"slot_bytes": STATE_BYTES, "format": "float32"}
+    narrow = record(under_settings(HYBRID, EngineConfig(state_format="bfloat16")))
+    assert narrow["states"]["format"] == "bfloat16"
+    windows = record(replace(HYBRID, states=HYBRID.states[:1]))
+    assert windows["states"] == {"slot_bytes": 3000, "format": None}
 
 
 def test_states_are_no_part_of_a_budget_in_bytes():

@@ -172,6 +172,7 @@ MATTERS = {
     "kv_probe": ["--kv-probe", "What is it?"],
     "kv_probe_weight": ["--kv-probe-weight", "0.25"],
     "kv_share_layers": ["--kv-share-layers", "1:0"],
+    "state_format": ["--state-format", "bfloat16"],
     "kv_archive": ["--kv-archive", "int4"],
     "kv_recall": ["--kv-recall", "pages"],
     "kv_recall_pairs": ["--kv-recall-pairs", "300"],

@@ -19,7 +19,7 @@ from bmx.engine.run import Run, RunContext
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.model.prompt_encoder import PromptEncoder
-from bmx.model.spec import share_layers
+from bmx.model.spec import under_settings
 from bmx.plan.planner import Length, Plan
 from bmx.prompt_config import PromptConfig
 from bmx.request import Request, Result
@@ -55,7 +55,7 @@ class Engine:
         self.config = config
         self._prompt = prompt
         self._backend: Backend | None = backend
-        self.spec = share_layers(backend.spec, config.kv_share_layers)
+        self.spec = under_settings(backend.spec, config)
         self.tokenizer = tokenizer
         self.policy = CompressionPolicy.from_config(config, self.spec)
         backend.try_kernels(self.spec, self.policy)

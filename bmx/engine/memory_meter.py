@@ -138,14 +138,18 @@ class FullCacheSize:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
+        self._state_bytes = spec.state_bytes
         self._pair_bytes: Counter[int | None] = Counter()  # bytes of a token's KV pairs, by the window of their layers
         for index, layer in enumerate(spec.layers):
             if layer.owner == index:
                 self._pair_bytes[layer.window] += layer.kv_heads * (layer.key_dim + layer.value_dim) * spec.itemsize
 
     def nbytes(self, tokens: Seq[int]) -> int:
-        """Bytes of full caches with these numbers of tokens; layers with a window hold no more than that."""
-        return sum(
+        """Bytes of full caches with these numbers of tokens; layers with a window hold no more than that.
+
+        States of layers without attention are included.
+        """
+        return self._state_bytes * len(tokens) + sum(
             size * sum(min(count, window) for count in tokens) if window else size * sum(tokens)
             for window, size in self._pair_bytes.items()
         )

@@ -20,7 +20,7 @@ from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.model.loader import RUNTIME_BYTES, check_libraries, choose_device, load_model, load_tokenizer
 from bmx.model.preview import preview_spec
 from bmx.model.source import find_source
-from bmx.model.spec import ModelSpec, share_layers
+from bmx.model.spec import ModelSpec, under_settings
 from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
 from bmx.plan.memory import limits
@@ -90,7 +90,7 @@ def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> N
     if memory is None:
         return  # what is free is known when CUDA has begun
     try:
-        spec = share_layers(preview(kind), config.kv_share_layers)
+        spec = under_settings(preview(kind), config)
     except PreviewError:
         return  # the plan of the loaded model says it
     policy = CompressionPolicy.from_config(config, spec)

@@ -18,7 +18,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs
 from bmx.engine.scheduler import Step
 from bmx.engine.sequence import Prefix, Sequence
-from bmx.kv.layout import SlotIndex
+from bmx.kv.layout import STATE_BYTES, SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
 from bmx.plan.memory import SlotGroup
@@ -145,10 +145,11 @@ class Reuse:
     def _chunks_end_anywhere(self) -> bool:
         """Whether states are equal wherever chunks end, up to rounding, while nothing is evicted.
 
-        They are not if pairs are encoded (a chunk attends to its own pairs exactly, and to earlier ones decoded), or
-        if the scorer looks at the queries of a chunk.
+        They are not if pairs are encoded (a chunk attends to its own pairs exactly, and to earlier ones decoded), if
+        recurrent states are rounded at the end of each chunk, or if the scorer looks at the queries of a chunk.
         """
-        return self.policy.format == "model" and Needs.QUERIES not in self.policy.needs
+        rounded = any(state.recurrent and state.itemsize < STATE_BYTES["float32"] for state in self.spec.states)
+        return self.policy.format == "model" and not rounded and Needs.QUERIES not in self.policy.needs
 
     @property
     def _query_window(self) -> int:

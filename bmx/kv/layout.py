@@ -19,6 +19,7 @@ PAGE = 4  # tokens of a page of keys
 CLUSTER_SIZE = 16  # tokens of a cluster of keys, on average
 CLUSTER_GROUP = 64  # tokens that wait until clusters are made of them
 BITS_FORMAT = "int2"  # of keys that are there only to choose by
+STATE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2}  # of a number of a recurrent state
 ROW_STAT_BYTES = 4  # of a float32 statistic
 ROW_STATS: Mapping[str, float] = {  # what eviction may store for each row, and its value for a new pair
     "mass": 0.0,  # attention received
@@ -256,6 +257,12 @@ class KVLayout:
     def full_cache_bytes(self) -> int:
         """Bytes that the keys and values of as many pairs take in the model's own type."""
         return sum(layer.full_cache_bytes for i, layer in enumerate(self.layers) if layer.owner == i)
+
+    @property
+    def state_format(self) -> str | None:
+        """How recurrent states are stored; None without any."""
+        sizes = {state.itemsize for state in self.states if state.recurrent}
+        return next((name for name, size in STATE_BYTES.items() if size in sizes), None)
 
     @property
     def cache_bytes(self) -> int:

@@ -258,7 +258,7 @@ def _with_fixed_memory(
     if options.paper and pool is None:
         longest = max(map(len, prompts), default=max(options.inputs)) + max(options.outputs)
         row = CompressionPolicy.from_config(_full_cache(config)).layout(spec, longest).nbytes
-        pool = max(spec.weight_bytes // PAPER_SHARE, row)
+        pool = max(spec.weight_bytes // PAPER_SHARE, row + spec.state_bytes)  # and the states of an idle row
     total = limits(config, meter.free_memory(), meter.held).total
     return replace(config, memory_limit=total, kv_cache_memory=pool)
 

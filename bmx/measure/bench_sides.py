@@ -155,7 +155,7 @@ def measure_cache(engine: Engine, plan: Plan, workload: Workload, display: Displ
     weights = weights_read(spec, engine.backend.model, stats.decode_tokens // max(1, stats.decode_steps))
     held = workload.held_rows(engine.policy)
     held_bytes = sum(count * engine.policy.answering.layout(spec, rows).kv_bytes for rows, count in held.items())
-    bytes_per_prompt = held_bytes // len(workload.prompts)
+    bytes_per_prompt = held_bytes // len(workload.prompts) + 2 * spec.state_bytes  # states are read and written
     return SideMeasurement(
         slots=stats.slots,
         kv_bytes=stats.kv_bytes,
@@ -204,9 +204,8 @@ def measure_decode_only(
     if isinstance(full, SideMeasurement) and full.seconds <= read_seconds + decode_seconds:
         return replace(full, as_full_cache=True)
     spec = engine.spec
-    step_bytes = (
-        weights_read(spec, engine.backend.model, slots) + slots * engine.policy.answering.layout(spec, rows).kv_bytes
-    )
+    row_bytes = engine.policy.answering.layout(spec, rows).kv_bytes + 2 * spec.state_bytes
+    step_bytes = weights_read(spec, engine.backend.model, slots) + slots * row_bytes
     return SideMeasurement(
         slots=slots,
         kv_bytes=plan.memory.pool * slots // plan.slots,

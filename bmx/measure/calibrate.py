@@ -37,7 +37,7 @@ from bmx.measure.metrics import on_frontier
 from bmx.measure.plan_query import query_for_rows
 from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
 from bmx.model.loader import check_quantization
-from bmx.model.spec import share_layers
+from bmx.model.spec import under_settings
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
 from bmx.request import Request
@@ -324,7 +324,7 @@ class _Calibration:
 
     def _sizes(self, candidate: EngineConfig) -> dict[str, Any]:
         """A candidate's memory, slots and predicted speed, for all rows of the input."""
-        query = replace(self.query, spec=share_layers(self.query.spec, candidate.kv_share_layers))
+        query = replace(self.query, spec=under_settings(self.query.spec, candidate))
         spec, lengths = query.spec, query.lengths
         policy = CompressionPolicy.from_config(candidate, spec)
         rows = [policy.rows_needed(length.prompt_tokens, length.max_tokens) for length in lengths]

@@ -12,7 +12,13 @@ from bmx.errors import UsageError
 from bmx.run_config import all_settings, setting_named
 
 CALIBRATED = frozenset(setting.name for setting in all_settings() if setting.calibrated)  # in which candidates differ
-ARCHIVE_SETTINGS = ("kv_archive", "kv_recall", "kv_recall_pairs", "kv_recall_every")  # not in the oldest files
+LATER_SETTINGS = (  # not in the oldest files
+    "kv_archive",
+    "kv_recall",
+    "kv_recall_pairs",
+    "kv_recall_every",
+    "state_format",
+)
 LARGEST_NUMBER = 1e18
 
 NUMBER, COUNT = "a number", "a whole number"
@@ -77,7 +83,7 @@ def _wrong_candidate(candidate: Any) -> Iterator[str]:
     yield from _misfits(candidate, CANDIDATE | (REFERENCES if REFERENCES.keys() & candidate.keys() else {}))
     yield from _wrong_speed(candidate)
     yield from _wrong_settings(candidate["settings"])
-    for name in sorted(CALIBRATED - candidate["settings"].keys() - {*ARCHIVE_SETTINGS}):
+    for name in sorted(CALIBRATED - candidate["settings"].keys() - {*LATER_SETTINGS}):
         yield f"a candidate has no {name}"
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.job.fingerprint import differences, fingerprint
-from bmx.measure.calibration_checks import ARCHIVE_SETTINGS, CALIBRATED, problem_of
+from bmx.measure.calibration_checks import CALIBRATED, LATER_SETTINGS, problem_of
 from bmx.run_config import RunConfig, setting_named
 from bmx.units import now
 
@@ -122,7 +122,7 @@ def read_calibration(path: Path, hint: str = REMEDY) -> dict[str, Any] | None:
     for settings in (*(candidate["settings"] for candidate in record["candidates"]), record.get("recommended") or {}):
         if settings.get("kv_format") == "auto":  # earlier versions wrote it for the model's own dtype
             settings["kv_format"] = "model"
-        for name in ARCHIVE_SETTINGS:
+        for name in LATER_SETTINGS:
             settings.setdefault(name, setting_named(name).default)
     return record
 

@@ -80,9 +80,14 @@ class Axes:
 
 
 def full_cache_config(config: EngineConfig) -> EngineConfig:
-    """The settings that candidates are compared with: nothing evicted, quantized or shared."""
+    """The settings that candidates are compared with: nothing evicted, quantized, rounded or shared."""
     return replace(
-        config.full_cache, kv_format="model", kv_share_layers=None, kv_layer_budgets="uniform", quantization="none"
+        config.full_cache,
+        kv_format="model",
+        kv_share_layers=None,
+        kv_layer_budgets="uniform",
+        state_format="float32",
+        quantization="none",
     )
 
 

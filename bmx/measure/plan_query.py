@@ -20,7 +20,7 @@ from bmx.model.number_type import dtype_name
 from bmx.model.preview import locate_files, preview_spec, with_quantized_weights
 from bmx.model.prompt_encoder import PromptEncoder
 from bmx.model.random_models import SHAPES, preview_random_model
-from bmx.model.spec import ModelSpec, share_layers
+from bmx.model.spec import ModelSpec, under_settings
 from bmx.plan.machine import Machine
 from bmx.plan.planner import Length
 from bmx.plan.scenarios import FailedRows, PlanQuery, device_of
@@ -49,7 +49,7 @@ def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int, sha
         spec = _spec_of_shape(engine, target.kind, shape, prompt_tokens + answer)
     else:
         spec = preview_spec(engine, target.kind)
-    spec = share_layers(spec, engine.kv_share_layers)
+    spec = under_settings(spec, engine)
     answer = min(answer, max_length(engine, spec) - prompt_tokens)
     if answer < 1:
         longest = max_length(engine, spec)
@@ -99,7 +99,7 @@ def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Tod
         ModelError: the model cannot be found or read.
     """
     engine = config.engine
-    spec = share_layers(preview_spec(engine, target.kind), engine.kv_share_layers)
+    spec = under_settings(preview_spec(engine, target.kind), engine)
     policy = CompressionPolicy.from_config(engine, spec)
     source, gguf = locate_files(engine)
     encoder = PromptEncoder(load_tokenizer(source, engine, gguf), config.prompt)

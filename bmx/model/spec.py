@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from bmx.config import EngineConfig
 from bmx.errors import ModelError, PreviewError, UsageError
-from bmx.kv.layout import StateLayout
+from bmx.kv.layout import STATE_BYTES, StateLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,9 +104,35 @@ class ModelSpec:
     quantization: str = "none"
     states: tuple[StateLayout, ...] = ()
 
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of one token's KV pairs in all layers, in the model's own type."""
+        owners = [layer for i, layer in enumerate(self.layers) if layer.owner == i]
+        return self.itemsize * sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in owners)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what layers without attention keep for a sequence."""
+        return sum(state.nbytes for state in self.states)
+
     def last_reader(self, owner: int) -> int:
         """The number of the last layer that reads the keys and values of layer ``owner``."""
         return max(i for i, layer in enumerate(self.layers) if layer.owner == owner)
+
+
+def under_settings(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """The spec under the settings that change what a slot holds: layers that share a cache, and how states are stored.
+
+    Args:
+        spec: of the model as it is.
+        config: the settings.
+
+    Raises:
+        UsageError: layers that do not exist, or cannot share.
+    """
+    itemsize = STATE_BYTES[config.state_format]
+    states = tuple(replace(state, itemsize=itemsize) if state.recurrent else state for state in spec.states)
+    return share_layers(replace(spec, states=states), config.kv_share_layers)
 
 
 def share_layers(spec: ModelSpec, pairs: str | None) -> ModelSpec:

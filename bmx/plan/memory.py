@@ -225,6 +225,7 @@ def does_not_fit(needed: Memory, limits: Limits) -> MemoryLimitError:
     size, limit, what, flag = needed.total, limits.total, "in all", "--memory-limit"
     if size <= limit:
         size, limit, what, flag = needed.pool, limits.pool or 0, "for the KV cache", "--kv-cache-memory"
+        what += " and states" if needed.states else ""
     enough = ceil(size / 1e6)
     weights = f", {needed.weights / 1e6:,.0f} MB of it weights" if what == "in all" else ""
     way_out = f"{flag} {enough}M is the least for it; or"

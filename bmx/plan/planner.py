@@ -429,12 +429,13 @@ def shrunk(plan: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], devic
 
 def plan_record(plan: Plan) -> dict[str, Any]:
     """A plan for JSON, memory item by item in bytes."""
-    memory, kv_format = plan.memory, plan.layouts[0].format
+    memory, layout = plan.memory, plan.layouts[0]
     return {
-        **({} if kv_format == "model" else {"kv_format": kv_format}),
+        **({} if layout.format == "model" else {"kv_format": layout.format}),
         "slots": plan.slots,
         "groups": [{"capacity": group.capacity, "slots": group.slots} for group in plan.groups],
         "spare": [{"capacity": group.capacity, "slots": group.slots} for group in plan.prefix_slots],
+        **({"states": {"slot_bytes": layout.state_bytes, "format": layout.state_format}} if layout.states else {}),
         **({"reading": {"format": plan.reading.layout.format, "slots": plan.reading.slots}} if plan.reading else {}),
         "chunk_size": plan.step.chunk_size,
         "max_num_batched_tokens": plan.step.max_num_batched_tokens,

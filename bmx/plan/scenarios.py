@@ -16,7 +16,7 @@ from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.model.loader import RUNTIME_BYTES
 from bmx.model.preview import tokenizer_bytes
-from bmx.model.spec import ModelSpec
+from bmx.model.spec import ModelSpec, under_settings
 from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
 from bmx.plan.forecast import Forecast
@@ -190,11 +190,11 @@ class PlanQuery:
         return tuple(islice((name for name, length in names if length.rows_needed > largest), NAMED_ROWS))
 
     def _builder(self, config: EngineConfig) -> PlanBuilder:
-        machine = self.machine
+        machine, spec = self.machine, under_settings(self.spec, config)
         return PlanBuilder(
             config=config,
-            spec=self.spec,
-            policy=CompressionPolicy.from_config(config, self.spec),
+            spec=spec,
+            policy=CompressionPolicy.from_config(config, spec),
             device=self.device,
             kernels=kernels.choose(machine.kind),
             limits=self.limits,
@@ -238,6 +238,9 @@ class PlanQuery:
             if chunk < config.eviction_chunk_size and self._fits(replace(config, chunk_size=chunk)):
                 yield f"--chunk-size {chunk}"
                 break
+        narrow = replace(config, state_format="bfloat16")
+        if self.spec.states and narrow != config and self._fits(narrow):
+            yield "--state-format bfloat16"
         both = [(b, c) for b in budgets for c in CHUNKS if c < config.eviction_chunk_size]
         for budget, chunk in both:
             if self._fits(replace(evicting, kv_budget=budget, chunk_size=chunk)):

@@ -13,7 +13,6 @@ from bmx.terminal.tables import (
     BEST_MARK,
     CALIBRATION_COLUMNS,
     RECOMMENDED_MARK,
-    SCENARIO_COLUMNS,
     aligned,
     candidate_row,
     candidate_words,
@@ -22,7 +21,7 @@ from bmx.terminal.tables import (
     full_cache_row,
     megabytes,
     memory_items,
-    scenario_row,
+    scenario_table,
 )
 
 if TYPE_CHECKING:
@@ -221,7 +220,8 @@ def _memory_lines(stats: Stats, plan: Plan) -> Iterator[Line]:
         share = f", {stats.kv_bytes / full:.0%} of the {megabytes(full)} that full caches would have taken"
     if stats.kv_bytes:
         away = f", and {megabytes(plan.memory.elsewhere)} in {place_words(plan)}" if plan.memory.elsewhere else ""
-        yield Line(f"KV cache {megabytes(stats.kv_bytes)} in {counted(stats.slots, 'slot')}{share}{away}")
+        what = "KV cache and states" if plan.memory.states else "KV cache"
+        yield Line(f"{what} {megabytes(stats.kv_bytes)} in {counted(stats.slots, 'slot')}{share}{away}")
     planned, peak = plan.memory.total, stats.peak_memory_bytes
     if peak:
         yield Line(f"memory planned {megabytes(planned)}, peak {megabytes(peak)} ({peak / planned - 1:+.1%})")
@@ -255,10 +255,17 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
     rates = machine.rates(query.spec.itemsize)
     if rates:
         yield f"at {rates.flops / 1e12:,.2f} TFLOP/s and {rates.bandwidth / 1e9:,.0f} GB/s ({rates.source})"
+    spec = query.spec
+    if spec.states:
+        tokens_of_cache = spec.state_bytes // spec.pair_bytes
+        yield (
+            f"each row holds {megabytes(spec.state_bytes)} of states beside its KV cache, whatever its length: "
+            f"as much as {counted(tokens_of_cache, 'token')} of the full cache"
+        )
     if not scenarios:
         return
     yield ""
-    yield from aligned([SCENARIO_COLUMNS, *map(scenario_row, scenarios)])
+    yield from scenario_table(scenarios)
     yield ""
     for scenario in scenarios:
         if scenario.problem:

@@ -23,7 +23,7 @@ BENCH_COLUMNS = (
 )  # fmt: skip
 BENCH_NAMES = {"full_cache": "full cache", "decode_only": "decode-only", "batch_max": "batch-max"}
 SCENARIO_COLUMNS = (
-    "cache", "budget", "slots", "KV cache", "weights", "activations", "runtime", "total", "KV used",
+    "cache", "budget", "slots", "KV cache", "states", "weights", "activations", "runtime", "total", "KV used",
     "prefill tok/s", "decode tok/s", "generated tok/s", "time",
 )  # fmt: skip
 
@@ -48,6 +48,8 @@ def candidate_words(settings: Mapping[str, Any]) -> str:
         words.append(f"{settings['kv_recall_pairs']} by {settings['kv_recall']}{every}")
     if settings["kv_layer_budgets"] != "uniform":
         words.append("pyramid" if settings["kv_layer_budgets"] == "pyramid" else "measured layers")
+    if settings.get("state_format", "float32") != "float32":
+        words.append(f"{settings['state_format']} states")
     for name, word in (("kv_probe", "probe"), ("kv_value_norm", "value norm"), ("kv_share_layers", "shared layers")):
         words += [word] if settings[name] else []
     return " ".join(words)
@@ -142,8 +144,16 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f} x"
 
 
-def scenario_row(option: Scenario) -> tuple[str, ...]:
-    """A row of a plan's table."""
+def scenario_table(scenarios: Sequence[Scenario]) -> list[str]:
+    """Scenarios as a table; states have a column where there are any."""
+    rows = [SCENARIO_COLUMNS, *map(_scenario_row, scenarios)]
+    if not any(scenario.plan and scenario.plan.memory.states for scenario in scenarios):
+        at = SCENARIO_COLUMNS.index("states")
+        rows = [(*row[:at], *row[at + 1 :]) for row in rows]
+    return aligned(rows)
+
+
+def _scenario_row(option: Scenario) -> tuple[str, ...]:
     budget = budget_text(option.budget) if option.budget else "-"
     if option.plan is None:
         return (option.name, budget, "0", *["-"] * (len(SCENARIO_COLUMNS) - 3))
@@ -154,8 +164,8 @@ def scenario_row(option: Scenario) -> tuple[str, ...]:
         rates = (forecast.prefill_rate, forecast.decode_rate, forecast.generated_rate)
         speed = (*(f"{rate:,.0f}" if rate else "-" for rate in rates), duration(forecast.seconds))
     slots = f"{plan.slots:,}" + (f" (not {counted(plan.too_large, 'row')})" if plan.too_large else "")
-    memory = (sizes["KV cache"], sizes["weights"], sizes["activations"], sizes["runtime"], megabytes(plan.memory.total))
-    return (option.name, budget, slots, *memory, f"{plan.fill:.0%}", *speed)
+    memory = (sizes[name] for name in ("KV cache", "states", "weights", "activations", "runtime"))
+    return (option.name, budget, slots, *memory, megabytes(plan.memory.total), f"{plan.fill:.0%}", *speed)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -166,12 +176,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def memory_items(memory: Memory) -> tuple[tuple[str, int], ...]:
-    """The memory of a plan in four items."""
+    """The memory of a plan in five items."""
     return (
         ("runtime", memory.runtime),
         ("weights", memory.weights),
         ("activations", memory.activations + memory.logits + memory.graphs + memory.slack),
-        ("KV cache", memory.pool),
+        ("KV cache", memory.kv + memory.scores),
+        ("states", memory.states),
     )
 
 
