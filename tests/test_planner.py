@@ -25,7 +25,8 @@ from bmx.hardware import FreeMemory
 from bmx.kv.layout import StateLayout
 from bmx.kv.pool import KVPool
 from bmx.model.loader import prepare
-from bmx.model.spec import Costs, LayerSpec, ModelSpec, under_settings
+from bmx.model.spec import Costs, LayerSpec, ModelSpec
+from bmx.model.spec_settings import under_settings
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, ReadingSlots, SlotGroup, StepSize, limits, memory_needed
 from bmx.plan.planner import (

@@ -32,7 +32,7 @@ from bmx.compress.scorer_api import Needs, ScorerDefaults, Seen
 from bmx.engine.backend import ModelBackend
 from bmx.errors import UsageError
 from bmx.kv.layout import SlotIndex
-from bmx.model.spec import share_layers
+from bmx.model.spec_settings import share_layers
 from bmx.policies import POLICIES
 
 SINK, RECENT, NEW = 2, 4, 5

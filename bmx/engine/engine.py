@@ -19,7 +19,7 @@ from bmx.engine.run import Run, RunContext
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
 from bmx.model.prompt_encoder import PromptEncoder
-from bmx.model.spec import under_settings
+from bmx.model.spec_settings import under_settings
 from bmx.plan.planner import Length, Plan
 from bmx.prompt_config import PromptConfig
 from bmx.request import Request, Result

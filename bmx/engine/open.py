@@ -20,7 +20,8 @@ from bmx.model.instructions import INSTRUCTIONS, Instructions
 from bmx.model.loader import RUNTIME_BYTES, check_libraries, choose_device, load_model, load_tokenizer
 from bmx.model.preview import preview_spec
 from bmx.model.source import find_source
-from bmx.model.spec import ModelSpec, under_settings
+from bmx.model.spec import ModelSpec
+from bmx.model.spec_settings import under_settings
 from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
 from bmx.plan.memory import limits

@@ -37,7 +37,7 @@ from bmx.measure.metrics import on_frontier
 from bmx.measure.plan_query import query_for_rows
 from bmx.measure.plots import CHOOSE_ANOTHER, check_plots, plot_calibration, plots_note
 from bmx.model.loader import check_quantization
-from bmx.model.spec import under_settings
+from bmx.model.spec_settings import under_settings
 from bmx.plan.machine import machine
 from bmx.plan.scenarios import PlanQuery
 from bmx.request import Request

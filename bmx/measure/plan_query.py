@@ -20,7 +20,8 @@ from bmx.model.number_type import dtype_name
 from bmx.model.preview import locate_files, preview_spec, with_quantized_weights
 from bmx.model.prompt_encoder import PromptEncoder
 from bmx.model.random_models import SHAPES, preview_random_model
-from bmx.model.spec import ModelSpec, under_settings
+from bmx.model.spec import ModelSpec
+from bmx.model.spec_settings import under_settings
 from bmx.plan.machine import Machine
 from bmx.plan.planner import Length
 from bmx.plan.scenarios import FailedRows, PlanQuery, device_of

@@ -16,7 +16,8 @@ from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.model.loader import RUNTIME_BYTES
 from bmx.model.preview import tokenizer_bytes
-from bmx.model.spec import ModelSpec, under_settings
+from bmx.model.spec import ModelSpec
+from bmx.model.spec_settings import under_settings
 from bmx.plan.builder import PlanBuilder
 from bmx.plan.device import Device
 from bmx.plan.forecast import Forecast
