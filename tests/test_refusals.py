@@ -76,21 +76,15 @@ def test_a_model_whose_layers_compute_attention_themselves(name):
 
 
 OWN_STATE = {
-    "Qwen3NextForCausalLM": dict(model_type="qwen3_next", **TEXT, **EXPERTS, layer_types=["linear_attention", F]),
-    "Lfm2ForCausalLM": dict(model_type="lfm2", **TEXT, layer_types=["conv", F]),
-    "FalconH1ForCausalLM": dict(model_type="falcon_h1", **TEXT, **MAMBA, mamba_d_ssm=64),
     "MambaForCausalLM": dict(model_type="mamba", **IDS, hidden_size=32, num_hidden_layers=2, state_size=4),
     "RecurrentGemmaForCausalLM": dict(model_type="recurrent_gemma", **TEXT, lru_width=32),
-    "BambaForCausalLM": dict(model_type="bamba", **TEXT, **MAMBA, attn_layer_indices=[1]),
-    "JambaForCausalLM": dict(
-        model_type="jamba", **TEXT, num_experts=1, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False
-    ),
+    "MiniMaxForCausalLM": dict(model_type="minimax", **TEXT, **LOCAL_EXPERTS, layer_types=["linear_attention", F]),
 }
 
 
 @pytest.mark.parametrize("name", OWN_STATE)
-def test_a_model_with_layers_that_keep_a_state_of_their_own(name):
-    assert_refused(build(**OWN_STATE[name]), name, "keep a state of their own")
+def test_a_model_that_keeps_a_state_as_no_other_does_or_has_no_attention(name):
+    assert_refused(build(**OWN_STATE[name]), name, "state in a way of its own|tokens would mix|do not call")
 
 
 def test_chunked_attention():
@@ -384,7 +378,6 @@ def test_a_good_folder_is_opened(folder):
 
 FROM_CONFIG = {
     "T5ForConditionalGeneration": {"model_type": "t5", "is_encoder_decoder": True},
-    "Qwen3NextForCausalLM": {"model_type": "qwen3_next", "layer_types": ["linear_attention", F]},
     "Llama4ForCausalLM": {"model_type": "llama4_text"},
 }
 

@@ -22,7 +22,7 @@ EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=NAMES)
 ROOMS = ("ground", "kernels", "kv", "model", "compress", "plan", "engine", "terminal", "job", "measure", "cli")
 FRONT = {"__init__", "__main__"}  # the package's face names everything, lazily
 HEAVY = {"torch", "transformers", "triton", "ray"}
-MAY_BE_HEAVY = ("kernels/", "kv/", "engine/", "model/fused_modules.py", "model/int8_modules.py")
+MAY_BE_HEAVY = ("kernels/", "kv/", "engine/", "model/fused_modules.py", "model/int8_modules.py", "model/mixers.py")
 MAY_BE_HEAVY += (
     "model/fp8_modules.py",
     "model/joined_weights.py",

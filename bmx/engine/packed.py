@@ -18,6 +18,7 @@ from torch import Tensor
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
+from bmx.kernels.segments import SegmentBatch, Segments
 from bmx.kernels.slot_views import Chunks
 from bmx.kernels.transfer import upload
 from bmx.kv.layout import SlotIndex
@@ -140,6 +141,7 @@ class PackedStep:
         chunks: the prompt chunks behind them, as one table, or None.
         prompts: the same chunks one by one.
         endings: chunks behind them that are read on the archive.
+        batches: all these chunks and their probes as segments, where the model has mixers.
         plain: whether kernels that fuse whole steps can take it: it has no probe and no protected spans.
     """
 
@@ -151,7 +153,14 @@ class PackedStep:
     chunks: Chunks | None = None
     prompts: tuple[PromptChunk, ...] = ()
     endings: tuple[PromptChunk, ...] = ()
+    batches: tuple[SegmentBatch, ...] = ()
     plain: bool = True
+
+    @property
+    def segments(self) -> Segments:
+        """The packed tokens by sequence, as mixers see them."""
+        decoding = None if self.decode_batch is None else self.decode_batch.slots
+        return Segments(decode_slots=decoding, batches=self.batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +171,7 @@ class Packer:
         policy: gives the query weights of chunks.
         slot_offsets: number of slots in the groups before each group.
         archives: whether prompts are read in other slots than those in which answers are written.
+        mixes: whether the model has mixers.
         probe: token ids of the probe, behind each chunk whose sequence evicts.
         max_length: most positions that the model knows.
         device: where the step is computed.
@@ -170,6 +180,7 @@ class Packer:
     policy: CompressionPolicy
     slot_offsets: tuple[int, ...]
     archives: bool
+    mixes: bool
     probe: tuple[int, ...]
     max_length: int
     device: torch.device
@@ -266,8 +277,20 @@ class Packer:
             chunks=self._chunks(table, torch.stack(columns), prompts, len(ids)) if prompts else None,
             prompts=tuple(prompts),
             endings=tuple(endings),
+            batches=self._batches([*prompts, *endings]) if self.mixes else (),
             plain=not spans and not any(chunk.probes for chunk in prompts),
         )
+
+    def _batches(self, chunks: list[PromptChunk]) -> tuple[SegmentBatch, ...]:
+        """Chunks and the probes behind them as segments; what a probe does to the states is not kept."""
+        segments = []
+        for chunk in chunks:
+            index = chunk.archive or SlotIndex(chunk.group, chunk.slot)
+            slot, end = self.slot_offsets[index.group] + index.slot, chunk.rows.start + chunk.length
+            segments.append((chunk.rows.start, chunk.length, slot, True))
+            if chunk.probes:
+                segments.append((end, chunk.probes, slot, False))
+        return Segments.of(None, segments, self.device).batches
 
     def _decode_batch(
         self, sequences: list[Sequence], slots: Tensor, positions: Tensor, row_limits: Tensor

@@ -18,7 +18,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs
 from bmx.engine.scheduler import Step
 from bmx.engine.sequence import Prefix, Sequence
-from bmx.kv.layout import STATE_BYTES, SlotIndex
+from bmx.kv.layout import SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
 from bmx.plan.memory import SlotGroup
@@ -146,9 +146,9 @@ class Reuse:
         """Whether states are equal wherever chunks end, up to rounding, while nothing is evicted.
 
         They are not if pairs are encoded (a chunk attends to its own pairs exactly, and to earlier ones decoded), if
-        recurrent states are rounded at the end of each chunk, or if the scorer looks at the queries of a chunk.
+        recurrent states are rounded where a chunk ends, or if the scorer looks at the queries of a chunk.
         """
-        rounded = any(state.recurrent and state.itemsize < STATE_BYTES["float32"] for state in self.spec.states)
+        rounded = any(state.rounds for state in self.spec.states)
         return self.policy.format == "model" and not rounded and Needs.QUERIES not in self.policy.needs
 
     @property

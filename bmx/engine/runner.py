@@ -26,8 +26,10 @@ from bmx.kernels.transfer import Download, upload
 from bmx.kernels.workspace import SAMPLER_ROWS
 from bmx.kv.layout import SlotIndex
 from bmx.kv.pool import KVPool
+from bmx.kv.states import StatePool
 from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import LoadedModel
+from bmx.model.mixers import Mixers
 from bmx.model.rope import Segment
 from bmx.model.spec import use_attention
 from bmx.plan.chunks import ENDING
@@ -90,7 +92,9 @@ class ModelRunner:
         self.answering = self.pool = KVPool.placed(plan.layouts, slots, self._model.dtype, device, plan.limits.place)
         if plan.reading:
             self.pool = KVPool((plan.reading.layout,), (plan.reading.slots,), self._model.dtype, device)
-        self.kv_bytes = sum(pool.device_bytes for pool in {self.pool, self.answering})
+        self._states = StatePool(plan.layouts[0].states, sum(slots), self._model.dtype, device)
+        self._mixers = Mixers(self._model, kernels.module)
+        self.kv_bytes = sum(pool.device_bytes for pool in {self.pool, self.answering}) + self._states.nbytes
         self.ahead = int(kernels.capabilities.runs_ahead(device.type) and watch is None)
         self._largest_slot = plan.groups[-1].capacity
         self._largest_group = len(plan.groups) - 1
@@ -101,6 +105,7 @@ class ModelRunner:
             policy=policy,
             slot_offsets=self.answering.slot_offsets,
             archives=plan.reading is not None,
+            mixes=bool(loaded.spec.states),
             probe=probe,
             max_length=self._max_length,
             device=device,
@@ -121,6 +126,7 @@ class ModelRunner:
 
     def __enter__(self) -> ModelRunner:
         self._attached.enter_context(use_attention(self._model, self._attention))
+        self._attached.enter_context(self._mixers.attached())
         modules = self._attached.enter_context(fused_modules(self._model, self._kernels))
         self.modules = modules if self._model.device.type == "cuda" else {}
         return self
@@ -138,6 +144,7 @@ class ModelRunner:
             for chunk in step.chunks:
                 if chunk.start == 0:
                     self._reset(chunk.sequence.slot_index)
+        self._states.clear([self._packer.slot_number(c.sequence) for c in step.chunks if c.start == 0])
         decoding = (chunk for chunk in step.chunks if chunk.decodes)
         self._attention.rank(
             DecodingSlot(self._packer.slot_number(chunk.sequence), chunk.start, chunk.sequence.rows_needed)
@@ -200,6 +207,7 @@ class ModelRunner:
             tokens: tokens of the sequence whose state it is.
         """
         self.answering.copy_state(source, target, tokens)
+        self._states.copy(*(self.answering.slot_offsets[index.group] + index.slot for index in (source, target)))
         if self.pool is not self.answering:
             self.pool.copy_state(SlotIndex(0, source.reading), SlotIndex(0, target.reading), tokens)
 
@@ -267,7 +275,8 @@ class ModelRunner:
             is_long: [T] bool, instead of segments: which tokens are of long sequences.
         """
         rope = nullcontext() if self._rope is None else self._rope.sequences(segments or (), is_long)
-        with rope, self._attention.forward(packed):
+        mixing = self._mixers.step(packed.segments, self._states.tensors)
+        with rope, mixing, self._attention.forward(packed):
             output = self._model(
                 input_ids=packed.input_ids,
                 position_ids=packed.positions,

@@ -205,6 +205,11 @@ class StateLayout:
         """Bytes of one sequence's state."""
         return prod(self.shape) * self.itemsize
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it is computed in more bits than it is stored in, and so rounded wherever a segment ends."""
+        return self.recurrent and self.itemsize < STATE_BYTES["float32"]
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bmx.kernels import Kernels
 from bmx.kernels.contract import KernelModule
 from bmx.kernels.linear import Linear
+from bmx.model.forwards import set_forward, with_functions
 from bmx.model.fp8_modules import Fp8Linear
 from bmx.model.int8_modules import Int8Linear
 from bmx.model.joined_weights import join_weights
@@ -59,7 +60,7 @@ def _replace_forwards(
     like, left = torch.empty(0, dtype=model.dtype, device=model.device), dict[nn.Module, str]()
     for module in model.modules():
         for part, forward in _replacements(module, kernels, like, left):
-            _set_forward(part, forward, undo)
+            set_forward(part, forward, undo)
     _replace_rotary(model, kernels, dtypes, like, undo, left)
     return left
 
@@ -76,13 +77,6 @@ def _counts(model: Any, left: Mapping[nn.Module, str]) -> Counts:
             if module in left:
                 count["why"] = f"{name}: {left[module]}"
     return counts
-
-
-def _set_forward(module: nn.Module, forward: Forward, undo: ExitStack) -> None:
-    """Give one module a ``forward`` of its own, unless it has one already."""
-    if "forward" not in vars(module):
-        module.forward = forward
-        undo.callback(delattr, module, "forward")
 
 
 def _replacements(
@@ -188,7 +182,7 @@ def _replace_rotary(
         if isinstance(copy, str):
             left[module] = copy
         else:
-            _set_forward(module, MethodType(copy, module), undo)
+            set_forward(module, MethodType(copy, module), undo)
 
 
 def _with_rotary(code: Any, kernels: KernelModule, dtypes: set[torch.dtype], like: Tensor) -> FunctionType | str:
@@ -199,11 +193,7 @@ def _with_rotary(code: Any, kernels: KernelModule, dtypes: set[torch.dtype], lik
     q, k, cos, sin = (torch.randn(*shape, generator=random).to(like) for shape in _ROTARY_SHAPES)
     if reason := _difference(lambda: torch.cat(own(q, k, cos, sin), 1), lambda: torch.cat(turned(q, k, cos, sin), 1)):
         return reason
-    copy = FunctionType(
-        code.__code__, {**code.__globals__, ROTARY: turned}, code.__name__, code.__defaults__, code.__closure__
-    )
-    copy.__kwdefaults__ = code.__kwdefaults__
-    return copy
+    return with_functions(code, {ROTARY: turned})
 
 
 _ROTARY_SHAPES = ((1, 3, 2, 64), (1, 1, 2, 64), (1, 2, 64), (1, 2, 64))

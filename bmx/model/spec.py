@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,14 @@ from bmx.kv.layout import StateLayout
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bmx.kernels.contract import KernelModule
+    from bmx.model.mixers import Mixers
+
+# Names of kinds of layers in configs: attention, layers with a state of their own, which are looked at once they are
+# loaded, and layers that look at one token at a time
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+KNOWN_LAYER_TYPES |= {"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"}
+KNOWN_LAYER_TYPES |= {"mlp", "moe", "dense", "sparse"}
 SPARSE_LAYER_TYPES = {"indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention", "minimax_m3_sparse"}
 SPARSE_LAYER_TYPES |= {"compressed_sparse_attention"}
 # Keywords of an attention function: those that bmx heeds, and those that change nothing in packed tokens
@@ -181,12 +188,18 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
         ModelError: the attention function is never called or sees the future, or tokens mix outside it.
         PreviewError: the model fails on the meta device.
     """
+    from bmx.model.mixers import Mixers
+
     probe = _AttentionProbe(model.device)
-    with _own_kernels(model), use_attention(model, probe, probe.placeholder_mask):
+    with _own_kernels(model) as kernels, use_attention(model, probe, probe.placeholder_mask):
         try:
-            first = _outputs(model, probe, tokens=(1, 2, 3), positions=(3, 7, 1))
-            neighbours = _outputs(model, probe, tokens=(5, 2, 4), positions=(4, 7, 9))
-            swapped = _outputs(model, probe, tokens=(2, 1, 3), positions=(7, 3, 1))
+            mixers = Mixers(model, kernels)
+            with mixers.attached(), mixers.watched() as seen:
+                first = _outputs(model, probe, mixers, tokens=(1, 2, 3), positions=(3, 7, 1))
+                neighbours = _outputs(model, probe, mixers, tokens=(5, 2, 4), positions=(4, 7, 9))
+                swapped = _outputs(model, probe, mixers, tokens=(2, 1, 3), positions=(7, 3, 1))
+            if model.device.type != "meta":
+                mixers.check(seen)
         except ModelError as error:
             raise _refusal(type(model).__name__, error.message) from None
         except Exception as error:
@@ -198,17 +211,25 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
         raise _refusal(type(model).__name__, "its layers do not call transformers' attention function")
     if model.device.type != "meta":
         _check_outputs(model, first, neighbours, swapped)
-    return _spec(model, tuple(probe.layers), costs(model))
+    return replace(_spec(model, tuple(probe.layers), costs(model)), states=mixers.layouts)
 
 
-def _own_kernels(model: Any) -> AbstractContextManager[Any]:
-    """On a CPU, the kernels that will run compute: torch's products of bfloat16 may take a hundred times as long."""
-    if model.device.type != "cpu":
-        return nullcontext()
-    from bmx.kernels import choose
+@contextmanager
+def _own_kernels(model: Any) -> Iterator[KernelModule]:
+    """On a CPU, the kernels that will run compute: torch's products of bfloat16 may take a hundred times as long.
+
+    Yields:
+        The functions that compute what mixers do: plain torch where the model is not on a CPU.
+    """
+    from bmx.kernels import choose, reference
     from bmx.model.fused_modules import fused_modules
 
-    return fused_modules(model, choose("cpu"))
+    if model.device.type != "cpu":
+        yield reference
+        return
+    kernels = choose("cpu")
+    with fused_modules(model, kernels):
+        yield kernels.module
 
 
 def _check_outputs(model: Any, first: Tensor, neighbours: Tensor, swapped: Tensor) -> None:
@@ -321,12 +342,15 @@ def no_padding(model: Any, tokens: int) -> Tensor:
     return torch.ones(1, tokens, dtype=torch.bool, device="cpu" if model.device.type == "meta" else model.device)
 
 
-def _outputs(model: Any, probe: _AttentionProbe, tokens: tuple[int, ...], positions: tuple[int, ...]) -> Tensor:
+def _outputs(
+    model: Any, probe: _AttentionProbe, mixers: Mixers, tokens: tuple[int, ...], positions: tuple[int, ...]
+) -> Tensor:
     """Queries, keys, values and logits of the first two of three packed tokens: [2, F], one row for each token.
 
     Args:
         model: whose attention function is ``probe``.
         probe: records queries, keys and values.
+        mixers: of the model; each token is a sequence of its own.
         tokens: three token ids.
         positions: their positions.
     """
@@ -334,7 +358,7 @@ def _outputs(model: Any, probe: _AttentionProbe, tokens: tuple[int, ...], positi
 
     probe.reset()
     mask = {"attention_mask": no_padding(model, len(tokens))} if model.device.type == "meta" else {}
-    with torch.inference_mode():
+    with torch.inference_mode(), mixers.finding(len(tokens), model.device):
         output = model(
             **mask,
             input_ids=torch.tensor([tokens], device=model.device),
