@@ -15,9 +15,9 @@ from bmx.errors import UsageError
 from bmx.kernels import fp8_products
 from bmx.kernels.fp8_products import MOST, multiply, product, round_rows
 from bmx.model.fp8_modules import Fp8Linear, quantise
+from bmx.model.inspection import held_bytes
 from bmx.model.loader import check_quantization, prepare, quantize
 from bmx.model.preview import with_quantized_weights
-from bmx.model.spec import held_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn

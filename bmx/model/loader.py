@@ -20,9 +20,10 @@ from bmx.kernels import choose, fp8, int8
 from bmx.model.end_tokens import end_tokens
 from bmx.model.folders import SOURCES, refuse_no_weights, tokenizer_problem
 from bmx.model.hub import cached_commit
+from bmx.model.inspection import held_bytes, read_spec
 from bmx.model.load_problems import cause_and_hint
 from bmx.model.number_type import dtype_name, slow_on_cpu
-from bmx.model.spec import ModelSpec, check_config, held_bytes, read_spec
+from bmx.model.spec import ModelSpec, check_config
 from bmx.model.text_side import find_text_side
 
 if TYPE_CHECKING:
