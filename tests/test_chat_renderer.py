@@ -67,6 +67,13 @@ LAST_ONLY = "{{ '[' + messages[-1].role + ']' + messages[-1].content }}"
 KINDS = {"skips": SKIPS, "any role": ANY_ROLE, "no system": NO_SYSTEM, "late system": LATE_SYSTEM, "silent": SILENT}
 
 
+# As checkpoints that see images have them: a text is one part of a content.
+PARTS = """{% for m in messages %}{{ m['role'].upper() + ': ' }}
+{%- for part in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}
+{%- for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}
+{%- endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+
+
 @cache
 def tokenizer(template: str) -> Any:
     """A byte-level tokenizer with a chat template."""
@@ -140,6 +147,19 @@ def test_c4_a_message_that_the_template_leaves_out_is_an_error_of_the_row(templa
     assert f"message {place + 1} of 3" in found
     assert "'critic'" in found
     assert "knows the roles" in found
+
+
+def test_c4_a_template_that_takes_parts_gets_texts_as_parts():
+    assert rendered(PARTS, ("user", "what?")) == "USER: what? ASSISTANT:"
+    asked = [("system", "be brief"), ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]
+    assert rendered(PARTS, *asked) == "SYSTEM: be brief USER: ab ASSISTANT:"
+    assert rendered(PARTS, *asked, ("assistant", "it is")) == "SYSTEM: be brief USER: ab ASSISTANT: it is"
+
+
+@pytest.mark.parametrize("template", [PARTS, SKIPS])
+def test_c4_a_part_that_is_no_text_is_named(template):
+    seen = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "what is it?"}]
+    assert "of type 'image': bmx reads text only" in refused(template, ("user", seen))
 
 
 def test_c4_a_template_that_takes_only_the_last_message_refuses_the_others():
@@ -255,7 +275,7 @@ def test_c4_each_shape_of_a_conversation_is_looked_at_once():
     encoder = PromptEncoder(Counting(), PromptConfig())
     for i in range(10):
         encoder.encode(Request(id=i, prompt=f"document {i}"))
-    assert len(renders) == 11
+    assert len(renders) == 12  # one more for the shape, and one for the form in which the template takes a text
 
 
 # A last message of the assistant

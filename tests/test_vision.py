@@ -199,6 +199,45 @@ def test_the_text_sizes_may_stand_beside_the_vision_config(checkpoint, tmp_path)
     assert found == reference_answers(whole_model(folder), prompts, NEW_TOKENS)
 
 
+PARTS = "{% for m in messages %}{% for part in m.content %}{{ 'w7 ' + part.text + ' w8' }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_the_processors_chat_template_goes_before_the_tokenizers(checkpoint, tmp_path, file):
+    folder = changed_copy(checkpoint("smolvlm"), tmp_path / "chat")
+    word_tokenizer(chat_template="w9").save_pretrained(folder)
+    (folder / file).write_text(json.dumps({"chat_template": PARTS}))
+    with opened(folder) as engine, opened(checkpoint("smolvlm")) as plain:
+        [asked] = engine.chat([[{"role": "user", "content": "w5 w6"}]], max_tokens=NEW_TOKENS)
+        [same] = plain.generate(["w7 w5 w6 w8"], max_tokens=NEW_TOKENS)
+    assert asked.usage.prompt_tokens == 4
+    assert asked.text == same.text != ""
+
+
+def test_rows_with_images_fail_and_the_others_are_answered(checkpoint, tmp_path, bmx):
+    folder = changed_copy(checkpoint("smolvlm"), tmp_path / "chat")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}))
+    text, image = {"type": "text", "text": "w5 w6"}, {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
+    rows = {
+        "parts": {"messages": [{"role": "user", "content": [text]}]},
+        "text": {"messages": [{"role": "user", "content": "w5 w6"}], "images": []},
+        "part": {"messages": [{"role": "user", "content": [image, text]}]},
+        "beside": {"messages": [{"role": "user", "content": "w5 w6", "images": ["y.png"]}]},
+        "column": {"prompt": "w5 w6", "image": "y.png"},
+    }
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"id": name} | row) + "\n" for name, row in rows.items()))
+    assert bmx("run", "rows.jsonl", "--model", folder, "--max-tokens", 4).code == 3
+    answered = {row["id"]: row["text"] for row in map(json.loads, Path("rows.out.jsonl").read_text().splitlines())}
+    assert answered.keys() == {"parts", "text"}
+    assert answered["parts"] == answered["text"]
+    errors = {
+        row["id"]: row["error"] for row in map(json.loads, Path("rows.out.jsonl.errors.jsonl").read_text().splitlines())
+    }
+    assert "a part of type 'image_url': bmx reads text only" in str(errors["part"])
+    assert "a message has 'images': bmx reads text only" in str(errors["beside"])
+    assert "unsupported: image" in str(errors["column"])
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

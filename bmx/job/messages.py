@@ -17,6 +17,7 @@ SPEAKERS = {  # names of speakers in "from", and their roles
     "system": "system",
 }
 NO_TEXT_NEEDED = {"assistant", "model", "tool", "function", "ipython", "observation"}
+SEEN_OR_HEARD = ("audio", "audios", "image", "images", "multi_modal_data", "video", "videos")  # beside a text
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -45,6 +46,8 @@ def _checked(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(role, str) or not role.isidentifier():
         raise invalid("each message needs a 'role' that is a word")
     kind = role.lower()
+    if beside := [name for name in SEEN_OR_HEARD if message.get(name)]:
+        raise invalid(f"a message has {beside[0]!r}: bmx reads text only")
     text = _text(content)
     calls = message.get("tool_calls") or message.get("function_call")
     if kind == "assistant" and content is None and not calls:

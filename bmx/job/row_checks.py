@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from bmx.errors import RowError, UsageError
-from bmx.job.messages import invalid
+from bmx.job.messages import SEEN_OR_HEARD, invalid
 from bmx.model.chat_renderer import ASSISTANTS
 from bmx.request import SamplingParams
 from bmx.run_config import setting_named
@@ -56,7 +56,7 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {  # fields of other programs, and t
         *("num_beams", "num_return_sequences", "tfs_z", "typical_p"),
     ), (1,)),
     **dict.fromkeys((
-        *("allowed_token_ids", "bad_words", "bad_words_ids", "begin_suppress_tokens"),
+        *("allowed_token_ids", "bad_words", "bad_words_ids", "begin_suppress_tokens", *SEEN_OR_HEARD),
         *("logits_processors", "stop_sequences", "stop_strings", "suppress_tokens", "tools"),
     ), ([],)),
     **dict.fromkeys(("detokenize", "include_reasoning", "skip_special_tokens", "use_cache"), (True,)),

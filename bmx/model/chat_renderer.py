@@ -6,6 +6,7 @@ nothing of rows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
@@ -171,14 +172,31 @@ class ChatRenderer:
         if last.get("role") == "assistant" and _calls(last):
             raise RowError("invalid_request", "the last message calls a function: the function's result must follow")
         if last.get("role") != "assistant":
-            return render_chat(self._tokenizer, messages, add_generation_prompt=True, **variables)
+            return self._printed(messages, add_generation_prompt=True, **variables)
         mark, words = _new_mark(), last["content"] if last["content"].strip() else ""
         marked = [*before, {**last, "content": f"{words}{mark} "}]  # the blank shows whether the template trims
-        text = render_chat(self._tokenizer, marked, add_generation_prompt=False, **variables)
+        text = self._printed(marked, add_generation_prompt=False, **variables)
         head, found, tail = text.rpartition(mark)
         if not found:
             raise RowError("invalid_request", self._complaint(len(before), messages))
         return head if tail.startswith(" ") else head.removesuffix(words[len(words.rstrip()) :])
+
+    def _printed(self, messages: Sequence[Message], **options: Any) -> str:
+        """What the template prints of messages, whose texts it gets in the form that it takes."""
+        return render_chat(
+            self._tokenizer, list(map(_in_parts, messages)) if self._takes_parts else messages, **options
+        )
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template shows a text only as a list of parts, as templates for texts and images may."""
+        mark = _new_mark()
+        message = {"role": "user", "content": mark}
+        for form in (message, _in_parts(message)):
+            with contextlib.suppress(Exception):  # of the template
+                if mark in render_chat(self._tokenizer, [form], add_generation_prompt=True):
+                    return form is not message
+        return False
 
     def _left_out_of(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> frozenset[int]:
         """Places of the messages that the template leaves out, whatever they say."""
@@ -230,11 +248,19 @@ def _content(content: Any) -> str:
     Raises:
         RowError: something else.
     """
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        others = sorted({str(part.get("type")) for part in content} - {"text"})
+        if others:
+            raise RowError("invalid_request", f"a message has a part of type {others[0]!r:.40}: bmx reads text only")
         content = "".join(str(part.get("text") or "") for part in content)
     if not isinstance(content, str | None):
         raise RowError("invalid_request", "a message's 'content' must be text")
     return content or ""
+
+
+def _in_parts(message: Message) -> Message:
+    """A message with its text as a list of one part."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _with_object_arguments(call: Any) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.model.chat_template import TemplateLimitError, render_chat
+from bmx.model.source_files import read_object
 
 ANSWER = "bmx7e1f"  # an answer that no template would print of its own accord
 FILE = "generation_config.json"
@@ -35,7 +34,8 @@ def end_tokens(source: str, config: EngineConfig, model_config: Any, tokenizer: 
         ModelError: a file says what cannot be token ids, or the chat template computes without end.
     """
     text = model_config.get_text_config(decoder=True)
-    file, stated = FILE, _stated(source, config)
+    written = read_object(source, FILE, config, "config.json names the end tokens")
+    file, stated = FILE, written.get("eos_token_id")
     if stated is None:
         file, stated = "config.json", getattr(text, "eos_token_id", None)
     if stated is None:
@@ -44,30 +44,6 @@ def end_tokens(source: str, config: EngineConfig, model_config: Any, tokenizer: 
     ids = _checked(stated, f"{file} of model {config.model}", vocab)
     turn = _end_of_turn(tokenizer, config.model)
     return ids if turn is None or turn >= vocab else ids | {turn}
-
-
-def _stated(source: str, config: EngineConfig) -> Any:
-    """``eos_token_id`` in generation_config.json; None if there is no such file, or it names none.
-
-    Raises:
-        ModelError: the file is not a JSON object.
-    """
-    from transformers.utils import cached_file
-
-    path = cached_file(source, FILE, revision=config.revision, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return None
-    try:
-        found = json.loads(Path(path).read_bytes())
-        problem = "" if isinstance(found, dict) else "is not an object"
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    except (ValueError, RecursionError):
-        problem = "is not JSON"
-    if problem:
-        hint = "correct it, delete it (then config.json names the end tokens), or download the model again"
-        raise ModelError(f"cannot load model {config.model}: {FILE} {problem}", hint=hint)
-    return found.get("eos_token_id")
 
 
 def _checked(stated: Any, where: str, vocab: int) -> frozenset[int]:

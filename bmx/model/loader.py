@@ -23,6 +23,7 @@ from bmx.model.hub import cached_commit
 from bmx.model.inspection import held_bytes, read_spec
 from bmx.model.load_problems import cause_and_hint
 from bmx.model.number_type import dtype_name, slow_on_cpu
+from bmx.model.source_files import read_object
 from bmx.model.spec import ModelSpec, check_config
 from bmx.model.text_side import find_text_side
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 COPY = "copy the tokenizer's files from the model that it was made from"
 PAGE = 4096  # bytes
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # their chat template goes before the tokenizer's
 RUNTIME_BYTES = {"cpu": 292 * 10**6, "cuda": 750 * 10**6}  # of libraries and a CUDA context, if they are not measured
 
 
@@ -73,7 +75,7 @@ def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -
     silence_transformers()
     with loading_errors(config.model):
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 source,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
@@ -85,6 +87,11 @@ def load_tokenizer(source: str, config: EngineConfig, gguf: str | None = None) -
             raise ModelError(
                 f"cannot load model {config.model}: {tokenizer_problem(Path(source))}", hint=COPY
             ) from None
+        for file in () if gguf else PROCESSOR_FILES:
+            found = read_object(source, file, config, "the tokenizer's own chat template is used")
+            if found.get("chat_template"):
+                tokenizer.chat_template = found["chat_template"]
+    return tokenizer
 
 
 def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> LoadedModel:
