@@ -7,8 +7,10 @@ from importlib import import_module
 
 import pytest
 import torch
+from instruction_sets import required
 
-from bmx.kernels import reference
+from bmx.kernels import Kernels, reference
+from bmx.kernels.instruction_sets import SETS
 from bmx.kernels.segments import Segments
 
 CPU = torch.device("cpu")
@@ -19,6 +21,13 @@ DECODING = (6, -1, 2)
 PROMPTS = ((3, 5, 4, True), (8, 130, 0, True), (138, 5, 3, True), (143, 5, 5, True), (148, 5, 5, False))
 TOKENS = 153
 TIGHT = {"atol": 2e-5, "rtol": 2e-5}
+LOOSE = {"atol": 1e-2, "rtol": 1e-2}  # eight bits of a number
+
+
+@pytest.fixture(params=["reference", *SETS])
+def kernel(request):
+    """The functions of plain torch, and those compiled for each instruction set that this machine has."""
+    return Kernels(required(request.param), "").module
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -46,7 +55,7 @@ def recurrence(step, states, output):
     return output
 
 
-def delta_operands(dtype=torch.float32, *, by_channel=False, heads=4, key_heads=2, dim=16, value_dim=24):
+def delta_operands(dtype=torch.float32, *, by_channel=False, heads=4, key_heads=2, dim=32, value_dim=80):
     query, key = (normal(TOKENS, key_heads, dim, seed=seed, dtype=dtype) for seed in (1, 2))
     value, beta = normal(TOKENS, heads, value_dim, seed=3, dtype=dtype), normal(TOKENS, heads, seed=4).sigmoid()
     decay = -3 * normal(TOKENS, heads, *([dim] if by_channel else []), seed=5).square()
@@ -70,9 +79,9 @@ def delta_recurrence(query, key, value, decay, beta, states, *, normalise):
     return recurrence(step, states, torch.zeros_like(value))
 
 
-def space_operands(dtype=torch.float32, *, by_number=False, heads=4, groups=2, dim=6, numbers=16):
+def space_operands(dtype=torch.float32, *, by_number=False, heads=6, groups=2, dim=20, numbers=32):
     dim = 1 if by_number else dim
-    x, step = normal(TOKENS, heads, dim, seed=1, dtype=dtype), normal(TOKENS, heads, seed=2).square()
+    x, step = normal(TOKENS, heads, dim, seed=1, dtype=dtype), 0.2 * normal(TOKENS, heads, seed=2).square()
     rate = -normal(heads, *([numbers] if by_number else []), seed=3).exp()
     inputs, outputs = (normal(TOKENS, groups, numbers, seed=seed, dtype=dtype) for seed in (4, 5))
     return x, step, rate, inputs, outputs, normal(heads, seed=6)
@@ -94,19 +103,22 @@ def space_recurrence(x, step, rate, inputs, outputs, skip, states):
 
 
 def compare(output, expected, states, expected_states, *, dtype=torch.float32):
-    tolerance = TIGHT if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
-    rows = [row for _, own, _ in pieces() for row in range(own.start, own.stop)]
-    torch.testing.assert_close(output[rows].double(), expected[rows], **tolerance)
-    kept = TIGHT if states.dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    """Outputs and kept states, but those of nobody's row; a probe sees states as they are rounded."""
+    rows = [row for row in range(TOKENS) if row != DECODING.index(-1)]
+    exact = dtype == states.dtype == torch.float32
+    torch.testing.assert_close(output[rows].double(), expected[rows], **(TIGHT if exact else LOOSE))
+    kept = TIGHT if states.dtype == torch.float32 else LOOSE
     torch.testing.assert_close(states[:SLOTS], expected_states[:SLOTS], **kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("silu", "biased", "taps"), [(True, False, 4), (False, True, 3), (True, True, 2)])
-def test_convolutions_go_on_from_the_windows_of_their_sequences(dtype, silu, biased, taps):
-    x, weight = normal(TOKENS, 10, dtype=dtype), normal(10, taps, seed=1, dtype=dtype)
-    bias = normal(10, seed=2, dtype=dtype) if biased else None
-    windows = normal(SLOTS + 1, taps - 1, 10, seed=3, dtype=dtype)
+@pytest.mark.parametrize(
+    ("silu", "biased", "taps", "channels"), [(True, False, 4, 272), (False, True, 3, 32), (True, True, 2, 10)]
+)
+def test_convolutions_go_on_from_the_windows_of_their_sequences(kernel, dtype, silu, biased, taps, channels):
+    x, weight = normal(TOKENS, channels + 6, dtype=dtype)[:, :channels], normal(channels, taps, seed=1, dtype=dtype)
+    bias = normal(channels, seed=2, dtype=dtype) if biased else None
+    windows = normal(SLOTS + 1, taps - 1, channels, seed=3, dtype=dtype)
     expected_windows = windows.clone()
 
     def step(row, window):
@@ -114,8 +126,8 @@ def test_convolutions_go_on_from_the_windows_of_their_sequences(dtype, silu, bia
         y = (seen * weight.double().t()).sum(0) + (0 if bias is None else bias.double())
         return y * y.sigmoid() if silu else y, seen[1:]
 
-    expected = recurrence(step, expected_windows, torch.zeros(TOKENS, 10, dtype=torch.float64))
-    output = reference.convolve(x, weight, bias, windows, mixed(), silu=silu)
+    expected = recurrence(step, expected_windows, torch.zeros(TOKENS, channels, dtype=torch.float64))
+    output = kernel.convolve(x, weight, bias, windows, mixed(), silu=silu)
     assert output.dtype == dtype
     compare(output, expected, windows, expected_windows, dtype=dtype)
     assert torch.equal(windows[:SLOTS], expected_windows[:SLOTS])
@@ -123,60 +135,67 @@ def test_convolutions_go_on_from_the_windows_of_their_sequences(dtype, silu, bia
 
 @pytest.mark.parametrize("by_channel", [False, True], ids=["by head", "by channel"])
 @pytest.mark.parametrize(
-    ("dtype", "state_dtype", "normalise"),
+    ("dtype", "state_dtype", "normalise", "value_dim"),
     [
-        (torch.float32, torch.float32, True),
-        (torch.float32, torch.bfloat16, True),
-        (torch.bfloat16, torch.float32, True),
-        (torch.float32, torch.float32, False),
+        (torch.float32, torch.float32, True, 80),
+        (torch.float32, torch.bfloat16, True, 48),
+        (torch.bfloat16, torch.float32, True, 32),
+        (torch.bfloat16, torch.bfloat16, True, 16),
+        (torch.float32, torch.float32, False, 24),
     ],
 )
-def test_the_delta_rule_is_the_recurrence(by_channel, dtype, state_dtype, normalise):
-    operands = delta_operands(dtype, by_channel=by_channel)
+def test_the_delta_rule_is_the_recurrence(kernel, by_channel, dtype, state_dtype, normalise, value_dim):
+    operands = delta_operands(dtype, by_channel=by_channel, value_dim=value_dim)
     if not normalise:
-        operands = (operands[0], 0.2 * operands[1], *operands[2:])  # keys beyond length 1 make states grow
-    states = normal(SLOTS + 1, 4, 16, 24, seed=9, dtype=state_dtype)
+        operands = (operands[0], 0.15 * operands[1], *operands[2:])  # keys beyond length 1 make states grow
+    states = normal(SLOTS + 1, 4, 32, value_dim, seed=9, dtype=state_dtype)
     expected_states = states.clone()
     expected = delta_recurrence(*operands, expected_states, normalise=normalise)
-    output = reference.delta_rule(*operands, states, mixed(), normalise=normalise)
+    output = kernel.delta_rule(*operands, states, mixed(), normalise=normalise)
     assert output.dtype == dtype
     compare(output, expected, states, expected_states, dtype=dtype)
 
 
 @pytest.mark.parametrize("by_number", [False, True], ids=["Mamba-2", "Mamba"])
 @pytest.mark.parametrize(
-    ("dtype", "state_dtype"),
-    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ("dtype", "state_dtype", "numbers", "skipping"),
+    [
+        (torch.float32, torch.float32, 32, True),
+        (torch.float32, torch.bfloat16, 16, True),
+        (torch.bfloat16, torch.float32, 16, False),
+        (torch.bfloat16, torch.bfloat16, 8, True),
+    ],
 )
-def test_state_spaces_are_the_recurrence(by_number, dtype, state_dtype):
-    operands = space_operands(dtype, by_number=by_number)
-    states = normal(SLOTS + 1, 4, operands[0].shape[-1], 16, seed=9, dtype=state_dtype)
+def test_state_spaces_are_the_recurrence(kernel, by_number, dtype, state_dtype, numbers, skipping):
+    *operands, skip = space_operands(dtype, by_number=by_number, numbers=numbers)
+    operands.append(skip if skipping else None)
+    states = normal(SLOTS + 1, 6, operands[0].shape[-1], numbers, seed=9, dtype=state_dtype)
     expected_states = states.clone()
     expected = space_recurrence(*operands, expected_states)
-    output = reference.state_space(*operands, states, mixed())
+    output = kernel.state_space(*operands, states, mixed())
     assert output.dtype == torch.float32
     compare(output, expected, states, expected_states)
 
 
-def test_a_segment_in_two_parts_equals_it_whole():
+def test_a_segment_in_two_parts_equals_it_whole(kernel):
+    """With compiled kernels, to the last bit."""
     operands, space = delta_operands(), space_operands()
-    x, taps = normal(TOKENS, 10), normal(10, 4, seed=1)
+    x, taps = normal(TOKENS, 48), normal(48, 4, seed=1)
     whole, parts = [(0, TOKENS, 1, True)], [[(0, 70, 1, True)], [(70, TOKENS - 70, 1, True)]]
 
     def outputs(steps):
-        windows, states = torch.zeros(3, 3, 10), torch.zeros(3, 4, 16, 24)
-        spaces, found = torch.zeros(3, 4, 6, 16), [torch.zeros(TOKENS, 10), torch.zeros(TOKENS, 96)]
-        found.append(torch.zeros(TOKENS, 24))
+        windows, states, spaces = torch.zeros(3, 3, 48), torch.zeros(3, 4, 32, 80), torch.zeros(3, 6, 20, 32)
+        found = [torch.zeros(TOKENS, 48), torch.zeros(TOKENS, 320), torch.zeros(TOKENS, 120)]
         for step in steps:
             segments = Segments.of(None, step, CPU)
             own = slice(step[0][0], step[0][0] + step[0][1])
-            found[0][own] = reference.convolve(x, taps, None, windows, segments, silu=True)[own]
-            found[1][own] = reference.delta_rule(*operands, states, segments, normalise=True).flatten(1)[own]
-            found[2][own] = reference.state_space(*space, spaces, segments).flatten(1)[own]
+            found[0][own] = kernel.convolve(x, taps, None, windows, segments, silu=True)[own]
+            found[1][own] = kernel.delta_rule(*operands, states, segments, normalise=True).flatten(1)[own]
+            found[2][own] = kernel.state_space(*space, spaces, segments).flatten(1)[own]
         return [*found, windows, states, spaces]
 
     for one, other in zip(outputs([whole]), outputs(parts), strict=True):
-        torch.testing.assert_close(one, other, **TIGHT)
+        torch.testing.assert_close(one, other, **(TIGHT if kernel is reference else {"atol": 0, "rtol": 0}))
 
 
 def test_segments_of_equal_length_are_computed_together_and_probes_last():
@@ -203,7 +222,7 @@ def whole(tokens=TOKENS):
 
 def test_the_delta_rule_is_that_of_transformers():
     query, key, value, decay, beta = delta_operands()
-    states = torch.zeros(2, 4, 16, 24)
+    states = torch.zeros(2, 4, 32, 80)
     output = reference.delta_rule(query, key, value, decay, beta, states, whole(), normalise=True)
     expected, state = code_of("qwen3_5").torch_chunk_gated_delta_rule(
         query[None], key[None], value[None], g=decay[None], beta=beta[None], output_final_state=True,
@@ -215,7 +234,7 @@ def test_the_delta_rule_is_that_of_transformers():
 
 def test_the_delta_rule_by_channel_is_that_of_transformers():
     query, key, value, decay, beta = delta_operands(by_channel=True, key_heads=4)
-    states = torch.zeros(2, 4, 16, 24)
+    states = torch.zeros(2, 4, 32, 80)
     output = reference.delta_rule(query, key, value, decay, beta, states, whole(), normalise=True)
     expected, state = code_of("kimi_linear").chunk_kimi_delta_attention(
         query[None], key[None], value[None], g=decay[None], beta=beta[None], output_final_state=True,
@@ -227,7 +246,7 @@ def test_the_delta_rule_by_channel_is_that_of_transformers():
 
 def test_state_spaces_are_those_of_transformers():
     x, step, rate, inputs, outputs, skip = space_operands()
-    states = torch.zeros(2, 4, 6, 16)
+    states = torch.zeros(2, 6, 20, 32)
     output = reference.state_space(x, step, rate, inputs, outputs, skip, states, whole())
     expected, state = code_of("granitemoehybrid").mamba2_chunk_scan(
         x[None], step[None], rate, inputs[None], outputs[None], 32, D=skip, return_final_states=True
@@ -238,7 +257,7 @@ def test_state_spaces_are_those_of_transformers():
 
 def test_state_spaces_by_number_are_those_of_transformers():
     x, step, rate, inputs, outputs, skip = space_operands(by_number=True, groups=1)
-    states = torch.zeros(2, 4, 1, 16)
+    states = torch.zeros(2, 6, 1, 32)
     output = reference.state_space(x, step, rate, inputs, outputs, skip, states, whole())
     expected, state = code_of("jamba").mamba_selective_scan(
         x[:, :, 0].t()[None], step.t()[None], rate, inputs[:, 0].t()[None], outputs[:, 0].t()[None], D=skip,

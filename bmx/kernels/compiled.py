@@ -1,9 +1,9 @@
 """Kernels compiled for this processor: attention and linear layers in bfloat16, and products of int8 weights.
 
-Implements ``contract.KernelModule``; knows tensors, and which of them the C++ beside it takes. Linear layers, norms and
-rotations of other types and of sizes that fill no register go to ``reference``. Attention of other types, of sizes that
-are no multiple of 32, with capped scores, squares or a negative scale goes to ``cpu``; fused steps decline it, and KV
-pairs in formats other than int8 and int4.
+Implements ``contract.KernelModule``, what mixers call in ``compiled_mixers``; knows tensors, and which of them the C++
+beside it takes. Linear layers, norms and rotations of other types and of sizes that fill no register go to
+``reference``. Attention of other types, of sizes that are no multiple of 32, with capped scores, squares or a negative
+scale goes to ``cpu``; fused steps decline it, and KV pairs in formats other than int8 and int4.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from bmx.kernels.compiled_library import (
     stored_of,
     vectors_of,
 )
+from bmx.kernels.compiled_mixers import CompiledMixers
 from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import FORMULAS, EvictionOrder
-from bmx.kernels.segments import Segments
 from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, query_heads
 
 WORD = 32  # bfloat16 numbers, or columns, that are computed together
@@ -38,7 +38,7 @@ COLUMNS = 16
 MOST_CODES = 512  # of a vector: sums of products with 16-bit numbers stay within 32 bits
 
 
-class CompiledKernels:
+class CompiledKernels(CompiledMixers):
     """The kernels compiled for one instruction set: implements ``contract.KernelModule``.
 
     Args:
@@ -52,7 +52,7 @@ class CompiledKernels:
         library = build.library(name)
         if isinstance(library, str):
             raise RuntimeError(f"there are no kernels compiled for {name}: {library}")
-        self._library = Library(library)
+        super().__init__(Library(library))
 
     def product(self, layers: tuple[Linear, ...], gated: bool = False) -> _Product:
         """See ``contract.KernelModule.product``."""
@@ -65,41 +65,6 @@ class CompiledKernels:
     def draw(self, logits: Tensor, rows: Tensor, sampling: Tensor) -> Tensor:
         """See ``contract.KernelModule.draw``."""
         return reference.draw(logits, rows, sampling)
-
-    def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, segments: Segments, *, silu: bool
-    ) -> Tensor:
-        """See ``contract.KernelModule.convolve``."""
-        return reference.convolve(x, weight, bias, windows, segments, silu=silu)
-
-    def delta_rule(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: Tensor,
-        beta: Tensor,
-        states: Tensor,
-        segments: Segments,
-        *,
-        normalise: bool,
-    ) -> Tensor:
-        """See ``contract.KernelModule.delta_rule``."""
-        return reference.delta_rule(query, key, value, decay, beta, states, segments, normalise=normalise)
-
-    def state_space(
-        self,
-        x: Tensor,
-        step: Tensor,
-        rate: Tensor,
-        inputs: Tensor,
-        outputs: Tensor,
-        skip: Tensor | None,
-        states: Tensor,
-        segments: Segments,
-    ) -> Tensor:
-        """See ``contract.KernelModule.state_space``."""
-        return reference.state_space(x, step, rate, inputs, outputs, skip, states, segments)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """See ``contract.KernelModule.rms_norm``."""

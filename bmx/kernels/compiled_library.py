@@ -63,6 +63,17 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Sequences(ctypes.Structure):
+    """Sequences of equal length among packed rows, as the C++ sees them."""
+
+    _fields_ = (
+        ("slots", ctypes.c_void_p),
+        ("begins", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.c_long) for name in ("count", "length")),
+        ("kept", ctypes.c_int),
+    )
+
+
 class _Order(ctypes.Structure):
     """An ``EvictionOrder``, as the C++ sees it."""
 
@@ -83,6 +94,9 @@ class Library:
             "bmx_attend_slots": [pointer] * 3 + [number] * 4 + [real, flag, pointer, number, number] + [pointer] * 3,
             "bmx_decode_step": [pointer] * 9 + [number] * 4 + [real] * 2 + [flag, _Order] + [pointer] * 2,
             "bmx_evict": [pointer] * 5 + [number] * 6 + [real, _Order],
+            "bmx_convolve": [pointer, number, flag] + [pointer] * 4 + [flag, number, number, pointer],
+            "bmx_delta_rule": [pointer, flag, pointer, flag, pointer] + [number] * 4 + [flag, flag, pointer],
+            "bmx_state_space": [pointer] * 7 + [flag, pointer] + [number] * 4 + [flag, pointer],
             "bmx_decode_by_channel": [pointer] * 4 + [number] * 3 + [real, pointer, pointer],
         }
         for name, arguments in working.items():
@@ -136,6 +150,12 @@ def order_of(order: EvictionOrder) -> _Order:
 def vectors_of(*tensors: Tensor) -> Any:
     """Tensors [N, H or K, D or E], as the C++ sees them."""
     return (_Vectors * len(tensors))(*(_Vectors(t.data_ptr(), t.stride(0), t.stride(1)) for t in tensors))
+
+
+def sequences_of(slots: Tensor, begins: tuple[int, ...] | None, length: int, *, kept: bool) -> Any:
+    """Sequences of equal length, by the slot and the first row of each; None if those are the rows 0, 1, ..."""
+    first = None if begins is None else (ctypes.c_int64 * len(begins))(*begins)
+    return ctypes.byref(_Sequences(slots.data_ptr(), first, len(slots), length, kept))
 
 
 def stored_of(keys: Stored, values: Stored, *vectors: Tensor) -> Any:

@@ -9,6 +9,7 @@
 #include "chunk.h"
 #include "eviction.h"
 #include "linear.h"
+#include "mixers.h"
 #include "slot.h"
 
 #include <cmath>
@@ -49,10 +50,7 @@ void quantise(const bf16* x, uint8_t* codes, Steps* steps, long rows, long inner
 inline void put(bf16* y, long at, long column, Real v, const bf16* bias, const bf16* gate) {
     if (bias) v = v + load_bf16(bias + column);
     if (gate) {
-        const Real g = load_bf16(gate + at), one = splat(1.0f);
-        const Real e = exponential(zeros() - magnitude(g));  // no power of e can overflow
-        const Real share = select(less(g, zeros()), e, one) / (one + e);
-        v = rounded(g * share) * rounded(v);
+        v = rounded(silu(load_bf16(gate + at))) * rounded(v);
     }
     store_bf16(y + at, v);
 }
@@ -446,6 +444,81 @@ void bmx_read_by_channel(const ChannelRows* rows, long kv_heads, long count, bf1
             std::memcpy(values + task * value_dim, own.exact_value(row), value_dim * sizeof(bf16));
         }
     }
+}
+
+// The functions of mixers: see mixer_contract.py. wide: the inputs are float, if not bfloat16; wide_states: the states.
+
+// x by row; weight [channels][taps]; bias [channels] or null; windows [slots][taps - 1][channels]; y [rows][channels].
+long bmx_convolve(const void* x, long row, int wide, const void* weight, const void* bias, void* windows,
+                  const Sequences* all, int silu, long channels, long taps, void* y, char* work, long size) {
+    const auto compute = [&](auto number) {
+        using X = decltype(number);
+        using Own = Convolution<X>;
+        const size_t each = Own::bytes(taps);
+        const long needed = static_cast<long>(each) * omp_get_max_threads();
+        if (size < needed) return needed;
+        Own{static_cast<const X*>(x),
+            row,
+            static_cast<const X*>(weight),
+            static_cast<const X*>(bias),
+            static_cast<X*>(windows),
+            static_cast<X*>(y),
+            channels,
+            taps,
+            silu != 0}
+            .compute_all(*all, work, each);
+        return 0L;
+    };
+    return wide ? compute(float{}) : compute(bf16{});
+}
+
+// views: query and key [rows][heads / group][dim], value [rows][heads][value_dim], decay [rows][heads][dim, or 1 unless
+// by channel] and beta [rows][heads][1] in float; states [slots][heads][dim][value_dim]; y [rows][heads][value_dim].
+long bmx_delta_rule(const Vectors* views, int wide, void* states, int wide_states, const Sequences* all, long heads,
+                    long group, long dim, long value_dim, int by_channel, int normalise, void* y, char* work,
+                    long size) {
+    const auto compute = [&](auto number, auto stored) {
+        using X = decltype(number);
+        using Own = DeltaRule<X, decltype(stored)>;
+        const size_t each = Own::bytes(dim);
+        const long needed = static_cast<long>(each) * omp_get_max_threads();
+        if (size < needed) return needed;
+        Own{heads_of<X>(views[0]),
+            heads_of<X>(views[1]),
+            heads_of<X>(views[2]),
+            heads_of<float>(views[3]),
+            heads_of<float>(views[4]),
+            static_cast<decltype(stored)*>(states),
+            static_cast<X*>(y),
+            heads,
+            group,
+            dim,
+            value_dim,
+            by_channel != 0,
+            normalise != 0}
+            .compute_all(*all, work, each);
+        return 0L;
+    };
+    if (wide) return wide_states ? compute(float{}, float{}) : compute(float{}, bf16{});
+    return wide_states ? compute(bf16{}, float{}) : compute(bf16{}, bf16{});
+}
+
+// x [rows][heads][dim]; step [rows][heads]; rate [heads], or by number [heads][numbers], where dim is 1; inputs and
+// outputs [rows][groups][numbers]; skip [heads] or null; states [slots][heads][dim][numbers]; y [rows][heads][dim].
+long bmx_state_space(const float* x, const float* step, const float* rate, const float* inputs, const float* outputs,
+                     const float* skip, void* states, int wide_states, const Sequences* all, long heads, long groups,
+                     long dim, long numbers, int by_number, float* y, char* work, long size) {
+    const auto compute = [&](auto stored) {
+        using Own = StateSpace<decltype(stored)>;
+        const size_t each = Own::bytes(all->length, numbers);
+        const long needed = static_cast<long>(each) * omp_get_max_threads();
+        if (size < needed) return needed;
+        Own{x, step,  rate,   inputs, outputs, skip,          static_cast<decltype(stored)*>(states),
+            y, heads, groups, dim,    numbers, by_number != 0}
+            .compute_all(*all, work, each);
+        return 0L;
+    };
+    return wide_states ? compute(float{}) : compute(bf16{});
 }
 
 }  // extern "C"
