@@ -64,10 +64,13 @@ class Segments:
         decode_slots: [B] int64, packed rows 0 .. B - 1 are one token of each of these slots; -1 for a row that belongs
             to nobody, which uses the spare last state; None where no token is decoding.
         batches: prompt segments behind them: those whose state is kept before the probes that follow them.
+        table: [4, N] int64, on the device, all of them in this order: first packed row, tokens, slot, and 1 where the
+            state is kept; None where there are none.
     """
 
     decode_slots: Tensor | None
-    batches: tuple[SegmentBatch, ...]
+    batches: tuple[SegmentBatch, ...] = ()
+    table: Tensor | None = None
 
     @classmethod
     def of(
@@ -84,11 +87,16 @@ class Segments:
         alike: dict[tuple[bool, int], list[tuple[int, int]]] = {}
         for begin, length, slot, kept in segments:
             alike.setdefault((not kept, length), []).append((begin, slot))
+        if not alike:
+            return cls(decode_slots=decode_slots)
         groups = sorted(alike.items())
-        slots = upload([slot for _, members in groups for _, slot in members], device)
-        of_groups = torch.split(slots, [len(members) for _, members in groups])
+        rows = [
+            (begin, length, slot, int(not probes)) for (probes, length), members in groups for begin, slot in members
+        ]
+        table = upload([*zip(*rows, strict=True)], device)
+        of_groups = torch.split(table[2], [len(members) for _, members in groups])
         batches = (
             SegmentBatch(begins=tuple(begin for begin, _ in members), length=length, slots=own, kept=not probes)
             for ((probes, length), members), own in zip(groups, of_groups, strict=True)
         )
-        return cls(decode_slots=decode_slots, batches=tuple(batches))
+        return cls(decode_slots=decode_slots, batches=tuple(batches), table=table)

@@ -18,13 +18,16 @@ from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.slot_views import Chunks, Rows
 from bmx.kernels.triton_channel_decode import decode_by_channel
 from bmx.kernels.triton_channels import append_by_channel, read_by_channel
+from bmx.kernels.triton_convolve import convolve
 from bmx.kernels.triton_decode import decode_step
+from bmx.kernels.triton_delta_rule import delta_rule
 from bmx.kernels.triton_draw import draw
 from bmx.kernels.triton_evict import evict, fits
 from bmx.kernels.triton_fp8 import round_rows
 from bmx.kernels.triton_operands import reads
 from bmx.kernels.triton_pointwise import gate, rms_norm, rotate
 from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
+from bmx.kernels.triton_state_space import state_space
 
 __all__ = [
     "append_by_channel",
@@ -45,7 +48,6 @@ __all__ = [
 ]
 
 attend_slots = reference.attend_slots
-convolve, delta_rule, state_space = reference.convolve, reference.delta_rule, reference.state_space
 
 
 def prefill_step(

@@ -61,7 +61,7 @@ def _convolve(
     if silu:
         total *= tl.sigmoid(total)
     tl.store(target, total.to(output.dtype.element_ty), valid[:, None] & inside[None, :])
-    if width > 1:
+    if width > 1:  # noqa: SIM102 - a constant
         if (part == 0) & (kept == 1):
             row = tl.arange(0, window)
             last = row < width - 1
@@ -98,7 +98,10 @@ def _launch(width: int, decoding: bool) -> tuple[dict[str, int], dict[str, int]]
 
 def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noqa: ARG001
     """The launches of bfloat16 models with windows of two or three inputs, whatever the size of heads."""
-    types = dict.fromkeys(("output", "x", "weight", "bias", "windows"), "*bf16") | {"slots": "*i64:8", "table": "*i64:8"}
+    types = dict.fromkeys(("output", "x", "weight", "bias", "windows"), "*bf16") | {
+        "slots": "*i64:8",
+        "table": "*i64:8",
+    }
     types |= {"kept": "i32", "by_token": "i32:16", "channels": "i32:16"}
     variants = []
     for width, silu, bias in ((4, True, False), (4, True, True), (3, False, False)):

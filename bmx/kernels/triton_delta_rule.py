@@ -80,7 +80,7 @@ def _decode(
     q = _vector(query, token, head // group, dim, columns, normalise) * (dim**-0.5)
     k = _vector(key, token, head // group, dim, columns, normalise)
     v = tl.load(value.data + token * value.token + head * value.head + e, e < value_dim, 0.0).to(tl.float32)
-    if by_channel:
+    if by_channel:  # noqa: SIM108
         left = tl.exp(tl.load(decay + row * dim + d, d < dim, 0.0))[:, None]
     else:
         left = tl.exp(tl.load(decay + row))
@@ -269,16 +269,21 @@ def _launch(
     return of_value | {"chunk": chunk}, {"num_warps": 8, "num_stages": 1}
 
 
+# heads of a key, numbers of a key and of a value, whether channels decay by themselves: of Qwen 3.5 and Qwen 3 Next,
+# OLMo Hybrid, Kimi Linear
+MODELS = ((2, 128, 128, False), (1, 96, 192, False), (1, 128, 128, True))
+
+
 def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noqa: ARG001
-    """The launches of bfloat16 models with keys and values of these sizes, for each way to decay."""
+    """The launches of some bfloat16 models, whatever the size of heads."""
     types: dict[str, Any] = dict.fromkeys(("query", "key", "value"), BF16_TOKENS)
     types |= dict.fromkeys(("output", "beta", "solved", "attended"), "*bf16") | {"decay": "*fp32", "kept": "i32"}
     types |= {"slots": "*i64:8", "table": "*i64:8"}
     variants = []
-    for by_channel, group, state in ((False, 2, "*fp32"), (True, 1, "*bf16")):
-        sizes = _sizes(group, dim, by_channel, True)
+    for (group, key, value, by_channel), state in zip(MODELS, ("*fp32", "*bf16", "*fp32"), strict=True):
+        sizes = _sizes(group, key, by_channel, True)
         for kernel in (_decode, _within, _across):
-            of_value, options = _launch(sizes, value_dim, torch.bfloat16, kernel is _decode)
+            of_value, options = _launch(sizes, value, torch.bfloat16, kernel is _decode)
             constants = {name: size for name, size in (sizes | of_value).items() if name in kernel.arg_names}
             variants.append(variant(kernel, types | {"states": state}, constants, options))
     return variants
