@@ -26,7 +26,10 @@ KILOBYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of shared m
 SIZES = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))  # of keys and values
 MODULES = tuple(
     f"bmx.kernels.triton_{name}"
-    for name in ("prefill", "decode", "channel_decode", "evict", "pointwise", "fp8", "draw")
+    for name in (
+        *("prefill", "decode", "channel_decode", "evict", "pointwise", "fp8", "draw"),
+        *("convolve", "delta_rule", "state_space"),
+    )
 )
 SPARED = 64  # bytes stored and loaded: the assembler may put a few values aside so that another block fits
 FEW = 3  # launches of a file that the test compiles, from all over its list
@@ -39,6 +42,9 @@ TESTED: dict[int, dict[str, tuple[tuple[int, int], ...]]] = {
         "bmx.kernels.triton_pointwise": ((64, 64),),
         "bmx.kernels.triton_draw": ((64, 64),),
         "bmx.kernels.triton_channel_decode": ((128, 128),),
+        "bmx.kernels.triton_convolve": ((128, 128),),
+        "bmx.kernels.triton_delta_rule": ((128, 128),),
+        "bmx.kernels.triton_state_space": ((128, 128),),
     },
 }
 LEAST = {"bmx.kernels.triton_fp8": 89}  # architecture that a file's kernels are for, where not all are

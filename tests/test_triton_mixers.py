@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine
+from families import tiny_model
 from test_kernels import normal
 
 pytest.importorskip("triton")
@@ -117,3 +119,15 @@ def test_nothing_is_launched_for_a_step_without_tokens():
     output = triton.delta_rule(empty, empty, empty, empty[..., 0], empty[..., 0], empty, Segments(decode_slots=None),
                                normalise=True)  # fmt: skip
     assert output.shape == empty.shape
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "lfm2"])
+def test_same_greedy_tokens_as_generate(family, cpu_kernels):
+    """In company, in chunks; decoding follows on the device, where rows end inside of a ring and others go on."""
+    cpu_kernels("triton")
+    prompts = random_prompts((5, 17, 9))
+    settings = {"kv_policy": "none", "chunk_size": 8, "max_num_seqs": 2, "max_num_batched_tokens": 24}
+    engine = tiny_engine(tiny_model(family).to(DEVICE), **settings)
+    assert answers(engine, as_requests(prompts, max_tokens=4)) == reference_answers(tiny_model(family), prompts, 4)
+    assert engine.backend.kernels.name == "triton"
+    assert engine.stats.eager == ""

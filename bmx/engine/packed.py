@@ -8,6 +8,7 @@ Shapes: T packed tokens, B decoding tokens, N prompt chunks.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
@@ -18,7 +19,7 @@ from torch import Tensor
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
-from bmx.kernels.segments import SegmentBatch, Segments
+from bmx.kernels.segments import NO_SEGMENTS, Segments
 from bmx.kernels.slot_views import Chunks
 from bmx.kernels.transfer import upload
 from bmx.kv.layout import SlotIndex
@@ -141,7 +142,7 @@ class PackedStep:
         chunks: the prompt chunks behind them, as one table, or None.
         prompts: the same chunks one by one.
         endings: chunks behind them that are read on the archive.
-        batches: all these chunks and their probes as segments, where the model has mixers.
+        prompt_segments: all these chunks and their probes as segments, where the model has mixers.
         plain: whether kernels that fuse whole steps can take it: it has no probe and no protected spans.
     """
 
@@ -153,14 +154,14 @@ class PackedStep:
     chunks: Chunks | None = None
     prompts: tuple[PromptChunk, ...] = ()
     endings: tuple[PromptChunk, ...] = ()
-    batches: tuple[SegmentBatch, ...] = ()
+    prompt_segments: Segments = NO_SEGMENTS
     plain: bool = True
 
     @property
     def segments(self) -> Segments:
         """The packed tokens by sequence, as mixers see them."""
         decoding = None if self.decode_batch is None else self.decode_batch.slots
-        return Segments(decode_slots=decoding, batches=self.batches)
+        return replace(self.prompt_segments, decode_slots=decoding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,11 +278,11 @@ class Packer:
             chunks=self._chunks(table, torch.stack(columns), prompts, len(ids)) if prompts else None,
             prompts=tuple(prompts),
             endings=tuple(endings),
-            batches=self._batches([*prompts, *endings]) if self.mixes else (),
+            prompt_segments=self._segments([*prompts, *endings] if self.mixes else ()),
             plain=not spans and not any(chunk.probes for chunk in prompts),
         )
 
-    def _batches(self, chunks: list[PromptChunk]) -> tuple[SegmentBatch, ...]:
+    def _segments(self, chunks: Iterable[PromptChunk]) -> Segments:
         """Chunks and the probes behind them as segments; what a probe does to the states is not kept."""
         segments = []
         for chunk in chunks:
@@ -290,7 +291,7 @@ class Packer:
             segments.append((chunk.rows.start, chunk.length, slot, True))
             if chunk.probes:
                 segments.append((end, chunk.probes, slot, False))
-        return Segments.of(None, segments, self.device).batches
+        return Segments.of(None, segments, self.device)
 
     def _decode_batch(
         self, sequences: list[Sequence], slots: Tensor, positions: Tensor, row_limits: Tensor

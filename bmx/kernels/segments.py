@@ -100,3 +100,6 @@ class Segments:
             for ((probes, length), members), own in zip(groups, of_groups, strict=True)
         )
         return cls(decode_slots=decode_slots, batches=tuple(batches), table=table)
+
+
+NO_SEGMENTS = Segments(decode_slots=None)
