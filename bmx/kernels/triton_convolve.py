@@ -81,7 +81,7 @@ def convolve(
     output, (channels, width) = x.new_empty(x.shape), weight.shape
     for launch in launches(segments):
         sizes, options = _launch(width, launch.table is None)
-        grid = (launch.count, triton.cdiv(launch.longest, sizes["tokens"]), triton.cdiv(channels, sizes["block"]))
+        grid = (launch.number, triton.cdiv(launch.longest, sizes["tokens"]), triton.cdiv(channels, sizes["block"]))
         _convolve[grid](
             output, x, weight.contiguous(), bias, windows, launch.slots, launch.table, launch.kept, x.stride(0),
             channels, silu=silu, **sizes, **options,

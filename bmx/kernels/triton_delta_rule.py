@@ -237,16 +237,16 @@ def delta_rule(
         of_value, options = _launch(sizes, value_dim, value.dtype, launch.table is None)
         blocks, rows = triton.cdiv(value_dim, of_value["block"]), (launch.table, launch.kept)
         if launch.table is None:
-            _decode[launch.count, heads, blocks](
+            _decode[launch.number, heads, blocks](
                 output, *operands, beta, states, launch.slots, **sizes, **of_value, **options
             )
             continue
         chunk = of_value["chunk"]
         pairs = value.new_empty(2, tokens, heads, chunk) if pairs is None else pairs
-        _within[launch.count, triton.cdiv(launch.longest, chunk), heads](
+        _within[launch.number, triton.cdiv(launch.longest, chunk), heads](
             *pairs, *operands[:2], decay, beta, *rows, **sizes, chunk=chunk, **options
         )
-        _across[launch.count, heads, blocks](output, *pairs, *operands, states, *rows, **sizes, **of_value, **options)
+        _across[launch.number, heads, blocks](output, *pairs, *operands, states, *rows, **sizes, **of_value, **options)
     return output
 
 

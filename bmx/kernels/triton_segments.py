@@ -19,15 +19,15 @@ class Launch(NamedTuple):
     """Segments that one launch computes.
 
     Attributes:
-        count: how many.
+        number: how many.
         longest: tokens of the longest.
-        slots: [count] the slot of each decoding row, -1 for an idle one; None for prompts.
-        table: [4, count] int64, of prompts: first packed row, tokens, slot, and 1 where the state is kept; None for
+        slots: [number] the slot of each decoding row, -1 for an idle one; None for prompts.
+        table: [4, number] int64, of prompts: first packed row, tokens, slot, and 1 where the state is kept; None for
             decoding rows.
         kept: 1 for segments whose state is kept, 0 for the others: those the launch leaves alone.
     """
 
-    count: int
+    number: int
     longest: int
     slots: Any
     table: Any
@@ -38,6 +38,8 @@ def launches(segments: Segments) -> Iterator[Launch]:
     """What is to be launched for a step, in order."""
     if segments.decode_slots is not None and len(segments.decode_slots):
         yield Launch(len(segments.decode_slots), 1, segments.decode_slots, None, 1)
+    if segments.table is None:
+        return
     for kept in (True, False):
         longest = max((batch.length for batch in segments.batches if batch.kept == kept), default=0)
         if longest:

@@ -132,12 +132,12 @@ def state_space(
         by_token = launch.table is None or rate.dim() == 2
         sizes, options = _launch(channels, heads // inputs.shape[1], inputs.shape[2], by_token)
         if by_token:
-            _scan[launch.count, triton.cdiv(heads * channels, sizes["block"])](
+            _scan[launch.number, triton.cdiv(heads * channels, sizes["block"])](
                 output, *operands, launch.slots, launch.table, launch.kept,
                 heads=heads, by_number=rate.dim() == 2, **sizes, **options,
             )  # fmt: skip
         else:
-            _chunks[launch.count, heads, triton.cdiv(channels, sizes["block"])](
+            _chunks[launch.number, heads, triton.cdiv(channels, sizes["block"])](
                 output, *operands, launch.table, launch.kept, chunk=CHUNK, wide=wide, **sizes, **options
             )
     return output
