@@ -187,3 +187,19 @@ def test_a_loaded_model_with_experts_has_its_costs_in_any_type(family, dtype):
     assert found.flops == half.flops
     wider = dtype.itemsize / 2
     assert wider * half.activation_bytes * 0.7 < found.activation_bytes < wider * half.activation_bytes * 1.3
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "granitemoehybrid_nope", "lfm2"])
+def test_of_mixers_the_products_count_and_not_what_mixes_tokens(family):
+    """Their states are read and written by functions of the kernels, which plans and forecasts count by themselves."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.bfloat16).eval()
+    assert trace_costs(model).flops == 2 * linear_parameters(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear", "jamba", "lfm2"])
+def test_the_states_of_a_model_without_contents_are_those_of_the_loaded_one(family):
+    loaded = tiny_model(family).bfloat16()
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16).eval()
+    assert prepare(empty).spec.states == prepare(loaded).spec.states

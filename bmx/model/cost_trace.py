@@ -17,22 +17,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from bmx.kernels import mixer_shapes
+from bmx.kernels.segments import Segments
+from bmx.model.mixers import Mixers
 from bmx.model.rope import pin_rope
 from bmx.model.spec import Costs, no_padding, no_preview, use_attention
 
 FEW, MANY = 64, 128  # tokens of the two runs; costs that do not grow with the tokens cancel out
+NO_SEGMENTS = Segments(decode_slots=None, batches=())
 
 
 def trace_costs(model: Any) -> Costs:
-    """The costs of a packed token, without attention.
+    """The costs of a packed token, without attention and without the functions in which mixers mix tokens.
 
     Args:
         model: a transformers model, best on the meta device.
     """
-    _CostMeter(model).run(1)  # frequency tables are computed once and kept: no cost of a step
+    mixers = Mixers(model, mixer_shapes)
+    with mixers.attached(), mixers.finding(1, model.device):
+        _CostMeter(model).run(1)  # frequency tables are computed once and kept: no cost of a step
     few, many = _CostMeter(model), _CostMeter(model)
-    few.run(FEW)
-    many.run(MANY)
+    with mixers.attached():
+        for meter, tokens in ((few, FEW), (many, MANY)):
+            with mixers.step(NO_SEGMENTS, [torch.empty(0)] * len(mixers.layouts)):
+                meter.run(tokens)
     tokens = MANY - FEW
     return Costs(
         activation_bytes=round((many.peak - few.peak) / tokens),

@@ -17,7 +17,7 @@ from bmx.model.spec import SPARSE, Costs, LayerSpec, ModelSpec, no_padding, no_p
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bmx.kernels.contract import KernelModule
+    from bmx.kernels.mixer_contract import MixerFunctions
     from bmx.model.mixers import Mixers
 
 # Keywords of an attention function: those that bmx heeds, and those that change nothing in packed tokens
@@ -70,17 +70,17 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
 
 
 @contextmanager
-def _own_kernels(model: Any) -> Iterator[KernelModule]:
+def _own_kernels(model: Any) -> Iterator[MixerFunctions]:
     """On a CPU, the kernels that will run compute: torch's products of bfloat16 may take a hundred times as long.
 
     Yields:
-        The functions that compute what mixers do: plain torch where the model is not on a CPU.
+        The functions that compute what mixers do: on a GPU in plain torch, on the meta device nothing.
     """
-    from bmx.kernels import choose, reference
+    from bmx.kernels import choose, mixer_shapes, reference
     from bmx.model.fused_modules import fused_modules
 
     if model.device.type != "cpu":
-        yield reference
+        yield mixer_shapes if model.device.type == "meta" else reference
         return
     kernels = choose("cpu")
     with fused_modules(model, kernels):

@@ -24,7 +24,7 @@ from torch.nn.functional import silu, softplus
 from torch.utils._pytree import tree_map
 
 from bmx.errors import ModelError
-from bmx.kernels.contract import KernelModule
+from bmx.kernels.mixer_contract import MixerFunctions
 from bmx.kernels.segments import Segments
 from bmx.kv.layout import StateLayout
 from bmx.model.forwards import set_forward, with_functions
@@ -51,7 +51,7 @@ class Mixers:
         ModelError: a layer keeps a state in a way that bmx does not know.
     """
 
-    def __init__(self, model: nn.Module, kernels: KernelModule) -> None:
+    def __init__(self, model: nn.Module, kernels: MixerFunctions) -> None:
         self._kernels = kernels
         self.layouts: tuple[StateLayout, ...] = ()
         self._forwards: dict[nn.Module, Any] = {}
