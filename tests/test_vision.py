@@ -15,11 +15,16 @@ from families import VOCAB, WINDOW
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-from bmx import Engine, EngineConfig
+from bmx import Engine, EngineConfig, PromptConfig
+from bmx.engine.backend import ModelBackend
 from bmx.errors import ModelError
+from bmx.model.loader import load_model
 from bmx.model.preview import preview_spec
 
 LENGTHS, NEW_TOKENS = (5, 40, 17, 9), 6
+CROWD: dict[str, Any] = dict(
+    kv_policy="none", kv_format="model", chunk_size=7, max_num_seqs=3, max_num_batched_tokens=20
+)
 TEXT: dict[str, Any] = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -149,8 +154,7 @@ def keep_tensors(folder: Path, kept: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_rows_are_answered_as_the_whole_model_answers_them_by_its_text_side_alone(checkpoint, family):
     folder, prompts = checkpoint(family), random_prompts(LENGTHS)
-    crowd = dict(kv_policy="none", kv_format="model", chunk_size=7, max_num_seqs=3, max_num_batched_tokens=20)
-    with opened(folder, **crowd) as engine:
+    with opened(folder, **CROWD) as engine:
         spec, model = engine.backend.loaded.spec, engine.backend.loaded.model
         found = answers(engine, as_requests(prompts, max_tokens=NEW_TOKENS))
     assert found == reference_answers(whole_model(folder), prompts, NEW_TOKENS)
@@ -161,6 +165,27 @@ def test_text_rows_are_answered_as_the_whole_model_answers_them_by_its_text_side
     foretold = preview_spec(EngineConfig(model=str(folder), dtype="float32"), "cpu")
     assert foretold.layers == spec.layers
     assert foretold.weight_bytes == pytest.approx(spec.weight_bytes, abs=100)
+
+
+def test_a_hybrids_text_side_has_a_class_of_its_own(tmp_path):
+    """As the files of Qwen 3.5 are published: with weights for images, and for guessing several tokens at once."""
+    layers = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
+    heads = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+    rope = dict(rope_parameters=THREE_AXES | dict(mrope_section=[1, 1, 0], partial_rotary_factor=0.5))
+    save(
+        composite("qwen3_5", rope | layers | heads, QWEN_VISION | dict(num_position_embeddings=16), **QWEN_SEEN),
+        tmp_path,
+    )
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {"model.visual.pos_embed.weight", "model.language_model.embed_tokens.weight"} <= weights.keys()
+    save_file(weights | {"mtp.fc.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors", {"format": "pt"})
+    config, prompts = EngineConfig(model=str(tmp_path), dtype="float32", device="cpu", **CROWD), random_prompts(LENGTHS)
+    backend = ModelBackend(load_model(str(tmp_path), config))
+    with Engine(config, PromptConfig(), word_tokenizer(), backend) as engine:
+        found = answers(engine, as_requests(prompts, max_tokens=NEW_TOKENS))
+    assert found == reference_answers(whole_model(tmp_path), prompts, NEW_TOKENS)
+    assert preview_spec(config, "cpu") == backend.loaded.spec
+    assert [name for name, _ in backend.loaded.model.named_parameters() if not is_text(name)] == []
 
 
 def test_missing_tensors_count_on_the_text_side_only(checkpoint, tmp_path):

@@ -11,13 +11,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bmx.errors import ModelError
-from bmx.model.spec import use_attention
+from bmx.model.spec import no_padding, refusal, use_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-HINT = "bmx runs models that go on with a text; embeddings, classes, speech and images are other tools' work"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +93,7 @@ def _auto_class(config: Any) -> Any:
     if kind in transformers.AutoModelForMultimodalLM._model_mapping:
         return transformers.AutoModelForMultimodalLM
     name = (getattr(config, "architectures", None) or [kind.__name__])[0]
-    raise ModelError(f"bmx cannot run {name}: transformers has no class that writes text with it", hint=HINT)
+    raise refusal(name, "transformers has no class that writes text with it")
 
 
 def _on_meta(auto: Any, config: Any, dtype: str, trust_remote_code: bool) -> Any:
@@ -143,10 +140,10 @@ def _never_called(model: Any, names: list[str]) -> tuple[str, ...]:
     for name in names:
         for module in model.get_submodule(name).modules():
             module.register_forward_hook(lambda *_, name=name: called.add(name))
-    tokens, ones = torch.tensor([[1, 2, 3]], device="meta"), torch.ones(1, 3, device="meta")
+    tokens = torch.tensor([[1, 2, 3]], device="meta")
     try:
         with use_attention(model, _no_attention, _no_mask), torch.inference_mode():
-            model(input_ids=tokens, attention_mask=ones, position_ids=tokens, use_cache=False)
+            model(input_ids=tokens, attention_mask=no_padding(model, 3), position_ids=tokens, use_cache=False)
     except Exception:  # its code, which may fail in any way, is judged where it is inspected
         return ()
     return tuple(name for name in names if name not in called)
