@@ -18,7 +18,7 @@ def upload(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = to
         dtype: its type.
     """
     on_host = torch.tensor(numbers, dtype=dtype)
-    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
 
 
 class Download:

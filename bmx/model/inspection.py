@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Keywords of an attention function: those that bmx heeds, and those that change nothing in packed tokens
 HEEDED_KEYWORDS = {"scaling", "softcap", "s_aux", "sliding_window", "is_causal"}
 IDLE_KEYWORDS = {"dropout", "position_ids", "cache_position", "use_cache", "deterministic", "return_dict"}
-IDLE_KEYWORDS |= {"output_attentions", "output_hidden_states", "output_router_logits"}
+IDLE_KEYWORDS |= {"output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"}
 IDLE_KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 SPARSE_KEYWORDS = {"indices", "block_indices"}
 
