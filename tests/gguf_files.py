@@ -114,6 +114,7 @@ def write_gguf(
     extra: Mapping[str, Sequence[float]] | None = None,
     template: str | None = CHATML,
     parts: int = 1,
+    architecture: str | None = None,
 ) -> list[Path]:
     """Write a model as a GGUF file.
 
@@ -124,11 +125,12 @@ def write_gguf(
         extra: further tensors.
         template: the chat template.
         parts: number of files.
+        architecture: what the file calls the model's architecture, if not by its type.
 
     Returns:
         The files.
     """
-    config, arch = model.config, model.config.model_type.removesuffix("_text")
+    config, arch = model.config, architecture or model.config.model_type.removesuffix("_text")
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     metadata: dict[str, Any] = {
         ".context_length": config.max_position_embeddings,

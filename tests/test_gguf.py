@@ -169,6 +169,13 @@ def test_c1_an_architecture_that_transformers_cannot_read_is_named(tmp_path):
         unpacked_folder([tmp_path / "tiny.gguf"])
 
 
+def test_c1_an_architecture_that_bmx_cannot_run_is_refused_before_it_is_unpacked(tmp_path):
+    [file] = write_gguf(tmp_path / "tiny.gguf", random_model(), architecture="t5")
+    with pytest.raises(ModelError, match="bmx cannot run T5Config: it is an encoder-decoder model"):
+        unpacked(file)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_c1_tensors_that_the_model_has_no_place_for_refuse_the_file(tmp_path):
     extra = {f"blk.{i}.attn_q.bias": [1.0] * 32 for i in range(2)}
     write_gguf(tmp_path / "tiny.gguf", random_model(), extra=extra)

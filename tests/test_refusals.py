@@ -466,7 +466,7 @@ def test_a_checkpoint_with_fewer_layers_than_its_config(folder):
 
 def test_a_checkpoint_in_which_a_tensor_has_another_shape(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
-    assert_not_opened(folder)
+    assert_not_opened(folder, r"model.norm.weight is \[5\], and its config.json asks for \[32\]")
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[1]"])

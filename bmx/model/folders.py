@@ -19,7 +19,6 @@ ELSEWHERE = "use the model that it was made from, in transformers' format, or a 
 MERGE = "merge it into its model once: peft's merge_and_unload(), then save_pretrained() of the model and its tokenizer"
 SAVE = "save it as safetensors once, where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
 OTHER_FORMATS = {"*.onnx": "ONNX", "onnx/*.onnx": "ONNX", "*.h5": "TensorFlow", "*.msgpack": "Flax"}
-OTHER_QUANTIZERS = {"exl2": "ExLlamaV2", "exl3": "ExLlamaV3"}
 
 
 def refuse_no_model(path: Path, name: str) -> None:
@@ -54,7 +53,7 @@ def refuse_no_model(path: Path, name: str) -> None:
 
 
 def refuse_no_weights(folder: Path, name: str) -> None:
-    """Refuse a folder with config.json whose weights are missing, or in a form that bmx cannot read.
+    """Refuse a folder with config.json whose weights are missing, or in files that bmx cannot read.
 
     Args:
         folder: has config.json.
@@ -63,11 +62,6 @@ def refuse_no_weights(folder: Path, name: str) -> None:
     Raises:
         ModelError: it says what is there instead.
     """
-    config = _json(folder / "config.json")
-    quantizer = (config.get("quantization_config") or {}).get("quant_method")
-    maker = OTHER_QUANTIZERS.get(str(quantizer)) or ("MLX" if isinstance(config.get("quantization"), dict) else None)
-    if maker:
-        raise ModelError(f"{name} was quantized for {maker}, and no other tool reads its weights", hint=ELSEWHERE)
     if any(not file.name.startswith("adapter_") for file in folder.glob("*.safetensors")):
         return
     if (folder / "adapter_config.json").is_file():

@@ -22,6 +22,7 @@ from bmx.errors import ModelError
 from bmx.model.gguf_config import complete_config
 from bmx.model.gguf_file import GgufFile
 from bmx.model.loader import check_complete, loading_errors, silence_transformers
+from bmx.model.spec import check_config
 
 CACHE_VERSION = "2"  # of unpacked GGUF files
 
@@ -58,7 +59,7 @@ def read_config(parts: Sequence[Path]) -> Any:
     """The config of a GGUF model, with all that its file says.
 
     Raises:
-        ModelError: the file cannot be read faithfully.
+        ModelError: the file cannot be read faithfully, or bmx cannot run its architecture.
     """
     return _read_config(parts)[1]
 
@@ -73,6 +74,7 @@ def _read_config(parts: Sequence[Path]) -> tuple[GgufFile, Any]:
             config = AutoConfig.from_pretrained(parts[0].parent, gguf_file=parts[0].name)
         except Exception as error:
             raise file.refusal(f"transformers fails on its architecture, {file.architecture}: {error}") from error
+    check_config(config)
     complete_config(file, config)
     return file, config
 
@@ -96,6 +98,7 @@ def _unpack(parts: Sequence[Path], folder: Path) -> None:
             config=config,
             dtype=torch.bfloat16,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # those are refused below, by name
             **extra,
         )
     check_complete(file.name, loading)

@@ -61,6 +61,17 @@ def cached_commit(name: str, revision: str | None) -> str | None:
         name: the model's hub id, or a folder.
         revision: branch, tag or commit; None is ``main``.
     """
+    folder = cached_folder(name, revision)
+    return folder.name if folder else None
+
+
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """The folder in the cache with the files of a hub model; None if it is not there, or is a folder itself.
+
+    Args:
+        name: the model's hub id, or a folder.
+        revision: branch, tag or commit; None is ``main``.
+    """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -70,7 +81,7 @@ def cached_commit(name: str, revision: str | None) -> str | None:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:  # it cannot be the name of a model
         return None
-    return Path(file).parent.name if isinstance(file, str) else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _problem(name: str, revision: str | None) -> str | None:

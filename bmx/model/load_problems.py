@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 
-from bmx.model.folders import SOURCES
+from bmx.model.folders import ELSEWHERE, SOURCES
 from bmx.redact import without_secrets
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 CANNOT_WRITE |= {errno.ENOTDIR}
 DAMAGE = ("deserializing header", "not a valid JSON file")  # of safetensors, of transformers
-INSTALL = "install what it needs, or use the model in another form: as it was before, or a .gguf file"
+OTHER_FORM = "or use the model in another form: as it was before, or a .gguf file"
+INSTALL = f"install what it needs, {OTHER_FORM}"
+PIP = re.compile(r"pip install (?:-U |--upgrade )?['\"]?([a-z][\w.-]*(?:\[[\w,]+\])?(?:[<>=]=?[\w.]+)?)", re.IGNORECASE)
+PACKAGES = {"HQQ": "hqq", "Quark": "amd-quark"}  # of libraries that transformers asks for without a command
 TRUST = "--trust-remote-code runs it; read it first, and pin it"
 
 
@@ -33,7 +37,19 @@ def cause_and_hint(name: str, error: Exception) -> tuple[str, str]:
     cause = without_secrets(" ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__)
     if any(sign in text for sign in DAMAGE):
         return f"one of its files is damaged or cut short ({cause})", download_again(name)
-    return cause, INSTALL if isinstance(error, ImportError) else SOURCES
+    if isinstance(error, ImportError):
+        package = _package(error)
+        return cause, f"pip install '{package}' beside bmx, {OTHER_FORM}" if package else INSTALL
+    return cause, ELSEWHERE if "quantiz" in text.lower() or "checkpoints is not supported" in text else SOURCES
+
+
+def _package(error: ImportError) -> str | None:
+    """What pip installs against a missing library: what its error says, else the name of the missing module."""
+    if found := PIP.search(str(error)):
+        return found[1]
+    known = next((package for word, package in PACKAGES.items() if word in str(error)), None)
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    return known or (missing.partition(".")[0] if missing else None)
 
 
 def download_again(name: str) -> str:

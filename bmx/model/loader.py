@@ -18,11 +18,18 @@ from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError, ModelError, UsageError
 from bmx.kernels import choose, fp8, int8
 from bmx.model.end_tokens import end_tokens
-from bmx.model.folders import SOURCES, refuse_no_weights, tokenizer_problem
-from bmx.model.hub import cached_commit
+from bmx.model.folders import refuse_no_weights, tokenizer_problem
+from bmx.model.hub import cached_commit, cached_folder
 from bmx.model.inspection import held_bytes, read_spec
-from bmx.model.load_problems import cause_and_hint
+from bmx.model.load_problems import cause_and_hint, download_again
 from bmx.model.number_type import dtype_name, slow_on_cpu
+from bmx.model.quantized_forms import (
+    check_unpacked,
+    convert_unpacked,
+    refuse_packed,
+    refuse_unknown_form,
+    stated_method,
+)
 from bmx.model.source_files import read_object
 from bmx.model.spec import ModelSpec, check_config
 from bmx.model.text_side import find_text_side
@@ -115,14 +122,18 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
     with loading_errors(config.model):
         model_config = AutoConfig.from_pretrained(source, **where)
     check_config(model_config)
+    keys = model_config.to_dict()
+    refuse_unknown_form(config.model, keys)
     if Path(source).is_dir():
         refuse_no_weights(Path(source), config.model)
+        refuse_packed(config.model, Path(source), keys)
     ends = end_tokens(source, config, model_config, tokenizer) if tokenizer else None
     _compare_vocabularies(tokenizer, model_config, config.model)
     with loading_errors(config.model):
         text_side = find_text_side(model_config, config.trust_remote_code)  # imports its code, which counts as runtime
-    dtype = choose_dtype(config, device, model_config.to_dict())
+    dtype = choose_dtype(config, device, keys)
     check_quantization(config.quantization, str(dtype).removeprefix("torch."), device.type)
+    packed = stated_method(keys) is not None
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else _context_bytes(device)
     with loading_errors(config.model):
@@ -131,9 +142,15 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
             dtype=dtype,
             device_map=None if device.type == "cpu" else device,
             use_safetensors=True,
+            ignore_mismatched_sizes=not packed,  # those are refused below, by name
             **where,
         )
     check_complete(config.model, loading)
+    check_unpacked(config.model, model, loading["unexpected_keys"])
+    if folder := cached_folder(source, config.revision):
+        refuse_packed(config.model, folder, keys)
+    if packed:
+        convert_unpacked(model, dtype)
     if device.type == "cpu":
         _read_pages(model)
     loaded = replace(prepare(model.eval(), runtime), commit=cached_commit(source, config.revision))
@@ -225,8 +242,11 @@ def _check_fp8(dtype: str, device: str) -> None:
 
 def _read_pages(model: Any) -> None:
     """Read an element of every page of the weights, so that weights mapped from a file are in memory when measured."""
+    import torch
+
     for parameter in model.parameters():
-        parameter.detach().flatten()[:: PAGE // parameter.element_size()].sum()
+        elements = parameter.detach().flatten()[:: PAGE // parameter.element_size()]
+        _ = (elements.view(torch.uint8) if elements.element_size() == 1 else elements).sum()  # float8 has no sum
 
 
 def _context_bytes(device: Any) -> int:
@@ -309,15 +329,23 @@ def _end_tokens(model: Any) -> frozenset[int]:
 
 
 def check_complete(name: str, loading: dict[str, Any]) -> None:
-    """Refuse a checkpoint with missing tensors, which transformers would fill with random numbers.
+    """Refuse a checkpoint with missing tensors or ones of other shapes: transformers fills those with random numbers.
 
     Raises:
-        ModelError: tensors are missing; it names the first ones.
+        ModelError: tensors are missing or have other shapes; it names the first ones.
     """
+    if differing := sorted(loading["mismatched_keys"]):
+        tensor, stored, expected = differing[0]
+        shapes = f"{tensor} is {list(stored)}, and its config.json asks for {list(expected)}"
+        more = f" ({len(differing)} tensors differ)" if len(differing) > 1 else ""
+        message = f"cannot load model {name}: its weights have other shapes than its config says: {shapes}{more}"
+        raise ModelError(message, hint=download_again(name))
     missing = sorted(loading["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(f"model {name} is incomplete: {len(missing)} tensors are missing ({shown})", hint=SOURCES)
+        raise ModelError(
+            f"model {name} is incomplete: {len(missing)} tensors are missing ({shown})", hint=download_again(name)
+        )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
 from bmx.kernels import choose, fp8, int8
+from bmx.model.checkpoint import read_config as read_keys
 from bmx.model.checkpoint import read_headers, weight_bytes
 from bmx.model.config_spec import known_keys, spec_from_config
 from bmx.model.demo import local_path
@@ -19,6 +20,7 @@ from bmx.model.gguf_cache import kept_folder, read_config
 from bmx.model.gguf_file import find_parts
 from bmx.model.loader import check_libraries, check_quantization, loading_errors, prepare, silence_transformers
 from bmx.model.number_type import dtype_name
+from bmx.model.quantized_forms import refuse_packed, refuse_unknown_form
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
 from bmx.model.text_side import find_text_side
@@ -80,6 +82,10 @@ def with_quantized_weights(spec: ModelSpec, config: EngineConfig, device: str) -
 def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:
     source, gguf = locate_files(config)
     plain_folder = not gguf and not config.trust_remote_code and Path(source).is_dir()
+    if not gguf and Path(source).is_dir():
+        keys = read_keys(Path(source))
+        refuse_unknown_form(config.model, keys)
+        refuse_packed(config.model, Path(source), keys)
     known = known_keys(Path(source)) if plain_folder else None
     spec = spec_from_config(Path(source), ITEMSIZE[dtype_name(config, device, known)]) if known else None
     return spec or _spec_from_transformers(source, gguf, config, device)
@@ -96,6 +102,7 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
     else:
         with loading_errors(config.model):
             model_config = AutoConfig.from_pretrained(source, revision=config.revision, **trust)
+        refuse_unknown_form(config.model, model_config.to_dict())
     check_config(model_config)
     dtype = dtype_name(config, device, model_config.to_dict())
     quantized = getattr(model_config, "quantization_config", None) is not None
