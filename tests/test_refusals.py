@@ -84,7 +84,9 @@ OWN_STATE = {
 
 @pytest.mark.parametrize("name", OWN_STATE)
 def test_a_model_that_keeps_a_state_as_no_other_does_or_has_no_attention(name):
-    assert_refused(build(**OWN_STATE[name]), name, "state in a way of its own|tokens would mix|do not call")
+    assert_refused(
+        build(**OWN_STATE[name]), name, "state in a way of its own|tokens would mix|none of its layers is attention"
+    )
 
 
 def test_chunked_attention():

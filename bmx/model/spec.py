@@ -17,11 +17,10 @@ from bmx.kv.layout import StateLayout
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Names of kinds of layers in configs: attention, layers with a state of their own, which are looked at once they are
-# loaded, and layers that look at one token at a time
-KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
-KNOWN_LAYER_TYPES |= {"linear_attention", "conv", "mamba", "mamba2", "hybrid", "hybrid_sliding"}
-KNOWN_LAYER_TYPES |= {"mlp", "moe", "dense", "sparse"}
+# Names of kinds of layers in configs: with attention, perhaps beside a state of their own; without, with a state of
+# their own or none. States are looked at once the model is loaded
+ATTENTION_TYPES = {"full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding"}
+OTHER_TYPES = {"linear_attention", "conv", "mamba", "mamba2", "mlp", "moe", "dense", "sparse"}
 SPARSE_LAYER_TYPES = {"indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention", "minimax_m3_sparse"}
 SPARSE_LAYER_TYPES |= {"compressed_sparse_attention"}
 SPARSE = "its attention is sparse: an indexer of its own selects the keys that each token sees"
@@ -126,15 +125,17 @@ def check_config(config: Any) -> None:
     name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
-    kinds -= KNOWN_LAYER_TYPES
+    unknown = kinds - ATTENTION_TYPES - OTHER_TYPES
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder model"
     elif getattr(text, "attn_temperature_tuning", None) or kinds & {"chunked_attention"}:
         reason = "its attention (chunked, or with a temperature by position) is computed outside the attention function"
     elif kinds & SPARSE_LAYER_TYPES:
         reason = f"{SPARSE} ({', '.join(sorted(kinds & SPARSE_LAYER_TYPES))})"
-    elif kinds or getattr(text, "ssm_cfg", None):
-        reason = f"it has layers that keep a state of their own ({', '.join(sorted(kinds)) or 'state-space layers'})"
+    elif unknown or getattr(text, "ssm_cfg", None):
+        reason = f"it has layers that keep a state of their own ({', '.join(sorted(unknown)) or 'state-space layers'})"
+    elif kinds and kinds <= OTHER_TYPES:
+        reason = "none of its layers is attention, so there is no KV cache to compress"
     else:
         return
     raise refusal(name, reason)
