@@ -81,6 +81,15 @@ def test_logits_in_bytes_are_near_those_without(family, dtype, plain, every_laye
 
 
 @by_library
+@by_library
+@pytest.mark.parametrize("family", ["qwen3_5_text", "granitemoehybrid_nope", "jamba", "lfm2"])
+def test_mixers_run_in_bytes(family, plain, every_layer):
+    """Some of them read a weight themselves, which then stays as it is."""
+    loaded = prepare(tiny_model(family))
+    expected = logits_of(loaded)
+    assert torch.nn.functional.cosine_similarity(logits_of(quantize(loaded, "int8")), expected, dim=0) > 0.95
+
+
 @pytest.mark.parametrize("most", [fbgemm.MOST, fbgemm.MOST_HALVED])
 def test_products_of_the_largest_numbers_are_exact(most, monkeypatch):
     """Processors without VNNI saturate products of large numbers: what bmx does there is right on every processor."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bmx.kernels import fp8
 from bmx.kernels.fp8_products import product, round_rows
 from bmx.kernels.linear import Linear
+from bmx.model.forwards import linear_layers
 
 
 class Fp8Linear(nn.Module):
@@ -39,10 +40,9 @@ class Fp8Linear(nn.Module):
 
 def quantise(model: Any) -> int:
     """Replace a model's linear layers, but for the output head, by float8 ones; returns how many there were."""
-    head, count = model.get_output_embeddings(), 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not head and fp8.takes(child.out_features, child.in_features):
-                setattr(parent, name, Fp8Linear(child))
-                count += 1
+    count = 0
+    for parent, name, child in linear_layers(model):
+        if fp8.takes(child.out_features, child.in_features):
+            setattr(parent, name, Fp8Linear(child))
+            count += 1
     return count

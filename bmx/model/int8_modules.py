@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bmx.kernels import Kernels, int8, reference
 from bmx.kernels.fbgemm import PackedLinear
 from bmx.kernels.linear import Linear
+from bmx.model.forwards import linear_layers
 
 
 class Int8Linear(nn.Module):
@@ -67,16 +68,13 @@ def quantise(model: Any, kernels: Kernels) -> int:
     """
     dtype = str(model.dtype).removeprefix("torch.")
     by_library = not int8.why_no_library(dtype)
-    head, count = model.get_output_embeddings(), 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child is head:
-                continue
-            if int8.takes(kernels.capabilities, dtype, child.out_features, child.in_features):
-                setattr(parent, name, Int8Linear(child))
-            elif by_library and child.weight.numel() >= int8.LEAST_WEIGHTS:
-                setattr(parent, name, LibraryInt8Linear(child))
-            else:
-                continue
-            count += 1
+    count = 0
+    for parent, name, child in linear_layers(model):
+        if int8.takes(kernels.capabilities, dtype, child.out_features, child.in_features):
+            setattr(parent, name, Int8Linear(child))
+        elif by_library and child.weight.numel() >= int8.LEAST_WEIGHTS:
+            setattr(parent, name, LibraryInt8Linear(child))
+        else:
+            continue
+        count += 1
     return count

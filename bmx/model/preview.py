@@ -121,6 +121,7 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
             weight_bytes=round(factor * spec.weight_bytes),
             head_bytes=round(factor * spec.head_bytes),
             itemsize=ITEMSIZE[dtype],
+            states=tuple(s if s.recurrent else replace(s, itemsize=ITEMSIZE[dtype]) for s in spec.states),
         )
     headers = read_headers(Path(source)) if quantized and not gguf and Path(source).is_dir() else {}
     return replace(spec, weight_bytes=weight_bytes(headers, spec.itemsize)) if headers else spec
