@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from functools import cache, partial
 from itertools import combinations, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,12 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
+from bmx.kernels import reference_mixers as reference
+from bmx.kernels.segments import SegmentBatch, Segments
+from bmx.kernels.workspace import mixing
 from bmx.kv.layout import StateLayout
 from bmx.kv.pool import KVPool
+from bmx.model.cost_trace import _CostMeter
 from bmx.model.loader import prepare
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.model.spec_settings import under_settings
@@ -75,7 +80,7 @@ def workspace(chunk, rows, slots):
     return 8 * chunk * rows * 4 + 1000 * slots
 
 
-DEVICE = Device(kind="cpu", runtime=200 * MB, workspace=workspace, slack=10 * MB, share=0.1)
+DEVICE = Device(kind="cpu", runtime=200 * MB, workspace=workspace, slack=10 * MB, share=0.1, mixes_in_place=True)
 
 
 def layout(capacity):
@@ -281,6 +286,43 @@ def test_a_record_says_what_a_slot_holds_of_states():
     assert narrow["states"]["format"] == "bfloat16"
     windows = record(replace(HYBRID, states=HYBRID.states[:1]))
     assert windows["states"] == {"slot_bytes": 3000, "format": None}
+
+
+@pytest.mark.parametrize("sequences", [(1, 64), (12, 64), (4, 160), (24, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 32, 32), (8, 32, 64), (64, 1, 16)], ids=str)
+def test_what_mixers_hold_in_plain_torch_is_planned_and_bounded(shape, sequences):
+    """A gated delta net, Mamba-2 and Mamba-1: in prompts of some lengths, and in decoding."""
+    (count, length), (heads, rows, columns) = sequences, shape
+    tokens = count * length
+    slots, begins = torch.arange(count), tuple(range(0, tokens, length))
+    batch = SegmentBatch(begins=begins, length=length, slots=slots, kept=True)
+    segments = (
+        Segments(decode_slots=slots, batches=()) if length == 1 else Segments(decode_slots=None, batches=(batch,))
+    )
+    states, of_heads = torch.zeros(count + 1, *shape), torch.ones(tokens, heads)
+    meter = _CostMeter(SimpleNamespace(device=torch.device("cpu")))
+    if rows == columns:
+        x = torch.ones(tokens, heads, rows)
+        with meter:
+            reference.delta_rule(x, x, x, -of_heads, of_heads, states, segments, normalise=True)
+    else:
+        x, groups = torch.ones(tokens, heads, rows), torch.ones(tokens, 1, columns)
+        rate = -torch.ones(heads, columns) if rows == 1 else -torch.ones(heads)
+        with meter:
+            reference.state_space(x, of_heads, rate, groups, groups, None, states, segments)
+    promised = mixing(shape, tokens=tokens, slots=count, in_place=False)
+    assert 0.25 * promised < meter.peak < 1.1 * promised
+
+
+def test_kernels_that_mix_in_place_leave_room_for_more_slots():
+    spec = replace(HYBRID, states=(StateLayout(shape=(32, 128, 128), itemsize=4, recurrent=True),))
+
+    def slots(in_place):
+        device = replace(DEVICE, mixes_in_place=in_place)
+        limits, lengths = Limits(total=800 * MB), of_rows([1024] * 500)
+        return plan(spec, partial(POLICY.layout, spec), limits, lengths, STEP, device).slots
+
+    assert slots(True) > 1.5 * slots(False)
 
 
 def test_states_are_no_part_of_a_budget_in_bytes():

@@ -393,6 +393,7 @@ class Capabilities:
         joins_layers: layers of one input are one product, where their weights lie one after another.
         asynchronous: its steps are launched before earlier ones are done, on any device; torch's own are on a GPU.
         capturable: fused decode steps can be captured as CUDA graphs: nothing in them depends on the host.
+        mixes_in_place: functions of mixers read and write states where they are, and hold no copies of them.
         skips_empty_rows: fused steps never read rows that hold no pair, so slots need not be emptied between sequences.
         workspace: bytes of a layer's attention.
         unfused_workspace: the same where policy and pool do the steps, if that differs.
@@ -407,6 +408,7 @@ class Capabilities:
     joins_layers: bool = False
     asynchronous: bool = False
     capturable: bool = False
+    mixes_in_place: bool = False
     skips_empty_rows: bool = False
     workspace: Workspace
     unfused_workspace: Workspace | None = None

@@ -55,6 +55,7 @@ def _compiled(profile: KernelProfile) -> Capabilities:
         orders=FORMULAS,
         row_formats=("int8", "int4"),
         int8_multiples=(16, 32),
+        mixes_in_place=True,
         workspace=workspace.tiles,  # of types that are tiled; for bfloat16 the compiled code holds less
         profile=profile,
         wide_profile=_TILED,

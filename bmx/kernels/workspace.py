@@ -6,6 +6,9 @@ SAMPLER_ROWS = 16  # rows whose logits plain torch sorts together
 TILE = 192  # queries of a CPU tile, at most
 UNSPLIT = 2048  # rows of a slot that a GPU's decoding reads in one piece
 SPLIT = 512  # rows of a piece of a larger slot
+FLOAT32 = 4  # bytes
+WINDOW_DIMS = 2  # of the state of a convolution
+MIXER_CHUNK = 64  # tokens of a sequence that a mixer computes together
 
 
 def whole_matrices(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
@@ -30,3 +33,24 @@ def fused_steps(*, heads: int, chunk: int, rows: int, slots: int, head_dim: int,
 def _plain_decode(heads: int, rows: int, slots: int, head_dim: int, itemsize: int) -> int:
     """Scores and their ranks, and a copy of the keys and values of half the slots."""
     return slots * heads * rows * (itemsize + 5 * 4) + slots // 2 * 2 * heads * rows * head_dim * itemsize
+
+
+def mixing(shape: tuple[int, ...], *, tokens: int, slots: int, in_place: bool) -> int:
+    """About what one function of a mixer holds beside its inputs and states, in float32.
+
+    Args:
+        shape: of one sequence's state: [W - 1, C] of a convolution, else [H, A, B].
+        tokens: of the step, each in a short segment at worst.
+        slots: sequences that decode together.
+        in_place: whether states are read and written where they are, token by token. Plain torch gathers the states of
+            many sequences, and computes a chunk of each at once.
+    """
+    if len(shape) == WINDOW_DIMS:
+        return 0 if in_place else FLOAT32 * 4 * tokens * shape[1]
+    heads, rows, columns = shape
+    outputs = 3 * tokens * heads * min(rows, columns)
+    if in_place:
+        return FLOAT32 * outputs
+    chunk = MIXER_CHUNK if rows > 1 else 1  # the state spaces of Mamba-1 are computed token by token
+    of_token = heads * (4 * (rows + columns) + 4 * chunk)
+    return FLOAT32 * (outputs + 5 * slots * heads * rows * columns + min(tokens, slots * chunk) * of_token)

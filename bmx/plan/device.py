@@ -12,6 +12,7 @@ from bmx.compress.kernel_orders import answers_by_channel, left_to_kernels, rank
 from bmx.config import EngineConfig
 from bmx.kernels.contract import Capabilities, KernelProfile
 from bmx.kernels.formats import MODEL
+from bmx.kernels.workspace import mixing
 from bmx.kv.places import DEVICE
 from bmx.kv_formats import formats_of
 from bmx.model.spec import ModelSpec
@@ -35,6 +36,7 @@ class Device:
         share: share of the bytes of activations and logits that they lose besides.
         ranking: bytes of ranking pairs beside a layer's attention, from the keys that a query sees, and the slots.
         captures: whether decoding is captured as CUDA graphs.
+        mixes_in_place: whether mixers hold no copies of states.
         archive_place: where the keys and values of an archive are: ``device``, ``host`` or a folder.
     """
 
@@ -45,6 +47,7 @@ class Device:
     share: float = 0.02
     ranking: Callable[[int, int], int] = lambda rows, slots: 0  # noqa: ARG005
     captures: bool = False
+    mixes_in_place: bool = False
     archive_place: str = DEVICE
 
     @classmethod
@@ -96,7 +99,20 @@ class Device:
             slack=slack,
             share=share,
             captures=captures,
+            mixes_in_place=capabilities.mixes_in_place,
             archive_place=config.kv_archive_place,
+        )
+
+    def mixing(self, spec: ModelSpec, tokens: int, slots: int) -> int:
+        """Bytes that one mixer holds beside its inputs and states; 0 without mixers.
+
+        Args:
+            spec: the model's sizes.
+            tokens: of a step.
+            slots: sequences that decode.
+        """
+        return max(
+            (mixing(s.shape, tokens=tokens, slots=slots, in_place=self.mixes_in_place) for s in spec.states), default=0
         )
 
     def captured(self, spec: ModelSpec, slots: int, rows: int) -> int:
@@ -110,7 +126,7 @@ class Device:
         if not self.captures:
             return 0
         activations = (slots + GRAPH_ROWS) * (spec.costs.activation_bytes + 2 * spec.itemsize * spec.vocab)
-        return GRAPHS + activations + self.workspace(1, rows, slots)
+        return GRAPHS + activations + max(self.workspace(1, rows, slots), self.mixing(spec, slots, slots))
 
 
 def _unpacked_slots(config: EngineConfig, capabilities: Capabilities, profile: KernelProfile) -> int:

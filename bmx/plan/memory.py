@@ -71,7 +71,7 @@ class Memory:
     Attributes:
         runtime: what the process holds beside the model: libraries, the tokenizer, a GPU's context.
         weights: parameters and buffers.
-        activations: the widest moment of the largest step, attention's workspace included.
+        activations: the widest moment of the largest step, the workspace of attention and mixers included.
         logits: logits of a step, and what sampling takes beside them.
         kv: keys and values of all slots.
         scores: positions, accumulated attention and indexes of all slots.
@@ -200,8 +200,8 @@ def memory_needed(
     away = reading is not None and device.archive_place != DEVICE
     stored = sum(slot.stored_bytes * count for slot, count in layouts) if away else 0
     layouts += [(reading.layout, reading.slots)] if reading else []
-    attention = device.workspace(chunk, keys, slots) + device.ranking(keys, slots)
-    activations = spec.costs.activation_bytes * tokens + attention
+    one_layer = max(device.workspace(chunk, keys, slots), device.mixing(spec, tokens, slots))
+    activations = spec.costs.activation_bytes * tokens + one_layer + device.ranking(keys, slots)
     logits = spec.itemsize * slots * spec.vocab + SAMPLER_BYTES * min(slots, SAMPLER_ROWS) * spec.vocab
     return Memory(
         runtime=device.runtime,
