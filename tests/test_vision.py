@@ -95,6 +95,13 @@ FAMILIES = {
         VISION | dict(model_type="clip_vision_model", projection_dim=16),
         image_token_index=VOCAB - 1,
     ),
+    "video_llama_3": partial(  # its class computes logits for every token
+        composite,
+        "video_llama_3",
+        dict(model_type="qwen2"),
+        dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8),
+        **SEEN,
+    ),
     "smolvlm": partial(composite, "smolvlm", dict(model_type="llama"), VISION, image_token_id=VOCAB - 1),
 }
 SIDES = ("vision", "visual", "projector", "connector")
@@ -186,6 +193,14 @@ def test_a_hybrids_text_side_has_a_class_of_its_own(tmp_path):
     assert found == reference_answers(whole_model(tmp_path), prompts, NEW_TOKENS)
     assert preview_spec(config, "cpu") == backend.loaded.spec
     assert [name for name, _ in backend.loaded.model.named_parameters() if not is_text(name)] == []
+
+
+def test_a_quantised_checkpoints_other_weights_are_not_foretold(checkpoint, tmp_path):
+    quantised = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    folder = changed_copy(checkpoint("qwen3_vl"), tmp_path / "fp8", quantization_config=quantised)
+    stored = load_file(folder / "model.safetensors")
+    text = sum(tensor.nbytes for name, tensor in stored.items() if is_text(name))
+    assert preview_spec(EngineConfig(model=str(folder), dtype="float32"), "cpu").weight_bytes == text
 
 
 def test_missing_tensors_count_on_the_text_side_only(checkpoint, tmp_path):

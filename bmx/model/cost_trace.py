@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bmx.kernels import mixer_shapes
 from bmx.kernels.segments import Segments
+from bmx.model.asked_logits import compute_asked_logits
 from bmx.model.mixers import Mixers
 from bmx.model.rope import pin_rope
 from bmx.model.spec import Costs, no_padding, no_preview, use_attention
@@ -68,6 +69,7 @@ def meta_copy(model: Any, dtype: Any) -> Any:
     """A model of the same class and sizes on the meta device, in torch's type ``dtype``."""
     with torch.device("meta"):
         copy = type(model)._from_config(model.config, dtype=dtype).eval()
+    compute_asked_logits(copy)
     pin_rope(copy)
     return copy
 

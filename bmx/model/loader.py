@@ -273,11 +273,13 @@ def prepare(model: Any, runtime_bytes: int = 0) -> LoadedModel:
     Raises:
         ModelError: bmx cannot run it correctly.
     """
+    from bmx.model.asked_logits import compute_asked_logits
     from bmx.model.cost_trace import token_costs
     from bmx.model.rope import pin_rope
 
     check_config(model.config)
     model.requires_grad_(False)
+    compute_asked_logits(model)
     rope = pin_rope(model)
     return LoadedModel(
         model=model,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
@@ -23,7 +22,7 @@ from bmx.model.number_type import dtype_name
 from bmx.model.quantized_forms import refuse_packed, refuse_unknown_form
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
-from bmx.model.text_side import find_text_side
+from bmx.model.text_side import TextSide, find_text_side
 
 TOKENIZER_SIZE = 25  # bytes in memory for each byte of tokenizer.json, measured with one vocabulary of 49,000 tokens
 OUTPUT_BYTES = 8  # an int8 layer of compiled kernels keeps a scale and a sum for each output
@@ -108,12 +107,14 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
     quantized = getattr(model_config, "quantization_config", None) is not None
     if quantized:
         del model_config.quantization_config
+    with loading_errors(config.model):
+        text_side = find_text_side(model_config, config.trust_remote_code)
     try:
-        spec = _meta_spec(model_config, dtype, config)
+        spec = _meta_spec(text_side, dtype, config)
     except ModelError:
         if dtype == "bfloat16":
             raise
-        spec = _meta_spec(model_config, "bfloat16", config)  # on the meta device, experts take this type alone
+        spec = _meta_spec(text_side, "bfloat16", config)  # on the meta device, experts take this type alone
         factor = ITEMSIZE[dtype] / spec.itemsize
         spec = replace(
             spec,
@@ -123,13 +124,13 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
             itemsize=ITEMSIZE[dtype],
             states=tuple(s if s.recurrent else replace(s, itemsize=ITEMSIZE[dtype]) for s in spec.states),
         )
-    headers = read_headers(Path(source)) if quantized and not gguf and Path(source).is_dir() else {}
+    stored = read_headers(Path(source)) if quantized and not gguf and Path(source).is_dir() else {}
+    headers = {name: tensor for name, tensor in stored.items() if text_side.holds(name)}
     return replace(spec, weight_bytes=weight_bytes(headers, spec.itemsize)) if headers else spec
 
 
-def _meta_spec(model_config: Any, dtype: str, config: EngineConfig) -> ModelSpec:
+def _meta_spec(text_side: TextSide, dtype: str, config: EngineConfig) -> ModelSpec:
     with loading_errors(config.model):
-        text_side = find_text_side(model_config, config.trust_remote_code)
         model = text_side.on_meta(dtype, config.trust_remote_code)
     return prepare(model).spec
 

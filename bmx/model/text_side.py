@@ -6,6 +6,7 @@ weights itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class TextSide:
     Attributes:
         auto: transformers' auto class for it.
         config: the checkpoint's config.
-        model_class: the class of the whole model, if a part of it is left out.
+        model_class: the model's class, if the config has several parts.
         left_out: names of the modules that no text goes through: vision towers, projectors, audio encoders.
     """
 
@@ -32,6 +33,12 @@ class TextSide:
     config: Any
     model_class: Any = None
     left_out: tuple[str, ...] = ()
+
+    def holds(self, tensor: str) -> bool:
+        """Whether a tensor of the checkpoint, by its name there, is read."""
+        others = {name.rpartition(".")[2] for name in self.left_out}
+        ignored = getattr(self.model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return others.isdisjoint(tensor.split(".")) and not any(re.search(pattern, tensor) for pattern in ignored)
 
     def on_meta(self, dtype: str, trust_remote_code: bool) -> Any:
         """The model with tensors without contents.
@@ -70,13 +77,12 @@ def find_text_side(config: Any, trust_remote_code: bool) -> TextSide:
         ModelError: the checkpoint writes no text.
     """
     auto = _auto_class(config)
-    whole = TextSide(auto=auto, config=config)
     if config.get_text_config(decoder=True) is config:
-        return whole
+        return TextSide(auto=auto, config=config)
     model = _on_meta(auto, config, "bfloat16", trust_remote_code)  # on the meta device, experts take this type alone
     own_class = type(model.config) is type(config) and type(model).__module__.startswith("transformers.")
     names = _never_called(model, list(_beside_decoder(model))) if own_class else ()
-    return TextSide(auto=auto, config=config, model_class=type(model), left_out=names) if names else whole
+    return TextSide(auto=auto, config=config, model_class=type(model), left_out=names)
 
 
 def _auto_class(config: Any) -> Any:
