@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny tokenizer, engines around tiny models, and transformers' `generate` as the reference."""
+"""Shared by all tests: engines around tiny models, and transformers' `generate` as the reference."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads than cores wait for each other
+os.environ.setdefault("TEST_FAMILIES", str(date.today().toordinal()))  # whose turn it is; processes of tests inherit it
 
 import pytest
 import torch
@@ -24,9 +26,7 @@ import typer.main
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: what is written for GPUs runs here too
 
-from families import VOCAB, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from families import VOCAB, tiny_model, word_tokenizer, words
 
 from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.cli.commands import main
@@ -35,19 +35,6 @@ from bmx.engine.scheduler import Step
 from bmx.model.loader import LoadedModel, prepare
 
 typer.main.get_command = cache(typer.main.get_command)  # the command line is put together once, not for each call
-
-
-def word_tokenizer(vocab: int = VOCAB, **special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, separated by spaces: token i is the word ``w<i>``."""
-    words = models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def words(ids: Sequence[int]) -> str:
-    """The text of these token ids."""
-    return " ".join(f"w{i}" for i in ids)
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
@@ -155,6 +142,14 @@ def reference_answers(model: Any, prompts: Sequence[Sequence[int]], new_tokens: 
         )
         answers[str(i)] = tuple(output[0, len(prompt) :].tolist())
     return answers
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How to compare the same families with ``generate`` again, or all of them."""
+    ran = (report for reports in terminalreporter.stats.values() for report in reports)
+    if any("test_exactness" in getattr(report, "nodeid", "") for report in ran):
+        turn = os.environ["TEST_FAMILIES"]
+        terminalreporter.write_line(f"families of TEST_FAMILIES={turn}; TEST_FAMILIES=all compares all with generate")
 
 
 @pytest.fixture(scope="session", autouse=True)

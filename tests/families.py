@@ -1,4 +1,4 @@
-"""Tiny random-weight models of the causal-LM families that the tests run.
+"""Tiny random-weight models of the causal-LM families that the tests run, and a tokenizer of words for them.
 
 What it knows: for each family the smallest configuration in which all its kinds of layers occur (sliding and
 full, dense and sparse, KV owner and KV sharer, attention and a state), and how to fill a model with weights whose
@@ -12,11 +12,12 @@ that all families have (soft-capping and attention sinks included).
 A test of a model type that the installed transformers lacks is skipped when its row is built.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -24,6 +25,7 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 VOCAB = 128
@@ -219,6 +221,67 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "hunyuan_v1_dense": _gqa("hunyuan_v1_dense", head_dim=8),
     "hunyuan_v1_moe": _gqa("hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=2),
     "seed_oss": _gqa("seed_oss", head_dim=8),
+    "apertus": _gqa("apertus"),
+    "cwm": _gqa("cwm", head_dim=8, bos_token_id=1, **_SLIDING),
+    "diffllama": _gqa("diffllama"),
+    "hy_v3": _gqa("hy_v3", head_dim=8, mlp_layer_types=["dense", "sparse"], **_EXPERTS),
+    "hyperclovax": _gqa("hyperclovax", attention_multiplier=0.25),
+    "internlm3": _gqa("internlm3", head_dim=8),
+    "iquestcoder": _gqa("iquestcoder", head_dim=8),
+    "minimax_m2": _gqa("minimax_m2", head_dim=8, **_LOCAL_EXPERTS),
+    "granitemoeshared": _gqa("granitemoeshared", shared_intermediate_size=16, **_LOCAL_EXPERTS),
+    "granite_swa": _gqa("granite_swa", attention_multiplier=0.25, **_SLIDING),
+    "granitemoe_swa": _gqa("granitemoe_swa", shared_intermediate_size=16, **_SLIDING, **_LOCAL_EXPERTS),
+    "cohere2_moe": _gqa(
+        "cohere2_moe",
+        head_dim=8,
+        logit_scale=1.0,
+        mlp_layer_types=["dense", "sparse"],
+        prefix_dense_intermediate_size=64,
+        num_shared_experts=1,
+        **_SLIDING,
+        **_EXPERTS,
+    ),
+    # Query heads whose number differs by layer, and a gate for each.
+    "laguna": _gqa(
+        "laguna",
+        head_dim=8,
+        num_attention_heads_per_layer=[4, 8],
+        mlp_layer_types=["dense", "sparse"],
+        **_SLIDING,
+        **_SHARED_EXPERT,
+    ),
+    "mellum": _gqa("mellum", head_dim=8, mlp_layer_types=["dense", "sparse"], **_SLIDING, **_EXPERTS),
+    "kolibri1": _gqa("kolibri1", head_dim=8, **_SLIDING, **_SHARED_EXPERT),
+    "flint": _gqa("flint", head_dim=8, **_SLIDING, **_SHARED_EXPERT),
+    "beam": _gqa(
+        "beam", head_dim=8, mlp_layer_types=["dense", "sparse"], n_group=1, topk_group=1, **_SLIDING, **_EXPERTS
+    ),
+    "axk1": _mla("axk1", mlp_layer_types=["dense", "sparse"], **_ROUTED),
+    # Two blocks of attention in a layer, and experts that compute nothing.
+    "longcat_flash": _mla(
+        "longcat_flash",
+        num_layers=2,
+        head_dim=4,
+        ffn_hidden_size=64,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        expert_ffn_hidden_size=16,
+    ),
+    # A mixture of query heads.
+    "jetmoe": _gqa("jetmoe", kv_channels=8, **_LOCAL_EXPERTS),
+    "aria_text": _gqa("aria_text", moe_num_experts=4, moe_topk=2),
+    "modernbert-decoder": _mha(
+        "modernbert-decoder",
+        pad_token_id=0,
+        bos_token_id=1,
+        cls_token_id=1,
+        sep_token_id=2,
+        local_attention=2 * WINDOW,
+        layer_types=[S, F],
+    ),
+    "ctrl": _mha("ctrl", n_positions=256, dff=64),
     "gemma3_vlm": _gemma3_vlm,
     "mistral3_vlm": _mistral3_vlm,
 }
@@ -277,18 +340,58 @@ _WRAPPERS = {"gemma3_vlm", "mistral3_vlm"}
 # Weight scales where the usual one makes greedy output tie or repeat itself.
 _STD = {"dots1": 0.2, "glm4_moe": 0.2, "phimoe": 0.25}
 
+TURNS = 6
+
+
+def on_turn(turn: str, always: Collection[str]) -> list[str]:
+    """The families that one run of the tests compares with `generate`.
+
+    Args:
+        turn: a number, of which the remainder counts: each family has one of `TURNS` turns; or ``all``.
+        always: those that have all turns.
+    """
+    if turn == "all":
+        return list(FAMILIES)
+    others = [name for name in FAMILIES if name not in always]
+    return [*always, *others[int(turn) % TURNS :: TURNS]]
+
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """The family's tiny model on the CPU, float32, in eval mode, its weights drawn from `seed`."""
     auto = AutoModelForImageTextToText if name in _WRAPPERS else AutoModelForCausalLM
+    return random_model(auto, FAMILIES[name](), seed, _STD.get(name, 0.35))
+
+
+def random_model(auto: Any, config: PreTrainedConfig, seed: int = 0, std: float = 0.35) -> PreTrainedModel:
+    """A model of transformers' auto class on the CPU, float32, in eval mode.
+
+    Args:
+        auto: the class, such as AutoModelForCausalLM.
+        config: its sizes.
+        seed: its weights are drawn from it.
+        std: standard deviation of the weights.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = auto.from_config(FAMILIES[name](), dtype=torch.float32, attn_implementation="eager")
+        model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
         for path, parameter in model.named_parameters():
             if path.endswith("A_log"):  # states that remember a whole test prompt
                 parameter.uniform_(-5, -1)
             elif parameter.ndim >= 2:
-                parameter.normal_(0, _STD.get(name, 0.35))
+                parameter.normal_(0, std)
             else:  # norms, biases, sinks: stay near where their own initialisation put them
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def word_tokenizer(vocab: int = VOCAB, **special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, separated by spaces: token i is the word ``w<i>``."""
+    words = models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def words(ids: Sequence[int]) -> str:
+    """The text of these token ids."""
+    return " ".join(f"w{i}" for i in ids)

@@ -13,8 +13,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import transformers
 import typer
+from families import FAMILIES
 from test_structure import ROOMS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from bmx.cli.commands import EXIT_SOME_FAILED, app
 from bmx.cli.help import EXIT_CODES
@@ -218,3 +224,16 @@ def test_the_tables_of_fields_are_those_of_a_run(bmx):
 def test_the_sample_config_is_valid():
     config = RunConfig.of(("x",), given_settings({}, str(ROOT / "sample_inputs" / "bmx.yaml")))
     assert config.engine.kv_budget == 1024
+
+
+def test_the_page_of_models_says_what_was_found(monkeypatch):
+    """Each family of the tests is exact there, and every model type of transformers has a row."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from models_page import PAGE, RESULTS, page, read_results
+
+    results = read_results(RESULTS)
+    assert PAGE.read_text(encoding="utf-8") == page(results), "python benchmarks/models_page.py writes it"
+    assert {name for name in FAMILIES if name not in results or results[name].state != "exact"} == set()
+    if {found.transformers for found in results.values()} == {transformers.__version__}:
+        types = {found.type for found in results.values()}
+        assert types >= {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import pytest
 import torch
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, words
-from families import FAMILIES, HYBRIDS, tiny_model
+from families import FAMILIES, on_turn, tiny_model
 
 from bmx import Request, SamplingParams
 from bmx.errors import UsageError
@@ -19,6 +20,9 @@ NEW_TOKENS = 4
 KINDS = ("llama", "mistral", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "mimo_v2_flash", "opt")
 # Those, one key-value head for all queries, heads whose number differs by layer, and a scale of the config's own.
 SHAPES = (*KINDS, "gpt_bigcode", "gemma4_k_eq_v", "granite")
+# Each kind of state: delta nets, Mamba-2 and Mamba-1, convolutions; alone, beside attention and in shared layers.
+STATES = ("qwen3_5_moe_text", "kimi_linear", "nemotron_h", "falcon_h1", "zamba2", "jamba", "lfm3")
+COMPARED = on_turn(os.environ["TEST_FAMILIES"], always=(*SHAPES, *STATES))
 
 
 @cache
@@ -29,7 +33,7 @@ def generated(family):
 
 @pytest.mark.parametrize(
     ("family", "kernels"),
-    [*((family, "cpu") for family in FAMILIES if family not in HYBRIDS), *((family, "reference") for family in SHAPES)],
+    [*((family, "cpu") for family in COMPARED), *((family, "reference") for family in SHAPES)],
 )
 def test_same_greedy_tokens_as_generate(family, kernels, cpu_kernels):
     """Unequal prompts, chunks smaller than prompts, more prompts than slots; full cache."""
