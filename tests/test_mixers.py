@@ -7,11 +7,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from instruction_sets import required
+from families import FAMILIES, tiny_model
+from instruction_sets import HERE, required
 
 from bmx.kernels import Kernels, reference
 from bmx.kernels.instruction_sets import SETS
 from bmx.kernels.segments import Segments
+from bmx.model.fused_modules import fused_modules
 
 CPU = torch.device("cpu")
 SLOTS = 7
@@ -274,3 +276,44 @@ def test_convolutions_are_those_of_transformers(family, activation):
     output = reference.convolve(x, weight, bias, torch.zeros(2, 3, 10), whole(), silu=activation == "silu")
     expected = code_of(family).causal_conv1d_fn(x.t()[None], weight, bias, activation)
     torch.testing.assert_close(output.t()[None], expected, **TIGHT)
+
+
+@pytest.mark.parametrize("width", [48, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_hybrids_are_those_of_float64(kernel, dtype, width):
+    x, gate = (normal(5, 3, width, seed=seed, dtype=dtype) for seed in (1, 2))
+    weight = normal(width, seed=3, dtype=dtype)
+    normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    tolerance = TIGHT if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    gated = kernel.gated_norm(x, gate, weight, 1e-6)
+    expected = normed * weight.double() * gate.double() * gate.double().sigmoid()
+    torch.testing.assert_close(gated.double(), expected, **tolerance)
+    offset = kernel.offset_norm(x, weight, 1e-6)
+    torch.testing.assert_close(offset.double(), normed * (1 + weight.double()), **tolerance)
+    assert gated.dtype == offset.dtype == dtype
+
+
+def normed_by_kernels(model):
+    """The norms of a model in bfloat16 that kernels compute, by the end of their names, and all of its norms."""
+    model = model.to(torch.bfloat16)
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    with fused_modules(model, Kernels(required([*HERE, *SETS][0]), "")):
+        found = [type(module).__name__ for module in norms if "forward" in vars(module)]
+    return found, norms
+
+
+def test_all_norms_of_a_qwen_hybrid_are_computed_by_kernels():
+    found, norms = normed_by_kernels(tiny_model("qwen3_5_text"))
+    wide = [norm for norm in norms if len(norm.weight) % 16 == 0]
+    assert len(found) == len(wide)
+    assert "Qwen3_5RMSNormGated" in found
+
+
+def test_norms_that_are_gated_before_are_left_to_the_model(monkeypatch):
+    """Without its gate, such a norm is a plain one; a kernel in its place would fail when it is called."""
+    of_one_group = FAMILIES["granitemoehybrid"]()
+    of_one_group.mamba_n_groups = 1
+    monkeypatch.setitem(FAMILIES, "granitemoehybrid", lambda: of_one_group)
+    found, _ = normed_by_kernels(tiny_model("granitemoehybrid"))
+    assert "GraniteMoeHybridRMSNorm" in found
+    assert "GraniteMoeHybridRMSNormGated" not in found

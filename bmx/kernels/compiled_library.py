@@ -103,6 +103,9 @@ class Library:
             function = getattr(library, name)
             function.argtypes, function.restype = [*arguments, pointer, number], number
         library.bmx_rms_norm.argtypes, library.bmx_rms_norm.restype = [*[pointer] * 3, real, number, number], None
+        library.bmx_offset_norm.argtypes, library.bmx_offset_norm.restype = library.bmx_rms_norm.argtypes, None
+        library.bmx_gated_norm.argtypes = [*[pointer] * 4, real, number, number]
+        library.bmx_gated_norm.restype = None
         library.bmx_rotate.argtypes = [pointer, number, number, *[pointer] * 3, *[number] * 3]
         library.bmx_rotate.restype = None
         library.bmx_append_by_channel.argtypes = [pointer] * 2 + [number] * 3

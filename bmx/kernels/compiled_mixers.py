@@ -1,8 +1,8 @@
 """The functions of mixers, compiled for this processor. Numbers do not depend on how a sequence is cut into steps.
 
-Implements ``mixer_contract.MixerFunctions`` for inputs and states in bfloat16 or float32. Other types go to
-``reference``; so do sizes that fill no register: channels of a convolution, D and E of the delta rule, and N of a state
-space that are no multiples of 16, and rates [H, N] of heads with more than one channel.
+Implements ``mixer_contract.MixerFunctions`` for inputs and states in bfloat16 or float32, norms in bfloat16. Other
+types go to ``reference``; so do sizes that fill no register (vectors of norms, channels of a convolution, D and E of
+the delta rule, and N of a state space that are no multiples of 16), and rates [H, N] of heads with several channels.
 """
 
 from __future__ import annotations
@@ -95,6 +95,26 @@ class CompiledMixers:
         for sequences in _all_sequences(segments):
             self._library.call("bmx_state_space", *given, sequences, *sizes, output.data_ptr())
         return output
+
+    def gated_norm(self, x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """See ``contract.KernelModule.gated_norm``."""
+        inner = len(weight)
+        if not (x.dtype == gate.dtype == weight.dtype == torch.bfloat16 and inner % COLUMNS == 0):
+            return reference.gated_norm(x, gate, weight, epsilon)
+        x, gate = x.contiguous(), gate.contiguous()
+        y, sizes = torch.empty_like(x), (x.numel() // inner, inner)
+        self._library.functions.bmx_gated_norm(*map(address, (x, gate, weight, y)), epsilon, *sizes)
+        return y
+
+    def offset_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """See ``contract.KernelModule.offset_norm``."""
+        inner = len(weight)
+        if not (x.dtype == weight.dtype == torch.bfloat16 and inner % COLUMNS == 0):
+            return reference.offset_norm(x, weight, epsilon)
+        x = x.contiguous()
+        y, sizes = torch.empty_like(x), (x.numel() // inner, inner)
+        self._library.functions.bmx_offset_norm(*map(address, (x, weight, y)), epsilon, *sizes)
+        return y
 
 
 def _all_sequences(segments: Segments) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from bmx.kernels.formats import MODEL
-from bmx.kernels.mixer_contract import MixerFunctions
+from bmx.kernels.mixer_contract import HybridNorms, MixerFunctions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 HALF = 2  # bytes of a number in bfloat16 or float16
 
 
-class KernelModule(MixerFunctions, Protocol):
+class KernelModule(MixerFunctions, HybridNorms, Protocol):
     """The functions of a back end; those for mixers are explained in ``mixer_contract``."""
 
     def attend_chunk(
@@ -320,7 +320,8 @@ class KernelModule(MixerFunctions, Protocol):
         ...
 
 
-FUNCTIONS = tuple(name for part in (KernelModule, MixerFunctions) for name in vars(part) if not name.startswith("_"))
+_PARTS = (KernelModule, MixerFunctions, HybridNorms)
+FUNCTIONS = tuple(name for part in _PARTS for name in vars(part) if not name.startswith("_"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

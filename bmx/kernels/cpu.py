@@ -22,6 +22,7 @@ read_by_channel = reference.read_by_channel
 product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
 draw = reference.draw
 convolve, delta_rule, state_space = reference.convolve, reference.delta_rule, reference.state_space
+gated_norm, offset_norm = reference.gated_norm, reference.offset_norm
 
 
 def attend_chunk(

@@ -1,11 +1,11 @@
-"""The part of the kernels' contract that is for mixers: layers that keep a state of their own for each sequence.
+"""The part of the kernels' contract that is for mixers, layers that keep a state for each sequence, and norms beside.
 
 States lie in slots, those of all groups together, the last one spare: for rows of a step that belong to nobody. Packed
 tokens of any number of sequences are computed in one call; ``Segments`` says which are whose. A sequence goes on from
 the state in its slot, which is zeros before its first token, and leaves its state there.
 
 Shapes: T packed tokens of a step, S slots, C channels of a convolution, W taps, H heads, K key heads, D key dim,
-E value dim, P channels of a head, G groups of heads, N numbers of a state for each channel.
+E value dim, P channels of a head, G groups of heads, N numbers of a state for each channel, I size of a vector.
 """
 
 from __future__ import annotations
@@ -97,5 +97,30 @@ class MixerFunctions(Protocol):
 
         Returns:
             [T, H, P] float32.
+        """
+        ...
+
+
+class HybridNorms(Protocol):
+    """The functions of a back end for norms in models that have mixers."""
+
+    def gated_norm(self, x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """As ``rms_norm``, times SiLU(gate), which is computed in float32 and rounded with the product.
+
+        Args:
+            x: [..., I].
+            gate: [..., I].
+            weight: [I].
+            epsilon: added to the mean square.
+        """
+        ...
+
+    def offset_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Each vector over the root of its mean square, times 1 + weight, in float32 and rounded once.
+
+        Args:
+            x: [..., I].
+            weight: [I].
+            epsilon: added to the mean square.
         """
         ...

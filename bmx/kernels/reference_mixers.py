@@ -102,6 +102,23 @@ def state_space(
     return _by_sequence(compute, (x, step.unsqueeze(-1), inputs, outputs), states, segments, output)
 
 
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See ``contract.KernelModule.gated_norm``."""
+    normed = weight * _normed(x, epsilon).to(x.dtype)
+    return (normed * torch.nn.functional.silu(gate.float())).to(x.dtype)
+
+
+def offset_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See ``contract.KernelModule.offset_norm``."""
+    return (_normed(x, epsilon) * (1.0 + weight.float())).to(x.dtype)
+
+
+def _normed(x: Tensor, epsilon: float) -> Tensor:
+    """Vectors over the root of their mean square, in float32."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+
+
 def _by_sequence(
     compute: _Compute, inputs: tuple[Tensor, ...], states: Tensor, segments: Segments, output: Tensor
 ) -> Tensor:

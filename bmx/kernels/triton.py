@@ -39,6 +39,8 @@ __all__ = [
     "delta_rule",
     "draw",
     "gate",
+    "gated_norm",
+    "offset_norm",
     "prefill_step",
     "product",
     "read_by_channel",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 attend_slots = reference.attend_slots
+gated_norm, offset_norm = reference.gated_norm, reference.offset_norm
 
 
 def prefill_step(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -58,8 +59,9 @@ def _replace_forwards(
 ) -> dict[nn.Module, str]:
     """Replace what can be; returns why modules are left to torch that were tried."""
     like, left = torch.empty(0, dtype=model.dtype, device=model.device), dict[nn.Module, str]()
+    has_gated_norms = any(map(_is_gated_norm, model.modules()))
     for module in model.modules():
-        for part, forward in _replacements(module, kernels, like, left):
+        for part, forward in _replacements(module, kernels, like, left, has_gated_norms):
             set_forward(part, forward, undo)
     _replace_rotary(model, kernels, dtypes, like, undo, left)
     return left
@@ -80,7 +82,7 @@ def _counts(model: Any, left: Mapping[nn.Module, str]) -> Counts:
 
 
 def _replacements(
-    module: Any, kernels: KernelModule, like: Tensor, left: dict[nn.Module, str]
+    module: Any, kernels: KernelModule, like: Tensor, left: dict[nn.Module, str], hybrid: bool
 ) -> list[tuple[nn.Module, Forward]]:
     """How the kernels compute a module, or parts of it; empty if they cannot, or not with the same numbers.
 
@@ -89,6 +91,7 @@ def _replacements(
         kernels: compute it.
         like: of the model's type, where it is.
         left: written; why a module is left to torch.
+        hybrid: whether the model has gated norms: then norms whose weights are offsets from 1 are replaced too.
     """
     parts = dict(module.named_children())
     own = {name for name, _ in module.named_parameters(recurse=False)}
@@ -96,26 +99,49 @@ def _replacements(
         return [(module, _first(kernels.product((_weights(module),))))]
     if all(_is_linear(parts.get(name)) for name in QKV):
         return _together([parts[name] for name in QKV], kernels)
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    forward: Forward
-    if isinstance(epsilon, float) and not parts and own == {"weight"}:
-        forward = partial(kernels.rms_norm, weight=module.weight, epsilon=epsilon)
-        width = len(module.weight)
+    forwards: list[Forward]
+    if _is_norm(module):
+        forwards, width = _norms(module, kernels, hybrid), len(module.weight)
     elif all(_is_linear(parts.get(name)) for name in GATED) and not own:
         gate, up, down = (_weights(parts[name]) for name in GATED)
-        forward = _gated_mlp(kernels.product((gate, up), gated=True), _first(kernels.product((down,))))
+        forwards = [_gated_mlp(kernels.product((gate, up), gated=True), _first(kernels.product((down,))))]
         width = gate.weight.shape[1]
     elif all(_is_linear(parts.get(name)) for name in MERGED) and not own:
         merged, down = (_weights(parts[name]) for name in MERGED)
-        forward = _merged_mlp(_first(kernels.product((merged,))), kernels.gate, _first(kernels.product((down,))))
+        forwards = [_merged_mlp(_first(kernels.product((merged,))), kernels.gate, _first(kernels.product((down,))))]
         width = merged.weight.shape[1]
     else:
         return []
-    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(like)
-    if reason := _difference(lambda: module(x), lambda: forward(x)):
-        left[module] = reason
-        return []
-    return [(module, forward)]
+    count = 2 if _is_gated_norm(module) else 1
+    inputs = torch.randn(count, 2, width, generator=torch.Generator().manual_seed(0)).to(like).unbind()
+    reasons = [_difference(partial(module, *inputs), partial(forward, *inputs)) for forward in forwards]
+    if "" in reasons:
+        return [(module, forwards[reasons.index("")])]
+    left[module] = reasons[0]
+    return []
+
+
+def _is_norm(module: Any) -> bool:
+    """Whether a module has the parts of a root-mean-square norm."""
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    return isinstance(_epsilon(module), float) and own == ["weight"] and not list(module.children())
+
+
+def _epsilon(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _is_gated_norm(module: Any) -> bool:
+    """Whether it is a norm that takes a gate beside its input."""
+    return _is_norm(module) and len(signature(type(module).forward).parameters) == len(("self", "x", "gate"))
+
+
+def _norms(module: Any, kernels: KernelModule, hybrid: bool) -> list[Forward]:
+    """The norms that a module may be."""
+    norms: tuple[Forward, ...] = (kernels.rms_norm, kernels.offset_norm) if hybrid else (kernels.rms_norm,)
+    if _is_gated_norm(module):
+        norms = (kernels.gated_norm,)
+    return [partial(norm, weight=module.weight, epsilon=_epsilon(module)) for norm in norms]
 
 
 def _is_linear(module: Any) -> bool:

@@ -86,6 +86,24 @@ void multiply_bytes(const bf16* x, const Layer* layers, int count, bool gated, b
     multiply<Codes>(static_cast<const uint8_t*>(codes), {layers, count, gated}, rows, inner, left, finish);
 }
 
+// y[rows][inner] = put(row, column, x / root of (mean of squares + epsilon)).
+template <class Put>
+void normed(const bf16* x, bf16* y, float epsilon, long rows, long inner, const Put& put) {
+#pragma omp parallel for
+    for (long row = 0; row < rows; row++) {
+        const bf16* from = x + row * inner;
+        Real squares = zeros();
+        for (long i = 0; i < inner; i += LANES) {
+            const Real v = load_bf16(from + i);
+            squares = fused(v, v, squares);
+        }
+        const float mean = sum(squares) / static_cast<float>(inner);
+        const Real factor = splat(1.0f / std::sqrt(mean + epsilon));
+        for (long i = 0; i < inner; i += LANES)
+            store_bf16(y + row * inner + i, put(row, i, load_bf16(from + i) * factor));
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -116,19 +134,20 @@ long bmx_linear(const bf16* x, const Layer* layers, int count, int gated, bf16* 
 
 // y[rows][inner] = x / root of (mean of squares + epsilon), rounded, times weight[inner].
 void bmx_rms_norm(const bf16* x, const bf16* weight, bf16* y, float epsilon, long rows, long inner) {
-#pragma omp parallel for
-    for (long row = 0; row < rows; row++) {
-        const bf16* from = x + row * inner;
-        Real squares = zeros();
-        for (long i = 0; i < inner; i += LANES) {
-            const Real v = load_bf16(from + i);
-            squares = fused(v, v, squares);
-        }
-        const float mean = sum(squares) / static_cast<float>(inner);
-        const Real factor = splat(1.0f / std::sqrt(mean + epsilon));
-        for (long i = 0; i < inner; i += LANES)
-            store_bf16(y + row * inner + i, rounded(load_bf16(from + i) * factor) * load_bf16(weight + i));
-    }
+    normed(x, y, epsilon, rows, inner, [=](long, long i, Real v) { return rounded(v) * load_bf16(weight + i); });
+}
+
+// The same, rounded, times SiLU(gate[rows][inner]).
+void bmx_gated_norm(const bf16* x, const bf16* gate, const bf16* weight, bf16* y, float epsilon, long rows,
+                    long inner) {
+    normed(x, y, epsilon, rows, inner, [=](long row, long i, Real v) {
+        return rounded(rounded(v) * load_bf16(weight + i)) * silu(load_bf16(gate + row * inner + i));
+    });
+}
+
+// y[rows][inner] = x / root of (mean of squares + epsilon) times (1 + weight[inner]).
+void bmx_offset_norm(const bf16* x, const bf16* weight, bf16* y, float epsilon, long rows, long inner) {
+    normed(x, y, epsilon, rows, inner, [=](long, long i, Real v) { return v * (splat(1.0f) + load_bf16(weight + i)); });
 }
 
 // The rotary embedding: y[tokens][heads][dim] = x cos + (-second half, first half) sin, each product rounded.
