@@ -13,7 +13,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from bmx.errors import ModelError
 from bmx.model import hub
@@ -195,3 +197,13 @@ def test_e2_a_damaged_file_in_the_hubs_cache_is_named_with_the_way_out(run, clos
     assert ended.code == 1
     assert said in error["message"]
     assert error["hint"].startswith(f"delete {constants.HF_HUB_CACHE}/models--org--tiny:")
+
+
+def test_m10_packed_weights_of_a_hub_model_are_refused_as_those_of_a_folder(run, closed, cached):
+    path = Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "snapshots" / COMMIT / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    save_file(weights | {name: (weights[name] * 100).to(torch.int8)}, path, metadata={"format": "pt"})
+    ended = run()
+    assert ended.code == 1
+    assert f"numbers of type I8 ({name})" in ended.err

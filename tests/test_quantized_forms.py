@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from bmx import Engine, EngineConfig
 from bmx.errors import ModelError
 from bmx.model.load_problems import cause_and_hint
+from bmx.model.loader import load_model
 from bmx.model.preview import preview_spec
 from bmx.model.quantized_forms import check_unpacked
 
@@ -175,6 +176,22 @@ def test_m11_float8_on_a_cpu_answers_as_its_unpacked_twin(copy, form):
     engine = open_engine(copy(change, family, quantization_config=settings))
     model = AutoModelForCausalLM.from_pretrained(copy(twin, family, name="twin"), dtype=torch.float32)
     assert answers(engine, as_requests(prompts, max_tokens=5)) == reference_answers(model.eval(), prompts, 5)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_m11_whole_weights_are_planned_for_as_they_are_held(copy, family):
+    folder = copy(fine, family, quantization_config=FINE)
+    config = EngineConfig(model=str(folder), dtype="float32", device="cpu")
+    held = load_model(str(folder), config).spec.weight_bytes
+    assert preview_spec(config, "cpu").weight_bytes == pytest.approx(held, rel=1e-3)
+    assert preview_spec(config, "cuda").weight_bytes < held
+
+
+def test_m11_the_weights_are_whole_on_a_cpu_beside_a_gpu_too(copy, monkeypatch):
+    folder = copy(fine, quantization_config=FINE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaded = load_model(str(folder), EngineConfig(model=str(folder), dtype="float32", device="cpu"))
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
 
 
 def test_m11_a_form_that_other_tools_make_of_whole_weights_changes_nothing(copy):

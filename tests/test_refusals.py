@@ -185,6 +185,15 @@ def test_a_model_whose_memory_cannot_be_foretold_is_loaded_all_the_same(model_ty
     assert found == reference_answers(model, [[5, 6, 7]], 4)
 
 
+def test_a_config_that_knows_no_end_token_is_no_reason_to_fail():
+    model = build(
+        "roc_bert", **SIZES, is_decoder=True, intermediate_size=64, shape_vocab_size=8, pronunciation_vocab_size=8
+    )
+    del model.config.eos_token_id
+    model.generation_config = None
+    assert prepare(model).end_token_ids == frozenset()
+
+
 # ---- models of nobody's ----
 
 

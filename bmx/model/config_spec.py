@@ -180,12 +180,13 @@ def known_keys(folder: Path) -> dict[str, Any] | None:
     return config | architecture.with_defaults(config) if architecture else None
 
 
-def spec_from_config(folder: Path, itemsize: int) -> ModelSpec | None:
+def spec_from_config(folder: Path, itemsize: int, whole: bool = False) -> ModelSpec | None:
     """The spec of the model in a folder, equal to what ``read_spec`` finds; None for a config that is not covered.
 
     Args:
         folder: holds config.json, and the model's safetensors files or none.
         itemsize: bytes of an activation.
+        whole: loading makes whole weights of quantised ones.
 
     Raises:
         ModelError: config.json is missing or not a JSON object, or contradicts itself or the weights.
@@ -209,7 +210,7 @@ def spec_from_config(folder: Path, itemsize: int) -> ModelSpec | None:
             _refuse(folder, f"config.json says {key} = {sizes[key]}, and the weights have {size:.10g}")
     head = sizes["vocab_size"] * shape.h
     weights = (head if tied else 2 * head) * itemsize + _layer_bytes(shape)
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config") is not None and not whole:
         if not headers:
             return None
         loaded = {name: tensor for name, tensor in headers.items() if not (tied and name == "lm_head.weight")}

@@ -24,11 +24,13 @@ from bmx.model.inspection import held_bytes, read_spec
 from bmx.model.load_problems import cause_and_hint, download_again
 from bmx.model.number_type import dtype_name, slow_on_cpu
 from bmx.model.quantized_forms import (
+    ask_for_whole,
     check_unpacked,
     convert_unpacked,
     refuse_packed,
     refuse_unknown_form,
     stated_method,
+    whole_in_memory,
 )
 from bmx.model.source_files import read_object
 from bmx.model.spec import ModelSpec, check_config
@@ -134,6 +136,8 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
     dtype = choose_dtype(config, device, keys)
     check_quantization(config.quantization, str(dtype).removeprefix("torch."), device.type)
     packed = stated_method(keys) is not None
+    if whole_in_memory(keys, device.type):
+        ask_for_whole(model_config)
     hardware.trim_heap()
     runtime = hardware.resident_bytes() if device.type == "cpu" else _context_bytes(device)
     with loading_errors(config.model):

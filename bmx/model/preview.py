@@ -19,7 +19,7 @@ from bmx.model.gguf_cache import kept_folder, read_config
 from bmx.model.gguf_file import find_parts
 from bmx.model.loader import check_libraries, check_quantization, loading_errors, prepare, silence_transformers
 from bmx.model.number_type import dtype_name
-from bmx.model.quantized_forms import refuse_packed, refuse_unknown_form
+from bmx.model.quantized_forms import refuse_packed, refuse_unknown_form, whole_in_memory
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
 from bmx.model.text_side import TextSide, find_text_side
@@ -80,13 +80,15 @@ def with_quantized_weights(spec: ModelSpec, config: EngineConfig, device: str) -
 
 def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:
     source, gguf = locate_files(config)
-    plain_folder = not gguf and not config.trust_remote_code and Path(source).is_dir()
-    if not gguf and Path(source).is_dir():
-        keys = read_keys(Path(source))
+    folder = Path(source)
+    plain_folder = not gguf and not config.trust_remote_code and folder.is_dir()
+    if not gguf and folder.is_dir():
+        keys = read_keys(folder)
         refuse_unknown_form(config.model, keys)
-        refuse_packed(config.model, Path(source), keys)
-    known = known_keys(Path(source)) if plain_folder else None
-    spec = spec_from_config(Path(source), ITEMSIZE[dtype_name(config, device, known)]) if known else None
+        refuse_packed(config.model, folder, keys)
+    known = known_keys(folder) if plain_folder else None
+    itemsize = ITEMSIZE[dtype_name(config, device, known)] if known else 0
+    spec = spec_from_config(folder, itemsize, whole_in_memory(known, device)) if known else None
     return spec or _spec_from_transformers(source, gguf, config, device)
 
 
@@ -105,6 +107,7 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
     check_config(model_config)
     dtype = dtype_name(config, device, model_config.to_dict())
     quantized = getattr(model_config, "quantization_config", None) is not None
+    stored = quantized and not gguf and not whole_in_memory(model_config.to_dict(), device)
     if quantized:
         del model_config.quantization_config
     with loading_errors(config.model):
@@ -124,8 +127,8 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
             itemsize=ITEMSIZE[dtype],
             states=tuple(s if s.recurrent else replace(s, itemsize=ITEMSIZE[dtype]) for s in spec.states),
         )
-    stored = read_headers(Path(source)) if quantized and not gguf and Path(source).is_dir() else {}
-    headers = {name: tensor for name, tensor in stored.items() if text_side.holds(name)}
+    found = read_headers(Path(source)) if stored and Path(source).is_dir() else {}
+    headers = {name: tensor for name, tensor in found.items() if text_side.holds(name)}
     return replace(spec, weight_bytes=weight_bytes(headers, spec.itemsize)) if headers else spec
 
 

@@ -19,6 +19,7 @@ ONLY_FOR = {"exl2": "ExLlamaV2", "exl3": "ExLlamaV3"}  # quant_method, and the t
 MODELOPT, MODELOPT_FILE = "NVIDIA ModelOpt", "hf_quant_config.json"
 FORMS = {"modelopt": MODELOPT, "modelopt_fp4": MODELOPT}  # quant_method, and its name for people
 FROM_FLOATS = {"experts_int8"}  # other tools quantise such a checkpoint while they load it: its weights are floats
+WHOLE_ON_CPU = {"fp8", "mxfp8", "mxfp4"}  # forms that only GPUs compute with
 WHOLE = {*FLOATS, "I64", "BOOL", "C64"}  # types of tensors that are what they seem; I64 are indexes
 MASKS = ("bias", "masked_bias", "position_ids")  # ends of names of buffers, in old checkpoints
 SCALES = re.compile(r"(?:.*_)?(?:scales?|scale_inv|scale_2|zeros|zero_points?|qzeros|q_?weight|absmax|quant_state|SCB)")
@@ -37,6 +38,27 @@ def stated_method(config: Mapping[str, Any]) -> str | None:
         return "bitsandbytes_4bit" if settings.get("load_in_4bit") else "bitsandbytes_8bit"
     method = str(settings.get("quant_method") or ("unnamed" if settings else "none"))
     return None if method in ("none", *FROM_FLOATS) else method
+
+
+def whole_in_memory(config: Mapping[str, Any], device: str) -> bool:
+    """Whether loading makes whole weights of a quantised checkpoint, so that they take the memory of those.
+
+    Args:
+        config: the keys of config.json.
+        device: ``cpu`` or ``cuda``.
+    """
+    return device == "cpu" and stated_method(config) in WHOLE_ON_CPU
+
+
+def ask_for_whole(model_config: Any) -> None:
+    """Let transformers make whole weights of a checkpoint; on a CPU it does so itself only where there is no GPU.
+
+    Args:
+        model_config: transformers' config of a quantised checkpoint.
+    """
+    for part in (model_config, model_config.get_text_config(decoder=True)):
+        if isinstance(settings := getattr(part, "quantization_config", None), dict):
+            settings["dequantize"] = True
 
 
 def refuse_unknown_form(name: str, config: Mapping[str, Any]) -> None:
