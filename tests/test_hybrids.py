@@ -107,6 +107,31 @@ def test_attention_is_compressed_beside_states(settings):
     assert evicted["1"]  # the longest prompt
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "granitemoehybrid"])
+def test_states_in_bfloat16_take_half_and_are_the_same_in_any_company(family):
+    """They are rounded where chunks end and after each token, and neither depends on other rows."""
+    engine = tiny_engine(family, kv_budget=24, kv_recent=6, state_format="bfloat16", **CROWD)
+    seen = set()
+    watching = watched(engine, after=lambda runner, _: seen.update(t.dtype for t in runner._states.tensors))
+    requests = as_requests(PROMPTS, max_tokens=7)
+    together = answers(watching, requests)
+    assert seen == {torch.float32, torch.bfloat16}  # windows have the model's type
+    assert {i: text for request in requests for i, text in answers(engine, [request]).items()} == together
+
+
+def test_where_states_are_rounded_shared_text_is_reused_up_to_the_end_of_a_chunk():
+    """An end anywhere else would round the states once more than in a prompt that is read alone."""
+    shared = random_prompts((127,), seed=5)[0]
+    rows = [shared + question for question in random_prompts((40, 33, 30), seed=1)]
+    settings = {"kv_policy": "none", "state_format": "bfloat16", **CROWD}
+    settings |= {"chunk_size": 80, "max_num_batched_tokens": 240}
+    engine = tiny_engine("qwen3_5_text", **settings)
+    found = answers(engine, as_requests(rows, max_tokens=5))
+    assert engine.stats.reused_prompt_tokens == 2 * 80
+    alone = tiny_engine("qwen3_5_text", **settings, prefix_reuse=False)
+    assert answers(alone, as_requests(rows, max_tokens=5)) == found
+
+
 def test_states_cost_a_slot_their_bytes():
     states = tiny_loaded("qwen3_5_text").spec.states
     config = tiny_model("qwen3_5_text").config

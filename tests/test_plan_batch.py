@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,30 @@ def test_a_size_of_gpu_memory_gives_slots_but_no_times(bmx, large):
     assert "tok/s (" not in ended.out
     row = next(line for line in ended.out.splitlines() if line.startswith("batch-max"))
     assert row.split()[-1] == "-"
+
+
+def test_a_hybrids_states_have_a_column_and_a_line_that_compares_them(bmx, tmp_path):
+    """The sizes of a Qwen 3.5 of 9 B, by its composite config.json alone; two layers in place of 32."""
+    text = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "vocab_size": 1000}
+    config = {"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text", **text}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    asked = ("plan-batch", "-m", tmp_path, "--max-input", "1000", "--limit", "9", "--gpu-memory", "24G")
+    shown, told = bmx(*asked).out, json.loads(bmx(*asked, "--json", "--state-format", "bfloat16").out)
+    recurrent, window = 32 * 128 * 128, 3 * (2 * 16 * 128 + 32 * 128) * 2
+    of_token = 2 * 4 * 256 * 2
+    tokens = (4 * recurrent + window) // of_token
+    assert (
+        f"each row holds 2 MB of states beside its KV cache, whatever its length: as much as {tokens:,} tokens" in shown
+    )
+    assert re.search(r"^cache +budget +slots +KV cache +states +weights", shown, re.MULTILINE)
+    option = told["options"][0]
+    assert option["states"] == {"slot_bytes": 2 * recurrent + window, "format": "bfloat16"}
+    assert option["memory"]["states"] == 10 * option["states"]["slot_bytes"]  # of nine slots and idle rows
+
+
+def test_without_states_nothing_is_said_of_them(bmx, large):
+    shown = bmx("plan-batch", "-m", large, "--max-input", "1000", "--gpu-memory", "80G").out
+    assert "states" not in shown
 
 
 def test_check_says_what_is_missing_and_what_would_make_it_fit(bmx, large):

@@ -879,6 +879,7 @@ FAMILIES = {
     "llama": "plain",
     "gemma3_text": "sliding-window layers hold a window",
     "gemma3n_text": "layers that share keys hold nothing",
+    "qwen3_5_text": "layers without attention keep a state",
     "deepseek_v3": "keys wider than values",
     "mimo_v2_flash": "other heads in sliding layers",
 }
