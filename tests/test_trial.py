@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import answers, as_requests, random_prompts, tiny_engine
+from conftest import answers, as_requests, random_prompts, tiny_engine, tiny_loaded
 from families import FAMILIES, tiny_model
 
 triton = pytest.importorskip("triton")
@@ -16,14 +16,17 @@ triton = pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from bmx import EngineConfig, kernels
+from bmx.engine.kernel_trials import needed_by_mixers
 from bmx.errors import DeviceError
 from bmx.job.manifest import run_finished
-from bmx.kernels import reference, trial
+from bmx.kernels import reference, trial, trial_inputs
 from bmx.kernels.contract import FUNCTIONS
+from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.registry import CAPABILITIES
 from bmx.model.fp8_modules import quantise
 from bmx.model.fused_modules import fused_modules
 from bmx.model.loader import choose_dtype
+from bmx.model.spec_settings import under_settings
 from bmx.plan.device import Device
 from bmx.stats import Stats
 from bmx.terminal import environment
@@ -142,6 +145,40 @@ def test_keys_that_are_scaled_by_channel_are_tried_where_a_run_has_them(monkeypa
     assert not chosen.capabilities.profile.reads_by_channel
 
 
+def wrong_states(value, states, *_, **__):
+    states.zero_()
+    return value
+
+
+@pytest.mark.parametrize(
+    ("family", "function", "damage", "reason"),
+    [
+        ("qwen3_5_text", "delta_rule", fail, "OutOfResources"),
+        ("olmo_hybrid", "delta_rule", lambda _q, _k, value, _g, _b, *rest, **_: wrong_states(value, *rest), "wrong"),
+        ("granitemoehybrid", "state_space", lambda x, *_: x.float(), "wrong numbers: output"),
+    ],
+)
+def test_g17_mixers_that_fail_are_left_to_plain_torch(monkeypatch, family, function, damage, reason):
+    spec = under_settings(tiny_loaded(family).spec, EngineConfig(state_format="bfloat16"))
+    mixers = list(needed_by_mixers(tiny_loaded(family).model, spec))
+
+    def chosen():
+        forget()
+        return trial.tried(kernels.choose("cpu"), mixers, torch.float32, torch.device("cpu"))
+
+    assert chosen().replaced == {}
+    monkeypatch.setattr(f"{MODULE}.{function}", damage)
+    assert set(chosen().replaced) == {function}
+    assert chosen().replaced[function].startswith(reason)
+    assert chosen().capabilities.capturable
+
+
+def test_mixers_are_tried_where_a_model_has_them(monkeypatch):
+    tiny_loaded("lfm2")  # on a GPU, plain torch computes while a model is looked at
+    monkeypatch.setattr(f"{MODULE}.convolve", fail)
+    assert set(tiny_engine("lfm2", kv_policy="none").backend.kernels.replaced) == {"convolve"}
+
+
 def without_compiler(*_, **__):
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
 
@@ -207,7 +244,7 @@ def test_g18_gpus_that_triton_kernels_are_not_for_run_plain_torch_and_it_is_said
 def test_every_function_that_triton_computes_has_a_trial():
     module = kernels.Kernels("triton", "").module
     own = {name for name in FUNCTIONS if getattr(module, name) is not getattr(reference, name)}
-    assert own == set(trial.TRIALS)
+    assert own == {*trial.TRIALS, *kernels.MIXERS}
 
 
 LAYER = trial.Attention(
@@ -215,7 +252,7 @@ LAYER = trial.Attention(
     kv_heads=1,
     key_dim=16,
     value_dim=16,
-    order=trial.EvictionOrder(by="average", sink=2, recent=4, window=None),
+    order=EvictionOrder(by="average", sink=2, recent=4, window=None),
     mass=True,
 )
 
@@ -262,7 +299,7 @@ def test_attention_that_is_not_added_up_is_noticed(monkeypatch):
 def test_slots_that_are_read_in_pieces_are_tried_too(monkeypatch):
     def decode_step(output, query, key, value, rows, *args, **options):
         done = reference.decode_step(output, query, key, value, rows, *args, **options)
-        output.mul_(1 if rows.largest == trial.ROWS else 2)
+        output.mul_(1 if rows.largest == trial_inputs.ROWS else 2)
         return done
 
     monkeypatch.setattr(f"{MODULE}.decode_step", decode_step)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from itertools import chain
+from typing import Any, cast
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.kernels import Kernels, trial
 from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import MODEL
+from bmx.kernels.mixer_contract import MixerFunctions
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kernels.trial import Attention
+from bmx.kernels.trial_inputs import Attention
+from bmx.kernels.trial_mixers import Mixer, Noting
+from bmx.kv.states import dtype_of
 from bmx.model.fp8_modules import Fp8Linear
+from bmx.model.inspection import call_mixers
 from bmx.model.spec import ModelSpec
 
 
@@ -27,7 +33,27 @@ def tried(kernels: Kernels, model: Any, spec: ModelSpec, policy: CompressionPoli
     Raises:
         DeviceError: after a trial the GPU refuses every call.
     """
-    return trial.tried(kernels, _layers(model, spec, policy, kernels.capabilities), model.dtype, model.device)
+    layers: Iterator[Attention | Mixer] = chain(
+        _layers(model, spec, policy, kernels.capabilities), needed_by_mixers(model, spec)
+    )
+    return trial.tried(kernels, layers, model.dtype, model.device)
+
+
+def needed_by_mixers(model: Any, spec: ModelSpec) -> Iterator[Mixer]:
+    """What the functions of a model's mixers are compiled for, with states as slots store them.
+
+    Args:
+        model: the torch module.
+        spec: the model's sizes.
+    """
+    if not spec.states:
+        return
+    noting = Noting()
+    call_mixers(model, cast("MixerFunctions", noting))
+    stored = {state.shape: dtype_of(state, model.dtype) for state in spec.states}
+    for mixer in noting.mixers:
+        shape, dtype = mixer.state
+        yield replace(mixer, state=(shape, stored.get(shape, dtype)))
 
 
 def _layers(model: Any, spec: ModelSpec, policy: CompressionPolicy, capabilities: Capabilities) -> Iterator[Attention]:

@@ -19,6 +19,7 @@ from bmx.kernels.registry import CAPABILITIES, interpreted
 
 LEAST_CAPABILITY = (8, 0)  # Ampere
 STEPS = {"decode_step", "prefill_step"}
+MIXERS = {"convolve", "delta_rule", "state_space"}
 BY_CHANNEL = {"append_by_channel", "decode_by_channel", "read_by_channel"}
 
 

@@ -9,71 +9,31 @@ Shapes: S slots, K kv heads, C rows of a head in a slot, T tokens of a chunk, P 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bmx.errors import DeviceError
-from bmx.kernels import BY_CHANNEL, STEPS, Kernels, reference
+from bmx.kernels import BY_CHANNEL, MIXERS, STEPS, Kernels, reference
 from bmx.kernels.contract import FUNCTIONS, KernelModule
-from bmx.kernels.formats import KEY_GROUP, MODEL, Stored
-from bmx.kernels.fp8_products import round_rows
-from bmx.kernels.linear import Linear
-from bmx.kernels.ranking import EvictionOrder
+from bmx.kernels.formats import KEY_GROUP, Stored
 from bmx.kernels.registry import interpreted
-from bmx.kernels.slot_views import Chunks, Rows
+from bmx.kernels.slot_views import Rows
 from bmx.kernels.trial_channels import results_by_channel
+from bmx.kernels.trial_inputs import SLOTS, TOKENS, Attention, Inputs
+from bmx.kernels.trial_mixers import Mixer, results_of_mixer
+from bmx.kernels.trial_parts import FEW, PARTS
 
-SLOTS, ROWS, TOKENS = 2, 40, 16  # slots of a trial, rows of each of their heads, tokens of a chunk
-TOKENS_TO_DRAW = 5000  # of a trial's vocabulary: more than a program looks at together
-FLOAT8_SIZES = (48, 128)  # outputs and inputs of a layer with float8 weights
-FEW = 3  # tokens whose numbers are independent of each other
-OLDER = 24  # tokens of the first slot that were evicted: it is full, and the second one has room for a chunk
 TOLERANCE = {2: 0.03, 4: 0.003}  # of the length of all numbers together, by bytes of a number
 MISPLACED = 1 / 16  # of all pairs: where scores are nearly equal, rounding decides which pair stays
 NEW = 9.0  # above all ranks of a trial
 REASON = 200  # most characters of a reason
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """What the kernels of an attention layer are compiled for.
-
-    Attributes:
-        heads: query heads.
-        kv_heads: K.
-        key_dim: numbers of a key.
-        value_dim: numbers of a value.
-        formats: how keys and values are stored.
-        order: which pair is evicted first.
-        mass: whether rows hold the attention that they received.
-        decays: whether queries weigh differently, and earlier attention decays.
-        softcap: of the scores, or None.
-        sinks: whether there are extra logits without a value.
-        fused: whether kernels do whole steps; if not, chunks attend and a policy does the rest.
-        channel_formats: how keys and values are stored, where keys are scaled by channel; else None.
-        float8: whether the model's linear layers have float8 weights.
-    """
-
-    heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    order: EvictionOrder
-    formats: tuple[str, str] = (MODEL, MODEL)
-    mass: bool = False
-    decays: bool = False
-    softcap: float | None = None
-    sinks: bool = False
-    fused: bool = True
-    channel_formats: tuple[str, str] | None = None
-    float8: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +45,7 @@ class Results:
     kept: Tensor | None = None
 
 
-def tried(kernels: Kernels, layers: Iterable[Attention], dtype: torch.dtype, device: torch.device) -> Kernels:
+def tried(kernels: Kernels, layers: Iterable[Attention | Mixer], dtype: torch.dtype, device: torch.device) -> Kernels:
     """The kernels, with plain torch in place of each function that cannot compute these layers.
 
     Each kind of layer is tried once in a process.
@@ -111,7 +71,7 @@ def tried(kernels: Kernels, layers: Iterable[Attention], dtype: torch.dtype, dev
     replaced = dict(kernels.replaced)
     for layer in dict.fromkeys(layers):  # each once, in their order
         replaced = dict(_failures(whole, layer, dtype, device)) | replaced
-    if replaced.keys() >= own - BY_CHANNEL:
+    if replaced.keys() >= own - BY_CHANNEL - MIXERS:
         return _plain(kernels, next(iter(replaced.values())))
     for name, reason in replaced.items():
         _warn(f"plain torch computes {name}, slower, in place of Triton's: {reason}")
@@ -125,7 +85,9 @@ def without(kernels: Kernels, error: Exception) -> Kernels:
 
 def _plain(kernels: Kernels, reason: str) -> Kernels:
     _warn(f"plain torch computes all that Triton would, slower: {reason}")
-    return Kernels("reference", f"plain torch: {reason} ({kernels.why})", replaced=dict.fromkeys(TRIALS, reason))
+    return Kernels(
+        "reference", f"plain torch: {reason} ({kernels.why})", replaced=dict.fromkeys([*TRIALS, *MIXERS], reason)
+    )
 
 
 @cache
@@ -142,27 +104,50 @@ def _is_own(module: KernelModule, name: str) -> bool:
 @cache
 @torch.inference_mode()
 def _failures(
-    kernels: Kernels, layer: Attention, dtype: torch.dtype, device: torch.device
+    kernels: Kernels, layer: Attention | Mixer, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[str, str], ...]:
     """The functions that fail, each with the reason."""
     found: dict[str, str] = {}
-    for name in TRIALS:
-        fused = layer.fused and STEPS.isdisjoint(found)  # chunks attend by themselves where a step has failed
-        needed = layer.fused if name in STEPS else not fused if name == "attend_chunk" else True
-        needed = layer.channel_formats is not None if name in BY_CHANNEL else needed
+    rounded = layer.state[1] if isinstance(layer, Mixer) else dtype
+    tolerance = TOLERANCE[min(dtype.itemsize, rounded.itemsize)]
+    for name, trials in _trials(layer, dtype, device):
+        needed = name != "attend_chunk" or not STEPS.isdisjoint(found)  # chunks attend so where a step has failed
+        needed = needed or (isinstance(layer, Attention) and not layer.fused)
         if needed and _is_own(kernels.module, name):
-            reason = _failure(name, kernels.module, layer, dtype, device)
+            reason = _failure(name, kernels.module, trials, tolerance, device)
             found |= {name: reason} if reason else {}
     return tuple(found.items())
 
 
-def _failure(name: str, module: KernelModule, layer: Attention, dtype: torch.dtype, device: torch.device) -> str:
-    """Why a function fails; empty if it does not."""
+def _trials(
+    layer: Attention | Mixer, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, list[Callable[[KernelModule], Results | None]]]]:
+    """The functions that a layer needs, in order, and how each is tried."""
+    if isinstance(layer, Mixer):
+        yield layer.function, [lambda module: _numbers(**results_of_mixer(module, layer, device))]
+        return
     inputs = Inputs(layer, dtype, device)
+    for name, trials in TRIALS.items():
+        if layer.fused if name in STEPS else layer.channel_formats is not None if name in BY_CHANNEL else True:
+            yield name, [partial(_on, inputs, trial) for trial in trials]
+
+
+def _on(inputs: Inputs, trial: Trial, module: KernelModule) -> Results | None:
+    return trial(module, inputs)
+
+
+def _failure(
+    name: str,
+    module: KernelModule,
+    trials: Iterable[Callable[[KernelModule], Results | None]],
+    tolerance: float,
+    device: torch.device,
+) -> str:
+    """Why a function fails; empty if it does not."""
     try:
-        for trial in TRIALS[name]:
-            results, expected = trial(module, inputs), trial(reference, inputs)
-            if results and expected and (reason := _difference(results, expected, TOLERANCE[dtype.itemsize])):
+        for trial in trials:
+            results, expected = trial(module), trial(reference)
+            if results and expected and (reason := _difference(results, expected, tolerance)):
                 return reason
         return ""
     except (torch.OutOfMemoryError, MemoryError):
@@ -213,89 +198,6 @@ def _difference(results: Results, expected: Results, tolerance: float) -> str:
 def _wrong(name: str, numbers: Tensor, expected: Tensor, tolerance: float) -> str:
     off, size = float((numbers.float() - expected.float()).norm()), float(expected.float().norm())
     return "" if off <= tolerance * size else f"wrong numbers: {name} is off by {off / max(size, 1e-9):.1%}"
-
-
-class Inputs:
-    """Numbers for trials, the same whenever they are asked for.
-
-    Args:
-        layer: sizes.
-        dtype: of the model.
-        device: where they are.
-        per_head: rows of each head of a slot.
-
-    Attributes:
-        starts: tokens that each slot has seen.
-    """
-
-    def __init__(self, layer: Attention, dtype: torch.dtype, device: torch.device, per_head: int = ROWS) -> None:
-        self.layer, self.dtype, self.device = layer, dtype, device
-        self.per_head, self.starts = per_head, (per_head + OLDER, TOKENS)
-
-    def normal(self, *shape: int, seed: int) -> Tensor:
-        """Numbers of the model's type that are distributed normally."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device, self.dtype)
-
-    def tensor(self, numbers: Any, dtype: torch.dtype = torch.long) -> Tensor:
-        """Given numbers."""
-        return torch.tensor(numbers, dtype=dtype, device=self.device)
-
-    def vectors(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of packed tokens."""
-        layer = self.layer
-        query = self.normal(tokens, layer.heads, layer.key_dim, seed=1)
-        key = self.normal(tokens, layer.kv_heads, layer.key_dim, seed=2)
-        return query, key, self.normal(tokens, layer.kv_heads, layer.value_dim, seed=3)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What all functions of attention are told."""
-        layer = self.layer
-        sinks = self.normal(layer.heads, seed=4) if layer.sinks else None
-        return {"scale": layer.key_dim**-0.5, "softcap": layer.softcap, "sinks": sinks}
-
-    def rows(self) -> Rows:
-        """Two slots: the first is full, and holds any tokens; the second holds its first tokens."""
-        layer, heads = self.layer, SLOTS * self.layer.kv_heads
-        order = torch.Generator().manual_seed(5)
-        full = [torch.randperm(self.starts[0], generator=order)[: self.per_head] for _ in range(layer.kv_heads)]
-        begun = torch.arange(self.per_head).masked_fill(torch.arange(self.per_head) >= self.starts[1], -1)
-        keys = Stored.zeros(layer.formats[0], (heads * self.per_head,), layer.key_dim, self.dtype, self.device)
-        values = Stored.zeros(layer.formats[1], (heads * self.per_head,), layer.value_dim, self.dtype, self.device)
-        keys.write(slice(None), self.normal(heads * self.per_head, layer.key_dim, seed=6))
-        values.write(slice(None), self.normal(heads * self.per_head, layer.value_dim, seed=7))
-        return Rows(
-            keys=keys.numbers,
-            values=values.numbers,
-            positions=torch.cat([*full, *[begun] * layer.kv_heads]).int().to(self.device),
-            mass=self.normal(heads * self.per_head, seed=8).float().abs() / self.per_head if layer.mass else None,
-            first=(torch.arange(heads) * self.per_head).view(SLOTS, -1).to(self.device),
-            capacity=torch.full((SLOTS, layer.kv_heads), self.per_head).to(self.device),
-            kv_heads=layer.kv_heads,
-            capacities=((self.per_head,) * layer.kv_heads,) * SLOTS,
-            largest=self.per_head,
-            key_scales=keys.scales,
-            value_scales=values.scales,
-            key_format=layer.formats[0],
-            value_format=layer.formats[1],
-            ranks=self.normal(heads * self.per_head, seed=22).float() if layer.order.by == "rank" else None,
-        )
-
-    def chunks(self) -> Chunks:
-        """A chunk for each slot; both sequences evict sooner or later."""
-        columns = {
-            "offsets": tuple(TOKENS * slot for slot in range(SLOTS)),
-            "lengths": (TOKENS,) * SLOTS,
-            "slots": tuple(range(SLOTS)),
-            "starts": self.starts,
-            "row_limits": (self.per_head,) * SLOTS,
-            "totals": (self.starts[0] + 2 * self.per_head,) * SLOTS,
-        }
-        weights = decay = None
-        if self.layer.decays:
-            weights = self.normal(TOKENS * SLOTS, seed=9).float().abs()
-            decay = self.tensor((0.5,) * SLOTS, torch.float32)
-        return Chunks(**columns, table=self.tensor(list(columns.values())), query_weights=weights, decay=decay)
 
 
 def _results(output: Tensor, rows: Rows, inputs: Inputs) -> Results:
@@ -394,55 +296,18 @@ def _numbers(**numbers: Tensor) -> Results:
     return Results(numbers=numbers, pairs={})
 
 
-def _product(module: KernelModule, inputs: Inputs) -> Results:
-    """A linear layer, a gated pair of them, and one with float8 weights if the model has such."""
-    dim = inputs.layer.key_dim
-    x = inputs.normal(FEW, dim, seed=12)
-    gate, up = (Linear(weight=inputs.normal(2 * dim, dim, seed=seed) / dim**0.5, bias=None) for seed in (13, 14))
-    [output], [gated] = module.product((gate,))(x), module.product((gate, up), gated=True)(x)
-    if inputs.layer.float8:
-        codes, scales = round_rows(inputs.normal(*FLOAT8_SIZES, seed=23))
-        wide = inputs.normal(FEW, FLOAT8_SIZES[1], seed=24)
-        [wide] = module.product((Linear(weight=codes, bias=None, scales=scales),))(wide)
-        return _numbers(output=output, gated=gated, float8=wide)
-    return _numbers(output=output, gated=gated)
+Trial = Callable[[KernelModule, Inputs], Results | None]
 
 
-def _gate(module: KernelModule, inputs: Inputs) -> Results:
-    gate, up = (inputs.normal(FEW, inputs.layer.key_dim, seed=seed) for seed in (15, 16))
-    return _numbers(output=module.gate(gate, up))
+def _as_numbers(trial: Callable[[KernelModule, Inputs], dict[str, Tensor]]) -> Trial:
+    return lambda module, inputs: _numbers(**trial(module, inputs))
 
 
-def _norm(module: KernelModule, inputs: Inputs) -> Results:
-    x, weight = inputs.normal(FEW, inputs.layer.key_dim, seed=17), inputs.normal(inputs.layer.key_dim, seed=18)
-    return _numbers(output=module.rms_norm(x, weight, 1e-5))
-
-
-def _rotation(module: KernelModule, inputs: Inputs) -> Results:
-    layer = inputs.layer
-    x = inputs.normal(1, FEW, layer.heads, layer.key_dim, seed=19).transpose(1, 2)
-    cos, sin = (inputs.normal(1, FEW, layer.key_dim, seed=seed) for seed in (20, 21))
-    return _numbers(output=module.rotate(x, cos, sin))
-
-
-def _drawn(module: KernelModule, inputs: Inputs) -> Results:
-    """Rows with each cut, with all and with none; the second row is left out."""
-    rows = inputs.tensor([0, *range(2, 7)])
-    cuts = [(1.0, 0, 1.0, 0.0), (0.7, 9, 1.0, 0.0), (1.5, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.2), (0.9, 40, 0.9, 0.05)]
-    sampling = [(*cut, 0.15 * number) for number, cut in enumerate([*cuts, cuts[0]])]
-    logits = inputs.normal(len(sampling) + 1, TOKENS_TO_DRAW, seed=22)
-    return _numbers(tokens=module.draw(logits, rows, inputs.tensor(sampling, torch.float64).t().contiguous()))
-
-
-TRIALS: Mapping[str, tuple[Callable[[KernelModule, Inputs], Results | None], ...]] = {
+TRIALS: Mapping[str, tuple[Trial, ...]] = {
     "decode_step": (_decode, _decode_long),
     "prefill_step": (_prefill,),
     **dict.fromkeys(sorted(BY_CHANNEL), (_channels,)),
     "decode_by_channel": (_channels, _channels_long),
     "attend_chunk": (_chunk,),
-    "product": (_product,),
-    "gate": (_gate,),
-    "rms_norm": (_norm,),
-    "rotate": (_rotation,),
-    "draw": (_drawn,),
+    **{name: (_as_numbers(trial),) for name, trial in PARTS.items()},
 }

@@ -69,6 +69,15 @@ def read_spec(model: Any, costs: Callable[[Any], Costs]) -> ModelSpec:
     return replace(_spec(model, tuple(probe.layers), costs(model)), states=mixers.layouts)
 
 
+def call_mixers(model: Any, kernels: MixerFunctions) -> None:
+    """Run a model that ``read_spec`` has read on three packed tokens, with mixers that these kernels compute."""
+    from bmx.model.mixers import Mixers
+
+    probe, mixers = _AttentionProbe(model.device), Mixers(model, kernels)
+    with use_attention(model, probe, probe.placeholder_mask), mixers.attached():
+        _outputs(model, probe, mixers, tokens=(1, 2, 3), positions=(3, 7, 1))
+
+
 @contextmanager
 def _own_kernels(model: Any) -> Iterator[MixerFunctions]:
     """On a CPU, the kernels that will run compute: torch's products of bfloat16 may take a hundred times as long.

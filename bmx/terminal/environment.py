@@ -54,7 +54,8 @@ def _tried(chosen: Kernels) -> Kernels:
     import torch
 
     from bmx.kernels.ranking import EvictionOrder
-    from bmx.kernels.trial import Attention, tried
+    from bmx.kernels.trial import tried
+    from bmx.kernels.trial_inputs import Attention
 
     config = EngineConfig()
     order = EvictionOrder(by="average", sink=config.kv_sink, recent=config.kv_recent, window=None)
