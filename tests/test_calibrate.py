@@ -25,6 +25,7 @@ from bmx.errors import BmxError
 from bmx.measure import plots as report
 from bmx.measure.calibration_checks import REFERENCES, problem_of
 from bmx.measure.calibration_file import ANSWERS_KEY
+from bmx.measure.candidates import full_cache_config, settings_of
 from bmx.measure.full_cache_answers import FullCacheAnswer, FullCacheAnswers, divergence
 from bmx.measure.layer_analysis import pooled_factors, shared_layers
 from bmx.measure.metrics import Agreement, on_frontier, rouge_l
@@ -422,6 +423,13 @@ def auto(bmx, *flags):
     return bmx("run", "in.jsonl", "-m", "fake", "--kv-budget", "auto", *flags)
 
 
+def test_candidates_with_rounded_states_are_compared_with_whole_ones():
+    config = EngineConfig(state_format="bfloat16")
+    assert full_cache_config(config).state_format == "float32"
+    assert settings_of(config)["state_format"] == "bfloat16"
+    assert candidate_words(settings_of(config)).endswith("bfloat16 states")
+
+
 def test_b1_a_calibration_file_sets_the_cache(bmx):
     Path(FILE).write_text(json.dumps(GOOD))
     shown = auto(bmx, "--print-config").out
@@ -435,11 +443,11 @@ def test_b1_auto_in_an_earlier_calibration_file_is_the_models_own_type(bmx, monk
     assert "kv_format: model\n" in auto(bmx, "--print-config").out
 
 
-def test_b1_a_calibration_file_from_before_there_were_archives_is_read(given, bmx, model):
+def test_b1_a_calibration_file_from_before_there_were_archives_and_states_is_read(given, bmx, model):
     given("--kv-budget", 200)
     record = measured()
     for settings in (*(candidate["settings"] for candidate in record["candidates"]), record["recommended"]):
-        for name in ("kv_archive", "kv_recall", "kv_recall_pairs", "kv_recall_every"):
+        for name in ("kv_archive", "kv_recall", "kv_recall_pairs", "kv_recall_every", "state_format"):
             del settings[name]
     Path(FILE).write_text(json.dumps(record))
     run = ("run", "in.jsonl", "-m", model, "--dtype", "float32", "--kv-budget", "auto", "--dry-run")
