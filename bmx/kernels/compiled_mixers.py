@@ -2,7 +2,8 @@
 
 Implements ``mixer_contract.MixerFunctions`` for inputs and states in bfloat16 or float32, norms in bfloat16. Other
 types go to ``reference``; so do sizes that fill no register (vectors of norms, channels of a convolution, D and E of
-the delta rule, and N of a state space that are no multiples of 16), and rates [H, N] of heads with several channels.
+the delta rule, and N of a state space that are no multiples of 16), convolutions of more than 4 taps, and rates [H, N]
+of heads with several channels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bmx.kernels.segments import Segments
 
 COLUMNS = 16  # numbers that are computed together, at most
 TYPES = (torch.bfloat16, torch.float32)
+TAPS = range(2, 5)  # of a convolution
 
 
 class CompiledMixers:
@@ -37,7 +39,8 @@ class CompiledMixers:
         """See ``contract.KernelModule.convolve``."""
         channels, taps = weight.shape
         alike = {one.dtype for one in (x, weight, windows, bias) if one is not None}
-        if len(alike) > 1 or x.dtype not in TYPES or channels % COLUMNS or not windows.is_contiguous():
+        fits = len(alike) == 1 and x.dtype in TYPES and windows.is_contiguous()
+        if not fits or channels % COLUMNS or taps not in TAPS:
             return reference.convolve(x, weight, bias, windows, segments, silu=silu)
         x, weight, bias = _in_rows(x), weight.contiguous(), None if bias is None else bias.contiguous()
         output = x.new_empty(x.shape)

@@ -38,10 +38,14 @@ inline Real silu(Real x) {
     return x * select(less(x, zeros()), e, one) / (one + e);
 }
 
-// A causal convolution of each channel: x by row; weight [channels][taps]; windows [slots][taps - 1][channels].
+constexpr int MOST_TAPS = 4;  // of a convolution
+
+// A causal convolution of each channel, of 2 to MOST_TAPS taps: x by row; weight [channels][taps]; windows [slots][taps
+// - 1][channels].
 template <class X>
 struct Convolution {
-    static constexpr long BLOCK = 128;  // channels of a task
+    static constexpr long BLOCK = 512;         // channels of a task
+    static constexpr long ROWS_TOGETHER = 16;  // whose inputs stay in the first cache
 
     const X* x;
     long row;  // stride
@@ -60,25 +64,41 @@ struct Convolution {
         const auto seen = [&](long i) {  // inputs from the first of the window on
             return i < taps - 1 ? window + i * channels : x + (begin + i - (taps - 1)) * row + first;
         };
-        for (long t = 0; t < all.length; t++) {
-            X* to = y + (begin + t) * channels + first;
-            for (long c = 0; c < width; c += LANES) {
-                Real sum = load(factors + taps * BLOCK + c);
-                for (long tap = 0; tap < taps; tap++)
-                    sum = fused(load_number(seen(t + tap) + c), load(factors + tap * BLOCK + c), sum);
-                store_number(to + c, with_silu ? silu(sum) : sum);
-            }
+        for (long from = 0; from < all.length; from += ROWS_TOGETHER) {
+            const long rows = std::min(ROWS_TOGETHER, all.length - from);
+            for (long c = 0; c < width; c += LANES)
+                column(seen, from, rows, c, factors + c, y + (begin + from) * channels + first + c);
         }
         for (long i = 0; all.kept && i < taps - 1; i++)
             std::memmove(window + i * channels, seen(all.length + i), width * sizeof(X));
+    }
+
+    // LANES channels of some rows: the last inputs stay in registers. `seen`: see compute.
+    template <int N = MOST_TAPS, class Seen>
+    void column(const Seen& seen, long from, long rows, long c, const float* factors, X* to) const {
+        if constexpr (N > 2)
+            if (taps < N) return column<N - 1>(seen, from, rows, c, factors, to);
+        Real last[N], weights[N];
+        for (int i = 0; i < N; i++) weights[i] = load(factors + i * BLOCK);
+        for (int i = 0; i + 1 < N; i++) last[i + 1] = load_number(seen(from + i) + c);
+        const Real given = load(factors + N * BLOCK);
+        for (long t = 0; t < rows; t++, to += channels) {
+            for (int i = 0; i + 1 < N; i++) last[i] = last[i + 1];
+            last[N - 1] = load_number(seen(from + t + N - 1) + c);
+            Real sum = given;
+            for (int i = 0; i < N; i++) sum = fused(last[i], weights[i], sum);
+            store_number(to, with_silu ? silu(sum) : sum);
+        }
     }
 
     // The weights of each tap, then the bias, of `width` channels from `first` on.
     void spread(float* factors, long first, long width) const {
         for (long c = 0; c < width; c += LANES)
             store(factors + taps * BLOCK + c, bias ? load_number(bias + first + c) : zeros());
-        for (long c = 0; c < width; c++)
-            for (long tap = 0; tap < taps; tap++) factors[tap * BLOCK + c] = number(weight[(first + c) * taps + tap]);
+        for (long tap = 0; tap < taps; tap++) {
+            const X* from = weight + first * taps + tap;
+            for (long c = 0; c < width; c++, from += taps) factors[tap * BLOCK + c] = number(*from);
+        }
     }
 
     static float number(float x) { return x; }
@@ -90,12 +110,14 @@ struct Convolution {
     }
 
     void compute_all(const Sequences& all, char* memory, size_t each) const {
+        const long blocks = (channels + BLOCK - 1) / BLOCK, parts = all.length > 1 ? all.count : 1;
 #pragma omp parallel for
-        for (long first = 0; first < channels; first += BLOCK) {
-            const long width = std::min(BLOCK, channels - first);
+        for (long task = 0; task < parts * blocks; task++) {
+            const long first = task % blocks * BLOCK, width = std::min(BLOCK, channels - first);
             float* factors = Work{memory + omp_get_thread_num() * each}.take<float>((taps + 1) * BLOCK);
             spread(factors, first, width);
-            for (long which = 0; which < all.count; which++) compute(all, which, first, width, factors);
+            for (long which = task / blocks; which < all.count; which += parts)
+                compute(all, which, first, width, factors);
         }
     }
 };
@@ -279,7 +301,8 @@ struct StateSpace {
                 advance(room, moved, splat(left[t]), in, out, sums);
             Real total = sums_of(sums);
             if (skip) total = fused(own, by_number ? load(padded(skip + head, count, some)) : splat(skip[head]), total);
-            store_first(y + row * heads * dim + first, count, total);
+            float* to = y + row * heads * dim + first;
+            count == LANES ? store(to, total) : store_first(to, count, total);
         }
         for (long i = 0; all.kept && i < count; i++)
             for (long n = 0; n < numbers; n += LANES)
