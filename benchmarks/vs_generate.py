@@ -2,10 +2,13 @@
 
     python benchmarks/vs_generate.py                      # 24 prompts of about 3,000 tokens, 64 new each, 300 MB of KV
     python benchmarks/vs_generate.py --input mine.jsonl   # prompts of your own
+    python benchmarks/vs_generate.py --shape qwen3.5-0.8b --tokens 2000 --batches 1   # random weights and prompts
 
 Both sides ignore the end token, so that both generate exactly the same number of tokens. ``generate`` runs static
-batches of as many rows as fit the KV memory when padded, longest first. Both are warmed up; the time of bmx includes
-tokenising and detokenising, that of ``generate`` does not. On the CPU. Prints a line a side, then the ratio.
+batches of as many rows as fit the KV memory when padded, longest first: all of them, or so many as ``--batches`` says;
+a rate is of the prompts that were answered. The states of mixers count as KV memory on both sides. Both are warmed up;
+the time of bmx includes tokenising and detokenising, that of ``generate`` does not. On the CPU. Prints a line a side,
+then the ratio.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from pathlib import Path
 
 import torch
 
-from bmx import Engine, EngineConfig, Request, SamplingParams
+from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
+from bmx.engine.backend import ModelBackend
+from bmx.model.random_models import SHAPES, IdTokenizer, make_random_model
 from bmx.plan.roofline import weights_read
 from bmx.units import parse_bytes
 
@@ -99,15 +104,32 @@ def attention_flops(spec, length: int, chunk: int, budget: int) -> int:
     return sum(2 * keys * layer.query_heads * (layer.key_dim + layer.value_dim) for layer in spec.layers)
 
 
-def run_generate(engine: Engine, prompts: list[list[int]], new: int, kv_bytes: int) -> tuple[Timing, int]:
+def random_engine(shape: str, config: EngineConfig, longest: int) -> Engine:
+    """An engine with a random model of a well-known shape."""
+    loaded = make_random_model(shape, longest, config)
+    return Engine(config, PromptConfig(), IdTokenizer(), ModelBackend(loaded))
+
+
+def random_prompts(count: int, tokens: int) -> list[str]:
+    """Texts of random token ids, of about as many tokens."""
+    random = torch.Generator().manual_seed(0)
+    lengths = [tokens - 100 + (i * 37) % 200 for i in range(count)]
+    return [" ".join(map(str, torch.randint(3, 30_000, (n,), generator=random).tolist())) for n in lengths]
+
+
+def run_generate(
+    engine: Engine, prompts: list[list[int]], new: int, kv_bytes: int, most: int | None
+) -> tuple[Timing, list[int]]:
+    """Time the batches, or the first ``most`` of them; also returns their numbers of rows."""
     model = engine.backend.model
     per_token = engine.policy.layout(engine.spec, 1).kv_bytes
     todo = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = []
     while todo:
-        fit = max(1, int(kv_bytes // (per_token * (len(prompts[todo[0]]) + new))))
+        fit = max(1, int(kv_bytes // (per_token * (len(prompts[todo[0]]) + new) + engine.spec.state_bytes)))
         batches.append(todo[:fit])
         todo = todo[fit:]
+    batches = batches[:most]
     if not engine.backend.shares_prefixes:
         raise SystemExit("generate cannot be the judge here: bmx has pinned this model's rotary embedding")
     model.set_attn_implementation("sdpa")
@@ -123,12 +145,13 @@ def run_generate(engine: Engine, prompts: list[list[int]], new: int, kv_bytes: i
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
             model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)
-    return timing, max(map(len, batches))
+    return timing, [len(batch) for batch in batches]
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--model", default="demo")
+    ask.add_argument("--shape", choices=sorted(SHAPES), help="a random model of this shape instead")
     ask.add_argument("--dtype", default="bfloat16")
     ask.add_argument("--input", type=Path, help="JSONL with a 'prompt' in each line; default: the sample documents")
     ask.add_argument("--prompts", type=int, default=24)
@@ -137,6 +160,7 @@ def main() -> None:
     ask.add_argument("--kv", type=parse_bytes, default=300_000_000)
     ask.add_argument("--budget", type=int, default=512)
     ask.add_argument("--policy", default="average-attention")
+    ask.add_argument("--batches", type=int, help="time only so many batches of generate")
     ask.add_argument("--skip-generate", action="store_true", help="time bmx alone")
     args = ask.parse_args()
 
@@ -148,8 +172,10 @@ def main() -> None:
         kv_budget=args.budget,
         kv_cache_memory=args.kv,
     )
-    engine = Engine.open(config)
-    if args.input:
+    engine = random_engine(args.shape, config, args.tokens + 200) if args.shape else Engine.open(config)
+    if args.shape:
+        texts = random_prompts(args.prompts, args.tokens)
+    elif args.input:
         texts = [json.loads(line)["prompt"] for line in args.input.open(encoding="utf-8")][: args.prompts]
     else:
         texts = sample_prompts(engine.tokenizer, args.prompts, args.tokens)
@@ -182,7 +208,7 @@ def main() -> None:
     if stats.decode_steps:  # in which nothing but decoding was done
         active = stats.decode_tokens / stats.decode_steps
         held = sum(min(budget, len(p) + args.new // 2) for p in prompts) / len(prompts)
-        pairs = engine.policy.layout(engine.spec, 1).kv_bytes * held
+        pairs = engine.policy.layout(engine.spec, 1).kv_bytes * held + 2 * engine.spec.state_bytes
         read = weights_read(engine.spec, engine.backend.model, round(active)) + active * pairs
         flops = active * (linear_flops(engine.backend.model) + 2 * engine.spec.head_bytes / 2)
         step = stats.decode_seconds / stats.decode_steps
@@ -191,10 +217,10 @@ def main() -> None:
               f"{1e3 * flops / rate:.1f} ms")  # fmt: skip
     if args.skip_generate:
         return
-    theirs, batch = run_generate(engine, prompts, args.new, args.kv)
-    other = 60 * len(prompts) / theirs.seconds
-    print(f"generate  {theirs.seconds:6.1f} s  {other:5.2f} prompts/min  batches of {batch}  "
-          f"(other processes {theirs.others:.1f} CPU s)")  # fmt: skip
+    theirs, batches = run_generate(engine, prompts, args.new, args.kv, args.batches)
+    other = 60 * sum(batches) / theirs.seconds
+    print(f"generate  {theirs.seconds:6.1f} s  {other:5.2f} prompts/min  {sum(batches)} prompts, "
+          f"batches of {batches[0]}  (other processes {theirs.others:.1f} CPU s)")  # fmt: skip
     print(f"ratio: bmx answers {mine / other:.2f} x the prompts per minute of generate")
 
 

@@ -259,6 +259,7 @@ def test_shapes_have_the_parameters_of_their_models():
         "llama-2-13b": 13.02e9,
         "phi-3.5-mini": 3.82e9,
         "qwen3-8b": 8.19e9,
+        "qwen3.5-0.8b": 752.4e6,
         "smollm2-135m": 134.5e6,
     }
     assert set(SHAPES) == {*expected, "tiny"}

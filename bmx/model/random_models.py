@@ -93,6 +93,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": False,
     },
+    "qwen3.5-0.8b": {
+        "model_type": "qwen3_5_text",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 248_320,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262_144,
+        "tie_word_embeddings": True,
+    },
     "smollm2-135m": _LLAMA
     | {
         "vocab_size": 49_152,
