@@ -32,7 +32,7 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8"}
 def saved(tmp_path_factory):
     """Folders with good tiny models, by family."""
     folders = {}
-    for family in ("llama", "deepseek_v3", "mixtral"):
+    for family in ("llama", "deepseek_v3", "mixtral", "gpt_oss"):
         folders[family] = tmp_path_factory.mktemp(family)
         tiny_model(family).save_pretrained(folders[family])
         word_tokenizer().save_pretrained(folders[family])
@@ -48,7 +48,7 @@ def copy(saved, tmp_path, monkeypatch):
         folder = Path(shutil.copytree(saved[family], tmp_path / name))
         tensors = {}
         for key, tensor in load_file(folder / "model.safetensors").items():
-            matrix = key.endswith("_proj.weight") and not any(size % BLOCK for size in tensor.shape)
+            matrix = key.endswith(("_proj.weight", "_proj")) and not any(size % BLOCK for size in tensor.shape)
             tensors |= change(key, tensor) if matrix else {key: tensor}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         path = folder / "config.json"
@@ -102,6 +102,29 @@ def unpacked(key, weight):
     return {key: packed.float() * scale}
 
 
+FOUR_BITS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def mxfp4(key, weight):
+    """The weights of experts [X, in, out] in four bits, and an exponent for each 32 inputs of an output."""
+    if weight.ndim == 2:
+        return {key: weight}
+    groups = weight.transpose(1, 2).unflatten(2, (-1, 32))
+    exponents = (groups.abs().amax(-1, keepdim=True) / 6).log2().ceil()
+    codes = ((groups / 2**exponents).unsqueeze(-1) - FOUR_BITS).abs().argmin(-1).to(torch.uint8)
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    return {f"{key}_blocks": packed, f"{key}_scales": (exponents[..., 0] + 127).to(torch.uint8)}
+
+
+def mxfp4_unpacked(key, weight):
+    if weight.ndim == 2:
+        return {key: weight}
+    packed, exponents = mxfp4(key, weight).values()
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(3).long()
+    groups = FOUR_BITS[codes] * 2 ** (exponents.float() - 127).unsqueeze(-1)
+    return {key: groups.flatten(2).transpose(1, 2).contiguous()}
+
+
 def mlx(key, weight):
     scales = torch.ones(weight.shape[0], weight.shape[1] // 8)
     packed = torch.zeros(weight.shape[0], weight.shape[1] // 8, dtype=torch.uint32)
@@ -131,6 +154,7 @@ def open_engine(folder, dtype="float32"):
 
 NOBODY_UNPACKS = {  # change of the weights, of config.json, words of the message
     "modelopt": (modelopt, {"quantization_config": MODELOPT}, "NVIDIA ModelOpt"),
+    "modelopt in four bits": (whole, {"quantization_config": {"quant_method": "modelopt_fp4"}}, "NVIDIA ModelOpt"),
     "float8 without a word": (modelopt, {}, "type F8_E4M3 .*model.layers.0.mlp.down_proj.weight"),
     "integers without a word": (integers, {}, "type I8"),
     "gptq without a word": (gptq, {}, "type I32 .*qweight"),
@@ -166,15 +190,18 @@ UNPACKED = {  # change of the weights, the same without a form, config.json, fam
     "scales in bfloat16": (partial(fine, scale_type=BF16), partial(fine_unpacked, scale_type=BF16), FINE, "llama"),
     "experts": (partial(fine, scale_type=BF16), partial(fine_unpacked, scale_type=BF16), FINE, "deepseek_v3"),
     "static": (static, unpacked, STATIC, "llama"),
+    "mxfp4": (mxfp4, mxfp4_unpacked, {"quant_method": "mxfp4"}, "gpt_oss"),
 }
 
 
 @pytest.mark.parametrize("form", UNPACKED)
-def test_m11_float8_on_a_cpu_answers_as_its_unpacked_twin(copy, form):
+def test_m11_packed_weights_on_a_cpu_answer_as_their_unpacked_twin(copy, form):
     change, twin, settings, family = UNPACKED[form]
     prompts = random_prompts((5, 20, 9))
     engine = open_engine(copy(change, family, quantization_config=settings))
-    model = AutoModelForCausalLM.from_pretrained(copy(twin, family, name="twin"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        copy(twin, family, name="twin"), dtype=torch.float32, attn_implementation="eager"
+    )
     assert answers(engine, as_requests(prompts, max_tokens=5)) == reference_answers(model.eval(), prompts, 5)
 
 

@@ -17,7 +17,6 @@ from bmx.model.folders import ELSEWHERE
 
 ONLY_FOR = {"exl2": "ExLlamaV2", "exl3": "ExLlamaV3"}  # quant_method, and the tool that reads it
 MODELOPT, MODELOPT_FILE = "NVIDIA ModelOpt", "hf_quant_config.json"
-FORMS = {"modelopt": MODELOPT, "modelopt_fp4": MODELOPT}  # quant_method, and its name for people
 FROM_FLOATS = {"experts_int8"}  # other tools quantise such a checkpoint while they load it: its weights are floats
 WHOLE_ON_CPU = {"fp8", "mxfp8", "mxfp4"}  # forms that only GPUs compute with
 WHOLE = {*FLOATS, "I64", "BOOL", "C64"}  # types of tensors that are what they seem; I64 are indexes
@@ -80,7 +79,7 @@ def refuse_unknown_form(name: str, config: Mapping[str, Any]) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise _refusal(name, FORMS.get(method, method))
+        raise _refusal(name, MODELOPT if method.startswith("modelopt") else method)
 
 
 def refuse_packed(name: str, folder: Path, config: Mapping[str, Any]) -> None:
