@@ -66,8 +66,8 @@ class TextSide:
 def find_text_side(config: Any, trust_remote_code: bool) -> TextSide:
     """The text side of the checkpoint that a config describes.
 
-    Modules beside the text's decoder are left out if a forward over text never calls them. Only in a config of
-    several parts, by transformers' own code, is there anything to leave out.
+    Modules beside the text's decoder are left out if a forward over text runs without them. Only in a config of several
+    parts, by transformers' own code, is there anything to leave out.
 
     Args:
         config: transformers' config; it is not changed.
@@ -81,7 +81,7 @@ def find_text_side(config: Any, trust_remote_code: bool) -> TextSide:
         return TextSide(auto=auto, config=config)
     model = _on_meta(auto, config, "bfloat16", trust_remote_code)  # on the meta device, experts take this type alone
     own_class = type(model.config) is type(config) and type(model).__module__.startswith("transformers.")
-    names = _never_called(model, list(_beside_decoder(model))) if own_class else ()
+    names = _unneeded(model, tuple(_beside_decoder(model))) if own_class else ()
     return TextSide(auto=auto, config=config, model_class=type(model), left_out=names)
 
 
@@ -133,26 +133,40 @@ def _beside_decoder(model: Any) -> Iterator[str]:
     yield from beside(model, "")
 
 
-def _never_called(model: Any, names: list[str]) -> tuple[str, ...]:
-    """Those of some modules that a forward over text does not call; none where it fails without weights.
+def _unneeded(model: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of some modules without which a model still computes a text; none where it does not compute one at all.
 
     Args:
-        model: on the meta device.
+        model: on the meta device; it is left without them.
         names: of the modules.
     """
+    modules = {name: model.get_submodule(name) for name in names}
+    _leave_out(model, names)
+    if not names or _computes_text(model):
+        return names
+    for name, module in modules.items():
+        _put(model, name, module)
+    unneeded = []
+    for name, module in modules.items():
+        _leave_out(model, (name,))
+        if _computes_text(model):
+            unneeded.append(name)
+        else:
+            _put(model, name, module)
+    return tuple(unneeded)
+
+
+def _computes_text(model: Any) -> bool:
+    """Whether a forward over text runs on a model without contents; what its code raises says no."""
     import torch
 
-    called: set[str] = set()
-    for name in names:
-        for module in model.get_submodule(name).modules():
-            module.register_forward_hook(lambda *_, name=name: called.add(name))
     tokens = torch.tensor([[1, 2, 3]], device="meta")
     try:
         with use_attention(model, _no_attention, _no_mask), torch.inference_mode():
             model(input_ids=tokens, attention_mask=no_padding(model, 3), position_ids=tokens, use_cache=False)
-    except Exception:  # its code, which may fail in any way, is judged where it is inspected
-        return ()
-    return tuple(name for name in names if name not in called)
+    except Exception:
+        return False
+    return True
 
 
 def _no_attention(_: Any, query: Tensor, __: Tensor, value: Tensor, *___: Any, **____: Any) -> tuple[Tensor, None]:
@@ -180,9 +194,13 @@ def _class_without(model_class: Any, names: tuple[str, ...]) -> Any:
 
 
 def _leave_out(model: Any, names: tuple[str, ...]) -> None:
-    """Put modules without tensors in place of some of a model's."""
+    """Put modules without tensors in place of some of a model's; nothing can call them."""
     from torch import nn
 
     for name in names:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, nn.Module())
+        _put(model, name, nn.Module())
+
+
+def _put(model: Any, name: str, module: Any) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
