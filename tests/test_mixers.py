@@ -309,11 +309,24 @@ def test_all_norms_of_a_qwen_hybrid_are_computed_by_kernels():
     assert "Qwen3_5RMSNormGated" in found
 
 
-def test_norms_that_are_gated_before_are_left_to_the_model(monkeypatch):
-    """Without its gate, such a norm is a plain one; a kernel in its place would fail when it is called."""
-    of_one_group = FAMILIES["granitemoehybrid"]()
-    of_one_group.mamba_n_groups = 1
-    monkeypatch.setitem(FAMILIES, "granitemoehybrid", lambda: of_one_group)
-    found, _ = normed_by_kernels(tiny_model("granitemoehybrid"))
-    assert "GraniteMoeHybridRMSNorm" in found
-    assert "GraniteMoeHybridRMSNormGated" not in found
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("width", [96, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_gated_vectors_are_those_of_float64(kernel, dtype, width, groups):
+    x, gate, weight = normal(5, 3, width), normal(5, 3, width, seed=2, dtype=dtype), normal(width, seed=3, dtype=dtype)
+    gated = (x.double() * gate.double() * gate.double().sigmoid()).unflatten(-1, (groups, -1))
+    normed = (gated / (gated.square().mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(-2)
+    output = kernel.norm_of_gated(x, gate, weight, 1e-6, width // groups)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output.double(), normed * weight.double(), **TIGHT)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_norms_of_gated_vectors_are_found(monkeypatch, groups):
+    """Without its gate, such a norm is a plain one; that kernel in its place would fail when it is called."""
+    config = FAMILIES["granitemoehybrid"]()
+    config.mamba_n_groups = groups
+    monkeypatch.setitem(FAMILIES, "granitemoehybrid", lambda: config)
+    found, norms = normed_by_kernels(tiny_model("granitemoehybrid"))
+    assert len(found) == len(norms)
+    assert "GraniteMoeHybridRMSNormGated" in found

@@ -106,6 +106,8 @@ class Library:
         library.bmx_offset_norm.argtypes, library.bmx_offset_norm.restype = library.bmx_rms_norm.argtypes, None
         library.bmx_gated_norm.argtypes = [*[pointer] * 4, real, number, number]
         library.bmx_gated_norm.restype = None
+        library.bmx_norm_of_gated.argtypes = [*[pointer] * 4, real, number, number, number]
+        library.bmx_norm_of_gated.restype = None
         library.bmx_rotate.argtypes = [pointer, number, number, *[pointer] * 3, *[number] * 3]
         library.bmx_rotate.restype = None
         library.bmx_append_by_channel.argtypes = [pointer] * 2 + [number] * 3

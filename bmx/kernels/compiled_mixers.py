@@ -109,6 +109,16 @@ class CompiledMixers:
         self._library.functions.bmx_gated_norm(*map(address, (x, gate, weight, y)), epsilon, *sizes)
         return y
 
+    def norm_of_gated(self, x: Tensor, gate: Tensor, weight: Tensor, epsilon: float, group: int) -> Tensor:
+        """See ``contract.KernelModule.norm_of_gated``; x is float32, as state spaces return it."""
+        fits = x.dtype == torch.float32 and gate.dtype == weight.dtype == torch.bfloat16
+        if not fits or group % COLUMNS:
+            return reference.norm_of_gated(x, gate, weight, epsilon, group)
+        x, gate = x.contiguous(), gate.contiguous()
+        y, sizes = torch.empty_like(x), (x.numel() // group, len(weight) // group, group)
+        self._library.functions.bmx_norm_of_gated(*map(address, (x, gate, weight, y)), epsilon, *sizes)
+        return y
+
     def offset_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """See ``contract.KernelModule.offset_norm``."""
         inner = len(weight)

@@ -22,7 +22,7 @@ read_by_channel = reference.read_by_channel
 product, gate, rms_norm, rotate = reference.product, reference.gate, reference.rms_norm, reference.rotate
 draw = reference.draw
 convolve, delta_rule, state_space = reference.convolve, reference.delta_rule, reference.state_space
-gated_norm, offset_norm = reference.gated_norm, reference.offset_norm
+gated_norm, norm_of_gated, offset_norm = reference.gated_norm, reference.norm_of_gated, reference.offset_norm
 
 
 def attend_chunk(

@@ -115,6 +115,18 @@ class HybridNorms(Protocol):
         """
         ...
 
+    def norm_of_gated(self, x: Tensor, gate: Tensor, weight: Tensor, epsilon: float, group: int) -> Tensor:
+        """x times SiLU(gate), over the root of the mean square of each group, in float32, rounded, times the weight.
+
+        Args:
+            x: [..., I]; its type is that of the rounded numbers.
+            gate: [..., I].
+            weight: [I].
+            epsilon: added to the mean square.
+            group: numbers that are normed together, of which I is a multiple.
+        """
+        ...
+
     def offset_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Each vector over the root of its mean square, times 1 + weight, in float32 and rounded once.
 

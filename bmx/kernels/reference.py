@@ -26,6 +26,7 @@ from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SlotView, query_he
 draw = drawing.draw
 convolve, delta_rule, state_space = reference_mixers.convolve, reference_mixers.delta_rule, reference_mixers.state_space
 gated_norm, offset_norm = reference_mixers.gated_norm, reference_mixers.offset_norm
+norm_of_gated = reference_mixers.norm_of_gated
 
 
 def attend_chunk(

@@ -108,6 +108,12 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tenso
     return (normed * torch.nn.functional.silu(gate.float())).to(x.dtype)
 
 
+def norm_of_gated(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float, group: int) -> Tensor:
+    """See ``contract.KernelModule.norm_of_gated``."""
+    gated = x.float() * torch.nn.functional.silu(gate.float())
+    return weight * _normed(gated.view(*x.shape[:-1], -1, group), epsilon).view(x.shape).to(x.dtype)
+
+
 def offset_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See ``contract.KernelModule.offset_norm``."""
     return (_normed(x, epsilon) * (1.0 + weight.float())).to(x.dtype)

@@ -40,6 +40,7 @@ __all__ = [
     "draw",
     "gate",
     "gated_norm",
+    "norm_of_gated",
     "offset_norm",
     "prefill_step",
     "product",
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 attend_slots = reference.attend_slots
-gated_norm, offset_norm = reference.gated_norm, reference.offset_norm
+gated_norm, norm_of_gated, offset_norm = reference.gated_norm, reference.norm_of_gated, reference.offset_norm
 
 
 def prefill_step(

@@ -140,7 +140,8 @@ def _norms(module: Any, kernels: KernelModule, hybrid: bool) -> list[Forward]:
     """The norms that a module may be."""
     norms: tuple[Forward, ...] = (kernels.rms_norm, kernels.offset_norm) if hybrid else (kernels.rms_norm,)
     if _is_gated_norm(module):
-        norms = (kernels.gated_norm,)
+        group = getattr(module, "group_size", len(module.weight))
+        norms = (kernels.gated_norm, partial(kernels.norm_of_gated, group=group))
     return [partial(norm, weight=module.weight, epsilon=_epsilon(module)) for norm in norms]
 
 

@@ -150,6 +150,26 @@ void bmx_offset_norm(const bf16* x, const bf16* weight, bf16* y, float epsilon, 
     normed(x, y, epsilon, rows, inner, [=](long, long i, Real v) { return v * (splat(1.0f) + load_bf16(weight + i)); });
 }
 
+// y[rows][inner] = v / root of (mean of squares + epsilon) times weight[groups][inner], with v = x SiLU(gate). Rows of
+// all groups in turn.
+void bmx_norm_of_gated(const float* x, const bf16* gate, const bf16* weight, float* y, float epsilon, long rows,
+                       long groups, long inner) {
+#pragma omp parallel for
+    for (long row = 0; row < rows; row++) {
+        const bf16* factors = weight + row % groups * inner;
+        float* to = y + row * inner;
+        Real squares = zeros();
+        for (long i = 0; i < inner; i += LANES) {
+            const Real v = load(x + row * inner + i) * silu(load_bf16(gate + row * inner + i));
+            store(to + i, v);
+            squares = fused(v, v, squares);
+        }
+        const float mean = sum(squares) / static_cast<float>(inner);
+        const Real factor = splat(1.0f / std::sqrt(mean + epsilon));
+        for (long i = 0; i < inner; i += LANES) store(to + i, load(to + i) * factor * load_bf16(factors + i));
+    }
+}
+
 // The rotary embedding: y[tokens][heads][dim] = x cos + (-second half, first half) sin, each product rounded.
 // x by strides (token, head); cos and sin [tokens][dim].
 void bmx_rotate(const bf16* x, long token, long head, const bf16* cos, const bf16* sin, bf16* y, long tokens,
