@@ -10,7 +10,9 @@ from families import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bmx.model.cost_trace import trace_costs
+from bmx.model.inspection import read_spec
 from bmx.model.loader import prepare
+from bmx.model.spec import Costs
 
 S, F = "sliding_attention", "full_attention"
 H, WIDE, HEADS, KV_HEADS, VOCAB = 2048, 8192, 32, 8, 32_000
@@ -37,6 +39,7 @@ MOE = {  # config keys, and the width of an expert
     "mixtral": (dict(num_local_experts=8, num_experts_per_tok=2), WIDE),
     "olmoe": (dict(num_experts=16, num_experts_per_tok=4), WIDE),
 }
+FREE = Costs(activation_bytes=0, traffic_bytes=0, flops=0, operators=0)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
@@ -203,3 +206,47 @@ def test_the_states_of_a_model_without_contents_are_those_of_the_loaded_one(fami
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16).eval()
     assert prepare(empty).spec.states == prepare(loaded).spec.states
+
+
+def delta_nets(c, layers):
+    """Bytes of gated delta nets in float32, with windows in 16 bits, as the guide has it."""
+    heads, keys, key, value = (
+        c.linear_num_value_heads,
+        c.linear_num_key_heads,
+        c.linear_key_head_dim,
+        c.linear_value_head_dim,
+    )
+    return layers * (4 * heads * key * value + 2 * (c.linear_conv_kernel_dim - 1) * (2 * keys * key + heads * value))
+
+
+def mamba_2(layers, heads, dim, groups, numbers, window):
+    """The same of Mamba-2."""
+    return layers * (4 * heads * dim * numbers + 2 * (window - 1) * (heads * dim + 2 * groups * numbers))
+
+
+def of_mamba_keys(c, layers):
+    return mamba_2(layers, c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, c.mamba_d_conv)
+
+
+CLOSED_FORMS = {
+    "qwen3_5_text": lambda c: delta_nets(c, c.layer_types.count("linear_attention")),
+    "qwen3_5_moe_text": lambda c: delta_nets(c, c.layer_types.count("linear_attention")),
+    "qwen3_next": lambda c: delta_nets(c, c.layer_types.count("linear_attention")),
+    "granitemoehybrid": lambda c: of_mamba_keys(c, c.num_hidden_layers - 1),
+    "bamba": lambda c: of_mamba_keys(c, c.num_hidden_layers - len(c.attn_layer_indices)),
+    "falcon_h1": lambda c: of_mamba_keys(c, c.num_hidden_layers),
+    "nemotron_h": lambda c: mamba_2(
+        sum(kind in {"mamba", "mamba2", "linear_attention"} for kind in c.layers_block_type),
+        *(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size, c.conv_kernel),
+    ),
+    "lfm2": lambda c: 2 * c.layer_types.count("conv") * (c.conv_L_cache - 1) * c.hidden_size,
+    "lfm2_moe": lambda c: 2 * c.layer_types.count("conv") * (c.conv_L_cache - 1) * c.hidden_size,
+}
+
+
+@pytest.mark.parametrize("family", CLOSED_FORMS)
+def test_a_row_holds_the_states_that_the_closed_form_of_its_config_says(family):
+    config = FAMILIES[family]()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    assert read_spec(model, lambda _: FREE).state_bytes == CLOSED_FORMS[family](config) > 0
