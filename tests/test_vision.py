@@ -174,6 +174,18 @@ def test_text_rows_are_answered_as_the_whole_model_answers_them_by_its_text_side
     assert foretold.weight_bytes == pytest.approx(spec.weight_bytes, abs=100)
 
 
+def test_a_class_that_knows_no_rows_of_logits_computes_all_where_none_are_named(checkpoint):
+    """As a captured round asks for them, and ``generate`` itself."""
+    model = opened(checkpoint("video_llama_3")).backend.model
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        every = model(input_ids=tokens, use_cache=False).logits
+        assert every.shape == (1, 3, VOCAB)
+        assert torch.equal(model(input_ids=tokens, use_cache=False, logits_to_keep=0).logits, every)
+        some = model(input_ids=tokens, use_cache=False, logits_to_keep=torch.tensor([0, 2])).logits
+    torch.testing.assert_close(some, every[:, [0, 2]])
+
+
 def test_a_hybrids_text_side_has_a_class_of_its_own(tmp_path):
     """As the files of Qwen 3.5 are published: with weights for images, and for guessing several tokens at once."""
     layers = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)

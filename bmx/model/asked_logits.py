@@ -16,8 +16,9 @@ def compute_asked_logits(model: Any) -> None:
     if head is None or "logits_to_keep" in inspect.signature(forward).parameters:
         return
 
-    def with_asked_logits(*args: Any, logits_to_keep: Any, **kwargs: Any) -> Any:
-        asked = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, logits_to_keep], *inputs[1:]))
+    def with_asked_logits(*args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 for all
+        asked = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, kept], *inputs[1:]))
         try:
             return forward(*args, **kwargs)
         finally:

@@ -18,14 +18,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bmx.kernels import mixer_shapes
-from bmx.kernels.segments import Segments
+from bmx.kernels.segments import NO_SEGMENTS
 from bmx.model.asked_logits import compute_asked_logits
 from bmx.model.mixers import Mixers
 from bmx.model.rope import pin_rope
 from bmx.model.spec import Costs, no_padding, no_preview, use_attention
 
 FEW, MANY = 64, 128  # tokens of the two runs; costs that do not grow with the tokens cancel out
-NO_SEGMENTS = Segments(decode_slots=None, batches=())
 
 
 def trace_costs(model: Any) -> Costs:
