@@ -3,15 +3,14 @@
     python benchmarks/models.py                         # all that the results lack; stopped, it continues
     python benchmarks/models.py qwen3_next granite      # these anew
     python benchmarks/models.py --minutes 4             # as many as end in this time
-    python benchmarks/models_page.py                       # writes docs/models.md from the results
+    python benchmarks/models_page.py                    # writes docs/models.md from the results
 
 The families of the tests have their configurations in ``tests/families.py``; all other types that transformers reads
-as a language model, or as one of images and text, are built by ``tiny_configs.py``. Each is saved with a tokenizer of
-words, which replaces the one that transformers would choose by the type, and opened from its folder in a process of
-its own. It answers five prompts of unequal lengths in chunks of 7
-tokens, in three slots, with the full cache; then again with a small budget, in which no row may fail. The reference is
-the model that transformers loads from the same folder: one prompt at a time, greedy, float32, eager attention. Prints
-a line a model; the results are lines of ``models.jsonl``.
+as a language model, or as one of images and text, are built by ``tiny_configs.py``. Each is saved and opened from its
+folder in a process of its own, with a tokenizer of words in the place of the one that transformers would choose by the
+type. It answers five prompts of unequal lengths in chunks of 7 tokens, in three slots, with the full cache; then again
+with a small budget, in which no row may fail. The reference is the model that transformers loads from the same folder:
+one prompt at a time, greedy, float32, eager attention. Prints a line a model; the results are ``models.jsonl``.
 """
 
 from __future__ import annotations

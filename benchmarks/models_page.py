@@ -245,11 +245,16 @@ PUBLISHED = {
     "starcoder2": "StarCoder2",
     "vaultgemma": "VaultGemma",
     "vipllava": "ViP-LLaVA",
+    "whisper": "Whisper's decoder alone; whole models are refused",
     "xlstm": "xLSTM 7B",
     "youtu": "Youtu-LLM",
     "zamba": "Zamba",
     "zamba2": "Zamba2",
 }
+DECODERS = (
+    "bert bert-generation camembert data2vec-text electra ernie roberta roberta-prelayernorm roc_bert xlm-roberta"
+)
+PUBLISHED |= dict.fromkeys([*DECODERS.split(), "xlm-roberta-xl"], "decoders alone (`is_decoder`); others are refused")
 
 
 if __name__ == "__main__":

@@ -132,9 +132,11 @@ SPECIAL: dict[str, Keys] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "longcat_flash": {"num_layers": 2, "qk_head_dim": None},
     "mamba2": {"head_dim": 16},
+    "moshi": {"sliding_window": 256},  # as many as positions, as published: only `generate`'s cache heeds the window
     "paddleocr_vl": _MROPE_TEXT,
     "qwen2_vl": _MROPE_TEXT,
-    "qwen2_5_omni_thinker": _MROPE_TEXT,
+    "qwen2_5_omni_thinker": _MROPE_TEXT | {"vision_start_token_id": 120},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
     "step3p7": {"text": {"sliding_window": 8}},
     "qwen2_5_vl": _MROPE_TEXT,
     "reformer": {"is_decoder": True},
