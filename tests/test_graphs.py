@@ -127,3 +127,22 @@ def test_a_round_that_never_waits_is_captured_once_and_replayed(cuda):
     assert refused == []
     assert (cuda.captured, cuda.replayed) == (1, 3)
     assert len(tokens) == 6
+
+
+def test_rows_that_have_ended_are_nobodys_in_the_rounds_that_follow():
+    """So mixers leave the states of their slots as they were after the last token."""
+    seen = []
+
+    def forward(step, _):
+        seen.append(step.segments.decode_slots.tolist())
+        assert not step.segments.batches
+        return torch.nn.functional.one_hot((step.input_ids[0] + 1) % VOCAB, VOCAB).float()
+
+    graphs = DecodeGraphs(forward, torch.tensor([3, 6, 9, 0]), draw, pytest.fail, lambda *_: None)
+    rows = [
+        GraphRow(slot=2, position=5, row_limit=9, tokens=4, ends=(1,)),
+        GraphRow(slot=0, position=5, row_limit=9, tokens=3),
+    ]
+    assert graphs.decode(rows).read() == [10, 0, 1, None, 4, 5, 6]
+    assert [slots[:2] for slots in seen] == [[2, 0], [2, 0], [2, 0], [-1, -1]]
+    assert {slot for slots in seen for slot in slots[2:]} == {-1}

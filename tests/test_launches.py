@@ -25,8 +25,20 @@ from bmx.measure.decode_bound import decode_step, sequence_of
 from bmx.plan.planner import Length
 
 LAUNCH_NOTHING = {
-    *("view", "_unsafe_view", "reshape", "transpose", "t", "permute", "alias", "detach", "expand", "as_strided"),
-    *("slice", "select", "split", "split_with_sizes", "unbind", "unsqueeze", "squeeze"),
+    *(
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "transpose",
+        "t",
+        "numpy_T",
+        "permute",
+        "alias",
+        "detach",
+        "expand",
+        "as_strided",
+    ),
+    *("slice", "select", "split", "split_with_sizes", "chunk", "unbind", "unsqueeze", "squeeze"),
     *("empty", "new_empty", "empty_like", "empty_strided"),
 }
 PROMPT, CHUNK, ANSWER = 48, 16, 3
@@ -62,10 +74,15 @@ def launched(cpu_kernels, monkeypatch):
     return count
 
 
-def steps_of(layers, launched, prompt=PROMPT, **settings):
-    """What a model launches to read the last chunks of prompts, which evict, and to decode a token of each."""
+def llama(layers):
+    """A model of so many layers."""
     config = FAMILIES["llama"]()
     config.num_hidden_layers = layers
+    return config
+
+
+def steps_of(config, launched, prompt=PROMPT, **settings):
+    """What a model launches to read the last chunks of prompts, which evict, and to decode a token of each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "counted", lambda: config)
         told = {"kv_budget": 20, "kv_sink": 2, "kv_recent": 5, "chunk_size": CHUNK, "max_num_seqs": 2}
@@ -88,7 +105,7 @@ def steps_of(layers, launched, prompt=PROMPT, **settings):
 def test_ranking_many_slots_of_a_layer_launches_no_more_than_this(policy, ranking, launched):
     """To read chunks that evict, and to decode a token before which all slots are due; beside what a layer launches."""
     told = {"kv_policy": policy, "kv_format": "int8/int4", "prompt": 20 + 2 * RANK_EVERY}
-    two, three = (steps_of(layers, launched, **told) for layers in (2, 3))  # several are put together
+    two, three = (steps_of(llama(layers), launched, **told) for layers in (2, 3))  # several are put together
     reading, decoding = (more - less for more, less in zip(three, two, strict=True))
     assert reading.total() <= READING + ranking[0], reading
     assert decoding.total() <= DECODING + ranking[1], decoding
@@ -96,7 +113,29 @@ def test_ranking_many_slots_of_a_layer_launches_no_more_than_this(policy, rankin
 
 @pytest.mark.parametrize("kv_format", ["model", "int8/int4"])
 def test_a_layer_launches_no_more_than_this(launched, kv_format):
-    one, two = (steps_of(layers, launched, kv_format=kv_format) for layers in (1, 2))
+    one, two = (steps_of(llama(layers), launched, kv_format=kv_format) for layers in (1, 2))
     reading, decoding = (more - less for more, less in zip(two, one, strict=True))
     assert reading.total() <= READING, reading
     assert decoding.total() <= DECODING, decoding
+
+
+# Kind of layer, launches to read and to decode. Of qwen3_5_text's, torch launches 7 products, 5 conversions (none where
+# numbers have the type already), 3 additions, and 5 for the decay and beta: exp, negation, softplus, product, sigmoid.
+HYBRIDS = {"qwen3_5_text": ("linear_attention", 27, 26), "lfm2": ("conv", 16, 16)}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_mixer_launches_no_more_than_this(launched, family):
+    """The layer's MLP counts too. Prompts of a step are one launch of each function, or two, however many there are."""
+    kind, most_reading, most_decoding = HYBRIDS[family]
+
+    def layers(count):
+        config = FAMILIES[family]()
+        attention = next(one for one in config.layer_types if one != kind)
+        config.layer_types, config.num_hidden_layers = [attention, *[kind] * count], 1 + count
+        return config
+
+    one, two = (steps_of(layers(count), launched) for count in (1, 2))
+    reading, decoding = (more - less for more, less in zip(two, one, strict=True))
+    assert reading.total() <= most_reading, reading
+    assert decoding.total() <= most_decoding, decoding

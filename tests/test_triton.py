@@ -228,7 +228,9 @@ def test_norms_gates_and_rotations_are_those_of_plain_torch(shape, dtype):
     close = {"atol": 2e-6, "rtol": 2e-6} if dtype == torch.float32 else {"atol": 4e-3, "rtol": 4e-3}
     x, other = (normal(*shape, seed=seed, dtype=dtype).to(DEVICE) for seed in (1, 2))
     weight = normal(shape[-1], seed=3, dtype=dtype).to(DEVICE)
-    torch.testing.assert_close(triton_pointwise.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), **close)
+    for name, operands in {"rms_norm": (x,), "offset_norm": (x,), "gated_norm": (x, other)}.items():
+        output, expected = (getattr(module, name)(*operands, weight, 1e-5) for module in (triton_pointwise, reference))
+        torch.testing.assert_close(output, expected, **close)
     torch.testing.assert_close(triton_pointwise.gate(x, other), reference.gate(x, other), **close)
     halves = torch.cat([x, other], dim=-1).chunk(2, dim=-1)
     torch.testing.assert_close(triton_pointwise.gate(*halves), reference.gate(*halves), **close)

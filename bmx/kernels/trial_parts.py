@@ -41,6 +41,16 @@ def _norm(module: KernelModule, inputs: Inputs) -> dict[str, Tensor]:
     return {"output": module.rms_norm(x, weight, 1e-5)}
 
 
+def _offset_norm(module: KernelModule, inputs: Inputs) -> dict[str, Tensor]:
+    x, weight = inputs.normal(FEW, inputs.layer.key_dim, seed=17), inputs.normal(inputs.layer.key_dim, seed=18)
+    return {"output": module.offset_norm(x, weight, 1e-5)}
+
+
+def _gated_norm(module: KernelModule, inputs: Inputs) -> dict[str, Tensor]:
+    x, gate = (inputs.normal(FEW, inputs.layer.key_dim, seed=seed) for seed in (17, 19))
+    return {"output": module.gated_norm(x, gate, inputs.normal(inputs.layer.key_dim, seed=18), 1e-5)}
+
+
 def _rotation(module: KernelModule, inputs: Inputs) -> dict[str, Tensor]:
     layer = inputs.layer
     x = inputs.normal(1, FEW, layer.heads, layer.key_dim, seed=19).transpose(1, 2)
@@ -61,6 +71,8 @@ PARTS: Mapping[str, Callable[[KernelModule, Inputs], dict[str, Tensor]]] = {
     "product": _product,
     "gate": _gate,
     "rms_norm": _norm,
+    "offset_norm": _offset_norm,
+    "gated_norm": _gated_norm,
     "rotate": _rotation,
     "draw": _drawn,
 }

@@ -25,7 +25,7 @@ from bmx.kernels.triton_draw import draw
 from bmx.kernels.triton_evict import evict, fits
 from bmx.kernels.triton_fp8 import round_rows
 from bmx.kernels.triton_operands import reads
-from bmx.kernels.triton_pointwise import gate, rms_norm, rotate
+from bmx.kernels.triton_pointwise import gate, gated_norm, offset_norm, rms_norm, rotate
 from bmx.kernels.triton_prefill import add_up, attend, attend_chunk
 from bmx.kernels.triton_state_space import state_space
 
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 attend_slots = reference.attend_slots
-gated_norm, norm_of_gated, offset_norm = reference.gated_norm, reference.norm_of_gated, reference.offset_norm
+norm_of_gated = reference.norm_of_gated
 
 
 def prefill_step(

@@ -19,7 +19,7 @@ GATE_BLOCK = 1024
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
-    output, x, weight, rows, by_token, by_head, heads, epsilon,
+    output, x, gate, weight, rows, by_token, by_head, heads, epsilon, offset: tl.constexpr,
     inner: tl.constexpr, block: tl.constexpr, many: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * many + tl.arange(0, many)
@@ -31,8 +31,16 @@ def _rms_norm_kernel(
     scale = tl.load(weight + columns, columns < inner, 0.0).to(tl.float32)
     wide = numbers.to(tl.float32)
     mean = tl.sum(wide * wide, 1) / inner
-    normal = (wide * tl.rsqrt(mean + epsilon)[:, None]).to(numbers.dtype)
-    tl.store(output + row[:, None] * inner + columns[None, :], scale[None, :] * normal.to(tl.float32), inside)
+    normal = wide * tl.rsqrt(mean + epsilon)[:, None]
+    if offset:
+        normal *= (1.0 + scale)[None, :]
+    else:
+        normal = scale[None, :] * normal.to(numbers.dtype).to(tl.float32)
+    target = row[:, None] * inner + columns[None, :]
+    if gate is not None:
+        opened = tl.load(gate + target, inside, 0.0).to(tl.float32)
+        normal = normal.to(numbers.dtype).to(tl.float32) * (opened * tl.sigmoid(opened))
+    tl.store(output + target, normal, inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -40,6 +48,21 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
     Vectors of heads are read as they lie: those of queries and keys are columns of a larger product.
     """
+    return _norm(x, None, weight, epsilon)
+
+
+def offset_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See ``contract.KernelModule.offset_norm``; vectors are read as in ``rms_norm``."""
+    return _norm(x, None, weight, epsilon, offset=True)
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See ``contract.KernelModule.gated_norm``."""
+    return _norm(x, gate.contiguous(), weight, epsilon)
+
+
+def _norm(x: Tensor, gate: Tensor | None, weight: Tensor, epsilon: float, *, offset: bool = False) -> Tensor:
+    """The norm of vectors; ``offset`` says whether weights are added to 1."""
     inner, by_heads = x.shape[-1], x.dim() == 4 and len(x) == 1 and x.stride(3) == 1
     output, rows = x.new_empty(x.shape), x.numel() // inner
     if rows:
@@ -47,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         strides = (x.stride(1), x.stride(2), x.shape[2]) if by_heads else (inner, inner, 1)
         sizes, launch = _norm_launch(inner)
         grid = (triton.cdiv(rows, sizes["many"]),)
-        _rms_norm_kernel[grid](output, x, weight, rows, *strides, epsilon, **sizes, **launch)
+        _rms_norm_kernel[grid](output, x, gate, weight, rows, *strides, epsilon, offset, **sizes, **launch)
     return output
 
 
@@ -128,7 +151,11 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noq
     types |= dict.fromkeys(("rows", "tokens", "heads"), "i32")
     gated = {"inner": 128 * dim, "block": GATE_BLOCK}
     return [
-        *(variant(_rms_norm_kernel, types, *_norm_launch(inner)) for inner in (32 * dim, dim)),
+        *(
+            variant(_rms_norm_kernel, types, kind | _norm_launch(inner)[0], _norm_launch(inner)[1])
+            for inner in (32 * dim, dim)
+            for kind in ({"gate": None, "offset": False}, {"gate": None, "offset": True}, {"offset": False})
+        ),
         variant(_rotate_kernel, types, *_rotation_launch(dim)),
         variant(_gate_kernel, types, gated, {"num_warps": 4, "num_stages": 1}),
     ]
