@@ -296,6 +296,7 @@ def test_rows_with_images_fail_and_the_others_are_answered(checkpoint, tmp_path,
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "no class that writes text"),
         ({"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"]}, "no class that writes text"),
         ({"model_type": "siglip", "architectures": ["SiglipModel"]}, "no class that writes text"),
+        ({"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniForConditionalGeneration"]}, "several models"),
         ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}, "an encoder-decoder model"),
     ],
 )

@@ -74,12 +74,16 @@ def find_text_side(config: Any, trust_remote_code: bool) -> TextSide:
         trust_remote_code: whether a checkpoint's own code may run.
 
     Raises:
-        ModelError: the checkpoint writes no text.
+        ModelError: the checkpoint writes no text, or is no single model.
     """
+    from torch.nn import Module
+
     auto = _auto_class(config)
     if config.get_text_config(decoder=True) is config:
         return TextSide(auto=auto, config=config)
     model = _on_meta(auto, config, "bfloat16", trust_remote_code)  # on the meta device, experts take this type alone
+    if type(model).forward is Module.forward:
+        raise refusal(type(model).__name__, "it is several models in one")
     own_class = type(model.config) is type(config) and type(model).__module__.startswith("transformers.")
     names = _unneeded(model, tuple(_beside_decoder(model))) if own_class else ()
     return TextSide(auto=auto, config=config, model_class=type(model), left_out=names)
