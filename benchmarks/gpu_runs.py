@@ -32,6 +32,8 @@ from bmx.shutdown import Stop
 from bmx.stats import Stats
 
 LLAMA = "llama-3.1-8b"
+HYBRID = "qwen3.5-2b"  # three layers of gated delta nets to one of attention
+SHAPES[HYBRID] = SHAPES["qwen3.5-0.8b"] | {"hidden_size": 2048, "intermediate_size": 6144}
 BUDGET = 1024
 MORE = 1.25  # times as many rows as slots
 ENDING = 12  # seconds of its limit that a job leaves for its beginning and its end
@@ -47,6 +49,13 @@ TINY = {
     "num_key_value_heads": 1,
     "head_dim": 16,
     "pad_token_id": None,
+}
+TINY_HYBRID = TINY | {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 TINY_CACHE = {"kv_budget": 24, "kv_recent": 6, "max_num_seqs": 2, "chunk_size": 16, "max_num_batched_tokens": 32}
 
@@ -143,7 +152,8 @@ def engine_of(name: str, place: Place, longest: int, **told: Any) -> Engine:
 def shape_of(name: str, place: Place, layers: int | None, **changes: Any) -> str:
     """A known shape with fewer layers, or a tiny one for a CPU, under a name of its own."""
     cut = f"{name}, {layers or 'all'} layers"
-    small = TINY if place.tried else {}
+    tiny = TINY_HYBRID if name == HYBRID else TINY
+    small = tiny if place.tried else {}
     SHAPES[cut] = SHAPES[name] | ({"num_hidden_layers": layers} if layers else {}) | changes | small
     return cut
 
@@ -268,12 +278,12 @@ def memory(context: Context) -> dict[str, Any]:
 # Throughput.
 
 
-def llama(context: Context, **told: Any) -> Engine:
-    """Llama-3.1-8B, tiny on a CPU; warm: what a step compiles is compiled."""
+def warm(context: Context, shape: str = LLAMA, **told: Any) -> Engine:
+    """An engine around Llama-3.1-8B or another shape, tiny on a CPU; what a step compiles is compiled."""
     place = context.place
     cache = TINY_CACHE | {name: told[name] for name in told if name not in ("kv_budget", "quantization")}
     told = cache if place.tried else {"kv_budget": BUDGET, **told}
-    engine = engine_of(shape_of(LLAMA, place, None), place, 200 if place.tried else LONGEST, **told)
+    engine = engine_of(shape_of(shape, place, None), place, 200 if place.tried else LONGEST, **told)
     lengths, answer = ([20, 20], 2) if place.tried else ([5000, 2000, 8000], 10)
     began = time.monotonic()
     run_rows(engine, plan_of(engine, lengths, answer), lengths, answer, place)
@@ -284,7 +294,7 @@ def llama(context: Context, **told: Any) -> Engine:
 def prefill(context: Context, **told: Any) -> dict[str, Any]:
     """Prompts alone: one token each. MFU counts linear layers and attention."""
     began = time.monotonic()
-    place, engine = context.place, llama(context, **told)
+    place, engine = context.place, warm(context, **told)
     tokens, rows = (33, 3) if place.tried else (8000, 48)
     plan = plan_of(engine, [tokens] * rows, 1)
     left = context.seconds - ENDING - (time.monotonic() - began)
@@ -369,7 +379,7 @@ def decode(context: Context, slots: int | None = None, tokens: int = 3 * BUDGET,
 
     Floors: KV bytes at the rate of copies; and weight bytes at that rate, or FLOPs at that of products, what is more.
     """
-    place, engine = context.place, llama(context, **told)
+    place, engine = context.place, warm(context, **told)
     tokens, rounds = (40, 8) if place.tried else (tokens, TIMED_ROUNDS)
     plan = plan_of(engine, [tokens] * (4 if place.tried else 2048), 2 * rounds)
     slots = min(slots or plan.slots, plan.slots)
@@ -400,7 +410,7 @@ def decode(context: Context, slots: int | None = None, tokens: int = 3 * BUDGET,
 
 def traces(context: Context, **told: Any) -> dict[str, Any]:
     """What one step of reading and one round of decoding launch, by torch's profiler; traces beside the record."""
-    place, engine = context.place, llama(context, **told)
+    place, engine = context.place, warm(context, **told)
     tokens, slots = (33, 2) if place.tried else (8000, 256)
     plan = plan_of(engine, [tokens] * (3 if place.tried else 64), 20)
     reading = Scheduler(plan.groups, plan.step)
@@ -439,7 +449,7 @@ def profiled(context: Context, name: str, work: Any) -> dict[str, Any]:
 def mixed(context: Context, prompt: int, answer: int, **told: Any) -> dict[str, Any]:
     """Somewhat more rows than slots; fewer slots if that would take too long at the rates that were seen before."""
     began = time.monotonic()
-    place, engine = context.place, llama(context, **told)
+    place, engine = context.place, warm(context, **told)
     seconds = context.seconds - ENDING - (time.monotonic() - began)
     many = 3 if place.tried else 4096
     plan = plan_of(engine, [prompt] * many, answer)
@@ -485,6 +495,8 @@ def cells(place: Place) -> list[Cell]:
         "2000/200": (60, partial(mixed, prompt=short[0], answer=short[1]), False),
         "decode 256 keydiff": (60, partial(decode, slots=256, kv_policy="keydiff"), False),
         "decode 64 archive": (60, partial(decode, slots=64, tokens=8000, kv_archive="int4"), False),
+        "hybrid prefill": (60, partial(prefill, shape=HYBRID), False),
+        "hybrid decode 256": (60, partial(decode, slots=256, shape=HYBRID), False),
         "decode 8 full": (60, partial(decode, slots=8, tokens=16_000, kv_policy="none", **plain), False),
     }
     return [
@@ -494,7 +506,7 @@ def cells(place: Place) -> list[Cell]:
         ),
         *(
             Cell(part="graphs", name=name, seconds=45, work=partial(graphs, name))
-            for name in (LLAMA, "qwen3-8b", "phi-3.5-mini")
+            for name in (LLAMA, "qwen3-8b", "phi-3.5-mini", HYBRID)
         ),
         Cell(part="memory", name="4 layers", seconds=45, work=memory),
     ]

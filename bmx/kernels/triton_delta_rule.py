@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bmx.kernels.segments import Segments
-from bmx.kernels.triton_operands import BF16_TOKENS, Variant, packed, variant
+from bmx.kernels.triton_operands import BF16_TOKENS, LEAST_SHARED, Variant, packed, shared_memory, variant
 from bmx.kernels.triton_segments import launches, segment_of
 
 CHUNK = 64  # tokens computed together
-WIDE_CHUNK = 32  # the same of numbers that take four bytes
+SMALL_CHUNK = 32  # the same of numbers that take four bytes, and on GPUs that run short of registers
 SHORT_CHUNK = 16  # the same where each channel decays by itself, or keys are long
 LONG = 128  # numbers of a key
 HALF = 2  # bytes
@@ -234,7 +234,7 @@ def delta_rule(
     sizes = _sizes(heads // query.shape[1], query.shape[2], decay.dim() == 3, normalise)
     operands = packed(query), packed(key), packed(value), decay
     for launch in launches(segments):
-        of_value, options = _launch(sizes, value_dim, value.dtype, launch.table is None)
+        of_value, options = _launch(sizes, value_dim, value.dtype, launch.table is None, shared_memory())
         blocks, rows = triton.cdiv(value_dim, of_value["block"]), (launch.table, launch.kept)
         if launch.table is None:
             _decode[launch.number, heads, blocks](
@@ -257,7 +257,7 @@ def _sizes(group: int, dim: int, by_channel: bool, normalise: bool) -> dict[str,
 
 
 def _launch(
-    sizes: Mapping[str, Any], value_dim: int, dtype: torch.dtype, decoding: bool
+    sizes: Mapping[str, Any], value_dim: int, dtype: torch.dtype, decoding: bool, shared: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """A program's value columns and tokens, and its warps and stages."""
     long = sizes["columns"] > LONG
@@ -265,7 +265,8 @@ def _launch(
     of_value = {"value_dim": value_dim, "block": block}
     if decoding:
         return of_value, {"num_warps": 4, "num_stages": 1}
-    chunk = SHORT_CHUNK if long or sizes["by_channel"] else CHUNK if dtype.itemsize == HALF else WIDE_CHUNK
+    chunk = CHUNK if dtype.itemsize == HALF and shared > LEAST_SHARED else SMALL_CHUNK
+    chunk = SHORT_CHUNK if long or sizes["by_channel"] else chunk
     return of_value | {"chunk": chunk}, {"num_warps": 8, "num_stages": 1}
 
 
@@ -283,7 +284,7 @@ def compiled_for(dim: int, value_dim: int, shared: int) -> list[Variant]:  # noq
     for (group, key, value, by_channel), state in zip(MODELS, ("*fp32", "*bf16", "*fp32"), strict=True):
         sizes = _sizes(group, key, by_channel, True)
         for kernel in (_decode, _within, _across):
-            of_value, options = _launch(sizes, value, torch.bfloat16, kernel is _decode)
+            of_value, options = _launch(sizes, value, torch.bfloat16, kernel is _decode, shared)
             constants = {name: size for name, size in (sizes | of_value).items() if name in kernel.arg_names}
             variants.append(variant(kernel, types | {"states": state}, constants, options))
     return variants
