@@ -92,7 +92,7 @@ class CompiledMixers:
         if not _are_states(states) or numbers % COLUMNS or (by_number and dim > 1):
             return reference.state_space(x, step, rate, inputs, outputs, skip, states, segments)
         operands = [None if one is None else one.float().contiguous() for one in (x, step, rate, inputs, outputs, skip)]
-        output = torch.empty(x.shape)
+        output = torch.empty(x.shape, dtype=torch.float32)
         sizes = (heads, groups, dim, numbers, by_number)
         given = (*map(address, operands), states.data_ptr(), _is_wide(states))
         for sequences in _all_sequences(segments):

@@ -133,7 +133,7 @@ def check_config(config: Any) -> None:
     elif kinds & SPARSE_LAYER_TYPES:
         reason = f"{SPARSE} ({', '.join(sorted(kinds & SPARSE_LAYER_TYPES))})"
     elif unknown or getattr(text, "ssm_cfg", None):
-        reason = f"it has layers that keep a state of their own ({', '.join(sorted(unknown)) or 'state-space layers'})"
+        reason = f"it has layers of a kind that bmx does not know ({', '.join(sorted(unknown)) or 'ssm_cfg'})"
     elif kinds and kinds <= OTHER_TYPES:
         reason = "none of its layers is attention, so there is no KV cache to compress"
     else:
@@ -192,5 +192,5 @@ def refusal(name: str, reason: str) -> ModelError:
     """The error of a model that bmx cannot run."""
     return ModelError(
         f"bmx cannot run {name}: {reason}",
-        hint="decoders with plain, sliding-window or shared attention work: Llama, Qwen, Gemma, Phi, Mistral and more",
+        hint="decoders and hybrids with plain, sliding-window or shared attention work: Llama, Qwen, Gemma and more",
     )
