@@ -62,7 +62,8 @@ class Segments:
 
     Attributes:
         decode_slots: [B] int64, packed rows 0 .. B - 1 are one token of each of these slots; -1 for a row that belongs
-            to nobody, which uses the spare last state; None where no token is decoding.
+            to nobody: its output says nothing, and it writes the spare last state or none; None where no token is
+            decoding.
         batches: prompt segments behind them: those whose state is kept before the probes that follow them.
         table: [4, N] int64, on the device, all of them in this order: first packed row, tokens, slot, and 1 where the
             state is kept; None where there are none.

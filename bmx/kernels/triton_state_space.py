@@ -38,10 +38,8 @@ def _scan(
     row, n = tl.program_id(1) * block + tl.arange(0, block), tl.arange(0, columns)
     begin, length, slot = segment_of(slots, table, kept, tl.program_id(0), tl.num_programs(0))
     exists, head = row < heads * channels, row // channels
-    of_x = begin * x.token + head * x.head + row % channels
-    target = begin * (heads * channels) + row
     if slot < 0:
-        tl.store(output + target, tl.zeros([block], tl.float32), exists)
+        tl.store(output + begin * (heads * channels) + row, tl.zeros([block], tl.float32), exists)
         return
     if length == 0:
         return
@@ -56,17 +54,18 @@ def _scan(
         skips = tl.load(skip + head, exists, 0.0).to(tl.float32)
     of_group = (head // group)[:, None]
     for token in range(length):
-        number = tl.load(x.data + of_x + token * x.token, exists, 0.0).to(tl.float32)
-        time = tl.load(step + (begin + token) * heads + head, exists, 0.0)
-        source = inputs.data + (begin + token) * inputs.token + of_group * inputs.head + n[None, :]
+        at = begin + token
+        number = tl.load(x.data + at * x.token + head * x.head + row % channels, exists, 0.0).to(tl.float32)
+        time = tl.load(step + at * heads + head, exists, 0.0)
+        source = inputs.data + at * inputs.token + of_group * inputs.head + n[None, :]
         enters = tl.load(source, inside, 0.0).to(tl.float32)
-        source = outputs.data + (begin + token) * outputs.token + of_group * outputs.head + n[None, :]
+        source = outputs.data + at * outputs.token + of_group * outputs.head + n[None, :]
         leaves = tl.load(source, inside, 0.0).to(tl.float32)
         state = state * tl.exp(time[:, None] * rates) + (time * number)[:, None] * enters
         answer = tl.sum(state * leaves, 1)
         if skip is not None:
             answer += skips * number
-        tl.store(output + target + token * (heads * channels), answer, exists)
+        tl.store(output + at * (heads * channels) + row, answer, exists)
     if kept == 1:
         tl.store(place, state.to(states.dtype.element_ty), inside)
 

@@ -1,7 +1,7 @@
 """The states of mixers, which are layers that keep a tensor of fixed size for each sequence instead of KV pairs.
 
 A short convolution keeps its last inputs, a recurrent layer its state. One piece of memory per tensor holds those of
-all slots, and one more that belongs to no slot: idle rows of a captured graph read and write it.
+all slots, and one more that belongs to no slot: idle rows of a captured graph may read and write it.
 """
 
 from __future__ import annotations

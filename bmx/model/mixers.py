@@ -209,9 +209,8 @@ class Mixers:
         shape = (value.shape[2], key.shape[3], value.shape[3])
         states, segments = self._state(shape, value, recurrent=True)
         vectors = (query[0], key[0], value[0], g[0].float(), beta[0])
-        return self._kernels.delta_rule(*vectors, states, segments, normalise=use_qk_l2norm_in_kernel).unsqueeze(
-            0
-        ), None
+        y = self._kernels.delta_rule(*vectors, states, segments, normalise=use_qk_l2norm_in_kernel)
+        return y.unsqueeze(0), None
 
     def _state_space(
         self,
