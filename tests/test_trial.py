@@ -167,8 +167,10 @@ def test_g17_mixers_that_fail_are_left_to_plain_torch(monkeypatch, family, funct
         return trial.tried(kernels.choose("cpu"), mixers, torch.float32, torch.device("cpu"))
 
     assert chosen().replaced == {}
+    assert chosen().capabilities.mixes_in_place
     monkeypatch.setattr(f"{MODULE}.{function}", damage)
     assert set(chosen().replaced) == {function}
+    assert not chosen().capabilities.mixes_in_place
     assert chosen().replaced[function].startswith(reason)
     assert chosen().capabilities.capturable
 

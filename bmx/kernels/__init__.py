@@ -20,6 +20,7 @@ from bmx.kernels.registry import CAPABILITIES, interpreted
 LEAST_CAPABILITY = (8, 0)  # Ampere
 STEPS = {"decode_step", "prefill_step"}
 MIXERS = {"convolve", "delta_rule", "state_space"}
+MIXING = {"convolve", "delta_rule", "state_space"}
 BY_CHANNEL = {"append_by_channel", "decode_by_channel", "read_by_channel"}
 
 
@@ -56,6 +57,8 @@ class Kernels:
         own = CAPABILITIES[self.name]
         if not BY_CHANNEL.isdisjoint(self.replaced):
             own = replace(own, profile=replace(own.profile, reads_by_channel=False))
+        if not MIXING.isdisjoint(self.replaced):
+            own = replace(own, mixes_in_place=False)
         if STEPS.isdisjoint(self.replaced):
             return own
         plain = CAPABILITIES["reference"]

@@ -73,6 +73,7 @@ CAPABILITIES: Mapping[str, Capabilities] = {
         asynchronous=True,
         capturable=True,
         skips_empty_rows=True,
+        mixes_in_place=True,
         row_formats=("fp8", "int8", "int4"),
         workspace=workspace.fused_steps,
         unfused_workspace=workspace.whole_matrices,  # plain torch decodes then
