@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, tiny_loaded, watched
-from families import FAMILIES, tiny_model
+from families import FAMILIES, random_model, tiny_model
 from test_refusals import assert_refused
+from transformers import AutoModelForCausalLM
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.qwen3_5 import modeling_qwen3_5
@@ -39,6 +40,16 @@ def test_a_row_alone_equals_the_row_in_company_in_any_order(family):
     together = answers(engine, requests)
     assert answers(engine, requests[::-1]) == together
     assert {i: text for request in requests for i, text in answers(engine, [request]).items()} == together
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "zamba2"])
+def test_the_steps_of_a_state_space_are_limited_in_prompts_alone(family):
+    """As transformers does it: the limit is none of the function with which it decodes."""
+    config = FAMILIES[family]()
+    config.time_step_min = 0.5
+    model = random_model(AutoModelForCausalLM, config)
+    engine = tiny_engine(model, kv_policy="none", **CROWD)
+    assert answers(engine, as_requests(PROMPTS, max_tokens=7)) == reference_answers(model, PROMPTS, 7)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

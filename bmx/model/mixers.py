@@ -34,6 +34,7 @@ CLOSE_FLOAT32 = 2**-12
 # Methods of transformers' caches that a layer with a state calls
 KEEPS = {"update_conv_state", "update_recurrent_state", "get_linear_cache", "set_linear_cache"}
 SILU = ("silu", "swish")
+NO_LIMIT = (0.0, float("inf"))  # of a step, which softplus leaves at least 0
 Calls = dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -223,7 +224,7 @@ class Mixers:
         D: Tensor | None = None,  # noqa: N803
         dt_bias: Tensor | None = None,
         dt_softplus: bool = False,
-        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        dt_limit: tuple[float, float] = NO_LIMIT,
         return_final_states: bool = False,
         **_: Any,
     ) -> Any:
@@ -239,11 +240,14 @@ class Mixers:
             D: [H] or None.
             dt_bias: [H] or None.
             dt_softplus: whether softplus follows the bias.
-            dt_limit: least and largest step.
+            dt_limit: least and largest step of a prompt's tokens; decoding, transformers limits none.
             return_final_states: whether a state is returned too; here it never leaves its slot.
         """
-        step = _steps(dt[0], dt_bias, dt_softplus).clamp(*dt_limit)
+        step = _steps(dt[0], dt_bias, dt_softplus)
         states, segments = self._state((*hidden_states.shape[2:], B.shape[3]), hidden_states, recurrent=True)
+        if dt_limit != NO_LIMIT:
+            decoding = 0 if segments.decode_slots is None else len(segments.decode_slots)
+            step = torch.cat([step[:decoding], step[decoding:].clamp(*dt_limit)])
         y = self._kernels.state_space(hidden_states[0], step.float(), A, B[0], C[0], D, states, segments).unsqueeze(0)
         return (y, None) if return_final_states else y
 
