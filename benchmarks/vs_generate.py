@@ -5,10 +5,10 @@
     python benchmarks/vs_generate.py --shape qwen3.5-0.8b --tokens 2000 --batches 1   # random weights and prompts
 
 Both sides ignore the end token, so that both generate exactly the same number of tokens. ``generate`` runs static
-batches of as many rows as fit the KV memory when padded, longest first: all of them, or so many as ``--batches`` says;
-a rate is of the prompts that were answered. The states of mixers count as KV memory on both sides. Both are warmed up;
-the time of bmx includes tokenising and detokenising, that of ``generate`` does not. On the CPU. Prints a line a side,
-then the ratio.
+batches, longest prompts first, each of as many rows as fit the KV memory when padded. With ``--batches N`` it runs the
+first N batches alone, and its rate is that of the prompts in them. The states of mixers count as KV memory on both
+sides. Both are warmed up; the time of bmx includes tokenising and detokenising, that of ``generate`` does not. On the
+CPU. Prints a line a side, then the ratio.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def main() -> None:
     ask.add_argument("--kv", type=parse_bytes, default=300_000_000)
     ask.add_argument("--budget", type=int, default=512)
     ask.add_argument("--policy", default="average-attention")
-    ask.add_argument("--batches", type=int, help="time only so many batches of generate")
+    ask.add_argument("--batches", type=int, help="number of batches that generate runs; default: all")
     ask.add_argument("--skip-generate", action="store_true", help="time bmx alone")
     args = ask.parse_args()
 

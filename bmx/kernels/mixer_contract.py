@@ -1,8 +1,9 @@
 """The part of the kernels' contract that is for mixers, layers that keep a state for each sequence, and norms beside.
 
-States lie in slots, those of all groups together, the last one spare: for rows of a step that belong to nobody. Packed
-tokens of any number of sequences are computed in one call; ``Segments`` says which are whose. A sequence goes on from
-the state in its slot, which is zeros before its first token, and leaves its state there.
+States lie in slots, those of all groups together. The last state is spare: it is for rows of a step that belong to no
+sequence. A call computes packed tokens of any number of sequences; ``Segments`` says which tokens belong to which
+sequence. A sequence begins a call with the state in its slot, zeros before its first token, and leaves its new state
+there.
 
 Shapes: T packed tokens of a step, S slots, C channels of a convolution, W taps, H heads, K key heads, D key dim,
 E value dim, P channels of a head, G groups of heads, N numbers of a state for each channel, I size of a vector.

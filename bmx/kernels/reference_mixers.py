@@ -143,7 +143,7 @@ def _by_sequence(
 
 
 def _chunks(inputs: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Inputs [N, L, H, ...] in chunks of at most so many tokens, as float32 [N, H, L, ...]."""
+    """Chunks of the inputs [N, L, H, ...], each of at most ``size`` tokens: float32 [N, H, size, ...]."""
     for chunk in zip(*(torch.split(one, size, 1) for one in inputs), strict=True):
         yield tuple(one.float().transpose(1, 2) for one in chunk)
 

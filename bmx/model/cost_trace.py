@@ -22,7 +22,7 @@ from bmx.kernels.segments import NO_SEGMENTS
 from bmx.model.asked_logits import compute_asked_logits
 from bmx.model.mixers import Mixers
 from bmx.model.rope import pin_rope
-from bmx.model.spec import Costs, no_padding, no_preview, use_attention
+from bmx.model.spec import Costs, no_attention, no_padding, no_preview, use_attention
 
 FEW, MANY = 64, 128  # tokens of the two runs; costs that do not grow with the tokens cancel out
 
@@ -87,7 +87,7 @@ class _CostMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device = self._model.device
         ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
         mask = no_padding(self._model, tokens)
-        with use_attention(self._model, _no_attention, _no_mask), torch.no_grad(), self:
+        with use_attention(self._model, no_attention, _no_mask), torch.no_grad(), self:
             self._model(
                 input_ids=ids,
                 position_ids=ids,
@@ -146,8 +146,3 @@ def _bytes(tensor: Tensor) -> int:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     """No mask."""
-
-
-def _no_attention(_module: Any, query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """An uninitialised output of the right shape [1, N, H, E]: N tokens, H query heads, E value dim."""
-    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), None

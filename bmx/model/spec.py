@@ -165,6 +165,14 @@ def use_attention(model: Any, function: Callable[..., Any], mask: Callable[..., 
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
+def no_attention(_: Any, query: Tensor, __: Tensor, value: Tensor, *___: Any, **____: Any) -> tuple[Tensor, None]:
+    """An attention function that computes nothing: an uninitialised output of the right shape [1, N, H, E].
+
+    N tokens, H query heads, E value dim.
+    """
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), None
+
+
 def no_padding(model: Any, tokens: int) -> Tensor:
     """The padding mask [1, N] of packed tokens: all ones.
 

@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bmx.model.spec import no_padding, refusal, use_attention
+from bmx.model.spec import no_attention, no_padding, refusal, use_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,16 +166,11 @@ def _computes_text(model: Any) -> bool:
 
     tokens = torch.tensor([[1, 2, 3]], device="meta")
     try:
-        with use_attention(model, _no_attention, _no_mask), torch.inference_mode():
+        with use_attention(model, no_attention, _no_mask), torch.inference_mode():
             model(input_ids=tokens, attention_mask=no_padding(model, 3), position_ids=tokens, use_cache=False)
     except Exception:
         return False
     return True
-
-
-def _no_attention(_: Any, query: Tensor, __: Tensor, value: Tensor, *___: Any, **____: Any) -> tuple[Tensor, None]:
-    """An attention function in which each token sees itself alone."""
-    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous(), None
 
 
 def _no_mask(*_: Any, **__: Any) -> Tensor:
