@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from bmx.errors import UsageError
-from bmx.settings import ALWAYS, IF_CUT, IF_GIVEN, NOT_IN_BENCH, Setting, check_types
+from bmx.settings import ALWAYS, IF_CUT, IF_GIVEN, IF_TRUE, NEVER, NOT_IN_BENCH, Setting, check_types
 from bmx.units import parse_object
 
 TEMPLATE_ARGUMENTS = frozenset(  # what rendering a chat template takes beside the template's own variables
@@ -50,6 +50,22 @@ class PromptConfig:
             typed_escapes=True,
         ),
     ] = None
+    jinja: Annotated[
+        bool,
+        Setting(
+            "The prompt template is written in Jinja, with loops and conditions; a file *.jinja or *.j2 always is",
+            decides_answers=IF_TRUE,
+        ),
+    ] = False
+    constant_prompt: Annotated[
+        bool,
+        Setting(
+            "Allow a prompt template without fields, which gives all rows the same prompt",
+            decides_answers=NEVER,
+            commands=NOT_IN_BENCH,
+            rare=True,
+        ),
+    ] = False
     chat_template: Annotated[
         bool, Setting("Wrap plain prompts in the model's chat template, if it has one", decides_answers=ALWAYS)
     ] = True

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from bmx.errors import RowError, UsageError
-from bmx.settings import ALWAYS, NOT_IN_BENCH, Setting, check_types, settings_in
+from bmx.settings import ALWAYS, IF_GIVEN, IF_TRUE, NOT_IN_BENCH, Setting, check_types, settings_in
+from bmx.units import parse_schema
 
 MAX_STOP_STRINGS = 16
+FORMATS = ("json_schema", "guided_regex", "guided_choice")  # parameters that say what every answer fits
 HOTTEST = (
     2  # the range of the interfaces whose files bmx reads; a larger number is likelier a row's data, as in degrees
 )
@@ -96,6 +98,45 @@ class SamplingParams:
             rare=True,
         ),
     ] = False
+    stop_repetition: Annotated[
+        bool,
+        Setting(
+            "End an answer that repeats one stretch of tokens without end, with finish_reason repetition",
+            decides_answers=IF_TRUE,
+            commands=NOT_IN_BENCH,
+            rare=True,
+        ),
+    ] = True
+    json_schema: Annotated[
+        str | None,
+        Setting(
+            "Answers are JSON that fits this schema: a file, or its text",
+            decides_answers=IF_GIVEN,
+            commands=NOT_IN_BENCH,
+            metavar="FILE",
+            parse=parse_schema,
+            is_object=True,
+        ),
+    ] = None
+    guided_regex: Annotated[
+        str | None,
+        Setting(
+            "Answers match this regular expression as a whole",
+            decides_answers=IF_GIVEN,
+            commands=NOT_IN_BENCH,
+            metavar="REGEX",
+            rare=True,
+        ),
+    ] = None
+    guided_choice: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Answers are one of these texts; given once for each",
+            decides_answers=IF_GIVEN,
+            commands=NOT_IN_BENCH,
+            rare=True,
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
         for setting in settings_in(SamplingParams):
@@ -110,10 +151,14 @@ class SamplingParams:
             "repetition_penalty": 0 < self.repetition_penalty <= 100,
             "stop": len(self.stop) <= MAX_STOP_STRINGS and all(self.stop),
             "seed": abs(self.seed) < 2**63,
+            "guided_choice": all(self.guided_choice),
         }
         for name, ok in checks.items():
             if not ok:
                 raise UsageError(f"{name} is out of range: {getattr(self, name)!r:.80}")
+        given = [name for name in FORMATS if getattr(self, name) not in (None, ())]
+        if len(given) > 1:
+            raise UsageError(f"an answer has one format: {' and '.join(given)} contradict each other")
 
 
 def _plain(setting: Setting, value: Any) -> Any:
@@ -211,7 +256,8 @@ class Result:
         id: of the request.
         text: of the answer.
         token_ids: of the answer, its end token included.
-        finish_reason: ``stop`` (an end token or a stop string) or ``length``.
+        finish_reason: ``stop`` (an end token, a stop string, or the end of the answer's format), ``length``, or
+            ``repetition``.
         usage: tokens of the prompt and the answer.
         kv: KV pairs that were kept and evicted.
         truncated: prompt tokens that were cut out to make the prompt fit.

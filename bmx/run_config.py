@@ -20,8 +20,8 @@ from bmx.methods import expand_method, parse_method
 from bmx.plain_yaml import plain_mapping
 from bmx.prompt_config import PromptConfig
 from bmx.request import SamplingParams
-from bmx.settings import ALWAYS, NEVER, NOT_IN_BENCH, NOT_IN_PLAN, RUN, Setting, settings_in
-from bmx.units import parse_bytes, parse_count, parse_seconds, parse_shard
+from bmx.settings import ALWAYS, IF_GIVEN, NEVER, NOT_IN_BENCH, NOT_IN_PLAN, RUN, Setting, settings_in
+from bmx.units import parse_bytes, parse_count, parse_names, parse_seconds, parse_shard
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -114,6 +114,37 @@ class JobConfig:
             commands=RUN,
         ),
     ] = "completion"
+    id_field: Annotated[
+        str | None,
+        Setting(
+            "Field of plain rows that holds the id (default id, or else custom_id)",
+            decides_answers=IF_GIVEN,  # a sampled answer depends on the row's id
+            metavar="FIELD",
+            commands=NOT_IN_BENCH,
+        ),
+    ] = None
+    keep_fields: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Fields of plain rows that their answers repeat under 'row'; all is the whole row",
+            decides_answers=NEVER,
+            metavar="FIELD,...",
+            parse=parse_names,
+            commands=RUN,
+        ),
+    ] = ()
+    ignore_unsupported: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Fields, or types of parts such as image_url, that bmx does not know and leaves out of rows; their answers "
+            "name them",
+            decides_answers=IF_GIVEN,
+            metavar="FIELD,...",
+            parse=parse_names,
+            commands=NOT_IN_BENCH,
+            rare=True,
+        ),
+    ] = ()
     max_errors: Annotated[
         int | None,
         Setting("Give up when more rows than this have failed", decides_answers=NEVER, unit="rows", commands=RUN),
@@ -315,6 +346,8 @@ def _value(setting: Setting, given: Any) -> Any:
     Raises:
         UsageError: a wrong type, or a file that cannot be read.
     """
+    if setting.is_object and isinstance(given, str) and not given.lstrip().startswith("{"):
+        given = _text_of(given, setting)
     if not setting.from_file or not isinstance(given, str):
         return setting.coerce(given)
     if given.startswith("@") and not given.startswith("@@"):
@@ -325,7 +358,8 @@ def _value(setting: Setting, given: Any) -> Any:
 
 def _text_of(path: str, setting: Setting) -> str:
     """The text of a file, without its last line end."""
-    raw = _file_bytes(path, f"the file of {setting.flag}", MAX_TEXT_BYTES, "a text that begins with @ is written @@")
+    hint = "a text that begins with @ is written @@" if setting.from_file else f"it takes {setting.expected}"
+    raw = _file_bytes(path, f"the file of {setting.flag}", MAX_TEXT_BYTES, hint)
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError:

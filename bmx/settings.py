@@ -58,6 +58,7 @@ class Setting:
         private: whether it may quote what prompts say; then records keep only a hash of it.
         is_path: whether it names a file or folder, which may be any bytes; ``~`` at its beginning is the home folder.
         from_file: whether ``@FILE`` stands for the text of that file.
+        is_object: whether it is an object of JSON, whose text begins with a brace; other text names the file of it.
         typed_escapes: whether a backslash with n or t, as typed in a shell, is a line break or a tab.
         rare: whether help lists it after the common ones.
         metavar: what help calls its value; derived from unit and type if left out.
@@ -77,6 +78,7 @@ class Setting:
     private: bool = False
     is_path: bool = False
     from_file: bool = False
+    is_object: bool = False
     typed_escapes: bool = False
     rare: bool = False
     metavar: str = ""
@@ -174,9 +176,10 @@ class Setting:
     def _coerced(self, value: Any) -> Any:
         if value is None and type(None) in get_args(self.type):
             return None
-        if self.parse and isinstance(value, Mapping) and self.is_mapping:
+        listed = isinstance(value, list | tuple) and self.is_list  # names as they are, which no comma splits
+        if self.parse and isinstance(value, Mapping) and (self.is_mapping or self.is_object):
             return self.parse(value)
-        if self.parse:
+        if self.parse and not listed:
             return self.parse(_converted(type(value) if type(value) in (int, float) else str, value))
         if self.choices:
             if value not in self.choices:

@@ -228,6 +228,28 @@ def parse_object(value: str | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def parse_schema(value: str | Mapping[str, Any]) -> str:
+    """A JSON schema as compact text, from its text, or from a mapping of a YAML file or of Python.
+
+    Raises:
+        ValueError: not a JSON object.
+        TypeError: a value that JSON does not have.
+    """
+    return json.dumps(parse_object(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names from ``title,url``.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ValueError(f"an empty name: {text!r}")
+    return names
+
+
 EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_budget: "a count like 1024 or 2k, a share of the prompt like 25%, or of its bytes like 25%bytes, or auto",
     parse_policy: f"one of {', '.join(POLICIES)}",
@@ -241,6 +263,8 @@ EXPECTED: Mapping[Callable[[Any], Any], str] = {
     parse_counts: "counts like 1000,2k",
     parse_seconds: "seconds, or a time like 90s, 5m or 2h",
     parse_object: 'a JSON object, like {"name": true}',
+    parse_schema: "a JSON schema: a file of it, or its text, which begins with {",
+    parse_names: "names like title,url",
     parse_shard: "a share like 2/8, the second of eight",
 }
 

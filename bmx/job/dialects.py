@@ -25,6 +25,7 @@ _GEMINI_NAMES = {  # of its generation config, and bmx's own
     "frequencypenalty": "frequency_penalty",
     "maxoutputtokens": "max_tokens",
     "presencepenalty": "presence_penalty",
+    "responsejsonschema": "json_schema",
     "responselogprobs": "logprobs",
     "responsemodalities": "modalities",
     "stopsequences": "stop",

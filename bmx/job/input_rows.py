@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import jsonlines
 
 from bmx.errors import InputFileError, RowError
+from bmx.job.answer_formats import own_format
 from bmx.job.dialects import PLAIN, Asked, envelope_of, is_answer
 from bmx.job.line_reader import LineSet, read_lines
 from bmx.job.messages import checked_messages, invalid
@@ -181,7 +182,8 @@ class Reader:
             self._check_model(asked.fields.get("model"))
         messages = None if asked.messages is None else checked_messages(asked.messages)
         refuse_continuation(asked.fields, messages[-1]["role"].lower() if messages else None)
-        own = {name: value for name in SAMPLING_FIELDS if (value := asked.fields.get(name)) is not None}
+        given = {name: value for name in SAMPLING_FIELDS if (value := asked.fields.get(name)) is not None}
+        own = given | own_format(asked.fields)
         row.request = Request(
             id=row.id,
             prompt=asked.prompt,

@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from bmx.errors import RowError, UsageError
+from bmx.job.answer_formats import FORMAT_FIELDS
 from bmx.job.messages import SEEN_OR_HEARD, invalid
 from bmx.model.chat_renderer import ASSISTANTS
 from bmx.request import SamplingParams
@@ -29,12 +30,12 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {  # fields of other programs, and t
         *("add_special_tokens", "adapter_id", "beam_width", "cache_implementation", "chat_template"),
         *("do_sample", "dola_layers", "dry_base", "dynatemp_exponent", "eos_token_id"),
         *("exponential_decay_length_penalty", "extra_args", "force_words_ids", "forced_bos_token_id"),
-        *("forced_eos_token_id", "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json"),
-        *("guided_regex", "guided_whitespace_pattern", "json_schema", "kv_transfer_params", "logits_processor"),
+        *("forced_eos_token_id", "guided_decoding_backend", "guided_grammar"),
+        *("guided_whitespace_pattern", "kv_transfer_params", "logits_processor"),
         *("max_completion_tokens", "max_length", "max_new_tokens", "max_output_tokens", "max_time"),
         *("max_tokens_to_sample", "mirostat_eta", "mirostat_tau", "mm_processor_kwargs", "n_predict", "num_predict"),
         *("prompt_embeds", "prompt_lookup_num_tokens", "random_seed", "reasoning_effort"),
-        *("repeat_last_n", "repeat_penalty", "sequence_bias", "stop_regex", "structured_outputs", "system"),
+        *("repeat_last_n", "repeat_penalty", "sequence_bias", "stop_regex", "system"),
         *("system_prompt", "thinking_token_budget", "top_n_sigma", "truncate_prompt_tokens"),
         *("vllm_xargs", "watermarking_config", "web_search_options", "xtc_threshold"),
     ), NEVER),
@@ -64,7 +65,6 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {  # fields of other programs, and t
     **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto", {"type": "auto"}, {"type": "none"})),
     **dict.fromkeys(("logprobs", "prompt_logprobs"), (False, 0)),
     "modalities": (["text"], ["TEXT"]),
-    "response_format": ({"type": "text"},),
     "stream_options": ({}, {"include_usage": True}, {"include_usage": False}),
 }  # fmt: skip
 _ASKS_FOR_NOTHING = NOT_SUPPORTED | {  # with names that are likelier data where a row has no envelope
@@ -231,5 +231,7 @@ def _one_typo(written: str, meant: str) -> bool:
     return swapped or wrong[1:] == right[1:] or wrong[1:] == right or wrong == right[1:]
 
 
-_KNOWN = frozenset((*SAMPLING_FIELDS, "add_generation_prompt", "chat_template_kwargs", "continue_final_message"))
+_KNOWN = frozenset(
+    (*SAMPLING_FIELDS, *FORMAT_FIELDS, "add_generation_prompt", "chat_template_kwargs", "continue_final_message")
+)
 _KNOWN_IN_PLAIN_ROWS = _KNOWN | {"id", "messages", "prompt"}
