@@ -34,6 +34,7 @@ class Stats:
     answer_work: int = 0  # most tokens that all answers may have
     ended_work: int = 0  # most tokens that the answers may have had which have ended
     ended_tokens: int = 0  # tokens that these have
+    finish_reasons: Counter[str] = field(default_factory=Counter)  # of the answers of this run
     memory_bytes: int = 0
     peak_memory_bytes: int = 0
     active_slots: int = 0
@@ -90,13 +91,16 @@ class Stats:
         """Seconds since the run began."""
         return time.monotonic() - self.started
 
-    def count_answer(self, allowed: int, tokens: int) -> None:
+    def count_answer(self, allowed: int, tokens: int, reason: str | None = None) -> None:
         """Add an answer that has ended.
 
         Args:
             allowed: most tokens that it might have had.
             tokens: those that it has.
+            reason: its finish_reason; None for one that failed.
         """
+        if reason is not None:
+            self.finish_reasons[reason] += 1
         self.ended_work += allowed
         self.ended_tokens += tokens
 

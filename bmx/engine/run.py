@@ -260,7 +260,8 @@ class Run:
         )
         stats.memory_bytes, stats.peak_memory_bytes = meter.now, meter.peak
         for sequence in finished:
-            stats.count_answer(sequence.max_tokens, len(sequence.answer))
+            reason = None if sequence.error else sequence.finish_reason
+            stats.count_answer(sequence.max_tokens, len(sequence.answer), reason)
 
     def drain_finished(self) -> Iterator[Result]:
         """The results of finished sequences that were not handed out yet."""

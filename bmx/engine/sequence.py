@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bmx.engine.repetition import repeats
 from bmx.kv.layout import SlotIndex
 from bmx.model.prompt_encoder import Detokenizer, decode
 from bmx.plan.chunks import chunk_ends, ending_of, steps_needed
@@ -184,8 +185,15 @@ class Sequence:
         self.answer.append(token_id)
         if self._meets_stop_string(token_id) or token_id in self.last_ids:
             self.finish_reason = "stop"
+        elif self._may_repeat and repeats(self.answer):
+            self.finish_reason = "repetition"
         elif len(self.answer) >= self.max_tokens:
             self.finish_reason = "length"
+
+    @property
+    def _may_repeat(self) -> bool:
+        """Whether the model chooses how the answer goes on and where it ends, so that repetition says something."""
+        return self.params.stop_repetition and not self.params.ignore_eos and not self.forced_answer
 
     def _meets_stop_string(self, token_id: int) -> bool:
         """Whether a stop string is met in what was said, special tokens spelled out; the text ends before it."""

@@ -17,6 +17,8 @@ from bmx.request import Result
 Dialect = Literal["plain", "chat.completion", "text_completion", "anthropic", "gemini"]
 BATCH = "batch_req_"  # what the ids of records in a batch begin with; the row's hash follows
 _KEYS = (re.compile(f"{BATCH}[0-9a-f]{{16}}"), re.compile("[0-9a-f]{16}"))  # of a batch's records; of plain ones
+_ANTHROPIC_REASONS = {"length": "max_tokens", "stop": "end_turn"}  # it has no word for a repetition
+_GEMINI_REASONS = {"length": "MAX_TOKENS", "stop": "STOP", "repetition": "OTHER"}
 _ANTHROPIC_ERRORS = {  # its types of errors, by bmx's codes
     "model_not_found": "not_found_error",
     "out_of_memory": "api_error",
@@ -130,7 +132,7 @@ def _anthropic_record(result: Result, key: str, model: str) -> dict[str, Any]:
         "role": "assistant",
         "model": model,
         "content": [{"type": "text", "text": result.text}],
-        "stop_reason": "max_tokens" if result.finish_reason == "length" else "end_turn",
+        "stop_reason": _ANTHROPIC_REASONS.get(str(result.finish_reason), result.finish_reason),
         "stop_sequence": None,
         "usage": {"input_tokens": prompt, "output_tokens": answer},
         **_extras(result),
@@ -144,7 +146,7 @@ def _gemini_record(result: Result, key: str, model: str) -> dict[str, Any]:
     prompt, answer = _tokens(result)
     candidate = {
         "content": {"role": "model", "parts": [{"text": result.text}]},
-        "finishReason": "MAX_TOKENS" if result.finish_reason == "length" else "STOP",
+        "finishReason": _GEMINI_REASONS.get(str(result.finish_reason), result.finish_reason),
         "index": 0,
     }
     usage = {"promptTokenCount": prompt, "candidatesTokenCount": answer, "totalTokenCount": prompt + answer}

@@ -198,6 +198,9 @@ def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: 
     if plan:
         yield from _speed_lines(stats)
         yield from _memory_lines(stats, plan)
+    if repeating := stats.finish_reasons["repetition"]:
+        what = "answer was" if repeating == 1 else "answers were"
+        yield Line(f"{repeating:,} {what} ended for repeating one stretch of tokens (finish_reason repetition)")
     yield from _failure_lines(stats, errors)
     if output:
         yield Line(f"answers are in {output}")
