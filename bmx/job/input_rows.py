@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
+from math import isinf
 from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ from bmx.run_config import MAX_LINE_BYTES, RunConfig
 WHOLE_REQUESTS = {"messages", "conversations", "body", "params", "request"}
 BLANKS, BYTE_ORDER_MARK = b" \t\r\n", b"\xef\xbb\xbf"
 REFERENCE = "reference"  # the field with a good answer, or a list of them, for `bmx calibrate`
+ALL_FIELDS = "all"
+DEEPEST_KEPT = 200  # levels of lists and objects in kept fields: a record with them must be read again
 
 
 @dataclass(slots=True)
@@ -44,6 +47,7 @@ class InputRow:
         dialect: how the row is written, and its record too.
         request, error: one of them is set.
         references: good answers, for `bmx calibrate`.
+        kept: fields that its record repeats; None where there are none to repeat.
     """
 
     line: int
@@ -54,6 +58,7 @@ class InputRow:
     request: Request | None = None
     error: RowError | None = None
     references: tuple[str, ...] = ()
+    kept: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,8 @@ class Reader:
         models: model names that a row may ask for; empty for any.
         hash_key: the key of the rows' hashes.
         longest: bytes of the longest line that is read.
+        id_field: the field that holds the id of plain rows; None for the usual ones.
+        keep: fields of plain rows that their records repeat; ``all`` is every field.
 
     Raises:
         UsageError: the template has something else than plain names in braces.
@@ -78,6 +85,8 @@ class Reader:
     models: frozenset[str] = frozenset()
     hash_key: bytes = b""
     longest: int = MAX_LINE_BYTES
+    id_field: str | None = None
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.template is not None:
@@ -160,16 +169,24 @@ class Reader:
         )
 
     def _identify(self, row: InputRow, values: dict[str, Any]) -> None:
-        """Give a row its own id, if it has one, and its dialect."""
+        """Give a row its own id, if it has one, its dialect, and the fields that its record repeats."""
         envelope = PLAIN if self._is_data(values) else envelope_of(values)
-        name = next((values[field] for field in envelope.ids if values.get(field) is not None), None)
+        fields = (self.id_field,) if self.id_field and envelope is PLAIN else envelope.ids
+        name = next((values[field] for field in fields if values.get(field) is not None), None)
         if isinstance(name, float) and name.is_integer():
             name = int(name)
         if isinstance(name, str | int) and not isinstance(name, bool):
             row.id = name
         elif name is not None:
-            row.error = invalid(f"an id must be text or a whole number, not {type(name).__name__}")
+            where = f" ({self.id_field!r})" if self.id_field in fields else ""
+            row.error = invalid(f"an id{where} must be text or a whole number, not {type(name).__name__}")
         row.dialect = envelope.dialect(values)
+        if self.keep and envelope is PLAIN:
+            kept = values if ALL_FIELDS in self.keep else {name: values[name] for name in self.keep if name in values}
+            if _is_deeper(kept, DEEPEST_KEPT):
+                row.error = invalid(f"nested too deep to be repeated by its answer: more than {DEEPEST_KEPT} levels")
+            else:
+                row.kept = kept
 
     def _fill(self, row: InputRow, values: dict[str, Any]) -> None:
         """Turn the values of a line into the row's request."""
@@ -294,14 +311,37 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_reject_duplicate_keys)
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"a number is too large: {text[:40]}")
+    return number
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested deeper than this in a value of JSON."""
+    nested = [value]
+    for _ in range(levels):
+        nested = [
+            inner
+            for outer in nested
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not nested:
+            return False
+    return True
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=_reject_duplicate_keys)
 
 
 def strict_loads(text: str) -> Any:
     """A value from JSON that every reader understands in the same way.
 
     Raises:
-        ValueError: not JSON, NaN or Infinity, a key twice, half a surrogate pair, or nested too deep.
+        ValueError: not JSON, NaN, Infinity, a number beyond a float, a key twice, half a surrogate pair, or nested
+            too deep.
     """
     try:
         value = _DECODER.decode(text)
@@ -343,6 +383,8 @@ def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b
         models=frozenset(model_names(config)),
         hash_key=hash_key,
         longest=config.job.max_line_bytes,
+        id_field=config.job.id_field,
+        keep=config.job.keep_fields,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +169,8 @@ def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], ma
         message = f"{exists} exists, and no {paths.manifest} says how it was made"
         raise UsageError(message, hint=f"{SET_ASIDE.format(what='answers of other jobs', path=paths.output)}; {REMEDY}")
     now, then = config.flat(), manifest["settings"]
-    about_files = ("error_file", "order") if config.job.order == "input" else ("error_file",)  # their place and order
-    before, after = ({name: settings.get(name) for name in about_files} for settings in (then, now))
+    about_files = ("error_file", "keep_fields", *(("order",) if config.job.order == "input" else ()))
+    before, after = (_of_files(settings, about_files) for settings in (then, now))
     hint = REMEDY
     if not config.job.set_aside:
         if differences(manifest["fingerprint"], mark):
@@ -179,6 +179,12 @@ def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], ma
     changed = differences(before, after)
     if changed:
         raise UsageError(f"the output {paths.output} was made with other settings: {changed}", hint=hint)
+
+
+def _of_files(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Those settings that say where records stand, in which order and with which fields, as JSON has them."""
+    values = {name: settings.get(name) for name in names}
+    return {name: (list(value) if isinstance(value, tuple) else value) or None for name, value in values.items()}
 
 
 def _close_quietly(journal: Journal) -> None:

@@ -169,7 +169,8 @@ class Ledger:
         shown = ", ".join(repr(name[:80]) for name in repeated[:SHOWN])
         more = f" and {number - SHOWN:,} more" if number > SHOWN else ""
         what = "an id occurs" if number == 1 else f"{number:,} ids occur"
-        raise InputFileError(f"{what} more than once: {shown}{more}", hint="ids must be unique")
+        where = f" in the field {reader.id_field!r}" if reader.id_field else ""
+        raise InputFileError(f"{what} more than once{where}: {shown}{more}", hint="ids must be unique")
 
     def enter_records(
         self, file: int, records: Iterable[tuple[int, KnownRecord | None]], *, drop_errors: bool = False

@@ -56,7 +56,9 @@ def strict_dumps(value: Any) -> bytes:
     return _ENCODER.encode(value).encode() + b"\n"
 
 
-def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str = "") -> dict[str, Any]:
+def as_record(
+    result: Result, key: str, dialect: Dialect = "plain", model: str = "", row: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A result as a line of the output, in the dialect of its row.
 
     Args:
@@ -64,6 +66,7 @@ def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str =
         key: the hash of the row.
         dialect: how the row was written.
         model: the model's name in records of the OpenAI dialects.
+        row: fields of a plain row that its record repeats; None where nothing is repeated.
     """
     if dialect != "plain":
         writers = {"anthropic": _anthropic_record, "gemini": _gemini_record}
@@ -71,8 +74,9 @@ def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str =
             writers[dialect](result, key, model) if dialect in writers else _openai_record(result, key, dialect, model)
         )
         return {"id": f"{BATCH}{key}", **record}
+    repeated = {} if row is None else {"row": row}
     if result.error:
-        return {"id": result.id, "error": _error(result.error), "row_hash": key}
+        return {"id": result.id, "error": _error(result.error), **repeated, "row_hash": key}
     usage = result.usage
     return {
         "id": result.id,
@@ -80,6 +84,7 @@ def as_record(result: Result, key: str, dialect: Dialect = "plain", model: str =
         "finish_reason": result.finish_reason,
         "usage": usage and {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
         **_extras(result),
+        **repeated,
         "row_hash": key,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from bmx.errors import BmxError, InputFileError, RowError
 from bmx.job.input_rows import InputRow
@@ -51,6 +51,14 @@ class FirstRows:
         return self._alike and self._failed == ALIKE
 
 
+class _Unwritten(NamedTuple):
+    """What the record of a row needs of it beside its result."""
+
+    key: str
+    dialect: Dialect
+    kept: dict[str, Any] | None
+
+
 @dataclass(slots=True, kw_only=True)
 class ResultWriter:
     """Takes each row when it is read and its result when it is finished, and writes results at once or in order.
@@ -73,7 +81,7 @@ class ResultWriter:
     skip_too_long: bool = False
     max_errors: int | None = None
     on_result: Callable[[Result], None] | None = None
-    _rows: dict[str | int, tuple[str, Dialect]] = field(default_factory=dict)  # read and not yet written, in order
+    _rows: dict[str | int, _Unwritten] = field(default_factory=dict)  # read and not yet written, in order
     _held: dict[str | int, Result] = field(default_factory=dict)
     _first: FirstRows = field(default_factory=FirstRows)
 
@@ -95,7 +103,7 @@ class ResultWriter:
         """
         if row.id in self._rows:
             raise InputFileError("the input has changed while it was read: an id occurs twice")
-        self._rows[row.id] = (row.key, row.dialect)
+        self._rows[row.id] = _Unwritten(row.key, row.dialect, row.kept)
         self._first.expect(row.id)
 
     def put(self, result: Result) -> None:
@@ -112,9 +120,9 @@ class ResultWriter:
             self._write(self._held.pop(first))
 
     def _write(self, result: Result) -> None:
-        key, dialect = self._rows.pop(result.id)
+        row = self._rows.pop(result.id)
         code = result.error.code if result.error else None
-        self.add_record(as_record(result, key, dialect, self.model), code is not None)
+        self.add_record(as_record(result, row.key, row.dialect, self.model, row.kept), code is not None)
         skipped = self.skip_too_long and code == TOO_LONG
         self.stats.count_row(code, skipped=skipped)
         if self.on_result:
