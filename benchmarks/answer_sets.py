@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bmx import Engine, Request, SamplingParams
 from bmx.job.input_rows import input_reader
-from bmx.prompt_template import filled
+from bmx.prompt_template import brace_template
 from bmx.run_config import RunConfig
 
 HERE = Path(__file__).parent
@@ -175,4 +175,4 @@ def answer_sets(engine: Engine, data: Path | None, names: Sequence[str]) -> Iter
 
 def _request(name: str, template: str, max_tokens: int, **fields: str) -> Request:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    return Request(id=name, prompt=filled(template, fields), params=params)
+    return Request(id=name, prompt=brace_template(template).filled(fields), params=params)

@@ -53,7 +53,7 @@ class PromptConfig:
     jinja: Annotated[
         bool,
         Setting(
-            "The prompt template is written in Jinja, with loops and conditions; a file *.jinja or *.j2 always is",
+            "The prompt template is written in Jinja; one in a file *.jinja, *.jinja2 or *.j2 always is",
             decides_answers=IF_TRUE,
         ),
     ] = False

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_CONFIG_BYTES = 1_000_000
 MAX_TEXT_BYTES = 16 * 10**6  # of a file with a prompt template or a system prompt
 MAX_LINE_BYTES = 16 * 10**6
+JINJA_FILES = (".jinja", ".jinja2", ".j2")
 
 Section = TypeVar("Section", bound="DataclassInstance")
 
@@ -337,6 +338,11 @@ def given_settings(flags: Mapping[str, Any], config_file: str | None = None) -> 
     """
     given = dict(read_yaml(config_file)) if config_file else {}
     given.update({name: value for name, value in flags.items() if value is not None})
+    template = given.get("prompt_template")
+    if isinstance(template, str) and _names_file(template) and template.endswith(JINJA_FILES):
+        given["jinja"] = True
+    if given.get("jinja") and template is None:
+        raise UsageError("jinja is on, and there is no prompt template", hint="--prompt-template @file.jinja")
     return expand_method({name: _value(setting_named(name), value) for name, value in given.items()})
 
 
@@ -350,10 +356,15 @@ def _value(setting: Setting, given: Any) -> Any:
         given = _text_of(given, setting)
     if not setting.from_file or not isinstance(given, str):
         return setting.coerce(given)
-    if given.startswith("@") and not given.startswith("@@"):
+    if _names_file(given):
         return setting.coerce(_text_of(given[1:], setting))
     text = given.removeprefix("@") if given.startswith("@@") else given
     return setting.coerce(text.replace("\\n", "\n").replace("\\t", "\t") if setting.typed_escapes else text)
+
+
+def _names_file(text: str) -> bool:
+    """Whether the value of a setting that may be read from a file is ``@FILE``."""
+    return text.startswith("@") and not text.startswith("@@")
 
 
 def _text_of(path: str, setting: Setting) -> str:

@@ -14,9 +14,8 @@ import torch
 from conftest import word_tokenizer
 from safetensors.torch import load_file, save_file
 
-from bmx import PromptConfig, Request
+from bmx import PromptConfig, Request, render_limits
 from bmx.errors import RowError
-from bmx.model import chat_template
 from bmx.model.prompt_encoder import PromptEncoder
 
 
@@ -132,7 +131,7 @@ def test_m5_a_chat_template_cannot_leave_its_sandbox_nor_stop_the_run(run, folde
     ],
 )
 def test_b4_a_chat_template_computes_and_prints_no_more_than_it_may(template, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    monkeypatch.setattr(render_limits, "SECONDS", 0.2)
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = template
@@ -146,7 +145,7 @@ def test_b4_a_chat_template_computes_and_prints_no_more_than_it_may(template, mo
 
 
 def test_b4_a_chat_template_without_end_refuses_the_model_before_a_row_is_read(run, folder, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    monkeypatch.setattr(render_limits, "SECONDS", 0.2)
     endless = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
     word_tokenizer().save_pretrained(folder)
     change(folder / "tokenizer_config.json", chat_template=endless)

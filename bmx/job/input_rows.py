@@ -6,10 +6,10 @@ Knows lines and requests; knows nothing of models. A line that cannot become a r
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from math import isinf
 from pathlib import Path
 from random import Random
@@ -18,13 +18,14 @@ from typing import Any, NoReturn
 import jsonlines
 
 from bmx.errors import InputFileError, RowError
+from bmx.jinja_template import parse_template
 from bmx.job.answer_formats import own_format
 from bmx.job.dialects import PLAIN, Asked, envelope_of, is_answer
 from bmx.job.line_reader import LineSet, read_lines
 from bmx.job.messages import checked_messages, invalid
 from bmx.job.output_records import Dialect
 from bmx.job.row_checks import SAMPLING_FIELDS, refuse_continuation, sampling_params
-from bmx.prompt_template import filled, template_fields
+from bmx.prompt_template import PromptTemplate
 from bmx.request import Request, SamplingParams
 from bmx.run_config import MAX_LINE_BYTES, RunConfig
 
@@ -68,7 +69,8 @@ class Reader:
     Attributes:
         paths: the files, read one after the other; their lines are counted through.
         defaults: sampling parameters; a row's own values replace them.
-        template: text with {field} placeholders that makes the prompt of plain rows, or None.
+        template: text with {field} placeholders, or Jinja, that makes the prompt of plain rows; or None.
+        jinja: whether the template is written in Jinja.
         models: model names that a row may ask for; empty for any.
         hash_key: the key of the rows' hashes.
         longest: bytes of the longest line that is read.
@@ -76,12 +78,13 @@ class Reader:
         keep: fields of plain rows that their records repeat; ``all`` is every field.
 
     Raises:
-        UsageError: the template has something else than plain names in braces.
+        UsageError: the template cannot be read.
     """
 
     paths: tuple[Path, ...]
     defaults: SamplingParams = SamplingParams()
     template: str | None = None
+    jinja: bool = False
     models: frozenset[str] = frozenset()
     hash_key: bytes = b""
     longest: int = MAX_LINE_BYTES
@@ -89,8 +92,22 @@ class Reader:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.template is not None:
-            template_fields(self.template)
+        _ = self.prompts
+
+    @property
+    def prompts(self) -> PromptTemplate | None:
+        """The template, read."""
+        return None if self.template is None else parse_template(self.template, jinja=self.jinja)
+
+    def first_fields(self, count: int) -> Iterator[tuple[Set[str], bool]]:
+        """Of the plain ones among the first rows: the names of their fields, and whether the template fills them.
+
+        Args:
+            count: the first rows of the first file.
+        """
+        for row, values in islice(self._parsed(), count):
+            if values is not None and row.dialect == "plain":
+                yield values.keys(), self._is_data(values)
 
     def rows(
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
@@ -161,10 +178,11 @@ class Reader:
 
         A row that holds a whole request, such as messages, is answered as that, unless the template names its field.
         """
-        if self.template is None:
+        prompts = self.prompts
+        if prompts is None:
             return False
         whole = WHOLE_REQUESTS & values.keys()
-        return not whole.isdisjoint(template_fields(self.template)) or (
+        return not whole.isdisjoint(prompts.fields) or (
             envelope_of(values) is PLAIN and whole.isdisjoint(("messages", "conversations"))
         )
 
@@ -212,8 +230,8 @@ class Reader:
         )
 
     def _asked(self, values: dict[str, Any]) -> Asked:
-        if self.template is not None and self._is_data(values):
-            prompt = filled(self.template, values)
+        if self.prompts and self._is_data(values):
+            prompt = self.prompts.filled(values)
             if not prompt.strip():
                 raise invalid("the prompt template and the row's fields make an empty prompt")
             return Asked(prompt=prompt)
@@ -380,6 +398,7 @@ def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b
         paths=paths,
         defaults=config.sampling,
         template=config.prompt.prompt_template,
+        jinja=config.prompt.jinja,
         models=frozenset(model_names(config)),
         hash_key=hash_key,
         longest=config.job.max_line_bytes,

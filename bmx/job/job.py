@@ -19,6 +19,7 @@ from bmx.engine.engine import Engine
 from bmx.engine.open import check_cache
 from bmx.engine.prompt_lengths import sampling_step
 from bmx.errors import BmxError, InputFileError, UsageError
+from bmx.job.field_names import check_field_names
 from bmx.job.fingerprint import CUTTING, differences, fingerprint, row_hash_key
 from bmx.job.input_rows import Reader, input_reader, model_names
 from bmx.job.journal import REMEDY, SET_ASIDE, Journal
@@ -245,6 +246,7 @@ def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None
     """Load the model, make a plan, and answer the rows that have no record."""
     job, record = state.config.job, run_started(state.config, state.fingerprint)
     engine = plan = None
+    check_field_names(state.config, state.reader)
     if _check_first_rows(state):
         engine, plan = _prepare(state, display, stats)
         budget = engine.policy.budget.record() if engine.policy.scorer else None

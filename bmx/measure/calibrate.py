@@ -20,6 +20,7 @@ from bmx.engine.engine import Engine
 from bmx.engine.memory_meter import release
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
+from bmx.job.field_names import check_field_names
 from bmx.job.input_rows import Reader, input_reader
 from bmx.job.ledger import Todo, unanswered_rows
 from bmx.job.locks import locked
@@ -101,6 +102,7 @@ def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, st
     _check_files(output)
     with locked(lock, config.job.lock_wait), input_paths(config.inputs) as paths:
         reader = input_reader(config, paths)
+        check_field_names(config, reader)
         todo = unanswered_rows(reader, config.job.limit, config.job.share)
         sample = read_sample(reader, todo, options.rows)
         if not sample.requests:

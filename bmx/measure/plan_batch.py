@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bmx.errors import InputFileError, MemoryLimitError, UsageError
+from bmx.job.field_names import check_field_names
 from bmx.job.input_rows import Reader, input_reader
 from bmx.job.ledger import Todo, unanswered_rows
 from bmx.job.paths import input_paths
@@ -78,6 +79,7 @@ def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -
     with input_paths(config.inputs) as paths:
         if paths:
             reader = input_reader(config, paths)
+            check_field_names(config, reader)
             todo = _rows_to_plan(config, reader)
             query = query_for_rows(config, target, reader, todo)
             sample: Iterable[Request] | None = todo.sample(reader, query.every)

@@ -8,8 +8,9 @@ from typing import Any
 
 from bmx.config import EngineConfig
 from bmx.errors import ModelError
-from bmx.model.chat_template import TemplateLimitError, render_chat
+from bmx.model.chat_template import render_chat
 from bmx.model.source_files import read_object
+from bmx.render_limits import TemplateLimitError
 
 ANSWER = "bmx7e1f"  # an answer that no template would print of its own accord
 FILE = "generation_config.json"

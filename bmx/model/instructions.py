@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bmx.errors import UsageError
+from bmx.jinja_template import parse_template
 from bmx.prompt_config import PromptConfig
-from bmx.prompt_template import template_pieces
 
 INSTRUCTIONS = "instructions"  # the value of kv_probe that stands for the job's own instructions
 
@@ -20,8 +20,8 @@ class Instructions:
 
     Attributes:
         system: the system prompt; empty if the job has none.
-        before: the template's text before its first field.
-        after: the template's text after its last field.
+        before: the template's text before its first field, or block of Jinja.
+        after: the template's text after its last one.
     """
 
     system: str
@@ -31,10 +31,9 @@ class Instructions:
     @classmethod
     def from_config(cls, config: PromptConfig) -> Instructions:
         """The instructions of a configuration."""
-        parts = template_pieces(config.prompt_template or "")
-        before = parts[0][0]
-        after = parts[-1][0] if len(parts) > 1 else ""
-        return cls(system=(config.system_prompt or "").strip(), before=before.strip(), after=after.strip())
+        template = parse_template(config.prompt_template or "", jinja=config.jinja)
+        system = (config.system_prompt or "").strip()
+        return cls(system=system, before=template.before.strip(), after=template.after.strip())
 
     @property
     def question(self) -> str:
