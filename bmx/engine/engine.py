@@ -10,6 +10,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.engine.arguments import chat_requests, checked_requests, gather_settings, sampling_params, text_requests
 from bmx.engine.backend import Backend
+from bmx.engine.grammar import Grammars
 from bmx.engine.memory_meter import is_out_of_memory, release
 from bmx.engine.open import check_cache, open_model
 from bmx.engine.planning import RunPlanner
@@ -65,6 +66,8 @@ class Engine:
             reuse = Reuse(spec=self.spec, policy=self.policy, chunk_size=config.eviction_chunk_size)
         encoder = PromptEncoder(tokenizer, prompt)
         self._measurer = PromptMeasurer(encoder, self.policy, max_length(config, self.spec), reuse, self.spec.vocab)
+        stand_in = backend.model is None
+        self._grammars = Grammars(None if stand_in else tokenizer, self.spec.vocab, backend.end_token_ids)
         self.probe = encoder.probe(config.kv_probe)
         if max(self.probe, default=0) >= self.spec.vocab:
             raise UsageError("kv_probe has a word that the model has no token for; its tokenizer knows more tokens")
@@ -300,9 +303,10 @@ class Engine:
         """A request as a sequence.
 
         Raises:
-            RowError: it has no text, or its prompt leaves no room for an answer.
+            RowError: it has no text, its prompt leaves no room for an answer, or its format cannot be compiled.
         """
         encoded = self._measurer.read(request)
+        grammar = None if forced else self._grammars.of(request.params)
         return Sequence(
             request=request,
             prompt=encoded.prompt,
@@ -314,4 +318,5 @@ class Engine:
             end_token_ids=self.backend.end_token_ids,
             tokenizer=self.tokenizer,
             forced_answer=forced,
+            grammar=grammar,
         )

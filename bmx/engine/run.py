@@ -272,7 +272,7 @@ class Run:
 
     def _result(self, sequence: Sequence, capacity: int) -> Result:
         if sequence.error:
-            return failure(sequence, sequence.error, "the model's logits are not numbers (overflow in this dtype?)")
+            return Result(id=sequence.request.id, error=sequence.error)
         policy = self._context.policy
         if policy.answering.scorer is None:
             return sequence.result(capacity, kv_format=policy.answering.format)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bmx.compress.policy import CompressionPolicy
+from bmx.engine.allowed_tokens import AllowedTokens
 from bmx.engine.attention import SlotAttention
 from bmx.engine.graphs import ROUNDS, DecodeGraphs, GraphRow, Rounds
 from bmx.engine.packed import PackedStep, Packer, PromptChunk
@@ -145,13 +146,15 @@ class ModelRunner:
                 if chunk.start == 0:
                     self._reset(chunk.sequence.slot_index)
         self._states.clear([self._packer.slot_number(c.sequence) for c in step.chunks if c.start == 0])
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        allowed = AllowedTokens([sequence.matcher for sequence in sampling], self._vocab)
         decoding = (chunk for chunk in step.chunks if chunk.decodes)
         self._attention.rank(
             DecodingSlot(self._packer.slot_number(chunk.sequence), chunk.start, chunk.sequence.rows_needed)
             for chunk in decoding
         )
         logits = self._logits(self._packer.pack(step, self._next_ids), self._segments(step))
-        return self._sample([chunk.sequence for chunk in step.chunks if chunk.samples], logits)
+        return self._sample(sampling, logits, allowed)
 
     def _segments(self, step: Step) -> list[Segment]:
         """The packed tokens by sequence, where rotary frequencies depend on the sequence's length."""
@@ -181,7 +184,7 @@ class ModelRunner:
         """Logits [N, V] of decoding rows; ``long`` [N] says which belong to sequences with long-context frequencies."""
         return self._logits(packed, is_long=None if self._rope is None else long.bool())
 
-    def _sample(self, sequences: list[Sequence], logits: Tensor) -> Tokens:
+    def _sample(self, sequences: list[Sequence], logits: Tensor, allowed: AllowedTokens) -> Tokens:
         """The next token of each sequence, which stays on the device for the next step too."""
         rows = [_sampling_row(sequence) for sequence in sequences]
         if self._watch is not None:
@@ -189,6 +192,7 @@ class ModelRunner:
                 self._watch(sequence.request, len(sequence.answer), row)
         if not sequences:
             return Tokens(self._next_ids[:0])
+        allowed.keep_in(logits)
         ids, forced_ids = sample(logits, rows, self._draw), [sequence.forced for sequence in sequences]
         if any(token is not None for token in forced_ids):
             forced = upload([NO_TOKEN if token is None else token for token in forced_ids], ids.device)

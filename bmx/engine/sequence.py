@@ -9,7 +9,9 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bmx.engine.grammar import Grammar, Matcher
 from bmx.engine.repetition import repeats
+from bmx.errors import RowError
 from bmx.kv.layout import SlotIndex
 from bmx.model.prompt_encoder import Detokenizer, decode
 from bmx.plan.chunks import chunk_ends, ending_of, steps_needed
@@ -46,6 +48,7 @@ class Sequence:
         truncated: prompt tokens that were cut out to make it fit.
         spans: positions [start, stop) that are never evicted.
         forced_answer: token ids of the answer, where the model does not choose them.
+        grammar: what the answer must fit; None for any text.
 
     How far it has come, which ``restarted`` sets back to the start:
 
@@ -59,7 +62,8 @@ class Sequence:
         waits: whether it waits for another sequence that computes a prefix of this one.
         answer: token ids of the answer so far.
         finish_reason: why it is finished; None while it is not.
-        error: the error's code, if the reason is ``error``.
+        error: why there is no answer, if the reason is ``error``.
+        matcher: how far the answer has come within its format; None where it has none.
     """
 
     request: Request
@@ -72,6 +76,7 @@ class Sequence:
     spans: tuple[tuple[int, int], ...] = ()
     forced_answer: tuple[int, ...] = ()
     reading_rows: int = 0
+    grammar: Grammar | None = None
 
     started: float | None = field(init=False, default=None)
     computed: int = field(init=False, default=0)
@@ -82,7 +87,8 @@ class Sequence:
     waits: bool = field(init=False, default=False)
     answer: list[int] = field(init=False, default_factory=list)
     finish_reason: str | None = field(init=False, default=None)
-    error: str | None = field(init=False, default=None)
+    error: RowError | None = field(init=False, default=None)
+    matcher: Matcher | None = field(init=False, default=None)
     _text: str | None = field(init=False, default=None)
     _detokenizer: Detokenizer | None = field(init=False, default=None)
     _said: str = field(init=False, default="")  # with special tokens spelled out; kept where there are stop strings
@@ -90,6 +96,8 @@ class Sequence:
     _random: random.Random | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        if self.grammar:
+            self.matcher = self.grammar.begin()
         if self.params.stop:
             self._detokenizer = Detokenizer(self.tokenizer)
         if self.params.temperature > 0:
@@ -150,7 +158,7 @@ class Sequence:
     @property
     def needs_host_tokens(self) -> bool:
         """Whether its next token depends on tokens that the device does not keep."""
-        return self.params.repetition_penalty != 1 or bool(self.forced_answer)
+        return self.params.repetition_penalty != 1 or bool(self.forced_answer) or self.matcher is not None
 
     @property
     def decoding(self) -> bool:
@@ -180,10 +188,18 @@ class Sequence:
         """Add the next token to the answer and check whether it ends; None means that the logits were not numbers."""
         self.promised -= 1
         if token_id is None:
-            self.finish_reason, self.error = "error", "nan_logits"
+            problem = "the model's logits are not numbers (overflow in this dtype?)"
+            self.finish_reason, self.error = "error", RowError("nan_logits", problem)
             return
         self.answer.append(token_id)
-        if self._meets_stop_string(token_id) or token_id in self.last_ids:
+        try:
+            if self.matcher:
+                self.matcher.accept(token_id)
+        except RowError as error:
+            self.finish_reason, self.error = "error", error
+            return
+        complete = self.matcher is not None and self.matcher.complete
+        if self._meets_stop_string(token_id) or token_id in self.last_ids or complete:
             self.finish_reason = "stop"
         elif self._may_repeat and repeats(self.answer):
             self.finish_reason = "repetition"

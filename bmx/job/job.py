@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bmx.engine.engine import Engine
+from bmx.engine.grammar import check_format
 from bmx.engine.open import check_cache
 from bmx.engine.prompt_lengths import sampling_step
 from bmx.errors import BmxError, InputFileError, UsageError
@@ -53,6 +54,7 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
         Interrupted: a signal ended it; finished answers are saved.
     """
     check_cache(config.engine, config.prompt)
+    check_format(config.sampling)
     paths, dry = find_paths(config), config.job.dry_run
     with ExitStack() as stack:
         for lock in () if dry else paths.locks:
