@@ -262,6 +262,7 @@ class Result:
         kv: KV pairs that were kept and evicted.
         truncated: prompt tokens that were cut out to make the prompt fit.
         clamped_to: most tokens that the model's own limit allowed, where that is less than ``max_tokens``.
+        ignored: what the job has left out of the row, by name.
         error: why there is no answer.
     """
 
@@ -273,4 +274,5 @@ class Result:
     kv: KVUsage | None = None
     truncated: int = 0
     clamped_to: int | None = None
+    ignored: tuple[str, ...] = ()
     error: RowError | None = None

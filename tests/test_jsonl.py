@@ -290,7 +290,7 @@ def test_fields_that_change_nothing_are_accepted(read, body):
     ],
 )
 def test_what_is_not_supported_is_named_and_nothing_else(read, body, named):
-    assert refusal(read(openai({"prompt": "x", **body}))).endswith(f": {named}")
+    assert refusal(read(openai({"prompt": "x", **body}))).endswith(f": {named} (--ignore-unsupported leaves it out)")
 
 
 @pytest.mark.parametrize(
@@ -581,6 +581,8 @@ def test_b6_with_a_template_no_field_of_a_row_is_a_sampling_value(read):
     }
     request = good(read(row, template="{document}", defaults=SamplingParams(max_tokens=9)))
     assert (request.id, request.params, request.seeded) == (5, SamplingParams(max_tokens=9), False)
+    request = good(read(row | {"sampling": {"seed": 4}}, template="{document}"))
+    assert (request.params, request.seeded) == (SamplingParams(seed=4), True)
 
 
 def test_b6_with_a_template_a_row_of_messages_is_a_request_unless_the_template_names_them(read):

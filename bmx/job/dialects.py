@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bmx.job.left_out import FLAG, LeftOut, squeezed
 from bmx.job.messages import from_anthropic, from_conversations, from_gemini, invalid
 from bmx.job.output_records import Dialect
-from bmx.job.row_checks import SAMPLING_FIELDS, refuse_unknown, refuse_unsupported, squeezed
+from bmx.job.row_checks import SAMPLING_FIELDS, own_sampling, refuse_unknown, refuse_unsupported
 from bmx.prompt_template import shown_fields
 
 LIKELY_PROMPTS = (
@@ -63,13 +64,13 @@ class Envelope:
         recognised: whether a line's object is written so.
         ids: names of the fields that may hold the row's id; the first that is there counts.
         dialect: how its record is written.
-        asked: what it asks; raises RowError where that is nothing that bmx answers.
+        asked: what it asks, but for what may be left out; raises RowError where that is nothing that bmx answers.
     """
 
     recognised: Callable[[Mapping[str, Any]], bool]
     ids: tuple[str, ...]
     dialect: Callable[[Mapping[str, Any]], Dialect]
-    asked: Callable[[Mapping[str, Any]], Asked]
+    asked: Callable[[Mapping[str, Any], LeftOut], Asked]
 
 
 def _is_openai(values: Mapping[str, Any]) -> bool:
@@ -87,17 +88,18 @@ def _openai_dialect(values: Mapping[str, Any]) -> Dialect:
     return "text_completion" if only_prompt else "chat.completion"
 
 
-def _openai_asked(values: Mapping[str, Any]) -> Asked:
+def _openai_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
     body, url, method = values.get("body"), values.get("url"), values.get("method")
     if not (method is None or (isinstance(method, str) and method.upper() == "POST")):
         raise invalid("only POST is answered")
     if not (url is None or (isinstance(url, str) and _COMPLETIONS.search(url))):
-        raise invalid("only urls that end in /chat/completions or /completions are answered")
+        shown = str(url)[:60]
+        raise invalid(f"'url' is {shown!r}: only those that end in /chat/completions or /completions are answered")
     if not isinstance(body, dict):
         raise invalid("'body' must be an object")
     raw = _openai_dialect(values) == "text_completion"
     others = {"max_completion_tokens", "random_seed", "prompt" if raw else "messages"}
-    refuse_unknown(body, "'body'", frozenset(others))
+    refuse_unknown(body, "'body'", frozenset(others), left_out)
     fields = dict(body)
     for name, other in (("max_tokens", "max_completion_tokens"), ("seed", "random_seed")):
         if body.get(other) is not None:
@@ -107,14 +109,14 @@ def _openai_asked(values: Mapping[str, Any]) -> Asked:
     return Asked(messages=body.get("messages") or (), fields=fields)
 
 
-def _anthropic_asked(values: Mapping[str, Any]) -> Asked:
+def _anthropic_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
     params = values["params"]
     fields = {("stop" if name == "stop_sequences" else name): value for name, value in params.items()}
-    refuse_unknown(fields, "'params'", frozenset(("messages", "system", "container", "mcp_servers")))
+    refuse_unknown(fields, "'params'", frozenset(("messages", "system", "container", "mcp_servers")), left_out)
     return Asked(messages=from_anthropic(params), fields=fields)
 
 
-def _gemini_asked(values: Mapping[str, Any]) -> Asked:
+def _gemini_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
     request = dict(values["request"])
     contents, system, config, safety = (
         _pop(request, name) for name in ("contents", "systeminstruction", "generationconfig", "safetysettings")
@@ -122,13 +124,15 @@ def _gemini_asked(values: Mapping[str, Any]) -> Asked:
     config, safety = config or {}, safety or []
     if not isinstance(config, dict):
         raise invalid("'generationConfig' must be an object")
-    if not isinstance(safety, list) or any(not _filters_nothing(setting) for setting in safety):
-        raise invalid("unsupported in 'request': safetySettings (but for the thresholds BLOCK_NONE and OFF)")
+    filters = not isinstance(safety, list) or any(not _filters_nothing(setting) for setting in safety)
+    if filters and not left_out.takes("safetySettings"):
+        but = f"but for the thresholds BLOCK_NONE and OFF; {FLAG} leaves it out"
+        raise invalid(f"unsupported in 'request': safetySettings ({but})")
     named = {_GEMINI_NAMES.get(squeezed(name), name): value for name, value in config.items()}
     fields = {
         name: value for name, value in (request | named).items() if value not in _GEMINI_NOTHING.get(squeezed(name), ())
     }
-    refuse_unknown(fields, "'request'", frozenset())
+    refuse_unknown(fields, "'request'", frozenset(), left_out)
     return Asked(messages=from_gemini(contents, system), fields=fields)
 
 
@@ -141,9 +145,12 @@ def _filters_nothing(setting: Any) -> bool:
     return isinstance(setting, dict) and setting.get("threshold") in _NO_FILTER
 
 
-def _plain_asked(values: Mapping[str, Any]) -> Asked:
+def _plain_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
     prompt, messages, turns = (values.get(name) for name in ("prompt", "messages", "conversations"))
-    refuse_unsupported({**values, "system": None} if turns is not None else values)
+    refuse_unsupported({**values, "system": None} if turns is not None else values, left_out)
+    own = own_sampling(values, left_out)
+    if twice := sorted(name for name in own if values.get(name) is not None):
+        raise invalid(f"{twice[0]!r} stands in 'sampling' and beside it")
     if isinstance(prompt, list) and prompt and all(isinstance(item, dict) for item in prompt):
         prompt, messages = None, prompt if messages is None else (prompt, messages)
     elif messages is None and turns is not None:
@@ -154,7 +161,7 @@ def _plain_asked(values: Mapping[str, Any]) -> Asked:
         raise invalid(_no_prompt(values))
     if messages is None:
         prompt = _single_prompt(prompt)
-    return Asked(prompt=prompt, messages=messages, fields=values, may_be_data=True)
+    return Asked(prompt=prompt, messages=messages, fields={**values, **own} if own else values, may_be_data=not own)
 
 
 def _single_prompt(prompt: Any) -> str:

@@ -21,10 +21,18 @@ from bmx.errors import InputFileError, RowError
 from bmx.jinja_template import parse_template
 from bmx.job.answer_formats import own_format
 from bmx.job.dialects import PLAIN, Asked, envelope_of, is_answer
+from bmx.job.left_out import LeftOut
 from bmx.job.line_reader import LineSet, read_lines
 from bmx.job.messages import checked_messages, invalid
 from bmx.job.output_records import Dialect
-from bmx.job.row_checks import SAMPLING_FIELDS, refuse_continuation, sampling_params
+from bmx.job.row_checks import (
+    SAMPLING,
+    SAMPLING_FIELDS,
+    names_to_leave_out,
+    own_sampling,
+    refuse_continuation,
+    sampling_params,
+)
 from bmx.prompt_template import PromptTemplate
 from bmx.request import Request, SamplingParams
 from bmx.run_config import MAX_LINE_BYTES, RunConfig
@@ -49,6 +57,7 @@ class InputRow:
         request, error: one of them is set.
         references: good answers, for `bmx calibrate`.
         kept: fields that its record repeats; None where there are none to repeat.
+        ignored: names of what was left out of it.
     """
 
     line: int
@@ -60,6 +69,7 @@ class InputRow:
     error: RowError | None = None
     references: tuple[str, ...] = ()
     kept: dict[str, Any] | None = None
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +86,7 @@ class Reader:
         longest: bytes of the longest line that is read.
         id_field: the field that holds the id of plain rows; None for the usual ones.
         keep: fields of plain rows that their records repeat; ``all`` is every field.
+        ignored: squeezed names of what may be left out of rows.
 
     Raises:
         UsageError: the template cannot be read.
@@ -90,6 +101,7 @@ class Reader:
     longest: int = MAX_LINE_BYTES
     id_field: str | None = None
     keep: tuple[str, ...] = ()
+    ignored: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         _ = self.prompts
@@ -208,14 +220,15 @@ class Reader:
 
     def _fill(self, row: InputRow, values: dict[str, Any]) -> None:
         """Turn the values of a line into the row's request."""
-        asked = self._asked(values)
+        left_out = LeftOut(self.ignored)
+        asked = self._asked(values, left_out)
         if row.dialect == "plain":
             references = values.get(REFERENCE)
             texts = references if isinstance(references, list) else [references]
             row.references = tuple(text for text in texts if isinstance(text, str))
         else:
             self._check_model(asked.fields.get("model"))
-        messages = None if asked.messages is None else checked_messages(asked.messages)
+        messages = None if asked.messages is None else checked_messages(asked.messages, left_out)
         refuse_continuation(asked.fields, messages[-1]["role"].lower() if messages else None)
         given = {name: value for name in SAMPLING_FIELDS if (value := asked.fields.get(name)) is not None}
         own = given | own_format(asked.fields)
@@ -228,16 +241,18 @@ class Reader:
             seeded="seed" in own,
             chat_template_kwargs=_template_kwargs(asked.fields),
         )
+        row.ignored = tuple(left_out.names)
 
-    def _asked(self, values: dict[str, Any]) -> Asked:
+    def _asked(self, values: dict[str, Any], left_out: LeftOut) -> Asked:
         if self.prompts and self._is_data(values):
             prompt = self.prompts.filled(values)
             if not prompt.strip():
                 raise invalid("the prompt template and the row's fields make an empty prompt")
-            return Asked(prompt=prompt)
+            data = SAMPLING in self.prompts.fields
+            return Asked(prompt=prompt, fields={} if data else own_sampling(values, left_out))
         if is_answer(values):
             raise invalid("this is an answer of an earlier run, not a prompt")
-        return envelope_of(values).asked(values)
+        return envelope_of(values).asked(values, left_out)
 
     def _check_model(self, model: Any) -> None:
         if self.models and model is not None and not (isinstance(model, str) and model in self.models):
@@ -404,6 +419,7 @@ def input_reader(config: RunConfig, paths: tuple[Path, ...], hash_key: bytes = b
         longest=config.job.max_line_bytes,
         id_field=config.job.id_field,
         keep=config.job.keep_fields,
+        ignored=names_to_leave_out(config.job.ignore_unsupported),
     )
 
 

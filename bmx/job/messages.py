@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bmx.errors import RowError
+from bmx.job.left_out import FLAG, LeftOut
 
 SPEAKERS = {  # names of speakers in "from", and their roles
     **dict.fromkeys(("human", "user"), "user"),
@@ -19,6 +20,7 @@ SPEAKERS = {  # names of speakers in "from", and their roles
 NO_TEXT_NEEDED = {"assistant", "model", "tool", "function", "ipython", "observation"}
 SEEN_OR_HEARD = ("audio", "audios", "image", "images", "multi_modal_data", "video", "videos")  # beside a text
 TEXT_PARTS = (None, "text", "input_text", "output_text")
+ONLY_TEXT = f"bmx reads text only ({FLAG} leaves it out)"
 
 
 def invalid(message: str) -> RowError:
@@ -26,49 +28,59 @@ def invalid(message: str) -> RowError:
     return RowError("invalid_request", message)
 
 
-def checked_messages(messages: Any) -> tuple[dict[str, Any], ...]:
+def checked_messages(messages: Any, left_out: LeftOut) -> tuple[dict[str, Any], ...]:
     """Messages whose contents are plain text; all other fields of a message stay. Empty system messages are dropped.
+
+    Args:
+        messages: the messages of a row.
+        left_out: what may be left out.
 
     Raises:
         RowError: not a list of messages, content that is not text, or a message without any.
     """
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise invalid("'messages' must be a list of at least one object")
-    read = [_checked(message) for message in messages]
+    read = [_checked(message, left_out) for message in messages]
     kept = tuple(m for m in read if m["role"].lower() not in ("system", "developer") or m["content"].strip())
     if not kept:
         raise invalid("the messages hold no text")
     return kept
 
 
-def _checked(message: dict[str, Any]) -> dict[str, Any]:
+def _checked(message: dict[str, Any], left_out: LeftOut) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role.isidentifier():
         raise invalid("each message needs a 'role' that is a word")
     kind = role.lower()
-    if beside := [name for name in SEEN_OR_HEARD if message.get(name)]:
-        raise invalid(f"a message has {beside[0]!r}: bmx reads text only")
-    text = _text(content)
+    for name in SEEN_OR_HEARD:
+        if message.get(name) and not left_out.takes(name):
+            raise invalid(f"a message has {name!r}: {ONLY_TEXT}")
+    text = _text(content, left_out)
     calls = message.get("tool_calls") or message.get("function_call")
     if kind == "assistant" and content is None and not calls:
         raise invalid("a message of role 'assistant' has neither 'content' nor 'tool_calls'")
     if not text.strip() and kind not in NO_TEXT_NEEDED and kind not in ("system", "developer"):
         raise invalid(f"a message of role {role!r} has an empty 'content'")
-    return {**message, "role": role, "content": text}
+    read = {name: value for name, value in message.items() if name not in SEEN_OR_HEARD}
+    return {**read, "role": role, "content": text}
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, left_out: LeftOut) -> str:
     """The text of a message: text, a list of text parts, or null."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise invalid("the 'content' of a message must be text, or a list of text parts")
+    texts = []
     for part in content:
-        if part.get("type") not in TEXT_PARTS:
-            raise invalid(f"a message has a part of type {str(part['type'])[:40]!r}: bmx reads text only")
-        if not isinstance(part.get("text"), str):
-            raise invalid("a text part of a message has no 'text'")
-    return "".join(part["text"] for part in content)
+        kind = part.get("type")
+        if kind in TEXT_PARTS:
+            texts.append(part.get("text"))
+        elif not left_out.takes(str(kind)):
+            raise invalid(f"a message has a part of type {str(kind)[:40]!r}: {ONLY_TEXT}")
+    if not all(isinstance(text, str) for text in texts):
+        raise invalid("a text part of a message has no 'text'")
+    return "".join(texts)
 
 
 def from_conversations(turns: Any, system: Any = None) -> list[dict[str, Any]]:

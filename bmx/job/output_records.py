@@ -102,6 +102,8 @@ def _extras(result: Result) -> dict[str, Any]:
         "kv": kv and {"budget": kv.budget, "kept": kv.kept, "evicted": kv.evicted, **stored, **asked},
         "truncated": result.truncated,
     }
+    if result.ignored:
+        extras["ignored"] = list(result.ignored)
     if result.clamped_to:
         extras["max_tokens"] = result.clamped_to
     return extras

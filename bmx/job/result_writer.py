@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from bmx.errors import BmxError, InputFileError, RowError
@@ -57,6 +57,7 @@ class _Unwritten(NamedTuple):
     key: str
     dialect: Dialect
     kept: dict[str, Any] | None
+    ignored: tuple[str, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,7 +104,7 @@ class ResultWriter:
         """
         if row.id in self._rows:
             raise InputFileError("the input has changed while it was read: an id occurs twice")
-        self._rows[row.id] = _Unwritten(row.key, row.dialect, row.kept)
+        self._rows[row.id] = _Unwritten(row.key, row.dialect, row.kept, row.ignored)
         self._first.expect(row.id)
 
     def put(self, result: Result) -> None:
@@ -122,6 +123,7 @@ class ResultWriter:
     def _write(self, result: Result) -> None:
         row = self._rows.pop(result.id)
         code = result.error.code if result.error else None
+        result = replace(result, ignored=row.ignored) if row.ignored else result
         self.add_record(as_record(result, row.key, row.dialect, self.model, row.kept), code is not None)
         skipped = self.skip_too_long and code == TOO_LONG
         self.stats.count_row(code, skipped=skipped)

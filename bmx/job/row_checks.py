@@ -12,11 +12,13 @@ from typing import Any
 
 from bmx.errors import RowError, UsageError
 from bmx.job.answer_formats import FORMAT_FIELDS
+from bmx.job.left_out import FLAG, LeftOut, squeezed
 from bmx.job.messages import SEEN_OR_HEARD, invalid
 from bmx.model.chat_renderer import ASSISTANTS
 from bmx.request import SamplingParams
 from bmx.run_config import setting_named
 
+SAMPLING = "sampling"  # the object of a plain row that holds what it asks beside its prompt
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 IF_DATA = "if it is data, rename it, or use --prompt-template, which takes all fields as data"
 BOOKKEEPING = frozenset((  # fields of requests that no answer depends on
@@ -97,8 +99,12 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     return any(value == plain and isinstance(value, bool) is isinstance(plain, bool) for plain in plain_values)
 
 
-def refuse_unsupported(values: Mapping[str, Any]) -> None:
+def refuse_unsupported(values: Mapping[str, Any], left_out: LeftOut) -> None:
     """Refuse fields of other programs that would have no effect, and misspelt ones, in a row whose others are data.
+
+    Args:
+        values: fields of the row.
+        left_out: what may be left out.
 
     Raises:
         RowError: names them.
@@ -108,32 +114,62 @@ def refuse_unsupported(values: Mapping[str, Any]) -> None:
         if name in _KNOWN_IN_PLAIN_ROWS:
             continue
         if name in NOT_SUPPORTED:
-            if not asks_for_nothing(name, value):
+            if not asks_for_nothing(name, value) and not left_out.takes(name):
                 unsupported.append(name)
         elif len(name) < LONGEST_NAME and (meant := _meant(name)) and _is_good(meant, value):
+            if left_out.takes(name):
+                continue
             misspelt.append(f"unknown field {name!r}: did you mean {meant!r}?")
     if unsupported:
-        raise invalid(f"unsupported: {_named(unsupported)} ({IF_DATA})")
+        raise invalid(f"unsupported: {_named(unsupported)} ({IF_DATA}; {FLAG} leaves it out)")
     if misspelt:
         raise invalid(f"{min(misspelt)} ({IF_DATA})")
 
 
-def refuse_unknown(values: Mapping[str, Any], where: str, known: frozenset[str]) -> None:
+def refuse_unknown(values: Mapping[str, Any], where: str, known: frozenset[str], left_out: LeftOut) -> None:
     """Refuse every field that bmx does not know, unless it asks for nothing.
 
     Args:
         values: fields of a request.
         where: what they are fields of, for the message.
         known: names that are read elsewhere.
+        left_out: what may be left out.
 
     Raises:
         RowError: names them.
     """
     unknown = [
-        name for name in values.keys() - _KNOWN - BOOKKEEPING - known if not asks_for_nothing(name, values[name])
+        name
+        for name in sorted(values.keys() - _KNOWN - BOOKKEEPING - known)
+        if not asks_for_nothing(name, values[name]) and not left_out.takes(name)
     ]
     if unknown:
-        raise invalid(f"unsupported in {where}: {_named(unknown)}")
+        raise invalid(f"unsupported in {where}: {_named(unknown)} ({FLAG} leaves it out)")
+
+
+def own_sampling(values: Mapping[str, Any], left_out: LeftOut) -> dict[str, Any]:
+    """What a plain row asks in its object ``sampling``; empty where it has none, or other data of that name.
+
+    Raises:
+        RowError: fields that bmx does not know.
+    """
+    own = values.get(SAMPLING)
+    if not isinstance(own, dict):
+        return {}
+    refuse_unknown(own, "'sampling'", frozenset(), left_out)
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def names_to_leave_out(names: Iterable[str]) -> frozenset[str]:
+    """The squeezed names of what may be left out of rows.
+
+    Raises:
+        UsageError: bmx reads one of them.
+    """
+    read = sorted(set(names) & (_KNOWN_IN_PLAIN_ROWS | {"text"}))
+    if read:
+        raise UsageError(f"ignore_unsupported names {read[0]!r}, which bmx reads", hint="take it out of the rows")
+    return frozenset(map(squeezed, names))
 
 
 def _named(names: Iterable[str]) -> str:
@@ -199,11 +235,6 @@ def _is_good(name: str, value: Any) -> bool:
     except RowError:
         return False
     return True
-
-
-def squeezed(name: str) -> str:
-    """A name without case, hyphens, underscores and blanks: ``maxTokens`` and ``Max-Tokens`` are ``max_tokens``."""
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 @lru_cache(maxsize=1024)
