@@ -211,8 +211,9 @@ def documented(section: str) -> set[str]:
 
 
 def test_the_tables_of_fields_are_those_of_a_run(bmx):
-    Path("in.jsonl").write_text('{"id": "a", "prompt": "x"}\nbad\n')
-    assert bmx("run", "in.jsonl", "-m", "fake", "--keep-fields", "id").code == EXIT_SOME_FAILED
+    Path("in.jsonl").write_text('{"id": "a", "prompt": "x", "num_beams": 2}\nbad\n')
+    flags = ("--keep-fields", "id", "--ignore-unsupported", "num_beams")
+    assert bmx("run", "in.jsonl", "-m", "fake", *flags).code == EXIT_SOME_FAILED
     record = json.loads(Path("in.out.jsonl").read_text())
     manifest = json.loads(Path("in.out.jsonl.run.json").read_text())
     failed = json.loads(Path("in.out.jsonl.errors.jsonl").read_text())
