@@ -189,6 +189,7 @@ class Request:
         raw: whether the prompt is continued as it stands, without the model's chat template.
         seeded: whether the seed is the request's own; otherwise the id is mixed into it.
         chat_template_kwargs: values for variables of the model's chat template, such as ``enable_thinking``.
+        tools: definitions of tools that the model may call, in OpenAI's form; they need ``messages``.
 
     Raises:
         UsageError: both of them, or a value of another type.
@@ -201,6 +202,7 @@ class Request:
     raw: bool = False
     seeded: bool = False
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    tools: tuple[dict[str, Any], ...] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
         declared: tuple[tuple[str, Any, Any, str], ...] = (
@@ -254,7 +256,8 @@ class Result:
 
     Attributes:
         id: of the request.
-        text: of the answer.
+        text: of the answer, without its reasoning.
+        reasoning: what the model thought before it answered, where its chat template marks that; None for nothing.
         token_ids: of the answer, its end token included.
         finish_reason: ``stop`` (an end token, a stop string, or the end of the answer's format), ``length``, or
             ``repetition``.
@@ -268,6 +271,7 @@ class Result:
 
     id: str | int
     text: str = ""
+    reasoning: str | None = None
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
     usage: Usage | None = None

@@ -15,7 +15,8 @@ from bmx import EngineConfig, PromptConfig, Request, RowError, SamplingParams
 from bmx.compress.policy import CompressionPolicy
 from bmx.engine.prompt_lengths import PromptMeasurer
 from bmx.engine.sequence import Sequence
-from bmx.model.prompt_encoder import Detokenizer, PromptEncoder
+from bmx.model.detokenizer import Detokenizer
+from bmx.model.prompt_encoder import PromptEncoder
 from bmx.request import Result
 
 SLOW_MACHINES_TOO = settings(deadline=None)

@@ -319,4 +319,5 @@ class Engine:
             tokenizer=self.tokenizer,
             forced_answer=forced,
             grammar=grammar,
+            reasoning=self._measurer.encoder.reasoning(request, encoded.prompt),
         )

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from bmx.engine.grammar import Grammar, Matcher
 from bmx.engine.repetition import repeats
 from bmx.errors import RowError
 from bmx.kv.layout import SlotIndex
-from bmx.model.prompt_encoder import Detokenizer, decode
+from bmx.model.detokenizer import Detokenizer, decode
+from bmx.model.reasoning import ReasoningMarks
 from bmx.plan.chunks import chunk_ends, ending_of, steps_needed
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
@@ -49,6 +51,7 @@ class Sequence:
         spans: positions [start, stop) that are never evicted.
         forced_answer: token ids of the answer, where the model does not choose them.
         grammar: what the answer must fit; None for any text.
+        reasoning: the marks around its reasoning, if the model's chat template knows any.
 
     How far it has come, which ``restarted`` sets back to the start:
 
@@ -77,6 +80,7 @@ class Sequence:
     forced_answer: tuple[int, ...] = ()
     reading_rows: int = 0
     grammar: Grammar | None = None
+    reasoning: ReasoningMarks | None = None
 
     started: float | None = field(init=False, default=None)
     computed: int = field(init=False, default=0)
@@ -89,7 +93,7 @@ class Sequence:
     finish_reason: str | None = field(init=False, default=None)
     error: RowError | None = field(init=False, default=None)
     matcher: Matcher | None = field(init=False, default=None)
-    _text: str | None = field(init=False, default=None)
+    _cut: int | None = field(init=False, default=None)  # where a stop string begins in what was said
     _detokenizer: Detokenizer | None = field(init=False, default=None)
     _said: str = field(init=False, default="")  # with special tokens spelled out; kept where there are stop strings
     _unwritten: list[tuple[int, int]] = field(init=False, default_factory=list)  # where these spellings are in it
@@ -221,11 +225,7 @@ class Sequence:
         self._said += added
         longest = max(map(len, self.params.stop))
         ends = [end for stop in self.params.stop if (end := self._found(stop, max(0, before - longest + 1))) >= 0]
-        if ends:
-            text = self._said[: min(ends)]
-            for first, last in reversed(self._unwritten):
-                text = text[:first] + text[last:]
-            self._text = text
+        self._cut = min(ends, default=None)
         return bool(ends)
 
     def _found(self, stop: str, start: int) -> int:
@@ -243,13 +243,13 @@ class Sequence:
             asked: the budget as the user gave it, where that is a share.
             kv_format: how they are stored.
         """
-        ended = self.finish_reason == "stop" and self._text is None and self.answer[-1] in self.last_ids
-        ids = self.answer[:-1] if ended else self.answer
+        reasoning, text = self._texts()
         seen = len(self.prompt) + len(self.answer) - 1  # the last token is never computed
         kept = min(seen, budget)
         return Result(
             id=self.request.id,
-            text=decode(self.tokenizer, ids) if self._text is None else self._text,
+            text=text,
+            reasoning=reasoning,
             token_ids=tuple(self.answer),
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.answer)),
@@ -257,6 +257,35 @@ class Sequence:
             truncated=self.truncated,
             clamped_to=self.max_tokens if self.max_tokens < self.params.max_tokens else None,
         )
+
+    def _texts(self) -> tuple[str | None, str]:
+        """The reasoning of the answer, None if it has none, and its text."""
+        if self._cut is not None:
+            return self._texts_before(self._cut)
+        ended = self.finish_reason == "stop" and self.answer[-1] in self.last_ids
+        ids = self.answer[:-1] if ended else self.answer
+        if self.reasoning:
+            return self.reasoning.split(ids, spelled=self._spelled)
+        return None, decode(self.tokenizer, ids, spelled=self._spelled)
+
+    def _texts_before(self, cut: int) -> tuple[str | None, str]:
+        """The same of what was said before a stop string."""
+        said = self._said[:cut]
+        inside, rest = self.reasoning.borders(said) if self.reasoning else (None, slice(0, cut))
+        if self.reasoning is None or inside is None:
+            return None, self._written(rest)
+        return self.reasoning.tidied(said[inside]) or None, self._written(rest).lstrip()
+
+    def _written(self, part: slice) -> str:
+        """A part of what was said, without the spellings of special tokens where these are left out."""
+        gone = [] if self._spelled else [span for span in self._unwritten if part.start <= span[0] < part.stop]
+        edges = [part.start, *chain.from_iterable(gone), part.stop]
+        return "".join(self._said[first:last] for first, last in zip(edges[::2], edges[1::2], strict=True))
+
+    @property
+    def _spelled(self) -> bool:
+        """Whether special tokens are spelled in the text: they may mark calls of tools."""
+        return bool(self.request.tools)
 
     @property
     def last_ids(self) -> tuple[int, ...]:

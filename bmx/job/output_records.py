@@ -81,6 +81,7 @@ def as_record(
     return {
         "id": result.id,
         "text": result.text,
+        **({"reasoning": result.reasoning} if result.reasoning else {}),
         "finish_reason": result.finish_reason,
         "usage": usage and {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
         **_extras(result),
@@ -113,7 +114,9 @@ def _openai_record(result: Result, key: str, dialect: Dialect, model: str) -> di
     if result.error:
         return {"custom_id": result.id, "response": None, "error": _error(result.error)}
     chat = dialect == "chat.completion"
-    content = {"message": {"role": "assistant", "content": result.text}} if chat else {"text": result.text}
+    reasoning = {"reasoning": result.reasoning} if result.reasoning else {}
+    message = {"role": "assistant", "content": result.text, **reasoning}
+    content = {"message": message} if chat else {"text": result.text}
     prompt, answer = _tokens(result)
     body = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{key}",
@@ -133,12 +136,13 @@ def _anthropic_record(result: Result, key: str, model: str) -> dict[str, Any]:
         error = {"type": _ANTHROPIC_ERRORS.get(result.error.code, "invalid_request_error"), **_error(result.error)}
         return {"custom_id": result.id, "result": {"type": "errored", "error": {"type": "error", "error": error}}}
     prompt, answer = _tokens(result)
+    thought = [{"type": "thinking", "thinking": result.reasoning, "signature": ""}] if result.reasoning else []
     message = {
         "id": f"msg_{key}",
         "type": "message",
         "role": "assistant",
         "model": model,
-        "content": [{"type": "text", "text": result.text}],
+        "content": [*thought, {"type": "text", "text": result.text}],
         "stop_reason": _ANTHROPIC_REASONS.get(str(result.finish_reason), result.finish_reason),
         "stop_sequence": None,
         "usage": {"input_tokens": prompt, "output_tokens": answer},
@@ -151,8 +155,9 @@ def _gemini_record(result: Result, key: str, model: str) -> dict[str, Any]:
     if result.error:
         return {"key": result.id, "error": _error(result.error)}
     prompt, answer = _tokens(result)
+    thought = [{"text": result.reasoning, "thought": True}] if result.reasoning else []
     candidate = {
-        "content": {"role": "model", "parts": [{"text": result.text}]},
+        "content": {"role": "model", "parts": [*thought, {"text": result.text}]},
         "finishReason": _GEMINI_REASONS.get(str(result.finish_reason), result.finish_reason),
         "index": 0,
     }

@@ -176,6 +176,7 @@ class FullCacheAnswers:
             answers[place] = {
                 "token_ids": list(result.token_ids),
                 "text": result.text,
+                "reasoning": result.reasoning,
                 "finish_reason": result.finish_reason,
             }
         metadata = json.dumps({"made_by": made_by, "answers": answers, "failed": self.failed})
@@ -211,7 +212,11 @@ class FullCacheAnswers:
 
 def _from_saved(file: Any, place: int, entry: dict[str, Any], request: Request) -> FullCacheAnswer:
     result = Result(
-        id=place, text=str(entry["text"]), token_ids=tuple(entry["token_ids"]), finish_reason=entry["finish_reason"]
+        id=place,
+        text=str(entry["text"]),
+        reasoning=entry.get("reasoning"),
+        token_ids=tuple(entry["token_ids"]),
+        finish_reason=entry["finish_reason"],
     )
     return FullCacheAnswer(
         request, result, file.get_tensor(f"ids.{place}").long(), file.get_tensor(f"log_probs.{place}")

@@ -72,7 +72,7 @@ class Agreement:
         self.answers += 1
         self.exact += answer.token_ids == full.token_ids
         self.much_longer += len(answer.token_ids) >= MUCH_LONGER * len(full.token_ids)
-        self.rouge_l += rouge_l(answer.text, full.text)
+        self.rouge_l += rouge_l(*(f"{result.reasoning or ''} {result.text}" for result in (answer, full)))
         self.length += len(answer.token_ids)
         self.full_length += len(full.token_ids)
         if references:

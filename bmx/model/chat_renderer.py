@@ -16,6 +16,7 @@ from typing import Any
 
 from bmx.errors import RowError
 from bmx.model.chat_template import render_chat
+from bmx.model.reasoning import PAIRS
 
 STANDARD_ROLES = ("system", "user", "assistant", "tool")
 ASSISTANTS = ("assistant", "ai", "bot", "chatgpt", "gpt", "model")
@@ -27,7 +28,7 @@ SAME_ROLES: Mapping[str, tuple[str, ...]] = {  # names of one role, the preferre
     "observation": ("observation", "tool", "function", "ipython"),
     "tool": ("tool", "function", "ipython", "observation"),
 }
-REASONING_ENDS = ("</think>", "</thinking>", "[/THINK]", "<channel|>")  # templates drop what an earlier answer thought
+REASONING_ENDS = tuple(ends[0] for _, *ends in PAIRS)  # templates drop what an earlier answer thought
 SHAPES = 4096  # shapes of conversations that are remembered
 GENERATION_TAG = r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}"  # transformers' own tag, which Jinja does not know
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids and answers to text: chat templates, control tokens in documents, truncation, detokenizing.
+"""Prompts to token ids: chat templates, control tokens in documents, truncation.
 
 Knows a tokenizer; knows nothing of models, slots or files.
 """
@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from bmx.errors import RowError, UsageError
-from bmx.model.chat_renderer import ChatRenderer
+from bmx.model.chat_renderer import ASSISTANTS, ChatRenderer
 from bmx.model.instructions import INSTRUCTIONS, Instructions
+from bmx.model.reasoning import ReasoningMarks
 from bmx.prompt_config import PromptConfig, refuse_template_arguments
 from bmx.request import Request
 
@@ -23,7 +24,6 @@ TAG = re.compile(r"</?[A-Za-z0-9]+>|\[/?[A-Za-z0-9]+\]")  # a control token that
 FILLED = 0.98  # share of the allowed tokens from which no better length is tried
 HUGE = 1_000_000  # characters of a text from which it is worth to look at its size first
 COMPOSED = 4  # characters that a tokenizer may read as one before it looks for tokens
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class PromptEncoder:
@@ -46,6 +46,7 @@ class PromptEncoder:
         self._config = config
         self._instructions = Instructions.from_config(config)
         self._renderer = ChatRenderer(tokenizer)
+        self._reasoning = ReasoningMarks.of(tokenizer)
         self._spellings, special = _control_tokens(tokenizer)
         self._control = () if config.parse_special_tokens else self._spellings
         self._of_assistants = () if config.parse_special_tokens else special
@@ -81,6 +82,23 @@ class PromptEncoder:
         if not ids:
             raise RowError("invalid_request", "the prompt is empty")
         return ids
+
+    def reasoning(self, request: Request, ids: Sequence[int]) -> ReasoningMarks | None:
+        """The marks around the reasoning of a request's answer; None where there are none, or no chat template.
+
+        Args:
+            request: the request.
+            ids: token ids of its prompt.
+        """
+        if self._reasoning is None or not self._is_rendered(request):
+            return None
+        last = request.messages[-1] if request.messages else {}
+        continues = str(last.get("role")).lower() in ASSISTANTS
+        return self._reasoning.after(ids, self._renderer.normalised(last)["content"] if continues else "")
+
+    def _is_rendered(self, request: Request) -> bool:
+        """Whether the chat template makes the request's prompt."""
+        return bool(request.messages) or (not request.raw and self._config.chat_template and self._has_template)
 
     def probe(self, text: str | None) -> tuple[int, ...]:
         """Token ids of a probe, which is a paragraph of its own; no ids without one.
@@ -218,7 +236,7 @@ class PromptEncoder:
         if not request.messages and not request.prompt:
             raise RowError("invalid_request", "the prompt is empty")
         if not request.messages:
-            if request.raw or not (self._config.chat_template and self._has_template):
+            if not self._is_rendered(request):
                 return None
             messages: list[dict[str, Any]] = [{"role": "user", "content": request.prompt}]
         elif not self._has_template:
@@ -312,49 +330,6 @@ def _with_text(request: Request, at: int | None, text: str) -> Request:
         return replace(request, prompt=text)
     messages = (*request.messages[:at], {**request.messages[at], "content": text}, *request.messages[at + 1 :])
     return replace(request, messages=messages)
-
-
-class Detokenizer:
-    """The text of a growing answer, which never ends inside a character.
-
-    The newest tokens are decoded together with a few before them, since the text of a token may depend on them.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = 0  # place of the first token that is decoded for context
-        self._done = 0  # number of tokens whose text is in ``text``
-        self.text = ""
-
-    def add(self, token_id: int) -> str:
-        """Take the next token; returns the text that it completes: no, one or several characters."""
-        self._ids.append(token_id)
-        before = self._decode(self._ids[self._context : self._done])
-        after = self._decode(self._ids[self._context :])
-        if after.endswith(REPLACEMENT) or len(after) <= len(before):
-            return ""
-        self._context, self._done = self._done, len(self._ids)
-        self.text += after[len(before) :]
-        return after[len(before) :]
-
-    def spelling(self, token_id: int) -> str:
-        """The spelling of a special token, which a text leaves out; nothing for other tokens."""
-        if self._decode([token_id]):
-            return ""
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of a whole answer, without special tokens and without an incomplete character at its end."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.rstrip(REPLACEMENT)
 
 
 def _control_tokens(tokenizer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
