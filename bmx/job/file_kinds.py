@@ -1,6 +1,7 @@
-"""What a file is that holds no JSON lines, from its first bytes and its name, and the command that converts it.
+"""What a file is, from its first bytes and its name: lines, an array, a table, or what bmx cannot read.
 
-Knows formats of files; knows nothing of rows. A file is refused only where it is certain that no row could be read.
+Knows formats of files; knows nothing of rows. A file is taken for something else than JSON lines only where that is
+certain. One that cannot be read is refused with the command that converts it.
 """
 
 from __future__ import annotations
@@ -8,11 +9,29 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bmx.errors import InputFileError
 
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".tab", ".parquet")  # of files that bmx reads
+
+
+@dataclass(frozen=True, slots=True)
+class FileKind:
+    """What a file holds, and how it is read.
+
+    Attributes:
+        format: lines of JSON, one JSON array, CSV (or TSV), or Parquet.
+        delimiter: between the cells of CSV.
+    """
+
+    format: Literal["lines", "array", "csv", "parquet"]
+    delimiter: str = ""
+
+
+LINES, ARRAY, PARQUET = FileKind("lines"), FileKind("array"), FileKind("parquet")
 # In the commands, FILE stands for the file and OUT for the one that it becomes.
 _PANDAS = (
     "python3 -c \"import pandas, sys; pandas.read_%s(sys.argv[1]).to_json('OUT', orient='records', lines=True)\" FILE"
@@ -21,18 +40,12 @@ _ARROW_STREAM = (
     'python3 -c "import pyarrow.ipc, sys; table = pyarrow.ipc.open_stream(sys.argv[1]).read_all();'
     " table.to_pandas().to_json('OUT', orient='records', lines=True)\" FILE"
 )
-_CSV = (
-    'python3 -c "import csv, json, sys; csv.field_size_limit(10**9);'
-    " [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], newline='', encoding='utf-8-sig')%s)]\""
-    " FILE > OUT"
-)
 _REPR = 'python3 -c "import ast, json, sys; [print(json.dumps(ast.literal_eval(s))) for s in sys.stdin if s.strip()]"'
 _YAML = (
     'python3 -c "import json, sys, yaml; rows = yaml.safe_load(sys.stdin);'
     ' [print(json.dumps(row, default=str)) for row in (rows if isinstance(rows, list) else [rows])]" < FILE > OUT'
 )
 _MAGIC = (  # first bytes, what the file is, and the command
-    (b"PAR1", "a Parquet file", _PANDAS % "parquet"),
     (b"ARROW1", "an Arrow file", _PANDAS % "feather"),
     (b"\xff\xff\xff\xff", "an Arrow stream", _ARROW_STREAM),
     (b"SQLite format 3\0", "an SQLite database", "sqlite3 -json FILE 'SELECT * FROM prompts' | jq -c '.[]' > OUT"),
@@ -46,41 +59,45 @@ _ENCODINGS = (  # byte order marks, and how a file begins without one; those of 
     ("UTF-32LE", (b"{\0\0\0", b"[\0\0\0")),
     ("UTF-32BE", (b"\0\0\0{", b"\0\0\0[")),
     ("UTF-16", (b"\xff\xfe", b"\xfe\xff")),
-    ("UTF-16LE", (b"{\0", b"[\0")),
-    ("UTF-16BE", (b"\0{", b"\0[")),
 )
 _COLUMN = re.compile(r'"[^"]+"|\w[\w.-]*(?: [\w.-]+)*')
-_DELIMITERS = {",": "", "\t": ", delimiter='\\t'", ";": ", delimiter=';'"}
+_DELIMITERS = ",\t;"
+_TABLES = (".csv", ".tsv", ".tab")
+_SEPARATOR = re.compile('"?sep=(.)"?', re.IGNORECASE)  # how a CSV file of Excel's may begin
 _YAML_START = re.compile(r"---\s*$|%YAML|- +[\w-]+:(\s|$)")
 _REPR_START = re.compile(r"\{\s*'(?:[^'\\]|\\.)*'\s*:")
 _LIST_OR_ROW = re.compile(r'"(?:(messages|prompt|conversations|contents|params|body)"\s*:|(\w+)"\s*:\s*\[\s*\{)')
 
 
-def refuse_other_kinds(start: bytes, shown: str, name: str) -> None:
-    """Refuse a file that is certainly no file of JSON lines.
+def file_kind(start: bytes, shown: str, name: str) -> FileKind:
+    """What a file holds.
 
     Args:
         start: its first bytes, decompressed.
         shown: its name in the message.
-        name: its path in the command; empty for standard input.
+        name: its path; empty for standard input.
 
     Raises:
-        InputFileError: says what the file is, and which command converts it.
+        InputFileError: nothing that bmx reads; says what the file is, and which command converts it.
     """
     plain = name.removesuffix(".gz").removesuffix(".zst")
+    if start.startswith(b"PAR1"):
+        return PARQUET
     found = _binary(start) or _text(start, Path(plain).suffix.lower())
-    if found is None:
-        return
+    if isinstance(found, FileKind):
+        return found
     what, command = found
     path = Path(plain or "in.txt")
-    out = path.with_suffix("" if path.stem.endswith(".jsonl") else ".jsonl")
-    if out == path or out.exists():
+    out = path.with_suffix("" if path.stem.endswith(ROW_SUFFIXES) else ".jsonl")
+    if path.suffix.lower() in _TABLES:  # in another encoding
+        out = path.with_suffix(f".utf-8{path.suffix}")
+    elif out == path or out.exists():
         out = path.with_suffix(".lines.jsonl")
     if plain != name:
         unpack = "gunzip -k" if name.endswith(".gz") else "zstd -d"
         command = f"{unpack} {shlex.quote(name)} && {command}"
     hint = command.replace("FILE", shlex.quote(str(path))).replace("OUT", shlex.quote(str(out)))
-    raise InputFileError(f"{shown} is {what}, not JSON lines in UTF-8", hint=hint)
+    raise InputFileError(f"{shown} is {what}, not JSON lines or a table in UTF-8", hint=hint)
 
 
 def _binary(start: bytes) -> tuple[str, str] | None:
@@ -91,10 +108,19 @@ def _binary(start: bytes) -> tuple[str, str] | None:
         return _zipped(start)
     if start[257:262] == b"ustar":
         return "a tar archive", "tar -xOf FILE > OUT"
+    encoding = _encoding(start)
+    return (f"a file in {encoding}", f"iconv -f {encoding} -t UTF-8 < FILE > OUT") if encoding else None
+
+
+def _encoding(start: bytes) -> str | None:
+    """Which encoding of several bytes a letter; None for any other."""
     for encoding, starts in _ENCODINGS:
         if start.startswith(starts):
-            return f"a file in {encoding}", f"iconv -f {encoding} -t UTF-8 < FILE > OUT"
-    return None
+            return encoding
+    first, second, third, fourth = (byte == 0 for byte in start[:4].ljust(4, b" "))
+    if second and fourth and not (first or third):
+        return "UTF-16LE"
+    return "UTF-16BE" if first and third and not (second or fourth) else None
 
 
 def _zipped(start: bytes) -> tuple[str, str]:
@@ -106,29 +132,31 @@ def _zipped(start: bytes) -> tuple[str, str]:
     return "a zip archive", "unzip -p FILE > OUT"
 
 
-def _text(start: bytes, suffix: str) -> tuple[str, str] | None:
+def _text(start: bytes, suffix: str) -> FileKind | tuple[str, str]:
     text = start.decode("utf-8", "replace").lstrip("\ufeff")
     lines = [line.strip() for line in text.split("\n", maxsplit=200)[:200]]
     first, second, third = ([line for line in lines if line] + ["", "", ""])[:3]
+    is_table = suffix in _TABLES
     if first.startswith("["):
-        return _array(first, second, third, cut="\n" not in text)
-    if first.startswith("{"):
-        return _object(first, second, text)
-    if first.lower().startswith(("<!doctype", "<html", "<?xml")):
+        if _is_array(first, second, third, cut="\n" not in text):
+            return ARRAY
+        is_table = is_table and _json(first) is None
+    elif first.startswith("{"):
+        return _object(first, second, text) or LINES
+    elif first.lower().startswith(("<!doctype", "<html", "<?xml")):
         return "a page of HTML or XML", 'write each text as a line such as {"prompt": "..."}'
-    if first and (suffix in (".yaml", ".yml") or _YAML_START.match(first)) and not second.startswith("{"):
-        return "YAML", _YAML
-    return _table(first, second, suffix)
+    elif suffix in (".yaml", ".yml") or (not is_table and _YAML_START.match(first)):
+        return ("YAML", _YAML) if first and not second.startswith("{") else LINES
+    delimiter = _named_delimiter(text, first) if is_table and first else _likely_delimiter(first, second)
+    return FileKind("csv", delimiter) if delimiter else LINES
 
 
-def _array(first: str, second: str, third: str, *, cut: bool) -> tuple[str, str] | None:
-    """A JSON array, on one line or on several. ``cut`` says that not even its first line is known to its end."""
-    of_objects = re.match(r"\[\s*(\{|$)", first) is not None
+def _is_array(first: str, second: str, third: str, *, cut: bool) -> bool:
+    """Whether it is a JSON array, on one line or on several. ``cut``: not even its first line is known to its end."""
+    of_objects = re.match(r"\[\s*(\{|\]?$)", first) is not None
     whole = _json(first) is not None
-    pretty = second and not whole and (_json(second) is None or third.startswith("]"))
-    if of_objects and (pretty or (whole and not second) or (cut and not whole)):
-        return "a JSON array", "jq -c '.[]' FILE > OUT"
-    return None
+    pretty = bool(second) and not whole and (_json(second) is None or third.startswith(("]", ",")))
+    return of_objects and (pretty or (whole and not second) or (cut and not whole))
 
 
 def _object(first: str, second: str, text: str) -> tuple[str, str] | None:
@@ -143,17 +171,31 @@ def _object(first: str, second: str, text: str) -> tuple[str, str] | None:
     return None
 
 
-def _table(first: str, second: str, suffix: str) -> tuple[str, str] | None:
-    """A table whose first line names the columns."""
-    if not first:
-        return None
-    named = {".csv": ",", ".tsv": "\t", ".tab": "\t"}.get(suffix)
-    for delimiter, option in _DELIMITERS.items():
+def _named_delimiter(text: str, first: str) -> str:
+    """The delimiter of a table that is called one: what its first line names, or what cuts its header best."""
+    named = _SEPARATOR.match(text)
+    if named:
+        return named[1]
+    header = first.splitlines()[0]
+    return "\t" if "\t" in header else max(",;", key=lambda delimiter: _columns(header, delimiter))
+
+
+def _columns(header: str, delimiter: str) -> int:
+    import csv
+
+    return len(next(csv.reader([header], delimiter=delimiter)))
+
+
+def _likely_delimiter(first: str, second: str) -> str | None:
+    """The delimiter of a text that is certainly a table: its first line is nothing but names, and the next is cells."""
+    named = _SEPARATOR.fullmatch(first)
+    if named:
+        return named[1]
+    for delimiter in _DELIMITERS:
         columns = first.split(delimiter)
         header = len(columns) > 1 and all(_COLUMN.fullmatch(column) for column in columns)
-        rows = not second.startswith(("{", "[")) and (delimiter in second or second.startswith('"'))
-        if (header and rows) or (named == delimiter and first.count(";") <= first.count(delimiter)):
-            return ("TSV" if delimiter == "\t" else "CSV"), _CSV % option
+        if header and not second.startswith(("{", "[")) and (delimiter in second or second.startswith('"')):
+            return delimiter
     return None
 
 

@@ -33,6 +33,7 @@ from bmx.job.row_checks import (
     refuse_continuation,
     sampling_params,
 )
+from bmx.job.table_reader import Line
 from bmx.prompt_template import PromptTemplate
 from bmx.request import Request, SamplingParams
 from bmx.run_config import MAX_LINE_BYTES, RunConfig
@@ -58,6 +59,7 @@ class InputRow:
         references: good answers, for `bmx calibrate`.
         kept: fields that its record repeats; None where there are none to repeat.
         ignored: names of what was left out of it.
+        cells: whether its values are cells of a CSV file, which are empty where there is no value.
     """
 
     line: int
@@ -70,6 +72,7 @@ class InputRow:
     references: tuple[str, ...] = ()
     kept: dict[str, Any] | None = None
     ignored: tuple[str, ...] = ()
+    cells: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,9 +179,11 @@ class Reader:
                 if source.blank:
                     continue
                 value, problem = None, f"line {source.number}: {error.__cause__ or error}{source.torn}"
-            row = InputRow(source.number, f"line-{source.number}", source.key, source.size)
+            row = InputRow(source.number, f"line-{source.number}", source.key, source.size, cells=source.cells)
             if source.too_long:
                 row.error = invalid(f"the line is longer than {self.longest:,} bytes (--max-line-bytes)")
+            elif source.fault:
+                row.error = invalid(f"line {source.number}: {source.fault}")
             elif problem:
                 row.error = RowError("invalid_json", problem)
             else:
@@ -200,9 +205,10 @@ class Reader:
 
     def _identify(self, row: InputRow, values: dict[str, Any]) -> None:
         """Give a row its own id, if it has one, its dialect, and the fields that its record repeats."""
-        envelope = PLAIN if self._is_data(values) else envelope_of(values)
+        given = _given(row, values)
+        envelope = PLAIN if self._is_data(given) else envelope_of(given)
         fields = (self.id_field,) if self.id_field and envelope is PLAIN else envelope.ids
-        name = next((values[field] for field in fields if values.get(field) is not None), None)
+        name = next((given[field] for field in fields if given.get(field) is not None), None)
         if isinstance(name, float) and name.is_integer():
             name = int(name)
         if isinstance(name, str | int) and not isinstance(name, bool):
@@ -210,7 +216,7 @@ class Reader:
         elif name is not None:
             where = f" ({self.id_field!r})" if self.id_field in fields else ""
             row.error = invalid(f"an id{where} must be text or a whole number, not {type(name).__name__}")
-        row.dialect = envelope.dialect(values)
+        row.dialect = envelope.dialect(given)
         if self.keep and envelope is PLAIN:
             kept = values if ALL_FIELDS in self.keep else {name: values[name] for name in self.keep if name in values}
             if _is_deeper(kept, DEEPEST_KEPT):
@@ -220,18 +226,18 @@ class Reader:
 
     def _fill(self, row: InputRow, values: dict[str, Any]) -> None:
         """Turn the values of a line into the row's request."""
-        left_out = LeftOut(self.ignored)
-        asked = self._asked(values, left_out)
+        given, left_out = _given(row, values), LeftOut(self.ignored)
+        asked = self._asked(values if self._is_data(given) else given, left_out)
         if row.dialect == "plain":
-            references = values.get(REFERENCE)
+            references = given.get(REFERENCE)
             texts = references if isinstance(references, list) else [references]
             row.references = tuple(text for text in texts if isinstance(text, str))
         else:
             self._check_model(asked.fields.get("model"))
         messages = None if asked.messages is None else checked_messages(asked.messages, left_out)
         refuse_continuation(asked.fields, messages[-1]["role"].lower() if messages else None)
-        given = {name: value for name in SAMPLING_FIELDS if (value := asked.fields.get(name)) is not None}
-        own = given | own_format(asked.fields)
+        sampling = {name: value for name in SAMPLING_FIELDS if (value := asked.fields.get(name)) is not None}
+        own = sampling | own_format(asked.fields)
         row.request = Request(
             id=row.id,
             prompt=asked.prompt,
@@ -260,6 +266,11 @@ class Reader:
             raise RowError("model_not_found", message)
 
 
+def _given(row: InputRow, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row that have a value: an empty cell has none."""
+    return {name: value for name, value in values.items() if value != ""} if row.cells else values
+
+
 def _answers_error() -> InputFileError:
     return InputFileError(
         "the input holds answers of an earlier run, not prompts",
@@ -277,24 +288,26 @@ class _Source:
         key: its hash without the white space around it.
         too_long: whether it is longer than lines may be.
         torn: a remark for a last line without a newline, which may still be growing.
+        fault: why it cannot be read, as the row of a table.
+        cells: whether its values are cells of a CSV file.
     """
 
     def __init__(self, reader: Reader, skip: LineSet | None, every: int, always: Container[int]) -> None:
         self._reader, self._skip, self._every, self._always = reader, skip, every, always
         self.number = self.size = 0
         self.line = b""
-        self.key = self.torn = ""
-        self.too_long = False
+        self.key = self.torn = self.fault = ""
+        self.too_long = self.cells = False
 
     @property
     def blank(self) -> bool:
         """Whether the line holds nothing but white space or a byte order mark."""
-        return not self.too_long and self.line.strip(BLANKS) in (b"", BYTE_ORDER_MARK)
+        return not (self.too_long or self.fault) and self.line.strip(BLANKS) in (b"", BYTE_ORDER_MARK)
 
     def __iter__(self) -> Iterator[bytes]:
         chance, wanted, at, skip = Random(0), 0, -1, self._skip
         lines = (line for path in self._reader.paths for line in read_lines(path, self._reader.longest))
-        for self.number, (line, rest) in enumerate(lines, 1):
+        for self.number, line in enumerate(lines, 1):
             if skip is not None and self.number > skip.last:
                 return
             if skip is not None and self.number in skip:
@@ -305,17 +318,18 @@ class _Source:
                     wanted = at + chance.randrange(self._every)
                 if at != wanted and self.number not in self._always:
                     continue
-            self._describe(line, rest)
+            self._describe(line)
             yield self.line
 
-    def _describe(self, line: bytes, rest: Iterator[bytes] | None) -> None:
+    def _describe(self, line: Line) -> None:
+        text, rest, self.fault, self.cells = line
         self.too_long = rest is not None
-        self.line = b"" if self.too_long else line
-        self.torn = "" if line.endswith(b"\n") else " (the file ends in this line: is it still being written?)"
+        self.line = b"" if self.too_long else text
+        self.torn = "" if text.endswith(b"\n") else " (the file ends in this line: is it still being written?)"
         if rest is None:
-            self.size, self.key = len(line), blake2b(line.strip(), key=self._reader.hash_key, digest_size=8).hexdigest()
+            self.size, self.key = len(text), blake2b(text.strip(), key=self._reader.hash_key, digest_size=8).hexdigest()
         else:
-            self.size, self.key = _hashed(chain((line,), rest), self._reader.hash_key)
+            self.size, self.key = _hashed(chain((text,), rest), self._reader.hash_key)
 
 
 def _hashed(pieces: Iterable[bytes], key: bytes) -> tuple[int, str]:

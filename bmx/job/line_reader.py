@@ -1,4 +1,4 @@
-"""Lines of plain, gzip and zstd files as bytes, one in memory at a time.
+"""Lines of plain, gzip and zstd files as bytes, one in memory at a time; rows of tables as such lines.
 
 Knows bytes; knows nothing of JSON.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from bmx.errors import InputFileError
-from bmx.job.file_kinds import refuse_other_kinds
+from bmx.job.file_kinds import FileKind, file_kind
+from bmx.job.table_reader import Line, array_rows, csv_rows, parquet_rows
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PIECE = 1 << 17
 COMPRESSED = (".gz", ".zst")
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the first bytes of such files; no line of JSON begins like this
+PIPED = "the input that was piped in"
 ZSTD_PIECE = 256  # compressed bytes at a time: each byte may become a hundred kilobytes
 
 
@@ -41,23 +43,22 @@ class LineSet:
 
 
 @contextmanager
-def open_input(path: Path, shown: str | None = None) -> Iterator[BinaryIO]:
-    """A file of lines as bytes, decompressed if its name or its first bytes say that it is compressed.
+def open_input(path: Path, shown: str | None = None) -> Iterator[tuple[BinaryIO, FileKind]]:
+    """A file of rows as bytes, decompressed if its name or its first bytes say that it is compressed; and its kind.
 
     Args:
         path: the file.
         shown: its name in messages; None for its path.
 
     Raises:
-        InputFileError: missing, a folder, not readable, damaged, or no JSON lines.
+        InputFileError: missing, a folder, not readable, damaged, or of a kind that bmx does not read.
     """
     name = shown or str(path)
     try:
         if path.is_dir():
             raise InputFileError(f"{name} is a folder, not a file of prompts")
         with _opened(path) as file:
-            refuse_other_kinds(file.peek(PIECE), name, str(path) if shown in (None, str(path)) else "")
-            yield file
+            yield file, file_kind(file.peek(PIECE), name, str(path) if shown in (None, str(path)) else "")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputFileError(f"cannot read {name}: {error}") from None
     except OSError as error:
@@ -95,17 +96,23 @@ class ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         """Fill ``buffer`` with the next bytes; returns their number, 0 at the end."""
+        view, filled = memoryview(buffer).cast("B"), 0
+        while filled < len(view) and (ready := self._more()):
+            count = min(len(view) - filled, len(ready))
+            view[filled : filled + count], self._ready = ready[:count], ready[count:]
+            filled += count
+        return filled
+
+    def _more(self) -> memoryview:
+        """Bytes that are decompressed; none at the end."""
         while not self._ready:
             piece = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._file.read(ZSTD_PIECE)
             if not piece:
                 if self._frame and not self._frame.eof:
                     raise EOFError("the file ends in the middle of a zstd frame")
-                return 0
+                return self._ready
             self._ready = memoryview(self._decompressed(piece))
-        view = memoryview(buffer).cast("B")
-        count = min(len(view), len(self._ready))
-        view[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
+        return self._ready
 
     def _decompressed(self, piece: bytes) -> bytes:
         from zstandard import ZstdError
@@ -123,25 +130,37 @@ class ZstdFile(io.RawIOBase):
         super().close()
 
 
-def read_lines(path: Path, longest: int) -> Iterator[tuple[bytes, Iterator[bytes] | None]]:
-    r"""Pairs of a line, with its ``\n`` if it has one, and the pieces of what is left of a line that is too long.
+def read_lines(path: Path, longest: int) -> Iterator[Line]:
+    """The lines of a file, or the rows of an array or a table as lines of JSON.
 
     Args:
         path: the file.
-        longest: bytes of a line that are kept in memory; None follows a line that is not longer.
+        longest: bytes of a line that are kept in memory.
 
     Raises:
-        InputFileError: see ``open_input``.
+        InputFileError: see ``open_input``; or a table is damaged, or its header names no columns.
     """
-    with open_input(path) as file:
-        while line := file.readline(longest + 1):
-            if len(line) <= longest or line.endswith(b"\n"):
-                yield line, None
-                continue
-            rest = _pieces(file)
-            yield line, rest
-            for _ in rest:  # whatever nobody has read
-                pass
+    name = PIPED if str(path).startswith("/proc/self/fd/") else str(path)
+    with open_input(path) as (file, kind):
+        if kind.format == "array":
+            yield from array_rows(file, name, longest)
+        elif kind.format == "csv":
+            yield from csv_rows(file, name, longest, kind.delimiter)
+        elif kind.format == "parquet":
+            yield from parquet_rows(file, name, longest)
+        else:
+            yield from _lines(file, longest)
+
+
+def _lines(file: BinaryIO, longest: int) -> Iterator[Line]:
+    while line := file.readline(longest + 1):
+        if len(line) <= longest or line.endswith(b"\n"):
+            yield Line(line)
+            continue
+        rest = _pieces(file)
+        yield Line(line, rest)
+        for _ in rest:  # whatever nobody has read
+            pass
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

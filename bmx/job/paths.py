@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from bmx.errors import InputFileError, OutputError, UsageError
+from bmx.job.file_kinds import ROW_SUFFIXES
 from bmx.job.journal import is_of_bmx
 from bmx.job.line_reader import COMPRESSED, open_input
 from bmx.job.manifest import is_manifest
@@ -127,8 +128,9 @@ def _output(config: RunConfig) -> Path | None:
         )
     first = Path(config.inputs[0])
     stem = first.name.removesuffix(first.suffix) if first.suffix in COMPRESSED else first.name
+    stem = next((stem[: -len(suffix)] for suffix in ROW_SUFFIXES if stem.lower().endswith(suffix)), stem)
     share = f".{config.job.shard.replace('/', '-of-')}" if config.job.shard else ""
-    return first.with_name(f"{stem.removesuffix('.jsonl')}{share}.out.jsonl")
+    return first.with_name(f"{stem}{share}.out.jsonl")
 
 
 def _check_all(paths: JobPaths, config: RunConfig) -> None:
