@@ -235,7 +235,7 @@ def test_d1_gemini_requests_in_both_spellings(read, names):
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        ({"generationConfig": {"responseMimeType": "application/json"}}, "responseMimeType"),
+        ({"generationConfig": {"responseMimeType": "text/x-enum"}}, "responseMimeType"),
         ({"generationConfig": {"candidateCount": 2}}, "n"),
         ({"tools": [{"googleSearch": {}}]}, "tools"),
         ({"safetySettings": [{"threshold": "BLOCK_LOW_AND_ABOVE"}]}, "safetySettings"),

@@ -21,7 +21,7 @@ from bmx.engine.allowed_tokens import AllowedTokens
 from bmx.engine.backend import ModelBackend
 from bmx.engine.grammar import MAX_TEXT, Grammars, check_format
 from bmx.errors import RowError, UsageError
-from bmx.job.answer_formats import own_format
+from bmx.job.answer_formats import own_format, with_gemini_format
 from bmx.model.loader import prepare
 
 MERGES = ["true", "false", '":', '",', "the", "  ", "}]", "12"]
@@ -355,3 +355,32 @@ def test_a_format_is_read_under_every_name_that_programs_give_it(fields, found):
 def test_a_format_that_is_not_one_is_the_rows_error(fields, says):
     with pytest.raises(RowError, match=re.escape(says)):
         own_format(fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"response_mime_type": "text/plain"}, {}),
+        ({"response_mime_type": "application/json"}, {"guided_json": {"type": "object"}}),
+        ({"response_mime_type": "application/json", "guided_json": SCHEMA}, {"guided_json": SCHEMA}),
+        (
+            {
+                "response_schema": {
+                    "type": "OBJECT",
+                    "properties": {"type": {"type": "STRING", "nullable": True, "enum": ["STRING"]}},
+                    "propertyOrdering": ["type"],
+                }
+            },
+            {
+                "guided_json": {
+                    "type": "object",
+                    "properties": {"type": {"type": ["string", "null"], "enum": ["STRING"]}},
+                }
+            },
+        ),
+    ],
+)
+def test_geminis_schemas_are_those_of_json(config, found):
+    assert with_gemini_format(config) == found
+    with pytest.raises(RowError, match="responseMimeType text/x-enum"):
+        with_gemini_format({"response_mime_type": "text/x-enum"})

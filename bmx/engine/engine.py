@@ -201,7 +201,7 @@ class Engine:
     def measure(self, requests: Iterable[Request]) -> list[Length]:
         """The length of each request that can be answered at all; nothing else is kept."""
         self._check_open()
-        return self._measurer.measure(requests)
+        return self._measurer.measure(self._grammars.foreseen(requests))
 
     def prompt_warnings(self) -> list[str]:
         """What a person should know of the prompts that were measured or encoded: each in a line."""
@@ -217,8 +217,14 @@ class Engine:
 
     @property
     def _planner(self) -> RunPlanner:
+        on_host = self.backend.device_type == "cpu"
         return RunPlanner(
-            config=self.config, spec=self.spec, policy=self.policy, backend=self.backend, probe=self.probe
+            config=self.config,
+            spec=self.spec,
+            policy=self.policy,
+            backend=self.backend,
+            probe=self.probe,
+            formats_bytes=self._grammars.host_bytes if on_host else 0,
         )
 
     def _check_open(self) -> None:

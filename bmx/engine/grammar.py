@@ -7,11 +7,14 @@ step take it microseconds. Knows tokenizers and token ids; knows nothing of rows
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from bmx.errors import RowError, UsageError
-from bmx.request import FORMATS, SamplingParams
+from bmx.hardware import resident_bytes
+from bmx.request import FORMATS, Request, SamplingParams
 
 MAX_TEXT = 1_000_000  # characters of a format
 KEPT = 256  # compiled formats that are kept
@@ -26,11 +29,15 @@ class Grammars:
         tokenizer: a transformers tokenizer; None for a stand-in model: formats are only checked.
         vocab: columns of the model's logits.
         end_token_ids: ids that may end an answer.
+
+    Attributes:
+        host_bytes: memory that the tokenizer's tokens take, once a request with a format was seen.
     """
 
     def __init__(self, tokenizer: Any, vocab: int, end_token_ids: frozenset[int]) -> None:
         self._tokenizer, self._vocab, self._ends = tokenizer, vocab, end_token_ids
         self._known: Any = None
+        self.host_bytes = 0
         self._compiled = lru_cache(KEPT)(self._compile)
 
     def of(self, params: SamplingParams) -> Grammar | None:
@@ -43,6 +50,14 @@ class Grammars:
         name = _format_named(params)
         grammar = None if name is None else self._compiled(name, getattr(params, name))
         return None if self._tokenizer is None else grammar
+
+    def foreseen(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The same requests; what the first one with a format needs is loaded, so that a plan knows its memory."""
+        for request in requests:
+            if self._known is None and _format_named(request.params):
+                with suppress(ValueError):  # the row's error, once it is answered
+                    self._tokens()
+            yield request
 
     def _compile(self, name: str, form: Any) -> Grammar:
         from llguidance import LLMatcher
@@ -57,21 +72,26 @@ class Grammars:
         return Grammar(matcher, name)
 
     def _tokens(self) -> Any:
-        """llguidance's view of the tokenizer; it takes about 60 MB and half a second, once.
+        """The tokens as llguidance knows them, which takes half a second, once.
 
         Raises:
             ValueError: a kind of tokenizer that it does not know.
         """
-        if self._known is None and self._tokenizer is None:
+        if self._known is None:
+            before = resident_bytes()
+            self._known = self._read_tokens()
+            self.host_bytes = max(0, resident_bytes() - before)
+        return self._known
+
+    def _read_tokens(self) -> Any:
+        if self._tokenizer is None:
             from llguidance import LLTokenizer
 
-            self._known = LLTokenizer("byte")
-        elif self._known is None:
-            from llguidance.hf import from_tokenizer
+            return LLTokenizer("byte")
+        from llguidance.hf import from_tokenizer
 
-            size = max(self._vocab, len(self._tokenizer))
-            self._known = from_tokenizer(self._tokenizer, n_vocab=size, eos_token=sorted(self._ends) or None)
-        return self._known
+        size = max(self._vocab, len(self._tokenizer))
+        return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=sorted(self._ends) or None)
 
 
 class Grammar:

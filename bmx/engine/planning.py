@@ -33,6 +33,7 @@ class RunPlanner:
         policy: which KV pairs stay in a slot.
         backend: the model on its device.
         probe: token ids that are asked after each chunk.
+        formats_bytes: bytes that the formats of answers take, where the device is the CPU.
     """
 
     config: EngineConfig
@@ -40,6 +41,7 @@ class RunPlanner:
     policy: CompressionPolicy
     backend: Backend
     probe: tuple[int, ...] = ()
+    formats_bytes: int = 0
 
     def plan(self, lengths: Iterable[Length]) -> Plan:
         """The plan that answers these lengths the fastest within the memory that may be used.
@@ -90,12 +92,13 @@ class RunPlanner:
 
     def _builder(self, limits: Limits) -> PlanBuilder:
         """Makes plans within these limits."""
-        backend = self.backend
+        backend, config = self.backend, self.config
+        runtime = backend.runtime_bytes + self.formats_bytes
         return PlanBuilder(
-            config=self.config,
+            config=config,
             spec=self.spec,
             policy=self.policy,
-            device=Device.of(backend.device_type, self.spec, backend.runtime_bytes, self.config, backend.kernels),
+            device=Device.of(backend.device_type, self.spec, runtime, config, backend.kernels),
             kernels=backend.kernels,
             limits=limits,
             rates=self._rates,

@@ -5,6 +5,7 @@ Knows how requests name formats; knows nothing of grammars or tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,46 @@ def own_format(fields: Mapping[str, Any]) -> dict[str, Any]:
         names = sorted(name for name in FORMAT_FIELDS if fields.get(name) is not None)
         raise invalid(f"an answer has one format: {' and '.join(names)} contradict each other")
     return _NO_FORMAT | found[0] if found else {}
+
+
+def with_gemini_format(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Gemini's generation config, with its MIME type and its schema of OpenAPI's kind as a format.
+
+    Args:
+        config: with names of bmx's own.
+
+    Raises:
+        RowError: another MIME type than text and JSON.
+    """
+    fields = dict(config)
+    kind, schema = fields.pop("response_mime_type", None), fields.pop("response_schema", None)
+    if kind not in (None, "text/plain", "application/json"):
+        raise invalid(f"unsupported in 'generationConfig': responseMimeType {kind!s:.40}")
+    if schema is not None:
+        fields["guided_json"] = _from_openapi(schema)
+    elif kind == "application/json":
+        fields.setdefault("guided_json", json.loads(ANY_OBJECT))
+    return fields
+
+
+def _from_openapi(schema: Any) -> Any:
+    """A schema of OpenAPI's kind as a JSON schema: types in capitals, ``nullable``, and an order of properties."""
+    if isinstance(schema, list):
+        return [_from_openapi(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {
+        name: part if name in ("enum", "default", "example") else _from_openapi(part)
+        for name, part in schema.items()
+        if name not in ("nullable", "properties", "propertyOrdering")
+    }
+    if isinstance(schema.get("properties"), dict):
+        parts["properties"] = {name: _from_openapi(part) for name, part in schema["properties"].items()}
+    if isinstance(parts.get("type"), str):
+        parts["type"] = parts["type"].lower()
+        if schema.get("nullable"):
+            parts["type"] = [parts["type"], "null"]
+    return parts
 
 
 def _of_field(name: str, value: Any) -> dict[str, Any]:

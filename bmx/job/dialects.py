@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bmx.job.answer_formats import with_gemini_format
 from bmx.job.left_out import FLAG, LeftOut, squeezed
 from bmx.job.messages import from_anthropic, from_conversations, from_gemini, invalid
 from bmx.job.output_records import Dialect
@@ -26,14 +27,16 @@ _GEMINI_NAMES = {  # of its generation config, and bmx's own
     "frequencypenalty": "frequency_penalty",
     "maxoutputtokens": "max_tokens",
     "presencepenalty": "presence_penalty",
-    "responsejsonschema": "json_schema",
+    "responsejsonschema": "guided_json",
     "responselogprobs": "logprobs",
+    "responsemimetype": "response_mime_type",
     "responsemodalities": "modalities",
+    "responseschema": "response_schema",
     "stopsequences": "stop",
     "topk": "top_k",
     "topp": "top_p",
 }
-_GEMINI_NOTHING = {"responsemimetype": ("text/plain",), "tools": ([],), "toolconfig": ({},)}
+_GEMINI_NOTHING: dict[str, tuple[Any, ...]] = {"tools": ([],), "toolconfig": ({},)}
 _NO_FILTER = {"BLOCK_NONE", "OFF"}
 
 
@@ -128,10 +131,9 @@ def _gemini_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
     if filters and not left_out.takes("safetySettings"):
         but = f"but for the thresholds BLOCK_NONE and OFF; {FLAG} leaves it out"
         raise invalid(f"unsupported in 'request': safetySettings ({but})")
-    named = {_GEMINI_NAMES.get(squeezed(name), name): value for name, value in config.items()}
-    fields = {
-        name: value for name, value in (request | named).items() if value not in _GEMINI_NOTHING.get(squeezed(name), ())
-    }
+    named: dict[str, Any] = {_GEMINI_NAMES.get(squeezed(name)) or name: value for name, value in config.items()}
+    asked = request | with_gemini_format(named)
+    fields = {name: value for name, value in asked.items() if value not in _GEMINI_NOTHING.get(squeezed(name), ())}
     refuse_unknown(fields, "'request'", frozenset(), left_out)
     return Asked(messages=from_gemini(contents, system), fields=fields)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import FAKE, EngineConfig
 from bmx.engine.engine import Engine
+from bmx.engine.grammar import check_format
 from bmx.engine.memory_meter import release
 from bmx.engine.open import check_cache
 from bmx.errors import UsageError
@@ -95,6 +96,7 @@ def calibrate(config: RunConfig, options: CalibrateOptions, display: Display, st
         Interrupted: a stop was requested; finished measurements are saved.
     """
     _check(config, options)
+    check_format(config.sampling)
     output = Path(config.job.output_file or default_path(config.inputs[0]))
     if not output.parent.is_dir():
         raise UsageError(f"the folder {output.parent} does not exist", hint="create it, or name another with -o")
