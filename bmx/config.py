@@ -313,6 +313,7 @@ class EngineConfig:
             decides_answers=NEVER,
             unit="bytes",
             parse=parse_memory,
+            aliases=("kv_cache_memory_bytes",),
         ),
     ] = None
     gpu_memory_utilization: Annotated[
@@ -327,12 +328,7 @@ class EngineConfig:
     max_num_seqs: Annotated[
         int | None,
         Setting(
-            "Largest number of sequences at once",
-            decides_answers=NEVER,
-            unit="sequences",
-            metavar="N",
-            parse=parse_count,
-            rare=True,
+            "Most sequences at once", decides_answers=NEVER, unit="sequences", metavar="N", parse=parse_count, rare=True
         ),
     ] = None
     max_num_batched_tokens: Annotated[
@@ -359,6 +355,7 @@ class EngineConfig:
             "Compute text that several prompts begin with only once",
             decides_answers=NEVER,
             commands=NOT_IN_BENCH,
+            aliases=("enable_prefix_caching",),
             rare=True,
         ),
     ] = True

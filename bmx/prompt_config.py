@@ -80,6 +80,7 @@ class PromptConfig:
             decides_answers=IF_GIVEN,
             parse=parse_object,
             metavar="JSON",
+            aliases=("default_chat_template_kwargs",),
             rare=True,
         ),
     ] = None

@@ -63,6 +63,7 @@ class Setting:
         rare: whether help lists it after the common ones.
         metavar: what help calls its value; derived from unit and type if left out.
         short: its short flag.
+        aliases: other names of its flag, which vLLM gives it.
         name, type, default, group: of the field that it describes, and the title of the field's section.
     """
 
@@ -83,6 +84,7 @@ class Setting:
     rare: bool = False
     metavar: str = ""
     short: str | None = None
+    aliases: tuple[str, ...] = ()
     name: str = ""
     type: Any = str
     default: Any = None
@@ -94,9 +96,10 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
     @property
-    def spelling(self) -> str:
-        """Its flag, with the one that turns it off where it is on by default."""
-        return f"{self.flag}/--no-{self.flag[2:]}" if self.type is bool and self.default else self.flag
+    def spellings(self) -> tuple[str, ...]:
+        """Its flag and those of its aliases, each with the one that turns it off where it is on by default."""
+        words = (name.replace("_", "-") for name in (self.name, *self.aliases))
+        return tuple(f"--{word}/--no-{word}" if self.type is bool and self.default else f"--{word}" for word in words)
 
     @property
     def variable(self) -> str:

@@ -382,3 +382,15 @@ def test_a_reader_that_closes_standard_output_is_no_error(tmp_path):
         assert json.loads(process.stdout.readline())["text"]
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_the_input_may_be_named_as_run_batch_of_vllm_names_it(bmx):
+    Path("in.jsonl").write_text('{"prompt": "w1"}\n')
+    flags = ("--kv-cache-memory-bytes", "8M", "--no-enable-prefix-caching", "--default-chat-template-kwargs", "{}")
+    ended = bmx("run", "-i", "in.jsonl", "-o", "out.jsonl", "-m", "fake", *flags)
+    assert (ended.code, len(Path("out.jsonl").read_text().splitlines())) == (0, 1)
+    shown = bmx("run", "--input-file", "in.jsonl", "--print-config", *flags).out
+    for line in ("kv_cache_memory: 8000000", "prefix_reuse: false", "chat_template_kwargs: {}"):
+        assert f"\n{line}\n" in shown
+    both = bmx("run", "in.jsonl", "-i", "in.jsonl", "-m", "fake")
+    assert (both.code, "given twice" in both.err) == (2, True)

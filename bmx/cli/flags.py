@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bmx.errors import UsageError
 from bmx.model.random_models import SHAPES
 from bmx.run_config import all_settings, setting_named
 from bmx.settings import NEVER, Setting
@@ -18,6 +19,10 @@ from bmx.units import parse_bytes, parse_count, parse_counts, parse_memory
 
 CONFIG = Annotated[
     str | None, typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings")
+]
+INPUT_FILE = Annotated[
+    list[str] | None,
+    typer.Option("--input-file", "-i", help="INPUT, as vLLM's run-batch calls it"),
 ]
 OTHER_VARIABLES = ("BMX_CONFIG", "BMX_KERNELS")  # variables that are not settings
 
@@ -171,35 +176,53 @@ def known_variables() -> set[str]:
     return {setting.variable for setting in all_settings()} | set(OTHER_VARIABLES)
 
 
-def with_flags(command: str, function: Any, inputs: str, about: str) -> Any:
+def with_flags(command: str, function: Any, metavar: str, about: str) -> Any:
     """``function`` with the command's flags in its signature, where typer looks for them.
 
     Args:
         command: its name on the command line.
         function: takes ``inputs``, ``config`` and a keyword for each flag.
-        inputs: what the input files are called; in brackets if they may be left out.
+        metavar: what the input files are called; in brackets if they may be left out.
         about: what they are.
     """
-    keyword, optional = inspect.Parameter.KEYWORD_ONLY, inputs.startswith("[")
-    kind: Any = list[str] | None if optional else list[str]
-    argument = Annotated[kind, typer.Argument(metavar=inputs, help=about)]
+
+    def called(inputs: list[str] | None, input_file: list[str] | None, **flags: Any) -> None:
+        function(inputs=_chosen_inputs(command, metavar, inputs, input_file), **flags)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    argument = Annotated[list[str] | None, typer.Argument(metavar=metavar, help=about)]
     parameters = [
-        inspect.Parameter(
-            "inputs", keyword, annotation=argument, default=None if optional else inspect.Parameter.empty
-        ),
+        inspect.Parameter("inputs", keyword, default=None, annotation=argument),
+        inspect.Parameter("input_file", keyword, default=None, annotation=INPUT_FILE),
         inspect.Parameter("config", keyword, default=None, annotation=CONFIG),
         *map(_parameter, flags_of(command)),
     ]
-    function.__signature__ = inspect.Signature(parameters)
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return function
+    called.__doc__ = function.__doc__
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
+def _chosen_inputs(
+    command: str, metavar: str, inputs: list[str] | None, input_file: list[str] | None
+) -> list[str] | None:
+    """The input files, given as arguments or as --input-file.
+
+    Raises:
+        UsageError: given as both, or not at all where some are needed.
+    """
+    if inputs and input_file:
+        raise UsageError("the input is given twice, as an argument and as --input-file", hint="give it once")
+    if not (inputs or input_file or metavar.startswith("[")):
+        raise UsageError(f"missing argument {metavar!r}", hint=f"bmx {command} -h shows what it takes")
+    return inputs or input_file
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:
     """A setting or an option as a parameter. One that was not given is None, so that the config file can set it."""
     is_option = setting in OPTIONS
     option = typer.Option(
-        *filter(None, (setting.short, setting.spelling)),
+        *filter(None, (setting.short, *setting.spellings)),
         help=help_text(setting),
         metavar=setting.placeholder or None,
         autocompletion=_completer(setting.choices) if setting.choices else None,
@@ -225,11 +248,11 @@ def _completer(words: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def help_text(setting: Setting) -> str:
-    """What a setting does, and its default unless that is nothing or the text says it."""
+    """What a setting does, its default unless that is nothing or the text says it, and its other names."""
     nothing = setting.default is None or setting.default is False or setting.default == ()
-    if nothing or "(default" in setting.help:
-        return setting.help
-    return f"{setting.help} (default {_default(setting)})"
+    default = "" if nothing or "(default" in setting.help else f" (default {_default(setting)})"
+    others = "".join(f"; also {spelling.replace('/', ', ')}" for spelling in setting.spellings[1:])
+    return f"{setting.help}{default}{others}"
 
 
 def _default(setting: Setting) -> str:

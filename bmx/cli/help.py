@@ -56,6 +56,7 @@ FRONT_OPTIONS = (
     ("--show-completion", "Show what --install-completion would install"),
 )
 OPTIONS_OF_ALL = (
+    ("-i, --input-file FILE", "INPUT, as vLLM's run-batch calls it"),
     ("-c, --config FILE", "YAML file of settings, as `bmx run --print-config` shows them"),
     ("-h, --help", "Show this page"),
 )
@@ -176,7 +177,7 @@ def command_help(name: str, about: str) -> Iterator[str]:
 def _entry(setting: Setting) -> tuple[str, str]:
     """A flag with its short form and its value, and what it does."""
     short = f"{setting.short}," if setting.short else "   "
-    return f"{short} {setting.spelling.replace('/', ', ')} {setting.placeholder}".rstrip(), help_text(setting)
+    return f"{short} {setting.spellings[0].replace('/', ', ')} {setting.placeholder}".rstrip(), help_text(setting)
 
 
 def _paragraphs(text: str) -> Iterator[str]:

@@ -43,8 +43,9 @@ def reference() -> str:
     ]
     parts.append(
         "## Options of single commands\n\nThese are flags alone: neither a file nor a variable sets them. All commands "
-        "also take `--config` (`-c`, `BMX_CONFIG`), a YAML file of settings. `BMX_KERNELS` forces the kernels of that "
-        "name.\n\n" + _table(("flag", "command", "values", "meaning"), option_rows)
+        "also take `--config` (`-c`, `BMX_CONFIG`), a YAML file of settings, and `--input-file` (`-i`) in the place "
+        "of INPUT. `BMX_KERNELS` forces the kernels of that name.\n\n"
+        + _table(("flag", "command", "values", "meaning"), option_rows)
     )
     return "\n".join(parts)
 
@@ -52,7 +53,7 @@ def reference() -> str:
 def _setting_row(setting: Setting) -> tuple[str, ...]:
     flags = [setting.short] if setting.short else []
     return (
-        ", ".join(map(_code, [*flags, *setting.spelling.split("/")])),
+        ", ".join(map(_code, [*flags, *"/".join(setting.spellings).split("/")])),
         f"{_code(setting.name)}, {_code(setting.variable)}",
         _values(setting),
         _default(setting),
