@@ -99,7 +99,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_d7_a_table_has_the_rows_that_its_lines_would_be(name):
+def test_d8_a_table_has_the_rows_that_its_lines_would_be(name):
     rows, lines = rows_of(TABLES[name], name), rows_of(as_lines(), "in.jsonl")
     assert [row.request for row in rows] == [row.request for row in lines]
     assert [(row.line, row.key) for row in rows] == [(row.line, row.key) for row in lines]
@@ -107,7 +107,7 @@ def test_d7_a_table_has_the_rows_that_its_lines_would_be(name):
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
 @pytest.mark.parametrize("name", ["in.csv", "in.tsv", "pretty.json", "in.parquet", "table.txt"])
-def test_d7_a_compressed_table_too(name, suffix, pack):
+def test_d8_a_compressed_table_too(name, suffix, pack):
     assert [row.id for row in rows_of(pack(TABLES[name]), name + suffix)] == ["a1", "a2", "a3"]
 
 
@@ -118,7 +118,7 @@ def test_d7_a_compressed_table_too(name, suffix, pack):
         *(("IN.CSV", "IN"), ("in.txt", "in.txt"), ("in.csv.json", "in.csv")),
     ],
 )
-def test_d7_the_output_of_a_table_stands_beside_it(bmx, name, output):
+def test_d8_the_output_of_a_table_stands_beside_it(bmx, name, output):
     pack = gzip.compress if name.endswith(".gz") else bytes
     Path(name).write_bytes(pack(PARQUET if "parquet" in name else as_lines()))
     assert bmx("run", name, "-m", "fake").code == 0
@@ -126,13 +126,13 @@ def test_d7_the_output_of_a_table_stands_beside_it(bmx, name, output):
 
 
 @pytest.mark.parametrize("name", ["in.csv", "in.json", "in.parquet", "semicolons.csv"])
-def test_d7_a_table_may_come_from_standard_input(bmx, name):
+def test_d8_a_table_may_come_from_standard_input(bmx, name):
     assert bmx("run", "-", "-o", "out.jsonl", "-m", "fake", stdin=TABLES[name]).code == 0
     assert Path("out.jsonl").read_text().count("row_hash") == 3
 
 
 @pytest.mark.parametrize("name", ["in.csv", "pretty.json", "in.parquet"])
-def test_d7_a_run_of_a_table_goes_on_in_any_order_and_in_any_format(bmx, name):
+def test_d8_a_run_of_a_table_goes_on_in_any_order_and_in_any_format(bmx, name):
     Path(name).write_bytes(TABLES[name])
     assert bmx("run", name, "-m", "fake", "-o", "out.jsonl", "--limit", 2).code == 0
     before = Path("out.jsonl").read_text()
@@ -143,7 +143,7 @@ def test_d7_a_run_of_a_table_goes_on_in_any_order_and_in_any_format(bmx, name):
     assert Path("out.jsonl").read_text().count("\n") == 3
 
 
-def test_d7_rows_of_a_table_are_shared_and_answered_again_by_their_places(bmx):
+def test_d8_rows_of_a_table_are_shared_and_answered_again_by_their_places(bmx):
     Path("in.csv").write_bytes(b"prompt,max_tokens\na,1\nb,many\nc,1\nd,1\n")
     assert bmx("run", "in.csv", "-m", "fake", "--shard", "2/2").code == 3
     output = Path("in.2-of-2.out.jsonl")
@@ -154,14 +154,14 @@ def test_d7_rows_of_a_table_are_shared_and_answered_again_by_their_places(bmx):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"id,prompt\n", b"id,prompt\n\n", b"[]", b"[\n]\n"])
-def test_d7_a_table_without_rows_has_none(content):
+def test_d8_a_table_without_rows_has_none(content):
     assert rows_of(content, "in.json" if content.startswith(b"[") else "in.csv") == []
 
 
 # CSV
 
 
-def test_d7_an_empty_cell_is_empty_text_and_no_value_for_what_is_asked():
+def test_d8_an_empty_cell_is_empty_text_and_no_value_for_what_is_asked():
     content = b"id,prompt,max_tokens,temperature,stop,custom_id\n,hello,,,,\n,again,5,0.5,x,c\n"
     first, second = rows_of(content)
     assert first.id == "line-1"
@@ -173,7 +173,7 @@ def test_d7_an_empty_cell_is_empty_text_and_no_value_for_what_is_asked():
     assert filled.kept["stop"] == ""
 
 
-def test_d7_a_row_with_other_cells_than_the_header_fails_alone():
+def test_d8_a_row_with_other_cells_than_the_header_fails_alone():
     rows = rows_of(b'id,prompt\na,b,c\nd\n\ne,"f"\n')
     assert errors(rows) == {
         "line-1": "invalid_request: line 1: the row has 3 cells, the header 2 (a cell with ',' in it needs quotes)",
@@ -182,7 +182,7 @@ def test_d7_a_row_with_other_cells_than_the_header_fails_alone():
     assert rows[2].id == "e"
 
 
-def test_d7_a_row_that_is_not_utf_8_fails_alone():
+def test_d8_a_row_that_is_not_utf_8_fails_alone():
     bad, good = rows_of("id,prompt\na,Größe\nb,ok\n".encode("latin-1"))
     assert "byte 0xf6 is not UTF-8" in bad.error.message
     assert "iconv" in bad.error.message
@@ -201,23 +201,23 @@ def test_d7_a_row_that_is_not_utf_8_fails_alone():
         ("id,Größe".encode("latin-1"), "the header of in.csv is not in UTF-8 (iconv"),
     ],
 )
-def test_d7_a_header_that_names_no_columns_is_refused(header, message):
+def test_d8_a_header_that_names_no_columns_is_refused(header, message):
     assert message in refused(header + b"\n1,2,3\n")
 
 
-def test_d7_a_cell_that_never_ends_is_refused_and_its_row_named():
+def test_d8_a_cell_that_never_ends_is_refused_and_its_row_named():
     assert "ends within a quoted cell that begins in row 2 (is a quote missing?" in refused(b'id,p\na,b\nc,"d\ne,f\n')
     assert "begins in the header" in refused(b'id,"p\na,b\n')
 
 
 @pytest.mark.parametrize("long", [b"x" * 300, b'"' + b'x "" \r\n,' * 50 + b'"', b'"' + b"x" * 300 + b'"'])
-def test_d7_a_row_that_is_too_long_fails_alone(long):
+def test_d8_a_row_that_is_too_long_fails_alone(long):
     rows = rows_of(b"id,prompt\na,b\nc," + long + b"\nd,e\n", longest=100)
     assert errors(rows) == {"line-2": "invalid_request: the line is longer than 100 bytes (--max-line-bytes)"}
     assert [row.id for row in rows] == ["a", "line-2", "d"]
 
 
-def test_d7_a_huge_cell_takes_no_more_memory_than_is_allowed():
+def test_d8_a_huge_cell_takes_no_more_memory_than_is_allowed():
     content = b'id,prompt\na,"' + b"some words\n" * 100_000 + b'"\nb,c\n'
     Path("in.csv").write_bytes(content)
     tracemalloc.start()
@@ -228,7 +228,7 @@ def test_d7_a_huge_cell_takes_no_more_memory_than_is_allowed():
     assert peak < len(content) / 2
 
 
-def test_d7_cells_longer_than_pythons_own_limit_are_read():
+def test_d8_cells_longer_than_pythons_own_limit_are_read():
     [row] = rows_of(b"id,prompt\na," + b"x" * 200_000 + b"\n")
     assert len(row.request.prompt) == 200_000
 
@@ -236,7 +236,7 @@ def test_d7_cells_longer_than_pythons_own_limit_are_read():
 # JSON arrays
 
 
-def test_d7_an_item_that_is_no_row_fails_alone():
+def test_d8_an_item_that_is_no_row_fails_alone():
     items = '{"prompt": "a"}, {"prompt": "b", "prompt": "c"}, {"prompt": "d", "x": [{"y": 1, "y": 2}]}, 5, "x", null'
     rows = rows_of(f'[{items}, {{"prompt": "e", "x": 1e999}}, {{"prompt": "f"}}]'.encode(), "in.json")
     assert {name: text.partition(": ")[2] for name, text in errors(rows).items()} == {
@@ -249,7 +249,7 @@ def test_d7_an_item_that_is_no_row_fails_alone():
     }
 
 
-def test_d7_numbers_of_an_array_are_those_of_lines():
+def test_d8_numbers_of_an_array_are_those_of_lines():
     text = '{"prompt": "a", "n": [1, -0.5, 1.10, 1e5, 123456789012345678901234567890]}'
     [row], [line] = rows_of(f"[{text}]".encode(), "in.json", keep=("n",)), rows_of(text.encode(), "l", keep=("n",))
     assert row.kept == line.kept
@@ -264,12 +264,12 @@ def test_d7_numbers_of_an_array_are_those_of_lines():
         ('[{"prompt": "a"},\n{"prompt": "Größe"}]', "invalid bytes in UTF8"),
     ],
 )
-def test_d7_a_damaged_array_is_refused(text, message):
+def test_d8_a_damaged_array_is_refused(text, message):
     assert message in refused(text.encode("latin-1"), "in.json")
 
 
 @pytest.mark.parametrize("text", ['["a", "b"]\n["c"]', '["a", "b"]', "[1]", '[{"prompt": "a"}]\n{"prompt": "b"}'])
-def test_d7_lines_that_are_arrays_stay_lines(text):
+def test_d8_lines_that_are_arrays_stay_lines(text):
     rows = rows_of(text.encode(), "in.jsonl")
     assert rows[0].error.message == "line 1 is not a JSON object"
     assert len(rows) == 1 + text.count("\n")
@@ -278,7 +278,7 @@ def test_d7_lines_that_are_arrays_stay_lines(text):
 # Parquet
 
 
-def test_d7_values_of_parquet_that_json_lacks_become_text_or_null():
+def test_d8_values_of_parquet_that_json_lacks_become_text_or_null():
     second = dt.datetime(2024, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
     [row] = rows_of(
         table_of(
@@ -316,7 +316,7 @@ def test_d7_values_of_parquet_that_json_lacks_become_text_or_null():
     }
 
 
-def test_d7_a_value_of_parquet_that_cannot_be_read_fails_its_row_alone():
+def test_d8_a_value_of_parquet_that_cannot_be_read_fails_its_row_alone():
     texts = pa.Array.from_buffers(
         pa.string(),
         3,
@@ -327,29 +327,29 @@ def test_d7_a_value_of_parquet_that_cannot_be_read_fails_its_row_alone():
     assert (good.request.prompt, last.request.prompt) == ("a", "b")
 
 
-def test_d7_a_long_row_of_parquet_or_of_an_array_fails_alone():
+def test_d8_a_long_row_of_parquet_or_of_an_array_fails_alone():
     rows = [{"prompt": "a"}, {"prompt": "x" * 200}, {"prompt": "b"}]
     for name, content in (("p", as_parquet(pa.Table.from_pylist(rows))), ("j", json.dumps(rows).encode())):
         read = rows_of(content, name, longest=100)
         assert errors(read) == {"line-2": "invalid_request: the line is longer than 100 bytes (--max-line-bytes)"}
 
 
-def test_d7_a_damaged_parquet_file_is_refused():
+def test_d8_a_damaged_parquet_file_is_refused():
     assert "the Parquet file in.csv cannot be read after its row 0" in refused(PARQUET[:-30])
     twice = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
     assert "two columns of in.csv are called 'a'" in refused(as_parquet(twice))
 
 
-def test_d7_without_pyarrow_the_extra_is_named(monkeypatch):
+def test_d8_without_pyarrow_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'bmx-llm[parquet]'" in refused(PARQUET, "in.parquet")
+    assert "pip install pyarrow, or bmx-llm[parquet]" in refused(PARQUET, "in.parquet")
 
 
 # Memory
 
 
 @pytest.mark.parametrize("kind", ["csv", "array", "parquet"])
-def test_d7_a_table_takes_no_more_memory_when_it_is_longer(kind):
+def test_d8_a_table_takes_no_more_memory_when_it_is_longer(kind):
     rows = [{"id": f"r{number}", "prompt": f"{number} " + "some words " * 100} for number in range(4000)]
     content = {
         "csv": lambda: as_csv(rows=rows),

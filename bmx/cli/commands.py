@@ -167,7 +167,7 @@ def front(
 
 
 def run(inputs: list[str], config: str | None, **flags: Any) -> None:
-    """Answer every prompt of INPUT (JSONL), as many at once as memory allows.
+    """Answer every prompt of INPUT, as many at once as memory allows.
 
     A line is {"prompt": ...} or {"messages": [...]}, with an optional "id" and sampling fields, or a line of an
     OpenAI batch file.

@@ -20,11 +20,15 @@ from bmx.settings import COMMANDS, Setting
 NARROWEST, WIDEST = 40, 100  # columns
 TEXT_COLUMN = 30  # where the explanations begin
 GENERAL = "General"
+FILES = "files of prompts: JSON lines or arrays, CSV, Parquet; also .gz and .zst"
 INPUTS = {
-    "run": ("INPUT...", "JSONL files of prompts, also .gz and .zst; - is standard input"),
-    "plan-batch": ("[INPUT...]", "JSONL files of prompts; none with --max-input"),
-    "calibrate": ("INPUT...", "JSONL files of prompts, also .gz and .zst; - is standard input"),
-    "bench": ("[INPUT...]", "JSONL files of prompts; none: random token ids"),
+    "run": ("INPUT...", f"{FILES}; - is standard input"),
+    "plan-batch": ("[INPUT...]", f"{FILES}; none with --max-input"),
+    "calibrate": (
+        "INPUT...",
+        f"{FILES}; - is standard input",
+    ),
+    "bench": ("[INPUT...]", f"{FILES}; none: random token ids"),
 }
 EXAMPLES = {
     "": (

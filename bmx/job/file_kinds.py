@@ -69,6 +69,11 @@ _REPR_START = re.compile(r"\{\s*'(?:[^'\\]|\\.)*'\s*:")
 _LIST_OR_ROW = re.compile(r'"(?:(messages|prompt|conversations|contents|params|body)"\s*:|(\w+)"\s*:\s*\[\s*\{)')
 
 
+def without_row_suffix(name: str) -> str:
+    """The name of a file of rows without what says its format; any other name as it is."""
+    return next((name[: -len(suffix)] for suffix in ROW_SUFFIXES if name.lower().endswith(suffix)), name)
+
+
 def file_kind(start: bytes, shown: str, name: str) -> FileKind:
     """What a file holds.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from bmx.errors import InputFileError, OutputError, UsageError
-from bmx.job.file_kinds import ROW_SUFFIXES
+from bmx.job.file_kinds import without_row_suffix
 from bmx.job.journal import is_of_bmx
 from bmx.job.line_reader import COMPRESSED, open_input
 from bmx.job.manifest import is_manifest
@@ -127,8 +127,8 @@ def _output(config: RunConfig) -> Path | None:
             "reading from standard input or a pipe needs an output", hint="-o answers.jsonl, or -o - for stdout"
         )
     first = Path(config.inputs[0])
-    stem = first.name.removesuffix(first.suffix) if first.suffix in COMPRESSED else first.name
-    stem = next((stem[: -len(suffix)] for suffix in ROW_SUFFIXES if stem.lower().endswith(suffix)), stem)
+    packed = first.suffix in COMPRESSED
+    stem = without_row_suffix(first.name.removesuffix(first.suffix) if packed else first.name)
     share = f".{config.job.shard.replace('/', '-of-')}" if config.job.shard else ""
     return first.with_name(f"{stem}{share}.out.jsonl")
 

@@ -30,7 +30,7 @@ LONGEST_NAME = 200  # letters of a column's name; a longer one is a text
 TO_UTF_8 = "iconv -f WINDOWS-1252 -t UTF-8 converts a file in Latin-1"
 CUT_SHORT = "was it cut short, or is it still being written?"
 SEPARATOR = re.compile('"?sep=', re.IGNORECASE)  # the first line of a file of Excel's may name the delimiter
-PARQUET_EXTRA = "pip install 'bmx-llm[parquet]', or pip install pyarrow"
+PARQUET_EXTRA = "pip install pyarrow, or bmx-llm[parquet] in place of bmx-llm"
 
 
 class Line(NamedTuple):

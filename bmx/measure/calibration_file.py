@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
+from bmx.job.file_kinds import without_row_suffix
 from bmx.job.fingerprint import differences, fingerprint
 from bmx.measure.calibration_checks import CALIBRATED, LATER_SETTINGS, problem_of
 from bmx.run_config import RunConfig, setting_named
@@ -28,7 +29,7 @@ LENGTH_BYTES = 8  # before the header of a safetensors file
 
 def default_path(name: str) -> Path:
     """The calibration file of an input, beside it."""
-    return Path(f"{name.removesuffix('.jsonl')}.calibration.json")
+    return Path(f"{without_row_suffix(name)}.calibration.json")
 
 
 def answers_path(path: Path) -> Path:
