@@ -13,6 +13,7 @@ from conftest import answers, watched
 from families import random_model
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from test_reasoning import THINKING, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -20,9 +21,11 @@ from bmx import Engine, EngineConfig, PromptConfig, Request, SamplingParams
 from bmx.engine.allowed_tokens import AllowedTokens
 from bmx.engine.backend import ModelBackend
 from bmx.engine.grammar import MAX_TEXT, Grammars, check_format
+from bmx.engine.sequence import Sequence
 from bmx.errors import RowError, UsageError
 from bmx.job.answer_formats import own_format, with_gemini_format
 from bmx.model.loader import prepare
+from bmx.model.prompt_encoder import PromptEncoder
 
 MERGES = ["true", "false", '":', '",', "the", "  ", "}]", "12"]
 END, ALSO_END = 0, 1
@@ -258,9 +261,9 @@ def test_masks_are_found_while_the_model_computes(monkeypatch):
     asked = []
     compute = AllowedTokens.__init__
 
-    def noted(self, matchers, vocab):
+    def noted(self, rows, vocab):
         asked.append("masks")
-        compute(self, matchers, vocab)
+        compute(self, rows, vocab)
 
     monkeypatch.setattr(AllowedTokens, "__init__", noted)
     hook = model().model.register_forward_pre_hook(lambda *_: asked.append("forward"))
@@ -297,6 +300,40 @@ def test_a_python_schema_is_a_mapping_or_text():
     assert texts[0] == texts[1] in ("true", "false")
     with pytest.raises(UsageError, match="an answer has one format: json_schema and guided_regex contradict"):
         engine().generate(["x"], json_schema=schema, guided_regex="a")
+
+
+def test_the_format_begins_behind_the_reasoning_that_the_prompt_left_open():
+    own = tokenizer(THINKING, ("<think>", "</think>"))
+    encoder, asked = PromptEncoder(own, PromptConfig()), request("one", guided_choice=("yes", "no"))
+    prompt, ends, vocab = encoder.encode(asked), (own.eos_token_id,), len(own)
+    grammar = Grammars(own, vocab, frozenset(ends)).of(asked.params)
+    sequence = Sequence(
+        request=asked,
+        prompt=prompt,
+        max_tokens=99,
+        rows_needed=1,
+        end_token_ids=frozenset(ends),
+        tokenizer=own,
+        grammar=grammar,
+        reasoning=encoder.reasoning(asked, prompt),
+    )
+
+    def allowed() -> list[int]:
+        logits = torch.zeros(1, vocab)
+        AllowedTokens([sequence.allowed], vocab).keep_in(logits)
+        return torch.isfinite(logits[0]).nonzero().flatten().tolist()
+
+    for token in own("fire is hot</think>", add_special_tokens=False)["input_ids"]:
+        assert allowed() == [i for i in range(vocab) if i not in ends]
+        sequence.accept(token)
+    assert {own.decode([i]) for i in allowed()} <= {"y", "ye", "yes", "n", "no"}
+    for token in own("yes", add_special_tokens=False)["input_ids"]:
+        sequence.accept(token)
+    result = sequence.result(budget=99)
+    assert (result.reasoning, result.text, result.finish_reason) == ("fire is hot", "yes", "stop")
+    assert sequence.restarted().allowed == ends
+    off = Request(id="two", prompt="x", params=asked.params, chat_template_kwargs={"enable_thinking": False})
+    assert not encoder.reasoning(off, encoder.encode(off)).open
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -24,17 +24,22 @@ class AllowedTokens:
     """The tokens that formats allow next, found on another thread while the model computes the step.
 
     Args:
-        matchers: one for each row of logits; None for rows without a format.
+        rows: for each row of logits its matcher, or token ids that may not follow; None where all may.
         vocab: columns of the logits.
     """
 
-    def __init__(self, matchers: Sequence[Matcher | None], vocab: int) -> None:
-        self._places = [place for place, matcher in enumerate(matchers) if matcher]
-        states = [matcher.state for matcher in matchers if matcher]
-        self._filled: Future[Tensor] | None = _thread().submit(_masks, states, vocab) if states else None
+    def __init__(self, rows: Sequence[Matcher | tuple[int, ...] | None], vocab: int) -> None:
+        self._forbidden = [(place, list(row)) for place, row in enumerate(rows) if isinstance(row, tuple)]
+        matchers = {place: row.state for place, row in enumerate(rows) if isinstance(row, Matcher)}
+        self._places = list(matchers)
+        self._filled: Future[Tensor] | None = None
+        if matchers:
+            self._filled = _thread().submit(_masks, list(matchers.values()), vocab)
 
     def keep_in(self, logits: Tensor) -> None:
-        """Set the logits [N, V] of all other tokens to minus infinity, in the rows with a format."""
+        """Set the logits [N, V] of all other tokens to minus infinity."""
+        for place, ids in self._forbidden:
+            logits[place, ids] = -torch.inf
         if self._filled is None:
             return
         masks = self._filled.result()

@@ -66,7 +66,7 @@ class Sequence:
         answer: token ids of the answer so far.
         finish_reason: why it is finished; None while it is not.
         error: why there is no answer, if the reason is ``error``.
-        matcher: how far the answer has come within its format; None where it has none.
+        matcher: how far the answer has come within its format; None where it has none, and while the model reasons.
     """
 
     request: Request
@@ -100,7 +100,7 @@ class Sequence:
     _random: random.Random | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.grammar:
+        if self.grammar and not self._opens_with_reasoning:
             self.matcher = self.grammar.begin()
         if self.params.stop:
             self._detokenizer = Detokenizer(self.tokenizer)
@@ -162,7 +162,17 @@ class Sequence:
     @property
     def needs_host_tokens(self) -> bool:
         """Whether its next token depends on tokens that the device does not keep."""
-        return self.params.repetition_penalty != 1 or bool(self.forced_answer) or self.matcher is not None
+        return self.params.repetition_penalty != 1 or bool(self.forced_answer) or self.grammar is not None
+
+    @property
+    def _opens_with_reasoning(self) -> bool:
+        """Whether the prompt left a part open in which the model reasons: the format begins behind it."""
+        return self.reasoning is not None and self.reasoning.open and bool(self.reasoning.end_ids[0])
+
+    @property
+    def allowed(self) -> Matcher | tuple[int, ...] | None:
+        """What says which tokens may follow: the matcher, or token ids that may not; None where all may."""
+        return self.last_ids if self.grammar and not self.matcher else self.matcher
 
     @property
     def decoding(self) -> bool:
@@ -197,8 +207,7 @@ class Sequence:
             return
         self.answer.append(token_id)
         try:
-            if self.matcher:
-                self.matcher.accept(token_id)
+            self._follow_format(token_id)
         except RowError as error:
             self.finish_reason, self.error = "error", error
             return
@@ -209,6 +218,19 @@ class Sequence:
             self.finish_reason = "repetition"
         elif len(self.answer) >= self.max_tokens:
             self.finish_reason = "length"
+
+    def _follow_format(self, token_id: int) -> None:
+        """Take the next token into the format; behind the reasoning, the format begins.
+
+        Raises:
+            RowError: the format is too complex.
+        """
+        if self.matcher:
+            self.matcher.accept(token_id)
+        elif self.grammar and self.reasoning:
+            mark = self.reasoning.end_ids[0]
+            if tuple(self.answer[-len(mark) :]) == mark:
+                self.matcher = self.grammar.begin()
 
     @property
     def _may_repeat(self) -> bool:
