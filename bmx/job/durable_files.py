@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +44,49 @@ def replace_file(path: Path, content: str | bytes) -> None:
     Raises:
         OutputError: it cannot be written; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    with new_file(path) as file:
+        if isinstance(content, str):  # a path may hold any bytes: an escape in JSON
+            content = content.encode(errors="backslashreplace")
+        write_all(file.fileno(), content)
+        put_in_place(file, path)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BufferedRandom]:
+    """A temporary file for ``put_in_place``; nothing is left of it where the body does not put it there.
+
+    Only one process may do so at a time.
+
+    Raises:
+        OutputError: it cannot be written; the old file is unchanged.
+    """
+    temporary = _temporary(path)
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        try:
-            if isinstance(content, str):  # a path may hold any bytes: an escape in JSON
-                content = content.encode(errors="backslashreplace")
-            write_all(handle, content)
-            os.fsync(handle)
-            os.fchmod(handle, 0o666 & ~_umask())
-        finally:
-            os.close(handle)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(handle, "w+b") as file:
+            yield file
     except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=KEPT) from None
+    finally:
         with suppress(OSError):
             os.unlink(temporary)
-        raise OutputError(f"cannot write {path}: {error.strerror}", hint=KEPT) from None
+
+
+def put_in_place(file: BufferedRandom, path: Path) -> None:
+    """Put a file of ``new_file`` in the place of another one, so that it is there after a power cut.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    os.fchmod(file.fileno(), 0o666 & ~_umask())
+    os.replace(_temporary(path), path)
+    sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _umask() -> int:

@@ -25,10 +25,11 @@ from bmx.job.job_state import FIND_OUT, JobState, find_state
 from bmx.job.journal import REMEDY, Journal
 from bmx.job.ledger import Ledger
 from bmx.job.locks import locked
-from bmx.job.manifest import SPARE, State, run_finished, run_started, write_json, write_state
+from bmx.job.manifest import SPARE, State, known_tables, run_finished, run_started, write_json, write_state
 from bmx.job.paths import find_paths, input_paths
 from bmx.job.result_writer import ALIKE, TOO_LONG, FirstRows, ResultWriter
 from bmx.job.stats_file import updated_stats_file
+from bmx.job.table_writer import write_table
 from bmx.plan.planner import Plan, plan_record
 from bmx.request import Request, Result
 from bmx.run_config import RunConfig
@@ -102,7 +103,8 @@ def _nothing_left(state: JobState, display: Display, stats: Stats) -> None:
         with recording(state, record, stats, display):
             pass
     state.check_input()
-    display.report(nothing_left_lines(stats, state.paths.errors))
+    written = _write_table(state, display)
+    display.report(nothing_left_lines(stats, state.paths.errors, written))
 
 
 def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None:
@@ -132,7 +134,21 @@ def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None
             done = stats.rows_before + stats.rows_done
             display.note(f"{done:,} of {stats.rows_total:,} rows have their records{held}")
         _check_complete(state, stats, stop)
-    display.report(summary_lines(stats, plan, state.paths.output, state.paths.errors))
+    _write_table(state, display)
+    display.report(summary_lines(stats, plan, state.paths.output, state.paths.errors, state.paths.table))
+
+
+def _write_table(state: JobState, display: Display) -> Path | None:
+    """Make the table of the answers, if one is asked for; returns its path if it has changed.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    paths = state.paths
+    if not (paths.table and paths.output and paths.manifest) or state.config.job.dry_run:
+        return None
+    with display.waiting(f"writing {paths.table}"):
+        return paths.table if write_table(paths.table, paths.output, paths.manifest) else None
 
 
 def _check_first_rows(state: JobState) -> bool:
@@ -274,6 +290,8 @@ def recording(
             only when everything is on the disk.
     """
     path = state.paths.manifest
+    if path and (tables := known_tables(path)):
+        record |= {"tables": tables}
     ended: State = "failed"
     _begin(state, display)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bmx import __version__
+from bmx.errors import OutputError
 from bmx.job.durable_files import overwrite_file, replace_file, this_process
 from bmx.job.fingerprint import PRIVATE
 from bmx.plan.planner import Plan
@@ -36,6 +37,24 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     parts = record.get("fingerprint"), record.get("settings"), record.get("model", {})
     return record if all(isinstance(part, dict) for part in parts) else None
+
+
+def known_tables(path: Path) -> dict[str, list[Any]]:
+    """The states of tables that were made of the answers beside a manifest, by the names of their files."""
+    tables = (read_manifest(path) or {}).get("tables")
+    return tables if isinstance(tables, dict) and all(isinstance(states, list) for states in tables.values()) else {}
+
+
+def note_table(path: Path, name: str, states: list[Any]) -> None:
+    """Say in the manifest what a table may be: as it was, or as it is about to be.
+
+    Raises:
+        OutputError: the manifest is gone, or cannot be written.
+    """
+    record = read_manifest(path)
+    if record is None:
+        raise OutputError(f"the manifest {path} was changed or removed by another program")
+    write_json(path, record | {"tables": known_tables(path) | {name: states}}, spare=SPARE)
 
 
 def is_manifest(path: Path) -> bool:

@@ -21,6 +21,7 @@ from bmx.job.journal import is_of_bmx
 from bmx.job.line_reader import COMPRESSED, open_input
 from bmx.job.manifest import is_manifest
 from bmx.job.stats_file import is_stats_file
+from bmx.job.table_writer import check_table, is_table
 from bmx.periodic import said_if_long
 from bmx.run_config import RunConfig
 
@@ -38,6 +39,7 @@ class JobPaths:
         manifest: beside an output that is a file; None for a stream or a device.
         locks: beside the output, and beside an error file that was named.
         stats: where the counters go; None is nowhere.
+        table: the table that is made of the answers, if one is.
     """
 
     output: Path | None
@@ -45,6 +47,7 @@ class JobPaths:
     manifest: Path | None = None
     locks: tuple[Path, ...] = ()
     stats: Path | None = None
+    table: Path | None = None
 
     @property
     def used(self) -> bool:
@@ -87,6 +90,9 @@ def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Pat
         UsageError: it is not a file, its folder is missing, or a file of somebody else would be destroyed.
         OutputError: it cannot be written to.
     """
+    named = Path(config.job.output_file or default)
+    if is_table(named):
+        raise UsageError(f"{command} writes JSON, not a table", hint=f"-o {named.with_suffix('.json')}")
     job = replace(config.job, output_file=config.job.output_file or default, overwrite=False)
     paths = find_paths(replace(config, job=job))
     if paths.output is None or not paths.manifest:
@@ -95,7 +101,9 @@ def find_record_path(config: RunConfig, command: str, default: str) -> tuple[Pat
 
 
 def _named_paths(config: RunConfig) -> JobPaths:
-    job, output = config.job, _output(config)
+    job, output, table = config.job, _output(config), _table(config)
+    if table:
+        output = table.with_suffix(".out.jsonl")
     errors, stats = (Path(name) if name else None for name in (job.error_file, job.stats_file))
     if stats and stats.is_symlink() and not _is_pipe(stats):
         stats = stats.resolve()  # the file is replaced, never the link
@@ -110,7 +118,22 @@ def _named_paths(config: RunConfig) -> JobPaths:
         manifest=_beside(place, ".run.json"),
         locks=tuple(_beside(path, ".lock") for path in (place, errors) if path and not _is_pipe(path)),
         stats=stats,
+        table=table.resolve() if table and table.is_symlink() else table,
     )
+
+
+def _table(config: RunConfig) -> Path | None:
+    """The table that the user asks for, if the output has the name of one.
+
+    Raises:
+        UsageError: it is to be compressed, or is a pipe or a device.
+    """
+    path = Path(config.job.output_file or "")
+    if path.suffix in COMPRESSED and is_table(path.with_suffix("")):
+        raise UsageError(f"bmx compresses no tables: {path}", hint=f"-o {path.with_suffix('')}")
+    if is_table(path) and _is_pipe(path):
+        raise UsageError(f"the table {path} is not a file", hint="-o takes a file")
+    return path if is_table(path) else None
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -135,7 +158,7 @@ def _output(config: RunConfig) -> Path | None:
 
 def _check_all(paths: JobPaths, config: RunConfig) -> None:
     taken = [("an input", Path(name)) for name in config.inputs if name != STDIO]
-    named = {"output": paths.output, "error file": paths.errors, "stats file": paths.stats}
+    named = {"table": paths.table, "output": paths.output, "error file": paths.errors, "stats file": paths.stats}
     locks = dict(zip(("lock", "lock of the error file"), paths.locks, strict=False))
     for name, path in {**named, "manifest": paths.manifest, **locks}.items():
         if path:
@@ -152,6 +175,8 @@ def _check_all(paths: JobPaths, config: RunConfig) -> None:
         if path and not is_own(path):
             message = f"the {name} {path} exists and is not one of bmx: it would be replaced"
             raise UsageError(message, hint="choose another, or move it away")
+    if paths.table and paths.manifest:
+        check_table(paths.table, paths.manifest)
     if errors and not paths.manifest and not config.job.overwrite and errors.is_file() and errors.stat().st_size:
         raise UsageError(f"the error file {errors} exists", hint="choose another, or replace it with --overwrite")
 

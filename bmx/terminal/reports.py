@@ -170,16 +170,26 @@ def row_line(result: Result) -> str:
     return f"row {name}: {tokens}, {result.finish_reason}"
 
 
-def nothing_left_lines(stats: Stats, errors: Path | None) -> Iterator[Line]:
-    """Why a run ends before it begins."""
-    if not stats.rows_total:
+def nothing_left_lines(stats: Stats, errors: Path | None, table: Path | None = None) -> Iterator[Line]:
+    """Why a run ends before it begins.
+
+    Args:
+        stats: its counters.
+        errors: where the failed rows are; None for the same place.
+        table: the table of the answers that was written all the same; None for none.
+    """
+    if stats.rows_total:
+        yield Line(f"nothing to do: all rows have their records already ({stats.rows_total:,})")
+        yield from _failure_lines(stats, errors)
+    else:
         yield Line("the input has no rows")
-        return
-    yield Line(f"nothing to do: all rows have their records already ({stats.rows_total:,})")
-    yield from _failure_lines(stats, errors)
+    if table:
+        yield Line(f"the answers were written to {table}")
 
 
-def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: Path | None) -> Iterator[Line]:
+def summary_lines(
+    stats: Stats, plan: Plan | None, output: Path | None, errors: Path | None, table: Path | None = None
+) -> Iterator[Line]:
     """What a finished run did.
 
     Args:
@@ -187,6 +197,7 @@ def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: 
         plan: its plan; None where no row needed the model.
         output: where the answers are; None for standard output.
         errors: where the failed rows are; None for the same place.
+        table: where the answers are as a table, if they are.
     """
     earlier = f" ({stats.rows_before:,} had their records before)" if stats.rows_before else ""
     skipped = f", {stats.rows_skipped:,} skipped" if stats.rows_skipped else ""
@@ -203,7 +214,7 @@ def summary_lines(stats: Stats, plan: Plan | None, output: Path | None, errors: 
         yield Line(f"{repeating:,} {what} ended for repeating one stretch of tokens (finish_reason repetition)")
     yield from _failure_lines(stats, errors)
     if output:
-        yield Line(f"answers are in {output}")
+        yield Line(f"answers are in {table}, and as lines of JSON in {output}" if table else f"answers are in {output}")
 
 
 def _speed_lines(stats: Stats) -> Iterator[Line]:
