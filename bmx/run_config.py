@@ -45,7 +45,7 @@ class JobConfig:
     output_file: Annotated[
         str | None,
         Setting(
-            "Where answers go (default <input>.out.jsonl); - is stdout",
+            "Where answers go (default <input>.out.jsonl); - is stdout; *.parquet, *.csv and *.tsv are tables",
             decides_answers=NEVER,
             commands=NOT_IN_PLAN,
             help_in={

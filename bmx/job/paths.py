@@ -104,6 +104,8 @@ def _named_paths(config: RunConfig) -> JobPaths:
     job, output, table = config.job, _output(config), _table(config)
     if table:
         output = table.with_suffix(".out.jsonl")
+        if _is_pipe(output):
+            raise UsageError(f"{output} is not a file: the answers cannot be kept in it", hint="-o takes another name")
     errors, stats = (Path(name) if name else None for name in (job.error_file, job.stats_file))
     if stats and stats.is_symlink() and not _is_pipe(stats):
         stats = stats.resolve()  # the file is replaced, never the link

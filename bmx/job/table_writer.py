@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from bmx.errors import OutputError, UsageError
 from bmx.job.durable_files import new_file, put_in_place
 from bmx.job.manifest import known_tables, note_table
+from bmx.job.table_reader import PARQUET_EXTRA
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
-PARQUET_EXTRA = "pip install 'bmx-llm[parquet]', or pip install pyarrow"
 FOREIGN = "exists and is not as bmx wrote it: it would be replaced"
 COLUMNS_OF_NOTHING = ("id", "text", "finish_reason", "row_hash")  # of a table without answers
 MOST_COLUMNS = 10_000
