@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -125,6 +126,17 @@ def test_the_sample_inputs_are_read_without_an_error(bmx, name):
     ended = bmx("run", ROOT / "sample_inputs" / f"{name}.jsonl", "-m", "fake", "-o", "out.jsonl", *SERVED)
     assert (ended.code, Path("out.jsonl.errors.jsonl").exists()) == (0, False)
     assert len(Path("out.jsonl").read_text(encoding="utf-8").splitlines()) >= 5
+
+
+def test_every_run_on_sample_inputs_in_the_guide_answers_all_rows(bmx, monkeypatch):
+    """With the fake model, in a copy of the folder, one after the other."""
+    shutil.copytree(ROOT / "sample_inputs", "sample_inputs")
+    monkeypatch.setenv("BMX_MODEL", "fake")
+    commands = re.findall(r"(?m)^    (bmx run sample_inputs/.*)$", read("docs/guide.md"))
+    assert len(commands) > 1
+    for command in commands:
+        ended = bmx(*shlex.split(command, comments=True)[1:])
+        assert (command, ended.code, "error" in ended.err) == (command, 0, False), ended.err
 
 
 @pytest.fixture
