@@ -183,7 +183,7 @@ def test_an_answer_is_one_of_the_choices_letter_by_letter():
     assert {result.finish_reason for result in results} == {"stop"}
 
 
-def test_an_answer_that_is_cut_says_length():
+def test_i31_an_answer_that_is_cut_says_length():
     [result] = engine().run([request("cut", guided_regex="a{50}", max_tokens=7)])
     assert (result.finish_reason, result.text) == ("length", "aaaaaaa")
 
@@ -212,7 +212,7 @@ def test_formats_go_with_other_sampling_parameters(params):
         ({"guided_regex": "(a"}, "guided_regex cannot be used: error: unclosed group"),
     ],
 )
-def test_a_format_that_cannot_be_compiled_is_that_rows_error_and_of_a_job_it_is_refused_at_once(params, says):
+def test_i30_a_format_that_cannot_be_compiled_is_that_rows_error_and_of_a_job_it_is_refused_at_once(params, says):
     results = {r.id: r for r in engine().run([request("bad", **params), request("good", guided_regex="a")])}
     assert results["bad"].error.code == "invalid_request"
     assert says in results["bad"].error.message
@@ -302,7 +302,7 @@ def test_a_python_schema_is_a_mapping_or_text():
         engine().generate(["x"], json_schema=schema, guided_regex="a")
 
 
-def test_the_format_begins_behind_the_reasoning_that_the_prompt_left_open():
+def test_i31_the_format_begins_behind_the_reasoning_that_the_prompt_left_open():
     own = tokenizer(THINKING, ("<think>", "</think>"))
     encoder, asked = PromptEncoder(own, PromptConfig()), request("one", guided_choice=("yes", "no"))
     prompt, ends, vocab = encoder.encode(asked), (own.eos_token_id,), len(own)

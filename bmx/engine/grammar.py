@@ -173,7 +173,7 @@ def _grammar(name: str, form: Any) -> str:
         raise ValueError(f"it has {size:,} characters, more than {MAX_TEXT:,}")
     if name == "json_schema":
         return LLMatcher.grammar_from_json_schema(
-            form, defaults={"whitespace_pattern": BLANKS}, overrides={"lenient": False}
+            form, defaults={"whitespace_pattern": BLANKS}, overrides={"lenient": False, "coerce_one_of": False}
         )
     if name == "guided_regex":
         return LLMatcher.grammar_from_regex(form)
