@@ -189,7 +189,8 @@ class Request:
         raw: whether the prompt is continued as it stands, without the model's chat template.
         seeded: whether the seed is the request's own; otherwise the id is mixed into it.
         chat_template_kwargs: values for variables of the model's chat template, such as ``enable_thinking``.
-        tools: definitions of tools that the model may call, in OpenAI's form; they need ``messages``.
+        tools: functions that the model may call, in OpenAI's form; the chat template shows them to it.
+        reasoning_effort: how much the model should reason, for a chat template that takes it; None says nothing.
 
     Raises:
         UsageError: both of them, or a value of another type.
@@ -203,6 +204,7 @@ class Request:
     seeded: bool = False
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     tools: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    reasoning_effort: str | None = None
 
     def __post_init__(self) -> None:
         declared: tuple[tuple[str, Any, Any, str], ...] = (
@@ -210,6 +212,7 @@ class Request:
             ("prompt", self.prompt, str | None, "text"),
             ("params", self.params, SamplingParams, "SamplingParams"),
             ("chat_template_kwargs", self.chat_template_kwargs, dict, "a dict"),
+            ("reasoning_effort", self.reasoning_effort, str | None, "text"),
         )
         for name, value, kind, words in declared:
             if not isinstance(value, kind):
@@ -219,8 +222,17 @@ class Request:
             raise UsageError("a request's messages must be dicts", hint='[{"role": "user", "content": "Hello"}]')
         if not all(isinstance(name, str) for name in self.chat_template_kwargs):
             raise UsageError("a request's chat_template_kwargs must have names of variables as keys")
+        if not isinstance(self.tools, list | tuple) or not all(map(_is_function, self.tools)):
+            hint = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]'
+            raise UsageError("a request's tools must be functions with names", hint=hint)
         if self.prompt is not None and self.messages is not None:
             raise UsageError("a request has a prompt or messages, not both")
+
+
+def _is_function(tool: Any) -> bool:
+    """Whether a tool is a function with a name, in OpenAI's form."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

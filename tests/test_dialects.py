@@ -180,7 +180,8 @@ def test_d1_anthropic_tools_are_calls_and_messages_of_their_own(read):
     ("params", "named"),
     [
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking"),
-        ({"tools": [{"name": "f"}]}, "tools"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'web_search_20250305'"),
+        ({"tools": [{"name": "f"}], "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"unheard_of": 1}, "unheard_of"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
@@ -237,7 +238,8 @@ def test_d1_gemini_requests_in_both_spellings(read, names):
     [
         ({"generationConfig": {"responseMimeType": "text/x-enum"}}, "responseMimeType"),
         ({"generationConfig": {"candidateCount": 2}}, "n"),
-        ({"tools": [{"googleSearch": {}}]}, "tools"),
+        ({"tools": [{"googleSearch": {}}]}, "'googleSearch'"),
+        ({"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}, "toolConfig"),
         ({"safetySettings": [{"threshold": "BLOCK_LOW_AND_ABOVE"}]}, "safetySettings"),
         ({"contents": [{"parts": [{"inlineData": {"data": "x"}}]}]}, "'inlineData': bmx reads text only"),
         ({"contents": [{"role": "user"}]}, "'parts'"),

@@ -1015,7 +1015,7 @@ def test_a_row_that_lacks_a_field_of_the_template_fails_alone(run):
 
 
 def test_with_a_template_fields_may_have_any_name(run):
-    fields = dict.fromkeys(sorted(NOT_SUPPORTED), "w1") | {"temprature": "w2"}
+    fields = dict.fromkeys((*sorted(NOT_SUPPORTED), "tools"), "w1") | {"temprature": "w2"}
     assert run(write({"id": "a", **fields}), "--prompt-template", "{n} {tools} {temprature}").code == 0
     assert answers()["a"]["usage"]["prompt_tokens"] == 3
 

@@ -282,10 +282,10 @@ def test_fields_that_change_nothing_are_accepted(read, body):
         ({"stream": True}, "stream"),
         ({"stream": True, "n": 1}, "stream"),
         ({"logprobs": True}, "logprobs"),
-        ({"tools": [{}], "frequency_penalty": 1}, "frequency_penalty, tools"),
+        ({"tool_choice": "required", "frequency_penalty": 1}, "frequency_penalty, tool_choice"),
         ({"n": True}, "n"),
         ({"logprobs": 1, "top_logprobs": 0}, "logprobs"),
-        ({"skip_special_tokens": False, "reasoning_effort": "low"}, "reasoning_effort, skip_special_tokens"),
+        ({"skip_special_tokens": False, "prompt_logprobs": 3}, "prompt_logprobs, skip_special_tokens"),
         ({"extra_body": {"top_k": 1}, "unheard_of": 0}, "extra_body, unheard_of"),
     ],
 )

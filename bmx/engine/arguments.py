@@ -88,6 +88,7 @@ def chat_requests(
     conversations: Iterable[Iterable[Mapping[str, Any]]],
     params: SamplingParams,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Iterable[Mapping[str, Any]] = (),
 ) -> list[Request]:
     """Requests for conversations, with their places as ids.
 
@@ -95,13 +96,15 @@ def chat_requests(
         conversations: lists of messages, each message with its role and its content.
         params: how to sample all answers.
         chat_template_kwargs: values for variables of the chat template.
+        tools: functions that the model may call.
 
     Raises:
-        UsageError: not a list of lists of messages, or values that bmx sets itself.
+        UsageError: not a list of lists of messages, tools that are no functions, or values that bmx sets itself.
     """
     hint = 'a conversation is a list of messages: [[{"role": "user", "content": "Hello"}]]'
     kwargs = _coerced({"chat_template_kwargs": chat_template_kwargs}, (PromptConfig,))["chat_template_kwargs"] or {}
     refuse_template_arguments(kwargs)
+    given = tuple(dict(tool) if isinstance(tool, Mapping) else tool for tool in tools)
     requests = []
     for place, conversation in enumerate(_listed(conversations, "conversations", hint)):
         if isinstance(conversation, Mapping):
@@ -109,7 +112,7 @@ def chat_requests(
         messages = tuple(_message(m, place, hint) for m in _listed(conversation, "messages", hint))
         if not messages:
             raise UsageError(f"item {place} has no messages", hint=hint)
-        requests.append(Request(id=place, messages=messages, params=params, chat_template_kwargs=kwargs))
+        requests.append(Request(id=place, messages=messages, params=params, chat_template_kwargs=kwargs, tools=given))
     return requests
 
 

@@ -152,6 +152,7 @@ class Engine:
         conversations: Iterable[Iterable[Mapping[str, Any]]],
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Iterable[Mapping[str, Any]] = (),
         **sampling: Any,
     ) -> list[Result]:
         """Answer conversations. Where the last message is an assistant's, the answer continues it.
@@ -159,6 +160,7 @@ class Engine:
         Args:
             conversations: lists of messages, each a dict with its ``role`` and its ``content``.
             chat_template_kwargs: values for variables of the chat template: ``{"enable_thinking": False}``.
+            tools: functions that the model may call, in OpenAI's form. Its calls are in the text, as it writes them.
             sampling: sampling parameters by name: ``temperature=0.7``.
 
         Returns:
@@ -168,7 +170,7 @@ class Engine:
             UsageError: not a list of lists of messages, an unknown parameter, or a value out of range.
             MemoryLimitError: not even one conversation fits.
         """
-        return self._in_order(chat_requests(conversations, sampling_params(sampling), chat_template_kwargs))
+        return self._in_order(chat_requests(conversations, sampling_params(sampling), chat_template_kwargs, tools))
 
     def _in_order(self, requests: list[Request]) -> list[Result]:
         self._check_open()

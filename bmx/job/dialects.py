@@ -36,7 +36,6 @@ _GEMINI_NAMES = {  # of its generation config, and bmx's own
     "topk": "top_k",
     "topp": "top_p",
 }
-_GEMINI_NOTHING: dict[str, tuple[Any, ...]] = {"tools": ([],), "toolconfig": ({},)}
 _NO_FILTER = {"BLOCK_NONE", "OFF"}
 
 
@@ -101,12 +100,14 @@ def _openai_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
     if not isinstance(body, dict):
         raise invalid("'body' must be an object")
     raw = _openai_dialect(values) == "text_completion"
-    others = {"max_completion_tokens", "random_seed", "prompt" if raw else "messages"}
+    others = {"max_completion_tokens", "random_seed", "functions", "prompt" if raw else "messages"}
     refuse_unknown(body, "'body'", frozenset(others), left_out)
     fields = dict(body)
     for name, other in (("max_tokens", "max_completion_tokens"), ("seed", "random_seed")):
         if body.get(other) is not None:
             fields[name] = body[other]
+    if body.get("functions") and not body.get("tools"):
+        fields |= {"tools": body["functions"], "tool_choice": body.get("function_call")}
     if raw:
         return Asked(prompt=_single_prompt(body.get("prompt")), fields=fields, raw=True)
     return Asked(messages=body.get("messages") or (), fields=fields)
@@ -121,8 +122,9 @@ def _anthropic_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
 
 def _gemini_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
     request = dict(values["request"])
-    contents, system, config, safety = (
-        _pop(request, name) for name in ("contents", "systeminstruction", "generationconfig", "safetysettings")
+    contents, system, config, safety, choice = (
+        _pop(request, name)
+        for name in ("contents", "systeminstruction", "generationconfig", "safetysettings", "toolconfig")
     )
     config, safety = config or {}, safety or []
     if not isinstance(config, dict):
@@ -132,10 +134,17 @@ def _gemini_asked(values: Mapping[str, Any], left_out: LeftOut) -> Asked:
         but = f"but for the thresholds BLOCK_NONE and OFF; {FLAG} leaves it out"
         raise invalid(f"unsupported in 'request': safetySettings ({but})")
     named: dict[str, Any] = {_GEMINI_NAMES.get(squeezed(name)) or name: value for name, value in config.items()}
-    asked = request | with_gemini_format(named)
-    fields = {name: value for name, value in asked.items() if value not in _GEMINI_NOTHING.get(squeezed(name), ())}
+    fields = request | with_gemini_format(named) | _gemini_choice(choice)
     refuse_unknown(fields, "'request'", frozenset(), left_out)
     return Asked(messages=from_gemini(contents, system), fields=fields)
+
+
+def _gemini_choice(config: Any) -> dict[str, Any]:
+    """Gemini's tool config as OpenAI's ``tool_choice``, where it says AUTO or NONE; as it is where it says more."""
+    inner = _pop(dict(config), "functioncallingconfig") if isinstance(config, dict) else None
+    if isinstance(inner, dict) and inner.keys() == {"mode"} and inner["mode"] in ("AUTO", "NONE"):
+        return {"tool_choice": inner["mode"].lower()}
+    return {"toolConfig": config or None}
 
 
 def _pop(values: dict[str, Any], name: str) -> Any:

@@ -34,6 +34,7 @@ from bmx.job.row_checks import (
     sampling_params,
 )
 from bmx.job.table_reader import Line
+from bmx.job.tools import own_tools, reasoning_effort
 from bmx.prompt_template import PromptTemplate
 from bmx.request import Request, SamplingParams
 from bmx.run_config import MAX_LINE_BYTES, RunConfig
@@ -246,6 +247,8 @@ class Reader:
             raw=asked.raw,
             seeded="seed" in own,
             chat_template_kwargs=_template_kwargs(asked.fields),
+            tools=own_tools(asked.fields, left_out, may_be_data=asked.may_be_data),
+            reasoning_effort=reasoning_effort(asked.fields, left_out),
         )
         row.ignored = tuple(left_out.names)
 

@@ -36,7 +36,7 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {  # fields of other programs, and t
         *("guided_whitespace_pattern", "kv_transfer_params", "logits_processor"),
         *("max_completion_tokens", "max_length", "max_new_tokens", "max_output_tokens", "max_time"),
         *("max_tokens_to_sample", "mirostat_eta", "mirostat_tau", "mm_processor_kwargs", "n_predict", "num_predict"),
-        *("prompt_embeds", "prompt_lookup_num_tokens", "random_seed", "reasoning_effort"),
+        *("prompt_embeds", "prompt_lookup_num_tokens", "random_seed"),
         *("repeat_last_n", "repeat_penalty", "sequence_bias", "stop_regex", "system"),
         *("system_prompt", "thinking_token_budget", "top_n_sigma", "truncate_prompt_tokens"),
         *("vllm_xargs", "watermarking_config", "web_search_options", "xtc_threshold"),
@@ -60,7 +60,7 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {  # fields of other programs, and t
     ), (1,)),
     **dict.fromkeys((
         *("allowed_token_ids", "bad_words", "bad_words_ids", "begin_suppress_tokens", *SEEN_OR_HEARD),
-        *("logits_processors", "stop_sequences", "stop_strings", "suppress_tokens", "tools"),
+        *("logits_processors", "stop_sequences", "stop_strings", "suppress_tokens"),
     ), ([],)),
     **dict.fromkeys(("detokenize", "include_reasoning", "skip_special_tokens", "use_cache"), (True,)),
     **dict.fromkeys(("extra_body", "extra_headers", "extra_query", "logit_bias"), ({},)),
@@ -87,6 +87,7 @@ INSTEAD = {  # what to write in place of a field that is not supported
     "random_seed": "'seed'",
     "repeat_penalty": "'repetition_penalty'",
 }  # fmt: skip
+OF_TEMPLATES = frozenset(("reasoning_effort", "tools"))  # what some chat templates take, and others do not
 LONGEST_NAME = 40  # letters of a misspelt field, and more than any field has
 LONG_NAME = 8  # letters from which one wrong letter is a typo and no other word
 
@@ -166,7 +167,7 @@ def names_to_leave_out(names: Iterable[str]) -> frozenset[str]:
     Raises:
         UsageError: bmx reads one of them.
     """
-    read = sorted(set(names) & (_KNOWN_IN_PLAIN_ROWS | {"text"}))
+    read = sorted(set(names) & (_KNOWN_IN_PLAIN_ROWS - OF_TEMPLATES | {"text"}))
     if read:
         raise UsageError(f"ignore_unsupported names {read[0]!r}, which bmx reads", hint="take it out of the rows")
     return frozenset(map(squeezed, names))
@@ -263,6 +264,9 @@ def _one_typo(written: str, meant: str) -> bool:
 
 
 _KNOWN = frozenset(
-    (*SAMPLING_FIELDS, *FORMAT_FIELDS, "add_generation_prompt", "chat_template_kwargs", "continue_final_message")
+    (
+        *(*SAMPLING_FIELDS, *FORMAT_FIELDS, *OF_TEMPLATES),
+        *("add_generation_prompt", "chat_template_kwargs", "continue_final_message"),
+    )
 )
 _KNOWN_IN_PLAIN_ROWS = _KNOWN | {"id", "messages", "prompt"}

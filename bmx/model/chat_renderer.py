@@ -32,7 +32,10 @@ REASONING_ENDS = tuple(ends[0] for _, *ends in PAIRS)  # templates drop what an 
 SHAPES = 4096  # shapes of conversations that are remembered
 GENERATION_TAG = r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}"  # transformers' own tag, which Jinja does not know
 
+TOOLS = -1  # the place of the tools, among those of messages
+
 Message = dict[str, Any]
+Tool = dict[str, Any]
 
 
 class ChatRenderer:
@@ -68,17 +71,20 @@ class ChatRenderer:
             message["tool_calls"] = [_with_object_arguments(call) for call in message["tool_calls"]]
         return message
 
-    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any], tools: Sequence[Tool] = ()) -> str:
         """The text of a conversation. An assistant's last message stays open, so that the answer continues it.
 
         Args:
             messages: normalised messages, at least one.
             variables: values of the template's own variables.
+            tools: functions that the model may call, in OpenAI's form.
 
         Raises:
-            RowError: ``invalid_request``, if the template refuses the messages, or leaves out one of them.
+            RowError: ``invalid_request``, if the template refuses the messages, or leaves out one of them, or a tool.
         """
         messages = self._with_system_folded(messages)
+        if tools:
+            variables = {**variables, "tools": list(tools)}
         try:
             text = self._text(messages, variables)
         except RowError:
@@ -86,6 +92,9 @@ class ChatRenderer:
         except Exception as error:  # a template is code of the model's author and may raise anything
             raise RowError("invalid_request", f"the chat template refuses these messages: {error}") from error
         left_out = self._left_out_of(messages, variables)
+        if TOOLS in left_out or not all(_name(tool) in text for tool in tools):
+            hint = "--ignore-unsupported tools leaves them out"
+            raise RowError("invalid_request", f"the model's chat template does not show it all tools ({hint})")
         for place, message in enumerate(messages):
             if place in left_out or not all(self._shown(words, message, text) for words in _texts(message)):
                 raise RowError("invalid_request", self._complaint(place, messages))
@@ -211,11 +220,13 @@ class ChatRenderer:
     def _probe(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> frozenset[int] | None:
         """Places of the messages that the template leaves out with random words as texts; None where it fails."""
         marked, marks = zip(*map(_marked, messages), strict=True)
+        tools = {_new_mark(): tool for tool in variables.get("tools", ())}
+        renamed = {"tools": [_renamed(tool, mark) for mark, tool in tools.items()]} if tools else {}
         try:
-            text = self._text(marked, variables)
+            text = self._text(marked, {**variables, **renamed})
         except Exception:
             return None
-        return frozenset(place for place, own in enumerate(marks) if not all(mark in text for mark in own))
+        return frozenset(place for place, own in (*enumerate(marks), (TOOLS, tools)) if any(m not in text for m in own))
 
     def _shown(self, words: str, message: Message, text: str) -> bool:
         """Whether the rendered text has a message's words, but for white space, JSON's escapes, reasoning, switches."""
@@ -282,6 +293,15 @@ def _calls(message: Message) -> list[Message]:
     calls = message.get("tool_calls")
     objects = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
     return [call["function"] if isinstance(call.get("function"), dict) else call for call in objects]
+
+
+def _name(tool: Tool) -> str:
+    return str(tool["function"]["name"])
+
+
+def _renamed(tool: Tool, name: str) -> Tool:
+    """The same tool by another name."""
+    return {**tool, "function": {**tool["function"], "name": name}}
 
 
 def _texts(message: Message) -> list[str]:

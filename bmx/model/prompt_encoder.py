@@ -237,6 +237,8 @@ class PromptEncoder:
             raise RowError("invalid_request", "the prompt is empty")
         if not request.messages:
             if not self._is_rendered(request):
+                for what in (name for name in ("tools", "reasoning_effort") if getattr(request, name)):
+                    raise RowError("invalid_request", f"unsupported: {what}, where no chat template acts")
                 return None
             messages: list[dict[str, Any]] = [{"role": "user", "content": request.prompt}]
         elif not self._has_template:
@@ -250,15 +252,29 @@ class PromptEncoder:
     def _render(self, request: Request, messages: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
         """The chat template's text, and the control tokens that documents spell, by the marks in their place."""
         marks: dict[str, str] = {}
-        variables = {**(self._config.chat_template_kwargs or {}), **_own_variables(request)}
+        variables = {**(self._config.chat_template_kwargs or {}), **self._effort(request), **_own_variables(request)}
         try:
             hidden = [self._hide_all(message, marks, self._hidden_in(message)) for message in messages]
             values = self._hide_all(variables, marks, self._control)
+            tools = self._hide_all(list(request.tools), marks, self._control)
         except RecursionError:
             raise RowError("invalid_request", "nested too deep") from None
         if variables:
             self._unused |= variables.keys() - self._renderer.variables
-        return self._renderer.render(hidden, values), marks
+        return self._renderer.render(hidden, values, tools), marks
+
+    def _effort(self, request: Request) -> dict[str, Any]:
+        """A request's ``reasoning_effort`` as a variable of the chat template.
+
+        Raises:
+            RowError: ``invalid_request``, if the template does not use it.
+        """
+        if request.reasoning_effort is None:
+            return {}
+        if "reasoning_effort" not in self._renderer.variables:
+            message = "unsupported: reasoning_effort, which the model's chat template does not use"
+            raise RowError("invalid_request", f"{message} (--ignore-unsupported leaves it out)")
+        return {"reasoning_effort": request.reasoning_effort}
 
     def _hidden_in(self, message: Mapping[str, Any]) -> tuple[str, ...]:
         """The control tokens that a message's texts may spell but not use."""
