@@ -26,6 +26,7 @@ from bmx.job.table_writer import flattened, write_table
 from bmx.request import Result
 
 IN, OUT, ERRORS = Path("in.jsonl"), Path("in.out.jsonl"), Path("in.out.jsonl.errors.jsonl")
+ARTICLES = Path(__file__).parent.parent / "sample_inputs" / "articles.csv"
 KEY = "f56b70b93aea6264"
 PAGES = [
     {"url": "https://a", "title": "One", "body": "w1 w2", "tags": ["x"]},
@@ -279,6 +280,14 @@ def test_k4_a_table_without_answers_has_columns(run, name):
     assert cells(name) == []
     names = pyarrow.parquet.read_schema(name).names if name == NAMES[0] else Path(name).read_text()
     assert "row_hash" in names
+
+
+def test_k4_a_table_of_answers_joins_with_the_table_of_its_rows(run):
+    articles = {row["url"]: row["title"] for row in cells(ARTICLES)}
+    flags = ("--prompt-template", "Summarize:\\n{body}", "--id-field", "url", "--keep-fields", "title")
+    for name in NAMES:
+        assert run(*flags, "-o", name, source=ARTICLES).code == 0
+        assert {row["id"]: row["row.title"] for row in cells(name)} == articles
 
 
 def test_k4_a_dry_run_writes_no_table(run):
