@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from bmx.errors import RowError
 from bmx.job import table_writer
-from bmx.job.input_rows import DEEPEST_KEPT, strict_loads
+from bmx.job.input_rows import DEEPEST_KEPT
 from bmx.job.output_records import as_record, read_record, renamed, strict_dumps
+from bmx.job.strict_json import strict_loads
 from bmx.job.table_writer import flattened, write_table
 from bmx.request import Result
 

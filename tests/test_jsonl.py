@@ -16,10 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bmx.errors import InputFileError, RowError, UsageError
-from bmx.job.input_rows import InputRow, Reader, strict_loads
+from bmx.job.input_rows import InputRow, Reader
 from bmx.job.line_reader import LineSet
 from bmx.job.output_records import KnownRecord, as_record, read_record, strict_dumps
 from bmx.job.row_checks import NOT_SUPPORTED
+from bmx.job.strict_json import strict_loads
 from bmx.request import KVUsage, Request, Result, SamplingParams, Usage
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -5,15 +5,11 @@ Knows lines and requests; knows nothing of models. A line that cannot become a r
 
 from __future__ import annotations
 
-import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Container, Iterator, Mapping, Set
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import chain, islice
-from math import isinf
+from itertools import islice
 from pathlib import Path
-from random import Random
-from typing import Any, NoReturn
+from typing import Any
 
 import jsonlines
 
@@ -22,7 +18,7 @@ from bmx.jinja_template import parse_template
 from bmx.job.answer_formats import own_format
 from bmx.job.dialects import PLAIN, Asked, envelope_of, is_answer
 from bmx.job.left_out import LeftOut
-from bmx.job.line_reader import LineSet, read_lines
+from bmx.job.line_reader import LineSet
 from bmx.job.messages import checked_messages, invalid
 from bmx.job.output_records import Dialect
 from bmx.job.row_checks import (
@@ -33,14 +29,14 @@ from bmx.job.row_checks import (
     refuse_continuation,
     sampling_params,
 )
-from bmx.job.table_reader import Line
+from bmx.job.row_lines import RowLines
+from bmx.job.strict_json import is_deeper, strict_loads
 from bmx.job.tools import own_tools, reasoning_effort
 from bmx.prompt_template import PromptTemplate
 from bmx.request import Request, SamplingParams
 from bmx.run_config import MAX_LINE_BYTES, RunConfig
 
 WHOLE_REQUESTS = {"messages", "conversations", "body", "params", "request"}
-BLANKS, BYTE_ORDER_MARK = b" \t\r\n", b"\xef\xbb\xbf"
 REFERENCE = "reference"  # the field with a good answer, or a list of them, for `bmx calibrate`
 ALL_FIELDS = "all"
 DEEPEST_KEPT = 200  # levels of lists and objects in kept fields: a record with them must be read again
@@ -168,7 +164,7 @@ class Reader:
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
     ) -> Iterator[tuple[InputRow, dict[str, Any] | None]]:
         """Rows with their ids and the values of their lines; a line that is not an object is a row with an error."""
-        source = _Source(self, skip, every, always)
+        source = RowLines(self.paths, self.longest, self.hash_key, skip, every, always)
         reader = jsonlines.Reader(source, loads=strict_loads)
         while True:
             try:
@@ -220,7 +216,7 @@ class Reader:
         row.dialect = envelope.dialect(given)
         if self.keep and envelope is PLAIN:
             kept = values if ALL_FIELDS in self.keep else {name: values[name] for name in self.keep if name in values}
-            if _is_deeper(kept, DEEPEST_KEPT):
+            if is_deeper(kept, DEEPEST_KEPT):
                 row.error = invalid(f"nested too deep to be repeated by its answer: more than {DEEPEST_KEPT} levels")
             else:
                 row.kept = kept
@@ -279,129 +275,6 @@ def _answers_error() -> InputFileError:
         "the input holds answers of an earlier run, not prompts",
         hint="give the file with the prompts; to ask about answers of bmx: --prompt-template 'Shorten: {text}'",
     )
-
-
-class _Source:
-    """The lines of a reader's files; its attributes describe the line that was read last.
-
-    Attributes:
-        number: of the line, counted through all files.
-        line: its bytes; empty if it is too long.
-        size: its length in bytes.
-        key: its hash without the white space around it.
-        too_long: whether it is longer than lines may be.
-        torn: a remark for a last line without a newline, which may still be growing.
-        fault: why it cannot be read, as the row of a table.
-        cells: whether its values are cells of a CSV file.
-    """
-
-    def __init__(self, reader: Reader, skip: LineSet | None, every: int, always: Container[int]) -> None:
-        self._reader, self._skip, self._every, self._always = reader, skip, every, always
-        self.number = self.size = 0
-        self.line = b""
-        self.key = self.torn = self.fault = ""
-        self.too_long = self.cells = False
-
-    @property
-    def blank(self) -> bool:
-        """Whether the line holds nothing but white space or a byte order mark."""
-        return not (self.too_long or self.fault) and self.line.strip(BLANKS) in (b"", BYTE_ORDER_MARK)
-
-    def __iter__(self) -> Iterator[bytes]:
-        chance, wanted, at, skip = Random(0), 0, -1, self._skip
-        lines = (line for path in self._reader.paths for line in read_lines(path, self._reader.longest))
-        for self.number, line in enumerate(lines, 1):
-            if skip is not None and self.number > skip.last:
-                return
-            if skip is not None and self.number in skip:
-                continue
-            if self._every > 1:
-                at += 1
-                if at % self._every == 0:
-                    wanted = at + chance.randrange(self._every)
-                if at != wanted and self.number not in self._always:
-                    continue
-            self._describe(line)
-            yield self.line
-
-    def _describe(self, line: Line) -> None:
-        text, rest, self.fault, self.cells = line
-        self.too_long = rest is not None
-        self.line = b"" if self.too_long else text
-        self.torn = "" if text.endswith(b"\n") else " (the file ends in this line: is it still being written?)"
-        if rest is None:
-            self.size, self.key = len(text), blake2b(text.strip(), key=self._reader.hash_key, digest_size=8).hexdigest()
-        else:
-            self.size, self.key = _hashed(chain((text,), rest), self._reader.hash_key)
-
-
-def _hashed(pieces: Iterable[bytes], key: bytes) -> tuple[int, str]:
-    """The length of a line that comes in pieces, and its hash without the white space around it."""
-    digest, size, blanks, begun = blake2b(key=key, digest_size=8), 0, b"", False
-    for piece in pieces:
-        size += len(piece)
-        text = piece if begun else piece.lstrip()
-        end = len(text.rstrip())
-        if end:
-            digest.update(blanks + text[:end])
-            blanks, begun = text[end:], True
-        elif begun:
-            blanks += text
-    return size, digest.hexdigest()
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if isinf(number):
-        raise ValueError(f"a number is too large: {text[:40]}")
-    return number
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects are nested deeper than this in a value of JSON."""
-    nested = [value]
-    for _ in range(levels):
-        nested = [
-            inner
-            for outer in nested
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-        if not nested:
-            return False
-    return True
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=_reject_duplicate_keys)
-
-
-def strict_loads(text: str) -> Any:
-    """A value from JSON that every reader understands in the same way.
-
-    Raises:
-        ValueError: not JSON, NaN, Infinity, a number beyond a float, a key twice, half a surrogate pair, or nested
-            too deep.
-    """
-    try:
-        value = _DECODER.decode(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair") from None
-    return value
 
 
 def _template_kwargs(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any
 
 from bmx.errors import OutputError, UsageError
 from bmx.job.durable_files import sync_folder, write_all
-from bmx.job.input_rows import strict_loads
 from bmx.job.ledger import DROPPED, Ledger
 from bmx.job.line_file import LineFile
 from bmx.job.output_records import KnownRecord, read_record, renamed, strict_dumps
+from bmx.job.strict_json import strict_loads
 from bmx.terminal.reports import Line
 from bmx.terminal.tables import counted
 
