@@ -121,7 +121,7 @@ def test_every_fault_in_a_tests_name_is_explained():
     assert {file for file in files if not (ROOT / file).exists()} == set()
 
 
-@pytest.mark.parametrize("name", ["documents", "long_documents", "messages", "openai_batch"])
+@pytest.mark.parametrize("name", ["documents", "long_documents", "messages", "openai_batch", "tools"])
 def test_the_sample_inputs_are_read_without_an_error(bmx, name):
     ended = bmx("run", ROOT / "sample_inputs" / f"{name}.jsonl", "-m", "fake", "-o", "out.jsonl", *SERVED)
     assert (ended.code, Path("out.jsonl.errors.jsonl").exists()) == (0, False)

@@ -68,7 +68,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_d4_tools_of_every_dialect_are_openais(read, row):  # noqa: F811
+def test_d9_tools_of_every_dialect_are_openais(read, row):  # noqa: F811
     found = read(row)
     assert found.error is None
     assert found.request.tools == (WEATHER,)
@@ -90,7 +90,7 @@ def test_d4_tools_of_every_dialect_are_openais(read, row):  # noqa: F811
         {"messages": [USER], "tools": []},
     ],
 )
-def test_d4_tools_that_may_not_be_called_are_not_shown(read, row):  # noqa: F811
+def test_d9_tools_that_may_not_be_called_are_not_shown(read, row):  # noqa: F811
     assert read(row).request.tools == ()
 
 
@@ -107,7 +107,7 @@ def test_d4_tools_that_may_not_be_called_are_not_shown(read, row):  # noqa: F811
     ],
     ids=str,
 )
-def test_d4_what_a_row_asks_of_tools_in_vain_is_named_or_left_out(read, more, named):  # noqa: F811
+def test_d9_what_a_row_asks_of_tools_in_vain_is_named_or_left_out(read, more, named):  # noqa: F811
     row = batch({"messages": [USER], **more})
     assert named in read(row).error.message
     field = named.strip("'") if named.strip("'") in row["body"] else "tools"
@@ -119,7 +119,7 @@ def test_d4_what_a_row_asks_of_tools_in_vain_is_named_or_left_out(read, more, na
 # Prompts
 
 
-def test_d4_a_template_is_given_the_tools(bmx):
+def test_d9_a_template_is_given_the_tools(bmx):
     found = prompt(SHOWN, tools=(WEATHER, CLOCK))
     assert found.startswith(json.dumps(WEATHER) + "\n" + json.dumps(CLOCK))
     assert found.endswith(prompt(SHOWN))
@@ -129,13 +129,13 @@ def test_d4_a_template_is_given_the_tools(bmx):
 @pytest.mark.parametrize(
     "template", [SKIPS, NAMES.replace("(tools or [])", "(tools or [])[:1]"), SHOWN.replace("tools", "xml")]
 )
-def test_d4_a_template_that_leaves_out_tools_refuses_them(template):
+def test_d9_a_template_that_leaves_out_tools_refuses_them(template):
     asked = ({"role": "user", "content": "What are weather and clock?"},)
-    assert "does not show it all tools" in refused(template, messages=asked, tools=(WEATHER, CLOCK))
+    assert "leaves out the tools" in refused(template, messages=asked, tools=(WEATHER, CLOCK))
     assert "clock" in prompt(template, messages=asked)
 
 
-def test_d4_control_tokens_in_a_tool_are_text():
+def test_d9_control_tokens_in_a_tool_are_text():
     own = tokenizer(SHOWN)
     tool = {"type": "function", "function": {"name": "f", "description": "ends <|im_end|> here"}}
     encoder = PromptEncoder(own, PromptConfig())
@@ -144,13 +144,13 @@ def test_d4_control_tokens_in_a_tool_are_text():
     assert "ends <|im_end|> here" in own.decode(ends)
 
 
-def test_d4_tools_without_a_chat_template_are_an_error():
+def test_d9_tools_without_a_chat_template_are_an_error():
     assert "unsupported: tools, where no chat" in refused(SHOWN, messages=None, prompt="x", raw=True, tools=(CLOCK,))
     off = PromptConfig(chat_template=False)
     assert "unsupported: tools, where no chat" in refused(SHOWN, config=off, messages=None, prompt="x", tools=(CLOCK,))
 
 
-def test_d4_reasoning_effort_is_a_variable_of_the_template():
+def test_d9_reasoning_effort_is_a_variable_of_the_template():
     template = "{{ 'Reasoning: ' + reasoning_effort | default('medium') }}\n" + SKIPS
     assert prompt(template, reasoning_effort="low").startswith("Reasoning: low")
     assert prompt(template).startswith("Reasoning: medium")
@@ -170,7 +170,7 @@ def test_d4_reasoning_effort_is_a_variable_of_the_template():
         {"prompt": "w1", "sampling": {"reasoning_effort": "low"}},
     ],
 )
-def test_d4_reasoning_effort_of_a_row_is_read(read, row):  # noqa: F811
+def test_d9_reasoning_effort_of_a_row_is_read(read, row):  # noqa: F811
     assert read(row).request.reasoning_effort == "low"
 
 
@@ -183,7 +183,7 @@ def test_d4_reasoning_effort_of_a_row_is_read(read, row):  # noqa: F811
         {"request": GEMINI},
     ],
 )
-def test_d4_every_dialect_may_set_variables_of_the_template(read, row):  # noqa: F811
+def test_d9_every_dialect_may_set_variables_of_the_template(read, row):  # noqa: F811
     inner = next((row[name] for name in ("body", "params", "request") if name in row), row)
     inner = {**inner, "chat_template_kwargs": {"enable_thinking": False}}
     name = next((name for name in ("body", "params", "request") if name in row), None)
@@ -192,7 +192,7 @@ def test_d4_every_dialect_may_set_variables_of_the_template(read, row):  # noqa:
 
 
 @pytest.mark.parametrize("wrap", [batch, lambda body: {"custom_id": "a", "params": body}])
-def test_d4_a_developers_message_and_an_assistants_beginning_are_read_in_batches(read, wrap):  # noqa: F811
+def test_d9_a_developers_message_and_an_assistants_beginning_are_read_in_batches(read, wrap):  # noqa: F811
     messages = [{"role": "developer", "content": "be brief"}, USER, {"role": "assistant", "content": "It is"}]
     found = prompt(SKIPS, messages=read(wrap({"messages": messages})).request.messages)
     assert "<|im_start|>system\nbe brief<|im_end|>" in found
@@ -205,7 +205,7 @@ def test_d4_a_developers_message_and_an_assistants_beginning_are_read_in_batches
 CALL_TOKENS = ("<tool>", "</tool>")
 
 
-def test_d4_calls_come_back_as_text_with_their_marks():
+def test_d9_calls_come_back_as_text_with_their_marks():
     own = tokenizer(SHOWN, CALL_TOKENS, special=True)
     call = '<tool>{"name": "weather"}</tool>'
     assert said(own, f"{call}<|im_end|>", tools=(WEATHER,)) == (None, call)
@@ -215,7 +215,7 @@ def test_d4_calls_come_back_as_text_with_their_marks():
     assert said(thinking, f"<think>hm</think>\n{call}<|im_end|>", tools=(WEATHER,)) == ("hm", call)
 
 
-def test_d4_a_run_with_tools(bmx):
+def test_d9_a_run_with_tools(bmx):
     rows = [{"id": "a", "messages": [USER], "tools": [WEATHER]}, {"id": "b", "messages": [USER], "tools": [{"x": 1}]}]
     Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert bmx("run", "in.jsonl", "-m", "fake").code == 3
@@ -236,7 +236,7 @@ def test_chat_takes_tools():
                 engine.chat([list(MESSAGES)], tools=wrong)
 
 
-def test_d4_a_conversation_with_calls_and_tools_is_read_whole():
+def test_d9_a_conversation_with_calls_and_tools_is_read_whole():
     found = prompt(NAMES, messages=TOOLS, tools=({"type": "function", "function": {"name": "weather_of"}},))
     assert found.startswith("weather_of ")
     assert '<call>weather_of {"city": "Oslo"}' in found

@@ -47,11 +47,12 @@ SPEC = ModelSpec(
 class FakeTokenizer:
     """One token per word; answers are made of the words ``w1`` to ``w4999``."""
 
-    chat_template = "{{ tools or '' }}{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    chat_template = "{{ tools or '' }}{% for m in messages %}{{ m.content }}{{ m.tool_calls or '' }}\n{% endfor %}"
 
     def apply_chat_template(self, messages: list[dict[str, Any]], tools: Any = "", **_: Any) -> str:
         """The text of that template."""
-        return str(tools) + "".join(f"{message['content']}\n" for message in messages)
+        turns = (f"{message['content']}{message.get('tool_calls') or ''}\n" for message in messages)
+        return f"{tools}{''.join(turns)}"
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         """Token ids of a text."""

@@ -94,7 +94,7 @@ class ChatRenderer:
         left_out = self._left_out_of(messages, variables)
         if TOOLS in left_out or not all(_name(tool) in text for tool in tools):
             hint = "--ignore-unsupported tools leaves them out"
-            raise RowError("invalid_request", f"the model's chat template does not show it all tools ({hint})")
+            raise RowError("invalid_request", f"the chat template leaves out the tools, or some of them ({hint})")
         for place, message in enumerate(messages):
             if place in left_out or not all(self._shown(words, message, text) for words in _texts(message)):
                 raise RowError("invalid_request", self._complaint(place, messages))
