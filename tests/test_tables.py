@@ -111,6 +111,13 @@ def test_d8_a_compressed_table_too(name, suffix, pack):
     assert [row.id for row in rows_of(pack(TABLES[name]), name + suffix)] == ["a1", "a2", "a3"]
 
 
+@pytest.mark.parametrize("name", ["in.csv", "in.json", "in.parquet"])
+def test_d8_a_compressed_table_that_ends_too_early_is_refused(name):
+    noise = b"".join(b"%d," % (number**5) for number in range(3000))  # more than a block that is unpacked at once
+    content = PARQUET + noise if "parquet" in name else TABLES[name][:-1] + noise
+    assert f"cannot read {name}.gz" in refused(gzip.compress(content)[:-500], f"{name}.gz")
+
+
 @pytest.mark.parametrize(
     ("name", "output"),
     [
@@ -253,6 +260,20 @@ def test_d8_numbers_of_an_array_are_those_of_lines():
     text = '{"prompt": "a", "n": [1, -0.5, 1.10, 1e5, 123456789012345678901234567890]}'
     [row], [line] = rows_of(f"[{text}]".encode(), "in.json", keep=("n",)), rows_of(text.encode(), "l", keep=("n",))
     assert row.kept == line.kept
+
+
+@pytest.mark.parametrize("half", [r"\ud83d", r"\ude00", r"\ud83d\u0041", r"\\\ud83d", r"\ude00\ud83d"])
+def test_d8_half_a_surrogate_pair_fails_its_item_alone(half):
+    whole = r"\ud83d\ude00 \\ud83d \u00e9 \ufdd1"
+    good, bad = rows_of(rf'[{{"prompt": "{whole}"}}, {{"prompt": "x{half}"}}]'.encode(), "in.json")
+    assert good.request.prompt == "\U0001f600 \\ud83d é \ufdd1"
+    assert "half a surrogate pair" in bad.error.message
+
+
+def test_d8_pairs_of_an_array_are_read_wherever_a_block_of_the_file_ends():
+    texts = [("x" * length) + "\U0001f600" * 5000 for length in range(12)]
+    rows = rows_of(json.dumps([{"prompt": text} for text in texts]).encode(), "in.json")
+    assert [row.request.prompt for row in rows] == texts
 
 
 @pytest.mark.parametrize(

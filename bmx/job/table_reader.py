@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BATCH_BYTES, BATCH_ROWS = 1 << 20, 256  # of a Parquet file, whichever is less
 STREAM_BYTES = 1 << 16  # of a column of a Parquet file that are read at a time
+HALF_PAIR = "\ufdd0"  # stands for one; no text has this letter, which is none
+HALF_PAIRS = re.compile(
+    rb"(?<!\\)((?:\\\\)*)(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
 LONGEST_NAME = 200  # letters of a column's name; a longer one is a text
 TO_UTF_8 = "iconv -f WINDOWS-1252 -t UTF-8 converts a file in Latin-1"
 CUT_SHORT = "was it cut short, or is it still being written?"
@@ -67,9 +73,16 @@ def array_rows(file: BinaryIO, shown: str, longest: int) -> Iterator[Line]:
 
     if file.peek(len(BYTE_ORDER_MARK)).startswith(BYTE_ORDER_MARK):  # type: ignore[attr-defined]
         file.read(len(BYTE_ORDER_MARK))
-    encode, number = json.JSONEncoder(ensure_ascii=False, default=_number).encode, 0
+    pairs, encoder, number = _WholePairs(file), json.JSONEncoder(ensure_ascii=False, default=_number), 0
+
+    def encode(item: Any) -> str:
+        text = encoder.encode(item)
+        if pairs.replaced and HALF_PAIR in text:
+            raise ValueError("half a surrogate pair")
+        return text
+
     try:
-        for item in ijson.items(file, "item", map_type=_Object):
+        for item in ijson.items(pairs, "item", map_type=_Object):
             number += 1
             yield _line(item, encode, longest)
     except (ijson.JSONError, UnicodeDecodeError) as error:
@@ -78,6 +91,30 @@ def array_rows(file: BinaryIO, shown: str, longest: int) -> Iterator[Line]:
             f"the JSON array in {shown} cannot be read after its row {number:,}: {what}",
             hint=f"{CUT_SHORT} Strict JSON is in UTF-8 and has no NaN, no Infinity and no comments",
         ) from None
+
+
+class _WholePairs:
+    """The bytes of an array with a mark in place of halves of surrogate pairs: ijson would make question marks of them.
+
+    Attributes:
+        replaced: whether there were any.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._held, self.replaced = file, b"", False
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, about this many; none at the end."""
+        data, cut, ended = self._held, 0, False
+        while not (cut or ended):
+            piece = self._file.read(size)
+            data, ended = data + piece, not piece
+            cut = len(data) if ended else data.rfind(b'"') + 1  # no pair goes on behind a quote
+        data, self._held = data[:cut], data[cut:]
+        if b"\\u" in data:
+            data, count = HALF_PAIRS.subn(rb"\1\\ufdd0", data)
+            self.replaced |= count > 0
+        return data
 
 
 class _Object(dict[str, Any]):
@@ -129,7 +166,7 @@ def csv_rows(file: BinaryIO, shown: str, longest: int, delimiter: str) -> Iterat
                 yield Line(_bytes(encode(cells)), fault=fault, cells=True)
             else:
                 yield _line(dict(zip(header, cells, strict=True)), encode, longest, cells=True)
-    except EOFError:
+    except _UnclosedError:
         where = "the header" if header is None else f"row {number + 1:,}"
         message = f"{shown} ends within a quoted cell that begins in {where}"
         raise InputFileError(message, hint=f"is a quote missing? {CUT_SHORT.capitalize()}") from None
@@ -148,6 +185,10 @@ def _records(file: BinaryIO, delimiter: str, longest: int) -> Iterator[tuple[lis
                 yield cells, whole
 
 
+class _UnclosedError(Exception):
+    """The file ends within a quoted cell."""
+
+
 class _Lines:
     """The lines of a CSV file. Of a record that is too long, only quotes, delimiters and line ends are kept.
 
@@ -155,7 +196,7 @@ class _Lines:
         size: letters of the present record so far; whoever takes a record sets it to 0.
 
     Raises:
-        EOFError: the file ends within a record, which is then within a quoted cell.
+        _UnclosedError: the file ends within a record, which is then within a quoted cell.
     """
 
     def __init__(self, text: io.TextIOWrapper, delimiter: str, longest: int) -> None:
@@ -174,7 +215,7 @@ class _Lines:
                 yield line
             within = self.size > self._longest
         if self.size:
-            raise EOFError
+            raise _UnclosedError
 
     def _line(self) -> str:
         line = piece = self._piece()
@@ -200,13 +241,10 @@ def _header(cells: list[str], shown: str) -> list[str]:
         "".join(names).encode()
     except UnicodeEncodeError:
         raise InputFileError(f"the header of {shown} is not in UTF-8", hint=TO_UTF_8) from None
-    for place, name in enumerate(names, 1):
-        if not name:
-            hint = "name each column; pandas leaves its index out with to_csv(..., index=False)"
-            raise InputFileError(f"column {place} of {shown} has no name in the header", hint=hint)
-        if names.index(name) != place - 1:
-            hint = "each column needs a name of its own"
-            raise InputFileError(f"two columns of {shown} are called {name[:LONGEST_NAME]!r}", hint=hint)
+    if not all(names):
+        hint = "name each column; pandas leaves its index out with to_csv(..., index=False)"
+        raise InputFileError(f"column {names.index('') + 1} of {shown} has no name in the header", hint=hint)
+    _refuse_repeated(names, shown)
     if any(len(name) > LONGEST_NAME for name in names) or all(_is_number(name) for name in names):
         hint = "its first row must name the columns"
         raise InputFileError(f"{shown} has no header: its first row begins with {names[0][:40]!r}", hint=hint)
@@ -248,9 +286,7 @@ def parquet_rows(file: BinaryIO, shown: str, longest: int) -> Iterator[Line]:
     try:
         with _sought(file) as sought, ParquetFile(sought, buffer_size=STREAM_BYTES, pre_buffer=False) as table:
             schema = _in_microseconds(table.schema_arrow)
-            twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
-            if twice is not None:
-                raise InputFileError(f"two columns of {shown} are called {twice!r}", hint="rename one of them")
+            _refuse_repeated(schema.names, shown)
             for batch in table.iter_batches(_batch_rows(table), use_threads=False):
                 yield from _batch_lines(batch.cast(schema, safe=False), longest)
                 number += batch.num_rows
@@ -343,6 +379,18 @@ def _without_nan(value: Any) -> Any:
 
 
 # All tables
+
+
+def _refuse_repeated(names: list[str], shown: str) -> None:
+    """Refuse columns of the same name.
+
+    Raises:
+        InputFileError: names one.
+    """
+    for name, count in Counter(names).items():
+        if count > 1:
+            hint = "each column needs a name of its own"
+            raise InputFileError(f"two columns of {shown} are called {name[:LONGEST_NAME]!r}", hint=hint)
 
 
 def _line(row: Any, encode: Callable[[Any], str], longest: int, *, cells: bool = False) -> Line:
