@@ -12,7 +12,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bmx.errors import RowError, UsageError
-from bmx.prompt_template import PromptTemplate, brace_template, fields_with_values, printed
+from bmx.prompt_template import PromptTemplate, brace_template, fields_with_values, printed, shown_fields
 from bmx.render_limits import TemplateLimitError, limited
 
 if TYPE_CHECKING:
@@ -109,7 +109,9 @@ def _filled(template: Template, values: Mapping[str, Any]) -> str:
         message = f"the prompt template takes too long or prints too much: {error}"
     except Exception as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        message = f"the prompt template{_place(error)}: {said}; the row has {fields_with_values(values)}"
+        nulls = [name for name, value in values.items() if value is None]
+        fields = fields_with_values(values) + (f", and null: {shown_fields(nulls)}" if nulls else "")
+        message = f"the prompt template{_place(error)}: {said}; the row has {fields}"
     raise RowError("invalid_request", message)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from bmx.errors import RowError, UsageError
 
 SHOWN = 12  # fields of a row named in a message
-LITERAL_BRACES = "write {{ and }} for braces in the text itself, or the template in a .jinja file"
+LITERAL_BRACES = "write {{ and }} for braces in the text itself, or the template in Jinja (a file *.jinja, or --jinja)"
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 

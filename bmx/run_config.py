@@ -20,7 +20,7 @@ from bmx.methods import expand_method, parse_method
 from bmx.plain_yaml import plain_mapping
 from bmx.prompt_config import PromptConfig
 from bmx.request import SamplingParams
-from bmx.settings import ALWAYS, IF_GIVEN, NEVER, NOT_IN_BENCH, NOT_IN_PLAN, RUN, Setting, settings_in
+from bmx.settings import ALWAYS, IF_CUT, IF_GIVEN, NEVER, NOT_IN_BENCH, NOT_IN_PLAN, RUN, Setting, settings_in
 from bmx.units import parse_bytes, parse_count, parse_names, parse_seconds, parse_shard
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class JobConfig:
         Setting(
             "Fields, or types of parts such as image_url, that bmx does not know and leaves out of rows; their answers "
             "name them",
-            decides_answers=IF_GIVEN,
+            decides_answers=IF_CUT,
             metavar="FIELD,...",
             parse=parse_names,
             commands=NOT_IN_BENCH,

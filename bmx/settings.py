@@ -27,13 +27,13 @@ NOT_IN_PLAN = ("run", "calibrate", "bench")
 class DecidesAnswers(Enum):
     """When the value of a setting can change an answer.
 
-    Then it is part of the run's fingerprint, but for ``IF_CUT``: answers to prompts that fit hold for any value.
+    Then it is part of the fingerprint, but for ``IF_CUT``: answers to rows of which nothing was cut hold for any value.
     """
 
     ALWAYS = "yes"
     IF_EVICTING = "where KV pairs are evicted"
     IF_CHUNKED = "where KV pairs are evicted, or pairs or states are stored in fewer bits"
-    IF_CUT = "for prompts that are too long"
+    IF_CUT = "for rows that are cut"
     IF_TRUE = "when it is on"
     IF_GIVEN = "when it is given"
     NEVER = "no"

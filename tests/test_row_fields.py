@@ -130,3 +130,19 @@ def test_d7_what_bmx_reads_cannot_be_left_out(bmx):
     ended = bmx("run", IN, "-m", "fake", "--ignore-unsupported", "n,temperature")
     assert ended.code == 2
     assert "'temperature', which bmx reads" in ended.err
+
+
+def test_a9_rows_that_failed_are_answered_with_something_left_out_and_the_others_stay(bmx):
+    rows = [{"id": "a", "prompt": "w1"}, {"id": "b", "prompt": "w1", "n": 2}, {"id": "c", "messages": [SEEN]}]
+    IN.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert bmx("run", IN, "-m", "fake").code == 3
+    before = OUT.read_bytes()
+    flags = ("--ignore-unsupported", "n,image_url")
+    assert bmx("run", IN, "-m", "fake", "--retry-failed", *flags).code == 0
+    after = OUT.read_bytes()
+    assert after.startswith(before)
+    assert after.count(b'"ignored"') == 2
+    assert bmx("run", IN, "-m", "fake", *flags).code == 0
+    ended = bmx("run", IN, "-m", "fake", "--ignore-unsupported", "n")
+    assert (ended.code, OUT.read_bytes()) == (2, after)
+    assert "see line 2, 3" in ended.err

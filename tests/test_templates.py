@@ -67,7 +67,7 @@ def test_a_jinja_template_is_filled_from_the_fields_of_the_row(template, prompt)
         ("{{ title.author }}", "no attribute 'author'"),
         ("\n\n{{ 1 / zero }}", "line 3: division by zero"),
         ("{{ title + 1 }}", "can only concatenate str"),
-        ("{{ none_given }}", "line 1: it prints a value that is null"),
+        ("{{ none_given }}", "the row has 'title', 'zero', and null: 'none_given'"),
         ("{{ raise_exception('no such title') }}", "line 1: no such title"),
         ("{{ title.__class__.__mro__ }}", "unsafe"),
         ("{% for i in range(100000) %}{{ 'w' * 99 }}{% endfor %}", "it prints 9,900,000 characters"),

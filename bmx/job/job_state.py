@@ -118,7 +118,7 @@ def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], ma
         raise UsageError(message, hint=f"{SET_ASIDE.format(what='answers of other jobs', path=paths.output)}; {REMEDY}")
     now, then = config.flat(), manifest["settings"]
     about_files = ("error_file", "keep_fields", *(("order",) if config.job.order == "input" else ()))
-    before, after = (_of_files(settings, about_files) for settings in (then, now))
+    before, after = (_as_json(settings, about_files) for settings in (then, now))
     hint = REMEDY
     if not config.job.set_aside:
         if differences(manifest["fingerprint"], mark):
@@ -129,8 +129,8 @@ def _check_same_job(config: RunConfig, paths: JobPaths, mark: dict[str, Any], ma
         raise UsageError(f"the output {paths.output} was made with other settings: {changed}", hint=hint)
 
 
-def _of_files(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Those settings that say where records stand, in which order and with which fields, as JSON has them."""
+def _as_json(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of these names, as JSON has them; nothing is None."""
     values = {name: settings.get(name) for name in names}
     return {name: (list(value) if isinstance(value, tuple) else value) or None for name, value in values.items()}
 
@@ -142,7 +142,8 @@ def _match(config: RunConfig, paths: JobPaths, manifest: dict[str, Any] | None, 
         UsageError: answers belong to no row, and the user has not said what becomes of them.
     """
     before, after = (manifest or {}).get("settings", {}), config.flat()
-    strays = ledger.match(config.job.share, drop_cut=any(before.get(name) != after[name] for name in CUTTING))
+    cut_otherwise = _as_json(before, CUTTING) != _as_json(after, CUTTING)
+    strays = ledger.match(config.job.share, drop_cut=cut_otherwise)
     if config.job.set_aside:
         ledger.set_strays_aside()
     elif strays.count:

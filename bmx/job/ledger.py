@@ -208,7 +208,7 @@ class Ledger:
 
         Args:
             share: the lines of this job, as for ``todo``; a record of another row is a stray.
-            drop_cut: whether records of prompts or answers that were cut to fit count as strays.
+            drop_cut: whether records of rows of which something was cut count as strays.
         """
         with _full_disk():
             if not drop_cut:

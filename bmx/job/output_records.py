@@ -35,7 +35,7 @@ class KnownRecord:
         id: of its row.
         key: the hash of the row.
         error_code: of an error; None for an answer.
-        cut: whether the prompt or the answer was cut to fit.
+        cut: whether the prompt or the answer was cut to fit, or something was left out of the row.
     """
 
     id: str | int
@@ -189,7 +189,7 @@ def read_record(record: Any) -> KnownRecord | None:
     code = error.get("code", "") if isinstance(error, dict) else None
     places = {"custom_id": ("result", "message") if "result" in record else ("response", "body"), "key": ("response",)}
     body = _inner(record, *places.get(field, ()))
-    cut = isinstance(body, dict) and bool(body.get("truncated") or body.get("max_tokens"))
+    cut = isinstance(body, dict) and any(map(body.get, ("truncated", "max_tokens", "ignored")))
     return KnownRecord(name, key.removeprefix(BATCH), code, cut)
 
 
