@@ -199,6 +199,61 @@ def test_d9_a_developers_message_and_an_assistants_beginning_are_read_in_batches
     assert found.endswith("<|im_start|>assistant\nIt is")
 
 
+CALLED = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+HISTORIES = {  # of a call that the model has made after it thought
+    "anthropic": {
+        "params": {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "hm", "signature": ""},
+                        {"type": "redacted_thinking", "data": "x"},
+                        {"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Oslo"}},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "c1", "content": '{"degrees": 4}'}],
+                },
+            ]
+        }
+    },
+    "gemini": {
+        "request": {
+            "contents": [
+                {"role": "user", "parts": [{"text": "w1 w2"}]},
+                {
+                    "role": "model",
+                    "parts": [
+                        {"text": "hm", "thought": True},
+                        {
+                            "functionCall": {"id": "c1", "name": "weather", "args": {"city": "Oslo"}},
+                            "thoughtSignature": "x",
+                        },
+                    ],
+                },
+                {
+                    "role": "user",
+                    "parts": [{"functionResponse": {"id": "c1", "name": "weather", "response": {"degrees": 4}}}],
+                },
+            ]
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("row", HISTORIES.values(), ids=HISTORIES)
+def test_d9_calls_and_reasoning_of_earlier_answers_are_read_in_every_kind(read, row):  # noqa: F811
+    user, called, told = read(row).request.messages
+    assert user == USER
+    assert called == {"role": "assistant", "content": "", "tool_calls": [CALLED], "reasoning_content": "hm"}
+    told.pop("name", None)  # Gemini's has it
+    assert told == {"role": "tool", "tool_call_id": "c1", "content": '{"degrees": 4}'}
+    assert '<call>weather {"city": "Oslo"}' in prompt(SKIPS, messages=(user, called, told))
+
+
 # Answers
 
 

@@ -5,6 +5,7 @@ Knows how messages are written; knows nothing of chat templates.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ SPEAKERS = {  # names of speakers in "from", and their roles
 NO_TEXT_NEEDED = {"assistant", "model", "tool", "function", "ipython", "observation"}
 SEEN_OR_HEARD = ("audio", "audios", "image", "images", "multi_modal_data", "video", "videos")  # beside a text
 TEXT_PARTS = (None, "text", "input_text", "output_text")
+_CALL_PARTS = ("tool_use", "tool_result", "thinking", "redacted_thinking")  # Anthropic's, beside texts
+_GEMINI_CALLS = (("functionCall", "function_call"), ("functionResponse", "function_response"))
+_BESIDE_TEXT = ("text", "thought", "thoughtSignature", "thought_signature")  # of one of Gemini's parts
 ONLY_TEXT = f"bmx reads text only ({FLAG} leaves it out)"
 
 
@@ -121,17 +125,18 @@ def from_anthropic(params: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _turns(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A message, with each tool's answer as a message of its own before it."""
+    """A message, with each tool's answer as a message of its own before it, and its reasoning beside its text."""
     parts = message.get("content")
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return [message]
-    by_type: dict[str, list[dict[str, Any]]] = {"tool_use": [], "tool_result": [], "": []}
+    by_type: dict[str, list[dict[str, Any]]] = {name: [] for name in (*_CALL_PARTS, "")}
     for part in parts:
         kind = part.get("type")
-        by_type[kind if kind in ("tool_use", "tool_result") else ""].append(part)
-    calls, answers, texts = by_type.values()
+        by_type[kind if kind in _CALL_PARTS else ""].append(part)
+    calls, answers, thoughts, _, texts = by_type.values()
     turns: list[dict[str, Any]] = [
-        {"role": "tool", "tool_call_id": part.get("tool_use_id"), "content": part.get("content")} for part in answers
+        {"role": "tool", "tool_call_id": part.get("tool_use_id"), **_named(part), "content": part.get("content")}
+        for part in answers
     ]
     if texts or calls or not answers:
         called = [
@@ -142,8 +147,15 @@ def _turns(message: dict[str, Any]) -> list[dict[str, Any]]:
             }
             for part in calls
         ]
-        turns.append({**message, "content": texts, **({"tool_calls": called} if called else {})})
+        thought = "\n".join(str(part.get("thinking") or "") for part in thoughts)
+        beside = {"tool_calls": called, "reasoning_content": thought}
+        turns.append({**message, "content": texts, **{name: value for name, value in beside.items() if value}})
     return turns
+
+
+def _named(part: dict[str, Any]) -> dict[str, Any]:
+    """The name of the function that a part answers for, where it has one."""
+    return {"name": part["name"]} if isinstance(part.get("name"), str) else {}
 
 
 def from_gemini(contents: Any, system: Any = None) -> list[dict[str, Any]]:
@@ -157,7 +169,7 @@ def from_gemini(contents: Any, system: Any = None) -> list[dict[str, Any]]:
         RowError: something else.
     """
     listed = contents if isinstance(contents, list) else [contents]
-    messages = [_content(content, None) for content in listed]
+    messages = [turn for content in listed for turn in _turns(_content(content, None))]
     return [_content(system, "system"), *messages] if system else messages
 
 
@@ -171,5 +183,17 @@ def _content(content: Any, role: str | None) -> dict[str, Any]:
     listed: list[Any] = parts if isinstance(parts, list) else [parts]
     if not all(isinstance(part, dict) and part for part in listed):
         raise invalid('\'parts\' of a content must be a list of objects such as {"text": "..."}')
-    named = [{"type": next((name for name in part if name != "text"), "text"), **part} for part in listed]
-    return {"role": "assistant" if role == "model" else role, "content": named}
+    return {"role": "assistant" if role == "model" else role, "content": list(map(_as_anthropic, listed))}
+
+
+def _as_anthropic(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of Gemini's kind as one of Anthropic's, with the type that it has there, or else the name of its field."""
+    if part.get("thought") is True and "text" in part:
+        return {"type": "thinking", "thinking": part["text"]}
+    call, answer = (part.get(camel, part.get(snake)) for camel, snake in _GEMINI_CALLS)
+    if isinstance(call, dict):
+        return {"type": "tool_use", "id": call.get("id"), "name": call.get("name"), "input": call.get("args") or {}}
+    if isinstance(answer, dict):
+        told = json.dumps(answer.get("response"), ensure_ascii=False)
+        return {"type": "tool_result", "tool_use_id": answer.get("id"), **_named(answer), "content": told}
+    return {"type": next((name for name in part if name not in _BESIDE_TEXT), "text"), **part}
