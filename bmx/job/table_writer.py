@@ -6,7 +6,6 @@ at a time, or one batch of a Parquet file.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -175,6 +174,8 @@ def _as_text(value: Any) -> str:
 
 def _write_cells(file: io.BufferedRandom, columns: Iterable[str], answers: Path, delimiter: str) -> None:
     """Write a table of text; a cell without a value is empty."""
+    import csv
+
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.writer(text, delimiter=delimiter)
     writer.writerow(columns)
