@@ -189,6 +189,15 @@ def test_d8_a_row_with_other_cells_than_the_header_fails_alone():
     assert rows[2].id == "e"
 
 
+def test_d8_a_row_whose_quotes_are_not_doubled_fails_alone():
+    rows = rows_of(b'id,prompt\na,"say \\"hi\\""\nb,5" of rain\nc,"d\ne,"f\ng,"h ""i"" "\n')
+    assert [row.id for row in rows] == ["line-1", "b", "line-3", "g"]
+    assert "line 1: wrong quotes: ',' expected after '\"' (a quote within" in rows[0].error.message
+    assert "line 3: wrong quotes over 2 lines" in rows[2].error.message
+    assert rows[3].request.prompt == 'h "i" '
+    assert "the header of in.csv cannot be read (wrong quotes" in refused(b'id,"a"b\n1,2\n')
+
+
 def test_d8_a_row_that_is_not_utf_8_fails_alone():
     bad, good = rows_of("id,prompt\na,Größe\nb,ok\n".encode("latin-1"))
     assert "byte 0xf6 is not UTF-8" in bad.error.message

@@ -153,17 +153,15 @@ def csv_rows(file: BinaryIO, shown: str, longest: int, delimiter: str) -> Iterat
     header: list[str] | None = None
     number = 0
     try:
-        for cells, whole in _records(file, delimiter, longest):
+        for cells, whole, fault in _records(file, delimiter, longest):
             if header is None:
-                header = _header(cells, shown)
+                header = _header(cells, fault, shown)
                 continue
             number += 1
             if not whole:
                 yield Line(_bytes(encode(cells)), rest=iter(()), cells=True)
-            elif len(cells) != len(header):
-                quotes = f" (a cell with {delimiter!r} in it needs quotes)" if len(cells) > len(header) else ""
-                fault = f"the row has {_cells(len(cells))}, the header {len(header)}{quotes}"
-                yield Line(_bytes(encode(cells)), fault=fault, cells=True)
+            elif fault or len(cells) != len(header):
+                yield Line(_bytes(encode(cells)), fault=fault or _miscounted(cells, header, delimiter), cells=True)
             else:
                 yield _line(dict(zip(header, cells, strict=True)), encode, longest, cells=True)
     except _UnclosedError:
@@ -172,17 +170,35 @@ def csv_rows(file: BinaryIO, shown: str, longest: int, delimiter: str) -> Iterat
         raise InputFileError(message, hint=f"is a quote missing? {CUT_SHORT.capitalize()}") from None
 
 
-def _records(file: BinaryIO, delimiter: str, longest: int) -> Iterator[tuple[list[str], bool]]:
-    """Pairs of a record's cells and whether they are whole: those of a record that is too long are not."""
+def _miscounted(cells: list[str], header: list[str], delimiter: str) -> str:
+    count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+    quotes = f" (a cell with {delimiter!r} in it needs quotes)" if len(cells) > len(header) else ""
+    return f"the row has {count}, the header {len(header)}{quotes}"
+
+
+def _records(file: BinaryIO, delimiter: str, longest: int) -> Iterator[tuple[list[str], bool, str]]:
+    """Of each record, its cells, whether they are whole, and what is wrong with its quotes.
+
+    Cells of a record that is too long are not whole; one with wrong quotes has its last line as its only cell.
+    """
     import csv
 
     csv.field_size_limit(sys.maxsize)  # whole records are limited instead
     with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
         lines = _Lines(text, delimiter, longest)
-        for cells in csv.reader(lines, delimiter=delimiter):
-            whole, lines.size = lines.size <= longest, 0
+        records, fault = csv.reader(lines, delimiter=delimiter, strict=True), ""
+        while True:
+            try:
+                cells, fault = next(records), ""
+            except StopIteration:
+                return
+            except csv.Error as error:
+                over = f" over {lines.count:,} lines" if lines.count > 1 else ""
+                cells, fault = [lines.last], f"wrong quotes{over}: {error} (a quote within quotes is doubled)"
+            whole = lines.size <= longest
+            lines.size = lines.count = 0
             if cells:
-                yield cells, whole
+                yield cells, whole, fault
 
 
 class _UnclosedError(Exception):
@@ -193,27 +209,29 @@ class _Lines:
     """The lines of a CSV file. Of a record that is too long, only quotes, delimiters and line ends are kept.
 
     Attributes:
-        size: letters of the present record so far; whoever takes a record sets it to 0.
+        size, count: letters and lines of the present record so far; whoever takes a record sets them to 0.
+        last: the last line.
 
     Raises:
         _UnclosedError: the file ends within a record, which is then within a quoted cell.
     """
 
     def __init__(self, text: io.TextIOWrapper, delimiter: str, longest: int) -> None:
-        self._text, self._longest, self.size = text, longest, 0
+        self._text, self._longest = text, longest
+        self.size = self.count = 0
+        self.last = ""
         self._contents = re.compile(rf'[^"\r\n{re.escape(delimiter)}]+')
 
     def __iter__(self) -> Iterator[str]:
-        line = self._line()
-        if SEPARATOR.match(line):
-            self.size = 0
-        elif line:
-            yield line
         within = False  # a quoted cell of a record that is too long: lines without a quote do not end it
+        first = True
         while line := self._line():
-            if not within or '"' in line:
+            if first and SEPARATOR.match(line):
+                self.size = 0
+            elif not within or '"' in line:
+                self.count, self.last = self.count + 1, line
                 yield line
-            within = self.size > self._longest
+            within, first = self.size > self._longest, False
         if self.size:
             raise _UnclosedError
 
@@ -230,12 +248,14 @@ class _Lines:
         return piece if self.size <= self._longest else self._contents.sub("x", piece)
 
 
-def _header(cells: list[str], shown: str) -> list[str]:
+def _header(cells: list[str], fault: str, shown: str) -> list[str]:
     """The names of the columns.
 
     Raises:
         InputFileError: they are none.
     """
+    if fault:
+        raise InputFileError(f"the header of {shown} cannot be read", hint=fault)
     names = [cell.strip() for cell in cells]
     try:
         "".join(names).encode()
@@ -257,10 +277,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _cells(count: int) -> str:
-    return "1 cell" if count == 1 else f"{count} cells"
 
 
 # Parquet
@@ -290,7 +306,7 @@ def parquet_rows(file: BinaryIO, shown: str, longest: int) -> Iterator[Line]:
             for batch in table.iter_batches(_batch_rows(table), use_threads=False):
                 yield from _batch_lines(batch.cast(schema, safe=False), longest)
                 number += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         what = str(error).partition("\n")[0]
         message = f"the Parquet file {shown} cannot be read after its row {number:,}: {what}"
         raise InputFileError(message, hint=CUT_SHORT) from None
