@@ -7,7 +7,7 @@ values; knows nothing of files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,7 +43,7 @@ def jinja_template(text: str) -> PromptTemplate:
     Raises:
         UsageError: it cannot be read; the message says where.
     """
-    from jinja2 import TemplateSyntaxError, meta
+    from jinja2 import TemplateSyntaxError, meta, nodes
 
     environment = _environment()
     try:
@@ -54,12 +54,14 @@ def jinja_template(text: str) -> PromptTemplate:
         raise UsageError("prompt_template is nested too deep") from None
     if any(meta.find_referenced_templates(tree)):
         raise UsageError("prompt_template includes another file", hint="write it as one file")
-    fields = sorted(meta.find_undeclared_variables(tree))
-    optional = _optional(tree)
+    fields = meta.find_undeclared_variables(tree)
+    if ROW in fields:
+        fields |= set(filter(None, map(_row_field, tree.find_all(nodes.Expr))))
+    optional = {ROW, *_tested(tree)}
     before, after = _ends(tree)
     return PromptTemplate(
-        fields=tuple(fields),
-        needed=tuple(name for name in fields if name not in optional),
+        fields=tuple(sorted(fields)),
+        needed=tuple(sorted(fields - optional)),
         before=before,
         after=after,
         filled=partial(_filled, template),
@@ -125,15 +127,26 @@ def _place(error: Exception) -> str:
     return f", line {line}" if line else ""
 
 
-def _optional(tree: nodes.Template) -> set[str]:
-    """Variables that need not be there: the whole row, and those that are tested for it or have a default."""
+def _tested(tree: nodes.Template) -> Iterator[str | None]:
+    """The fields that a template tests for being defined, or gives a default."""
     from jinja2 import nodes
 
-    found: Iterable[nodes.Test | nodes.Filter] = (
-        *(test for test in tree.find_all(nodes.Test) if test.name in _TESTS),
-        *(filtered for filtered in tree.find_all(nodes.Filter) if filtered.name in _DEFAULTS),
-    )
-    return {ROW} | {use.node.name for use in found if isinstance(use.node, nodes.Name)}
+    for use in tree.find_all((nodes.Test, nodes.Filter)):
+        if use.name in (_TESTS if isinstance(use, nodes.Test) else _DEFAULTS):
+            yield use.node.name if isinstance(use.node, nodes.Name) else _row_field(use.node)
+
+
+def _row_field(node: nodes.Node | None) -> str | None:
+    """The field that ``row.name`` or ``row["name"]`` names; None for other expressions."""
+    from jinja2 import nodes
+
+    if not isinstance(node, nodes.Getattr | nodes.Getitem):
+        return None
+    if not (isinstance(node.node, nodes.Name) and node.node.name == ROW):
+        return None
+    if isinstance(node, nodes.Getattr):
+        return None if hasattr(dict, node.attr) else node.attr
+    return node.arg.value if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str) else None
 
 
 def _ends(tree: nodes.Template) -> tuple[str, str]:

@@ -67,10 +67,17 @@ def test_b6_what_is_wrong_in_the_object_sampling_is_named(read, row, said):
 
 
 @pytest.mark.parametrize(
-    ("value", "template"), [("every tenth", "{text}"), ([1], "{text}"), ({"a": 1}, "{text} {sampling}"), (7, None)]
+    ("value", "template"),
+    [
+        ("every tenth", "{text}"),
+        ([1], "{text}"),
+        ({"a": 1}, "{text} {sampling}"),
+        ({"a": 1}, "{{ row.sampling.a }}"),
+        (7, None),
+    ],
 )
 def test_b6_sampling_may_be_data(read, value, template):
-    row = read({"text": "x", "prompt": "y", "sampling": value}, template=template)
+    row = read({"text": "x", "prompt": "y", "sampling": value}, template=template, jinja="row" in str(template))
     assert row.request.params == SamplingParams()
 
 

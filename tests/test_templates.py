@@ -142,6 +142,14 @@ ROWS = [{"id": number, "title": "w1", "body": "w2"} for number in range(3)]
     [
         (("--prompt-template", "{titel}"), ("prompt_template names 'titel'", "did you mean 'title'?", "'body'")),
         (("--prompt-template", "{{ titel }}{{ x | d('') }}", "--jinja"), ("names 'titel', which", "mean 'title'?")),
+        (
+            ("--prompt-template", "{{ row['titel'] }}{{ row['x'] | d('') }}", "--jinja"),
+            ("names 'titel', which", "'title'?"),
+        ),
+        (
+            ("--prompt-template", "{{ row.titel }}{% if row.x is defined %}{% endif %}", "--jinja"),
+            ("names 'titel', which",),
+        ),
         (("--id-field", "titel"), ("id_field names 'titel'", "did you mean 'title'?")),
         (("--keep-fields", "title,urls"), ("keep_fields names 'urls'", "the rows have 'id', 'title', 'body'")),
         (("--prompt-template", '{"text": "x"} {title}'), ("write {{ and }}", ".jinja")),
