@@ -14,8 +14,10 @@ from families import tiny_model, word_tokenizer
 
 from bmx import Request, SamplingParams
 from bmx.engine.repetition import LONGEST_STRETCH
+from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
 from bmx.job.output_records import as_record
+from bmx.plan.memory import SlotGroup, StepSize
 from bmx.request import Result, Usage
 
 
@@ -72,6 +74,25 @@ def test_it_ends_only_what_a_model_goes_on_with_by_itself():
     assert spoken(said, ignore_eos=True) == (300, "length")
     assert spoken(said, forced=True) == (300, "length")
     assert spoken([9] * 127 + [2]) == (128, "stop")
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 8])
+def test_tokens_of_a_step_behind_the_repetition_are_dropped(rounds):
+    sequence = Sequence(
+        request=Request(id="a", prompt="x", params=SamplingParams(max_tokens=500)),
+        prompt=[3],
+        max_tokens=500,
+        rows_needed=501,
+        end_token_ids=frozenset(),
+        tokenizer=word_tokenizer(),
+    )
+    scheduler = Scheduler((SlotGroup(501, 1),), StepSize(chunk_size=8, max_num_batched_tokens=8))
+    scheduler.enqueue(sequence)
+    scheduler.admit_waiting()
+    while step := scheduler.schedule(rounds):
+        scheduler.launched(step)
+        scheduler.update(step, [9] * sum(chunk.samples for chunk in step.chunks))
+    assert (len(sequence.answer), sequence.finish_reason) == (128, "repetition")
 
 
 def looping_model() -> Any:
