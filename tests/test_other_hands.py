@@ -680,7 +680,7 @@ def test_rows_of_which_none_can_be_answered_need_no_model(tmp_path):
 
 
 def test_the_first_hundred_rows_that_fail_alike_end_the_run_before_the_model_is_loaded(tmp_path):
-    work = Work(tmp_path / "work", [{"text": f"text {i}"} for i in range(150)], "-m", "no-such-model")
+    work = Work(tmp_path / "work", [{"document": None, "page": i} for i in range(150)], "-m", "no-such-model")
     ended = work("--prompt-template", "{document}")
     assert ended.code == 5
     assert "the first 100 rows all fail in the same way" in ended.err
