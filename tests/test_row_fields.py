@@ -86,6 +86,20 @@ def test_fields_beside_the_object_sampling_count_without_a_template(read):
     assert row.request.params == SamplingParams(max_tokens=5, seed=3)
 
 
+def test_b6_a_format_that_may_be_data_says_so(read):
+    row = read({"prompt": "x", "output_format": "markdown"})
+    assert "'output_format' must be an object" in row.error.message
+    assert "if it is data, rename it" in row.error.message
+
+
+@pytest.mark.parametrize("name", ["messages", "body", "url", "params", "conversations"])
+@pytest.mark.parametrize("value", ["some text", "", None])
+def test_text_under_the_name_of_a_request_is_data_of_a_template(read, name, value):
+    row = read({"custom_id": "a", "title": "x", name: value}, template="{title}")
+    assert row.request.prompt == "x"
+    assert row.dialect == "plain"
+
+
 # What is left out
 
 IN_ANTHROPIC = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}

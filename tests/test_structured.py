@@ -223,6 +223,23 @@ def test_i30_a_format_that_cannot_be_compiled_is_that_rows_error_and_of_a_job_it
     assert says in refused.value.message
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [{"$ref": "#"}, {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]}],
+)
+def test_i30_a_schema_that_no_answer_fits_is_the_rows_error(schema):
+    [result] = engine().run([request("a", json_schema=as_text(schema))])
+    assert result.error.code == "invalid_request"
+    assert "json_schema cannot be used: no token could follow" in result.error.message
+
+
+@pytest.mark.parametrize("own", [{"whitespace_pattern": "z"}, {"item_separator": ";"}, {"lenient": True}])
+def test_a_schema_cannot_say_that_answers_are_no_json(own):
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2, "x-guidance": own}
+    results = engine().run([request(str(seed), seed=seed, json_schema=as_text(schema)) for seed in range(3)])
+    assert all(len(json.loads(result.text)) == 2 for result in results)
+
+
 def test_a_tokenizer_that_is_not_known_is_the_rows_error():
     class Strange:
         def __len__(self):
@@ -362,7 +379,7 @@ COMPACT = '{"type":"object","properties":{"a":{"type":"integer"}}}'
         ({"structured_outputs": {"json": SCHEMA, "backend": None}}, {"json_schema": COMPACT}),
         ({"structured_outputs": {"json_object": True}}, {"json_schema": '{"type":"object"}'}),
         ({"structured_outputs": {"regex": "a+", "disable_fallback": True}}, {"guided_regex": "a+"}),
-        ({"structured_outputs": {"choice": ["a"]}}, {"guided_choice": ["a"]}),
+        ({"structured_outputs": {"choice": ["a"], "disable_any_whitespace": False}}, {"guided_choice": ["a"]}),
         ({"guided_regex": "a+"}, {"guided_regex": "a+"}),
         ({"guided_choice": ["a", "b"]}, {"guided_choice": ["a", "b"]}),
     ],
@@ -385,6 +402,7 @@ def test_a_format_is_read_under_every_name_that_programs_give_it(fields, found):
         ({"guided_choice": "yes"}, "must be a list of texts"),
         ({"guided_choice": []}, "must be a list of texts"),
         ({"structured_outputs": {"grammar": "x"}}, "unsupported in 'structured_outputs': grammar"),
+        ({"structured_outputs": {"json": {}, "disable_additional_properties": True}}, "disable_additional_properties"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "an answer has one format"),
         ({"guided_json": {}, "guided_regex": "a"}, "guided_json and guided_regex contradict each other"),
     ],

@@ -19,6 +19,7 @@ from bmx.request import FORMATS, Request, SamplingParams
 MAX_TEXT = 1_000_000  # characters of a format
 KEPT = 256  # compiled formats that are kept
 BLANKS = r" |\n[ \t]{0,40}"  # between the parts of JSON: a blank, or a line break with its indent; never without end
+DEAD_END = "NoExtensionBias"  # how llguidance's error begins where nothing could follow
 QUIET = 0  # llguidance's log level: its errors are told to the row
 
 
@@ -125,10 +126,14 @@ class Matcher:
         """Take the next token.
 
         Raises:
-            RowError: ``invalid_request``: the format needs more computation than is allowed for one token.
+            RowError: ``invalid_request``: the format needs more computation than is allowed for one token, or no token
+                could follow.
         """
-        if not self.state.consume_token(token_id):
-            raise RowError("invalid_request", f"{self._name} is too complex: {_first_line(self.state.get_error())}")
+        if self.state.consume_token(token_id) and not self.state.is_error():
+            return
+        problem = _first_line(self.state.get_error())
+        what = "no token could follow: does any answer fit it?" if problem == DEAD_END else f"too complex: {problem}"
+        raise RowError("invalid_request", f"{self._name} cannot be used: {what}")
 
     @property
     def complete(self) -> bool:
@@ -173,7 +178,14 @@ def _grammar(name: str, form: Any) -> str:
         raise ValueError(f"it has {size:,} characters, more than {MAX_TEXT:,}")
     if name == "json_schema":
         return LLMatcher.grammar_from_json_schema(
-            form, defaults={"whitespace_pattern": BLANKS}, overrides={"lenient": False, "coerce_one_of": False}
+            form,
+            overrides={  # whatever the schema itself says of how llguidance is to read it
+                "whitespace_pattern": BLANKS,
+                "item_separator": ",",
+                "key_separator": ":",
+                "lenient": False,
+                "coerce_one_of": False,
+            },
         )
     if name == "guided_regex":
         return LLMatcher.grammar_from_regex(form)

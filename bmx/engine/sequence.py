@@ -223,7 +223,7 @@ class Sequence:
         """Take the next token into the format; behind the reasoning, the format begins.
 
         Raises:
-            RowError: the format is too complex.
+            RowError: the format is too complex, or no answer fits it.
         """
         if self.matcher:
             self.matcher.accept(token_id)

@@ -16,12 +16,8 @@ from bmx.units import parse_object, parse_schema
 FORMAT_FIELDS = frozenset(("guided_json", "output_format", "response_format", "structured_outputs", *FORMATS))
 ANY_OBJECT = '{"type":"object"}'
 _NO_FORMAT: dict[str, Any] = {"json_schema": None, "guided_regex": None, "guided_choice": ()}
-_GUIDED = {
-    "json": "guided_json",
-    "regex": "guided_regex",
-    "choice": "guided_choice",
-}  # vLLM's newer names
-_INERT = ("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+_GUIDED = {"json": "guided_json", "regex": "guided_regex", "choice": "guided_choice"}  # vLLM's newer names
+_NO_FALLBACK = "disable_fallback"  # of vLLM: bmx has nothing to fall back to
 
 
 def own_format(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,25 +50,25 @@ def with_gemini_format(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in (None, "text/plain", "application/json"):
         raise invalid(f"unsupported in 'generationConfig': responseMimeType {kind!s:.40}")
     if schema is not None:
-        fields["guided_json"] = _from_openapi(schema)
+        fields["guided_json"] = from_openapi(schema)
     elif kind == "application/json":
         fields.setdefault("guided_json", json.loads(ANY_OBJECT))
     return fields
 
 
-def _from_openapi(schema: Any) -> Any:
+def from_openapi(schema: Any) -> Any:
     """A schema of OpenAPI's kind as a JSON schema: types in capitals, ``nullable``, and an order of properties."""
     if isinstance(schema, list):
-        return [_from_openapi(part) for part in schema]
+        return [from_openapi(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     parts = {
-        name: part if name in ("enum", "default", "example") else _from_openapi(part)
+        name: part if name in ("enum", "default", "example") else from_openapi(part)
         for name, part in schema.items()
         if name not in ("nullable", "properties", "propertyOrdering")
     }
     if isinstance(schema.get("properties"), dict):
-        parts["properties"] = {name: _from_openapi(part) for name, part in schema["properties"].items()}
+        parts["properties"] = {name: from_openapi(part) for name, part in schema["properties"].items()}
     if isinstance(parts.get("type"), str):
         parts["type"] = parts["type"].lower()
         if schema.get("nullable"):
@@ -115,7 +111,7 @@ def _of_response_format(name: str, value: Any) -> dict[str, Any]:
 def _of_structured_outputs(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid("'structured_outputs' must be an object")
-    given = {name: part for name, part in value.items() if part is not None and name not in _INERT}
+    given = {name: part for name, part in value.items() if part not in (None, False) and name != _NO_FALLBACK}
     if given.pop("json_object", None):
         given["json"] = ANY_OBJECT
     unknown = sorted(given.keys() - _GUIDED.keys())

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from bmx.errors import UsageError
-from bmx.job.input_rows import Reader
+from bmx.job.input_rows import ALL_FIELDS, Reader
 from bmx.prompt_template import LITERAL_BRACES, PromptTemplate, shown_fields
 from bmx.run_config import JobConfig, RunConfig
 
 FIRST = 100  # rows of each file that are looked at
-WHOLE_ROW = "all"  # the name in keep_fields that stands for all fields
 NEVER_IN_NAMES = frozenset('":%#\n')  # hardly: they are in braces of JSON or Jinja
 
 
@@ -50,7 +49,7 @@ def check_field_names(config: RunConfig, reader: Reader) -> None:
 
 def _settings(job: JobConfig) -> dict[str, tuple[str, ...]]:
     """Settings that name fields of plain rows, and those fields."""
-    kept = tuple(name for name in job.keep_fields if name != WHOLE_ROW)
+    kept = tuple(name for name in job.keep_fields if name != ALL_FIELDS)
     return {"id_field": (job.id_field,) if job.id_field else (), "keep_fields": kept}
 
 

@@ -15,7 +15,6 @@ import jsonlines
 
 from bmx.errors import InputFileError, RowError
 from bmx.jinja_template import parse_template
-from bmx.job.answer_formats import own_format
 from bmx.job.dialects import PLAIN, Asked, envelope_of, is_answer
 from bmx.job.left_out import LeftOut
 from bmx.job.line_reader import LineSet
@@ -23,8 +22,8 @@ from bmx.job.messages import checked_messages, invalid
 from bmx.job.output_records import Dialect
 from bmx.job.row_checks import (
     SAMPLING,
-    SAMPLING_FIELDS,
     names_to_leave_out,
+    own_params,
     own_sampling,
     refuse_continuation,
     sampling_params,
@@ -38,7 +37,7 @@ from bmx.run_config import MAX_LINE_BYTES, RunConfig
 
 WHOLE_REQUESTS = {"messages", "conversations", "body", "params", "request"}
 REFERENCE = "reference"  # the field with a good answer, or a list of them, for `bmx calibrate`
-ALL_FIELDS = "all"
+ALL_FIELDS = "all"  # the name that stands for all fields of a row that are kept
 DEEPEST_KEPT = 200  # levels of lists and objects in kept fields: a record with them must be read again
 
 
@@ -191,14 +190,15 @@ class Reader:
         """Whether the template makes the row's prompt: then all of the row's fields are data.
 
         A row that holds a whole request, such as messages, is answered as that, unless the template names its field.
+        Text under such a name is none.
         """
         prompts = self.prompts
         if prompts is None:
             return False
-        whole = WHOLE_REQUESTS & values.keys()
-        return not whole.isdisjoint(prompts.fields) or (
-            envelope_of(values) is PLAIN and whole.isdisjoint(("messages", "conversations"))
-        )
+        whole = {name for name in WHOLE_REQUESTS if isinstance(values.get(name), list | dict)}
+        if not whole or not whole.isdisjoint(prompts.fields):
+            return True
+        return envelope_of(values) is PLAIN and whole.isdisjoint(("messages", "conversations"))
 
     def _identify(self, row: InputRow, values: dict[str, Any]) -> None:
         """Give a row its own id, if it has one, its dialect, and the fields that its record repeats."""
@@ -233,8 +233,7 @@ class Reader:
             self._check_model(asked.fields.get("model"))
         messages = None if asked.messages is None else checked_messages(asked.messages, left_out)
         refuse_continuation(asked.fields, messages[-1]["role"].lower() if messages else None)
-        sampling = {name: value for name in SAMPLING_FIELDS if (value := asked.fields.get(name)) is not None}
-        own = sampling | own_format(asked.fields)
+        own = own_params(asked.fields, may_be_data=asked.may_be_data)
         row.request = Request(
             id=row.id,
             prompt=asked.prompt,

@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from bmx.errors import RowError, UsageError
-from bmx.job.answer_formats import FORMAT_FIELDS
+from bmx.job.answer_formats import FORMAT_FIELDS, own_format
 from bmx.job.left_out import FLAG, LeftOut, squeezed
 from bmx.job.messages import SEEN_OR_HEARD, invalid
 from bmx.model.chat_renderer import ASSISTANTS
@@ -198,6 +198,23 @@ def refuse_continuation(values: Mapping[str, Any], last_role: str | None) -> Non
         if value is not None and value is not done:
             what = "continues a last message of the assistant and opens an answer after any other"
             raise invalid(f"unsupported: {name} {str(value).lower()[:20]} (bmx {what})")
+
+
+def own_params(asked: Mapping[str, Any], *, may_be_data: bool) -> dict[str, Any]:
+    """The sampling parameters that a row gives, with what its answer must fit; not yet checked.
+
+    Args:
+        asked: fields of the row.
+        may_be_data: whether they may be data of the same names, for the message.
+
+    Raises:
+        RowError: a format that bmx does not know.
+    """
+    own = {name: value for name in SAMPLING_FIELDS if (value := asked.get(name)) is not None}
+    try:
+        return own | own_format(asked)
+    except RowError as error:
+        raise invalid(f"{error.message} ({IF_DATA})") if may_be_data else error from None
 
 
 def sampling_params(defaults: SamplingParams, own: Mapping[str, Any], *, may_be_data: bool) -> SamplingParams:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bmx.job.answer_formats import from_openapi
 from bmx.job.left_out import FLAG, LeftOut
 from bmx.job.messages import invalid
 from bmx.job.row_checks import IF_DATA
@@ -45,7 +46,7 @@ def _declared(tool: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("functionDeclarations", "function_declarations"):
         several = tool.get(name)
         if isinstance(several, list) and len(tool) == 1 and all(isinstance(one, dict) for one in several):
-            return [_in_lower_case(one) for one in several]
+            return [from_openapi(one) for one in several]
     return [tool]
 
 
@@ -65,18 +66,6 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
     schema = next((tool[name] for name in _SCHEMAS if tool.get(name) is not None), None)
     others = {name: part for name, part in tool.items() if name not in (*_SCHEMAS, "type", "cache_control")}
     return {"type": "function", "function": others | ({} if schema is None else {"parameters": schema})}
-
-
-def _in_lower_case(schema: Any) -> Any:
-    """A schema of Gemini's with the types as JSON Schema writes them: ``object`` for ``OBJECT``."""
-    if isinstance(schema, list):
-        return [_in_lower_case(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        name: part.lower() if name == "type" and isinstance(part, str) else _in_lower_case(part)
-        for name, part in schema.items()
-    }
 
 
 def reasoning_effort(fields: Mapping[str, Any], left_out: LeftOut) -> str | None:
