@@ -363,7 +363,13 @@ def test_k5_a_table_or_its_lines_of_json_that_are_the_input_are_refused(run, nam
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("a.csv.gz", "bmx compresses no tables"), ("none/a.csv", "does not exist"), ("a.csv", "is a folder")],
+    [
+        ("a.csv.gz", "bmx compresses no output"),
+        ("a.jsonl.zst", "bmx compresses no output"),
+        ("a.XLSX", "bmx writes no files"),
+        ("none/a.csv", "does not exist"),
+        ("a.csv", "is a folder"),
+    ],
 )
 def test_k5_a_place_where_no_table_can_be_is_refused_at_once(run, name, says):
     write(*PAGES)

@@ -142,6 +142,7 @@ def progress_record(stats: Stats) -> dict[str, Any]:
             "before": stats.rows_before,
         },
         "errors": dict(sorted(stats.errors.items())),
+        "finish_reasons": dict(sorted(stats.finish_reasons.items())),
         "throughput": {
             "seconds": round(stats.elapsed, 3),
             "prompt_tokens": stats.prompt_tokens,

@@ -26,6 +26,7 @@ from bmx.periodic import said_if_long
 from bmx.run_config import RunConfig
 
 STDIO = "-"
+UNWRITTEN = (".arrow", ".feather", ".ods", ".orc", ".xls", ".xlsx")  # tables of other kinds
 LONGEST_SUFFIX = len(".errors.jsonl.set-aside")  # of the files beside an output
 
 
@@ -128,11 +129,13 @@ def _table(config: RunConfig) -> Path | None:
     """The table that the user asks for, if the output has the name of one.
 
     Raises:
-        UsageError: it is to be compressed, or is a pipe or a device.
+        UsageError: it has the name of a file that bmx does not write, or is a pipe or a device.
     """
     path = Path(config.job.output_file or "")
-    if path.suffix in COMPRESSED and is_table(path.with_suffix("")):
-        raise UsageError(f"bmx compresses no tables: {path}", hint=f"-o {path.with_suffix('')}")
+    if path.suffix in COMPRESSED:
+        raise UsageError(f"bmx compresses no output: {path}", hint=f"-o {path.with_suffix('')}, compressed afterwards")
+    if path.suffix.lower() in UNWRITTEN:
+        raise UsageError(f"bmx writes no files such as {path}", hint=f"-o {path.with_suffix('.csv')}, or .parquet")
     if is_table(path) and _is_pipe(path):
         raise UsageError(f"the table {path} is not a file", hint="-o takes a file")
     return path if is_table(path) else None
