@@ -7,6 +7,7 @@ no setting by name.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
@@ -173,6 +174,9 @@ class Setting:
             raise UsageError(f"{self.name} is not UTF-8") from None
         except UnlikelyError as unlikely:
             raise UsageError(f"{self.name} cannot be {unlikely}", hint=unlikely.hint) from None
+        except json.JSONDecodeError as damaged:
+            hint = f"{str(damaged)[:1].lower()}{str(damaged)[1:]}; it takes {self.expected}"
+            raise UsageError(f"{self.name} is not JSON: {_shown(value)}", hint=hint) from None
         except (ValueError, TypeError, OverflowError):
             raise UsageError(f"{self.name} cannot be {_shown(value)}", hint=f"it takes {self.expected}") from None
 

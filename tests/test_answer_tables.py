@@ -322,7 +322,7 @@ def test_k5_a_table_of_somebody_else_is_refused_before_any_work(run, flags):
     Path("a.csv").write_text("mine")
     ended = run("-o", "a.csv", *TEMPLATE, *flags)
     assert ended.code == 2
-    assert "the table a.csv exists and is not as bmx wrote it" in ended.complaint[0]
+    assert "the table a.csv exists, and is not a table that bmx wrote here, or was edited since" in ended.complaint[0]
     assert (Path("a.csv").read_text(), TABLE_OUT.exists()) == ("mine", False)
     assert run("-o", "a.out.jsonl", *TEMPLATE).code == 0
     assert run("-o", "a.csv", *TEMPLATE, *flags).code == 2

@@ -675,6 +675,7 @@ def test_rows_of_which_none_can_be_answered_need_no_model(tmp_path):
     assert ended.code == 3, ended.err
     assert len(work.failures) == 3
     assert "done: 0 of 3 rows answered, 3 failed" in ended.err
+    assert "no row that is left can be answered; " in ended.err
     assert work.state == "finished"
     assert "nothing to do" in work("-m", "no-such-model").err
 

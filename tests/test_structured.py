@@ -26,6 +26,7 @@ from bmx.errors import RowError, UsageError
 from bmx.job.answer_formats import own_format, with_gemini_format
 from bmx.model.loader import prepare
 from bmx.model.prompt_encoder import PromptEncoder
+from bmx.run_config import setting_named
 
 MERGES = ["true", "false", '":', '",', "the", "  ", "}]", "12"]
 END, ALSO_END = 0, 1
@@ -200,6 +201,13 @@ def test_formats_go_with_other_sampling_parameters(params):
     schema = {"type": "array", "items": {"enum": [1, 2, 3]}, "minItems": 2, "maxItems": 3}
     [result] = engine().run([request("one", json_schema=as_text(schema), **params)])
     check_fits(result, schema)
+
+
+def test_i30_a_schema_that_is_no_json_is_refused_with_its_place():
+    with pytest.raises(UsageError) as refused:
+        setting_named("json_schema").coerce('{"type": "object"')
+    assert refused.value.message.startswith("json_schema is not JSON")
+    assert "line 1 column 18" in refused.value.hint
 
 
 @pytest.mark.parametrize(

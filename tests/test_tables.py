@@ -138,6 +138,12 @@ def test_d8_a_table_may_come_from_standard_input(bmx, name):
     assert Path("out.jsonl").read_text().count("row_hash") == 3
 
 
+def test_d8_names_of_columns_may_have_units_and_doubled_quotes(bmx):
+    table = b'Price (EUR);"The ""full"" text";R&D %\n17;"a\nb";4\n'
+    ended = bmx("run", "-", "-o", "-", "-m", "fake", "--prompt-template", '{The "full" text}', stdin=table)
+    assert ended.code == 0, ended.err
+
+
 @pytest.mark.parametrize("name", ["in.csv", "pretty.json", "in.parquet"])
 def test_d8_a_run_of_a_table_goes_on_in_any_order_and_in_any_format(bmx, name):
     Path(name).write_bytes(TABLES[name])

@@ -17,7 +17,7 @@ from typing import Any
 from bmx.errors import OutputError
 from bmx.units import now
 
-KEPT = "everything that this run wrote before is kept"
+KEPT = "everything that this run wrote before is kept; mend this, and the same command resumes"
 
 
 def this_process() -> dict[str, Any]:

@@ -60,7 +60,7 @@ _ENCODINGS = (  # byte order marks, and how a file begins without one; those of 
     ("UTF-32BE", (b"\0\0\0{", b"\0\0\0[")),
     ("UTF-16", (b"\xff\xfe", b"\xfe\xff")),
 )
-_COLUMN = re.compile(r'"[^"]+"|\w[\w.-]*(?: [\w.-]+)*')
+_COLUMN = re.compile(r'"(?:[^"]|"")+"|\w[\w.()/%#&-]*(?: [\w.()/%#&-]+)*')
 _DELIMITERS = ",\t;"
 _TABLES = (".csv", ".tsv", ".tab")
 _SEPARATOR = re.compile('"?sep=(.)"?', re.IGNORECASE)  # how a CSV file of Excel's may begin

@@ -260,7 +260,9 @@ class Reader:
 
     def _check_model(self, model: Any) -> None:
         if self.models and model is not None and not (isinstance(model, str) and model in self.models):
-            message = f"this job answers as {' or '.join(sorted(self.models))} (more names: --served-model-name)"
+            names = " or ".join(sorted(self.models))
+            message = f"the row asks for the model {model!r:.80}, this job answers as {names}; "
+            message += "--served-model-name allows more names"
             raise RowError("model_not_found", message)
 
 

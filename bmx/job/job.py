@@ -112,7 +112,7 @@ def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None
     job, record = state.config.job, run_started(state.config, state.fingerprint)
     engine = plan = None
     check_field_names(state.config, state.reader)
-    if _check_first_rows(state):
+    if _check_first_rows(state, display):
         engine, plan = _prepare(state, display, stats)
         budget = engine.policy.budget.record() if engine.policy.scorer else None
         record |= {"model": engine.describe(), "plan": {"kv_budget": budget} | plan_record(plan)}
@@ -151,13 +151,13 @@ def _write_table(state: JobState, display: Display) -> Path | None:
         return paths.table if write_table(paths.table, paths.output, paths.manifest) else None
 
 
-def _check_first_rows(state: JobState) -> bool:
-    """Whether a row can be answered: its own errors need no model.
+def _check_first_rows(state: JobState, display: Display) -> bool:
+    """Whether a row can be answered: its own errors need no model. A line says why none can.
 
     Raises:
         InputFileError: the first rows all fail in the same way, and --max-errors does not say that it may be so.
     """
-    first = FirstRows()
+    first, why = FirstRows(), ""
     for row in state.reader.rows(state.todo.skip):
         if row.request:
             return True
@@ -165,6 +165,9 @@ def _check_first_rows(state: JobState) -> bool:
         if first.fail(row.id, row.error) and row.error and state.config.job.max_errors is None:
             message = f"the first {ALIKE} rows all fail in the same way: {_without_line(row.error.message)}"
             raise InputFileError(message, hint="mend the rows or the command; --max-errors N runs all the same")
+        why = why or f"{row.id}: {_without_line(row.error.message)}" if row.error else why
+    if why:
+        display.note(f"no row that is left can be answered; {why}")
     return False
 
 

@@ -26,7 +26,7 @@ from bmx.periodic import said_if_long
 from bmx.run_config import RunConfig
 
 STDIO = "-"
-UNWRITTEN = (".arrow", ".feather", ".ods", ".orc", ".xls", ".xlsx")  # tables of other kinds
+UNWRITTEN = (".arrow", ".feather", ".ods", ".orc", ".parq", ".pq", ".xls", ".xlsx")  # tables of other kinds
 LONGEST_SUFFIX = len(".errors.jsonl.set-aside")  # of the files beside an output
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
-FOREIGN = "exists and is not as bmx wrote it: it would be replaced"
+FOREIGN = "exists, and is not a table that bmx wrote here, or was edited since: it would be replaced"
 COLUMNS_OF_NOTHING = ("id", "text", "finish_reason", "row_hash")  # of a table without answers
 MOST_COLUMNS = 10_000
 BATCH_BYTES, BATCH_ROWS = 1 << 25, 10_000  # of a Parquet file, whichever is less
