@@ -264,7 +264,7 @@ def test_the_allowed_tokens_are_those_that_the_format_takes():
     while not matcher.complete:
         logits = torch.randn(3, vocab)
         before = logits.clone()
-        AllowedTokens([None, matcher, None], vocab).keep_in(logits)
+        AllowedTokens([None, matcher, None]).keep_in(logits)
         taken = [token for token in range(vocab) if matcher.state.deep_copy().consume_token(token)]
         allowed = torch.isfinite(logits[1]).nonzero().flatten().tolist()
         assert allowed == taken
@@ -273,11 +273,19 @@ def test_the_allowed_tokens_are_those_that_the_format_takes():
         matcher.accept(taken[-1])
 
 
+def test_a_tokenizer_may_know_more_tokens_than_the_model_has_logits():
+    vocab = len(byte_tokenizer()) - 40
+    matcher = Grammars(byte_tokenizer(), vocab, frozenset({END})).of(SamplingParams(guided_regex="[ab]")).begin()
+    logits = torch.zeros(1, vocab)
+    AllowedTokens([matcher]).keep_in(logits)
+    assert torch.isfinite(logits[0]).nonzero().flatten().tolist() == byte_tokenizer()("ab")["input_ids"]
+
+
 def test_either_end_token_ends_a_complete_answer():
     grammars = Grammars(byte_tokenizer(), model().spec.vocab, frozenset({END, ALSO_END}))
     matcher = grammars.of(SamplingParams(guided_regex="a?")).begin()
     logits = torch.zeros(1, model().spec.vocab)
-    AllowedTokens([matcher], logits.shape[1]).keep_in(logits)
+    AllowedTokens([matcher]).keep_in(logits)
     allowed = torch.isfinite(logits[0]).nonzero().flatten().tolist()
     assert allowed == sorted([END, ALSO_END, *byte_tokenizer()("a")["input_ids"]])
 
@@ -286,9 +294,9 @@ def test_masks_are_found_while_the_model_computes(monkeypatch):
     asked = []
     compute = AllowedTokens.__init__
 
-    def noted(self, rows, vocab):
+    def noted(self, rows):
         asked.append("masks")
-        compute(self, rows, vocab)
+        compute(self, rows)
 
     monkeypatch.setattr(AllowedTokens, "__init__", noted)
     hook = model().model.register_forward_pre_hook(lambda *_: asked.append("forward"))
@@ -345,7 +353,7 @@ def test_i31_the_format_begins_behind_the_reasoning_that_the_prompt_left_open():
 
     def allowed() -> list[int]:
         logits = torch.zeros(1, vocab)
-        AllowedTokens([sequence.allowed], vocab).keep_in(logits)
+        AllowedTokens([sequence.allowed]).keep_in(logits)
         return torch.isfinite(logits[0]).nonzero().flatten().tolist()
 
     for token in own("fire is hot</think>", add_special_tokens=False)["input_ids"]:

@@ -25,16 +25,15 @@ class AllowedTokens:
 
     Args:
         rows: for each row of logits its matcher, or token ids that may not follow; None where all may.
-        vocab: columns of the logits.
     """
 
-    def __init__(self, rows: Sequence[Matcher | tuple[int, ...] | None], vocab: int) -> None:
+    def __init__(self, rows: Sequence[Matcher | tuple[int, ...] | None]) -> None:
         self._forbidden = [(place, list(row)) for place, row in enumerate(rows) if isinstance(row, tuple)]
-        matchers = {place: row.state for place, row in enumerate(rows) if isinstance(row, Matcher)}
+        matchers = {place: row for place, row in enumerate(rows) if isinstance(row, Matcher)}
         self._places = list(matchers)
         self._filled: Future[Tensor] | None = None
         if matchers:
-            self._filled = _thread().submit(_masks, list(matchers.values()), vocab)
+            self._filled = _thread().submit(_masks, list(matchers.values()))
 
     def keep_in(self, logits: Tensor) -> None:
         """Set the logits [N, V] of all other tokens to minus infinity."""
@@ -61,12 +60,12 @@ def _executor() -> Any:
     return LLExecutor()
 
 
-def _masks(states: list[Any], vocab: int) -> Tensor:
-    """The tokens that each state allows, as bits [M, W] int32 on the host."""
-    words = -(-vocab // 32)
-    masks = torch.zeros(len(states), words, dtype=torch.int32, pin_memory=torch.cuda.is_available())
-    numbered = [(state, place) for place, state in enumerate(states)]
-    _executor().unsafe_compute_mask_ptr(numbered, masks.data_ptr(), 4 * words, len(states))
+def _masks(matchers: list[Matcher]) -> Tensor:
+    """The tokens that each matcher allows, as bits [M, W] int32 on the host."""
+    words = -(-matchers[0].vocab // 32)
+    masks = torch.zeros(len(matchers), words, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    numbered = [(matcher.state, place) for place, matcher in enumerate(matchers)]
+    _executor().unsafe_compute_mask_ptr(numbered, masks.data_ptr(), 4 * words, len(matchers))
     return masks
 
 

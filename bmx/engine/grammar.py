@@ -70,7 +70,7 @@ class Grammars:
             problem = str(error)
         if problem:
             raise RowError("invalid_request", f"{name} cannot be used: {_first_line(problem)}")
-        return Grammar(matcher, name)
+        return Grammar(matcher, name, self._tokens().vocab_size)
 
     def _tokens(self) -> Any:
         """The tokens as llguidance knows them, which takes half a second, once.
@@ -101,14 +101,15 @@ class Grammar:
     Args:
         matcher: llguidance's, at the start of an answer.
         name: the sampling parameter that says the format.
+        vocab: token ids that llguidance knows.
     """
 
-    def __init__(self, matcher: Any, name: str) -> None:
-        self._matcher, self._name = matcher, name
+    def __init__(self, matcher: Any, name: str, vocab: int) -> None:
+        self._matcher, self._name, self._vocab = matcher, name, vocab
 
     def begin(self) -> Matcher:
         """The state of a new answer."""
-        return Matcher(self._matcher.deep_copy(), self._name)
+        return Matcher(self._matcher.deep_copy(), self._name, self._vocab)
 
 
 class Matcher:
@@ -117,10 +118,11 @@ class Matcher:
     Args:
         state: llguidance's matcher, which changes.
         name: the sampling parameter that says the format.
+        vocab: token ids that llguidance knows: those of the tokenizer may be more than the model has logits.
     """
 
-    def __init__(self, state: Any, name: str) -> None:
-        self.state, self._name = state, name
+    def __init__(self, state: Any, name: str, vocab: int) -> None:
+        self.state, self._name, self.vocab = state, name, vocab
 
     def accept(self, token_id: int) -> None:
         """Take the next token.

@@ -147,7 +147,7 @@ class ModelRunner:
                     self._reset(chunk.sequence.slot_index)
         self._states.clear([self._packer.slot_number(c.sequence) for c in step.chunks if c.start == 0])
         sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
-        allowed = AllowedTokens([sequence.allowed for sequence in sampling], self._vocab)
+        allowed = AllowedTokens([sequence.allowed for sequence in sampling])
         decoding = (chunk for chunk in step.chunks if chunk.decodes)
         self._attention.rank(
             DecodingSlot(self._packer.slot_number(chunk.sequence), chunk.start, chunk.sequence.rows_needed)
