@@ -493,3 +493,11 @@ def check_cell(cell: Any, value: Any) -> None:
         assert math.isclose(cell, value, rel_tol=0.0)
     else:
         assert (json.loads(cell) if isinstance(cell, str) else cell) == value
+
+
+def test_what_has_no_effect_on_the_rows_is_said(run):
+    write(BATCH)
+    assert "keep_fields has no effect: none of the first rows is a plain one" in run("--keep-fields", "all").err
+    write({"body": "w1", "max_tokens": 9})
+    ended = run(*TEMPLATE, "-o", "other.jsonl")
+    assert "with a template, 'max_tokens' of a row is data: what it asks stands in its object 'sampling'" in ended.err

@@ -52,7 +52,7 @@ def test_what_a_row_asks_stands_in_its_object_sampling(read, row):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"sampling": {"max_tokns": 20}}, "unsupported in 'sampling': max_tokns"),
+        ({"sampling": {"max_tokns": 20}}, "unsupported in 'sampling': max_tokns; did you mean 'max_tokens'?"),
         ({"sampling": {"max_new_tokens": 20}}, "max_new_tokens (use 'max_tokens')"),
         ({"sampling": {"temperature": "hot"}}, "temperature"),
         ({"sampling": {"top_p": 0.5}, "top_p": 0.6}, "'top_p' stands in 'sampling' and beside it"),

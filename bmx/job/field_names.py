@@ -6,11 +6,12 @@ Knows settings and names; knows nothing of what the fields hold.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from bmx.errors import UsageError
 from bmx.job.input_rows import ALL_FIELDS, Reader
+from bmx.job.row_checks import SAMPLING_FIELDS
 from bmx.prompt_template import LITERAL_BRACES, PromptTemplate, shown_fields
 from bmx.run_config import JobConfig, RunConfig
 
@@ -18,7 +19,7 @@ FIRST = 100  # rows of each file that are looked at
 NEVER_IN_NAMES = frozenset('":%#\n')  # hardly: they are in braces of JSON or Jinja
 
 
-def check_field_names(config: RunConfig, reader: Reader) -> None:
+def check_field_names(config: RunConfig, reader: Reader) -> tuple[str, ...]:
     """Refuse names of fields that none of the first rows has, and a template without fields.
 
     Rows that the template does not fill need not have its fields; without any row that it fills, nothing is known.
@@ -26,6 +27,9 @@ def check_field_names(config: RunConfig, reader: Reader) -> None:
     Args:
         config: all settings.
         reader: reads the job's rows.
+
+    Returns:
+        What has no effect on the first rows, in words.
 
     Raises:
         UsageError: names the fields, and those that the rows have.
@@ -35,8 +39,8 @@ def check_field_names(config: RunConfig, reader: Reader) -> None:
         hint = "write {document} for a field" + (", in Jinja {{ document }}" if config.prompt.jinja else "")
         raise UsageError("prompt_template has no field", hint=f"{hint}; --constant-prompt asks for the same each time")
     of_all, of_data = _settings(config.job), {"prompt_template": template.needed} if template else {}
-    if not any((*of_all.values(), *of_data.values())):
-        return
+    if not any((*of_all.values(), *of_data.values(), config.job.keep_fields)):
+        return ()
     plain: dict[str, None] = {}
     data: dict[str, None] = {}
     for path in reader.paths:
@@ -45,6 +49,19 @@ def check_field_names(config: RunConfig, reader: Reader) -> None:
             data |= dict.fromkeys(names) if is_data else {}
     _refuse_missing(of_all, plain)
     _refuse_missing(of_data, data, template)
+    return tuple(_notes(config.job, plain, data, template))
+
+
+def _notes(
+    job: JobConfig, plain: Mapping[str, None], data: Mapping[str, None], template: PromptTemplate | None
+) -> Iterator[str]:
+    """What has no effect: settings for plain rows where there are none, and what rows ask beside a template."""
+    if not plain:
+        for setting in [name for name in ("id_field", "keep_fields") if getattr(job, name)]:
+            yield f"{setting} has no effect: none of the first rows is a plain one"
+    asked = [name for name in SAMPLING_FIELDS if template and name in data and name not in template.fields]
+    if asked:
+        yield f"with a template, {shown_fields(asked)} of a row is data: what it asks stands in its object 'sampling'"
 
 
 def _settings(job: JobConfig) -> dict[str, tuple[str, ...]]:

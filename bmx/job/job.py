@@ -111,7 +111,8 @@ def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None
     """Load the model, make a plan, and answer the rows that have no record."""
     job, record = state.config.job, run_started(state.config, state.fingerprint)
     engine = plan = None
-    check_field_names(state.config, state.reader)
+    for note in check_field_names(state.config, state.reader):
+        display.note(note)
     if _check_first_rows(state, display):
         engine, plan = _prepare(state, display, stats)
         budget = engine.policy.budget.record() if engine.policy.scorer else None

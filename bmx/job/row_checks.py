@@ -145,7 +145,8 @@ def refuse_unknown(values: Mapping[str, Any], where: str, known: frozenset[str],
         if not asks_for_nothing(name, values[name]) and not left_out.takes(name)
     ]
     if unknown:
-        raise invalid(f"unsupported in {where}: {_named(unknown)} ({FLAG} leaves it out)")
+        meant = next((f"; did you mean {field!r}?" for name in unknown if (field := _meant(name))), "")
+        raise invalid(f"unsupported in {where}: {_named(unknown)}{meant} ({FLAG} leaves it out)")
 
 
 def own_sampling(values: Mapping[str, Any], left_out: LeftOut) -> dict[str, Any]:
