@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ROW = "row"  # the variable that is the whole row, for fields whose names are no variables; a field of that name wins
 NULL = "it prints a value that is null ({{ name or '' }} prints nothing then)"
+NO_VALUE = "x | list makes a list of several values; row['items'] reads a field, where row.items is a method"
 _TESTS, _DEFAULTS = {"defined", "undefined"}, {"default", "d"}
 
 
@@ -87,9 +88,15 @@ def _environment() -> SandboxedEnvironment:
 
 def _printable(value: Any) -> Any:
     """What an expression of a template prints, as in other templates: values that are not text are written as JSON."""
+    from jinja2 import Undefined
+
     if value is None:
         _refuse(NULL)
-    return printed(value) if isinstance(value, bool | dict | list) else value
+    if isinstance(value, bool | dict | list | tuple):
+        return printed(value)
+    if not isinstance(value, str | int | float | Undefined):  # an undefined one says so itself
+        _refuse(f"it prints a {type(value).__name__}, which is no text ({NO_VALUE})")
+    return value
 
 
 def _refuse(message: str) -> NoReturn:

@@ -51,6 +51,7 @@ def failed(template: str, **row: Any) -> str:
         ('{{ row["my column"] }} {"a": 1}', 'x {"a": 1}'),
         ("  {% if title %}\n  {{ title }}\n  {% endif %}\nEnd\n", "  T\nEnd\n"),
         ("{{ markup }}", "<b> {{ title }}"),
+        ("{{ pages | map('upper') | list }} {{ (1, title) }}", '["A", "B"] [1, "T"]'),
     ],
 )
 def test_a_jinja_template_is_filled_from_the_fields_of_the_row(template, prompt):
@@ -72,6 +73,8 @@ def test_a_jinja_template_is_filled_from_the_fields_of_the_row(template, prompt)
         ("{{ title.__class__.__mro__ }}", "unsafe"),
         ("{% for i in range(100000) %}{{ 'w' * 99 }}{% endfor %}", "it prints 9,900,000 characters"),
         ("{{ 'w' * 10 ** 12 }}", "MB of memory"),
+        ("{{ row.items }}", "it prints a builtin_function_or_method, which is no text"),
+        ("{{ 'ab' | map('upper') }}", "it prints a generator, which is no text (x | list"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "range"),
     ],
 )
