@@ -500,4 +500,9 @@ def test_what_has_no_effect_on_the_rows_is_said(run):
     assert "keep_fields has no effect: none of the first rows is a plain one" in run("--keep-fields", "all").err
     write({"body": "w1", "max_tokens": 9})
     ended = run(*TEMPLATE, "-o", "other.jsonl")
-    assert "with a template, 'max_tokens' of a row is data: what it asks stands in its object 'sampling'" in ended.err
+    assert "with a template, 'max_tokens' in a row is data: what it asks stands in its object 'sampling'" in ended.err
+
+
+def test_answers_that_are_cut_are_counted(run):
+    write({"prompt": "w1 w2"})
+    assert "1 answer was cut by max_tokens" in run("--max-tokens", 1, "--ignore-eos").err

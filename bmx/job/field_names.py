@@ -61,7 +61,7 @@ def _notes(
             yield f"{setting} has no effect: none of the first rows is a plain one"
     asked = [name for name in SAMPLING_FIELDS if template and name in data and name not in template.fields]
     if asked:
-        yield f"with a template, {shown_fields(asked)} of a row is data: what it asks stands in its object 'sampling'"
+        yield f"with a template, {shown_fields(asked)} in a row is data: what it asks stands in its object 'sampling'"
 
 
 def _settings(job: JobConfig) -> dict[str, tuple[str, ...]]:

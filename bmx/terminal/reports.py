@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from bmx.request import Result
     from bmx.stats import Stats
 
+ENDED_EARLY = {  # reasons of answers that are not whole, and what each means
+    "length": "cut by max_tokens, or by the model's own length",
+    "repetition": "ended for repeating one stretch of tokens",
+}
+
 
 class Line(NamedTuple):
     """A line for people.
@@ -209,11 +214,12 @@ def summary_lines(
     if plan:
         yield from _speed_lines(stats)
         yield from _memory_lines(stats, plan)
-    if repeating := stats.finish_reasons["repetition"]:
-        what = "answer was" if repeating == 1 else "answers were"
-        yield Line(f"{repeating:,} {what} ended for repeating one stretch of tokens (finish_reason repetition)")
+    for reason, why in ENDED_EARLY.items():
+        if number := stats.finish_reasons[reason]:
+            what = "answer was" if number == 1 else "answers were"
+            yield Line(f"{number:,} {what} {why} (finish_reason {reason})")
     yield from _failure_lines(stats, errors)
-    if output:
+    if output and stats.rows_answered:
         yield Line(f"answers are in {table}, and as lines of JSON in {output}" if table else f"answers are in {output}")
 
 
