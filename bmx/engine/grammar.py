@@ -17,7 +17,7 @@ from bmx.hardware import resident_bytes
 from bmx.request import FORMATS, Request, SamplingParams
 
 MAX_TEXT = 1_000_000  # characters of a format
-KEPT = 256  # compiled formats that are kept
+KEPT = 64  # compiled formats that are kept: one of a megabyte takes 20
 BLANKS = r" |\n[ \t]{0,40}"  # between the parts of JSON: a blank, or a line break with its indent; never without end
 DEAD_END = "NoExtensionBias"  # how llguidance's error begins where nothing could follow
 QUIET = 0  # llguidance's log level: its errors are told to the row

@@ -100,7 +100,8 @@ def _of_response_format(name: str, value: Any) -> dict[str, Any]:
     if kind == "json_object":
         return {"json_schema": ANY_OBJECT}
     if kind != "json_schema":
-        raise invalid(f"{name!r} must be an object of type text, json_object or json_schema, not {kind!s:.40}")
+        found = "" if kind is None else f", not {kind!s:.40}"
+        raise invalid(f"{name!r} must be an object of type text, json_object or json_schema{found}")
     inner = value.get("json_schema", value)
     schema = inner.get("schema") if isinstance(inner, dict) else None
     if schema is None:

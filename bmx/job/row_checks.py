@@ -89,6 +89,7 @@ INSTEAD = {  # what to write in place of a field that is not supported
 }  # fmt: skip
 OF_TEMPLATES = frozenset(("reasoning_effort", "tools"))  # what some chat templates take, and others do not
 LONGEST_NAME = 40  # letters of a misspelt field, and more than any field has
+LONGEST_KEPT = 10_000  # letters of a value, such as a schema, that is remembered
 LONG_NAME = 8  # letters from which one wrong letter is a typo and no other word
 
 
@@ -230,9 +231,10 @@ def sampling_params(defaults: SamplingParams, own: Mapping[str, Any], *, may_be_
         RowError: a wrong type, or out of range.
     """
     typed = tuple((key, type(value), value) for key, value in own.items())
-    hashable = not any(isinstance(value, list | dict) for value in own.values())
     try:
-        return _replaced(defaults, typed) if hashable else _replaced.__wrapped__(defaults, typed)
+        if any(isinstance(value, list | dict) or _is_long(value) for value in own.values()):
+            return _replaced.__wrapped__(defaults, typed)
+        return _replaced(defaults, typed)
     except UsageError as error:
         hint = f": {error.hint}" if error.hint else ""
         data = f" (a sampling field; {IF_DATA})" if may_be_data else ""
@@ -243,6 +245,11 @@ def sampling_params(defaults: SamplingParams, own: Mapping[str, Any], *, may_be_
 def _replaced(defaults: SamplingParams, own: tuple[tuple[str, type, Any], ...]) -> SamplingParams:
     """The defaults with some values replaced; cached, since few rows differ. Types keep 1, 1.0 and True apart."""
     return replace(defaults, **{key: setting_named(key).coerce(value) for key, _, value in own})
+
+
+def _is_long(value: Any) -> bool:
+    """Whether a value, such as a schema, takes too much memory to be remembered."""
+    return isinstance(value, str) and len(value) > LONGEST_KEPT
 
 
 def _is_good(name: str, value: Any) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 from random import Random
 
 from bmx.job.line_reader import LineSet, read_lines
-from bmx.job.table_reader import Line
+from bmx.job.table_reader import BYTE_ORDER_MARK, Line
 
-BLANKS, BYTE_ORDER_MARK = b" \t\r\n", b"\xef\xbb\xbf"
+BLANKS = b" \t\r\n"
 
 
 class RowLines:
