@@ -506,3 +506,9 @@ def test_what_has_no_effect_on_the_rows_is_said(run):
 def test_answers_that_are_cut_are_counted(run):
     write({"prompt": "w1 w2"})
     assert "1 answer was cut by max_tokens" in run("--max-tokens", 1, "--ignore-eos").err
+
+
+def test_names_of_a_flag_that_is_repeated_add_up(run):
+    write(*PAGES)
+    assert run(*TEMPLATE, "--keep-fields", "url,title", "--keep-fields", "tags").code == 0
+    assert records()["line-1"]["row"] == {"url": "https://a", "title": "One", "tags": ["x"]}

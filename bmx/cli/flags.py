@@ -15,7 +15,7 @@ from bmx.errors import UsageError
 from bmx.model.random_models import SHAPES
 from bmx.run_config import all_settings, setting_named
 from bmx.settings import NEVER, Setting
-from bmx.units import parse_bytes, parse_count, parse_counts, parse_memory
+from bmx.units import parse_bytes, parse_count, parse_counts, parse_memory, parse_names
 
 CONFIG = Annotated[
     str | None, typer.Option("--config", "-c", envvar="BMX_CONFIG", show_envvar=False, help="YAML file of settings")
@@ -187,8 +187,10 @@ def with_flags(command: str, function: Any, metavar: str, about: str) -> Any:
     """
 
     def called(inputs: list[str] | None, input_file: list[str] | None, **flags: Any) -> None:
-        function(inputs=_chosen_inputs(command, metavar, inputs, input_file), **flags)
+        names = {name: ",".join(flags[name]) for name in of_names if flags[name]}  # of a flag that is repeated, too
+        function(inputs=_chosen_inputs(command, metavar, inputs, input_file), **flags | names)
 
+    of_names = [setting.name for setting in flags_of(command) if setting.parse is parse_names]
     keyword = inspect.Parameter.KEYWORD_ONLY
     argument = Annotated[list[str] | None, typer.Argument(metavar=metavar, help=about)]
     parameters = [
@@ -269,4 +271,4 @@ def _typer_type(setting: Setting) -> Any:
     """How typer reads a setting: all but switches as text, which the setting itself turns into its type."""
     if setting.type is bool:
         return bool | None
-    return list[str] | None if setting.is_list and not setting.parse else str | None
+    return list[str] | None if setting.is_list and setting.parse in (None, parse_names) else str | None
