@@ -177,7 +177,7 @@ def test_an_answer_matches_its_regular_expression_as_a_whole(expression):
 
 
 def test_an_answer_is_one_of_the_choices_letter_by_letter():
-    choices = ("yes", "yesterday", 'no "quotes" \\ ', "zwölf\nZeilen", "<end>")
+    choices = ("yes", "yesterday", 'no "quotes" \\ ', "zwölf\nZeilen")
     results = list(engine().run([request(str(i), guided_choice=choices) for i in range(20)]))
     assert {result.text for result in results} <= set(choices)
     assert len({result.text for result in results}) > 2
@@ -229,6 +229,11 @@ def test_i30_a_format_that_cannot_be_compiled_is_that_rows_error_and_of_a_job_it
     with pytest.raises(UsageError) as refused:
         check_format(SamplingParams(**params))
     assert says in refused.value.message
+
+
+def test_i30_a_choice_that_no_answer_can_spell_is_the_rows_error():
+    [result] = engine().run([request("bad", guided_choice=("a", "<end>!"))])
+    assert "it holds <end>, a control token of the model" in result.error.message
 
 
 @pytest.mark.parametrize(

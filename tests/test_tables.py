@@ -216,8 +216,7 @@ def test_d8_a_row_that_is_not_utf_8_fails_alone():
     [
         (b"id,prompt,id", "two columns of in.csv are called 'id'"),
         (b"id, id", "two columns of in.csv are called 'id'"),
-        (b",prompt", "column 1 of in.csv has no name in the header (name each column; pandas"),
-        (b"id,prompt,", "column 3 of in.csv has no name"),
+        (b",,", "in.csv has no header: its first row begins with ''"),
         (b"1,2.5", "in.csv has no header: its first row begins with '1'"),
         (b"a," + 300 * b"x", "in.csv has no header"),
         ("id,Größe".encode("latin-1"), "the header of in.csv is not in UTF-8 (iconv"),
@@ -225,6 +224,11 @@ def test_d8_a_row_that_is_not_utf_8_fails_alone():
 )
 def test_d8_a_header_that_names_no_columns_is_refused(header, message):
     assert message in refused(header + b"\n1,2,3\n")
+
+
+def test_d8_a_column_without_a_name_is_called_as_pandas_calls_it():
+    [row] = rows_of(b",prompt,\n7,Say hello,x\n", keep=("all",))
+    assert row.kept == {"Unnamed: 0": "7", "prompt": "Say hello", "Unnamed: 2": "x"}
 
 
 def test_d8_a_cell_that_never_ends_is_refused_and_its_row_named():

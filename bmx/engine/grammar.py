@@ -64,6 +64,8 @@ class Grammars:
         from llguidance import LLMatcher
 
         try:
+            if name == "guided_choice":
+                self._refuse_control_tokens(form)
             matcher = LLMatcher(self._tokens(), _grammar(name, form), log_level=QUIET)
             problem = matcher.get_error()
         except ValueError as error:
@@ -71,6 +73,17 @@ class Grammars:
         if problem:
             raise RowError("invalid_request", f"{name} cannot be used: {_first_line(problem)}")
         return Grammar(matcher, name, self._tokens().vocab_size)
+
+    def _refuse_control_tokens(self, texts: Iterable[str]) -> None:
+        """Refuse texts that no answer can spell, since a control token would be read in their place.
+
+        Raises:
+            ValueError: names the token.
+        """
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        for token in (token.content for token in added if token.special):
+            if any(token in text for text in texts):
+                raise ValueError(f"it holds {token}, a control token of the model, which no answer can spell")
 
     def _tokens(self) -> Any:
         """The tokens as llguidance knows them, which takes half a second, once.

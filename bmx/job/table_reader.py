@@ -249,25 +249,22 @@ class _Lines:
 
 
 def _header(cells: list[str], fault: str, shown: str) -> list[str]:
-    """The names of the columns.
+    """The names of the columns; one without a name is called as pandas calls it, such as ``Unnamed: 0``.
 
     Raises:
         InputFileError: they are none.
     """
     if fault:
         raise InputFileError(f"the header of {shown} cannot be read", hint=fault)
-    names = [cell.strip() for cell in cells]
+    names = [cell.strip() or f"Unnamed: {place}" for place, cell in enumerate(cells)]
     try:
         "".join(names).encode()
     except UnicodeEncodeError:
         raise InputFileError(f"the header of {shown} is not in UTF-8", hint=TO_UTF_8) from None
-    if not all(names):
-        hint = "name each column; pandas leaves its index out with to_csv(..., index=False)"
-        raise InputFileError(f"column {names.index('') + 1} of {shown} has no name in the header", hint=hint)
     _refuse_repeated(names, shown)
-    if any(len(name) > LONGEST_NAME for name in names) or all(_is_number(name) for name in names):
+    if any(len(name) > LONGEST_NAME for name in names) or all(not cell.strip() or _is_number(cell) for cell in cells):
         hint = "its first row must name the columns"
-        raise InputFileError(f"{shown} has no header: its first row begins with {names[0][:40]!r}", hint=hint)
+        raise InputFileError(f"{shown} has no header: its first row begins with {cells[0][:40]!r}", hint=hint)
     return names
 
 
