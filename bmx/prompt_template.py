@@ -101,7 +101,7 @@ def _filled(pieces: Iterable[tuple[str, str | None]], values: Mapping[str, Any])
 
 
 def printed(value: Any) -> str:
-    """A value as a prompt shows it: text as it is, everything else as JSON."""
+    """A value as prompts and tables show it: text as it is, everything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

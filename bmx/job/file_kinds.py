@@ -63,7 +63,7 @@ _ENCODINGS = (  # byte order marks, and how a file begins without one; those of 
 _COLUMN = re.compile(r'"(?:[^"]|"")+"|\w[\w.()/%#&-]*(?: [\w.()/%#&-]+)*')
 _DELIMITERS = ",\t;"
 _TABLES = (".csv", ".tsv", ".tab")
-_SEPARATOR = re.compile('"?sep=(.)"?', re.IGNORECASE)  # how a CSV file of Excel's may begin
+SEPARATOR = re.compile('"?sep=(.)"?', re.IGNORECASE)  # how a CSV file of Excel's may begin
 _YAML_START = re.compile(r"---\s*$|%YAML|- +[\w-]+:(\s|$)")
 _REPR_START = re.compile(r"\{\s*'(?:[^'\\]|\\.)*'\s*:")
 _LIST_OR_ROW = re.compile(r'"(?:(messages|prompt|conversations|contents|params|body)"\s*:|(\w+)"\s*:\s*\[\s*\{)')
@@ -178,7 +178,7 @@ def _object(first: str, second: str, text: str) -> tuple[str, str] | None:
 
 def _named_delimiter(text: str, first: str) -> str:
     """The delimiter of a table that is called one: what its first line names, or what cuts its header best."""
-    named = _SEPARATOR.match(text)
+    named = SEPARATOR.match(text)
     if named:
         return named[1]
     header = first.splitlines()[0]
@@ -193,7 +193,7 @@ def _columns(header: str, delimiter: str) -> int:
 
 def _likely_delimiter(first: str, second: str) -> str | None:
     """The delimiter of a text that is certainly a table: its first line is nothing but names, and the next is cells."""
-    named = _SEPARATOR.fullmatch(first)
+    named = SEPARATOR.fullmatch(first)
     if named:
         return named[1]
     for delimiter in _DELIMITERS:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from bmx.errors import InputFileError
+from bmx.job.file_kinds import SEPARATOR
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +36,6 @@ HALF_PAIRS = re.compile(
 LONGEST_NAME = 200  # letters of a column's name; a longer one is a text
 TO_UTF_8 = "iconv -f WINDOWS-1252 -t UTF-8 converts a file in Latin-1"
 CUT_SHORT = "was it cut short, or is it still being written?"
-SEPARATOR = re.compile('"?sep=', re.IGNORECASE)  # the first line of a file of Excel's may name the delimiter
 PARQUET_EXTRA = "pip install pyarrow, or bmx-llm[parquet] in place of bmx-llm"
 
 

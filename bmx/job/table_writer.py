@@ -18,6 +18,7 @@ from bmx.errors import OutputError, UsageError
 from bmx.job.durable_files import new_file, put_in_place
 from bmx.job.manifest import known_tables, note_table
 from bmx.job.table_reader import PARQUET_EXTRA
+from bmx.prompt_template import printed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -167,11 +168,6 @@ def _type(kinds: set[str]) -> str:
     return "text"
 
 
-def _as_text(value: Any) -> str:
-    """A value in a column of text: text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _write_cells(file: io.BufferedRandom, columns: Iterable[str], answers: Path, delimiter: str) -> None:
     """Write a table of text; a cell without a value is empty."""
     import csv
@@ -182,7 +178,7 @@ def _write_cells(file: io.BufferedRandom, columns: Iterable[str], answers: Path,
     for _, record in _records(answers):
         values = dict(flattened(record))
         cells = (values.get(name) for name in columns)
-        writer.writerow("" if value is None else _as_text(value) for value in cells)
+        writer.writerow("" if value is None else printed(value) for value in cells)
     text.detach()
 
 
@@ -211,7 +207,7 @@ def _batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
     def column(field: pa.Field) -> pa.Array:
         values = (row.get(field.name) for row in rows)
         if field.type == pa.string():
-            values = (None if value is None else _as_text(value) for value in values)
+            values = (None if value is None else printed(value) for value in values)
         return pa.array(values, field.type, size=len(rows))
 
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
