@@ -24,10 +24,7 @@ FILES = "files of prompts: JSON lines or arrays, CSV, Parquet; also .gz and .zst
 INPUTS = {
     "run": ("INPUT...", f"{FILES}; - is standard input"),
     "plan-batch": ("[INPUT...]", f"{FILES}; none with --max-input"),
-    "calibrate": (
-        "INPUT...",
-        f"{FILES}; - is standard input",
-    ),
+    "calibrate": ("INPUT...", f"{FILES}; - is standard input"),
     "bench": ("[INPUT...]", f"{FILES}; none: random token ids"),
 }
 EXAMPLES = {

@@ -234,7 +234,7 @@ class Sequence:
 
     @property
     def _may_repeat(self) -> bool:
-        """Whether the model chooses how the answer goes on and where it ends, so that repetition says something."""
+        """Whether a repetition ends the answer: not where its tokens are forced, or it must go on to its limit."""
         return self.params.stop_repetition and not self.params.ignore_eos and not self.forced_answer
 
     def _meets_stop_string(self, token_id: int) -> bool:

@@ -55,7 +55,7 @@ def check_field_names(config: RunConfig, reader: Reader) -> tuple[str, ...]:
 def _notes(
     job: JobConfig, plain: Mapping[str, None], data: Mapping[str, None], template: PromptTemplate | None
 ) -> Iterator[str]:
-    """What has no effect: settings for plain rows where there are none, and what rows ask beside a template."""
+    """What has no effect: settings for plain rows if no row is plain, and sampling fields beside a template."""
     if not plain:
         for setting in [name for name in ("id_field", "keep_fields") if getattr(job, name)]:
             yield f"{setting} has no effect: none of the first rows is a plain one"

@@ -53,7 +53,8 @@ class InputRow:
         dialect: how the row is written, and its record too.
         request, error: one of them is set.
         references: good answers, for `bmx calibrate`.
-        kept: fields that its record repeats; None where there are none to repeat.
+        is_data: whether the template makes its prompt, so that all of its fields are data.
+        kept: fields of the row that its record repeats; None if it repeats none.
         ignored: names of what was left out of it.
         cells: whether its values are cells of a CSV file, which are empty where there is no value.
     """
@@ -66,6 +67,7 @@ class InputRow:
     request: Request | None = None
     error: RowError | None = None
     references: tuple[str, ...] = ()
+    is_data: bool = False
     kept: dict[str, Any] | None = None
     ignored: tuple[str, ...] = ()
     cells: bool = False
@@ -118,7 +120,7 @@ class Reader:
         """
         for row, values in islice(self._parsed(), count):
             if values is not None and row.dialect == "plain":
-                yield values.keys(), self._is_data(values)
+                yield values.keys(), row.is_data
 
     def rows(
         self, skip: LineSet | None = None, every: int = 1, always: Container[int] = frozenset()
@@ -151,7 +153,7 @@ class Reader:
         """
         answers = 0
         for place, (row, values) in enumerate(self._parsed()):
-            if place < 2 and values is not None and not self._is_data(values):
+            if place < 2 and values is not None and not row.is_data:
                 answers += is_answer(values)
             if place == 1 and answers == 2:
                 raise _answers_error()
@@ -190,7 +192,7 @@ class Reader:
         """Whether the template makes the row's prompt: then all of the row's fields are data.
 
         A row that holds a whole request, such as messages, is answered as that, unless the template names its field.
-        Text under such a name is none.
+        A request is a list or an object; text under the name of one is data.
         """
         prompts = self.prompts
         if prompts is None:
@@ -203,7 +205,8 @@ class Reader:
     def _identify(self, row: InputRow, values: dict[str, Any]) -> None:
         """Give a row its own id, if it has one, its dialect, and the fields that its record repeats."""
         given = _given(row, values)
-        envelope = PLAIN if self._is_data(given) else envelope_of(given)
+        row.is_data = self._is_data(given)
+        envelope = PLAIN if row.is_data else envelope_of(given)
         fields = (self.id_field,) if self.id_field and envelope is PLAIN else envelope.ids
         name = next((given[field] for field in fields if given.get(field) is not None), None)
         if isinstance(name, float) and name.is_integer():
@@ -224,7 +227,8 @@ class Reader:
     def _fill(self, row: InputRow, values: dict[str, Any]) -> None:
         """Turn the values of a line into the row's request."""
         given, left_out = _given(row, values), LeftOut(self.ignored)
-        asked = self._asked(values if self._is_data(given) else given, left_out)
+        prompts = self.prompts if row.is_data else None
+        asked = _of_template(prompts, values, left_out) if prompts else _of_request(given, left_out)
         if row.dialect == "plain":
             references = given.get(REFERENCE)
             texts = references if isinstance(references, list) else [references]
@@ -247,23 +251,36 @@ class Reader:
         )
         row.ignored = tuple(left_out.names)
 
-    def _asked(self, values: dict[str, Any], left_out: LeftOut) -> Asked:
-        if self.prompts and self._is_data(values):
-            prompt = self.prompts.filled(values)
-            if not prompt.strip():
-                raise invalid("the prompt template and the row's fields make an empty prompt")
-            data = SAMPLING in self.prompts.fields
-            return Asked(prompt=prompt, fields={} if data else own_sampling(values, left_out))
-        if is_answer(values):
-            raise invalid("this is an answer of an earlier run, not a prompt")
-        return envelope_of(values).asked(values, left_out)
-
     def _check_model(self, model: Any) -> None:
         if self.models and model is not None and not (isinstance(model, str) and model in self.models):
             names = " or ".join(sorted(self.models))
             message = f"the row asks for the model {model!r:.80}, this job answers as {names}; "
             message += "--served-model-name allows more names"
             raise RowError("model_not_found", message)
+
+
+def _of_template(prompts: PromptTemplate, values: dict[str, Any], left_out: LeftOut) -> Asked:
+    """What a row of data asks: the template filled with its fields, and its object ``sampling``.
+
+    Raises:
+        RowError: a field is missing, or the prompt is empty.
+    """
+    prompt = prompts.filled(values)
+    if not prompt.strip():
+        raise invalid("the prompt template and the row's fields make an empty prompt")
+    data = SAMPLING in prompts.fields
+    return Asked(prompt=prompt, fields={} if data else own_sampling(values, left_out))
+
+
+def _of_request(values: dict[str, Any], left_out: LeftOut) -> Asked:
+    """What a row asks that is written as a request.
+
+    Raises:
+        RowError: nothing that bmx answers.
+    """
+    if is_answer(values):
+        raise invalid("this is an answer of an earlier run, not a prompt")
+    return envelope_of(values).asked(values, left_out)
 
 
 def _given(row: InputRow, values: dict[str, Any]) -> dict[str, Any]:

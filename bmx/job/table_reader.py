@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BATCH_BYTES, BATCH_ROWS = 1 << 20, 256  # of a Parquet file, whichever is less
 STREAM_BYTES = 1 << 16  # of a column of a Parquet file that are read at a time
-HALF_PAIR = "\ufdd0"  # stands for one; no text has this letter, which is none
+HALF_PAIR = "\ufdd0"  # stands for half a surrogate pair; Unicode gives this code to no letter
 HALF_PAIRS = re.compile(
     rb"(?<!\\)((?:\\\\)*)(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
@@ -105,11 +105,14 @@ class _WholePairs:
 
     def read(self, size: int) -> bytes:
         """The next bytes, about this many; none at the end."""
-        data, cut, ended = self._held, 0, False
-        while not (cut or ended):
-            piece = self._file.read(size)
-            data, ended = data + piece, not piece
-            cut = len(data) if ended else data.rfind(b'"') + 1  # no pair goes on behind a quote
+        pieces, quote = [self._held], 0
+        while not quote:  # a surrogate pair never goes on behind a quote
+            pieces.append(self._file.read(size))
+            quote = pieces[-1].rfind(b'"') + 1
+            if not pieces[-1]:
+                break
+        data = b"".join(pieces)
+        cut = len(data) - len(pieces[-1]) + quote
         data, self._held = data[:cut], data[cut:]
         if b"\\u" in data:
             data, count = HALF_PAIRS.subn(rb"\1\\ufdd0", data)
@@ -138,7 +141,7 @@ def _number(value: Any) -> float:
 
 
 def csv_rows(file: BinaryIO, shown: str, longest: int, delimiter: str) -> Iterator[Line]:
-    """The rows of a table whose first row names the columns; blank lines are none.
+    """The rows of a table whose first row names the columns; blank lines are skipped.
 
     Args:
         file: its bytes.
@@ -252,7 +255,7 @@ def _header(cells: list[str], fault: str, shown: str) -> list[str]:
     """The names of the columns; one without a name is called as pandas calls it, such as ``Unnamed: 0``.
 
     Raises:
-        InputFileError: they are none.
+        InputFileError: the row does not name the columns.
     """
     if fault:
         raise InputFileError(f"the header of {shown} cannot be read", hint=fault)
