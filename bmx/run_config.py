@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from bmx.cluster_config import ClusterConfig
 from bmx.config import EngineConfig
 from bmx.errors import UsageError
 from bmx.methods import expand_method, parse_method
@@ -275,6 +276,7 @@ class MethodConfig:
 
 SECTIONS: Mapping[str, type] = {
     "Job": JobConfig,
+    "Workers": ClusterConfig,
     "Method": MethodConfig,
     "Model, cache and memory": EngineConfig,
     "Sampling (a row's own values win)": SamplingParams,
@@ -292,6 +294,7 @@ class RunConfig:
     engine: EngineConfig = EngineConfig()
     sampling: SamplingParams = SamplingParams()
     prompt: PromptConfig = PromptConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @classmethod
     def of(cls, inputs: tuple[str, ...], values: Mapping[str, Any], command: str = "run") -> RunConfig:
@@ -313,11 +316,12 @@ class RunConfig:
             engine=_section(EngineConfig, values),
             sampling=_section(SamplingParams, values),
             prompt=_section(PromptConfig, values),
+            cluster=_section(ClusterConfig, taken),
         )
 
     def flat(self) -> dict[str, Any]:
         """All settings by name, as ``--print-config`` shows them."""
-        parts = (self.job, self.engine, self.sampling, self.prompt)
+        parts = (self.job, self.cluster, self.engine, self.sampling, self.prompt)
         return {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
 
 
