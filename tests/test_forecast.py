@@ -222,7 +222,7 @@ def test_f_a_run_counts_its_speeds_as_the_forecast_does():
 
 def speeds_of(stats):
     """The line of a run's summary about its speeds."""
-    lines = [line.text for line in summary_lines(stats, planned(requests(1)), None, None)]
+    lines = [line.text for line in summary_lines(stats, [planned(requests(1))], None, None)]
     return next(line for line in lines if "tok/s" in line)
 
 

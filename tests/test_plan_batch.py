@@ -409,3 +409,33 @@ def test_f_a_wrong_request_for_a_shape_is_one_line_and_a_hint(bmx, arguments, sa
     ended = bmx("plan-batch", *arguments)
     assert ended.code == 2
     assert said in ended.complaint[0]
+
+
+def test_each_of_two_workers_on_a_cpu_has_half_of_its_memory_and_of_the_rows(bmx, model, plan, prompts):
+    _, one = plan(prompts)
+    _, two = plan(prompts, "--workers", 2)
+    assert two["workers"] == 2
+    assert two["machine"]["total_bytes"] == one["machine"]["total_bytes"] // 2
+    assert [option["slots"] for option in two["options"]] == [3, 3, 3]
+    text = bmx("plan-batch", prompts, "--model", model, "--device", "cpu", "--workers", 2).out
+    assert "each of 2 workers on " in text
+    assert "batch-max 2,048, 2 workers: 6 slots, " in text
+
+
+def test_workers_on_a_named_gpu_have_one_each_and_answer_in_a_share_of_the_time(plan, large):
+    imagined = ("--model", large, "--device", "auto", "--dtype", "auto", "--max-input", "8k", "--limit", 80_000)
+    _, one = plan(*imagined, "--gpu", "H100")
+    _, eight = plan(*imagined, "--gpu", "H100", "--workers", 8)
+    assert eight["machine"]["free_bytes"] == one["machine"]["free_bytes"]
+    for alone, together in zip(one["options"], eight["options"], strict=True):
+        assert together["slots"] == alone["slots"]
+        assert together["forecast"]["seconds"] == pytest.approx(alone["forecast"]["seconds"] / 8)
+
+
+def test_more_workers_than_gpus_are_refused(bmx, large, monkeypatch):
+    gpu = Gpu(name="Card", free=8 * 10**9, total=9 * 10**9, uuid="GPU-1", pci="0000:01:00.0", processes=())
+    monkeypatch.setattr(hardware, "gpus", lambda: [gpu])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    ended = bmx("plan-batch", "--model", large, "--max-input", "4k", "--workers", 2)
+    assert ended.code == 2
+    assert "2 workers need a GPU each, and this machine has 1" in ended.err

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from bmx.compress.budgets import Budget
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.engine.arguments import chat_requests, checked_requests, gather_settings, sampling_params, text_requests
@@ -111,6 +112,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def budget(self) -> Budget | None:
+        """How many KV pairs a sequence may keep; None for all."""
+        return self.policy.budget if self.policy.scorer else None
 
     @property
     def backend(self) -> Backend:

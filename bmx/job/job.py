@@ -6,23 +6,20 @@ rows have a record already the journal's.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bmx.engine.engine import Engine
 from bmx.engine.grammar import check_format
 from bmx.engine.open import check_cache
-from bmx.engine.prompt_lengths import sampling_step
-from bmx.errors import BmxError, InputFileError, UsageError
+from bmx.errors import BmxError, InputFileError
+from bmx.job.answering import Answering, prepare
 from bmx.job.field_names import check_field_names
 from bmx.job.input_rows import model_names
 from bmx.job.job_state import FIND_OUT, JobState, find_state
-from bmx.job.journal import REMEDY, Journal
+from bmx.job.journal import Journal
 from bmx.job.ledger import Ledger
 from bmx.job.locks import locked
 from bmx.job.manifest import SPARE, State, known_tables, run_finished, run_started, write_json, write_state
@@ -30,13 +27,13 @@ from bmx.job.paths import find_paths, input_paths
 from bmx.job.result_writer import ALIKE, TOO_LONG, FirstRows, ResultWriter
 from bmx.job.stats_file import updated_stats_file
 from bmx.job.table_writer import write_table
-from bmx.plan.planner import Plan, plan_record
+from bmx.plan.planner import Plan
 from bmx.request import Request, Result
 from bmx.run_config import RunConfig
 from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
-from bmx.terminal.reports import nothing_left_lines, plan_lines, row_line, summary_lines
+from bmx.terminal.reports import nothing_left_lines, row_line, summary_lines
 
 
 def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
@@ -110,16 +107,16 @@ def _nothing_left(state: JobState, display: Display, stats: Stats) -> None:
 def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None:
     """Load the model, make a plan, and answer the rows that have no record."""
     job, record = state.config.job, run_started(state.config, state.fingerprint)
-    engine = plan = None
+    answering = None
     for note in check_field_names(state.config, state.reader):
         display.note(note)
     if _check_first_rows(state, display):
-        engine, plan = _prepare(state, display, stats)
-        budget = engine.policy.budget.record() if engine.policy.scorer else None
-        record |= {"model": engine.describe(), "plan": {"kv_budget": budget} | plan_record(plan)}
+        answering = prepare(state, display, stats)
+        record |= answering.record
     if job.dry_run:
         return
-    with recording(state, record, stats, display, plan) as journal, display.live(stats):
+    plans = answering.plans if answering else ()
+    with recording(state, record, stats, display, plans) as journal, display.live(stats):
         writer = ResultWriter(
             add_record=journal.add,
             stats=stats,
@@ -129,14 +126,14 @@ def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None
             max_errors=job.max_errors,
             on_result=(lambda result: display.note(row_line(result))) if job.verbose else None,
         )
-        _pipe(state, engine, plan, writer, stop)
+        _pipe(state, answering, writer, stop)
         if stop.requested and stats.rows_done < state.todo.left:
             held = f", {writer.held:,} finished ones waited for their turn" if writer.held else ""
             done = stats.rows_before + stats.rows_done
             display.note(f"{done:,} of {stats.rows_total:,} rows have their records{held}")
         _check_complete(state, stats, stop)
     _write_table(state, display)
-    display.report(summary_lines(stats, plan, state.paths.output, state.paths.errors, state.paths.table))
+    display.report(summary_lines(stats, plans, state.paths.output, state.paths.errors, state.paths.table))
 
 
 def _write_table(state: JobState, display: Display) -> Path | None:
@@ -176,73 +173,18 @@ def _without_line(message: str) -> str:
     return re.sub("^line [0-9]+:? ", "", message)
 
 
-def _prepare(state: JobState, display: Display, stats: Stats) -> tuple[Engine, Plan]:
-    """The loaded model, and the plan for the rows that are left; it is shown.
-
-    Raises:
-        UsageError: the records that exist are those of another version of the model.
-    """
-    engine = _loaded(state.config, display)
-    gc.freeze()  # libraries and the model stay: searching them for garbage would take a twentieth of the time
-    atexit.register(gc.unfreeze)  # Triton lists what it believes to be leaks otherwise
-    model = engine.describe()
-    if state.ledger.has_records:
-        _check_same_model(state, model)
-    every = sampling_step(state.todo.left)
-    with display.waiting("measuring the prompts, making the plan"):
-        lengths = engine.measure(state.todo.sample(state.reader, every))
-        plan = engine.plan(lengths)
-    for warning in engine.prompt_warnings():
-        display.warn(warning)
-    stats.prompt_work = every * sum(length.prompt_tokens for length in lengths)
-    stats.answer_work = every * sum(length.max_tokens for length in lengths)
-    budget = engine.policy.budget if engine.policy.scorer else None
-    display.report(plan_lines(model, plan, lengths, state.todo.left, every, budget))
-    return engine, plan
-
-
-def _loaded(config: RunConfig, display: Display) -> Engine:
-    engine = config.engine
-    if engine.trust_remote_code and not engine.revision and not Path(engine.model).exists():
-        display.warn(f"code that comes with {engine.model} runs here, whatever its newest version is: pin --revision")
-    unpacked = engine.model == "demo" or engine.model.lower().endswith(".gguf")
-    once = " (a GGUF file is unpacked once, then kept)" if unpacked else ""
-    with display.waiting(f"loading model {engine.model}{once}"):
-        return Engine.open(config.engine, config.prompt)
-
-
-def _check_same_model(state: JobState, model: dict[str, Any]) -> None:
-    """Refuse to resume with a model that has changed at its source.
-
-    Raises:
-        UsageError: names both.
-    """
-    earlier = (state.manifest or {}).get("model", model)
-    for name in ("commit", "dtype"):
-        if earlier.get(name) not in (None, model[name]):
-            flag = f"--{'revision' if name == 'commit' else name} {earlier.get(name)}"
-            raise UsageError(
-                f"the output {state.paths.output} was made with {name} {earlier.get(name)} of the model, "
-                f"now {model[name]}",
-                hint=f"{flag} resumes with the earlier one; {REMEDY}",
-            )
-
-
-def _pipe(state: JobState, engine: Engine | None, plan: Plan | None, writer: ResultWriter, stop: Stop) -> None:
+def _pipe(state: JobState, answering: Answering | None, writer: ResultWriter, stop: Stop) -> None:
     """Read rows, answer them and write the results, until no row is left or the run is to stop.
 
     Args:
         state: the job.
-        engine: answers the requests; None where no row became one.
-        plan: its plan.
+        answering: answers the requests; None where no row became one.
         writer: takes the results.
         stop: says when to end early.
     """
     rows, timeout = _requests(state, writer, stop), state.config.job.row_timeout
-    if engine:
-        results: Generator[Result] = engine.run(
-            rows, plan, stats=writer.stats, stop=stop, row_timeout=timeout, paused=lambda: writer.full
-        )
+    if answering:
+        results = answering.run(rows, stats=writer.stats, stop=stop, row_timeout=timeout, paused=lambda: writer.full)
     else:
         results = (row for row in rows if isinstance(row, Result))
     with closing(results), stop.graceful():
@@ -278,7 +220,7 @@ def _check_complete(state: JobState, stats: Stats, stop: Stop) -> None:
 
 @contextmanager
 def recording(
-    state: JobState, record: dict[str, Any], stats: Stats, display: Display, plan: Plan | None = None
+    state: JobState, record: dict[str, Any], stats: Stats, display: Display, plans: Sequence[Plan] = ()
 ) -> Iterator[Journal]:
     """The journal, ready for records while the body runs, and the manifest, which says how the run ended.
 
@@ -287,7 +229,7 @@ def recording(
         record: the manifest at the beginning of the run.
         stats: the counters, for the manifest at the end.
         display: shows how the files of earlier runs were mended.
-        plan: the plan, for its predicted memory; None for a run without a model.
+        plans: those of the models, for the predicted memory.
 
     Raises:
         OutputError: the disk is full or fails, or another program has changed a file. The manifest says "finished"
@@ -310,17 +252,17 @@ def recording(
     finally:
         _close_quietly(state.journal)
         if path:
-            _write_end(path, record, ended, plan, stats)
+            _write_end(path, record, ended, plans, stats)
 
 
-def _write_end(path: Path, record: dict[str, Any], ended: State, plan: Plan | None, stats: Stats) -> None:
+def _write_end(path: Path, record: dict[str, Any], ended: State, plans: Sequence[Plan], stats: Stats) -> None:
     """Say in the manifest how the run ended, on a full disk too.
 
     Raises:
         OutputError: it cannot be written. An error that has ended the run is not hidden by another one.
     """
     try:
-        write_json(path, record | run_finished(ended, plan, stats))
+        write_json(path, record | run_finished(ended, plans, stats))
     except BmxError:
         with suppress(BmxError):
             write_state(path, record, "failed" if ended == "finished" else ended)

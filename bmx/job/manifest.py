@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -107,15 +108,15 @@ def run_started(config: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any
     }
 
 
-def run_finished(state: State, plan: Plan | None, stats: Stats) -> dict[str, Any]:
+def run_finished(state: State, plans: Sequence[Plan], stats: Stats) -> dict[str, Any]:
     """What the manifest says at the end of a run: its memory, its rows, its speed.
 
     Args:
         state: how the run ended.
-        plan: the plan, for its predicted memory; None for a run without a model.
+        plans: those of the models, for the predicted memory; none for a run without a model.
         stats: the counters.
     """
-    predicted, measured = plan.memory.total if plan else 0, stats.peak_memory_bytes
+    predicted, measured = sum(plan.memory.total for plan in plans), stats.peak_memory_bytes
     return {
         "state": state,
         "finished": now(),
@@ -123,7 +124,7 @@ def run_finished(state: State, plan: Plan | None, stats: Stats) -> dict[str, Any
             "predicted_bytes": predicted,
             "measured_bytes": measured,
             "measured_over_predicted": round(measured / predicted, 4) if predicted else None,
-            "largest_step_without_slots": _profiled(plan),
+            "largest_step_without_slots": _profiled(plans),
             "after_out_of_memory": [{"slots": s, "max_num_batched_tokens": t} for s, t in stats.shrunk_to],
         },
         **({"modules": dict(stats.modules)} if stats.modules else {}),
@@ -155,10 +156,10 @@ def progress_record(stats: Stats) -> dict[str, Any]:
     }
 
 
-def _profiled(plan: Plan | None) -> dict[str, int | None] | None:
-    if plan is None or plan.profiled is None:
-        return None
-    return {"predicted_bytes": plan.profiled.predicted, "measured_bytes": plan.profiled.measured}
+def _profiled(plans: Sequence[Plan]) -> dict[str, int | None] | None:
+    """The largest step of the first plan, if it was measured."""
+    profiled = plans[0].profiled if plans else None
+    return {"predicted_bytes": profiled.predicted, "measured_bytes": profiled.measured} if profiled else None
 
 
 def _version(package: str) -> str | None:

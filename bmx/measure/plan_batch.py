@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from bmx import hardware
 from bmx.errors import InputFileError, MemoryLimitError, UsageError
 from bmx.job.field_names import check_field_names
 from bmx.job.input_rows import Reader, input_reader
@@ -19,13 +20,14 @@ from bmx.job.paths import input_paths
 from bmx.kv.places import check_place
 from bmx.measure.plan_query import query_for_length, query_for_rows
 from bmx.model.random_models import SHAPES
-from bmx.plan.machine import machine
+from bmx.plan.machine import Machine, machine, shared_machine
 from bmx.plan.planner import plan_record
 from bmx.plan.scenarios import FailedRows, PlanQuery, Scenario
 from bmx.request import Request
 from bmx.run_config import RunConfig
 from bmx.terminal.display import Display
 from bmx.terminal.reports import failed_lines, profile_lines, scenario_lines
+from bmx.terminal.tables import counted
 
 CUT = "--on-too-long truncate-middle"
 
@@ -73,7 +75,7 @@ def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -
     """
     _check(config, options)
     config = replace(config, engine=replace(config.engine, model=options.shape or config.engine.model))
-    target = machine(config.engine, options.gpu, options.gpu_memory)
+    target = _target(config, options)
     if config.engine.archives and not (options.gpu or options.gpu_memory):
         check_place(config.engine.kv_archive_place, target.kind)
     with input_paths(config.inputs) as paths:
@@ -106,6 +108,20 @@ def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -
     for remedy in remedies:
         display.data(f"would make it fit: {remedy}")
     return fits
+
+
+def _target(config: RunConfig, options: PlanBatchOptions) -> Machine:
+    """The machine of each worker.
+
+    Raises:
+        UsageError: this machine has fewer GPUs than workers.
+    """
+    workers, named = config.cluster.workers or 1, bool(options.gpu or options.gpu_memory)
+    target = machine(config.engine, options.gpu, options.gpu_memory)
+    if target.kind == "cuda" and not named and (gpus := len(hardware.visible_gpus())) < workers:
+        message = f"{counted(workers, 'worker')} need a GPU each, and this machine has {gpus}"
+        raise UsageError(message, hint="name the GPU that they would have: --gpu H100")
+    return shared_machine(target, workers)
 
 
 def _chosen(query: PlanQuery, scenarios: Sequence[Scenario]) -> Scenario:
@@ -146,6 +162,8 @@ def _check(config: RunConfig, options: PlanBatchOptions) -> None:
         raise UsageError(f"no shape is called {options.shape}", hint=f"the shapes are {', '.join(SHAPES)}")
     if options.shape and config.inputs:
         raise UsageError("a --shape has no tokenizer for the prompts of an INPUT", hint="give --max-input 4k instead")
+    if options.measure and (config.cluster.workers or 1) > 1:
+        raise UsageError("--measure runs one model: it cannot be combined with --workers")
     if options.shape and options.measure:
         raise UsageError("--measure loads a model: it cannot be combined with --shape", hint="bmx bench takes shapes")
 
@@ -213,6 +231,7 @@ def record(query: PlanQuery, scenarios: Sequence[Scenario]) -> dict[str, Any]:
             "source": target.memory.source,
             "rates": asdict(rates) if rates else None,
         },
+        "workers": query.workers,
         "rows": query.rows,
         "measured_rows": query.measured,
         "prompt_tokens": sum(length.prompt_tokens for length in query.lengths) * query.every,

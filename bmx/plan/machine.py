@@ -6,7 +6,7 @@ Knows memory and rates; knows no model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bmx import hardware
 from bmx.config import EngineConfig
@@ -34,6 +34,29 @@ class Machine:
     memory: FreeMemory
     rates: Callable[[int], Rates | None]
     held: int = 0
+
+
+def shared_machine(target: Machine, workers: int) -> Machine:
+    """A machine as one of several workers sees it: an equal share of a CPU and its memory, or a GPU of its own.
+
+    Args:
+        target: the machine, or the GPU that each worker has.
+        workers: how many there are.
+    """
+    if target.kind != "cpu" or workers == 1:
+        return target
+    memory = replace(target.memory, free=target.memory.free // workers, total=target.memory.total // workers)
+
+    def rates(itemsize: int) -> Rates | None:
+        whole = target.rates(itemsize)
+        return whole and replace(
+            whole,
+            flops=whole.flops / workers,
+            bandwidth=whole.bandwidth / workers,
+            thin_bandwidth=whole.thin_bandwidth / workers,
+        )
+
+    return replace(target, memory=memory, rates=rates, held=target.held // workers)
 
 
 def machine(config: EngineConfig, gpu: str | None, gpu_memory: int | None) -> Machine:

@@ -101,6 +101,7 @@ class PlanQuery:
         names: ids of the requests in ``lengths``; empty for imagined ones.
         failed: rows that were read for ``lengths`` and cannot be answered, by error code.
         skips_too_long: whether rows that are longer than the model takes are left out on purpose.
+        workers: how many such machines share the rows; plans are those of one, and the times those of all together.
     """
 
     config: EngineConfig
@@ -114,6 +115,7 @@ class PlanQuery:
     names: tuple[str, ...] = ()
     failed: tuple[FailedRows, ...] = ()
     skips_too_long: bool = False
+    workers: int = 1
 
     @property
     def measured(self) -> int:
@@ -173,7 +175,7 @@ class PlanQuery:
         if rates:
             kept = [after.layout(self.spec, after.rows_needed(g.capacity, 0)) for g in plan.groups] if after else None
             forecast = builder.forecast(plan, lengths, rates, kept)
-            forecast = replace(forecast, seconds=forecast.seconds * self.rows / max(1, self.measured))
+            forecast = replace(forecast, seconds=forecast.seconds * self.rows / max(1, self.measured) / self.workers)
         problem = does_not_fit(self._alone(builder, lengths), plan.limits) if plan.too_large else None
         return Scenario(
             name=name,

@@ -14,6 +14,7 @@ from bmx.terminal.tables import (
     CALIBRATION_COLUMNS,
     RECOMMENDED_MARK,
     aligned,
+    budget_text,
     candidate_row,
     candidate_words,
     counted,
@@ -193,13 +194,13 @@ def nothing_left_lines(stats: Stats, errors: Path | None, table: Path | None = N
 
 
 def summary_lines(
-    stats: Stats, plan: Plan | None, output: Path | None, errors: Path | None, table: Path | None = None
+    stats: Stats, plans: Sequence[Plan], output: Path | None, errors: Path | None, table: Path | None = None
 ) -> Iterator[Line]:
     """What a finished run did.
 
     Args:
         stats: its counters.
-        plan: its plan; None where no row needed the model.
+        plans: those of its models; none where no row needed a model.
         output: where the answers are; None for standard output.
         errors: where the failed rows are; None for the same place.
         table: where the answers are as a table, if they are.
@@ -211,9 +212,9 @@ def summary_lines(
         f"done: {stats.rows_answered:,} of {counted(stats.rows_total, 'row')} answered{skipped}{failed} "
         f"in {duration(stats.elapsed)}{earlier}"
     )
-    if plan:
+    if plans:
         yield from _speed_lines(stats)
-        yield from _memory_lines(stats, plan)
+        yield from _memory_lines(stats, plans)
     for reason, why in ENDED_EARLY.items():
         if number := stats.finish_reasons[reason]:
             what = "answer was" if number == 1 else "answers were"
@@ -234,7 +235,8 @@ def _speed_lines(stats: Stats) -> Iterator[Line]:
         yield Line(f"decoding was not replayed from CUDA graphs, but launched step by step: {stats.eager}")
 
 
-def _memory_lines(stats: Stats, plan: Plan) -> Iterator[Line]:
+def _memory_lines(stats: Stats, plans: Sequence[Plan]) -> Iterator[Line]:
+    plan, planned = plans[0], sum(plan.memory.total for plan in plans)
     full, share = stats.full_cache_peak_bytes, ""
     if full > stats.kv_bytes:
         share = f", {stats.kv_bytes / full:.0%} of the {megabytes(full)} that full caches would have taken"
@@ -242,8 +244,7 @@ def _memory_lines(stats: Stats, plan: Plan) -> Iterator[Line]:
         away = f", and {megabytes(plan.memory.elsewhere)} in {place_words(plan)}" if plan.memory.elsewhere else ""
         what = "KV cache and states" if plan.memory.states else "KV cache"
         yield Line(f"{what} {megabytes(stats.kv_bytes)} in {counted(stats.slots, 'slot')}{share}{away}")
-    planned, peak = plan.memory.total, stats.peak_memory_bytes
-    if peak:
+    if peak := stats.peak_memory_bytes:
         yield Line(f"memory planned {megabytes(planned)}, peak {megabytes(peak)} ({peak / planned - 1:+.1%})")
     if stats.shrunk_to:
         slots, tokens = stats.shrunk_to[-1]
@@ -268,8 +269,9 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
     whose = "those that can be answered" if query.failed else "all"
     yield f"{query.spec.name}: {counted(query.rows, 'prompt')}{sampled}, {counted(tokens, 'token')} in {whose}"
     yield from failed_lines(query)
+    each = f"each of {query.workers:,} workers " if query.workers > 1 else ""
     yield (
-        f"on {machine.name}, {megabytes(machine.memory.free)} free: "
+        f"{each}on {machine.name}, {megabytes(machine.memory.free)} free: "
         f"{megabytes(limits.total)} may be used ({limits.source})"
     )
     rates = machine.rates(query.spec.itemsize)
@@ -287,6 +289,7 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
     yield ""
     yield from scenario_table(scenarios)
     yield ""
+    yield from _sum_lines(query.workers, scenarios)
     for scenario in scenarios:
         if scenario.problem:
             yield f"{scenario.name}: {scenario.problem.message}"
@@ -294,6 +297,15 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
             yield f"{scenario.name}: no slot for {_named(scenario.left_out, scenario.plan.too_large)}"
         if scenario.plan and scenario.plan.memory.elsewhere:
             yield f"{scenario.name}: {_away(scenario.plan)}"
+
+
+def _sum_lines(workers: int, scenarios: Sequence[Scenario]) -> Iterator[str]:
+    """What several workers have together; the table is about one of them, but for its times."""
+    for plan, scenario in ((scenario.plan, scenario) for scenario in scenarios if workers > 1):
+        if plan:
+            budget = f" {budget_text(scenario.budget)}" if scenario.budget else ""
+            nbytes = megabytes(workers * plan.memory.total)
+            yield f"{scenario.name}{budget}, {workers:,} workers: {workers * plan.slots:,} slots, {nbytes} in all"
 
 
 def failed_lines(query: PlanQuery) -> Iterator[str]:
