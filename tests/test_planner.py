@@ -32,15 +32,12 @@ from bmx.model.cost_trace import _CostMeter
 from bmx.model.loader import prepare
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.model.spec_settings import under_settings
+from bmx.plan.capacities import ENOUGH, MAX_GROUPS, ROW_ALIGNMENT, capacities
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, ReadingSlots, SlotGroup, StepSize, limits, memory_needed
 from bmx.plan.planner import (
-    ENOUGH,
-    MAX_GROUPS,
     MAX_SLOTS,
-    ROW_ALIGNMENT,
     Length,
-    capacities,
     plan,
     plan_record,
     shrunk,

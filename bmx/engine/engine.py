@@ -16,7 +16,7 @@ from bmx.engine.memory_meter import is_out_of_memory, release
 from bmx.engine.open import check_cache, open_model
 from bmx.engine.planning import RunPlanner
 from bmx.engine.prefix_cache import Reuse
-from bmx.engine.prompt_lengths import PromptMeasurer, max_length
+from bmx.engine.prompt_lengths import EncodedPrompt, PromptMeasurer, max_length
 from bmx.engine.run import Run, RunContext
 from bmx.engine.sequence import Sequence
 from bmx.errors import MemoryLimitError, UsageError
@@ -302,7 +302,8 @@ class Engine:
             meter=backend.meter,
             stats=self.stats,
             runner=lambda plan: backend.runner(plan, self.policy, probe=self.probe, watch=watch, refused=refused),
-            read=lambda request: self._sequence(request, forced.get(request.id, ())),
+            read=self._measurer.read,
+            begin=lambda request, read: self._sequence(request, read, forced.get(request.id, ())),
             shrunk=self._planner.shrunk,
             chunk_size=None if self.config.chunking_is_free else self.config.eviction_chunk_size,
             stop=stop,
@@ -313,13 +314,12 @@ class Engine:
         """What computes the answers, for the record."""
         return self.backend.describe()
 
-    def _sequence(self, request: Request, forced: tuple[int, ...]) -> Sequence:
+    def _sequence(self, request: Request, encoded: EncodedPrompt, forced: tuple[int, ...]) -> Sequence:
         """A request as a sequence.
 
         Raises:
-            RowError: it has no text, its prompt leaves no room for an answer, or its format cannot be compiled.
+            RowError: its format cannot be compiled.
         """
-        encoded = self._measurer.read(request)
         grammar = None if forced else self._grammars.of(request.params)
         return Sequence(
             request=request,

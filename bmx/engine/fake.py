@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -98,7 +98,7 @@ class FakeRunner(AbstractContextManager["FakeRunner"]):
         return FakeSampled([next_token(sequence.prompt, len(sequence.answer)) for sequence in sampling])
 
 
-def next_token(prompt: list[int], place: int) -> int:
+def next_token(prompt: Sequence[int], place: int) -> int:
     """The token at a place of the answer to a prompt."""
     number = crc32(array("I", [*prompt[-8:], len(prompt), place]).tobytes())
     return END if number % ENDS == 0 else number % (WORDS - 1) + 1

@@ -7,10 +7,12 @@ prefix, which wait for it, and which copies are kept; touches no tensor. No answ
 from __future__ import annotations
 
 import sys
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -18,12 +20,14 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs
 from bmx.engine.scheduler import Step
 from bmx.engine.sequence import Prefix, Sequence
+from bmx.engine.window import chained_keys
 from bmx.kv.layout import SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
 from bmx.plan.memory import SlotGroup
 
 LEAST = 64  # tokens of the shortest prefix that is worth a copy
+RELATED = 256  # sequences that learn, after they have joined, of a prefix that they share with a later one
 UNIT = 32  # where chunks may end anywhere, prefixes end at multiples of it, even if prompts share a few tokens more
 
 
@@ -31,7 +35,7 @@ class Prompt(Protocol):
     """What prefix reuse must know of a request, whether it has a slot or not."""
 
     @property
-    def prompt(self) -> list[int]:
+    def prompt(self) -> Seq[int]:
         """Its token ids."""
 
     @property
@@ -100,6 +104,18 @@ class Reuse:
                 if usable and key == self.reuse_key(second, tokens):
                     return tokens
         return 0
+
+    def keys(self, request: Prompt) -> tuple[int, ...]:
+        """The keys of a prompt's beginnings that end where others may share its state, for a window."""
+        tokens = array("I", request.prompt)
+        return chained_keys(tokens.tobytes(), [tokens.itemsize * end for end in self._ends_of_prefixes(request)])
+
+    def _ends_of_prefixes(self, request: Prompt) -> list[int]:
+        """Where a prefix of a prompt may end; those of its own that few others have come last."""
+        ends = chunk_ends(request.read_tokens, self.chunk_size)
+        free = min(self._lossless_tokens(request), request.read_tokens - 1) if self._chunks_end_anywhere else 0
+        anywhere = range(LEAST, free + 1, UNIT)
+        return [*anywhere, *(end for end in ends[:-1] if end >= LEAST and end > free)]
 
     def reuse_key(self, request: Prompt, tokens: int) -> tuple[object, ...] | None:
         """Reuse key of the slot after the first tokens: equal tokens and equal keys mean equal states.
@@ -200,15 +216,28 @@ class PrefixCache:
         self._copy = copy
         slots = [(group + i, slot) for i, part in enumerate(prefix_slots) for slot in range(part.slots)]
         self._free = [SlotIndex(*slot, reading + n) for n, slot in enumerate(slots)]
+        self._capacity = {group + i: part.capacity for i, part in enumerate(prefix_slots)}
         self._known: WeakValueDictionary[tuple[object, ...], Prefix] = WeakValueDictionary()
         self._kept: dict[Prefix, CachedPrefix] = {}  # the least recently used is first
-        self._previous: Sequence | None = None  # the sequence that was read last
-        self._enabled = bool(self._free)
+        self._related: deque[Sequence] = deque(maxlen=RELATED)  # joined last, and each shares something with the next
+        self._waiting_for: dict[Prefix, list[Sequence]] = {}  # sequences that wait while a step is computed
+        self._copied = 0  # prompt tokens that were copied and not counted yet
+        self.enabled = bool(self._free)
+
+    def keys(self, prompt: Prompt) -> tuple[int, ...]:
+        """The keys of a prompt's beginnings, for a window; none where nothing is shared."""
+        return self._reuse.keys(prompt) if self.enabled else ()
 
     def join(self, sequence: Sequence) -> None:
-        """Find what a sequence shares with the one that was read before it."""
-        previous, self._previous = self._previous, sequence
-        length = self._reuse.shared(sequence, previous) if self._enabled and previous else 0
+        """Find what a sequence shares with the one that joined before it.
+
+        Those before that share as much, and have not computed it yet, learn of it too.
+        """
+        previous = self._related[-1] if self._related else None
+        length = self._reuse.shared(sequence, previous) if self.enabled and previous else 0
+        if not length:
+            self._related.clear()
+        self._related.append(sequence)
         if not previous or not length:
             return
         common = common_tokens(sequence.prompt, previous.prompt)
@@ -216,9 +245,13 @@ class PrefixCache:
         if any(prefix.length == length for prefix in sequence.prefixes):
             return
         reuse_key = self._reuse.reuse_key(sequence, length) or ()
-        prefix = self._known.setdefault((reuse_key, *sequence.prompt[:length]), Prefix(length, reuse_key))
-        for sharer in (previous, sequence):
-            sharer.prefixes = sorted([*sharer.prefixes, prefix], key=lambda prefix: prefix.length)
+        tokens = array("I", sequence.prompt[:length])
+        prefix = self._known.setdefault((reuse_key, tokens.tobytes()), Prefix(length, reuse_key))
+        for sharer in reversed(self._related):
+            if sharer.prompt[:length] != sequence.prompt[:length]:
+                break
+            if prefix not in sharer.prefixes and self._fits(prefix, sharer):
+                sharer.prefixes = sorted([*sharer.prefixes, prefix], key=lambda prefix: prefix.length)
 
     def _fits(self, prefix: Prefix, sequence: Sequence) -> bool:
         return self._reuse.reuse_key(sequence, prefix.length) == prefix.reuse_key
@@ -235,9 +268,10 @@ class PrefixCache:
         Returns:
             The number of prompt tokens that were copied.
         """
-        copied = 0
+        copied, self._copied = self._copied, 0
+        self._waiting_for.clear()
         computing: dict[Prefix, int] = {}  # with the number of layers in which attention is summed
-        reading = [s for s in sequences if self._enabled and s.prefixes and not s.decoding]
+        reading = [s for s in sequences if self.enabled and s.prefixes and not s.decoding]
         for sequence in sorted(reading, key=lambda s: s.computed == 0):
             scored = self._reuse.scored(sequence)
             ready = [p for p in sequence.prefixes if p in self._kept and self._kept[p].scored >= scored]
@@ -246,6 +280,7 @@ class PrefixCache:
                 longest = max((p.length for p in ready), default=0)
                 sequence.waits = any(p.length > longest for p in coming)
                 if sequence.waits:
+                    self._waiting_for.setdefault(coming[-1], []).append(sequence)
                     continue
                 if ready:
                     copied += self._start_from(ready[-1], sequence)
@@ -263,24 +298,40 @@ class PrefixCache:
         return prefix.length
 
     def keep(self, step: Step) -> None:
-        """Copy the prefixes that a step has completed; without a free slot, over the least recently used copy."""
+        """Copy the prefixes that a step has completed: to those that wait for them, and to a slot for those to come.
+
+        Without a free slot for copies, the least recently used one is written over.
+        """
         for chunk in step.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.length
             if end in sequence.stops:
                 prefix = next(p for p in sequence.prefixes if p.length == end)
-                slot_index = self._slot_for(prefix)
+                cached = CachedPrefix(sequence.slot_index, self._reuse.scored(sequence))
+                self._hand_out(prefix, cached)
+                slot_index = self._slot_for(prefix, min(end, sequence.rows_needed))
                 self._copy(sequence.slot_index, slot_index, end)
-                self._kept[prefix] = CachedPrefix(slot_index, self._reuse.scored(sequence))
+                self._kept[prefix] = replace(cached, slot_index=slot_index)
 
-    def _slot_for(self, prefix: Prefix) -> SlotIndex:
-        """A slot for the copy; the copy that was in it is given up."""
-        if prefix not in self._kept and self._free:
-            return self._free.pop()
-        evicted = prefix if prefix in self._kept else next(iter(self._kept))
-        return self._kept.pop(evicted).slot_index
+    def _hand_out(self, prefix: Prefix, source: CachedPrefix) -> None:
+        """Copy a prefix to the sequences that wait for it."""
+        for sequence in self._waiting_for.get(prefix, ()):
+            if sequence.waits and source.scored >= self._reuse.scored(sequence):
+                self._copy(source.slot_index, sequence.slot_index, prefix.length)
+                sequence.computed, sequence.waits = prefix.length, False
+                self._copied += prefix.length
+
+    def _slot_for(self, prefix: Prefix, rows: int) -> SlotIndex:
+        """The smallest slot that holds a copy of so many rows; the copy that was in it is given up."""
+        if prefix in self._kept:
+            return self._kept.pop(prefix).slot_index
+        for i, index in enumerate(self._free):
+            if self._capacity[index.group] >= rows:
+                return self._free.pop(i)
+        fitting = (p for p, cached in self._kept.items() if self._capacity[cached.slot_index.group] >= rows)
+        return self._kept.pop(next(fitting)).slot_index
 
 
-def common_tokens(first: list[int], second: list[int]) -> int:
+def common_tokens(first: Seq[int], second: Seq[int]) -> int:
     """The number of leading tokens that two prompts have in common; the last token of a prompt does not count."""
     least = min(len(first), len(second)) - 1
-    return next((i for i, (a, b) in enumerate(zip(first[:least], second[:least], strict=True)) if a != b), least)
+    return bisect_left(range(least), True, key=lambda i: first[: i + 1] != second[: i + 1])

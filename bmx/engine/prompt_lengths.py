@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.engine.prefix_cache import Reuse
+from bmx.engine.window import ROWS, TOKENS, Window
 from bmx.errors import RowError, UsageError
 from bmx.model.prompt_encoder import PromptEncoder
 from bmx.model.spec import ModelSpec
@@ -22,13 +24,13 @@ class EncodedPrompt:
     """A request as the model will see it.
 
     Attributes:
-        prompt: its token ids.
+        prompt: its token ids, in 4 bytes each.
         length: tokens of prompt and answer, and rows of the slot.
         truncated: prompt tokens that were cut out to make the prompt fit.
         spans: positions (from, to) of tokens that are never evicted.
     """
 
-    prompt: list[int]
+    prompt: array[int]
     length: Length
     truncated: int = 0
     spans: tuple[tuple[int, int], ...] = ()
@@ -62,7 +64,7 @@ class PromptMeasurer:
         encoder: turns requests into token ids.
         policy: says how many rows of a slot a request needs.
         max_length: most tokens of prompt and answer together.
-        reuse: says how many leading tokens a request shares with the one before it; None if nothing is shared.
+        reuse: says how many leading tokens two requests share; None if nothing is shared.
         vocab: tokens that the model has; a tokenizer may have more. None looks at no token.
     """
 
@@ -95,7 +97,7 @@ class PromptMeasurer:
             message = f"the prompt has {before} tokens; prompt and answer together may have {self.max_length}"
             raise RowError("context_length_exceeded", message)
         length = Length.of(self.policy, len(prompt), min(answer, room))
-        return EncodedPrompt(prompt, length, before - len(prompt), self._spans(request, length))
+        return EncodedPrompt(array("I", prompt), length, before - len(prompt), self._spans(request, length))
 
     def _check_tokens(self, where: str, ids: Sequence[int]) -> None:
         """Refuse tokens that the model has no embedding for, before they are in a step with other rows.
@@ -134,20 +136,79 @@ class PromptMeasurer:
             requests: what is measured.
             on_error: is called with each request that cannot be answered, and why.
         """
-        lengths: list[Length] = []
-        before = None
+        shared = _SharedText(self.reuse)
         for request in requests:
             self.encoder.note(request)
             try:
-                encoded = self.read(request)
+                shared.add(self.read(request))
             except RowError as error:
                 if on_error:
                     on_error(request, error)
-                continue
-            shared = self.reuse.shared(encoded, before) if self.reuse and before else 0
-            lengths.append(replace(encoded.length, shared=shared) if shared else encoded.length)
-            before = encoded
-        return lengths
+        return shared.lengths()
+
+
+@dataclass(slots=True)
+class _OpenPrefix:
+    """Leading tokens that the newest requests share: how many, the requests, and how many prefixes lie within."""
+
+    length: int
+    requests: list[int]
+    nested: int
+
+
+class _SharedText:
+    """Finds what requests share with the one before them when they run in the order of a window.
+
+    Args:
+        reuse: says how much two requests share; None if nothing is shared.
+    """
+
+    def __init__(self, reuse: Reuse | None) -> None:
+        self._reuse = reuse
+        self._window: Window[tuple[int, EncodedPrompt]] = Window(ROWS, TOKENS)
+        self._lengths: list[Length] = []
+        self._before: EncodedPrompt | None = None  # the request that the window gave out last
+        self._open: list[_OpenPrefix] = []  # those of that request, each of them a part of the next
+
+    def add(self, encoded: EncodedPrompt) -> None:
+        """Take the next request."""
+        self._lengths.append(encoded.length)
+        if self._reuse is None:
+            return
+        while self._window.full:
+            self._give_out(self._reuse)
+        self._window.add((len(self._lengths) - 1, encoded), self._reuse.keys(encoded), len(encoded.prompt))
+
+    def lengths(self) -> list[Length]:
+        """The lengths of all requests, in the order in which they came."""
+        while self._reuse and self._window:
+            self._give_out(self._reuse)
+        self._close(0)
+        return self._lengths
+
+    def _give_out(self, reuse: Reuse) -> None:
+        """Compare the window's next request with the one before it."""
+        index, encoded = self._window.pop()
+        length = reuse.shared(encoded, self._before) if self._before else 0
+        self._before = encoded
+        nested = self._close(length)
+        if not length:
+            return
+        if not self._open or self._open[-1].length < length:
+            self._open.append(_OpenPrefix(length, [], 0))
+        self._open[-1].nested = max(self._open[-1].nested, nested)
+        self._open[-1].requests.append(index)
+
+    def _close(self, length: int) -> int:
+        """Note the prefixes that go on beyond this length with their requests; returns how many lay in each other."""
+        nested = 0
+        while self._open and self._open[-1].length > length:
+            prefix = self._open.pop()
+            prefix.nested = max(prefix.nested, nested)
+            for index in prefix.requests:
+                self._lengths[index] = replace(self._lengths[index], shared=prefix.length, nested=prefix.nested)
+            nested = prefix.nested + 1
+        return nested
 
 
 def max_length(config: EngineConfig, spec: ModelSpec) -> int:

@@ -16,8 +16,10 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.engine.backend import Runner, Sampled
 from bmx.engine.memory_meter import FullCacheSize, MemoryMeter, device_errors, is_out_of_memory, release
 from bmx.engine.prefix_cache import PrefixCache, Reuse
+from bmx.engine.prompt_lengths import EncodedPrompt
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
+from bmx.engine.window import ROWS, TOKENS, Window
 from bmx.errors import RowError
 from bmx.model.spec import ModelSpec
 from bmx.plan.memory import SlotGroup
@@ -27,6 +29,8 @@ from bmx.shutdown import Stop
 from bmx.stats import Stats
 
 LOOKAHEAD = 64  # fewest requests that wait tokenised, so that a free slot of any size finds one
+FIRST_TOKENS = 1 << 20  # prompt tokens that are read into the window before the first step
+MORE_TOKENS = 1 << 15  # and at each later step, until the window is full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,8 @@ class RunContext:
         meter: measures the memory that is held.
         stats: counts what is done.
         runner: makes what computes the steps of a plan.
-        read: turns a request into a sequence, or raises a RowError.
+        read: turns a request into tokens, or raises a RowError.
+        begin: makes a sequence of a request and its tokens, or raises a RowError.
         shrunk: makes a smaller plan when memory ran out under one; None if there is no smaller one.
         chunk_size: tokens of a chunk where its ends decide what is evicted; a plan made from other requests must not
             change it. None where they decide nothing.
@@ -52,7 +57,8 @@ class RunContext:
     meter: MemoryMeter
     stats: Stats
     runner: Callable[[Plan], AbstractContextManager[Runner]]
-    read: Callable[[Request], Sequence]
+    read: Callable[[Request], EncodedPrompt]
+    begin: Callable[[Request, EncodedPrompt], Sequence]
     shrunk: Callable[[Plan], Plan | None]
     chunk_size: int | None
     stop: Stop
@@ -131,6 +137,8 @@ class Run:
     ) -> None:
         self._context = context
         self._source = _Source(requests, paused)
+        self._window: Window[tuple[Request, EncodedPrompt]] = Window(ROWS, TOKENS)
+        self._ahead = FIRST_TOKENS  # tokens that may be read into the window now
         self._full_cache = FullCacheSize(context.spec)
         self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
         self._finished: deque[tuple[Sequence, int]] = deque()  # not handed out yet, with the rows of their slots
@@ -205,35 +213,67 @@ class Run:
 
     @property
     def exhausted(self) -> bool:
-        """Whether every request was read."""
-        return self._source.exhausted
+        """Whether every request was read and given out."""
+        return self._source.exhausted and not self._window
 
     def read_ahead(
         self, missing: int, enqueue: Callable[[Sequence], None], prefixes: PrefixCache | None
     ) -> Iterator[Result]:
-        """Tokenise requests until enough sequences wait; requests that cannot be answered are results at once.
+        """Take requests from the window until enough sequences wait; those that cannot be answered are results at once.
+
+        The window is filled in portions, so that the first step need not wait until thousands of prompts are tokenised.
 
         Args:
             missing: how many more sequences should wait.
             enqueue: is given each new sequence.
-            prefixes: is told of new sequences, so that they share what others compute.
+            prefixes: is told of new sequences, so that they share what others compute. Where nothing is shared, no more
+                is read than is missing.
         """
-        while missing > 0 and (item := self._source.peek()) is not None:
+        shares = prefixes is not None and prefixes.enabled
+        more = not shares or (yield from self._fill(prefixes))
+        while missing > 0:
+            if more and (shares or not self._window):
+                more = yield from self._fill(prefixes)
+            if not self._window:
+                break
+            request, encoded = self._window.pop()
+            self._ahead += len(encoded.prompt)
+            try:
+                sequence = self._context.begin(request, encoded)
+            except RowError as error:
+                yield Result(id=request.id, error=error)
+                continue
+            enqueue(sequence)
+            missing -= 1
+            if prefixes:
+                prefixes.join(sequence)
+        self._ahead = MORE_TOKENS
+
+    def _fill(self, prefixes: PrefixCache | None) -> Generator[Result, None, bool]:
+        """Read requests into the window: as many as are due where text is shared, else one.
+
+        Returns:
+            Whether the source may have more for now. If it has not, those that are there are given out.
+        """
+        window, shares = self._window, prefixes is not None and prefixes.enabled
+        while not window or (shares and self._ahead > 0 and not window.full and not self._context.stop.requested):
+            item = self._source.peek()
+            if item is None:
+                return False
             if isinstance(item, Result):
                 self._source.take()
                 yield item
                 continue
             try:
-                sequence = self._context.read(item)
+                encoded = self._context.read(item)
             except RowError as error:
                 self._source.take()
                 yield Result(id=item.id, error=error)
                 continue
             self._source.take()
-            enqueue(sequence)
-            missing -= 1
-            if prefixes:
-                prefixes.join(sequence)
+            window.add((item, encoded), prefixes.keys(encoded) if prefixes else (), len(encoded.prompt))
+            self._ahead -= len(encoded.prompt)
+        return True
 
     def collect(self, scheduler: Scheduler, launched: InFlightStep) -> None:
         """Wait for the tokens of a step, give them to their sequences, and count them.

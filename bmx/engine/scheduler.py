@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
 
-from bmx.engine.sequence import Sequence
+from bmx.engine.sequence import Prefix, Sequence
 from bmx.kv.layout import NOT_READING, SlotIndex
 from bmx.plan.memory import SlotGroup, StepSize, group_for
 
@@ -129,11 +129,12 @@ class Scheduler:
 
         Args:
             draining: no more will be enqueued, so the longest are admitted first, and no long one is left to run alone.
+                Those that share a prefix stay together, so that it is computed once.
         """
         if not self._has_free_slots():
             return
         if draining:
-            self._waiting.sort(key=lambda sequence: -sequence.steps(self._chunk_size))
+            self._sort_longest_first()
         candidates, self._waiting = self._waiting, []
         for index, sequence in enumerate(candidates):
             if not self._has_free_slots():
@@ -141,6 +142,21 @@ class Scheduler:
                 return
             if not self.admit(sequence):
                 self._waiting.append(sequence)
+
+    def _sort_longest_first(self) -> None:
+        """Sort those that wait: first those that share a prefix with one that has a slot, then by the longest of them.
+
+        The same holds for those within that share more, down to single sequences.
+        """
+        begun = {prefix for sequence in self._running for prefix in sequence.prefixes}
+        longest: dict[Prefix, tuple[bool, int, int]] = {}
+        alone = [(True, -sequence.steps(self._chunk_size), i) for i, sequence in enumerate(self._waiting)]
+        for sequence, (_, steps, i) in zip(self._waiting, alone, strict=True):
+            for prefix in sequence.prefixes:
+                rank = (prefix not in begun, steps, i)
+                longest[prefix] = min(rank, longest.get(prefix, rank))
+        alone.sort(key=lambda rank: [*(longest[p] for p in self._waiting[rank[2]].prefixes), rank])
+        self._waiting = [self._waiting[i] for *_, i in alone]
 
     def _has_free_slots(self) -> bool:
         """Whether some sequence could get a slot, and one to read its prompt in where it needs one."""

@@ -6,6 +6,7 @@ Knows one sequence; knows nothing of the others, of steps or of tensors.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -70,7 +71,7 @@ class Sequence:
     """
 
     request: Request
-    prompt: list[int]
+    prompt: Seq[int]
     max_tokens: int
     rows_needed: int
     end_token_ids: frozenset[int]

@@ -15,18 +15,15 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
+from bmx.plan.capacities import capacities
 from bmx.plan.chunks import ending_of, steps_needed
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, Memory, ReadingSlots, SlotGroup, StepSize, does_not_fit, memory_needed
 
-MAX_GROUPS = 16
-ENOUGH = 0.08  # share of all rows that may stay unused; no further group is made to save less
 MAX_SLOTS = 4096  # a step of more sequences is no faster
-ROW_ALIGNMENT = 16  # capacities are multiples of it
-MAX_CANDIDATES = 128  # capacities that are compared
 FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
 BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
-MAX_PREFIX_SLOTS = 2  # most copies of text that prompts share
+MAX_PREFIX_SLOTS = 3  # most copies of text that prompts share
 WORTH_SLOTS = 0.75  # share of the sequences' slots that must be left beside prefix slots
 
 
@@ -38,8 +35,9 @@ class Length:
         prompt_tokens: tokens of the prompt.
         max_tokens: most tokens of the answer.
         rows_needed: rows (KV pairs per layer and head) that its slot must have.
-        shared: leading tokens whose state it can share with the request before it.
+        shared: leading tokens whose state it can share with the request before it, in the order in which they run.
         reading_rows: rows of the slot in which its prompt is read before it is archived; 0 where nothing is archived.
+        nested: how many longer texts, each a part of the next, go on from the shared one and are shared too.
     """
 
     prompt_tokens: int
@@ -47,6 +45,7 @@ class Length:
     rows_needed: int
     shared: int = 0
     reading_rows: int = 0
+    nested: int = 0
 
     @classmethod
     def of(cls, policy: CompressionPolicy, prompt_tokens: int, max_tokens: int) -> Length:
@@ -267,15 +266,22 @@ def _largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int |
 
 
 def _prefix_slots(lengths: Sequence[Length], largest: int) -> tuple[SlotGroup, ...]:
-    """Slots for the longest text that prompts share; more than one if not all share the same length of text.
+    """Slots for the text that prompts share: one for each text that goes on in another, as long as the longest.
+
+    Those that run come one after the other, so that no other copies are of use. Where texts of several lengths are
+    shared, two slots are made for them, though none goes on in another.
 
     Args:
         lengths: of the requests that are answered.
         largest: capacity of the largest slot.
     """
-    shared = {length.shared for length in lengths[1:]}
-    longest = max(shared, default=0)
-    return (SlotGroup(min(largest, longest), min(MAX_PREFIX_SLOTS, len(shared))),) if longest else ()
+    longest: dict[int, int] = {}  # shared text, by the number of texts nested in it
+    for length in lengths:
+        longest[length.nested] = max(longest.get(length.nested, 0), length.shared)
+    rows = sorted(min(largest, tokens) for tokens in longest.values() if tokens)[-MAX_PREFIX_SLOTS:]
+    if len(rows) == 1 and len({length.shared for length in lengths[1:]}) > 1:
+        rows *= 2
+    return tuple(SlotGroup(capacity, slots) for capacity, slots in sorted(Counter(rows).items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,52 +307,6 @@ def _demand(lengths: Sequence[Length], capacity: Sequence[int], chunk_size: int)
     for length, rows in zip(lengths, capacity, strict=True):
         demand[rows] = demand.get(rows, Demand(0, 0)) + Demand(1, length.steps(chunk_size))
     return demand
-
-
-def capacities(rows_needed: Sequence[int]) -> list[int]:
-    """The capacity of the group that each sequence belongs to, with as few groups as waste little; at most 16.
-
-    For each number of groups, dynamic programming over at most 128 candidate capacities finds the cut of the sorted
-    needs that leaves the fewest rows unused. The first number of groups that leaves 8 % or less unused is taken.
-
-    Args:
-        rows_needed: rows of the slot that each sequence needs.
-    """
-    largest = max(rows_needed)
-    rounded = [min(-(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, largest) for rows in rows_needed]
-    distinct = sorted(set(rounded))
-    step = -(-len(distinct) // MAX_CANDIDATES)
-    candidates = sorted({*distinct[step - 1 :: step], largest})
-    count = Counter(candidates[bisect_left(candidates, rows)] for rows in rounded)
-    chosen = _least_waste(candidates, [count[c] for c in candidates], enough=sum(rows_needed) / (1 - ENOUGH))
-    return [chosen[bisect_left(chosen, rows)] for rows in rounded]
-
-
-def _least_waste(candidates: list[int], counts: list[int], enough: float) -> list[int]:
-    """The fewest candidates, the last among them, that hold all sequences in ``enough`` rows; the 16 best otherwise.
-
-    Args:
-        candidates: capacities in ascending order.
-        counts: sequences whose smallest candidate each is.
-        enough: rows in all slots, if each sequence had its own, that are few enough.
-    """
-    infinite: tuple[int, list[int]] = (2**62, [])
-    previous: list[tuple[int, list[int]]] = [(0, []), *[infinite] * len(candidates)]
-    best = infinite
-    for _ in range(min(MAX_GROUPS, len(candidates))):
-        current = [infinite] * (len(candidates) + 1)  # of the first i candidates: rows in all, capacities chosen
-        for stop, capacity in enumerate(candidates, 1):
-            members = 0
-            for start in range(stop - 1, -1, -1):
-                members += counts[start]
-                rows, chosen = previous[start]
-                if rows + members * capacity < current[stop][0]:
-                    current[stop] = (rows + members * capacity, [*chosen, capacity])
-        best = min(best, current[-1], key=lambda cut: cut[0])
-        if best[0] <= enough:
-            break
-        previous = current
-    return best[1]
 
 
 def _largest(

@@ -1,0 +1,119 @@
+"""Rows that share text run together wherever they stand, none waits for ever, and no answer shows it."""
+
+from __future__ import annotations
+
+from itertools import groupby, takewhile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bmx.engine.window import Window, chained_keys
+
+SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
+TEXTS = st.text("ab", max_size=12)
+
+
+def keys_of(text):
+    return chained_keys(text, range(2, len(text) + 1, 2))
+
+
+def shared(one, other):
+    """How many keys the texts have in common, counted one by one."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(keys_of(one), keys_of(other), strict=False))))
+
+
+def given_out(texts, size=10**6):
+    window = Window(size, 10**6)
+    for i, text in enumerate(texts):
+        window.add(i, keys_of(text), 1)
+    return [window.pop() for _ in texts]
+
+
+@SETTINGS
+@given(st.lists(TEXTS, max_size=40))
+def test_beginnings_come_one_after_the_other_at_every_length(texts):
+    order = given_out(texts)
+    assert sorted(order) == list(range(len(texts)))
+    for length in range(2, 13, 2):
+        beginnings = [texts[i][:length] for i in order if len(texts[i]) >= length]
+        groups = [text for text, _ in groupby(texts[i][:length] for i in order)]
+        assert all(groups.count(text) == 1 for text in beginnings)
+
+
+@SETTINGS
+@given(st.lists(TEXTS, max_size=40))
+def test_of_those_that_share_equally_much_the_first_comes_first(texts):
+    """Next is one that shares the most with the one before; of these, and where nothing is shared, the oldest group."""
+    order = given_out(texts)
+    for place, i in enumerate(order[1:], 1):
+        left = order[place:]
+        most = max(shared(texts[order[place - 1]], texts[j]) for j in left)
+        assert shared(texts[order[place - 1]], texts[i]) == most
+        assert i == min(j for j in left if shared(texts[order[place - 1]], texts[j]) == most)
+
+
+def test_rows_that_share_nothing_keep_their_order():
+    assert given_out([f"{i:04}" for i in range(100)]) == list(range(100))
+    assert given_out([""] * 100) == list(range(100))
+
+
+@SETTINGS
+@given(
+    size=st.integers(1, 12),
+    texts=st.lists(TEXTS, min_size=1, max_size=120),
+    pops=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+)
+def test_every_item_is_given_out_within_two_windows(size, texts, pops):
+    """Whatever comes later, and in whatever portions; a full window takes nothing."""
+    window, waiting, given, left = Window(size, 10**6), {}, 0, list(enumerate(texts))
+    for moment in range(10**6):
+        while left and not window.full:
+            i, text = left.pop(0)
+            waiting[i] = given
+            window.add(i, keys_of(text), 1)
+        for _ in range(min(len(window), pops[moment % len(pops)] or moment % 2)):
+            assert given - waiting.pop(window.pop()) < 2 * size
+            given += 1
+        assert len(window) == len(waiting) <= size
+        if not left and not window:
+            break
+    assert given == len(texts)
+
+
+def test_a_large_group_that_goes_on_for_ever_lets_others_pass():
+    window = Window(16, 10**6)
+    window.add("lone", keys_of("zz"), 1)
+    for _ in range(3):
+        window.add("many", keys_of("aa"), 1)
+    assert window.pop() == "lone"
+    window.add("lone", keys_of("zy"), 1)
+    given = []
+    while "lone" not in given:
+        window.add("many", keys_of("aa"), 1)
+        given.append(window.pop())
+    assert len(given) < 32
+
+
+def test_a_window_is_full_by_weight_too():
+    window = Window(100, 10)
+    for weight, full in ((4, False), (5, False), (30, True)):
+        window.add(weight, (), weight)
+        assert window.full is full
+    assert [window.pop() for _ in range(2)] == [4, 5]
+    assert window.full
+    assert window.pop() == 30
+    assert not window.full
+    with pytest.raises(IndexError):
+        window.pop()
+
+
+def test_one_that_comes_late_joins_the_group_that_was_given_out_last():
+    window = Window(100, 100)
+    for name, text in (("a1", "aaaa"), ("b1", "bbbb"), ("c1", "cccc")):
+        window.add(name, keys_of(text), 1)
+    assert window.pop() == "a1"
+    window.add("b2", keys_of("bbba"), 1)
+    window.add("a2", keys_of("aaab"), 1)
+    window.add("d1", keys_of("dddd"), 1)
+    assert [window.pop() for _ in range(5)] == ["a2", "b1", "b2", "c1", "d1"]
