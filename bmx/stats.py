@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+TOKENS = ("prompt_tokens", "reused_prompt_tokens", "generated_tokens", "decode_tokens", "ended_work", "ended_tokens")
+SECONDS = ("prefill_seconds", "decode_seconds")
+HELD = (
+    *("memory_bytes", "peak_memory_bytes", "kv_bytes", "full_cache_peak_bytes"),
+    *("slots", "active_slots", "peak_active_slots"),
+)
 QUIET_SECONDS = 30.0  # a run in which no row finished for less than this is never unusually quiet
 
 
@@ -85,6 +91,27 @@ class Stats:
     def note_eager(self, why: str) -> None:
         """Remember why decoding could not be captured as CUDA graphs."""
         self.eager = why
+
+    def set_workers(self, workers: Sequence[tuple[Stats, Sequence[Stats]]]) -> None:
+        """Take over what workers have counted that compute at the same time; rows and reasons are counted elsewhere.
+
+        Tokens, slots and bytes are sums. Seconds and steps are means over the workers, so that rates are those of all
+        of them together.
+
+        Args:
+            workers: of each worker, its counters and those of its runs that have ended.
+        """
+        every = [part for now, past in workers for part in (now, *past)]
+        for name in TOKENS:
+            setattr(self, name, sum(getattr(part, name) for part in every))
+        for name in SECONDS:
+            setattr(self, name, sum(getattr(part, name) for part in every) / len(workers))
+        self.decode_steps = round(sum(part.decode_steps for part in every) / len(workers))
+        for name in HELD:
+            setattr(self, name, sum(getattr(now, name) for now, _ in workers))
+        self.shrunk_to = [pair for part in every for pair in part.shrunk_to]
+        self.eager = next((part.eager for part in every if part.eager), "")
+        self.modules = next((part.modules for part in every if part.modules), {})
 
     @property
     def elapsed(self) -> float:

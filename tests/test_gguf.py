@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bmx import Engine, EngineConfig
 from bmx.errors import ModelError
-from bmx.job.fingerprint import model_files
+from bmx.model.file_hash import model_files
 from bmx.model.gguf_cache import unpacked_folder
 from bmx.model.gguf_file import find_parts
 

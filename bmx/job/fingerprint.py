@@ -6,16 +6,12 @@ Knows settings and the files of a model; loads nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
-from bmx.config import FAKE, EngineConfig
-from bmx.model.demo import local_path
-from bmx.model.gguf_file import find_parts
+from bmx.config import EngineConfig
+from bmx.model.file_hash import model_files
 from bmx.prompt_config import PromptConfig
 from bmx.request import SamplingParams
 from bmx.run_config import JobConfig, RunConfig
@@ -26,11 +22,6 @@ SECTIONS = (EngineConfig, SamplingParams, PromptConfig, JobConfig)  # in the ord
 SETTINGS = tuple(setting for section in SECTIONS for setting in settings_in(section))
 PRIVATE = tuple(setting.name for setting in SETTINGS if setting.private)  # only hashes of them are kept
 CUTTING = tuple(setting.name for setting in SETTINGS if setting.decides_answers is IF_CUT)
-MODEL_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.py", "config.json", "generation_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model"),
-)
-SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
@@ -71,31 +62,6 @@ def _difference(name: str, before: Any, after: Any) -> str:
     if name in (*PRIVATE, "model_files"):
         return f"{name} has changed"
     return f"{name} was {json.dumps(before)[:80]}, is {json.dumps(after)[:80]}"
-
-
-def model_files(model: str) -> str | None:
-    """A hash of a local model's small files and of samples from its weights; None for a model of the hub."""
-    if model == FAKE:
-        return None
-    path = local_path(model)
-    files = sorted(path.iterdir()) if path.is_dir() else find_parts(path, model) if path.is_file() else []
-    digest = blake2b(digest_size=8)
-    for file in files:
-        if any(fnmatch(file.name, pattern) for pattern in MODEL_FILES) and file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            _sample(file, digest)
-    return digest.hexdigest() if files else None
-
-
-def _sample(file: Path, digest: Any) -> None:
-    """Add a file to the hash: all of a small one, of a large one blocks spread evenly over it."""
-    size = file.stat().st_size
-    with file.open("rb", 0) as data:
-        if size <= SAMPLES * SAMPLE_BYTES:
-            digest.update(data.read())
-            return
-        for i in range(SAMPLES):
-            digest.update(os.pread(data.fileno(), SAMPLE_BYTES, i * (size - SAMPLE_BYTES) // (SAMPLES - 1)))
 
 
 def _hash(text: bytes) -> str:
