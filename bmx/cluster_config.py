@@ -5,9 +5,11 @@ Each setting is declared once, as a field with its type, its default and its ``S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Annotated
 
+from bmx.config import EngineConfig
 from bmx.settings import NEVER, RUN, Setting
 from bmx.units import parse_count, parse_seconds
 
@@ -60,3 +62,17 @@ class ClusterConfig:
     def uses_ray(self) -> bool:
         """Whether rows are answered by workers, and not in this process."""
         return self.ray_address is not None or (self.workers or 1) > 1
+
+    def of_each_worker(self, engine: EngineConfig, rows: int) -> EngineConfig:
+        """The settings of each worker's engine, which answers no more rows at once than its share of them.
+
+        Args:
+            engine: the settings of the job.
+            rows: of the job.
+        """
+        workers = self.workers or 1
+        return (
+            engine
+            if workers == 1
+            else replace(engine, max_num_seqs=min(engine.max_num_seqs or rows, ceil(rows / workers)))
+        )

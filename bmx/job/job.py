@@ -34,6 +34,7 @@ from bmx.shutdown import Interrupted, Stop
 from bmx.stats import Stats
 from bmx.terminal.display import Display
 from bmx.terminal.reports import nothing_left_lines, row_line, summary_lines
+from bmx.terminal.worker_lines import worker_lines
 
 
 def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
@@ -66,7 +67,7 @@ def run(config: RunConfig, display: Display, stop: Stop | None = None) -> Stats:
         state = find_state(config, paths, inputs, journal, ledger)
         _count_earlier_runs(stats, state)
         if state.todo.left:
-            _answer(state, display, stop or Stop(), stats)
+            _answer(state, display, stop or Stop(), stats, stack)
         else:
             _nothing_left(state, display, stats)
         return stats
@@ -104,14 +105,14 @@ def _nothing_left(state: JobState, display: Display, stats: Stats) -> None:
     display.report(nothing_left_lines(stats, state.paths.errors, written))
 
 
-def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None:
+def _answer(state: JobState, display: Display, stop: Stop, stats: Stats, stack: ExitStack) -> None:
     """Load the model, make a plan, and answer the rows that have no record."""
     job, record = state.config.job, run_started(state.config, state.fingerprint)
     answering = None
     for note in check_field_names(state.config, state.reader):
         display.note(note)
     if _check_first_rows(state, display):
-        answering = prepare(state, display, stats)
+        answering = prepare(state, display, stats, stack)
         record |= answering.record
     if job.dry_run:
         return
@@ -133,6 +134,8 @@ def _answer(state: JobState, display: Display, stop: Stop, stats: Stats) -> None
             display.note(f"{done:,} of {stats.rows_total:,} rows have their records{held}")
         _check_complete(state, stats, stop)
     _write_table(state, display)
+    if answering and answering.fleet and job.verbose:
+        display.report(worker_lines(answering.fleet.workers))
     display.report(summary_lines(stats, plans, state.paths.output, state.paths.errors, state.paths.table))
 
 

@@ -6,7 +6,6 @@ Knows inputs and tokenizers; reads no weights. What fits is the business of ``sc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import ceil
 
 from bmx.compress.policy import CompressionPolicy
@@ -65,7 +64,7 @@ def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int, sha
         raise UsageError(f"share {config.job.shard} of {of_all} rows has no rows", hint="give a larger --limit")
     length = Length.of(CompressionPolicy.from_config(engine, spec), prompt_tokens, answer)
     return PlanQuery(
-        config=_of_a_worker(config, rows),
+        config=config.cluster.of_each_worker(engine, rows),
         spec=spec,
         machine=target,
         device=device_of(target, spec, engine, tokenizer=shape is None),
@@ -74,14 +73,6 @@ def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int, sha
         probe=len(engine.kv_probe or "") // TOKEN_CHARACTERS,
         workers=config.cluster.workers or 1,
     )
-
-
-def _of_a_worker(config: RunConfig, rows: int) -> EngineConfig:
-    """The settings of one of several workers, which answers no more rows at once than its share of them."""
-    engine, workers = config.engine, config.cluster.workers or 1
-    if workers == 1:
-        return engine
-    return replace(engine, max_num_seqs=min(engine.max_num_seqs or rows, ceil(rows / workers)))
 
 
 def _spec_of_shape(engine: EngineConfig, kind: str, shape: str, longest: int) -> ModelSpec:
@@ -136,7 +127,7 @@ def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Tod
 
     lengths = measurer.measure(requests(), lambda request, error: note_failure(request.id, error))
     return PlanQuery(
-        config=_of_a_worker(config, todo.left),
+        config=config.cluster.of_each_worker(engine, todo.left),
         spec=spec,
         machine=target,
         device=device_of(target, spec, engine),
