@@ -17,6 +17,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.engine.prefix_cache import LEAST, UNIT, PrefixCache, Reuse, common_tokens
 from bmx.engine.scheduler import Scheduler
 from bmx.engine.sequence import Sequence
+from bmx.engine.window import Window
 from bmx.model.spec import Costs, LayerSpec, ModelSpec
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, SlotGroup, StepSize
@@ -537,7 +538,7 @@ def test_every_token_is_computed_or_copied_and_someone_always_goes_on(
             held.extend(known(chunk.sequence)[chunk.start : chunk.start + chunk.length])
         scheduler.launched(step)
         finished += len(scheduler.update(step, [0] * sum(chunk.samples for chunk in step.chunks)))
-        prefixes.keep(step)
+        prefixes.keep(step, scheduler.unfinished)
     assert finished + len(dropped) == len(rows)
     if not dropped:
         assert computed + copied == sum(map(len, prompts))
@@ -574,3 +575,70 @@ def test_what_two_prompts_share_is_the_same_either_way(common, tails, chunk_size
     assert common_tokens(one.prompt, other.prompt) == common
     assert shared in {0, reuse.shared(other, one)}
     assert shared == 0 or LEAST <= shared <= common
+
+
+# ---- as much as can be shared is shared ----
+
+
+@st.composite
+def trees(draw):
+    """Prompts in any order: a system prompt or two, documents behind them, questions behind these, and some alone."""
+    fresh = iter(range(10, 10**6))
+
+    def text(least, most):
+        return [next(fresh)] * draw(st.integers(least, most))
+
+    prompts = [text(1, 200) for _ in range(draw(st.integers(0, 3)))]
+    for _ in range(draw(st.integers(1, 2))):
+        system = text(0, 150)
+        for _ in range(draw(st.integers(1, 3))):
+            document = [*system, *text(0, 200)]
+            prompts += [[*document, *text(20, 60)] for _ in range(draw(st.integers(1, 4)))]
+    return draw(st.permutations(prompts))
+
+
+def cuts(reuse, row):
+    """The states of a row that another one may have too: leading tokens, and what ``Reuse`` says of them."""
+    keys = {n: reuse.reuse_key(row, n) for n in range(LEAST, len(row.prompt))}
+    return {(tuple(row.prompt[:n]), k) for n, k in keys.items() if k is not None and (k != () or n % UNIT == 0)}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(prompts=trees(), slots=st.integers(1, 4), policy=st.sampled_from(["none", "far-attention"]))
+def test_what_is_computed_is_what_a_tree_of_all_prompts_has(prompts, slots, policy):
+    """By brute force: of each row, all but the longest state that any other row before it has."""
+    policy = CompressionPolicy.from_config(EngineConfig(kv_policy=policy, kv_budget=16, kv_sink=2, kv_recent=4))
+    rows = [sequence_of(i, prompt, 2, policy) for i, prompt in enumerate(prompts)]
+    reuse = Reuse(spec=SPEC, policy=policy, chunk_size=32)
+    known, least, longest = set(), 0, defaultdict(set)
+    for row in rows:
+        mine = cuts(reuse, row)
+        for other in rows:
+            common = mine & cuts(reuse, other) if other is not row else ()
+            longest[row] |= {max(len(tokens) for tokens, _ in common)} if common else set()
+        least += len(row.prompt) - max((len(tokens) for tokens, _ in mine & known), default=0)
+        known |= mine
+    depth = max(map(len, longest.values()))
+    assert computed_tokens(rows, reuse, slots, spare=depth) == least
+
+
+def computed_tokens(rows, reuse, slots, spare):
+    """Prompt tokens that are computed when rows go through a window."""
+    size = StepSize(chunk_size=reuse.chunk_size, max_num_batched_tokens=100)
+    scheduler = Scheduler([SlotGroup(max(row.rows_needed for row in rows), slots)], size)
+    prefixes = PrefixCache(reuse, [SlotGroup(10**6, spare)] if spare else [], 1, lambda *_: None)
+    window, computed = Window(100, 10**6), 0
+    for row in rows:
+        window.add(row, prefixes.keys(row), 1)
+    while window:
+        scheduler.enqueue(window.pop())
+        prefixes.join(scheduler.waiting[-1])
+    while scheduler.unfinished:
+        scheduler.admit_waiting()
+        prefixes.arrange(scheduler.in_slots)
+        step = scheduler.schedule()
+        computed += sum(chunk.length for chunk in step.chunks if not chunk.decodes)
+        scheduler.launched(step)
+        scheduler.update(step, [0] * sum(chunk.samples for chunk in step.chunks))
+        prefixes.keep(step, scheduler.unfinished)
+    return computed

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from itertools import groupby, takewhile
 
 import pytest
+from conftest import answers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bmx import Engine, EngineConfig, Request, SamplingParams
+from bmx.engine import run as run_module
+from bmx.engine.prefix_cache import UNIT
+from bmx.engine.run import LOOKAHEAD
 from bmx.engine.window import Window, chained_keys
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
@@ -117,3 +123,74 @@ def test_one_that_comes_late_joins_the_group_that_was_given_out_last():
     window.add("a2", keys_of("aaab"), 1)
     window.add("d1", keys_of("dddd"), 1)
     assert [window.pop() for _ in range(5)] == ["a2", "b1", "b2", "c1", "d1"]
+
+
+# ---- rows of a run ----
+
+
+def questions(documents, each, seed):
+    """Requests about documents of 110 words, in any order."""
+    chance = random.Random(seed)
+    texts = [" ".join(f"d{i}w{j}" for j in range(110)) for i in range(documents)]
+    rows = [(f"{i}/{j}", f"{text} question {j}") for i, text in enumerate(texts) for j in range(each)]
+    chance.shuffle(rows)
+    return [Request(id=name, prompt=prompt, params=SamplingParams(max_tokens=5)) for name, prompt in rows]
+
+
+def fake(**config):
+    return Engine.open(EngineConfig(model="fake", kv_format="model", max_num_seqs=4, **config))
+
+
+def test_shuffles_over_the_whole_window_change_no_answer_and_compute_no_more():
+    engine = fake()
+    expected = answers(fake(prefix_reuse=False), questions(30, 8, seed=0))
+    total = sum(len(request.prompt.split()) for request in questions(30, 8, seed=0))
+    for seed in range(3):
+        assert answers(engine, questions(30, 8, seed)) == expected
+        assert engine.stats.prompt_tokens == total - 30 * 7 * (110 // UNIT * UNIT)
+
+
+def test_no_row_is_moved_so_far_that_the_order_of_the_input_cannot_be_written(monkeypatch):
+    """Rows between the first unfinished one and the last one read: fewer than twice the window, whatever they share."""
+    monkeypatch.setattr(run_module, "ROWS", 128)
+    requests = questions(60, 10, seed=1)
+    place = {request.id: i for i, request in enumerate(requests)}
+    unfinished, spans = set(), []
+
+    def source():
+        for request in requests:
+            unfinished.add(place[request.id])
+            spans.append(place[request.id] - min(unfinished))
+            yield request
+
+    engine = fake()
+    for result in engine.run(source(), engine.plan(engine.measure(requests))):
+        unfinished.remove(place[result.id])
+    assert not unfinished
+    assert 128 < max(spans) < 2 * 128 + LOOKAHEAD
+
+
+def test_rows_that_are_there_are_answered_when_no_more_come_for_now():
+    """The window does not wait to be filled: reading pauses after each row, until that is answered."""
+    requests, pending = questions(3, 4, seed=2), []
+
+    def source():
+        for request in requests:
+            pending.append(request.id)
+            yield request
+
+    engine = fake()
+    plan = engine.plan(engine.measure(requests))
+    for result in engine.run(source(), plan, paused=lambda: bool(pending)):
+        pending.remove(result.id)
+    assert engine.stats.peak_active_slots == 1
+
+
+def test_rows_that_cannot_be_read_are_told_before_those_that_wait():
+    requests = questions(3, 4, seed=3)
+    requests[5] = Request(id="empty", prompt="")
+    engine = fake()
+    plan = engine.plan(engine.measure(requests))
+    first, *others = engine.run(requests, plan)
+    assert (first.id, first.error is not None) == ("empty", True)
+    assert {result.error for result in others} == {None}

@@ -27,7 +27,7 @@ from bmx.plan.chunks import chunk_ends
 from bmx.plan.memory import SlotGroup
 
 LEAST = 64  # tokens of the shortest prefix that is worth a copy
-RELATED = 256  # sequences that learn, after they have joined, of a prefix that they share with a later one
+JOINED = 1024  # most sequences that are known while they wait
 UNIT = 32  # where chunks may end anywhere, prefixes end at multiples of it, even if prompts share a few tokens more
 
 
@@ -219,7 +219,7 @@ class PrefixCache:
         self._capacity = {group + i: part.capacity for i, part in enumerate(prefix_slots)}
         self._known: WeakValueDictionary[tuple[object, ...], Prefix] = WeakValueDictionary()
         self._kept: dict[Prefix, CachedPrefix] = {}  # the least recently used is first
-        self._related: deque[Sequence] = deque(maxlen=RELATED)  # joined last, and each shares something with the next
+        self._joined: deque[Sequence] = deque(maxlen=JOINED)  # the newest last
         self._waiting_for: dict[Prefix, list[Sequence]] = {}  # sequences that wait while a step is computed
         self._copied = 0  # prompt tokens that were copied and not counted yet
         self.enabled = bool(self._free)
@@ -233,11 +233,13 @@ class PrefixCache:
 
         Those before that share as much, and have not computed it yet, learn of it too.
         """
-        previous = self._related[-1] if self._related else None
-        length = self._reuse.shared(sequence, previous) if self.enabled and previous else 0
-        if not length:
-            self._related.clear()
-        self._related.append(sequence)
+        if not self.enabled:
+            return
+        while len(self._joined) > 1 and self._joined[0].decoding:
+            self._joined.popleft()
+        previous = self._joined[-1] if self._joined else None
+        length = self._reuse.shared(sequence, previous) if previous else 0
+        self._joined.append(sequence)
         if not previous or not length:
             return
         common = common_tokens(sequence.prompt, previous.prompt)
@@ -247,7 +249,7 @@ class PrefixCache:
         reuse_key = self._reuse.reuse_key(sequence, length) or ()
         tokens = array("I", sequence.prompt[:length])
         prefix = self._known.setdefault((reuse_key, tokens.tobytes()), Prefix(length, reuse_key))
-        for sharer in reversed(self._related):
+        for sharer in reversed(self._joined):
             if sharer.prompt[:length] != sequence.prompt[:length]:
                 break
             if prefix not in sharer.prefixes and self._fits(prefix, sharer):
@@ -297,10 +299,14 @@ class PrefixCache:
         sequence.computed = prefix.length
         return prefix.length
 
-    def keep(self, step: Step) -> None:
+    def keep(self, step: Step, unfinished: Seq[Sequence]) -> None:
         """Copy the prefixes that a step has completed: to those that wait for them, and to a slot for those to come.
 
-        Without a free slot for copies, the least recently used one is written over.
+        Without a free slot for copies, the one is given up that is needed last.
+
+        Args:
+            step: has been launched.
+            unfinished: those that have or want a slot, in order of admission.
         """
         for chunk in step.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.length
@@ -308,27 +314,36 @@ class PrefixCache:
                 prefix = next(p for p in sequence.prefixes if p.length == end)
                 cached = CachedPrefix(sequence.slot_index, self._reuse.scored(sequence))
                 self._hand_out(prefix, cached)
-                slot_index = self._slot_for(prefix, min(end, sequence.rows_needed))
-                self._copy(sequence.slot_index, slot_index, end)
-                self._kept[prefix] = replace(cached, slot_index=slot_index)
+                if (slot_index := self._slot_for(prefix, min(end, sequence.rows_needed), unfinished)) is not None:
+                    self._copy(sequence.slot_index, slot_index, end)
+                    self._kept[prefix] = replace(cached, slot_index=slot_index)
 
     def _hand_out(self, prefix: Prefix, source: CachedPrefix) -> None:
-        """Copy a prefix to the sequences that wait for it."""
+        """Copy a prefix to the sequences that wait for it; of those that share more, the first computes that too."""
+        coming: set[Prefix] = set()
         for sequence in self._waiting_for.get(prefix, ()):
-            if sequence.waits and source.scored >= self._reuse.scored(sequence):
+            longer = [p for p in sequence.prefixes if p.length > prefix.length]
+            waits = sequence.waits and coming.isdisjoint(longer)
+            if waits and source.scored >= self._reuse.scored(sequence):
+                coming.update(longer)
                 self._copy(source.slot_index, sequence.slot_index, prefix.length)
                 sequence.computed, sequence.waits = prefix.length, False
                 self._copied += prefix.length
 
-    def _slot_for(self, prefix: Prefix, rows: int) -> SlotIndex:
-        """The smallest slot that holds a copy of so many rows; the copy that was in it is given up."""
+    def _slot_for(self, prefix: Prefix, rows: int, unfinished: Seq[Sequence]) -> SlotIndex | None:
+        """The smallest slot that holds a copy of so many rows; None if all others are needed before this one."""
         if prefix in self._kept:
             return self._kept.pop(prefix).slot_index
         for i, index in enumerate(self._free):
             if self._capacity[index.group] >= rows:
                 return self._free.pop(i)
-        fitting = (p for p, cached in self._kept.items() if self._capacity[cached.slot_index.group] >= rows)
-        return self._kept.pop(next(fitting)).slot_index
+        fitting = [p for p, cached in self._kept.items() if self._capacity[cached.slot_index.group] >= rows]
+        needed: dict[Prefix, int] = {}  # the place of the first that needs a prefix
+        for place, sequence in enumerate(unfinished):
+            if not sequence.computed:
+                needed |= {p: place for p in sequence.prefixes if p not in needed}
+        last = max((*fitting, prefix), key=lambda p: needed.get(p, sys.maxsize))
+        return None if last is prefix else self._kept.pop(last).slot_index
 
 
 def common_tokens(first: Seq[int], second: Seq[int]) -> int:

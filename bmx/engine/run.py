@@ -401,7 +401,7 @@ class _Attempt:
         self._in_flight.append(
             InFlightStep(step=step, sampled=sampled, launched_at=launched_at, active=active, held=scheduler.held_tokens)
         )
-        self._prefixes.keep(step)
+        self._prefixes.keep(step, scheduler.unfinished)
         return 0 if needs_tokens else self._runner.ahead
 
     @property
