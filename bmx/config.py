@@ -351,11 +351,26 @@ class EngineConfig(ModelConfig):
                 hint=f"the smallest budget is {self.kv_sink + self.kv_recent + 1}; start with a quarter of the prompt",
             )
         self._check_archive()
+        if self.tensor_parallel_size > 1:
+            self._check_split()
         if self.max_num_batched_tokens and self.max_num_batched_tokens < self.eviction_chunk_size:
             raise UsageError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below chunk_size {self.eviction_chunk_size}",
                 hint="lower --chunk-size too (it changes what is evicted when)",
             )
+
+    def _check_split(self) -> None:
+        """Refuse what cannot be split over devices: each of them knows its own heads alone."""
+        factors = self.kv_layer_budgets
+        if self.quantization != "none":
+            message, hint = f"quantised weights ({self.quantization}) cannot be split over devices", "--quantization"
+        elif self.kv_policy == "random":
+            message, hint = "kv_policy random ranks pairs by the number of their head in the model", "--kv-policy"
+        elif not isinstance(factors, str) and any(isinstance(layer, tuple) for layer in factors):
+            message, hint = "kv_layer_budgets has factors of single heads", "--kv-layer-budgets"
+        else:
+            return
+        raise UsageError(f"tensor_parallel_size: {message}", hint=f"leave out {hint}, or --tensor-parallel-size")
 
     def _check_archive(self) -> None:
         """Refuse settings of the archive that contradict each other."""

@@ -27,6 +27,7 @@ MAY_BE_HEAVY = ("kernels/", "kv/", "engine/", "model/fused_modules.py", "model/i
 MAY_BE_HEAVY += (
     "model/fp8_modules.py",
     "model/joined_weights.py",
+    "model/split_modules.py",
     "model/rope.py",
     "model/cost_trace.py",
     "measure/full_cache_answers.py",

@@ -44,7 +44,11 @@ def open_model(config: EngineConfig) -> tuple[Any, Backend]:
     source = find_source(config)
     tokenizer = load_tokenizer(source, config)
     check_memory(config, partial(preview_spec, config))
-    use_all_cores()
+    use_all_cores(config.tensor_parallel_size)
+    if config.tensor_parallel_size > 1:
+        from bmx.engine.group_backend import GroupBackend
+
+        return tokenizer, GroupBackend(config, source, tokenizer)
     return tokenizer, ModelBackend(load_model(source, config, tokenizer))
 
 
@@ -64,12 +68,16 @@ def check_cache(config: EngineConfig, prompt: PromptConfig) -> None:
         _ = Instructions.from_config(prompt).question
 
 
-def use_all_cores() -> None:
-    """Let torch compute on every core that this process may use, unless the environment says how many."""
+def use_all_cores(processes: int = 1) -> None:
+    """Let torch compute on every core that this process may use, unless the environment says how many.
+
+    Args:
+        processes: how many share them.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(hardware.usable_cores())
+        torch.set_num_threads(max(1, hardware.usable_cores() // processes))
 
 
 def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> None:

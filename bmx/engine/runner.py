@@ -141,20 +141,23 @@ class ModelRunner:
         """Launch a step; nothing waits for the device until its tokens are read."""
         if self._graphs is not None and all(c.decodes and not c.sequence.needs_host_tokens for c in step.chunks):
             return self._graphs.decode([self._graph_row(chunk) for chunk in step.chunks])
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        allowed = AllowedTokens([sequence.allowed for sequence in sampling])
+        return self._sample(sampling, self._forward(step), allowed)
+
+    def _forward(self, step: Step) -> Tensor:
+        """Compute a step without sampling: logits [N, V], one row for each chunk that samples."""
         if not self._reads_no_empty_rows:
             for chunk in step.chunks:
                 if chunk.start == 0:
                     self._reset(chunk.sequence.slot_index)
         self._states.clear([self._packer.slot_number(c.sequence) for c in step.chunks if c.start == 0])
-        sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
-        allowed = AllowedTokens([sequence.allowed for sequence in sampling])
         decoding = (chunk for chunk in step.chunks if chunk.decodes)
         self._attention.rank(
             DecodingSlot(self._packer.slot_number(chunk.sequence), chunk.start, chunk.sequence.rows_needed)
             for chunk in decoding
         )
-        logits = self._logits(self._packer.pack(step, self._next_ids), self._segments(step))
-        return self._sample(sampling, logits, allowed)
+        return self._logits(self._packer.pack(step, self._next_ids), self._segments(step))
 
     def _segments(self, step: Step) -> list[Segment]:
         """The packed tokens by sequence, where rotary frequencies depend on the sequence's length."""

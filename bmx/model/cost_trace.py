@@ -23,6 +23,7 @@ from bmx.model.asked_logits import compute_asked_logits
 from bmx.model.mixers import Mixers
 from bmx.model.rope import pin_rope
 from bmx.model.spec import Costs, no_attention, no_padding, no_preview, use_attention
+from bmx.model.split_modules import devices_of, split
 
 FEW, MANY = 64, 128  # tokens of the two runs; costs that do not grow with the tokens cancel out
 
@@ -68,6 +69,8 @@ def meta_copy(model: Any, dtype: Any) -> Any:
     """A model of the same class and sizes on the meta device, in torch's type ``dtype``."""
     with torch.device("meta"):
         copy = type(model)._from_config(model.config, dtype=dtype).eval()
+    if devices_of(model) > 1:
+        split(copy, devices_of(model))
     compute_asked_logits(copy)
     pin_rope(copy)
     return copy

@@ -234,12 +234,13 @@ def held_bytes(model: Any) -> int:
 
 
 def _spec(model: Any, layers: tuple[LayerSpec, ...], costs: Costs) -> ModelSpec:
-    head = model.get_output_embeddings().weight
+    output = model.get_output_embeddings()
+    head = output.weight
     return ModelSpec(
         name=type(model).__name__,
         layers=layers,
         costs=costs,
-        vocab=head.shape[0],
+        vocab=getattr(output, "out_features", head.shape[0]),  # of all devices, where it is split
         max_length=_max_length(model.config.get_text_config(decoder=True)),
         weight_bytes=held_bytes(model),
         head_bytes=head.nbytes,

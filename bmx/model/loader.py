@@ -27,6 +27,7 @@ from bmx.model.quantized_forms import (
     ask_for_whole,
     check_unpacked,
     convert_unpacked,
+    not_split,
     refuse_packed,
     refuse_unknown_form,
     stated_method,
@@ -135,7 +136,9 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         text_side = find_text_side(model_config, config.trust_remote_code)  # imports its code, which counts as runtime
     dtype = choose_dtype(config, device, keys)
     check_quantization(config.quantization, str(dtype).removeprefix("torch."), device.type)
-    packed = stated_method(keys) is not None
+    packed, devices = stated_method(keys) is not None, config.tensor_parallel_size
+    if packed and devices > 1:
+        raise not_split(config.model)
     if whole_in_memory(keys, device.type):
         ask_for_whole(model_config)
     hardware.trim_heap()
@@ -144,10 +147,11 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         model, loading = text_side.load(
             source,
             dtype=dtype,
-            device_map=None if device.type == "cpu" else device,
+            device_map=None if device.type == "cpu" or devices > 1 else device,
             use_safetensors=True,
             ignore_mismatched_sizes=not packed,  # those are refused below, by name
             **where,
+            **_over(devices),
         )
     check_complete(config.model, loading)
     check_unpacked(config.model, model, loading["unexpected_keys"])
@@ -155,11 +159,31 @@ def load_model(source: str, config: EngineConfig, tokenizer: Any = None) -> Load
         refuse_packed(config.model, folder, keys)
     if packed:
         convert_unpacked(model, dtype)
+    if devices > 1:
+        model = _part(model, devices)
     if device.type == "cpu":
         _read_pages(model)
     loaded = replace(prepare(model.eval(), runtime), commit=cached_commit(source, config.revision))
     loaded = loaded if ends is None else replace(loaded, end_token_ids=ends)
     return loaded if config.quantization == "none" else quantize(loaded, config.quantization)
+
+
+def _over(devices: int) -> dict[str, Any]:
+    """How transformers loads a model over devices: each process reads its own part."""
+    if devices == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=devices)}
+
+
+def _part(model: Any, devices: int) -> Any:
+    """This process's part of a model that was loaded over devices."""
+    from torch.distributed import get_rank
+
+    from bmx.model.split_modules import split
+
+    return split(model, devices, get_rank())
 
 
 def _compare_vocabularies(tokenizer: Any, model_config: Any, name: str) -> None:

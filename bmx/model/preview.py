@@ -5,11 +5,12 @@ Knows where configs are; reads no weights.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from bmx.config import EngineConfig
-from bmx.errors import ModelError
+from bmx.errors import ModelError, PreviewError
 from bmx.kernels import choose, fp8, int8
 from bmx.model.checkpoint import read_config as read_keys
 from bmx.model.checkpoint import read_headers, weight_bytes
@@ -19,7 +20,7 @@ from bmx.model.gguf_cache import kept_folder, read_config
 from bmx.model.gguf_file import find_parts
 from bmx.model.loader import check_libraries, check_quantization, loading_errors, prepare, silence_transformers
 from bmx.model.number_type import dtype_name
-from bmx.model.quantized_forms import refuse_packed, refuse_unknown_form, whole_in_memory
+from bmx.model.quantized_forms import not_split, refuse_packed, refuse_unknown_form, whole_in_memory
 from bmx.model.source import find_source
 from bmx.model.spec import ModelSpec, check_config
 from bmx.model.text_side import TextSide, find_text_side
@@ -88,6 +89,7 @@ def _unquantized_spec(config: EngineConfig, device: str) -> ModelSpec:
         refuse_packed(config.model, folder, keys)
     known = known_keys(folder) if plain_folder else None
     itemsize = ITEMSIZE[dtype_name(config, device, known)] if known else 0
+    known = None if config.tensor_parallel_size > 1 else known  # parts are those of a model
     spec = spec_from_config(folder, itemsize, whole_in_memory(known, device)) if known else None
     return spec or _spec_from_transformers(source, gguf, config, device)
 
@@ -108,6 +110,8 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
     dtype = dtype_name(config, device, model_config.to_dict())
     quantized = getattr(model_config, "quantization_config", None) is not None
     stored = quantized and not gguf and not whole_in_memory(model_config.to_dict(), device)
+    if quantized and config.tensor_parallel_size > 1:
+        raise not_split(config.model)
     if quantized:
         del model_config.quantization_config
     with loading_errors(config.model):
@@ -135,7 +139,25 @@ def _spec_from_transformers(source: str, gguf: str | None, config: EngineConfig,
 def _meta_spec(text_side: TextSide, dtype: str, config: EngineConfig) -> ModelSpec:
     with loading_errors(config.model):
         model = text_side.on_meta(dtype, config.trust_remote_code)
-    return prepare(model).spec
+    whole = prepare(model).spec
+    return whole if config.tensor_parallel_size == 1 else _part_of(whole, text_side, dtype, config)
+
+
+def _part_of(whole: ModelSpec, text_side: TextSide, dtype: str, config: EngineConfig) -> ModelSpec:
+    """The spec of one device's part of a model.
+
+    Raises:
+        ModelError: it cannot be split.
+        UsageError: not over as many devices.
+    """
+    from bmx.model.split_modules import check_parts, split
+
+    devices, part = config.tensor_parallel_size, None
+    model = split(text_side.on_meta(dtype, config.trust_remote_code), devices)
+    with suppress(PreviewError):
+        part = prepare(model).spec
+    check_parts(whole, part, devices)
+    return part or whole
 
 
 def locate_files(config: EngineConfig) -> tuple[str, str | None]:

@@ -164,3 +164,9 @@ def _refusal(name: str, form: str) -> ModelError:
 def _shown(names: Iterable[str]) -> str:
     shown = sorted(names)
     return ", ".join(shown[:2]) + (", ..." if len(shown) > 2 else "")
+
+
+def not_split(name: str) -> ModelError:
+    """The error of a checkpoint whose weights are quantised, on several devices."""
+    hint = "leave out --tensor-parallel-size, or choose the model it was made from"
+    return ModelError(f"model {name} has quantised weights, which cannot be split over devices", hint=hint)
