@@ -43,6 +43,11 @@ class FreeMemory:
     source: str
     holders: str = ""
 
+    def divided(self, processes: int) -> FreeMemory:
+        """What each of several processes may take of it."""
+        source = f"{self.source} / {processes}" if processes > 1 else self.source
+        return FreeMemory(self.free // processes, self.total // processes, source, self.holders)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuProcess:

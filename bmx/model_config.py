@@ -57,11 +57,13 @@ class ModelConfig:
     tensor_parallel_size: Annotated[
         int,
         Setting(
-            "Devices that share one model: each holds a part of every layer's heads and weights",
+            "Devices that share one model: each holds a part of every layer's heads and weights; limits of memory are "
+            "those of each",
             decides_answers=NEVER,
             unit="devices",
             metavar="N",
             parse=parse_count,
+            commands=("run", "plan-batch"),
             rare=True,
         ),
     ] = 1

@@ -40,7 +40,8 @@ class Following:
     def __init__(self, membership: Membership, connection: Connection) -> None:
         membership.join()
         self._backend = ModelBackend(load_model(membership.source, membership.config))
-        self._connection, self._runner, self._entered = connection, None, ExitStack()
+        self._connection, self._entered = connection, ExitStack()
+        self._runner: FollowingRunner | None = None
         self._tried: tuple[ModelSpec, CompressionPolicy] | None = None
 
     def begin(self, spec: ModelSpec, plan: Plan, policy: CompressionPolicy, probe: tuple[int, ...]) -> None:
@@ -48,8 +49,8 @@ class Following:
         if self._tried != (spec, policy):
             self._backend.try_kernels(spec, policy)
             self._tried = spec, policy
-        runner = FollowingRunner(self._backend.loaded, policy, plan, self._backend.kernels, probe)
-        self._runner = self._entered.enter_context(runner)
+        self._runner = FollowingRunner(self._backend.loaded, policy, plan, self._backend.kernels, probe)
+        self._entered.enter_context(self._runner)
         self._connection.send("ready")
 
     def step(self, chunks: tuple[SentChunk, ...]) -> None:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -38,6 +38,7 @@ from bmx.errors import BmxError, DeviceError, UsageError
 FOLLOWER = "bmx.engine.follower"
 LOOPBACK = "lo"  # all processes of a group are on one machine
 NETWORKS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+NCCL_GOES_ON = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # a failed call is an error, and does not end the process
 NOTICED = 5.0  # seconds within which the end of a process is seen by the others
 BRIEFLY = 0.5
 SAVED = "Finished answers are saved. Run the same command again; if it happens again, see the system's log"
@@ -68,9 +69,11 @@ class Membership:
             os.environ.setdefault(name, LOOPBACK)
         size = self.config.tensor_parallel_size
         on_gpu = self.kind == "cuda"
+        if on_gpu:
+            os.environ.setdefault(*NCCL_GOES_ON)
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=distributed.FileStore(self.store, size),
+            store=distributed.FileStore(self.store, size),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=size,
             device_id=device("cuda", 0) if on_gpu else None,  # each process sees its own GPU as the first one
@@ -124,7 +127,7 @@ class Group:
                     self._followers.append(self._start(rank, kind))
                 self.answers()  # they have started, and nothing of what they need is missing
                 for follower in self._followers:
-                    _send(follower, Membership(config=config, source=source, rank=follower.rank, store=own.store, kind=kind))
+                    _send(follower, replace(own, rank=follower.rank))
                 own.join()
         except BaseException:
             self.close()
@@ -259,8 +262,8 @@ def _check_devices(size: int, kind: str) -> None:
         message = f"--tensor-parallel-size {size} needs {size} GPUs, and there are {found}"
         raise UsageError(message, hint="lower it, or check CUDA_VISIBLE_DEVICES")
     if kind == "cpu" and cuda.is_available():
-        message = "--tensor-parallel-size on the CPU of a machine with a GPU: transformers splits models over GPUs there"
-        raise UsageError(message, hint=f"hide the GPUs: {GPUS}= bmx run ...")
+        message = "--tensor-parallel-size: transformers splits models over the GPUs of a machine that has some"
+        raise UsageError(message, hint=f"hide them to try it on the CPU: {GPUS}= bmx run ...")
 
 
 def _environment(rank: int, size: int, kind: str) -> dict[str, str]:

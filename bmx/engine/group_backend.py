@@ -16,7 +16,6 @@ from bmx.engine.group_runner import LeadingRunner
 from bmx.engine.memory_meter import MemoryMeter
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
-from bmx.kernels import Kernels
 from bmx.model.loader import LoadedModel, choose_device, load_model
 from bmx.model.spec import ModelSpec
 from bmx.plan.planner import Plan
@@ -77,14 +76,6 @@ class GroupBackend(ModelBackend):
             group.tell("free")
             return group.answers()
 
-    def with_kernels(self, kernels: Kernels) -> ModelBackend:
-        """Not of this one: the others' kernels would be others.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("the kernels of a model over several devices cannot be replaced")
-
     def try_kernels(self, spec: ModelSpec, policy: CompressionPolicy) -> None:
         """See ``Backend``; the other processes try theirs when a plan begins."""
         super().try_kernels(spec, policy)
@@ -140,14 +131,8 @@ class GroupMeter(MemoryMeter):
         """What is free for one process: an equal part of the host's, or as much as on the GPU that has least."""
         free = super().free_memory()
         if self._device == "cpu":
-            return part_of(free, self._size)
+            return free.divided(self._size)
         return replace(free, free=max(0, min(free.free, *(total - self.held for total in self._others()))))
-
-
-def part_of(memory: FreeMemory, processes: int) -> FreeMemory:
-    """What one of several processes may take of the host's memory."""
-    source = f"{memory.source}, for each of {processes} processes"
-    return replace(memory, free=memory.free // processes, total=memory.total // processes, source=source)
 
 
 def _end(group: Group) -> None:

@@ -89,19 +89,22 @@ def check_memory(config: EngineConfig, preview: Callable[[str], ModelSpec]) -> N
 
     Raises:
         MemoryLimitError: says what would be enough.
+        ModelError: bmx cannot run the model.
+        UsageError: it cannot be split over as many devices.
     """
     kind = choose_device(config).type
     if kind == "cuda":
         gpus = hardware.visible_gpus()
         memory, held, runtime = gpus[0].free_memory if gpus else None, 0, RUNTIME_BYTES[kind]
     else:
-        memory, held, runtime = hardware.free_host_memory(), hardware.held_bytes(), hardware.resident_bytes()
-    if memory is None:
-        return  # what is free is known when CUDA has begun
+        memory = hardware.free_host_memory().divided(config.tensor_parallel_size)
+        held, runtime = hardware.held_bytes(), hardware.resident_bytes()
     try:
         spec = under_settings(preview(kind), config)
     except PreviewError:
         return  # the plan of the loaded model says it
+    if memory is None:
+        return  # what is free is known when CUDA has begun
     policy = CompressionPolicy.from_config(config, spec)
     shortest = Length.of(policy, 1, 1)
     builder = PlanBuilder(

@@ -111,17 +111,19 @@ def plan_batch(config: RunConfig, options: PlanBatchOptions, display: Display) -
 
 
 def _target(config: RunConfig, options: PlanBatchOptions) -> Machine:
-    """The machine of each worker.
+    """The machine of each worker, or of each of its devices.
 
     Raises:
-        UsageError: this machine has fewer GPUs than workers.
+        UsageError: this machine has fewer GPUs.
     """
     workers, named = config.cluster.workers or 1, bool(options.gpu or options.gpu_memory)
+    of_each = config.engine.tensor_parallel_size
+    devices, needed = workers * of_each, "a GPU" if of_each == 1 else f"{of_each} GPUs"
     target = machine(config.engine, options.gpu, options.gpu_memory)
-    if target.kind == "cuda" and not named and (gpus := len(hardware.visible_gpus())) < workers:
-        message = f"{counted(workers, 'worker')} need a GPU each, and this machine has {gpus}"
+    if target.kind == "cuda" and not named and (gpus := len(hardware.visible_gpus())) < devices:
+        message = f"{counted(workers, 'worker')} need {needed} each, and this machine has {gpus}"
         raise UsageError(message, hint="name the GPU that they would have: --gpu H100")
-    return shared_machine(target, workers)
+    return shared_machine(target, devices)
 
 
 def _chosen(query: PlanQuery, scenarios: Sequence[Scenario]) -> Scenario:
@@ -164,6 +166,8 @@ def _check(config: RunConfig, options: PlanBatchOptions) -> None:
         raise UsageError("a --shape has no tokenizer for the prompts of an INPUT", hint="give --max-input 4k instead")
     if options.measure and (config.cluster.workers or 1) > 1:
         raise UsageError("--measure runs one model: it cannot be combined with --workers")
+    if options.shape and config.engine.tensor_parallel_size > 1:
+        raise UsageError("a --shape is planned for one device", hint="name the model: --model FOLDER")
     if options.shape and options.measure:
         raise UsageError("--measure loads a model: it cannot be combined with --shape", hint="bmx bench takes shapes")
 

@@ -178,7 +178,7 @@ def _over(devices: int) -> dict[str, Any]:
 
 
 def _part(model: Any, devices: int) -> Any:
-    """This process's part of a model that was loaded over devices."""
+    """The part of a model that this process has loaded of it, as a model."""
     from torch.distributed import get_rank
 
     from bmx.model.split_modules import split

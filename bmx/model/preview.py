@@ -5,7 +5,6 @@ Knows where configs are; reads no weights.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,12 +151,15 @@ def _part_of(whole: ModelSpec, text_side: TextSide, dtype: str, config: EngineCo
     """
     from bmx.model.split_modules import check_parts, split
 
-    devices, part = config.tensor_parallel_size, None
+    devices = config.tensor_parallel_size
     model = split(text_side.on_meta(dtype, config.trust_remote_code), devices)
-    with suppress(PreviewError):
+    try:
         part = prepare(model).spec
+    except PreviewError:
+        check_parts(whole, None, devices)
+        raise
     check_parts(whole, part, devices)
-    return part or whole
+    return part
 
 
 def locate_files(config: EngineConfig) -> tuple[str, str | None]:

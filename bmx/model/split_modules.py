@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from bmx.errors import UsageError
-from bmx.model.spec import ModelSpec, refusal
+from bmx.errors import ModelError, UsageError
+from bmx.model.spec import ModelSpec
 
 OUTPUTS = {"colwise"}  # styles of transformers' plans: a part of the outputs, which only its own device reads
 WHOLE_OUTPUTS = {"colwise_gather_output", "colwise_rep"}  # a part of the outputs, and all devices read all of them
@@ -28,6 +28,7 @@ SLICED_INPUTS = {"rowwise_split_input"}  # a part of the inputs, of which every 
 VOCABULARY = {"embedding_rowwise"}  # a part of the vocabulary
 UNSPLIT = {"replicated_with_grad_allreduce", "replicate"}
 STYLES = OUTPUTS | WHOLE_OUTPUTS | INPUTS | SLICED_INPUTS | VOCABULARY | UNSPLIT
+ONE_DEVICE = "leave out --tensor-parallel-size"
 _LAYER = re.compile(r"\.\d+(?=\.|$)")  # the number of a layer in the name of a module
 
 
@@ -42,11 +43,11 @@ class Summed(nn.Module):
     def __init__(self, inner: nn.Linear, part: slice | None) -> None:
         super().__init__()
         self.inner, self.bias, self._part = inner, inner.bias, part
-        inner.bias = None
+        inner.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole output [..., out]."""
-        output = self.inner(x if self._part is None else x[..., self._part].contiguous()).contiguous()
+        output: Tensor = self.inner(x if self._part is None else x[..., self._part].contiguous()).contiguous()
         if not output.is_meta:
             distributed.all_reduce(output)
         return output if self.bias is None else output + self.bias
@@ -74,7 +75,7 @@ class Gathered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole output [..., out]."""
-        output = self.inner(x)
+        output: Tensor = self.inner(x)
         if output.is_meta:
             return output.new_empty(*output.shape[:-1], self.out_features)
         missing = -(-self.out_features // self._devices) - output.shape[-1]  # the last device may hold fewer
@@ -116,7 +117,7 @@ def split(model: Any, devices: int, rank: int = 0) -> Any:
             module._parameters[key] = own[1]
         _exchange(model, name, module, style, devices, rank)
     if left := [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]:
-        raise refusal(type(model).__name__, f"on several devices, {left[0]} is split in a way that bmx does not know")
+        raise _refusal(model, f"{left[0]} is in parts of a kind that bmx does not know")
     model.split_over = devices
     return model
 
@@ -135,14 +136,18 @@ def _plan(model: Any) -> dict[str, str]:
     names = {_LAYER.sub(".*", name) for name, _ in (*model.named_modules(), *model.named_parameters())}
     plan = {name: style for name, style in (getattr(model, "tp_plan", None) or {}).items() if name in names}
     if not plan:
-        raise refusal(type(model).__name__, "on several devices: transformers has no plan to split it")
+        raise _refusal(model, "transformers has no plan for that")
     if unknown := sorted(set(plan.values()) - STYLES):
-        raise refusal(type(model).__name__, f"on several devices: parts of it are split by {', '.join(unknown)}")
+        raise _refusal(model, f"transformers' plan has parts of a kind that bmx does not know ({', '.join(unknown)})")
     return plan
 
 
+def _refusal(model: Any, reason: str) -> ModelError:
+    return ModelError(f"{type(model).__name__} cannot be split over devices: {reason}", hint=ONE_DEVICE)
+
+
 def _own_part(parameter: Any, style: str, key: str, devices: int) -> nn.Parameter:
-    """This device's part of a parameter: what transformers has loaded; of one without contents, the first part."""
+    """One device's part of a parameter: what transformers has loaded; of one without contents, the first part."""
     if isinstance(parameter, DTensor):
         part = parameter.to_local()
     elif parameter.is_meta and style not in UNSPLIT and not (key == "bias" and style in INPUTS | SLICED_INPUTS):
@@ -180,11 +185,11 @@ def check_parts(whole: ModelSpec, part: ModelSpec | None, devices: int) -> None:
         UsageError: the heads cannot be divided.
     """
     if whole.states:
-        raise refusal(whole.name, "on several devices: it has layers that keep a state")
+        raise ModelError(f"{whole.name} cannot be split over devices: it has layers that keep a state", hint=ONE_DEVICE)
     heads = [(layer.query_heads, layer.kv_heads) for layer in whole.layers]
-    parts = [(layer.query_heads, layer.kv_heads) for layer in part.layers] if part else []
-    divided = [(query / devices, kv / devices) for query, kv in heads]
-    if part is None or parts not in (heads, divided):
+    divisible = not any(kv % devices or query % devices for query, kv in heads)
+    parts = heads if part is None else [(layer.query_heads, layer.kv_heads) for layer in part.layers]
+    if (parts != heads or part is None) and not divisible:
         kv_heads = sorted({kv for _, kv in heads})
         counts = ", ".join(map(str, kv_heads))
         fitting = [n for n in range(1, min(kv_heads) + 1) if not any(kv % n or q % n for q, kv in heads)]

@@ -90,7 +90,8 @@ class Device:
         slack, share = SLACK[kind]
         if kind == "cpu":
             slack += spec.merged_bytes  # the file's pages of merged weights stay mapped
-        captures = kind == "cuda" and capabilities.capturable and rounds and not config.enforce_eager
+        eager = config.enforce_eager or config.tensor_parallel_size > 1
+        captures = kind == "cuda" and capabilities.capturable and rounds and not eager
         return cls(
             kind=kind,
             runtime=runtime,

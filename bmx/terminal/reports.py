@@ -73,6 +73,8 @@ def plan_lines(
     if every > 1:
         count = f"{rows:,} rows of about {tokens:,} prompt tokens in all (one in {every} was measured)"
     yield Line(f"{model['architecture']}, {count}, attention: {model['attention']}")
+    if devices := model.get("tensor_parallel_size"):
+        yield Line(f"split over {devices} devices: what follows of memory is that of each")
     if budget and budget.of_bytes:
         share, pairs = f"{100 * budget.of_bytes:g}%", f"{min(1.0, budget.share or 0.0):.1%}"
         yield Line(f"budget: {share} of the full cache's bytes hold {pairs} of each prompt's KV pairs")
@@ -269,7 +271,8 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
     whose = "those that can be answered" if query.failed else "all"
     yield f"{query.spec.name}: {counted(query.rows, 'prompt')}{sampled}, {counted(tokens, 'token')} in {whose}"
     yield from failed_lines(query)
-    each = f"each of {query.workers:,} workers " if query.workers > 1 else ""
+    shares = ((query.config.tensor_parallel_size, "devices"), (query.workers, "workers"))
+    each = "of ".join(f"each of {count:,} {what} " for count, what in shares if count > 1)
     yield (
         f"{each}on {machine.name}, {megabytes(machine.memory.free)} free: "
         f"{megabytes(limits.total)} may be used ({limits.source})"
