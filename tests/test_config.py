@@ -155,6 +155,7 @@ def typed(name: str, value: Any, word: str) -> list[str]:
 def test_every_setting_is_a_flag_a_variable_and_a_yaml_key(config_file, turn):
     later = {"retry_failed": 1, "verbose": 1, "set_aside": 1}  # not together with --overwrite, --quiet
     later |= {"guided_regex": 1, "guided_choice": 2}  # not together with --json-schema
+    later |= {"tensor_parallel_size": 1}  # not together with --quantization
     values = {s.name: sample(s) for s in OWN if later.get(s.name, 0) == turn}
     words = {name: value[0] if isinstance(value, list) else str(value) for name, value in values.items()}
     as_flags = shown(*(word for name in values for word in typed(name, values[name], words[name])))

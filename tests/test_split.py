@@ -26,7 +26,7 @@ SETTINGS = {"dtype": "float32", "kv_sink": 4, "kv_recent": 8, "kv_format": "mode
 WAYS = {
     "eviction": {},
     "few bits": {"kv_format": "int8/int4", "kv_policy": "keydiff"},
-    "full cache": {"kv_policy": "none", "kv_format": "int4"},
+    "full cache": {"kv_policy": "none", "kv_format": "int4", "chunk_size": 24},
     "archive": {"kv_archive": "int4"},
 }
 
