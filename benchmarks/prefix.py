@@ -128,6 +128,8 @@ def main() -> None:
                 answered("without reuse", off, shuffled),
                 answered("with reuse, shuffled", on, shuffled),
                 answered("with reuse, neighbours", on, requests),
+                answered("with reuse, shuffled", on, shuffled),
+                answered("with reuse, neighbours", on, requests),
             )
             continue
         shared, own, count = (400, 60, args.rows) if name == "system" else (3000, 20, 8)
