@@ -141,7 +141,7 @@ def estimated_attention(
     """
     import torch
 
-    from bmx.kernels.reference import cap, softmax_with_sinks
+    from bmx.kernels.scores import cap, softmax_with_sinks
 
     beyond = torch.arange(products.shape[-1], device=products.device) > positions.view(-1, 1, 1, 1)
     scores = cap(products * scale, softcap).masked_fill(beyond, float("-inf"))

@@ -30,7 +30,7 @@ from bmx.kernels import Kernels
 from bmx.kernels.contract import Capabilities, KernelModule
 from bmx.kernels.formats import hadamard
 from bmx.kernels.linear import Linear
-from bmx.kernels.reference import out_of_window
+from bmx.kernels.scores import out_of_window
 from bmx.kernels.transfer import upload
 from bmx.kv.layout import LayerLayout
 from bmx.kv.pool import KVPool, LayerSlots

@@ -31,7 +31,8 @@ from bmx.kernels.compiled_mixers import CompiledMixers
 from bmx.kernels.formats import MODEL, Stored
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import FORMULAS, EvictionOrder
-from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, query_heads
+from bmx.kernels.scores import out_of_window
+from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SharedRows, query_heads
 
 WORD = 32  # bfloat16 numbers, or columns, that are computed together
 COLUMNS = 16
@@ -118,7 +119,12 @@ class CompiledKernels(CompiledMixers):
             output, sums = cpu.attend_chunk(*map(_wide, operands), **details)
             return output.to(query.dtype), sums
         slot = Stored(_in_rows(past_key), None, MODEL), Stored(_in_rows(past_value), None, MODEL)
-        options = {"sinks": sinks, "hidden": hidden, "query_weights": query_weights, "past_places": past_places}
+        options: dict[str, Any] = {
+            "sinks": sinks,
+            "hidden": hidden,
+            "query_weights": query_weights,
+            "past_places": past_places,
+        }
         return self._attend_chunk((query, key, value), slot, past_key.shape[1], scale, distance, power, **options)
 
     def _attend_chunk(
@@ -129,6 +135,7 @@ class CompiledKernels(CompiledMixers):
         scale: float,
         distance: int,
         power: int,
+        other: tuple[tuple[Stored, Stored], int] | None = None,
         **options: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """``attend_chunk`` to the first ``past`` stored rows of a slot's kv heads.
@@ -140,6 +147,7 @@ class CompiledKernels(CompiledMixers):
             scale: as in ``attend_chunk``.
             distance: as in ``attend_chunk``.
             power: as in ``attend_chunk``.
+            other: keys and values of another slot, and how many of the ``past`` rows are its: they come first.
             options: sinks, hidden, query_weights and past_places, as in ``attend_chunk``.
         """
         query, key, value = chunk
@@ -150,15 +158,11 @@ class CompiledKernels(CompiledMixers):
         sums = torch.zeros(ways, kv_heads, past + tokens)
         rows = (options["hidden"], None if sinks is None else sinks.float(), query_weights, options["past_places"])
         tables = [None if table is None else table.contiguous() for table in rows]
-        sizes = (tokens, heads, kv_heads, past, ways, scale, distance, power)
+        before, shared = other or (None, 0)
+        sizes = (tokens, heads, kv_heads, past, shared, ways, scale, distance, power)
         addresses = map(address, (*tables, output, sums))
-        self._library.call(
-            "bmx_attend_chunk",
-            vectors_of(*chunk),
-            stored_of(*slot, key, value),
-            *sizes,
-            *addresses,
-        )
+        stored = stored_of(*slot, key, value, other=before)
+        self._library.call("bmx_attend_chunk", vectors_of(*chunk), stored, *sizes, *addresses)
         return output, sums if ways else None
 
     def attend_slots(
@@ -175,13 +179,14 @@ class CompiledKernels(CompiledMixers):
         want_mass: bool = False,
         squares: bool = False,
         power: int = 1,
+        shared: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``contract.KernelModule.attend_slots``."""
-        contiguous = keys.is_contiguous() and values.is_contiguous()
+        contiguous = keys.is_contiguous() and values.is_contiguous() and shared is None
         if softcap is not None or squares or scale <= 0 or not (contiguous and all(map(_takes, (query, keys, values)))):
             details: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "hidden": hidden, "squares": squares}
             details |= {"want_mass": want_mass, "power": power}
-            details |= {"scale": scale, "slots": slots}
+            details |= {"scale": scale, "slots": slots, "shared": shared and tuple(map(_wide, shared))}
             output, sums = cpu.attend_slots(*map(_wide, (query, keys, values)), **details)
             return output.to(query.dtype), sums
         batch, heads, _ = query.shape
@@ -218,6 +223,7 @@ class CompiledKernels(CompiledMixers):
         accumulate: bool,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        shared: SharedRows | None = None,
     ) -> bool:
         """See ``contract.KernelModule.decode_step``; no slot may be -1, and it declines orders by rank."""
         if softcap is not None or scale <= 0 or order.by not in FORMULAS or not _takes_rows(query, key, value, rows):
@@ -225,8 +231,9 @@ class CompiledKernels(CompiledMixers):
         batch, heads, _ = query.shape
         sinks = None if sinks is None else sinks.float()
         state = map(address, (rows.positions, rows.mass, rows.first, rows.capacity))
-        tokens = map(address, (slots, positions, row_limits))
-        sizes = (batch, heads, rows.kv_heads, rows.largest)
+        others = (None, None) if shared is None else shared
+        tokens = map(address, (slots, positions, row_limits, *others))
+        sizes = (batch, heads, rows.kv_heads, rows.largest, 0 if shared is None else int(shared.rows.max()))
         options = (scale, decay, accumulate, order_of(order), address(sinks))
         keys = Stored(rows.keys, rows.key_scales, rows.key_format)
         values = Stored(rows.values, rows.value_scales, rows.value_format)
@@ -257,15 +264,20 @@ class CompiledKernels(CompiledMixers):
             own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
             asking = query_heads(heads, query.shape[1] // rows.kv_heads)
             start, tokens, (kv_heads, capacity) = chunks.starts[n], chunks.lengths[n], positions.shape
+            slot, before = chunks.shared_by(n)
             limit = min(chunks.row_limits[n], capacity)
-            used = min(start, limit)
+            used = min(start - before, limit)
+            seen, other = positions[:, :used], None
+            if before:
+                view = rows.view(slot, heads.start)
+                seen, other = torch.cat([view.positions[:, :before], seen], 1), ((view.keys, view.values), before)
             chunk = query[own, asking], key[own, heads], value[own, heads]
             output[own, asking], sums = self._attend_chunk(
-                chunk, (keys, values), used, scale, order.distance, order.power,
+                chunk, (keys, values), before + used, scale, order.distance, order.power, other,
                 sinks=None if sinks is None else sinks[asking],
-                hidden=reference.out_of_window(positions[:, :used], start, tokens, order.window),
+                hidden=out_of_window(seen, start, tokens, order.window),
                 query_weights=_weights(chunks, own) if mass is not None and chunks.evicts(n, capacity) else None,
-                past_places=positions[:, :used] - start if order.distance else None,
+                past_places=seen - start if order.distance else None,
             )  # fmt: skip
             operands = (vectors_of(*chunk[1:]), stored_of(keys, values, key, value))
             state = map(address, (positions, mass, None if sums is None else sums[0]))

@@ -90,9 +90,9 @@ class Library:
         pointer, number, flag, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
         working: dict[str, list[Any]] = {
             "bmx_linear": [pointer] * 2 + [flag] * 2 + [pointer] + [number] * 2,
-            "bmx_attend_chunk": [pointer] * 2 + [number] * 5 + [real, flag, flag] + [pointer] * 6,
+            "bmx_attend_chunk": [pointer] * 2 + [number] * 6 + [real, flag, flag] + [pointer] * 6,
             "bmx_attend_slots": [pointer] * 3 + [number] * 4 + [real, flag, pointer, number, number] + [pointer] * 3,
-            "bmx_decode_step": [pointer] * 9 + [number] * 4 + [real] * 2 + [flag, _Order] + [pointer] * 2,
+            "bmx_decode_step": [pointer] * 11 + [number] * 5 + [real] * 2 + [flag, _Order] + [pointer] * 2,
             "bmx_evict": [pointer] * 5 + [number] * 6 + [real, _Order],
             "bmx_convolve": [pointer, number, flag] + [pointer] * 4 + [flag, number, number, pointer],
             "bmx_delta_rule": [pointer, flag, pointer, flag, pointer] + [number] * 4 + [flag, flag, pointer],
@@ -163,14 +163,22 @@ def sequences_of(slots: Tensor, begins: tuple[int, ...] | None, length: int, *, 
     return ctypes.byref(_Sequences(slots.data_ptr(), first, len(slots), length, kept))
 
 
-def stored_of(keys: Stored, values: Stored, *vectors: Tensor) -> Any:
-    """Stored keys and values [..., rows, D or E], as the C++ sees them; ``vectors`` are of the same sizes."""
+def stored_of(keys: Stored, values: Stored, *vectors: Tensor, other: tuple[Stored, Stored] | None = None) -> Any:
+    """Stored keys and values [..., rows, D or E], as the C++ sees them, and those of another slot behind them.
+
+    Args:
+        keys: of a slot, or of all.
+        values: of the same.
+        vectors: a key and a value of the same sizes.
+        other: keys and values of the other slot; the same again if left out.
+    """
     views = []
-    for stored, dim in zip((keys, values), (one.shape[-1] for one in vectors), strict=True):
+    dims = [one.shape[-1] for one in vectors]
+    for stored, dim in zip((keys, values, *(other or (keys, values))), dims * 2, strict=True):
         numbers = stored.numbers
         head = numbers.stride(-3) // numbers.stride(-2) if numbers.ndim > 2 else 0
         views.append(_Stored(address(numbers), address(stored.scales), FORMATS.index(stored.format), dim, head))
-    return (_Stored * 2)(*views)
+    return (_Stored * 4)(*views)
 
 
 def channel_rows_of(rows: ChannelRows, slot: int = 0) -> Any:

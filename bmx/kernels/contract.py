@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from bmx.kernels.formats import MODEL
 from bmx.kernels.mixer_contract import HybridNorms, MixerFunctions
+from bmx.kernels.profile import KernelProfile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bmx.kernels.linear import Linear
     from bmx.kernels.ranking import EvictionOrder
-    from bmx.kernels.slot_views import ChannelRows, Chunks, Rows
+    from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SharedRows
 
 HALF = 2  # bytes of a number in bfloat16 or float16
 
@@ -90,6 +91,7 @@ class KernelModule(MixerFunctions, HybridNorms, Protocol):
         want_mass: bool = False,
         squares: bool = False,
         power: int = 1,
+        shared: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One decoding token per slot attends to its slot, which holds the token's own pair already.
 
@@ -105,6 +107,7 @@ class KernelModule(MixerFunctions, HybridNorms, Protocol):
             want_mass: whether to return the attention that each key receives.
             squares: whether to return the squared probabilities too.
             power: of a probability, as it is returned: 1 or 2.
+            shared: keys [K, P, D] and values [K, P, E] that all tokens read before those of their slots; without sums.
 
         Returns:
             output: [B, H, E].
@@ -130,6 +133,7 @@ class KernelModule(MixerFunctions, HybridNorms, Protocol):
         accumulate: bool,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        shared: SharedRows | None = None,
     ) -> bool:
         """The decoding tokens' whole part of a layer: append or evict, attend, accumulate.
 
@@ -138,6 +142,9 @@ class KernelModule(MixerFunctions, HybridNorms, Protocol):
         the pair that the order evicts first (of equals, the lowest row). Then it attends to the rows in use, its own
         pair among them, and the mean of its query heads' probabilities, to the order's power, is added to the attention
         mass, whatever the order's distance: it is for prompts. The rank of a new pair is +inf.
+
+        A token that reads rows of another slot first takes row ``position`` less their number. Its sequence evicts
+        nothing, and none of its attention is added up.
 
         Args:
             output: [B, H, E], contiguous; written.
@@ -154,6 +161,7 @@ class KernelModule(MixerFunctions, HybridNorms, Protocol):
             accumulate: whether to add this step's attention to the mass; the mass of a new pair starts at 0 anyway.
             softcap: as in ``attend_chunk``.
             sinks: [H], as in ``attend_chunk``.
+            shared: rows of other slots that the tokens read before their own; None for none.
 
         Returns:
             Whether it was done. If not, nothing was changed: policy and pool do the step with ``attend_slots``.
@@ -182,6 +190,7 @@ class KernelModule(MixerFunctions, HybridNorms, Protocol):
         counts it (distance and power), is added to the mass of rows in use, unless the sequence never evicts. Then as
         many pairs of slot and chunk are kept as the row limit says: those that the order evicts last (of equals, the
         first; rows before tokens). The chunk's survivors take, in order, the rows of evicted pairs, then empty rows.
+        A chunk that reads rows of another slot first evicts nothing; its start less their number are in use.
 
         Args:
             output: [T, H, E], contiguous; the chunks' tokens are written, others left as they are.
@@ -324,44 +333,6 @@ _PARTS = (KernelModule, MixerFunctions, HybridNorms)
 FUNCTIONS = tuple(name for part in _PARTS for name in vars(part) if not name.startswith("_"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelProfile:
-    """How a back end uses a machine's rates, for the forecast.
-
-    Attributes:
-        score_passes: times that an attention score is read or written in memory, in the activations' type.
-        thin_product: factor by which attention's products, as thin as a head, are slower than large ones.
-        chunk_operators: operators started per layer and prompt chunk: attending, choosing and writing.
-        decode_operators: operators started per layer and group of decoding slots.
-        own_operators: share of the model's own operators that is left to torch, in their number and their traffic.
-        all_slots: slots that do not decode are attended to as well, unless fewer than half of all decode.
-        slot_bandwidth: bandwidth with which slots are read, relative to its products with few rows.
-        ahead: operators are started while earlier ones run, and replayed where all slots decode.
-        unpack_passes: times that pairs stored in fewer bits are read or written in memory, in the activations' type,
-            before they are attended to; 0 where kernels read them as they lie.
-        reads_by_channel: decoding tokens read keys that are scaled by channel, and their values, as they lie.
-        int8_speed: speed of products of int8 weights, in times of those in the model's own type.
-        fp8_speed: the same of float8 weights.
-    """
-
-    score_passes: int
-    thin_product: float
-    chunk_operators: int
-    decode_operators: int
-    own_operators: float = 1.0
-    all_slots: bool = True
-    slot_bandwidth: float = 2.5
-    ahead: bool = False
-    unpack_passes: int = 4
-    reads_by_channel: bool = False
-    int8_speed: float = 1.4
-    fp8_speed: float = 1.6
-
-    def product_speed(self, quantization: str) -> float:
-        """Speed of the model's products, in times of those in its own type, by how its weights are held."""
-        return {"int8": self.int8_speed, "fp8": self.fp8_speed}.get(quantization, 1.0)
-
-
 class Workspace(Protocol):
     """Bytes that one layer's attention holds beside its inputs."""
 
@@ -396,6 +367,7 @@ class Capabilities:
         capturable: fused decode steps can be captured as CUDA graphs: nothing in them depends on the host.
         mixes_in_place: functions of mixers read and write states where they are, and hold no copies of them.
         skips_empty_rows: fused steps never read rows that hold no pair, so slots need not be emptied between sequences.
+        reads_shared_rows: several slots can read rows of one other slot in place.
         workspace: bytes of a layer's attention.
         unfused_workspace: the same where policy and pool do the steps, if that differs.
         profile: how it uses a machine's rates.
@@ -411,6 +383,7 @@ class Capabilities:
     capturable: bool = False
     mixes_in_place: bool = False
     skips_empty_rows: bool = False
+    reads_shared_rows: bool = False
     workspace: Workspace
     unfused_workspace: Workspace | None = None
     profile: KernelProfile

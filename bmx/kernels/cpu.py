@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bmx.kernels import reference
+from bmx.kernels.scores import cap, softmax_with_sinks
 from bmx.kernels.workspace import TILE
 
 attend_slots, decode_step, prefill_step = reference.attend_slots, reference.decode_step, reference.prefill_step
@@ -62,13 +63,13 @@ def attend_chunk(
             stop = min(start + tile, tokens)
             width, of_tile = past + stop, slice(start * group, stop * group)
             scores = _scores(rows[head, of_tile], keys[head, :width], scale)  # [R, width]
-            scores = reference.cap(scores, softcap)
+            scores = cap(scores, softcap)
             scores[:, past + start :].add_(future[: len(scores), : stop - start])
             if hidden is not None:
                 mask = hidden[head, start:stop, :width].repeat_interleave(group, 0)
                 scores.masked_fill_(mask, float("-inf"))
             sink = None if sink_rows is None else sink_rows[head, : len(scores)]
-            weights = reference.softmax_with_sinks(scores, sink)
+            weights = softmax_with_sinks(scores, sink)
             torch.mm(weights, values[head, :width], out=output[head, of_tile])
             if sums is not None and row_weights is not None and row_weights[:, of_tile].any():
                 if distance:

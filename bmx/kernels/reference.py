@@ -21,7 +21,8 @@ from bmx.kernels.fbgemm import MOST, row_scales
 from bmx.kernels.linear import Linear
 from bmx.kernels.ranking import EvictionOrder
 from bmx.kernels.reference_eviction import evict, rank
-from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SlotView, query_heads
+from bmx.kernels.scores import cap, near_keys, out_of_window, scaled_scores, softmax_with_sinks
+from bmx.kernels.slot_views import ChannelRows, Chunks, Rows, SharedRows, SlotView, query_heads
 
 draw = drawing.draw
 convolve, delta_rule, state_space = reference_mixers.convolve, reference_mixers.delta_rule, reference_mixers.state_space
@@ -73,39 +74,6 @@ def attend_chunk(
     return output, sums
 
 
-def near_keys(past_places: Tensor | None, kv_heads: int, tokens: int, distance: int, device: torch.device) -> Tensor:
-    """[K, T, P + T] bool: keys that a chunk's query does not count for: it lies less than ``distance`` after.
-
-    Args:
-        past_places: [K, P], as in ``contract.KernelModule.attend_chunk``; None for no rows.
-        kv_heads: K.
-        tokens: of the chunk.
-        distance: in tokens.
-        device: where the result is.
-    """
-    own = torch.arange(tokens, device=device)
-    places = own.expand(kv_heads, -1)
-    if past_places is not None:
-        places = torch.cat([past_places, places], dim=1)
-    return own.view(1, -1, 1) - places.unsqueeze(1) < distance
-
-
-def out_of_window(positions: Tensor, start: int, tokens: int, window: int | None) -> Tensor | None:
-    """[K, T, P + T] bool: keys that a sliding window hides from a chunk's queries; None if it hides none.
-
-    Args:
-        positions: [K, P], of the slot's rows in use.
-        start: position of the chunk's first token.
-        tokens: of the chunk.
-        window: newest keys that a query sees, or None.
-    """
-    if window is None or start + tokens <= window:
-        return None
-    own = torch.arange(start, start + tokens, device=positions.device)
-    keys = torch.cat([positions, own.expand(len(positions), -1)], dim=1)  # [K, P+T]
-    return keys.unsqueeze(1) <= own.view(1, -1, 1) - window
-
-
 def attend_slots(
     query: Tensor,
     keys: Tensor,
@@ -119,6 +87,7 @@ def attend_slots(
     want_mass: bool = False,
     squares: bool = False,
     power: int = 1,
+    shared: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``contract.KernelModule.attend_slots``.
 
@@ -126,7 +95,7 @@ def attend_slots(
     part with a query of zeros.
     """
     powers = ([power] if want_mass else []) + ([2] if want_mass and squares else [])
-    attend = partial(_attend_slots, scale=scale, softcap=softcap, sinks=sinks, powers=powers)
+    attend = partial(_attend_slots, scale=scale, softcap=softcap, sinks=sinks, powers=powers, shared=shared)
     if slots is None:
         return attend(query, keys, values, hidden)
     if 2 * len(slots) < len(keys):
@@ -149,6 +118,7 @@ def _attend_slots(
     softcap: float | None,
     sinks: Tensor | None,
     powers: list[int],
+    shared: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``attend_slots`` with one token for every slot, in order, and sums of these powers of probabilities."""
     batch, kv_heads, capacity, dim = keys.shape
@@ -157,10 +127,44 @@ def _attend_slots(
     scores = cap(scores.float(), softcap)
     if hidden is not None:
         scores.masked_fill_(hidden.unsqueeze(-2), float("-inf"))
-    weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(kv_heads, -1, 1))
+    of_sinks = None if sinks is None else sinks.view(kv_heads, -1, 1)
+    if shared is not None:
+        return _with_shared(query, scores, values, shared, scale, softcap, of_sinks), None
+    weights = softmax_with_sinks(scores, of_sinks)
     output = torch.matmul(weights.to(values.dtype), values)  # [B, K, G, E]
     output = output.reshape(batch, query.shape[1], -1)
     return output, torch.stack([weights.pow(power).mean(2) for power in powers]) if powers else None
+
+
+def _with_shared(
+    query: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    shared: tuple[Tensor, Tensor],
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of decoding tokens [B, H, E] to rows that all of them share, and to their own slots.
+
+    Args:
+        query: [B, H, D].
+        scores: [B, K, G, C], of the rows of their slots.
+        values: [B, K, C, E], of the same rows.
+        shared: keys [K, P, D] and values [K, P, E].
+        scale: factor of the dot products.
+        softcap: as in ``attend_slots``.
+        sinks: [K, G, 1], or None.
+    """
+    batch, kv_heads, group, _ = scores.shape
+    keys, of_shared = shared
+    asked = query.view(batch, kv_heads, group, -1).transpose(0, 1).flatten(1, 2)  # [K, B*G, D]
+    others = cap(scaled_scores(asked, keys, scale).float(), softcap).view(kv_heads, batch, group, -1).transpose(0, 1)
+    weights = softmax_with_sinks(torch.cat([others, scores], dim=-1), sinks).to(values.dtype)
+    first, own = torch.split(weights, [keys.shape[1], scores.shape[-1]], dim=-1)
+    output = torch.matmul(first.transpose(0, 1).flatten(1, 2), of_shared)  # [K, B*G, E]
+    output = output.view(kv_heads, batch, group, -1).transpose(0, 1) + torch.matmul(own, values)
+    return output.reshape(batch, kv_heads * group, -1)
 
 
 def decode_step(
@@ -179,6 +183,7 @@ def decode_step(
     accumulate: bool,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    shared: SharedRows | None = None,
 ) -> bool:
     """See ``contract.KernelModule.decode_step``; one token after another."""
     options: dict[str, Any] = {
@@ -193,11 +198,14 @@ def decode_step(
         if slot < 0:
             output[token] = 0
             continue
+        before = 0 if shared is None else int(shared.rows[token])
+        elsewhere = int(shared.slots[token]) if shared is not None and before else slot
         for heads, view in rows.slot(slot):
             asking = query_heads(heads, query.shape[1] // rows.kv_heads)
             vectors = query[token, asking], key[token, heads], value[token, heads]
-            of_sinks = None if sinks is None else sinks[asking]
-            output[token, asking] = _decode_token(*vectors, view, position, row_limit, sinks=of_sinks, **options)
+            options["sinks"] = None if sinks is None else sinks[asking]
+            seen = (*vectors, view, rows.view(elsewhere, heads.start), before, position, row_limit)
+            output[token, asking] = _decode_token(*seen, **options)
     return True
 
 
@@ -206,6 +214,8 @@ def _decode_token(
     key: Tensor,
     value: Tensor,
     view: SlotView,
+    other: SlotView,
+    before: int,
     position: int,
     row_limit: int,
     *,
@@ -216,12 +226,15 @@ def _decode_token(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The part of ``decode_step`` of one token and the kv heads of a view; returns the output [H, E]."""
+    """The part of ``decode_step`` of one token and the kv heads of a view; returns the output [H, E].
+
+    The first ``before`` rows of another slot's view are read first.
+    """
     keys, values, row_positions, mass, ranks = view
     heads = torch.arange(len(key), device=query.device)
     limit = min(row_limit, row_positions.shape[1])
-    if position < limit:
-        row = torch.full_like(heads, position)
+    if position - before < limit:
+        row = torch.full_like(heads, position - before)
     else:
         known = ranks if order.by == "rank" else mass
         known = None if known is None else known[:, :limit]
@@ -233,21 +246,43 @@ def _decode_token(
         mass[heads, row] = 0
     if ranks is not None:
         ranks[heads, row] = float("inf")
-    used = slice(min(position + 1, limit))
+    used = min(position - before + 1, limit)
+    read_keys, read_values, positions = _read_both(view, used, other, before, key, value)
     answer, sums = attend_slots(
         query.unsqueeze(0),
-        keys.read((None, slice(None), used), key.shape[-1], key.dtype),
-        values.read((None, slice(None), used), value.shape[-1], value.dtype),
+        read_keys.unsqueeze(0),
+        read_values.unsqueeze(0),
         scale=scale,
         softcap=softcap,
         sinks=sinks,
-        hidden=None if order.window is None else row_positions[:, used].unsqueeze(0) <= position - order.window,
-        want_mass=accumulate,
+        hidden=None if order.window is None else positions.unsqueeze(0) <= position - order.window,
+        want_mass=accumulate and not before,
         power=order.power,
     )
     if mass is not None and sums is not None:
-        mass[:, used] = mass[:, used] * decay + sums[0, 0]
+        mass[:, :used] = mass[:, :used] * decay + sums[0, 0]
     return answer[0]
+
+
+def _read_both(
+    view: SlotView, used: int, other: SlotView, before: int, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys [K, P, D], values [K, P, E] and positions [K, P] of the first rows of another slot, then of one's own.
+
+    Args:
+        view: of one's own slot.
+        used: how many rows of it.
+        other: of the other slot.
+        before: how many rows of that.
+        key: [..., D], whose size and type the keys have.
+        value: [..., E], whose size and type the values have.
+    """
+    both = [(part, (slice(None), slice(count))) for part, count in ((other, before), (view, used)) if count or not used]
+    return (
+        torch.cat([part.keys.read(rows, key.shape[-1], key.dtype) for part, rows in both], dim=1),
+        torch.cat([part.values.read(rows, value.shape[-1], value.dtype) for part, rows in both], dim=1),
+        torch.cat([part.positions[rows] for part, rows in both], dim=1),
+    )
 
 
 def prefill_step(
@@ -267,23 +302,25 @@ def prefill_step(
     """See ``contract.KernelModule.prefill_step``; one chunk after another."""
     own_sums = None if rows.mass is None else rows.mass.new_zeros(rows.kv_heads, len(key))
     weights = query.new_ones(len(query), dtype=torch.float32) if chunks.query_weights is None else chunks.query_weights
-    for n, (heads, (keys, values, positions, mass, _)) in chunks.views(rows):
+    for n, (heads, view) in chunks.views(rows):
         own = slice(chunks.offsets[n], chunks.offsets[n] + chunks.lengths[n])
         asking = query_heads(heads, query.shape[1] // rows.kv_heads)
-        start, capacity = chunks.starts[n], positions.shape[1]
-        used = min(start, chunks.row_limits[n], capacity)
+        start, mass, capacity = chunks.starts[n], view.mass, view.positions.shape[1]
+        other, before = chunks.shared_by(n)
+        used = min(start - before, chunks.row_limits[n], capacity)
+        keys, values, positions = _read_both(view, used, rows.view(other, heads.start), before, key, value)
         output[own, asking], sums = attend_chunk(
             query[own, asking],
             key[own, heads],
             value[own, heads],
-            keys.read((slice(None), slice(used)), key.shape[-1], key.dtype),
-            values.read((slice(None), slice(used)), value.shape[-1], value.dtype),
+            keys,
+            values,
             scale=scale,
             softcap=softcap,
             sinks=None if sinks is None else sinks[asking],
-            hidden=out_of_window(positions[:, :used], start, chunks.lengths[n], order.window),
+            hidden=out_of_window(positions, start, chunks.lengths[n], order.window),
             query_weights=weights[own].unsqueeze(0) if mass is not None and chunks.evicts(n, capacity) else None,
-            past_places=positions[:, :used] - start,
+            past_places=positions - start,
             distance=order.distance,
             power=order.power,
         )
@@ -366,27 +403,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See ``contract.KernelModule.rotate``."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
-
-
-def scaled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Scaled dot products [N, M, C]; the scale is applied before anything is rounded or overflows.
-
-    Args:
-        query: [N, M, D].
-        key: [N, C, D].
-        scale: factor of the dot products.
-    """
-    return torch.baddbmm(query.new_empty(()), query, key.transpose(-1, -2), beta=0, alpha=scale)
-
-
-def cap(scores: Tensor, softcap: float | None) -> Tensor:
-    """Soft-capped scores; unchanged without a cap."""
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
-def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax over the last dimension; ``sinks`` (broadcastable) joins the denominator only."""
-    if sinks is None:
-        return torch.softmax(scores, dim=-1)
-    column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
-    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]

@@ -44,7 +44,7 @@ def evict(
     for n, (heads, (keys, values, positions, mass, row_ranks)) in chunks.views(rows):
         start, tokens = chunks.starts[n], chunks.lengths[n]
         own, limit = slice(chunks.offsets[n], chunks.offsets[n] + tokens), min(chunks.row_limits[n], positions.shape[1])
-        used = min(start, limit)
+        used = min(start - chunks.shared_by(n)[1], limit)
         own_positions = torch.arange(start, start + tokens, dtype=torch.int32, device=key.device)
         candidates = torch.cat([positions[:, :used], own_positions.expand(len(positions), -1)], 1)  # [K, P + T]
         none = positions.new_zeros(len(positions), tokens, dtype=torch.float32)

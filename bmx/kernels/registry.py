@@ -10,9 +10,10 @@ import os
 from collections.abc import Mapping
 
 from bmx.kernels import workspace
-from bmx.kernels.contract import Capabilities, KernelProfile
+from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import FORMATS
 from bmx.kernels.instruction_sets import SETS
+from bmx.kernels.profile import KernelProfile
 from bmx.kernels.ranking import FORMULAS, RANKS
 
 
@@ -56,6 +57,7 @@ def _compiled(profile: KernelProfile) -> Capabilities:
         row_formats=("int8", "int4"),
         int8_multiples=(16, 32),
         mixes_in_place=True,
+        reads_shared_rows=True,
         workspace=workspace.tiles,  # of types that are tiled; for bfloat16 the compiled code holds less
         profile=profile,
         wide_profile=_TILED,
@@ -63,8 +65,10 @@ def _compiled(profile: KernelProfile) -> Capabilities:
 
 
 CAPABILITIES: Mapping[str, Capabilities] = {
-    "reference": Capabilities(row_formats=tuple(FORMATS), workspace=workspace.whole_matrices, profile=_PLAIN),
-    "cpu": Capabilities(workspace=workspace.tiles, profile=_TILED),
+    "reference": Capabilities(
+        row_formats=tuple(FORMATS), reads_shared_rows=True, workspace=workspace.whole_matrices, profile=_PLAIN
+    ),
+    "cpu": Capabilities(reads_shared_rows=True, workspace=workspace.tiles, profile=_TILED),
     **{name: _compiled(profile) for name, profile in _PROFILES.items()},
     "triton": Capabilities(
         model_dtypes=() if interpreted() else ("bfloat16", "float16", "float32"),  # interpreting each token takes long

@@ -34,6 +34,18 @@ class SlotView(NamedTuple):
     ranks: Tensor | None
 
 
+class SharedRows(NamedTuple):
+    """Rows of other slots that decoding tokens read, in place, before those of their own.
+
+    Attributes:
+        slots: [B] int64, the slot that each token reads beside its own.
+        rows: [B] int64, how many of its first rows: the positions before those of the token's own slot. 0 for none.
+    """
+
+    slots: Tensor
+    rows: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
     """All slots of one layer, of every capacity, in one piece of memory.
@@ -83,10 +95,10 @@ class Rows:
     def slot(self, slot: int) -> Iterator[tuple[slice, SlotView]]:
         """Views of one slot, and the kv heads that they show: of all heads, or of one after another."""
         for head in range(self.kv_heads if self.apart else 1):
-            yield slice(head, head + 1) if self.apart else slice(0, self.kv_heads), self._view(slot, head)
+            yield slice(head, head + 1) if self.apart else slice(0, self.kv_heads), self.view(slot, head)
 
-    def _view(self, slot: int, head: int) -> SlotView:
-        """One slot, from this head on."""
+    def view(self, slot: int, head: int) -> SlotView:
+        """One slot, from this head on: of all heads, or of one alone."""
         first, shape = int(self.first[slot, head]), (1 if self.apart else self.kv_heads, self.capacities[slot][head])
         own = slice(first, first + shape[0] * shape[1])
         return SlotView(
@@ -154,6 +166,8 @@ class Chunks:
         row_limits: rows of a head that the sequence may use, if its slot has as many.
         totals: tokens of the sequence when its answer has its maximum length.
         table: [6, N] int64, the same six columns, in this order, on the device.
+        shared: slot of each chunk, and how many of its first rows, that it reads before its own slot: the positions
+            before those of its own. Nothing where no chunk reads another slot; 0 rows for a chunk that reads none.
         query_weights: [T] float32, the weight of each packed token's attention; None if all weigh 1.
         decay: [N] float32, factor on the earlier mass, before the chunk's attention is added; None for 1.
     """
@@ -165,12 +179,17 @@ class Chunks:
     row_limits: tuple[int, ...]
     totals: tuple[int, ...]
     table: Tensor
+    shared: tuple[tuple[int, int], ...] = ()
     query_weights: Tensor | None = None
     decay: Tensor | None = None
 
     def evicts(self, chunk: int, capacity: int) -> bool:
         """Whether a chunk's sequence ever evicts in a head of this capacity."""
         return self.totals[chunk] > min(self.row_limits[chunk], capacity)
+
+    def shared_by(self, chunk: int) -> tuple[int, int]:
+        """The slot that a chunk reads before its own, and how many of its rows: 0 for none."""
+        return self.shared[chunk] if self.shared else (0, 0)
 
     def views(self, rows: Rows) -> Iterator[tuple[int, tuple[slice, SlotView]]]:
         """Each chunk's number, and kv heads and views of its slot, as ``Rows.slot`` gives them."""

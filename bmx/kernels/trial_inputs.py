@@ -134,4 +134,5 @@ class Inputs:
         if self.layer.decays:
             weights = self.normal(TOKENS * SLOTS, seed=9).float().abs()
             decay = self.tensor((0.5,) * SLOTS, torch.float32)
-        return Chunks(**columns, table=self.tensor(list(columns.values())), query_weights=weights, decay=decay)
+        table = self.tensor(list(columns.values()))
+        return Chunks(**columns, table=table, shared=(), query_weights=weights, decay=decay)

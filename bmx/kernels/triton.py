@@ -68,8 +68,11 @@ def prefill_step(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> bool:
-    """See ``contract.KernelModule.prefill_step``; declines a negative scale, and too many rows to choose from."""
-    if scale <= 0 or not reads(rows) or not fits(rows, chunks):
+    """See ``contract.KernelModule.prefill_step``.
+
+    It declines a negative scale, shared rows, and too many rows to choose from.
+    """
+    if scale <= 0 or chunks.shared or not reads(rows) or not fits(rows, chunks):
         return False
     scored = rows.mass is not None and any(chunks.may_evict(rows))
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": order.window}

@@ -19,7 +19,7 @@ from torch import Tensor
 from bmx.kernels import ranking
 from bmx.kernels.formats import MODEL
 from bmx.kernels.ranking import EvictionOrder
-from bmx.kernels.slot_views import Rows
+from bmx.kernels.slot_views import Rows, SharedRows
 from bmx.kernels.triton_combine import DecodeSizes, add_attention, combine, rows_of_head
 from bmx.kernels.triton_operands import (
     BF16_TOKENS,
@@ -280,9 +280,10 @@ def decode_step(
     accumulate: bool,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    shared: SharedRows | None = None,
 ) -> bool:
-    """See ``contract.KernelModule.decode_step``; nothing waits for the device."""
-    if not reads(rows):
+    """See ``contract.KernelModule.decode_step``; nothing waits for the device, and it declines shared rows."""
+    if shared is not None or not reads(rows):
         return False
     batch, heads, dim = query.shape
     if not batch:

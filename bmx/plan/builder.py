@@ -14,7 +14,7 @@ from bmx.compress.kernel_orders import left_to_kernels
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.kernels import Kernels
-from bmx.kernels.contract import KernelProfile
+from bmx.kernels.profile import KernelProfile
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
 from bmx.plan.device import Device

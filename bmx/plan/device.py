@@ -10,8 +10,9 @@ from functools import partial
 from bmx import kernels
 from bmx.compress.kernel_orders import answers_by_channel, left_to_kernels, ranking_bytes, rounds_left_to_kernels
 from bmx.config import EngineConfig
-from bmx.kernels.contract import Capabilities, KernelProfile
+from bmx.kernels.contract import Capabilities
 from bmx.kernels.formats import MODEL
+from bmx.kernels.profile import KernelProfile
 from bmx.kernels.workspace import mixing
 from bmx.kv.places import DEVICE
 from bmx.kv_formats import formats_of

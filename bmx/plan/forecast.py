@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from itertools import pairwise
 
 from bmx.errors import MemoryLimitError
-from bmx.kernels.contract import KernelProfile
+from bmx.kernels.profile import KernelProfile
 from bmx.kv.layout import KVLayout
 from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends

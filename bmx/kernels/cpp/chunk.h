@@ -32,6 +32,8 @@ struct ChunkAttention {
     const float *sinks, *query_weights;
     const int32_t* past_places;  // [kv_heads][past], or null if distance is 0
     bf16* out;
+    Stored shared_k, shared_v;  // of another slot: the first `shared` rows of those that are past are its
+    long shared;
 
     long group = heads / kv_heads, total = past + tokens, blocks = (total + BLOCK - 1) / BLOCK, full = blocks * BLOCK;
     long words = dim / PARTS, lines = full / PARTS, halves = value_dim / (2 * LANES);
@@ -78,8 +80,8 @@ struct ChunkAttention {
         return {scores, reinterpret_cast<Number*>(scores + QUERIES * full), answers, reinterpret_cast<word*>(queries),
                 reinterpret_cast<bf16*>(queries + QUERIES * words)};
     }
-    void find_block(const Stored& of_slot, const Vectors& own, long head, long first, const Tile& tile,
-                    const bf16** found) const;
+    void find_block(const Stored& of_other, const Stored& of_slot, const Vectors& own, long head, long first,
+                    const Tile& tile, const bf16** found) const;
     void pack_block(long head, long first, const Tile& tile) const;
     void attend(long head, long first, long rows, Tile& tile) const;
     Int places(long head, long at) const;
@@ -89,17 +91,21 @@ struct ChunkAttention {
 };
 
 // Finds the vectors `first` .. `first + BLOCK` of one kv head, null after the last; codes are read into the tile's.
-void ChunkAttention::find_block(const Stored& of_slot, const Vectors& own, long head, long first, const Tile& tile,
-                                const bf16** found) const {
+void ChunkAttention::find_block(const Stored& of_other, const Stored& of_slot, const Vectors& own, long head,
+                                long first, const Tile& tile, const bf16** found) const {
     for (long i = 0; i < BLOCK; i++) {
-        const long at = first + i, row = head * of_slot.head + at;
+        const long at = first + i;
         if (at >= past) {
             found[i] = at < total ? own.at(at - past, head) : nullptr;
-        } else if (of_slot.format == MODEL) {
-            found[i] = reinterpret_cast<const bf16*>(of_slot.at(row));
+            continue;
+        }
+        const Stored& stored = at < shared ? of_other : of_slot;
+        const long row = head * stored.head + (at < shared ? at : at - shared);
+        if (stored.format == MODEL) {
+            found[i] = reinterpret_cast<const bf16*>(stored.at(row));
         } else {
-            of_slot.read(row, tile.vectors + i * of_slot.dim);
-            found[i] = tile.vectors + i * of_slot.dim;
+            stored.read(row, tile.vectors + i * stored.dim);
+            found[i] = tile.vectors + i * stored.dim;
         }
     }
 }
@@ -107,9 +113,9 @@ void ChunkAttention::find_block(const Stored& of_slot, const Vectors& own, long 
 // Packs the keys and values `first` .. `first + BLOCK` of one kv head.
 void ChunkAttention::pack_block(long head, long first, const Tile& tile) const {
     const bf16* found[BLOCK];
-    find_block(past_k, k, head, first, tile, found);
+    find_block(shared_k, past_k, k, head, first, tile, found);
     pack<Plain>(found, words, key_panels + (head * full + first) * words, static_cast<int>(BLOCK));
-    find_block(past_v, v, head, first, tile, found);
+    find_block(shared_v, past_v, v, head, first, tile, found);
     for (long i = first; i < first + BLOCK; i += PARTS) {
         for (long e = 0; e < value_dim; e += LANES) {
             word* to = value_panels + ((head * halves + e / (2 * LANES)) * lines + i / PARTS) * 2 * LANES;

@@ -69,6 +69,19 @@ struct Stored {
     void read(long row, bf16* vector) const;
 };
 
+// Stored vectors of another slot, which come first, and behind them those of one's own. `border` is a multiple of 32,
+// so that no register of rows has some of both.
+struct Joined {
+    Stored other, own;
+    long border;  // rows of the other
+    long format = own.format, dim = own.dim;
+
+    const uint8_t* at(long row) const { return row < border ? other.at(row) : own.at(row - border); }
+    Scales scales_of(long row, long count) const {
+        return row < border ? other.scales_of(row, LANES) : own.scales_of(row - border, count);
+    }
+};
+
 // The least and greatest numbers of a vector, NaN if there is one in it.
 struct Range {
     float least, greatest;

@@ -196,16 +196,17 @@ void bmx_rotate(const bf16* x, long token, long head, const bf16* cos, const bf1
 // A prompt chunk attends to its slot and to itself: see attend_chunk in contract.py.
 //
 // views: q [tokens][heads][dim], k and v [tokens][kv_heads][dim or value_dim]; stored: keys and values of the slot,
-// `past` rows of each kv head; hidden [kv_heads][tokens][past + tokens] or null; sinks [heads] or null; query_weights
-// [ways][tokens]; past_places [kv_heads][past], or null if distance is 0; out [tokens][heads][value_dim]; sums
-// [ways][kv_heads][past + tokens], zeros.
+// and those of a slot whose `shared` rows come before them; `past` rows of each kv head in all; hidden
+// [kv_heads][tokens][past + tokens] or null; sinks [heads] or null; query_weights [ways][tokens]; past_places
+// [kv_heads][past], or null if distance is 0; out [tokens][heads][value_dim]; sums [ways][kv_heads][past + tokens],
+// zeros.
 long bmx_attend_chunk(const Vectors* views, const Stored* stored, long tokens, long heads, long kv_heads, long past,
-                      long ways, float scale, int distance, int power, const uint8_t* hidden, const float* sinks,
-                      const float* query_weights, const int32_t* past_places, bf16* out, float* sums, char* work,
-                      long size) {
-    ChunkAttention chunk{views[0], views[1], views[2],      stored[0],     stored[1],   tokens, heads,
-                         kv_heads, past,     stored[0].dim, stored[1].dim, ways,        scale,  distance,
-                         power,    hidden,   sinks,         query_weights, past_places, out};
+                      long shared, long ways, float scale, int distance, int power, const uint8_t* hidden,
+                      const float* sinks, const float* query_weights, const int32_t* past_places, bf16* out,
+                      float* sums, char* work, long size) {
+    ChunkAttention chunk{views[0], views[1],      views[2],      stored[0], stored[1], tokens,    heads, kv_heads,
+                         past,     stored[0].dim, stored[1].dim, ways,      scale,     distance,  power, hidden,
+                         sinks,    query_weights, past_places,   out,       stored[2], stored[3], shared};
     const long needed = static_cast<long>(chunk.bytes());
     if (size < needed) return needed;
     chunk.take(Work{work});
@@ -326,28 +327,33 @@ long bmx_evict(const Vectors* views, const Stored* stored, int32_t* positions, f
 //
 // views: q [batch][heads][dim], k and v [batch][kv_heads][dim or value_dim]; stored: keys and values; they, positions
 // and mass by row; those of a slot's kv heads begin at first [slots][kv_heads], capacity [slots][kv_heads] of them, at
-// most `largest`; slots, token_positions and row_limits [batch]; mass may be null.
+// most `largest`; slots, token_positions and row_limits [batch]; mass may be null. shared_slots and shared_rows [batch]
+// or null: the slots whose first rows, at most `longest`, are read before those of a token's own slot. Tokens of one kv
+// head follow one another then, so that what they share stays in the cache.
 long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positions, float* mass, const int64_t* first,
                      const int64_t* capacity, const int64_t* slots, const int64_t* token_positions,
-                     const int64_t* row_limits, long batch, long heads, long kv_heads, long largest, float scale,
-                     float decay, int accumulate, EvictionOrder order, const float* sinks, bf16* out, char* work,
-                     long size) {
+                     const int64_t* row_limits, const int64_t* shared_slots, const int64_t* shared_rows, long batch,
+                     long heads, long kv_heads, long largest, long longest, float scale, float decay, int accumulate,
+                     EvictionOrder order, const float* sinks, bf16* out, char* work, long size) {
     const Vectors q = views[0], k = views[1], v = views[2];
     const Stored keys = stored[0], values = stored[1];
     const long group = heads / kv_heads, dim = keys.dim;
     const size_t query_bytes = Work::bytes<bf16>(group * dim);
-    const size_t bytes_each = query_bytes + Slot::bytes({nullptr, keys, values, largest, group});
+    const size_t bytes_each = query_bytes + Slot::bytes({nullptr, keys, values, largest + longest, group});
     const long needed = static_cast<long>(bytes_each * omp_get_max_threads());
     if (size < needed) return needed;
+    const auto token_of = [=](long task) { return shared_slots ? task % batch : task / kv_heads; };
+    const auto head_of = [=](long task) { return shared_slots ? task / batch : task % kv_heads; };
 #pragma omp parallel for schedule(static, 1)
     for (long task = 0; task < batch * kv_heads; task++) {
-        const long token = task / kv_heads, head = task % kv_heads;
+        const long token = token_of(task), head = head_of(task), shared = shared_slots ? shared_rows[token] : 0;
         const long entry = slots[token] * kv_heads + head, slot_rows = capacity[entry], begin = first[entry];
         const long limit = std::min(static_cast<long>(row_limits[token]), slot_rows), position = token_positions[token];
         int32_t* row_positions = positions + begin;
         float* row_mass = mass ? mass + begin : nullptr;
-        const long row =
-            position < limit ? position : victim(order, row_positions, row_mass, limit, static_cast<int>(position));
+        const long row = position - shared < limit
+                             ? position - shared
+                             : victim(order, row_positions, row_mass, limit, static_cast<int>(position));
         keys.put(begin + row, k.at(token, head));
         values.put(begin + row, v.at(token, head));
         row_positions[row] = static_cast<int32_t>(position);
@@ -356,22 +362,28 @@ long bmx_decode_step(const Vectors* views, const Stored* stored, int32_t* positi
         bf16* query = own.take<bf16>(group * dim);
         for (long g = 0; g < group; g++)
             std::memcpy(query + g * dim, q.at(token, head * group + g), dim * sizeof(bf16));
-        const long used = std::min(position + 1, limit);
-        Slot slot{query, keys.from(begin), values.from(begin), used, group, order.power};
+        const long used = std::min(position - shared + 1, limit);
+        Slot slot{query, keys.from(begin), values.from(begin), shared + used, group, order.power};
+        const long other = shared ? first[shared_slots[token] * kv_heads + head] : 0;
+        if (shared) slot.shared_key = keys.from(other), slot.shared_value = values.from(other), slot.shared = shared;
         slot.take(own);
-        for (long i = 0; order.window && i < used; i++) slot.flags[i] = row_positions[i] <= position - order.window;
+        const int32_t* of_rows = row_positions - shared;
+        for (long i = 0; order.window && i < shared; i++)
+            slot.flags[i] = positions[other + i] <= position - order.window;
+        for (long i = shared; order.window && i < slot.rows; i++) slot.flags[i] = of_rows[i] <= position - order.window;
         slot.hidden = order.window ? slot.flags : nullptr;
         const long after = task + omp_get_num_threads();  // the next task of this thread
         if (after < batch * kv_heads) {
-            const long next_entry = slots[after / kv_heads] * kv_heads + after % kv_heads;
+            const long next_entry = slots[token_of(after)] * kv_heads + head_of(after);
             const long next_begin = first[next_entry];
-            const long filled = std::min(token_positions[after / kv_heads], capacity[next_entry]);
+            const long before = shared_slots ? shared_rows[token_of(after)] : 0;
+            const long filled = std::min(token_positions[token_of(after)] - before, capacity[next_entry]);
             slot.next = Stream{keys.at(next_begin), values.at(next_begin), filled * keys.bytes() / 64,
                                filled * values.bytes() / 64};
         }
         slot.sinks = sinks ? sinks + head * group : nullptr;
         slot.attend(scale, out + (token * heads + head * group) * values.dim);
-        for (long i = 0; row_mass && accumulate && i < slot.rows; i += LANES) {
+        for (long i = 0; row_mass && accumulate && !shared && i < slot.rows; i += LANES) {
             float room[LANES];
             const Real before = load(padded(row_mass + i, slot.rows - i, room));
             store_first(row_mass + i, slot.rows - i, fused(before, splat(decay), slot.mean(i)));

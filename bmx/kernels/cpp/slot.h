@@ -36,6 +36,9 @@ struct Operands {
     const ChannelKeys* channels = nullptr;
     Stored exact_key = {}, exact_value = {};
     long exact = 0;  // rows
+    // Rows of another slot that are read before those of `key` and `value`: a multiple of 32 of them.
+    Stored shared_key = {}, shared_value = {};
+    long shared = 0;
 };
 
 }  // namespace
@@ -67,8 +70,8 @@ void Slot::weigh(float scale) const {
 
 // The answers from the rows `begin` .. `end`, whose values are those of `vectors` from the first on: sums into
 // `answers` if out is null; else, with these sums where there are any, divided and rounded.
-template <class Kind>
-void Slot::answer(Kind, const Stored& vectors, long begin, long end, long lines, bf16* out) {
+template <class Kind, class Source>
+void Slot::answer(Kind, const Source& vectors, long begin, long end, long lines, bf16* out) {
     for (long chunk = 0; chunk < value.dim / Kind::COLUMNS; chunk++) {
         for (long g = 0; g < group; g += FEW) {
             switch (std::min<long>(FEW, group - g)) {

@@ -25,17 +25,18 @@ struct Slot : Operands {
     void weigh(float scale) const;
     void widen_queries() const;
     void fold_queries(long row) const;
-    void scale_weights() const;
+    template <class Source>
+    void scale_weights(const Source& values) const;
     template <class Codes, class Keys, class Finish>
     void score_block(Codes, const Keys& keys, long row, long at, long end, long lines, const Finish& finish);
-    template <class Codes>
-    void score(Codes, const Stored& keys, long end, long lines);
+    template <class Codes, class Source>
+    void score(Codes, const Source& keys, long end, long lines);
     template <class Codes>
     void score_channels(Codes, long lines);
-    template <class Kind>
-    void answer(Kind, const Stored& vectors, long begin, long end, long lines, bf16* out);
-    template <class Kind, int COUNT>
-    void answer_of(const Stored& vectors, long begin, long end, long head, long chunk, long lines, bf16* out);
+    template <class Kind, class Source>
+    void answer(Kind, const Source& vectors, long begin, long end, long lines, bf16* out);
+    template <class Kind, int COUNT, class Source>
+    void answer_of(const Source& vectors, long begin, long end, long head, long chunk, long lines, bf16* out);
 };
 
 Work Slot::take(Work own) {
@@ -73,11 +74,12 @@ void Slot::fold_queries(long row) const {
     }
 }
 
-void Slot::scale_weights() const {
+template <class Source>
+void Slot::scale_weights(const Source& values) const {
     for (long g = 0; g < group; g++) {
         Real offset = zeros();
         for (long i = exact; i < rows; i += LANES) {
-            const Scales scales = value.scales_of(i - exact, rows - i);
+            const Scales scales = values.scales_of(i - exact, rows - i);
             const Real weight = load(weights + g * full + i);
             store(scaled + g * full + i, weight * scales.scale);
             offset = fused(weight, scales.offset, offset);
@@ -105,8 +107,8 @@ void Slot::score_block(Codes codes, const Keys& keys, long row, long at, long en
 }
 
 // Dot products of the rows up to `end` with all queries; `lines` are prefetched for each query and block of rows.
-template <class Codes>
-void Slot::score(Codes codes, const Stored& keys, long end, long lines) {
+template <class Codes, class Source>
+void Slot::score(Codes codes, const Source& keys, long end, long lines) {
     widen_queries();
     for (long i = 0; i < end; i += LANES) {
         const Scales scales = keys.scales_of(i, end - i);
@@ -134,8 +136,8 @@ struct Columns : Codes {
 };
 
 // The answers of `COUNT` query heads from `head` on, in two registers of columns.
-template <class Kind, int COUNT>
-void Slot::answer_of(const Stored& vectors, long begin, long end, long head, long chunk, long lines, bf16* out) {
+template <class Kind, int COUNT, class Source>
+void Slot::answer_of(const Source& vectors, long begin, long end, long head, long chunk, long lines, bf16* out) {
     const long at = chunk * Kind::COLUMNS;
     const float* factors = (vectors.format == MODEL ? weights : scaled) + head * full;
     const auto sums = [&](int r) { return answers + (head + r) * value.dim + at; };
@@ -173,11 +175,20 @@ void Slot::attend(float scale, bf16* out) {
         score(ModelCodes{}, exact_key, exact, scored);
         channels->format == INT8 ? score_channels(Levels{}, scored) : score_channels(Int4Codes{}, scored);
     } else {
-        with_codes(key.format, [&](auto codes) { score(codes, key, rows, scored); });
+        with_codes(key.format, [&](auto codes) {
+            shared ? score(codes, Joined{shared_key, key, shared}, rows, scored) : score(codes, key, rows, scored);
+        });
     }
     weigh(scale);
-    if (value.format != MODEL) scale_weights();
     const long answered = lines / (3 * full * passes) + 1;
+    if (shared) {
+        const Joined values{shared_value, value, shared};
+        if (value.format != MODEL) scale_weights(values);
+        with_codes(value.format,
+                   [&](auto codes) { answer(Columns<decltype(codes)>{}, values, 0, rows, answered, out); });
+        return;
+    }
+    if (value.format != MODEL) scale_weights(value);
     if (channels) answer(Columns<ModelCodes>{}, exact_value, 0, exact, answered, nullptr);
     with_codes(value.format,
                [&](auto codes) { answer(Columns<decltype(codes)>{}, value, exact, rows, answered, out); });

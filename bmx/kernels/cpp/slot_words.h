@@ -32,7 +32,8 @@ struct Int4 {
 };
 
 // Where the 16 numbers lie in a vector that a half of a register of words holds.
-inline long place(const Stored& vectors, long half) {
+template <class Source>
+inline long place(const Source& vectors, long half) {
     return vectors.format == INT4 ? half % 2 * (vectors.dim / 2) + half / 2 * LANES : half * LANES;
 }
 
@@ -101,7 +102,8 @@ struct Slot : Operands {
     Real mean(long at) const;
     void weigh(float scale) const;
     void split_queries() const;
-    void split_weights() const;
+    template <class Source>
+    void split_weights(const Source& values) const;
     template <long DIM>
     void fold_queries(long row, long member, long lines);
     void unpack_keys(long row, word* to, long lines);
@@ -111,13 +113,13 @@ struct Slot : Operands {
     void unpack_values(Kind, long row, long count, long number, long lines);
     void answer_bytes(bf16* out);
     void finish_columns(long g, long wide, bf16* out) const;
-    template <class Kind>
-    void score(Kind, const Stored& keys, long end, long lines);
+    template <class Kind, class Source>
+    void score(Kind, const Source& keys, long end, long lines);
     void score_channels();
-    template <class Kind>
-    void answer(Kind, const Stored& vectors, long begin, long end, long lines, bf16* out);
-    template <class Kind, int COUNT>
-    void answer_of(const Stored& vectors, long begin, long end, long head, long chunk, long lines, bf16* out);
+    template <class Kind, class Source>
+    void answer(Kind, const Source& vectors, long begin, long end, long lines, bf16* out);
+    template <class Kind, int COUNT, class Source>
+    void answer_of(const Source& vectors, long begin, long end, long head, long chunk, long lines, bf16* out);
 };
 
 Work Slot::take(Work own) {
@@ -158,14 +160,15 @@ void Slot::split_queries() const {
 
 // Weights times the scales of values, as fractions of the largest in a span; one that is no number makes all of its
 // span none.
-void Slot::split_weights() const {
+template <class Source>
+void Slot::split_weights(const Source& values) const {
     for (long g = 0; g < group; g++) {
         __m512 offset = _mm512_setzero_ps();
         for (long i = exact; i < rows; i += SPAN) {
             __m512 scaled[2], broken = _mm512_setzero_ps();
             for (long half = 0; half < 2; half++) {
                 const long at = i + half * LANES;
-                const Scales scales = value.scales_of(at - exact, rows - at);
+                const Scales scales = values.scales_of(at - exact, rows - at);
                 const __m512 weight = load_bf16(weights + g * full + at);
                 scaled[half] = _mm512_mul_ps(weight, scales.scale);
                 broken = _mm512_fmadd_ps(scaled[half], _mm512_setzero_ps(), broken);
@@ -183,8 +186,8 @@ void Slot::split_weights() const {
 }
 
 // Dot products of the rows up to `end` with all queries; `lines` are prefetched for each query and block of rows.
-template <class Kind>
-void Slot::score(Kind, const Stored& keys, long end, long lines) {
+template <class Kind, class Source>
+void Slot::score(Kind, const Source& keys, long end, long lines) {
     const long vector = 4 * words, chunks = words / LANES;
     const word* queries = Kind::coded ? query_words : reinterpret_cast<const word*>(query);
     for (long i = 0; i < end; i += LANES) {
@@ -219,8 +222,8 @@ void Slot::score(Kind, const Stored& keys, long end, long lines) {
 }
 
 // The answers of `COUNT` query heads from `head` on, in the columns that one chunk of words holds.
-template <class Kind, int COUNT>
-void Slot::answer_of(const Stored& vectors, long begin, long end, long head, long chunk, long lines, bf16* out) {
+template <class Kind, int COUNT, class Source>
+void Slot::answer_of(const Source& vectors, long begin, long end, long head, long chunk, long lines, bf16* out) {
     // Two rows of values are interleaved: columns 0-3 of every eight in one register, 4-7 in another.
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -278,13 +281,20 @@ void Slot::attend(float scale, bf16* out) {
         score_channels();
     } else {
         if (key.format != MODEL) split_queries();
-        with_kind(key.format, [&](auto kind) { score(kind, key, rows, scored); });
+        with_kind(key.format, [&](auto kind) {
+            shared ? score(kind, Joined{shared_key, key, shared}, rows, scored) : score(kind, key, rows, scored);
+        });
     }
     weigh(scale);
     const long answered = 2 * lines / (3 * full * passes) + 1;
+    if (shared) {
+        const Joined values{shared_value, value, shared};
+        if (value.format != MODEL) split_weights(values);
+        return with_kind(value.format, [&](auto kind) { answer(kind, values, 0, rows, answered, out); });
+    }
     if (channels) answer(PlainWords{}, exact_value, 0, exact, answered, nullptr);
     if (channels && value.format != MODEL) return answer_bytes(out);
-    if (value.format != MODEL) split_weights();
+    if (value.format != MODEL) split_weights(value);
     with_kind(value.format, [&](auto kind) { answer(kind, value, exact, rows, answered, out); });
 }
 
