@@ -335,7 +335,7 @@ class Decoding:
         length = Length.of(engine.policy, tokens, answer)
         group = SlotGroup(length.rows_needed, slots)
         layouts = (engine.policy.answering.layout(engine.spec, group.capacity),)
-        plan = replace(plan, groups=(group,), layouts=layouts, prefix_slots=(), reading=None)
+        plan = replace(plan, groups=(group,), layouts=layouts, prefix_slots=(), shared_slots=(), reading=None)
         scheduler = Scheduler(plan.groups, plan.step)
         for number in range(slots):
             sequence = sequence_of(engine, number, tokens, answer, rows=length.rows_needed)

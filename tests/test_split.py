@@ -97,6 +97,17 @@ def test_two_processes_answer_as_one(llamas, way):
     assert two.stats.reused_prompt_tokens or way != "full cache"
 
 
+def test_two_processes_read_shared_text_in_place_as_one(llamas):
+    text = random_prompts([130])[0]
+    rows = as_requests([text + own for own in random_prompts([5] * 12, seed=1)], max_tokens=3)
+    one, two = (engine.with_config(replace(engine.config, kv_policy="none")) for engine in llamas)
+    slot = two.policy.layout(two.spec, 138).nbytes
+    two = two.with_config(replace(two.config, kv_cache_memory=4 * slot))
+    plan = two.plan(two.measure(rows))
+    assert plan.shared_slots
+    assert answers(two, rows, plan=plan) == answers(one, rows)
+
+
 def test_two_processes_draw_the_same_tokens_as_one(llamas):
     one, two = llamas
     drawn = requests(temperature=1.0, repetition_penalty=1.2)

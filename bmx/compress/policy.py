@@ -293,7 +293,7 @@ class CompressionPolicy:
         import torch  # here, since plans are made with policies and without torch
 
         capacity, tokens = min(chunk.row_limit, part.layout.capacity), chunk.key.shape[0]
-        used, now = min(chunk.start, capacity), chunk.start + tokens
+        used, now = min(chunk.start - chunk.elsewhere, capacity), chunk.start + tokens
         positions = torch.arange(chunk.start, now, device=chunk.key.device)
         row_stats = self._add_attention(part, chunk, used)
         if used + tokens <= capacity:

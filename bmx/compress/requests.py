@@ -27,6 +27,7 @@ class PrefillChunk:
         queries: [T, K, G, D], the chunk's queries.
         scale: factor of the dot products.
         sums: [M, K, P + T] attention received from the chunk's queries, slot rows first, or None if it is not needed.
+        elsewhere: how many of the tokens before the chunk have their pairs in a shared slot, and not in this one.
     """
 
     slot: int
@@ -38,6 +39,7 @@ class PrefillChunk:
     queries: Tensor
     scale: float
     sums: Tensor | None
+    elsewhere: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

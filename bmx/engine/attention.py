@@ -22,7 +22,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.requests import EvictionRequest, PrefillChunk
 from bmx.compress.scorer_api import Needs
 from bmx.engine.by_channel import append_chunk, decode_tokens, layers_by_channel, read_slot
-from bmx.engine.layer_inputs import ChunkState, Forward, FusedLayer, LayerInputs, by_part
+from bmx.engine.layer_inputs import ChunkState, Forward, FusedLayer, LayerInputs, Pairs, by_part
 from bmx.engine.packed import DecodeGroup, PackedStep, PromptChunk
 from bmx.engine.ranking import DecodingSlot, Ranking
 from bmx.engine.recalling import RecallingAttention
@@ -133,8 +133,10 @@ class SlotAttention:
         if not step.decode_groups:
             raise RuntimeError("the kernels declined a step that was packed for them alone")
         for group in step.decode_groups:
-            for part, own_output, own in by_part(self._answering.layer(group.group, forward.layer), output, inputs):
-                own_output[group.rows] = self._decode_group(part, forward.layer, group, own)
+            parts = self._answering.layer(group.group, forward.layer)
+            for i, (part, own_output, own) in enumerate(by_part(parts, output, inputs)):
+                shared = self._read_shared(self._answering, group, forward.layer, i)
+                own_output[group.rows] = self._decode_group(part, forward.layer, group, own, shared)
 
     def _prefill_chunks(self, forward: Forward, output: Tensor, inputs: LayerInputs) -> None:
         """Attention of the prompt chunks, the rows of the output [N, H, E] behind the decoding tokens."""
@@ -155,8 +157,18 @@ class SlotAttention:
     ) -> None:
         """Attention of chunks to their slots and to themselves; a policy says what the slots keep of them."""
         for chunk in chunks:
-            for part, own_output, own in by_part(pool.layer(chunk.group, forward.layer), output, inputs):
-                own_output[chunk.rows] = self._prefill_chunk(part, policy, forward, chunk, own)
+            parts = pool.layer(chunk.group, forward.layer)
+            for i, (part, own_output, own) in enumerate(by_part(parts, output, inputs)):
+                shared = self._read_shared(pool, chunk, forward.layer, i)
+                own_output[chunk.rows] = self._prefill_chunk(part, policy, forward, chunk, own, shared)
+
+    def _read_shared(self, pool: KVPool, reader: DecodeGroup | PromptChunk, layer: int, part: int) -> Pairs | None:
+        """The rows of a shared slot that are read before others, in one part of a layer; None for none."""
+        if reader.shared is None:
+            return None
+        slots = pool.layer(reader.shared.group, layer)[part]
+        keys, values = slots.read(reader.shared.slot, reader.shared_rows)
+        return Pairs(keys, values, slots.positions[reader.shared.slot, :, : reader.shared_rows])
 
     def _archive_chunks(self, forward: Forward, inputs: LayerInputs) -> None:
         """Archive all pairs of the prompt chunks, in the layer that owns them."""
@@ -190,6 +202,7 @@ class SlotAttention:
             order=order,
             decay=self._policy.answering.decay(1),
             accumulate=rows.mass is not None and batch.evicting,
+            shared=batch.shared,
             **inputs.options,
         )
 
@@ -206,12 +219,18 @@ class SlotAttention:
         return self._kernels.prefill_step(output, *vectors, rows, step.chunks, **options)
 
     def _prefill_chunk(
-        self, part: LayerSlots, policy: CompressionPolicy, forward: Forward, chunk: PromptChunk, inputs: LayerInputs
+        self,
+        part: LayerSlots,
+        policy: CompressionPolicy,
+        forward: Forward,
+        chunk: PromptChunk,
+        inputs: LayerInputs,
+        shared: Pairs | None,
     ) -> Tensor:
         """A chunk attends to its slot and to itself, and its survivors are stored: output [T, H, E]."""
         rows, key = chunk.rows, (part.layout.owner, chunk.rows.start)
         state = forward.shared.get(key) or ChunkState(inputs.key[rows], inputs.value[rows])
-        output, sums = self._attend_chunk(part, chunk, state, inputs)
+        output, sums = self._attend_chunk(part, chunk, state, inputs, shared)
         if sums is not None:
             state.add(sums)
         if forward.layer < part.layout.last_reader:
@@ -221,12 +240,12 @@ class SlotAttention:
         return output
 
     def _attend_chunk(
-        self, part: LayerSlots, chunk: PromptChunk, state: ChunkState, inputs: LayerInputs
+        self, part: LayerSlots, chunk: PromptChunk, state: ChunkState, inputs: LayerInputs, shared: Pairs | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of a chunk: output [T, H, E], and sums [M, K, P + T] if pairs are ranked by them."""
         layout, used = part.layout, chunk.used_rows(part.layout.capacity)
-        keys, values = read_slot(self._kernels, part, chunk.slot, used)
-        positions = part.positions[chunk.slot, :, :used]
+        own = Pairs(*read_slot(self._kernels, part, chunk.slot, used), part.positions[chunk.slot, :, :used])
+        keys, values, positions = own if shared is None else shared.before(own)
         output, sums = self._kernels.attend_chunk(
             inputs.query[chunk.rows],
             state.key,
@@ -275,28 +294,33 @@ class SlotAttention:
                 queries=queries.view(tokens, part.layout.kv_heads, -1, queries.shape[-1]),
                 scale=inputs.scale,
                 sums=state.sums,
+                elsewhere=chunk.shared_rows,
             ),
         )
 
-    def _decode_group(self, part: LayerSlots, layer: int, group: DecodeGroup, inputs: LayerInputs) -> Tensor:
+    def _decode_group(
+        self, part: LayerSlots, layer: int, group: DecodeGroup, inputs: LayerInputs, shared: Pairs | None
+    ) -> Tensor:
         """Each token takes a row of its slot, then attends to the slot: output [B, H, E]."""
         query, key, value = inputs.query[group.rows], inputs.key[group.rows], inputs.value[group.rows]
         if owns_rows := part.layout.owner == layer:
             self._insert(part, group, key, value)
         if self._recalling is not None and part.layout.recall is not None:
             return self._recalling(part, group, query, owns_rows, inputs.options)
-        output, sums = self._attend_slots(part, group, inputs)
+        output, sums = self._attend_slots(part, group, inputs, shared)
         if sums is not None:
             self._policy.answering.observe(part, group.slots, sums, first=owns_rows)
         return output
 
-    def _attend_slots(self, part: LayerSlots, group: DecodeGroup, inputs: LayerInputs) -> tuple[Tensor, Tensor | None]:
+    def _attend_slots(
+        self, part: LayerSlots, group: DecodeGroup, inputs: LayerInputs, shared: Pairs | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of one token per slot: output [B, H, E] and sums [M, B, K, C].
 
         Slots are read as they lie; of those in fewer bits, only rows in use are decoded.
         """
         row_stats, capacity, in_place = part.layout.row_stats, part.layout.capacity, part.reads_in_place
-        rows = capacity if in_place else min(max(group.positions_host) + 1, capacity)
+        rows = capacity if in_place else min(group.longest, capacity)
         keys, values = part.read_slots(slice(None) if in_place else group.slots, rows)
         if self._recalling is None or part.layout.window is not None:
             hidden = _hidden_rows(part, group, rows)
@@ -312,6 +336,7 @@ class SlotAttention:
             want_mass="mass" in row_stats and group.evicting(capacity),
             squares="squares" in row_stats,
             power=self._policy.summed.power,
+            shared=None if shared is None else (shared.keys, shared.values),
             **inputs.options,
         )
         return output, None if sums is None else pad(sums, (0, capacity - rows))
@@ -319,9 +344,8 @@ class SlotAttention:
     def _insert(self, part: LayerSlots, group: DecodeGroup, key: Tensor, value: Tensor) -> None:
         """Write the tokens' own pairs: into the next empty row, or over the lowest-ranked unprotected pair."""
         capacity = part.layout.capacity
-        limits = zip(group.positions_host, group.row_limits_host, strict=True)
-        full = [position >= min(limit, capacity) for position, limit in limits]
-        rows = group.positions.unsqueeze(1)  # [B, 1]
+        full = group.full(capacity)
+        rows = group.next_rows.unsqueeze(1)  # [B, 1]
         if any(full):
             row_limits = None if group.row_limits is None else group.row_limits.clamp(max=capacity)
             request = EvictionRequest(
@@ -378,9 +402,9 @@ def _hidden_rows(part: LayerSlots, group: DecodeGroup, count: int) -> Tensor | N
     layout = part.layout
     last = group.positions.view(-1, 1, 1)
     hidden = None
-    if group.row_limits is not None or min(group.positions_host) + 1 < count:
+    if group.row_limits is not None or min(group.positions_host) + 1 - group.shared_rows < count:
         rows = torch.arange(count, device=last.device)
-        hidden = rows > last
+        hidden = rows > group.next_rows.view(-1, 1, 1)
         if group.row_limits is not None:
             hidden = hidden | (rows >= group.row_limits.view(-1, 1, 1))
     if layout.window is not None and not layout.by_age:

@@ -17,7 +17,7 @@ from bmx.engine.backend import Sampled
 from bmx.engine.group import Group
 from bmx.engine.runner import ModelRunner
 from bmx.engine.scheduler import Chunk, Step
-from bmx.engine.sequence import Sequence
+from bmx.engine.sequence import Sequence, SharedPart
 from bmx.kv.layout import SlotIndex
 from bmx.plan.memory import StepSize
 from bmx.request import Request
@@ -56,6 +56,7 @@ class SentChunk:
     rows_needed: int
     reading_rows: int
     spans: tuple[tuple[int, int], ...]
+    shared: SharedPart | None
 
     @classmethod
     def of(cls, chunk: Chunk) -> SentChunk:
@@ -71,6 +72,7 @@ class SentChunk:
             rows_needed=sequence.rows_needed,
             reading_rows=sequence.reading_rows,
             spans=sequence.spans,
+            shared=sequence.shared,
         )
 
     def received(self) -> Chunk:
@@ -86,7 +88,7 @@ class SentChunk:
             spans=self.spans,
             reading_rows=self.reading_rows,
         )
-        sequence.slot = self.slot
+        sequence.slot, sequence.shared = self.slot, self.shared
         return Chunk(sequence, self.start, self.length)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bmx.engine.packed import PackedStep
@@ -76,6 +77,24 @@ class ChunkState:
     def add(self, sums: Tensor) -> None:
         """Add the attention [M, K, P + T] of one more layer."""
         self.sums = sums if self.sums is None else self.sums + sums
+
+
+class Pairs(NamedTuple):
+    """Pairs of one slot.
+
+    Attributes:
+        keys: [K, P, D].
+        values: [K, P, E].
+        positions: [K, P].
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    def before(self, others: Pairs) -> Pairs:
+        """These, and others behind them."""
+        return Pairs(*(torch.cat(both, dim=1) for both in zip(self, others, strict=True)))
 
 
 class FusedLayer(NamedTuple):

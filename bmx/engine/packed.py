@@ -20,7 +20,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.engine.scheduler import Chunk, Step
 from bmx.engine.sequence import Sequence
 from bmx.kernels.segments import NO_SEGMENTS, Segments
-from bmx.kernels.slot_views import Chunks
+from bmx.kernels.slot_views import Chunks, SharedRows
 from bmx.kernels.transfer import upload
 from bmx.kv.layout import SlotIndex
 
@@ -39,6 +39,8 @@ class PromptChunk:
         archive: where its pairs are archived, or None.
         probes: how many of the packed rows are the probe's: they attend to the chunk and are not stored.
         spans: positions [start, stop) that are never evicted.
+        shared: a slot that is read before its own, or None.
+        shared_rows: how many rows of it: the positions before those of its own.
     """
 
     rows: slice
@@ -50,6 +52,8 @@ class PromptChunk:
     archive: SlotIndex | None = None
     probes: int = 0
     spans: tuple[tuple[int, int], ...] = ()
+    shared: SlotIndex | None = None
+    shared_rows: int = 0
 
     @property
     def length(self) -> int:
@@ -69,12 +73,12 @@ class PromptChunk:
 
     def used_rows(self, capacity: int) -> int:
         """Rows of its slot in use before the chunk, in a layer of ``capacity`` rows (P)."""
-        return min(self.start, self.row_limit, capacity)
+        return min(self.start - self.shared_rows, self.row_limit, capacity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeGroup:
-    """The decoding tokens of one group, one per slot.
+    """The decoding tokens of one group, one per slot; those that read a shared slot all read the same one.
 
     Attributes:
         rows: their packed rows.
@@ -83,11 +87,13 @@ class DecodeGroup:
         positions: [B], of the tokens: equal to the tokens of their sequences seen before.
         slots_host: the slots, on the host.
         positions_host: the positions, on the host.
-        totals: tokens of each sequence when its answer has its maximum length.
+        totals: tokens that pass through each slot when the answer has its maximum length.
         row_limits_host: rows of its slot that each sequence may use.
         row_limits: [B] the same, where some sequence may not use all of its slot; else None.
         spans: [B, N, 2] positions [start, stop) that are never evicted, or None.
         due: which of the tokens choose the rows that they and later ones read: all, or [Q]; None for none of them.
+        shared: the slot that all of them read before their own, or None.
+        shared_rows: how many rows of it: the positions before those of their own slots.
     """
 
     rows: slice
@@ -101,11 +107,28 @@ class DecodeGroup:
     row_limits: Tensor | None = None
     spans: Tensor | None = None
     due: Tensor | slice | None = None
+    shared: SlotIndex | None = None
+    shared_rows: int = 0
+
+    @property
+    def next_rows(self) -> Tensor:
+        """[B] the row of each slot that the token takes, if the slot has so many."""
+        return self.positions - self.shared_rows
+
+    @property
+    def longest(self) -> int:
+        """The most rows that one of the slots would have with its token, if no pair were evicted."""
+        return max(self.positions_host) + 1 - self.shared_rows
+
+    def full(self, capacity: int) -> list[bool]:
+        """Which slots have no empty row for their token, in a layer of ``capacity`` rows."""
+        limits = zip(self.positions_host, self.row_limits_host, strict=True)
+        return [position - self.shared_rows >= min(limit, capacity) for position, limit in limits]
 
     def used_rows(self, capacity: int) -> list[int]:
         """Rows of each slot in use, the tokens' own among them, in a layer of ``capacity`` rows."""
         limits = zip(self.positions_host, self.row_limits_host, strict=True)
-        return [min(position + 1, limit, capacity) for position, limit in limits]
+        return [min(position + 1 - self.shared_rows, limit, capacity) for position, limit in limits]
 
     def evicting(self, capacity: int) -> bool:
         """Whether any of these sequences ever evicts in a layer of ``capacity`` rows."""
@@ -121,12 +144,14 @@ class DecodeBatch:
         positions: [B], of the tokens.
         row_limits: [B] rows of its slot that each sequence may use.
         evicting: whether any of their sequences ever evicts in some layer.
+        shared: rows of other slots that they read before their own; None where no token does.
     """
 
     slots: Tensor
     positions: Tensor
     row_limits: Tensor
     evicting: bool
+    shared: SharedRows | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +211,13 @@ class Packer:
     max_length: int
     device: torch.device
 
+    def number_of(self, index: SlotIndex) -> int:
+        """The number of a slot over all groups."""
+        return self.slot_offsets[index.group] + index.slot
+
     def slot_number(self, sequence: Sequence) -> int:
         """The number of a sequence's slot over all groups."""
-        index = sequence.slot_index
-        return self.slot_offsets[index.group] + index.slot
+        return self.number_of(sequence.slot_index)
 
     def probe_behind(self, chunk: Chunk) -> tuple[int, ...]:
         """The probe's token ids behind a chunk; none while decoding, and none for a sequence that never evicts."""
@@ -224,18 +252,25 @@ class Packer:
     def _prompt_chunk(self, chunk: Chunk, rows: slice, probes: int) -> PromptChunk:
         """A chunk in the slot that it is read in: one under the budget, or, at the end of a prompt, the archive."""
         sequence = chunk.sequence
-        index = sequence.slot_index
+        index, shared = chunk.slot_index, sequence.shared
+        if shared and index == shared.slot_index:  # the chunk is of the shared part itself
+            length = shared.prefix.length
+            return PromptChunk(
+                rows=rows, group=index.group, slot=index.slot, start=chunk.start, total=length, row_limit=length
+            )
         archived = self.archives and chunk.start < sequence.read_tokens
         return PromptChunk(
             rows=rows,
             group=0 if archived else index.group,
             slot=index.reading if archived else index.slot,
             start=chunk.start,
-            total=sequence.held_total if archived else sequence.total,
-            row_limit=sequence.row_limit if archived else sequence.rows_needed,
+            total=sequence.held_total if archived else sequence.total - sequence.shared_rows,
+            row_limit=sequence.row_limit if archived else sequence.own_limit,
             archive=index if archived else None,
             probes=probes,
             spans=sequence.spans,
+            shared=shared and shared.slot_index,
+            shared_rows=sequence.shared_rows,
         )
 
     def upload(
@@ -260,11 +295,14 @@ class Packer:
             endings: chunks that are read on the archive.
         """
         sequences = [chunk.sequence for chunk in decoding]
-        numbers, row_limits = [self.slot_number(s) for s in sequences], [s.rows_needed for s in sequences]
+        numbers, row_limits = [self.slot_number(s) for s in sequences], [s.own_limit for s in sequences]
         table = _chunk_table(prompts, (0,) if self.archives else self.slot_offsets)
         slots_of_groups = [s.slot_index.slot for s in sequences]
-        lists = (ids, positions, logits_at, numbers, row_limits, slots_of_groups, *table)
-        input_ids, all_positions, rows, slots, limits, group_slots, *columns = _upload_lists(lists, self.device)
+        others = self._shared_by(sequences)
+        lists = (ids, positions, logits_at, numbers, row_limits, slots_of_groups, *others, *table)
+        uploaded = _upload_lists(lists, self.device)
+        input_ids, all_positions, rows, slots, limits, group_slots, *shared = uploaded[: 6 + len(others)]
+        columns = uploaded[6 + len(others) :]
         if sequences:
             input_ids[: len(sequences)] = next_ids[slots]
         spans = any(sequence.spans for sequence in sequences) or any(chunk.spans for chunk in prompts)
@@ -273,7 +311,7 @@ class Packer:
             input_ids=input_ids.unsqueeze(0),
             positions=all_positions.unsqueeze(0),
             logits_at=rows,
-            decode_batch=self._decode_batch(sequences, slots, starts, limits) if sequences else None,
+            decode_batch=self._decode_batch(sequences, slots, starts, limits, shared) if sequences else None,
             decode_groups=self._decode_groups(decoding, group_slots, starts, limits),
             chunks=self._chunks(table, torch.stack(columns), prompts, len(ids)) if prompts else None,
             prompts=tuple(prompts),
@@ -293,12 +331,27 @@ class Packer:
                 segments.append((end, chunk.probes, slot, False))
         return Segments.of(None, segments, self.device)
 
+    def _shared_by(self, sequences: list[Sequence]) -> list[list[int]]:
+        """The shared slot that each sequence reads before its own, and how many rows; nothing if none reads any."""
+        parts = [sequence.shared for sequence in sequences]
+        if not any(parts):
+            return []
+        return [
+            [self.number_of(part.slot_index) if part else 0 for part in parts],
+            [sequence.shared_rows for sequence in sequences],
+        ]
+
     def _decode_batch(
-        self, sequences: list[Sequence], slots: Tensor, positions: Tensor, row_limits: Tensor
+        self, sequences: list[Sequence], slots: Tensor, positions: Tensor, row_limits: Tensor, shared: list[Tensor]
     ) -> DecodeBatch:
         policy = self.policy.answering
-        evicting = any(policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in sequences)
-        return DecodeBatch(slots=slots, positions=positions, row_limits=row_limits, evicting=evicting)
+        return DecodeBatch(
+            slots=slots,
+            positions=positions,
+            row_limits=row_limits,
+            evicting=any(policy.evicts(len(sequence.prompt), sequence.max_tokens) for sequence in sequences),
+            shared=SharedRows(*shared) if shared else None,
+        )
 
     def _chunks(self, table: list[list[int]], uploaded: Tensor, prompts: list[PromptChunk], tokens: int) -> Chunks:
         offsets, lengths, slots, starts, row_limits, totals = map(tuple, table)
@@ -318,15 +371,22 @@ class Packer:
             row_limits=row_limits,
             totals=totals,
             table=uploaded,
+            shared=self._shared_by_chunks(prompts),
             query_weights=query_weights,
             decay=decay,
         )
+
+    def _shared_by_chunks(self, prompts: list[PromptChunk]) -> tuple[tuple[int, int], ...]:
+        """See ``Chunks.shared``."""
+        if not any(chunk.shared for chunk in prompts):
+            return ()
+        return tuple((self.number_of(chunk.shared) if chunk.shared else 0, chunk.shared_rows) for chunk in prompts)
 
     def _decode_groups(
         self, decoding: list[Chunk], slots: Tensor, positions: Tensor, row_limits: Tensor
     ) -> tuple[DecodeGroup, ...]:
         groups, row = [], 0
-        for group, members in groupby(decoding, key=lambda chunk: chunk.sequence.slot_index.group):
+        for (group, shared), members in groupby(decoding, key=lambda chunk: _read_slots(chunk.sequence)):
             chunks = list(members)
             rows = slice(row, row + len(chunks))
             sequences = [chunk.sequence for chunk in chunks]
@@ -338,11 +398,13 @@ class Packer:
                     positions=positions[rows],
                     slots_host=tuple(sequence.slot_index.slot for sequence in sequences),
                     positions_host=tuple(chunk.start for chunk in chunks),
-                    totals=tuple(sequence.total for sequence in sequences),
-                    row_limits_host=tuple(sequence.rows_needed for sequence in sequences),
+                    totals=tuple(sequence.total - sequence.shared_rows for sequence in sequences),
+                    row_limits_host=tuple(sequence.own_limit for sequence in sequences),
                     row_limits=row_limits[rows] if self.policy.answering.budget.share else None,
                     spans=self._spans(sequences),
                     due=self._due(chunks),
+                    shared=shared,
+                    shared_rows=sequences[0].shared_rows,
                 )
             )
             row = rows.stop
@@ -365,6 +427,11 @@ class Packer:
             return None
         padded = [[*s.spans, *[(0, 0)] * (count - len(s.spans))] for s in sequences]
         return upload(padded, self.device)
+
+
+def _read_slots(sequence: Sequence) -> tuple[int, SlotIndex | None]:
+    """The group of a sequence's slot, and the shared slot that it reads."""
+    return sequence.slot_index.group, sequence.shared and sequence.shared.slot_index
 
 
 def _upload_lists(lists: Seq[Seq[int]], device: torch.device) -> list[Tensor]:

@@ -20,6 +20,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.compress.scorer_api import Needs
 from bmx.engine.scheduler import Step
 from bmx.engine.sequence import Prefix, Sequence
+from bmx.engine.shared_slots import SharedSlots
 from bmx.engine.window import chained_keys
 from bmx.kv.layout import SlotIndex
 from bmx.model.spec import ModelSpec
@@ -91,8 +92,14 @@ class Reuse:
     rows: int = sys.maxsize
     _layers: dict[int, tuple[LayerRows, ...]] = field(default_factory=dict, compare=False)
 
-    def shared(self, first: Prompt, second: Prompt) -> int:
-        """The number of leading tokens whose state two prompts can share; 0 if it is not worth a copy."""
+    def shared(self, first: Prompt, second: Prompt, in_place: bool = False) -> int:
+        """The number of leading tokens whose state two prompts can share; 0 if it is not worth a copy.
+
+        Args:
+            first: a prompt.
+            second: another one.
+            in_place: count only so many tokens as may be read in place, see ``reads_in_place``.
+        """
         if first.prompt[:LEAST] != second.prompt[:LEAST]:
             return 0
         common = common_tokens(first.prompt, second.prompt)
@@ -100,7 +107,7 @@ class Reuse:
         for tokens in sorted({even, even - UNIT, *chunk_ends(first.read_tokens, self.chunk_size)}, reverse=True):
             if LEAST <= tokens <= common:
                 key = self.reuse_key(first, tokens)
-                usable = key is not None and (key != () or tokens % UNIT == 0)
+                usable = key is not None and ((key != () and not in_place) or tokens % UNIT == 0)
                 if usable and key == self.reuse_key(second, tokens):
                     return tokens
         return 0
@@ -145,6 +152,18 @@ class Reuse:
         rows = tuple(min(layer.rows, tokens) for layer in self._layers_of(request))
         evicts = self.policy.evicts(request.read_tokens, request.held_total - request.read_tokens)
         return ("end", rows, spans, evicts)
+
+    def reads_in_place(self, request: Prompt, tokens: int) -> bool:
+        """Whether a request gets the same answer if it reads so many of its tokens in a slot that others read too.
+
+        Nothing of the request is ever evicted then, every layer has rows of its own for all of its tokens, and rows are
+        stored one by one.
+        """
+        layout = self.policy.layout(self.spec, request.row_limit)
+        simple = self.policy.archive is None and self.policy.recall is None and not self.spec.states
+        owned = all(layer.owner == i and not layer.by_channel for i, layer in enumerate(layout.layers))
+        whole = min(min(layer.capacities) for layer in layout.layers) >= request.held_total
+        return simple and owned and whole and tokens % UNIT == 0
 
     def scored(self, request: Prompt) -> int:
         """The number of layers in which attention is summed for a request: those in which it will evict.
@@ -202,6 +221,7 @@ class PrefixCache:
         group: the number of their first group.
         reading: the number of the first slot in which prompts are read that belongs to them.
         copy: copies the state of a sequence's first tokens from one slot to another.
+        shared: slots whose prefixes are read in place, and not copied.
     """
 
     def __init__(
@@ -211,9 +231,11 @@ class PrefixCache:
         group: int,
         copy: Callable[[SlotIndex, SlotIndex, int], None],
         reading: int = 0,
+        shared: SharedSlots | None = None,
     ) -> None:
         self._reuse = reuse
         self._copy = copy
+        self._shared = shared or SharedSlots((), (), lambda *_: False)
         slots = [(group + i, slot) for i, part in enumerate(prefix_slots) for slot in range(part.slots)]
         self._free = [SlotIndex(*slot, reading + n) for n, slot in enumerate(slots)]
         self._capacity = {group + i: part.capacity for i, part in enumerate(prefix_slots)}
@@ -222,7 +244,7 @@ class PrefixCache:
         self._joined: deque[Sequence] = deque(maxlen=JOINED)  # the newest last
         self._waiting_for: dict[Prefix, list[Sequence]] = {}  # sequences that wait while a step is computed
         self._copied = 0  # prompt tokens that were copied and not counted yet
-        self.enabled = bool(self._free)
+        self.enabled = bool(self._free) or self._shared.enabled
 
     def keys(self, prompt: Prompt) -> tuple[int, ...]:
         """The keys of a prompt's beginnings, for a window; none where nothing is shared."""
@@ -244,7 +266,13 @@ class PrefixCache:
             return
         common = common_tokens(sequence.prompt, previous.prompt)
         sequence.prefixes = [p for p in previous.prefixes if p.length <= common and self._fits(p, sequence)]
-        if any(prefix.length == length for prefix in sequence.prefixes):
+        self._note(length, sequence)
+        if self._shared.enabled and length % UNIT:
+            self._note(self._reuse.shared(sequence, previous, in_place=True), sequence)
+
+    def _note(self, length: int, sequence: Sequence) -> None:
+        """Note a prefix of the sequence that joined last, and of those before it that have it too."""
+        if not length or any(prefix.length == length for prefix in sequence.prefixes):
             return
         reuse_key = self._reuse.reuse_key(sequence, length) or ()
         tokens = array("I", sequence.prompt[:length])
@@ -259,7 +287,7 @@ class PrefixCache:
         return self._reuse.reuse_key(sequence, prefix.length) == prefix.reuse_key
 
     def arrange(self, sequences: Seq[Sequence]) -> int:
-        """Decide which sequences start from a copy, which compute a prefix, and which wait for one being computed.
+        """Decide which sequences start behind a prefix, which compute one, and which wait for one being computed.
 
         A sequence waits only before it has computed anything, and only for one that does not wait: some sequence can
         always run.
@@ -268,15 +296,19 @@ class PrefixCache:
             sequences: those that have a slot, in order of admission.
 
         Returns:
-            The number of prompt tokens that were copied.
+            The number of prompt tokens that were copied, or need not be computed since they are read in place.
         """
         copied, self._copied = self._copied, 0
         self._waiting_for.clear()
         computing: dict[Prefix, int] = {}  # with the number of layers in which attention is summed
+        in_place: set[Prefix] = set()  # that are being computed in the slots in which they are read
         reading = [s for s in sequences if self.enabled and s.prefixes and not s.decoding]
         for sequence in sorted(reading, key=lambda s: s.computed == 0):
+            if sequence.shared:
+                copied += self._read_in_place(sequence, sequence.shared.prefix, in_place)
+                continue
             scored = self._reuse.scored(sequence)
-            ready = [p for p in sequence.prefixes if p in self._kept and self._kept[p].scored >= scored]
+            ready = [p for p in sequence.prefixes if (kept := self._copy_of(p)) and kept.scored >= scored]
             coming = [p for p in sequence.prefixes if computing.get(p, -1) >= scored]
             if not sequence.computed:
                 longest = max((p.length for p in ready), default=0)
@@ -287,14 +319,48 @@ class PrefixCache:
                 if ready:
                     copied += self._start_from(ready[-1], sequence)
             missing = [p for p in sequence.prefixes if p not in ready and p not in coming]
-            to_compute = [p for p in missing if p.length > sequence.computed]
+            to_compute = [p for p in missing if p.length > sequence.computed and self._has_slot(p, sequence)]
             sequence.stops = tuple(p.length for p in to_compute)
             computing |= dict.fromkeys(to_compute, scored)
         return copied
 
+    def _copy_of(self, prefix: Prefix) -> CachedPrefix | None:
+        """What a prefix can be copied from: a copy, or the slot in which others read it; None if there is nothing."""
+        index = self._shared.computed_at(prefix)
+        return self._kept.get(prefix) or (CachedPrefix(index, 0) if index else None)
+
+    def _has_slot(self, prefix: Prefix, sequence: Sequence) -> bool:
+        """Whether some slot for copies is large enough for a prefix."""
+        return max(self._capacity.values(), default=0) >= min(prefix.length, sequence.rows_needed)
+
+    def _read_in_place(self, sequence: Sequence, prefix: Prefix, computing: set[Prefix]) -> int:
+        """Let a sequence start behind its shared part, compute that, or wait for it; returns tokens that it is spared.
+
+        Args:
+            sequence: it has a shared part.
+            prefix: that part.
+            computing: prefixes that are being computed; this one is added if the sequence computes it.
+        """
+        sequence.waits, sequence.stops = False, ()
+        if sequence.computed >= prefix.length:
+            return 0
+        if self._shared.computed_at(prefix):
+            sequence.computed = prefix.length
+            return prefix.length
+        if not sequence.computed and prefix in computing:
+            sequence.waits = True
+            return 0
+        sequence.stops = (prefix.length,)
+        computing.add(prefix)
+        return 0
+
     def _start_from(self, prefix: Prefix, sequence: Sequence) -> int:
         """Copy a prefix into a sequence's slot; returns its tokens."""
-        cached = self._kept[prefix] = self._kept.pop(prefix)  # now the most recently used
+        cached = self._copy_of(prefix)
+        if cached is None:
+            return 0
+        if prefix in self._kept:
+            self._kept[prefix] = self._kept.pop(prefix)  # now the most recently used
         self._copy(cached.slot_index, sequence.slot_index, prefix.length)
         sequence.computed = prefix.length
         return prefix.length
@@ -310,7 +376,9 @@ class PrefixCache:
         """
         for chunk in step.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.length
-            if end in sequence.stops:
+            if sequence.shared and end in sequence.stops:
+                self._shared.note_computed(sequence.shared.prefix)
+            elif end in sequence.stops:
                 prefix = next(p for p in sequence.prefixes if p.length == end)
                 cached = CachedPrefix(sequence.slot_index, self._reuse.scored(sequence))
                 self._hand_out(prefix, cached)

@@ -167,7 +167,7 @@ class _SharedText:
         self._reuse = reuse
         self._window: Window[tuple[int, EncodedPrompt]] = Window(ROWS, TOKENS)
         self._lengths: list[Length] = []
-        self._before: EncodedPrompt | None = None  # the request that the window gave out last
+        self._before: tuple[int, EncodedPrompt] | None = None  # the request that the window gave out last
         self._open: list[_OpenPrefix] = []  # those of that request, each of them a part of the next
 
     def add(self, encoded: EncodedPrompt) -> None:
@@ -189,8 +189,13 @@ class _SharedText:
     def _give_out(self, reuse: Reuse) -> None:
         """Compare the window's next request with the one before it."""
         index, encoded = self._window.pop()
-        length = reuse.shared(encoded, self._before) if self._before else 0
-        self._before = encoded
+        at, before = self._before or (0, None)
+        length = reuse.shared(encoded, before) if before else 0
+        if before and length:
+            in_place = reuse.shared(encoded, before, in_place=True)
+            for number, one in ((at, before), (index, encoded)):
+                self._note_in_place(reuse, number, one, in_place)
+        self._before = index, encoded
         nested = self._close(length)
         if not length:
             return
@@ -198,6 +203,12 @@ class _SharedText:
             self._open.append(_OpenPrefix(length, [], 0))
         self._open[-1].nested = max(self._open[-1].nested, nested)
         self._open[-1].requests.append(index)
+
+    def _note_in_place(self, reuse: Reuse, index: int, encoded: EncodedPrompt, tokens: int) -> None:
+        """Note what a request can read in a slot that another one reads too."""
+        length = self._lengths[index]
+        if tokens > length.in_place and reuse.reads_in_place(encoded, tokens):
+            self._lengths[index] = replace(length, in_place=tokens)
 
     def _close(self, length: int) -> int:
         """Note the prefixes that go on beyond this length with their requests; returns how many lay in each other."""

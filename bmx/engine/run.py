@@ -19,6 +19,7 @@ from bmx.engine.prefix_cache import PrefixCache, Reuse
 from bmx.engine.prompt_lengths import EncodedPrompt
 from bmx.engine.scheduler import Scheduler, Step
 from bmx.engine.sequence import Sequence
+from bmx.engine.shared_slots import SharedSlots
 from bmx.engine.window import ROWS, TOKENS, Window
 from bmx.errors import RowError
 from bmx.model.spec import ModelSpec
@@ -167,17 +168,22 @@ class Run:
         context = self._context
         chunk_size = context.chunk_size or plan.step.chunk_size
         reading = plan.reading.slots - sum(group.slots for group in plan.prefix_slots) if plan.reading else None
-        scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size), reading)
-        for sequence in self._unfinished:
+        rows = max((group.capacity for group in (*plan.prefix_slots, *plan.shared_slots)), default=0)
+        reuse = Reuse(spec=context.spec, policy=context.policy, chunk_size=chunk_size, rows=rows)
+        shared = SharedSlots(
+            plan.shared_indexes, plan.groups, lambda sequence, prefix: reuse.reads_in_place(sequence, prefix.length)
+        )
+        scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size), reading, shared)
+        unfinished, self._unfinished = self._unfinished, []
+        for sequence in unfinished:
             scheduler.enqueue(sequence)
-        self._unfinished = []
         try:
             with device_errors(), context.runner(plan) as runner:
                 context.stats.slots, context.stats.kv_bytes = plan.slots, runner.kv_bytes
                 context.stats.modules = runner.modules
-                rows = max((group.capacity for group in plan.prefix_slots), default=0)
-                reuse = Reuse(spec=context.spec, policy=context.policy, chunk_size=chunk_size, rows=rows)
-                prefixes = PrefixCache(reuse, plan.prefix_slots, len(plan.groups), runner.copy, reading or 0)
+                prefixes = PrefixCache(reuse, plan.prefix_slots, len(plan.groups), runner.copy, reading or 0, shared)
+                for sequence in unfinished:
+                    prefixes.join(sequence)
                 yield from _Attempt(self, scheduler, runner, prefixes, plan.memory.total, alone).results()
             return True
         except Exception as error:

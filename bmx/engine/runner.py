@@ -88,7 +88,7 @@ class ModelRunner:
         self._draw = kernels.module.draw
         self._vocab, self._max_length = loaded.spec.vocab, loaded.spec.max_length
         device = self._model.device
-        slots = tuple(group.slots for group in (*plan.groups, *plan.prefix_slots))
+        slots = tuple(group.slots for group in plan.all_groups)
         self.policy = policy
         self.answering = self.pool = KVPool.placed(plan.layouts, slots, self._model.dtype, device, plan.limits.place)
         if plan.reading:
@@ -149,8 +149,8 @@ class ModelRunner:
         """Compute a step without sampling: logits [N, V], one row for each chunk that samples."""
         if not self._reads_no_empty_rows:
             for chunk in step.chunks:
-                if chunk.start == 0:
-                    self._reset(chunk.sequence.slot_index)
+                if chunk.begins:
+                    self._reset(chunk.slot_index)
         self._states.clear([self._packer.slot_number(c.sequence) for c in step.chunks if c.start == 0])
         decoding = (chunk for chunk in step.chunks if chunk.decodes)
         self._attention.rank(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from bmx.engine.sequence import Prefix, Sequence
+from bmx.engine.shared_slots import SharedSlots
 from bmx.kv.layout import NOT_READING, SlotIndex
 from bmx.plan.memory import SlotGroup, StepSize, group_for
 
@@ -32,6 +33,17 @@ class Chunk:
     def samples(self) -> int:
         """Tokens of the answer that the step samples: one for each decoding token, one for a prompt's last token."""
         return self.length if self.decodes else int(self.start + self.length == len(self.sequence.prompt))
+
+    @property
+    def slot_index(self) -> SlotIndex:
+        """The slot in which its pairs are stored: the sequence's own, or a shared one."""
+        shared = self.sequence.shared
+        return shared.slot_index if shared and self.start < shared.prefix.length else self.sequence.slot_index
+
+    @property
+    def begins(self) -> bool:
+        """Whether its pairs are the first in that slot."""
+        return self.start in (0, self.sequence.shared_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +73,23 @@ class Scheduler:
         groups: slots by capacity.
         size: how large steps may get; one prompt chunk always fits, so that prompts make progress.
         reading: slots in which prompts are read before they are archived; None where a sequence reads in its own slot.
+        shared: slots that many sequences read beside their own.
     """
 
-    def __init__(self, groups: Seq[SlotGroup], size: StepSize, reading: int | None = None) -> None:
+    def __init__(
+        self,
+        groups: Seq[SlotGroup],
+        size: StepSize,
+        reading: int | None = None,
+        shared: SharedSlots | None = None,
+    ) -> None:
         self._groups = tuple(groups)
         self._chunk_size, self._probe = size.chunk_size, size.probe
         self._max_tokens = size.max_num_batched_tokens
         self._free = [list(range(group.slots))[::-1] for group in self._groups]
         self._free_reading = None if reading is None else list(range(reading))[::-1]
+        self._shared = shared or SharedSlots((), (), lambda *_: False)
+        self._overtaken = 0  # sequences with a shared slot that came after the first one that has found none
         self._running: list[Sequence] = []
         self._leaving: list[Sequence] = []  # their last tokens are launched but not read; their slots are free already
         self._waiting: list[Sequence] = []
@@ -136,12 +157,27 @@ class Scheduler:
         if draining:
             self._sort_longest_first()
         candidates, self._waiting = self._waiting, []
+        blocked = False
         for index, sequence in enumerate(candidates):
             if not self._has_free_slots():
                 self._waiting += candidates[index:]
                 return
-            if not self.admit(sequence):
+            if (blocked and self._must_wait(sequence)) or not self.admit(sequence):
                 self._waiting.append(sequence)
+                blocked = blocked or self._finds_no_shared_slot(sequence)
+            elif blocked and sequence.shared:
+                self._overtaken += 1
+        if not blocked:
+            self._overtaken = 0
+
+    def _finds_no_shared_slot(self, sequence: Sequence) -> bool:
+        """Whether all shared slots are read, and none of them is the one that a sequence needs."""
+        prefix = self._shared.wanted_by(sequence)
+        return prefix is not None and not self._shared.has_room(prefix)
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether a sequence leaves the shared slots to one that waits for them: as many as slots have overtaken it."""
+        return self._overtaken >= self.slots and self._shared.wanted_by(sequence) is not None
 
     def _sort_longest_first(self) -> None:
         """Sort those that wait: first those that share a prefix with one that has a slot, then by the longest of them.
@@ -163,10 +199,19 @@ class Scheduler:
         return any(self._free) and self._free_reading != []
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give the sequence the smallest free slot that is large enough; False if no such slot is free."""
-        group = group_for(sequence.rows_needed, self._groups, self._free) if self._has_free_slots() else None
+        """Give the sequence the smallest free slot that is large enough; False if no such slot is free.
+
+        A sequence whose prompt begins with text that others share reads that in a shared slot, if one has room.
+        """
+        if not self._has_free_slots():
+            return False
+        prefix = self._shared.wanted_by(sequence)
+        length = prefix.length if prefix and self._shared.has_room(prefix) else 0
+        group = group_for(sequence.rows_needed - length, self._groups, self._free)
         if group is None:
             return False
+        if prefix and length:
+            self._shared.enter(sequence, prefix)
         reading = self._free_reading.pop() if self._free_reading else NOT_READING
         sequence.slot = SlotIndex(group, self._free[group].pop(), reading)
         self._running.append(sequence)
@@ -180,7 +225,7 @@ class Scheduler:
         Args:
             rounds: most tokens that a sequence decodes in a step without prompts.
         """
-        decodes = sorted((s for s in self._running if s.decoding), key=lambda s: s.slot_index)
+        decodes = sorted((s for s in self._running if s.decoding), key=_decoding_order)
         reading = any(not (s.decoding or s.waits) for s in self._running)
         chunks = [Chunk(s, s.computed, 1 if reading else min(rounds, s.left)) for s in decodes]
         tokens = len(chunks)
@@ -237,6 +282,7 @@ class Scheduler:
         self._running = [s for s in self._running if id(s) not in gone]
         for sequence in sequences:
             self._end_reading(sequence)
+            self._shared.leave(sequence)
             self._free[sequence.slot_index.group].append(sequence.slot_index.slot)
 
     def _end_reading(self, sequence: Sequence) -> None:
@@ -247,5 +293,11 @@ class Scheduler:
             sequence.slot = index._replace(reading=NOT_READING)
 
     def capacity(self, sequence: Sequence) -> int:
-        """Rows of the slot that the sequence has or had."""
-        return self._groups[sequence.slot_index.group].capacity
+        """Rows of the slot that the sequence has or had, with those that it reads or read in a shared one."""
+        return self._groups[sequence.slot_index.group].capacity + sequence.shared_rows
+
+
+def _decoding_order(sequence: Sequence) -> tuple[int, SlotIndex, SlotIndex]:
+    """By group; in it, those that read the same shared slot together."""
+    index, none = sequence.slot_index, SlotIndex(-1, -1)
+    return index.group, sequence.shared.slot_index if sequence.shared else none, index

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from bmx.engine.grammar import Grammar, Matcher
 from bmx.engine.repetition import repeats
@@ -32,6 +32,18 @@ class Prefix:
 
     length: int
     reuse_key: tuple[object, ...]
+
+
+class SharedPart(NamedTuple):
+    """The first tokens of a prompt whose pairs are in a slot that other sequences read too, and not in its own.
+
+    Attributes:
+        prefix: these tokens.
+        slot_index: the slot; none of its rows changes once they are computed.
+    """
+
+    prefix: Prefix
+    slot_index: SlotIndex
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +73,7 @@ class Sequence:
         computed: tokens whose keys and values are computed, or will be by launched steps.
         promised: tokens of the answer that launched steps will give, and that have not been read yet.
         slot: its slot while it has one, and after.
+        shared: the part of its prompt that it reads in a shared slot, given to it with its own; None for none.
         prefixes: leading parts of its prompt that others share, the shortest first.
         stops: lengths of prefixes at which a chunk must end, since the slot is copied there.
         waits: whether it waits for another sequence that computes a prefix of this one.
@@ -87,6 +100,7 @@ class Sequence:
     computed: int = field(init=False, default=0)
     promised: int = field(init=False, default=0)
     slot: SlotIndex | None = field(init=False, default=None)
+    shared: SharedPart | None = field(init=False, default=None)
     prefixes: list[Prefix] = field(init=False, default_factory=list)
     stops: tuple[int, ...] = field(init=False, default=())
     waits: bool = field(init=False, default=False)
@@ -128,6 +142,16 @@ class Sequence:
         if self.slot is None:
             raise RuntimeError(f"sequence {self.request.id!r} was never given a slot")
         return self.slot
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows that it reads in a shared slot: the positions before those of its own slot."""
+        return self.shared.prefix.length if self.shared else 0
+
+    @property
+    def own_limit(self) -> int:
+        """Rows that it may use of the slot on which its answer is written."""
+        return self.rows_needed - self.shared_rows
 
     @property
     def left(self) -> int:

@@ -37,7 +37,7 @@ def decode_step_seconds(engine: Engine, plan: Plan, slots: int, rows: int, steps
     tokens = max(1, rows - steps - 2)
     group = SlotGroup(tokens + steps + 2, slots)
     layout = engine.policy.layout(engine.spec, group.capacity)
-    plan = replace(plan, groups=(group,), layouts=(layout,), prefix_slots=())
+    plan = replace(plan, groups=(group,), layouts=(layout,), prefix_slots=(), shared_slots=())
     scheduler = Scheduler(plan.groups, plan.step)
     for number in range(slots):
         scheduler.admit(sequence_of(engine, number, tokens, steps + 2))

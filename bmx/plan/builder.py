@@ -64,7 +64,17 @@ class PlanBuilder:
         """
         sizes = self.step_sizes(lengths) if sizes is None else sizes
         plans: list[Callable[[], Plan]] = [
-            partial(plan, self.spec, self.layout, self.limits, lengths, size, self.device, self._reading_layout)
+            partial(
+                plan,
+                self.spec,
+                self.layout,
+                self.limits,
+                lengths,
+                size,
+                self.device,
+                self._reading_layout,
+                shares=self.kernels.capabilities.reads_shared_rows,
+            )
             for size in sizes
         ]
         return fastest(plans, self.spec, lengths, self._profile, self.rates)

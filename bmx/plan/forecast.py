@@ -22,7 +22,7 @@ from bmx.model.spec import ModelSpec
 from bmx.plan.chunks import chunk_ends
 from bmx.plan.machine_speed import Rates
 from bmx.plan.memory import group_for
-from bmx.plan.planner import Length, Plan
+from bmx.plan.planner import Length, Plan, own_lengths
 
 PLAYED_ROWS = 256  # requests that are simulated at least; more if the slots can be filled three times
 WORTH = 1.03  # smaller steps are considered if they leave room for this many times the slots
@@ -65,6 +65,8 @@ def forecast(
     """
     largest = max(group.capacity for group in plan.groups)
     served = [length for length in lengths if length.rows_needed <= largest]
+    if plan.shared_slots:
+        _, served = own_lengths(served)
     stride = max(1, len(served) // max(PLAYED_ROWS, 3 * plan.slots))
     ordered = sorted(served, key=lambda length: (length.prompt_tokens, length.max_tokens)) if stride > 1 else served
     sample = ordered[stride // 2 :: stride]

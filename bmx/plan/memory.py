@@ -23,10 +23,17 @@ SAMPLER_BYTES = 48  # per logit of those rows: float64 probabilities, sorted, wi
 
 @dataclass(frozen=True, slots=True)
 class SlotGroup:
-    """Slots of one capacity (KV pairs per layer and head)."""
+    """Slots of one capacity (KV pairs per layer and head).
+
+    Attributes:
+        capacity: pairs of a slot.
+        slots: how many slots.
+        shared: most pairs that a sequence with such a slot reads in a shared slot beside it; 0 where none does.
+    """
 
     capacity: int
     slots: int
+    shared: int = 0
 
 
 def group_for(rows: int, groups: Sequence[SlotGroup], free: Sequence[object]) -> int | None:

@@ -13,12 +13,14 @@ from typing import Any
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
-from bmx.kv.layout import KVLayout
+from bmx.kv.layout import KVLayout, SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.capacities import capacities
 from bmx.plan.chunks import ending_of, steps_needed
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, Memory, ReadingSlots, SlotGroup, StepSize, does_not_fit, memory_needed
+from bmx.plan.shared_text import SharedText, shared_text
+from bmx.plan.slot_counts import Demand, largest_fitting, most_slots, split_slots
 
 MAX_SLOTS = 4096  # a step of more sequences is no faster
 FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
@@ -38,6 +40,7 @@ class Length:
         shared: leading tokens whose state it can share with the request before it, in the order in which they run.
         reading_rows: rows of the slot in which its prompt is read before it is archived; 0 where nothing is archived.
         nested: how many longer texts, each a part of the next, go on from the shared one and are shared too.
+        in_place: leading tokens that it and the request before or after it can read in one slot; 0 for none.
     """
 
     prompt_tokens: int
@@ -46,6 +49,7 @@ class Length:
     shared: int = 0
     reading_rows: int = 0
     nested: int = 0
+    in_place: int = 0
 
     @classmethod
     def of(cls, policy: CompressionPolicy, prompt_tokens: int, max_tokens: int) -> Length:
@@ -98,13 +102,14 @@ class Plan:
 
     Attributes:
         groups: slots of sequences, by capacity.
-        layouts: what a slot of each group holds; those of ``prefix_slots`` come last.
+        layouts: what a slot of each of ``all_groups`` holds.
         step: how large steps may get.
         memory: bytes that the run takes.
         limits: bytes and slots that it may use.
         too_large: requests that would not fit even alone; they become errors, the others are answered.
         needs: pairs of (rows of a slot, number of requests that need exactly that number), for requests that fit.
-        prefix_slots: slots that hold the state of text which several prompts share.
+        prefix_slots: slots that hold the state of text which several prompts share, to be copied.
+        shared_slots: slots that hold such text to be read in place.
         reading: slots in which prompts are read before they are archived, those of ``prefix_slots`` last; None where
             nothing is archived.
         profiled: what the largest step was measured to take, if it was measured.
@@ -118,6 +123,7 @@ class Plan:
     too_large: int = 0
     needs: tuple[tuple[int, int], ...] = ()
     prefix_slots: tuple[SlotGroup, ...] = ()
+    shared_slots: tuple[SlotGroup, ...] = ()
     reading: ReadingSlots | None = None
     profiled: ProfiledStep | None = field(default=None, compare=False)
 
@@ -126,10 +132,21 @@ class Plan:
         """Most sequences at once."""
         return sum(group.slots for group in self.groups)
 
+    @property
+    def all_groups(self) -> tuple[SlotGroup, ...]:
+        """All groups of slots, in the order of their numbers."""
+        return (*self.groups, *self.prefix_slots, *self.shared_slots)
+
+    @property
+    def shared_indexes(self) -> tuple[SlotIndex, ...]:
+        """Where the shared slots are."""
+        first = len(self.groups) + len(self.prefix_slots)
+        return tuple(SlotIndex(first + i, n) for i, part in enumerate(self.shared_slots) for n in range(part.slots))
+
     def alone(self, group: SlotGroup, layout: KVLayout) -> Plan:
         """The same plan with one group of slots instead of all; ``layout`` is what a slot of it holds."""
         reading = self.reading and replace(self.reading, slots=1)
-        return replace(self, groups=(group,), layouts=(layout,), prefix_slots=(), reading=reading)
+        return replace(self, groups=(group,), layouts=(layout,), prefix_slots=(), shared_slots=(), reading=reading)
 
     @property
     def fill(self) -> float:
@@ -172,6 +189,7 @@ def plan(
     step: StepSize,
     device: Device,
     reading_layout: Callable[[int], KVLayout] | None = None,
+    shares: bool = False,
 ) -> Plan:
     """The plan with the most slots that fit the limits, in a few groups that suit these requests.
 
@@ -183,6 +201,7 @@ def plan(
         step: how large steps may get.
         device: the device, as the memory formula sees it.
         reading_layout: gives the layout of a slot in which prompts are read before they are archived.
+        shares: whether kernels can read text that prompts share in one slot.
 
     Raises:
         MemoryLimitError: not even one slot fits; the message says how much is missing.
@@ -199,31 +218,114 @@ def plan(
     def fits(groups: tuple[SlotGroup, ...], prefix_slots: tuple[SlotGroup, ...] = ()) -> bool:
         return not limits.missing(memory(groups, prefix_slots))
 
-    largest = _largest_fitting(sizes, lambda rows: fits((SlotGroup(rows, 1),)))
+    largest = largest_fitting(sizes, lambda rows: fits((SlotGroup(rows, 1),)))
     if largest is None:
         raise does_not_fit(memory((SlotGroup(sizes[0], 1),)), limits)
     served = [length for length in lengths if length.rows_needed <= largest]
     capacity = capacities([length.rows_needed for length in served])
     demand = _demand(served, capacity, step.chunk_size)
     most = min(limits.slots or MAX_SLOTS, len(served))
-    groups, prefix_slots = _largest(demand, most, fits), _prefix_slots(served, max(capacity))
-    if prefix_slots and fits((SlotGroup(max(capacity), 1),), prefix_slots):
-        beside = _largest(demand, most, lambda groups: fits(groups, prefix_slots))
-        worth = sum(group.slots for group in beside) >= WORTH_SLOTS * sum(group.slots for group in groups)
-        groups, prefix_slots = (beside, prefix_slots) if worth else (groups, ())
-    else:
-        prefix_slots = ()
+    slots = _with_copies(
+        _Slots(most_slots(demand, most, fits)), _prefix_slots(served, max(capacity)), demand, most, fits
+    )
+    in_place = _in_place(served, most, step.chunk_size, fits) if shares else None
+    if in_place and in_place.count > slots.count:
+        slots = in_place
+    needs = Counter(length.rows_needed for length in slots.lengths or served)
+    spare = (*slots.prefix_slots, *slots.shared_slots)
     return Plan(
-        groups=groups,
-        layouts=tuple(layout(group.capacity) for group in (*groups, *prefix_slots)),
+        groups=slots.groups,
+        layouts=tuple(layout(group.capacity) for group in (*slots.groups, *spare)),
         step=step,
-        memory=memory(groups, prefix_slots),
+        memory=memory(slots.groups, spare),
         limits=limits,
         too_large=len(lengths) - len(served),
-        needs=tuple(sorted(Counter(length.rows_needed for length in served).items())),
-        prefix_slots=prefix_slots,
-        reading=reading(groups, prefix_slots),
+        needs=tuple(sorted(needs.items())),
+        prefix_slots=slots.prefix_slots,
+        shared_slots=slots.shared_slots,
+        reading=reading(slots.groups, spare),
     )
+
+
+Groups = tuple[SlotGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """The slots of a plan, as those of ``Plan``, and the lengths with the rows that are left to slots of their own."""
+
+    groups: Groups
+    prefix_slots: Groups = ()
+    shared_slots: Groups = ()
+    lengths: tuple[Length, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Slots of sequences."""
+        return sum(group.slots for group in self.groups)
+
+
+def _with_copies(
+    slots: _Slots, prefix_slots: Groups, demand: dict[int, Demand], most: int, fits: Callable[..., bool]
+) -> _Slots:
+    """The slots beside such as hold copies of shared text, if enough of them are left.
+
+    Args:
+        slots: those without copies.
+        prefix_slots: for the copies.
+        demand: the load by capacity.
+        most: most slots in all.
+        fits: whether slots of sequences and for copies fit the limits.
+    """
+    if not prefix_slots or not fits((SlotGroup(max(demand), 1),), prefix_slots):
+        return slots
+    beside = _Slots(most_slots(demand, most, lambda groups: fits(groups, prefix_slots)), prefix_slots)
+    return beside if beside.count >= WORTH_SLOTS * slots.count else slots
+
+
+def _in_place(served: Sequence[Length], most: int, chunk_size: int, fits: Callable[..., bool]) -> _Slots | None:
+    """Slots for what prompts do not share, beside slots that hold what they do; None if they share nothing so.
+
+    One slot at least is as large as the largest sequence: for one that shares nothing, or whose shared text finds no
+    slot in time.
+
+    Args:
+        served: lengths of the requests that are answered.
+        most: most slots in all.
+        chunk_size: most prompt tokens of a step.
+        fits: whether slots of sequences and such beside them fit the limits.
+    """
+    text, lengths = own_lengths(served)
+    whole = max(length.rows_needed for length in served)
+    if text is None:
+        return None
+    copies = _prefix_slots([own for own, tokens in zip(served, text.tokens, strict=True) if not tokens], whole)
+    shared_slots = (SlotGroup(text.longest, text.slots),)
+    if not fits((SlotGroup(whole, 1),), (*copies, *shared_slots)):
+        return None
+    *capacity, _ = capacities([*(length.rows_needed for length in lengths), whole])
+    demand = _demand(lengths, capacity, chunk_size)
+    demand[whole] = demand.get(whole, Demand(0, 0)) + Demand(1, 1)
+    groups = most_slots(demand, min(most, text.readers + 1), lambda groups: fits(groups, (*copies, *shared_slots)))
+    shared = {rows: tokens for rows, tokens in sorted(zip(capacity, text.tokens, strict=True)) if tokens}
+    groups = tuple(replace(group, shared=shared.get(group.capacity, 0)) for group in groups)
+    return _Slots(groups, copies, shared_slots, tuple(lengths)) if any(group.shared for group in groups) else None
+
+
+def own_lengths(lengths: Sequence[Length]) -> tuple[SharedText | None, list[Length]]:
+    """What requests read in place, and their lengths with the rows that they need beside it.
+
+    Args:
+        lengths: of the requests.
+
+    Returns:
+        None and the same lengths, if they share nothing so.
+    """
+    text = shared_text([length.in_place for length in lengths], [length.shared for length in lengths])
+    if text is None:
+        return None, list(lengths)
+    own = zip(lengths, text.tokens, strict=True)
+    return text, [replace(length, rows_needed=length.rows_needed - tokens) for length, tokens in own]
 
 
 def reading_slots(
@@ -248,23 +350,6 @@ def reading_slots(
     return ReadingSlots(layout(max(length.reading_rows for length in lengths)), count)
 
 
-def _largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of these sizes that fits; None if not even the smallest does.
-
-    Args:
-        sizes: in ascending order.
-        fits: whether a size fits; if one does, all smaller ones do.
-    """
-    largest, low, high = None, 0, len(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        if fits(sizes[middle]):
-            largest, low = sizes[middle], middle + 1
-        else:
-            high = middle
-    return largest
-
-
 def _prefix_slots(lengths: Sequence[Length], largest: int) -> tuple[SlotGroup, ...]:
     """Slots for the text that prompts share: one for each text that goes on in another, as long as the longest.
 
@@ -284,17 +369,6 @@ def _prefix_slots(lengths: Sequence[Length], largest: int) -> tuple[SlotGroup, .
     return tuple(SlotGroup(capacity, slots) for capacity, slots in sorted(Counter(rows).items()))
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """The load on one group of slots: the number of sequences, and the slot-steps that they will occupy."""
-
-    sequences: int
-    steps: int
-
-    def __add__(self, other: Demand) -> Demand:
-        return Demand(self.sequences + other.sequences, self.steps + other.steps)
-
-
 def _demand(lengths: Sequence[Length], capacity: Sequence[int], chunk_size: int) -> dict[int, Demand]:
     """The demand by capacity: a sequence occupies its slot for each of its chunks and for each token of its answer.
 
@@ -309,54 +383,10 @@ def _demand(lengths: Sequence[Length], capacity: Sequence[int], chunk_size: int)
     return demand
 
 
-def _largest(
-    demand: dict[int, Demand],
-    most: int,
-    fits: Callable[[tuple[SlotGroup, ...]], bool],
-) -> tuple[SlotGroup, ...]:
-    """As many slots as fit, shared out in proportion to the groups' slot-steps; with fewer groups if need be.
-
-    One slot of the largest capacity must fit.
-
-    Args:
-        demand: the load by capacity.
-        most: most slots in all.
-        fits: whether slots fit the limits.
-    """
-    capacities = sorted(demand)
-
-    def split(slots: int) -> tuple[SlotGroup, ...]:
-        return _split(demand, capacities, slots)
-
-    while True:
-        wanted = min(most, sum(demand[capacity].sequences for capacity in capacities))
-        slots = _largest_fitting(range(1, wanted + 1), lambda slots: fits(split(slots))) or 0
-        if slots >= len(capacities):
-            return split(slots)
-        smallest, second = capacities[:2]
-        demand = demand | {second: demand[smallest] + demand[second]}
-        capacities = capacities[1:]
-
-
-def _split(demand: dict[int, Demand], capacities: Sequence[int], slots: int) -> tuple[SlotGroup, ...]:
-    """Share out slots over the groups in proportion to their slot-steps, at least one each while there are enough.
-
-    Args:
-        demand: the load by capacity.
-        capacities: of the groups.
-        slots: how many in all.
-    """
-    counts = {capacity: min(1, max(0, slots - i)) for i, capacity in enumerate(sorted(capacities, reverse=True))}
-    for _ in range(slots - sum(counts.values())):
-        open_groups = [capacity for capacity in capacities if counts[capacity] < demand[capacity].sequences]
-        if not open_groups:
-            break
-        counts[max(open_groups, key=lambda capacity: demand[capacity].steps / counts[capacity])] += 1
-    return tuple(SlotGroup(capacity, counts[capacity]) for capacity in sorted(counts) if counts[capacity])
-
-
 def shrunk(plan: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], device: Device) -> Plan | None:
-    """A plan with three quarters of the slots, steps of half the size, and no prefix slots.
+    """A plan with three quarters of the slots, steps of half the size, and no slots for copies.
+
+    Shared slots stay while there are slots that need them.
 
     Args:
         plan: the plan under which memory ran out.
@@ -373,16 +403,21 @@ def shrunk(plan: Plan, spec: ModelSpec, layout: Callable[[int], KVLayout], devic
         return None
     slots = max(1, plan.slots * 3 // 4)
     demand = {group.capacity: Demand(group.slots, group.slots) for group in plan.groups}
-    groups = _split(demand, sorted(demand), slots)
+    shared = {group.capacity: group.shared for group in plan.groups}
+    groups = tuple(
+        replace(group, shared=shared[group.capacity]) for group in split_slots(demand, sorted(demand), slots)
+    )
+    shared_slots = plan.shared_slots if any(group.shared for group in groups) else ()
     step = replace(step, max_num_batched_tokens=tokens)
     reading = plan.reading and replace(plan.reading, slots=min(plan.reading.slots, slots))
     return replace(
         plan,
         groups=groups,
-        layouts=tuple(layout(group.capacity) for group in groups),
+        layouts=tuple(layout(group.capacity) for group in (*groups, *shared_slots)),
         step=step,
-        memory=memory_needed(spec, layout, groups, step, device, (), reading),
+        memory=memory_needed(spec, layout, groups, step, device, shared_slots, reading),
         prefix_slots=(),
+        shared_slots=shared_slots,
         reading=reading,
     )
 
@@ -395,6 +430,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "slots": plan.slots,
         "groups": [{"capacity": group.capacity, "slots": group.slots} for group in plan.groups],
         "spare": [{"capacity": group.capacity, "slots": group.slots} for group in plan.prefix_slots],
+        **({"shared": _shared_record(plan)} if plan.shared_slots else {}),
         **({"states": {"slot_bytes": layout.state_bytes, "format": layout.state_format}} if layout.states else {}),
         **({"reading": {"format": plan.reading.layout.format, "slots": plan.reading.slots}} if plan.reading else {}),
         "chunk_size": plan.step.chunk_size,
@@ -405,3 +441,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "too_large": plan.too_large,
         "fill": round(plan.fill, 4),
     }
+
+
+def _shared_record(plan: Plan) -> list[dict[str, int]]:
+    """The shared slots for JSON."""
+    return [{"capacity": group.capacity, "slots": group.slots} for group in plan.shared_slots]

@@ -87,6 +87,8 @@ def plan_lines(
         f"slots: {plan_range(plan.groups)}{stored} ({plan.fill:.0%} of them used){prefixes}{_read_in(plan)}; "
         f"steps of up to {counted(plan.step.max_num_batched_tokens, 'token')}, chunks of {plan.step.chunk_size:,}"
     )
+    if plan.shared_slots:
+        yield Line(_read_in_place(plan))
     if plan.too_large:
         rows_too_large = counted(plan.too_large * every, "row")
         yield Line(f"{rows_too_large} of the input would need more memory than may be used, and will be errors")
@@ -95,6 +97,16 @@ def plan_lines(
     yield Line(f"memory: {items} = {total}")
     if plan.memory.elsewhere:
         yield Line(f"archive: {_away(plan)}")
+
+
+def _read_in_place(plan: Plan) -> str:
+    """How many rows are read in shared slots, in a line."""
+    shared = max(group.shared for group in plan.groups)
+    of_all = max(group.capacity + group.shared for group in plan.groups if group.shared)
+    slots = sum(group.slots for group in plan.shared_slots)
+    return (
+        f"shared text: up to {shared:,} of {of_all:,} KV pairs of a prompt are read in {counted(slots, 'shared slot')}"
+    )
 
 
 def _away(plan: Plan) -> str:
