@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from bmx.cluster.machines import Machine
 
+RESUME = "finished answers are saved; run the same command again to resume"
+
 
 class DeadWorkerError(Exception):
     """The process of a worker has ended, and will be started again; the message says why, for people."""
@@ -39,7 +41,11 @@ class Crew(Protocol):
         """Call ``Worker.answers``: a stream of reports."""
 
     def ready(self, calls: Sequence[Call], seconds: float) -> list[Call]:
-        """Those of the calls of which there is something, as soon as there is one; none after so many seconds."""
+        """Those of the calls of which there is something, as soon as there is one; none after so many seconds.
+
+        Raises:
+            BmxError: what carries the calls has ended.
+        """
 
     def take(self, call: Call) -> Any:
         """What a call has given; waits for it.

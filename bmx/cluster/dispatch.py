@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from bmx.cluster.crew import Call, Crew, DeadWorkerError
+from bmx.cluster.crew import RESUME, Call, Crew, DeadWorkerError
 from bmx.cluster.rows import RowBook
 from bmx.cluster.worker import BrokenWorkerError, Report, foreseen
 from bmx.cluster.worker_state import WorkerState
@@ -24,7 +24,6 @@ POLL = 0.2  # seconds after which the driver looks at signals and clocks
 LAST_REPORT = 5.0  # seconds that a worker has to say that it has nothing left
 STRIKES = 3  # deaths in a row without an answer between them, after which a worker is given up
 TESTING_STRIKES = 8  # the same, with those for which a row may be the reason
-RESUME = "finished answers are saved; run the same command again to resume"
 
 
 class Phase(Enum):
@@ -136,7 +135,7 @@ class Dispatch:
 
     def _read(self) -> Iterator[Result]:
         """Read rows ahead; those that could not be read are results at once."""
-        while not self._exhausted and self.book.missing > 0 and not self._paused():
+        while not (self._exhausted or self.book.full or self._paused()):
             row = next(self._rows, None)
             if row is None:
                 self._exhausted = True

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
-from bmx.cluster.crew import Call, Crew, DeadWorkerError
-from bmx.cluster.dispatch import RESUME, STRIKES, Dispatch
+from bmx.cluster.crew import RESUME, Call, Crew, DeadWorkerError
+from bmx.cluster.dispatch import STRIKES, Dispatch
 from bmx.cluster.machines import check_alike, shares
 from bmx.cluster.worker import Opened
 from bmx.cluster.worker_state import WorkerState

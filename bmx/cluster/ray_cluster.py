@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from bmx.cluster import janitor
 from bmx.errors import BmxError, UsageError
+from bmx.shutdown import Interrupted
 
 EVERYWHERE = {"RAY_USAGE_STATS_ENABLED": "0"}
 LOCAL = EVERYWHERE | {
@@ -29,7 +31,6 @@ TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105, the name of a variable
 OBJECT_BYTES = 100 << 20  # for rows and results under way
 REPLACED = (signal.SIGINT, signal.SIGTERM)  # signals whose handlers Ray replaces
 LONGEST_FOLDER = 40  # bytes of a path under which Ray's sockets still have names that are short enough
-JANITOR = 'cat > /dev/null; sleep 3; rm -rf -- "$1"'  # waits until this process has ended, however it ends
 QUIET: Mapping[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
 
 
@@ -88,6 +89,8 @@ def _init(**settings: Any) -> None:
 
         worker.print_to_stdstream = lambda *_, **__: None  # it writes to standard output, which is for answers
         ray.init(logging_level=logging.CRITICAL, **QUIET, **settings)
+    except SystemExit as ended:  # what Ray's handler of SIGTERM makes of it
+        raise Interrupted(signal.SIGTERM) from ended
     except ConnectionError:
         raise
     except (RuntimeError, OSError, ValueError) as error:
@@ -97,6 +100,14 @@ def _init(**settings: Any) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def lost_processes() -> list[str]:
+    """Processes of a Ray of our own that have ended by themselves."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return [str(kind) for kind, _ in node.dead_processes()] if node else []
 
 
 def _shutdown() -> None:
@@ -125,10 +136,9 @@ def _folder() -> Iterator[str]:
     """A folder for Ray's files, which is deleted at the end, after a kill of this process too."""
     usual = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="bmx-ray-", dir=usual if len(os.fsencode(usual)) <= LONGEST_FOLDER else "/tmp")  # noqa: S108
-    janitor = subprocess.Popen(["/bin/sh", "-c", JANITOR, "sh", folder], stdin=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-I", "-S", janitor.__file__, folder]
+    cleaning = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        janitor.kill()
-        janitor.communicate()
+        cleaning.communicate()

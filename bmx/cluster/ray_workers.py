@@ -13,8 +13,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bmx.cluster.crew import Call, DeadWorkerError
+from bmx.cluster.crew import RESUME, Call, DeadWorkerError
 from bmx.cluster.machines import Machine
+from bmx.cluster.ray_cluster import lost_processes
 from bmx.cluster.worker import Report, Worker
 from bmx.errors import BmxError
 
@@ -92,6 +93,8 @@ class RayCrew:
 
     def ready(self, calls: Sequence[Call], seconds: float) -> list[Call]:
         """See ``Crew``."""
+        if lost := lost_processes():
+            raise BmxError(f"Ray's {' and '.join(lost)} ended", hint=RESUME)
         if not calls:
             time.sleep(seconds)
             return []

@@ -9,14 +9,17 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from bmx.engine.window import Window, chained_keys
 from bmx.errors import RowError
 from bmx.request import Request, Result
 
-MOST_WAITING = 2048  # rows that the driver reads ahead
+MOST_WAITING, MOST_CHARACTERS = 2048, 32 << 20  # rows that the driver reads ahead, and of their prompts
+BEGINNINGS = tuple(256 << i for i in range(16))  # characters of a prompt that are compared with those of others
 DEATHS_TOGETHER = 2  # deaths of workers with a row on board, from which on it is answered with few others or alone
 FEWER = 8  # after such a death, a row is answered with this many times fewer others than before
 DEATHS_ALONE = 3  # deaths of workers with nothing but this row on board, after which it is an error
 MOST_SHARE = 256  # rows that are handed to a worker at once
+MOST_TOGETHER = 32  # rows that follow them because they share their text
 LOOKAHEAD = 64  # an engine reads at least so many rows ahead
 MOST_AHEAD = 2048  # and so many that wait at a worker keep any engine busy
 
@@ -36,20 +39,28 @@ class Held:
         company: most rows that may be on board with it, itself included; None if that does not matter yet.
         died_on: workers that died with it.
         alone: how often one died with nothing else on board.
+        keys: of the beginnings of its prompt.
     """
 
     request: Request
+    keys: tuple[int, ...] = ()
     deaths: int = 0
     company: int | None = None
     died_on: set[int] = field(default_factory=set)
     alone: int = 0
+
+    def goes_with(self, other: Held) -> bool:
+        """Whether a quarter of its prompt, or more, is the beginning of another's too."""
+        place = len(self.keys) - 2
+        return 0 <= place < len(other.keys) and self.keys[place] == other.keys[place]
 
 
 class RowBook:
     """The rows of a run that have no result yet, and that were read already."""
 
     def __init__(self) -> None:
-        self._fresh: deque[Held] = deque()
+        self._window: Window[Held] = Window(MOST_WAITING, MOST_CHARACTERS)
+        self._first: deque[Held] = deque()  # before those in the window
         self._suspects: deque[Held] = deque()  # were on board of several workers that died
         self._on_board: dict[int, dict[str | int, Held]] = {}
         self._testing: set[int] = set()  # workers whose rows are suspects
@@ -59,7 +70,11 @@ class RowBook:
     @property
     def waiting(self) -> int:
         """Rows that no worker has."""
-        return len(self._fresh) + len(self._suspects)
+        return self._fresh + len(self._suspects)
+
+    @property
+    def _fresh(self) -> int:
+        return len(self._first) + len(self._window)
 
     @property
     def held(self) -> int:
@@ -67,13 +82,15 @@ class RowBook:
         return self.waiting + sum(map(len, self._on_board.values()))
 
     @property
-    def missing(self) -> int:
-        """Rows that should be read ahead."""
-        return MOST_WAITING - self.waiting
+    def full(self) -> bool:
+        """Whether no more rows should be read for now."""
+        return self._window.full or self.waiting >= MOST_WAITING
 
     def add(self, request: Request) -> None:
         """Take a row that was read."""
-        self._fresh.append(Held(request))
+        text = _text_of(request)
+        keys = chained_keys(text, [end for end in BEGINNINGS if end <= len(text)])
+        self._window.add(Held(request, keys), keys, len(text))
         self.most = max(self.most, self.held)
 
     def tests(self, worker: int) -> bool:
@@ -82,7 +99,8 @@ class RowBook:
 
     def drop_waiting(self) -> None:
         """Forget the rows that no worker has: the run is to stop."""
-        self._fresh.clear()
+        self._first.clear()
+        self._window = Window(MOST_WAITING, MOST_CHARACTERS)
         self._suspects.clear()
 
     def on_board(self, worker: int) -> int:
@@ -113,11 +131,21 @@ class RowBook:
                 return self._taken(board, self._group_for(worker, others))
         self._emptied = None if self._emptied == worker else self._emptied
         room = target(slots) - len(board)
-        even = -(-len(self._fresh) // (2 * (1 + len(others))))
+        even = -(-self._fresh // (2 * (1 + len(others))))
         if room < min(even, MOST_SHARE, max(1, slots // 4)):
             return []  # it has enough for now
         count = min(room, even, MOST_SHARE)
-        return self._taken(board, [self._fresh.popleft() for _ in range(count)])
+        rows = [self._next() for _ in range(count)]
+        while rows and self._fresh and len(rows) < count + MOST_TOGETHER:
+            following = self._next()
+            if not following.goes_with(rows[-1]):
+                self._first.appendleft(following)
+                break
+            rows.append(following)
+        return self._taken(board, rows)
+
+    def _next(self) -> Held:
+        return self._first.popleft() if self._first else self._window.pop()
 
     def _may_test(self, worker: int, others: Collection[int]) -> bool:
         """Whether a suspect should go to this worker: where none has seen it die, or all have."""
@@ -162,7 +190,7 @@ class RowBook:
             held.died_on.add(worker)
             held.alone += len(rows) == 1
             if held.deaths < DEATHS_TOGETHER:
-                self._fresh.appendleft(held)
+                self._first.appendleft(held)
             elif held.alone < DEATHS_ALONE:
                 held.company = max(1, min(len(rows), held.company or len(rows)) // FEWER)
                 self._suspects.append(held)
@@ -170,3 +198,10 @@ class RowBook:
                 message = f"its worker died each time that it was answered, in the end alone: {why}"
                 failed.append(Result(id=held.request.id, error=RowError("worker_died", message)))
         return failed
+
+
+def _text_of(request: Request) -> str:
+    """What a row may share with others."""
+    if request.messages is None:
+        return request.prompt or ""
+    return "\n".join(str(message.get("content")) for message in request.messages)
