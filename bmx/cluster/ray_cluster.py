@@ -10,14 +10,16 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from bmx.cluster import janitor
+from bmx.cluster_config import AUTO
 from bmx.errors import BmxError, UsageError
 from bmx.shutdown import Interrupted
 
@@ -30,6 +32,9 @@ LOCAL = EVERYWHERE | {
 TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105, the name of a variable
 OBJECT_BYTES = 100 << 20  # for rows and results under way
 REPLACED = (signal.SIGINT, signal.SIGTERM)  # signals whose handlers Ray replaces
+HERE = ("localhost", "127.0.0.1", "::1")  # Ray takes this machine's other address for these
+CONNECT_SECONDS = 5.0
+LAST_PORT = 65535
 LONGEST_FOLDER = 40  # bytes of a path under which Ray's sockets still have names that are short enough
 QUIET: Mapping[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
 
@@ -65,13 +70,35 @@ def joined_ray(address: str) -> Iterator[None]:
     """
     with _environment(EVERYWHERE):
         try:
+            if address != AUTO:
+                _reach(address)
             _init(address=address)
-            yield
         except ConnectionError as error:
             hint = "`ray start --head` starts one; without --ray-address, workers run on this machine"
             raise UsageError(f"no Ray cluster at {address}", hint=hint) from error
+        try:
+            yield
         finally:
             _shutdown()
+
+
+def _reach(address: str) -> None:
+    """Look whether anything listens at an address, which Ray would wait for minutes to find out.
+
+    Raises:
+        ConnectionError: nothing does.
+        UsageError: it is no address.
+    """
+    from ray.util import get_node_ip_address
+
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or int(port) > LAST_PORT:
+        raise UsageError(f"ray_address cannot be {address!r:.80}", hint=f"{AUTO}, or HOST:PORT, as `ray start` says it")
+    host = host.strip("[]")
+    for name in (host, get_node_ip_address()) if host in HERE else (host,):
+        with suppress(OSError), socket.create_connection((name, int(port)), timeout=CONNECT_SECONDS):
+            return
+    raise ConnectionError
 
 
 def _init(**settings: Any) -> None:
