@@ -106,7 +106,9 @@ def shares(machines: Sequence[Machine], config: EngineConfig, gpus: bool) -> lis
     given = re.match("[ ]*([0-9]+)", os.environ.get(THREADS, ""))
     found = []
     for machine in machines:
-        threads = int(given[1]) if given else max(1, machine.cores // on_node[machine.node])
+        threads = (
+            int(given[1]) if given else max(1, machine.cores // (on_node[machine.node] * config.tensor_parallel_size))
+        )
         divided = config.memory_limit is None and not gpus and config.model != FAKE
         memory = int(free[machine.node] * config.gpu_memory_utilization) // on_node[machine.node] if divided else None
         found.append(Share(threads, memory))

@@ -51,22 +51,22 @@ class RayCrew:
 
     Args:
         count: how many.
-        gpus: whether each has a GPU.
+        gpus: that each has.
 
     Attributes:
-        gpus: as given.
+        gpus: whether each has one.
     """
 
-    def __init__(self, count: int, gpus: bool) -> None:
+    def __init__(self, count: int, gpus: int) -> None:
         actor = ray.remote(Actor).options(
             num_cpus=0,
-            num_gpus=1 if gpus else 0,
+            num_gpus=gpus,
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=THREADS,
             scheduling_strategy="SPREAD",
         )
-        self.gpus = gpus
+        self.gpus = gpus > 0
         self._actors: list[Any] = [actor.remote() for _ in range(count)]
 
     @property

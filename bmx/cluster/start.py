@@ -21,22 +21,22 @@ def crew(config: RunConfig) -> Iterator[Crew]:
         UsageError: more workers than GPUs, or no cluster at the address.
         BmxError: Ray cannot be started.
     """
-    cluster, on_gpus = config.cluster, _may_use_gpus(config.engine)
+    cluster, on_gpus, each = config.cluster, _may_use_gpus(config.engine), config.engine.tensor_parallel_size
     if cluster.ray_address is None:
         gpus, count = len(hardware.visible_gpus()) if on_gpus else 0, cluster.workers or 1
         _check_gpus(config.engine, count, gpus, "this machine")
         with local_ray(count, gpus):
             from bmx.cluster.ray_workers import RayCrew
 
-            yield RayCrew(count, gpus=gpus > 0)
+            yield RayCrew(count, gpus=each if gpus else 0)
         return
     with joined_ray(cluster.ray_address):
         from bmx.cluster.ray_workers import RayCrew, gpus_of_cluster, nodes_of_cluster
 
         gpus = gpus_of_cluster() if on_gpus else 0
-        count = cluster.workers or gpus or nodes_of_cluster()
+        count = cluster.workers or gpus // each or nodes_of_cluster()
         _check_gpus(config.engine, count, gpus, "the cluster")
-        yield RayCrew(count, gpus=gpus > 0)
+        yield RayCrew(count, gpus=each if gpus else 0)
 
 
 def _may_use_gpus(config: EngineConfig) -> bool:
@@ -49,8 +49,10 @@ def _check_gpus(config: EngineConfig, workers: int, gpus: int, where: str) -> No
     Raises:
         UsageError: says how many GPUs there are.
     """
-    if gpus and workers > gpus:
-        hint = f"--workers {gpus} at most, or --device cpu"
-        raise UsageError(f"{workers} workers need a GPU each; {where} has {gpus}", hint=hint)
+    each = config.tensor_parallel_size
+    if gpus and workers * each > gpus:
+        hint = f"--workers {gpus // each} at most, or --device cpu" if gpus >= each else "--device cpu"
+        needed = "a GPU each" if each == 1 else f"{each} GPUs each"
+        raise UsageError(f"{workers} workers need {needed}; {where} has {gpus}", hint=hint)
     if not gpus and config.device == "cuda" and config.model != FAKE:
         raise UsageError(f"{where} has no GPU", hint="--device cpu")
