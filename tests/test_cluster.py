@@ -93,6 +93,7 @@ class Command:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "out.jsonl"
+        self.temporary = tempfile.mkdtemp(prefix="bmx-")  # of its own, with a short name; what Ray leaves is seen there
         rows = ({"id": i, "prompt": f"row {i}", "max_tokens": 1500, "ignore_eos": True} for i in range(60))
         (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -105,6 +106,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
+            env=os.environ | {"TMPDIR": self.temporary},
         )
 
     @property
@@ -115,6 +117,11 @@ class Command:
         while self.done < rows:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
+
+    @property
+    def ray_folder(self) -> str:
+        (path,) = Path(self.temporary).glob("bmx-ray-*")
+        return str(path)
 
     def answers(self) -> list[tuple[object, object]]:
         records = map(json.loads, self.output.read_text().splitlines())
@@ -148,10 +155,6 @@ def listening(sockets: set[str]) -> set[str]:
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
-def ray_folders() -> set[str]:
-    return {str(path) for path in Path(tempfile.gettempdir()).glob("bmx-ray-*")}
-
-
 def wait_until_gone(folder: str) -> None:
     until = time.monotonic() + 20
     while (of_ray(folder) or Path(folder).exists()) and time.monotonic() < until:
@@ -161,10 +164,10 @@ def wait_until_gone(folder: str) -> None:
 
 
 def test_w6_ray_listens_here_alone_and_what_was_killed_is_resumed_with_nothing_left_behind(tmp_path):
-    command, before = Command(tmp_path), ray_folders()
+    command = Command(tmp_path)
     killed = command.start("--workers", "2")
     command.wait_for(4, killed)
-    (folder,) = ray_folders() - before
+    folder = command.ray_folder
     mine = of_ray(folder)
     addresses = listening({socket for sockets in mine.values() for socket in sockets})
     assert addresses
@@ -181,7 +184,7 @@ def test_w6_ray_listens_here_alone_and_what_was_killed_is_resumed_with_nothing_l
     assert interrupted.returncode == 130, err
     assert out == ""
     assert "died" not in err
-    assert ray_folders() == before
+    assert os.listdir(command.temporary) == []
     assert command.done < 60
 
     ended = command.start()  # without workers: they are no part of what decides an answer
@@ -192,13 +195,14 @@ def test_w6_ray_listens_here_alone_and_what_was_killed_is_resumed_with_nothing_l
     alone.communicate()
     assert alone.returncode == 0
     assert resumed == command.answers()
+    os.rmdir(command.temporary)
 
 
 def test_w7_when_ray_itself_ends_a_line_says_so(tmp_path):
-    command, before = Command(tmp_path), ray_folders()
+    command = Command(tmp_path)
     process = command.start("--workers", "2")
     command.wait_for(2, process)
-    (folder,) = ray_folders() - before
+    folder = command.ray_folder
     raylets = [pid for pid in of_ray(folder) if "raylet" in Path(f"/proc/{pid}/comm").read_text()]
     os.kill(raylets[0], signal.SIGKILL)
     _, err = process.communicate()
@@ -206,3 +210,4 @@ def test_w7_when_ray_itself_ends_a_line_says_so(tmp_path):
     assert re.search("error: Ray's raylet.* ended", err)
     assert "run the same command again" in err
     wait_until_gone(folder)
+    os.rmdir(command.temporary)

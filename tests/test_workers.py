@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -181,11 +181,18 @@ def test_w3_a_worker_that_fails_once_is_started_again(error):
 
 
 def test_w3_a_worker_that_always_fails_is_given_up_and_the_others_answer_all():
-    def fails(worker: int, step: Any) -> None:
-        if worker == 1:
-            raise DeviceError("the GPU stopped")
+    deaths, given_up = [], Event()
 
-    requests = rows(300)
+    def fails(worker: int, step: Any) -> None:
+        if worker != 1:
+            given_up.wait()
+            return
+        deaths.append(worker)
+        if len(deaths) == 3:
+            given_up.set()
+        raise DeviceError("the GPU stopped")
+
+    requests = rows(600)
     found, notes, _, crew = run(requests, 3, fails, max_num_seqs=16)
     assert texts(found) == expected(requests)
     assert crew.ended == [0, 3, 0]
