@@ -14,13 +14,15 @@ from socket import socketpair
 
 import pytest
 from conftest import answers, as_requests, random_prompts
-from families import tiny_model, word_tokenizer
+from families import FAMILIES, tiny_model, word_tokenizer
 from no_room import NoRoomOnce
 from test_policies import Found
 
 from bmx import Engine, EngineConfig, policies
 from bmx.errors import DeviceError, ModelError, UsageError
 from bmx.model.preview import preview_spec
+from bmx.model.split_modules import split
+from bmx.model.text_side import find_text_side
 
 SETTINGS = {"dtype": "float32", "kv_sink": 4, "kv_recent": 8, "kv_format": "model", "kv_budget": 40}
 WAYS = {
@@ -69,14 +71,15 @@ def others() -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3"])  # the last one's attention is whole in each process
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "phi3"])  # the last one's attention is whole in each process
 def test_other_families_over_two_processes_answer_as_one_and_are_planned_as_they_are(family, folder):
     with Engine.open(config(folder(family))) as one:
         expected = answers(one, requests())
     split = config(folder(family), tensor_parallel_size=2)
     with Engine.open(split) as two:
         assert answers(two, requests()) == expected
-        assert preview_spec(split, "cpu") == two.spec
+        planned = preview_spec(split, "cpu")
+        assert (planned.layers, planned.costs) == (two.spec.layers, two.spec.costs)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,7 @@ def test_each_of_two_has_half_of_the_heads_and_weights(llamas):
     assert (two.vocab, two.pair_bytes, two.head_bytes) == (one.vocab, one.pair_bytes / 2, one.head_bytes / 2)
     assert two.costs.flops == one.costs.flops / 2
     assert 0.5 < two.weight_bytes / one.weight_bytes < 0.51  # norms are whole
+    assert preview_spec(llamas[1].config, "cpu") == two
 
 
 def test_g20_a_process_that_is_killed_ends_the_run_with_an_error_and_the_next_run_has_a_new_one(llamas):
@@ -161,12 +165,18 @@ def test_g22_a_process_with_a_part_of_a_model_ends_when_its_leader_does():
     [
         ("llama", 4, UsageError, "--tensor-parallel-size 4 does not divide the heads of LlamaForCausalLM"),
         ("gpt2", 2, ModelError, "GPT2LMHeadModel cannot be split over devices: transformers has no plan for that"),
-        ("mixtral", 2, ModelError, "plan has parts of a kind that bmx does not know"),
+        ("lfm2", 2, ModelError, "it has layers that keep a state"),
     ],
 )
 def test_what_cannot_be_split_is_refused_before_it_is_loaded(family, devices, error, says, folder):
     with pytest.raises(error, match=says):
         Engine.open(config(folder(family), tensor_parallel_size=devices))
+
+
+def test_a_plan_with_parts_of_an_unknown_kind_is_refused_by_their_name():
+    model = find_text_side(FAMILIES["longcat_flash"](), trust_remote_code=False).on_meta("bfloat16", False)
+    with pytest.raises(ModelError, match=r"parts of a kind that bmx does not know \(moe_identity_expert\)"):
+        split(model, 2)
 
 
 @pytest.mark.parametrize(

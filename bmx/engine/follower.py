@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -102,10 +104,15 @@ def follow(connection: Connection) -> None:
 
 def _receive(connection: Connection, orders: SimpleQueue[Any]) -> None:
     """Queue what the leader says, so that its end is seen in the midst of a step too."""
+    folder: Path | None = None
     try:
         while True:
-            orders.put(connection.recv())
+            order = connection.recv()
+            folder = Path(order.store).parent if isinstance(order, Membership) else folder
+            orders.put(order)
     except (EOFError, OSError):
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)  # which a leader that was killed has left
         os._exit(0)
 
 

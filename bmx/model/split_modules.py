@@ -26,8 +26,11 @@ WHOLE_OUTPUTS = {"colwise_gather_output", "colwise_rep"}  # a part of the output
 INPUTS = {"rowwise", "rowwise_rep"}  # a part of the inputs, which the device has computed
 SLICED_INPUTS = {"rowwise_split_input"}  # a part of the inputs, of which every device has all
 VOCABULARY = {"embedding_rowwise"}  # a part of the vocabulary
-UNSPLIT = {"replicated_with_grad_allreduce", "replicate"}
-STYLES = OUTPUTS | WHOLE_OUTPUTS | INPUTS | SLICED_INPUTS | VOCABULARY | UNSPLIT
+EXPERTS = {"moe_tp_experts"}  # a part of each expert, whose outputs are parts of a sum
+TWO_OUTPUTS = {"packed_colwise"}  # a part of the outputs of two products, one behind the other in one tensor
+TWO_INPUTS = {"packed_rowwise"}
+UNSPLIT = {"replicated_with_grad_allreduce", "replicate", "local_params", "mla_kv_a_proj"}
+STYLES = OUTPUTS | WHOLE_OUTPUTS | INPUTS | SLICED_INPUTS | VOCABULARY | EXPERTS | TWO_OUTPUTS | TWO_INPUTS | UNSPLIT
 ONE_DEVICE = "leave out --tensor-parallel-size"
 _LAYER = re.compile(r"\.\d+(?=\.|$)")  # the number of a layer in the name of a module
 
@@ -47,9 +50,7 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole output [..., out]."""
-        output: Tensor = self.inner(x if self._part is None else x[..., self._part].contiguous()).contiguous()
-        if not output.is_meta:
-            distributed.all_reduce(output)
+        output = _sum_of_all(self.inner(x if self._part is None else x[..., self._part].contiguous()))
         return output if self.bias is None else output + self.bias
 
 
@@ -89,9 +90,20 @@ def _embedded(module: nn.Embedding, first: int, ids: Tensor) -> Tensor:
     """Embeddings [..., D] of token ids [...] by a module that holds those of tokens ``first``, ``first`` + 1, ..."""
     own = ids - first
     held = (own >= 0) & (own < len(module.weight))
-    output = type(module).forward(module, own.where(held, 0)) * held.unsqueeze(-1)
-    if not output.is_meta:
-        distributed.all_reduce(output)
+    return _sum_of_all(type(module).forward(module, own.where(held, 0)) * held.unsqueeze(-1))
+
+
+def _summed(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The output of a module of which each device computes a part of the sum."""
+    return _sum_of_all(type(module).forward(module, *args, **kwargs))
+
+
+def _sum_of_all(part: Tensor) -> Tensor:
+    """The sum of what all devices have; without contents, a part of it."""
+    if part.is_meta:
+        return part
+    output = part.contiguous()
+    distributed.all_reduce(output)
     return output
 
 
@@ -108,13 +120,15 @@ def split(model: Any, devices: int, rank: int = 0) -> Any:
     """
     plan, known = _plan(model), dict[int, tuple[Any, nn.Parameter]]()
     for name, module in list(model.named_modules()):
-        if (style := plan.get(_LAYER.sub(".*", name), "")) not in STYLES:
-            continue
-        vars(module).pop("forward", None)  # transformers' own, which exchanges its own kind of tensors
+        place = _LAYER.sub(".*", name)
+        style = plan.get(place, "")
         for key, parameter in module.named_parameters(recurse=False):
-            own = known.get(id(parameter)) or (parameter, _own_part(parameter, style, key, devices))
-            known[id(parameter)] = own  # with the whole one, whose id nothing else gets while it is held
-            module._parameters[key] = own[1]
+            if how := plan.get(f"{place}.{key}", style):
+                own = known.get(id(parameter)) or (parameter, _own_part(model, parameter, how, devices))
+                known[id(parameter)] = own  # with the whole one, whose id nothing else gets while it is held
+                module._parameters[key] = own[1]
+        if style:
+            vars(module).pop("forward", None)  # transformers' own, which exchanges its own kind of tensors
         _exchange(model, name, module, style, devices, rank)
     if left := [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]:
         raise _refusal(model, f"{left[0]} is in parts of a kind that bmx does not know")
@@ -146,15 +160,24 @@ def _refusal(model: Any, reason: str) -> ModelError:
     return ModelError(f"{type(model).__name__} cannot be split over devices: {reason}", hint=ONE_DEVICE)
 
 
-def _own_part(parameter: Any, style: str, key: str, devices: int) -> nn.Parameter:
-    """One device's part of a parameter: what transformers has loaded; of one without contents, the first part."""
+def _own_part(model: Any, parameter: Any, style: str, devices: int) -> nn.Parameter:
+    """One device's part of a parameter: what transformers has loaded; of one without contents, the first part.
+
+    Raises:
+        ModelError: two products in one tensor cannot be divided.
+    """
+    part, last = parameter, parameter.dim() - 1
+    dim: int | None = max(0, last - 1)  # of outputs; experts come before it
+    if style in INPUTS | SLICED_INPUTS | TWO_INPUTS:
+        dim = last or None  # a bias is added to the sum
+    elif style in EXPERTS | UNSPLIT:
+        dim = None
+    if dim is not None and style in TWO_OUTPUTS | TWO_INPUTS and parameter.shape[dim] % (2 * devices):
+        raise _refusal(model, f"its experts are {parameter.shape[dim] // 2} wide")
     if isinstance(parameter, DTensor):
         part = parameter.to_local()
-    elif parameter.is_meta and style not in UNSPLIT and not (key == "bias" and style in INPUTS | SLICED_INPUTS):
-        dim = parameter.dim() - 1 if style in INPUTS | SLICED_INPUTS else 0
+    elif parameter.is_meta and dim is not None:
         part = parameter.narrow(dim, 0, -(-parameter.shape[dim] // devices))
-    else:
-        part = parameter
     return nn.Parameter(part.detach(), requires_grad=False)
 
 
@@ -164,6 +187,8 @@ def _exchange(model: Any, name: str, module: Any, style: str, devices: int, rank
     if style in VOCABULARY:
         module.padding_idx = None  # which matters to gradients alone, and may be of another device
         module.forward = partial(_embedded, module, rank * -(-module.num_embeddings // devices))
+    elif style in EXPERTS:
+        module.forward = partial(_summed, module)
     elif style in WHOLE_OUTPUTS:
         setattr(model.get_submodule(parent), own, Gathered(module, devices))
     elif style in INPUTS | SLICED_INPUTS:
