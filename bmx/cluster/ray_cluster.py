@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 from bmx.cluster import janitor
@@ -50,7 +51,7 @@ def local_ray(workers: int, gpus: int) -> Iterator[None]:
     Raises:
         BmxError: Ray cannot be started.
     """
-    with _environment(LOCAL | {TOKEN: secrets.token_hex(32)}), _folder() as folder:
+    with _environment(LOCAL | {TOKEN: _token()}), _folder() as folder:
         try:
             _init(address="local", num_cpus=workers, num_gpus=gpus, object_store_memory=OBJECT_BYTES, _temp_dir=folder)
             yield
@@ -135,6 +136,12 @@ def lost_processes() -> list[str]:
 
     node = worker._global_node
     return [str(kind) for kind, _ in node.dead_processes()] if node else []
+
+
+@cache
+def _token() -> str:
+    """The secret of this process's own Ray: one for all, since Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 def _shutdown() -> None:
