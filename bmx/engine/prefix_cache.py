@@ -68,11 +68,13 @@ class LayerRows:
         rows: their capacity.
         lossless: whether all that a later query can see fits in them.
         scored: whether eviction stores statistics for each row.
+        by_channel: whether keys are scaled by channel.
     """
 
     rows: int
     lossless: bool
     scored: bool
+    by_channel: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,11 +161,11 @@ class Reuse:
         Nothing of the request is ever evicted then, every layer has rows of its own for all of its tokens, and rows are
         stored one by one.
         """
-        layout = self.policy.layout(self.spec, request.row_limit)
-        simple = self.policy.archive is None and self.policy.recall is None and not self.spec.states
-        owned = all(layer.owner == i and not layer.by_channel for i, layer in enumerate(layout.layers))
-        whole = min(min(layer.capacities) for layer in layout.layers) >= request.held_total
-        return simple and owned and whole and tokens % UNIT == 0
+        if tokens % UNIT or self.policy.archive or self.policy.recall or self.spec.states:
+            return False
+        owned = all(layer.owner == i for i, layer in enumerate(self.spec.layers))
+        layers = self._layers_of(request)
+        return owned and all(layer.rows >= request.held_total and not layer.by_channel for layer in layers)
 
     def scored(self, request: Prompt) -> int:
         """The number of layers in which attention is summed for a request: those in which it will evict.
@@ -196,7 +198,7 @@ class Reuse:
         if request.row_limit not in self._layers:
             layout = self.policy.layout(self.spec, request.row_limit)
             self._layers[request.row_limit] = tuple(
-                LayerRows(rows, layer.by_age and rows == layer.window, bool(layer.row_stats))
+                LayerRows(rows, layer.by_age and rows == layer.window, bool(layer.row_stats), layer.by_channel)
                 for i, layer in enumerate(layout.layers)
                 if layer.owner == i
                 for rows in dict.fromkeys(layer.capacities)
