@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 from conftest import answers, as_requests, random_prompts, reference_answers, tiny_engine, watched
-from families import tiny_model
+from families import tiny_model, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import HERE
@@ -210,6 +211,19 @@ def test_a_plan_with_shared_slots_is_taken_where_it_gives_more():
     for others in (plan_of(job(300), 12, shares=False), plan_of(job(12), 13), plan_of(job(300), 1)):
         assert others.shared_slots == ()
         assert not any(group.shared for group in others.groups)
+
+
+def test_plan_batch_reads_in_place_where_nothing_is_evicted(bmx, model, tmp_path):
+    """Of budgets above and below the length of the rows."""
+    rows = [{"id": i, "prompt": words(row)} for i, row in enumerate(FEW_SHOT)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("plan-batch", "in.jsonl", "--model", model, "--device", "cpu", "--dtype", "float32", "--max-tokens", 4)
+    args += ("--kv-budget", "5000,100", "--kv-format", "model", "--kv-cache-memory", "1M")
+    ended = bmx(*args)
+    assert ended.code == 0
+    lines = [line for line in ended.out.splitlines() if "shared text" in line]
+    assert len(lines) == 1
+    assert "of 5,000: shared text: up to 192 of 224 KV pairs of a prompt are read in 1 shared slot" in lines[0]
 
 
 def test_texts_of_a_few_rows_each_get_no_more_slots_than_rows_can_use():

@@ -263,8 +263,21 @@ class PlanQuery:
             needed = (after or policy).rows_needed(length.prompt_tokens, length.max_tokens)
             return max(length.prompt_tokens, needed) if after else needed
 
+        measured = CompressionPolicy.from_config(self.config, self.spec)
+        kinds = [(one.scorer is None, one.key_format, one.value_format) for one in (policy, measured)]
+        alike = after is None and policy.archive is None and kinds[0] == kinds[1]
+
+        def in_place(length: Length) -> int:
+            evicts = policy.evicts(length.prompt_tokens, length.max_tokens)
+            return length.in_place if alike and not evicts else 0
+
         return [
-            replace(length, rows_needed=rows(length), reading_rows=policy.reading_rows(length.prompt_tokens))
+            replace(
+                length,
+                rows_needed=rows(length),
+                reading_rows=policy.reading_rows(length.prompt_tokens),
+                in_place=in_place(length),
+            )
             for length in self.lengths
         ]
 

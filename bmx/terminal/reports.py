@@ -306,6 +306,9 @@ def scenario_lines(query: PlanQuery, scenarios: Sequence[Scenario]) -> Iterator[
     yield ""
     yield from _sum_lines(query.workers, scenarios)
     for scenario in scenarios:
+        if scenario.plan and scenario.plan.shared_slots:
+            budget = f" of {budget_text(scenario.budget)}" if scenario.budget else ""
+            yield f"{scenario.name}{budget}: {_read_in_place(scenario.plan)}"
         if scenario.problem:
             yield f"{scenario.name}: {scenario.problem.message}"
         if scenario.plan and scenario.left_out:
