@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.engine import run as run_module
-from bmx.engine.prefix_cache import UNIT
+from bmx.engine.prefix_cache import UNIT, PrefixCache
 from bmx.engine.run import LOOKAHEAD
 from bmx.engine.window import Window, chained_keys
 
@@ -184,6 +184,23 @@ def test_rows_that_are_there_are_answered_when_no_more_come_for_now():
     for result in engine.run(source(), plan, paused=lambda: bool(pending)):
         pending.remove(result.id)
     assert engine.stats.peak_active_slots == 1
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Engine, "_sequence"), (PrefixCache, "keys")])
+def test_no_row_is_lost_when_memory_runs_out_between_the_source_and_the_slots(monkeypatch, owner, name):
+    """Neither one that comes out of the window, nor one that goes in."""
+    requests, engine, whole, calls = questions(3, 4, seed=2), fake(), getattr(owner, name), []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError
+        return whole(*args)
+
+    expected = answers(engine, requests)
+    monkeypatch.setattr(owner, name, failing)
+    assert answers(engine, requests) == expected
+    assert len(engine.stats.shrunk_to) == 1
 
 
 def test_rows_that_cannot_be_read_are_told_before_those_that_wait():

@@ -139,6 +139,7 @@ class Run:
         self._context = context
         self._source = _Source(requests, paused)
         self._window: Window[tuple[Request, EncodedPrompt]] = Window(ROWS, TOKENS)
+        self._given: tuple[Request, EncodedPrompt] | None = None  # the window has given it out; it has not begun
         self._ahead = FIRST_TOKENS  # tokens that may be read into the window now
         self._full_cache = FullCacheSize(context.spec)
         self._unfinished: list[Sequence] = []  # begun under an earlier plan, or read and not begun
@@ -220,7 +221,7 @@ class Run:
     @property
     def exhausted(self) -> bool:
         """Whether every request was read and given out."""
-        return self._source.exhausted and not self._window
+        return self._source.exhausted and not self._window and self._given is None
 
     def read_ahead(
         self, missing: int, enqueue: Callable[[Sequence], None], prefixes: PrefixCache | None
@@ -238,18 +239,22 @@ class Run:
         shares = prefixes is not None and prefixes.enabled
         more = not shares or (yield from self._fill(prefixes))
         while missing > 0:
-            if more and (shares or not self._window):
-                more = yield from self._fill(prefixes)
-            if not self._window:
-                break
-            request, encoded = self._window.pop()
-            self._ahead += len(encoded.prompt)
+            if self._given is None:
+                if more and (shares or not self._window):
+                    more = yield from self._fill(prefixes)
+                if not self._window:
+                    break
+                self._given = self._window.pop()  # and it stays there while memory may run out, for another attempt
+                self._ahead += len(self._given[1].prompt)
+            request, encoded = self._given
             try:
                 sequence = self._context.begin(request, encoded)
             except RowError as error:
+                self._given = None
                 yield Result(id=request.id, error=error)
                 continue
             enqueue(sequence)
+            self._given = None
             missing -= 1
             if prefixes:
                 prefixes.join(sequence)
@@ -276,8 +281,9 @@ class Run:
                 self._source.take()
                 yield Result(id=item.id, error=error)
                 continue
+            keys = prefixes.keys(encoded) if prefixes else ()
             self._source.take()
-            window.add((item, encoded), prefixes.keys(encoded) if prefixes else (), len(encoded.prompt))
+            window.add((item, encoded), keys, len(encoded.prompt))
             self._ahead -= len(encoded.prompt)
         return True
 
