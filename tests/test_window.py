@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from itertools import groupby, takewhile
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from bmx import Engine, EngineConfig, Request, SamplingParams
 from bmx.engine import run as run_module
-from bmx.engine.prefix_cache import UNIT, PrefixCache
+from bmx.engine.prefix_cache import UNIT, PrefixCache, Reuse
+from bmx.engine.prompt_lengths import window_bytes
 from bmx.engine.run import LOOKAHEAD
 from bmx.engine.window import Window, chained_keys
+from bmx.plan.planner import Length
 
 SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
 TEXTS = st.text("ab", max_size=12)
@@ -211,3 +214,24 @@ def test_rows_that_cannot_be_read_are_told_before_those_that_wait():
     first, *others = engine.run(requests, plan)
     assert (first.id, first.error is not None) == ("empty", True)
     assert {result.error for result in others} == {None}
+
+
+def test_the_plan_counts_the_rows_that_are_read_ahead():
+    """As much as they take, and only where prompts share text."""
+    engine = fake()
+    plan = engine.plan(engine.measure(questions(30, 8, seed=0)))
+    assert plan.prefix_slots
+    lengths = [Length(4000, 4, 4004)] * 5000
+    assert 0 < plan.memory.window < 2**20 < window_bytes(lengths) == window_bytes([*lengths, *lengths])
+    apart = fake(prefix_reuse=False)
+    assert apart.plan(apart.measure(questions(30, 8, seed=0))).memory.window == 0
+    one = "".join(f" {i:04}" for i in range(2000))
+    tracemalloc.start()
+    window = Window(10**6, 10**9)
+    for i in range(64):
+        request = Request(id=str(i), prompt=f"{one} question {i}")
+        encoded = engine._measurer.read(request)
+        window.add((request, encoded), Reuse(spec=engine.spec, policy=engine.policy, chunk_size=512).keys(encoded), 1)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.5 < held / window_bytes([encoded.length] * 64) < 1

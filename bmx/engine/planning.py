@@ -13,6 +13,7 @@ from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
 from bmx.engine.backend import Backend
 from bmx.engine.memory_meter import device_errors, is_out_of_memory, release
+from bmx.engine.prompt_lengths import window_bytes
 from bmx.errors import BmxError
 from bmx.model.spec import ModelSpec
 from bmx.plan.builder import PlanBuilder
@@ -67,6 +68,8 @@ class RunPlanner:
         """See ``plan``, with the kernels that there are."""
         meter = self.backend.meter
         builder = self._builder(limits(self.config, meter.free_memory(), held=meter.held))
+        if builder.device.kind == "cpu":
+            builder = replace(builder, device=replace(builder.device, window=window_bytes(lengths)))
         sizes = builder.step_sizes(lengths)
         if not self.backend.measurable:
             return builder.plan(lengths, sizes[:1])

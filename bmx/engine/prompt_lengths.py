@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 
 from bmx.compress.policy import CompressionPolicy
 from bmx.config import EngineConfig
@@ -17,6 +18,8 @@ from bmx.plan.planner import Length
 from bmx.request import Request
 
 MEASURED_ROWS = 100_000  # of more requests, an even sample is measured, of at least half as many
+ROW_BYTES = 2048  # of a row in the window, however short
+TOKEN_BYTES = 12  # and for each of its tokens: 4 of the id, about 5 of text, keys, and what the heap loses
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,12 @@ class _SharedText:
                 self._lengths[index] = replace(self._lengths[index], shared=prefix.length, nested=prefix.nested)
             nested = prefix.nested + 1
         return nested
+
+
+def window_bytes(lengths: Iterable[Length]) -> int:
+    """The most bytes that a full window of these requests takes: their texts, token ids and keys."""
+    longest = nlargest(ROWS, (length.prompt_tokens for length in lengths))
+    return ROW_BYTES * len(longest) + TOKEN_BYTES * min(sum(longest), TOKENS)
 
 
 def max_length(config: EngineConfig, spec: ModelSpec) -> int:

@@ -39,6 +39,7 @@ class Device:
         captures: whether decoding is captured as CUDA graphs.
         mixes_in_place: whether mixers hold no copies of states.
         archive_place: where the keys and values of an archive are: ``device``, ``host`` or a folder.
+        window: bytes of rows that are read ahead where prompts share text.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Device:
     captures: bool = False
     mixes_in_place: bool = False
     archive_place: str = DEVICE
+    window: int = 0
 
     @classmethod
     def of(

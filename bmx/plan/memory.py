@@ -85,6 +85,7 @@ class Memory:
         states: what layers without attention keep in all slots, and in one more for rows of captured steps that idle.
         graphs: what captured decoding keeps for itself on a GPU.
         slack: what allocators lose to rounding, and compiled kernels.
+        window: rows that were read ahead where prompts share text, in the host's memory; 0 beside a GPU.
         host: keys and values of an archive in the host's memory, beside a GPU.
         file: keys and values of an archive in a file.
     """
@@ -98,6 +99,7 @@ class Memory:
     states: int = 0
     graphs: int = 0
     slack: int = 0
+    window: int = 0
     host: int = 0
     file: int = 0
 
@@ -108,8 +110,8 @@ class Memory:
 
     @property
     def step(self) -> int:
-        """Bytes of the largest step without slots and captured graphs: what profiling that step should measure."""
-        return self.total - self.pool - self.graphs
+        """Bytes of the largest step without slots, captured graphs and rows read ahead: what profiling it measures."""
+        return self.total - self.pool - self.graphs - self.window
 
     @property
     def elsewhere(self) -> int:
@@ -198,7 +200,7 @@ def memory_needed(
         prefix_slots: slots beside them that hold text which several prompts share.
         reading: slots in which prompts are read before they are archived.
     """
-    groups = tuple(groups)
+    groups, prefix_slots = tuple(groups), tuple(prefix_slots)
     slots = sum(group.slots for group in groups)
     chunk = step.chunk_size + step.probe
     tokens = max(step.max_num_batched_tokens, slots + chunk)
@@ -220,6 +222,7 @@ def memory_needed(
         states=sum(slot.state_bytes * count for slot, count in layouts) + layouts[0][0].state_bytes,
         graphs=device.captured(spec, slots, keys),
         slack=device.slack + int(device.share * (activations + logits)),
+        window=device.window if any(group.slots for group in prefix_slots) else 0,
         host=stored if device.archive_place == HOST else 0,
         file=0 if device.archive_place == HOST else stored,
     )

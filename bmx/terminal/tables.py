@@ -178,7 +178,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def memory_items(memory: Memory) -> tuple[tuple[str, int], ...]:
     """The memory of a plan in five items."""
     return (
-        ("runtime", memory.runtime),
+        ("runtime", memory.runtime + memory.window),
         ("weights", memory.weights),
         ("activations", memory.activations + memory.logits + memory.graphs + memory.slack),
         ("KV cache", memory.kv + memory.scores),
