@@ -102,7 +102,10 @@ def test_keys_that_come_in_any_chunks_or_alone_leave_the_same_index(by, chunks):
     fill(whole, 0, keys, (151,))
     fill(parts, 0, drawn(HEADS, 180, DIM, seed=5), (90,))  # another sequence had the slot
     fill(parts, 0, keys, chunks)
-    assert torch.equal(products(whole, query, 0, 151), products(parts, query, 0, 151, most=180))
+    beside_longer = products(parts, query, 0, 151, most=180)
+    assert torch.equal(products(whole, query, 0, 151, most=180), beside_longer)
+    alone = products(whole, query, 0, 151)  # libraries add up products of another shape in another order
+    torch.testing.assert_close(alone, beside_longer, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
