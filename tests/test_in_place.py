@@ -147,6 +147,17 @@ def test_where_answers_might_differ_rows_keep_copies(family, config):
     assert {length.in_place for length in lengths} == {0}
 
 
+def test_a_text_that_is_longer_than_a_shared_slot_is_not_read_in_it():
+    """Rows of the same text that evict need a long slot for copies; the few others that share it do not evict."""
+    short, long = EXAMPLES[:100], MANY
+    many, few = after(short, [6 + i % 4 for i in range(64)]), after(long, (20, 20, 20, 4, 4), seed=2)
+    rows = [*many, *few]
+    engine, plain = engines(rows=rows, slots=4, kv_policy="average-attention", kv_budget=240, chunk_size=32)
+    made, answered = in_place(engine, as_requests(rows, max_tokens=4))
+    assert made.prefix_slots[-1].capacity > made.shared_slots[0].capacity
+    assert answered == answers(plain, as_requests(rows, max_tokens=4))
+
+
 # ---- what goes wrong ----
 
 

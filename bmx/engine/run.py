@@ -172,7 +172,10 @@ class Run:
         rows = max((group.capacity for group in (*plan.prefix_slots, *plan.shared_slots)), default=0)
         reuse = Reuse(spec=context.spec, policy=context.policy, chunk_size=chunk_size, rows=rows)
         shared = SharedSlots(
-            plan.shared_indexes, plan.groups, lambda sequence, prefix: reuse.reads_in_place(sequence, prefix.length)
+            plan.shared_indexes,
+            plan.groups,
+            lambda sequence, prefix: reuse.reads_in_place(sequence, prefix.length),
+            min((group.capacity for group in plan.shared_slots), default=0),
         )
         scheduler = Scheduler(plan.groups, replace(plan.step, chunk_size=chunk_size), reading, shared)
         unfinished, self._unfinished = self._unfinished, []

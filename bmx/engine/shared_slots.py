@@ -6,6 +6,7 @@ nothing of it changes afterwards. A slot is given up when no sequence reads it a
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -22,13 +23,18 @@ class SharedSlots:
         slots: where they are.
         groups: of the sequences' own slots; those whose ``shared`` is not 0 are for the rest of a prompt.
         usable: whether a sequence gets the same answer if it reads a prefix in a slot that others read.
+        rows: of each of them; a slot for copies may hold a longer prefix.
     """
 
     def __init__(
-        self, slots: Seq[SlotIndex], groups: Seq[SlotGroup], usable: Callable[[Sequence, Prefix], bool]
+        self,
+        slots: Seq[SlotIndex],
+        groups: Seq[SlotGroup],
+        usable: Callable[[Sequence, Prefix], bool],
+        rows: int = sys.maxsize,
     ) -> None:
         self._free = list(slots)[::-1]
-        self._usable = usable
+        self._usable, self._rows = usable, rows
         self._room = max((group.capacity for group in groups if group.shared), default=0)
         self._held: dict[Prefix, SlotIndex] = {}  # the least recently used is first
         self._readers: Counter[Prefix] = Counter()
@@ -39,7 +45,9 @@ class SharedSlots:
         """The shortest prefix, the one that most others share, behind which the rest fits in a slot meant for it."""
         if not self.enabled:
             return None
-        fitting = (p for p in sequence.prefixes if sequence.rows_needed - p.length <= self._room)
+        fitting = (
+            p for p in sequence.prefixes if p.length <= self._rows and sequence.rows_needed - p.length <= self._room
+        )
         return next((prefix for prefix in fitting if self._usable(sequence, prefix)), None)
 
     def has_room(self, prefix: Prefix) -> bool:
