@@ -79,13 +79,15 @@ def test_w8_without_ray_a_line_says_what_installs_it(bmx, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("address", "said"), [("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1"), ("ray://here", "cannot be 'ray://here'")]
+    ("address", "said"),
+    [("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1 can be joined"), ("ray://here", "cannot be 'ray://here'")],
 )
 def test_w8_where_there_is_no_cluster_a_line_says_so(bmx, tmp_path, address, said):
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     ended = bmx("run", "in.jsonl", "-m", "fake", "--ray-address", address)
     assert ended.code == 2
     assert said in ended.complaint[0]
+    assert "ray://" in address or "RAY_AUTH_MODE=token" in ended.complaint[1]
 
 
 class Command:

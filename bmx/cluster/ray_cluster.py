@@ -75,8 +75,11 @@ def joined_ray(address: str) -> Iterator[None]:
                 _reach(address)
             _init(address=address)
         except ConnectionError as error:
-            hint = "`ray start --head` starts one; without --ray-address, workers run on this machine"
-            raise UsageError(f"no Ray cluster at {address}", hint=hint) from error
+            hint = (
+                "`ray start --head` starts one; one that wants a token is joined with RAY_AUTH_MODE=token; "
+                "without --ray-address, workers run on this machine"
+            )
+            raise UsageError(f"no Ray cluster at {address} can be joined", hint=hint) from error
         try:
             yield
         finally:
