@@ -423,7 +423,20 @@ def test_each_of_two_workers_on_a_cpu_has_half_of_its_memory_and_of_the_rows(bmx
 
 
 def test_workers_on_a_named_gpu_have_one_each_and_answer_in_a_share_of_the_time(plan, large):
-    imagined = ("--model", large, "--device", "auto", "--dtype", "auto", "--max-input", "8k", "--limit", 1600, "--max-num-seqs", 64)
+    imagined = (
+        "--model",
+        large,
+        "--device",
+        "auto",
+        "--dtype",
+        "auto",
+        "--max-input",
+        "8k",
+        "--limit",
+        1600,
+        "--max-num-seqs",
+        64,
+    )
     _, one = plan(*imagined, "--gpu", "H100")
     _, eight = plan(*imagined, "--gpu", "H100", "--workers", 8)
     assert eight["machine"]["free_bytes"] == one["machine"]["free_bytes"]

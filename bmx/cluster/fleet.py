@@ -5,9 +5,10 @@ Knows the order of things; how calls are carried is the crew's business, what ha
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,7 @@ from bmx.stats import Stats
 INSTALL = "pip install 'bmx-llm[ray]'"
 BLOCK_ROWS, BLOCK_CHARACTERS = 256, 1 << 22  # of prompts that a worker measures in one call
 BLOCKS_AHEAD = 2  # of each worker
+CLOSING_SECONDS = 5.0  # that workers have to close models which are split over several processes
 
 
 class Fleet:
@@ -253,7 +255,18 @@ class Fleet:
 
     def close(self) -> None:
         """End the workers, and what was started for them."""
+        if self.workers and self._config.engine.tensor_parallel_size > 1:
+            with suppress(Exception):  # they are about to be ended in any case
+                self._close_models()
         self._stack.close()
+
+    def _close_models(self) -> None:
+        """Let each worker end the other processes of its model, which leave files when they are killed with it."""
+        calls = [self._crew.call(index, "close") for index in range(len(self.workers))]
+        until = time.monotonic() + CLOSING_SECONDS
+        while calls and (seconds := until - time.monotonic()) > 0:
+            ready = self._crew.ready(calls, seconds)
+            calls = [call for call in calls if not any(call is one for one in ready)]
 
 
 def _blocks(requests: Iterable[Request]) -> Iterator[list[Request]]:

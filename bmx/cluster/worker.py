@@ -129,6 +129,10 @@ class Worker:
             raise RuntimeError("the worker is not open")
         return self._engine
 
+    def close(self) -> None:
+        """Free the model, and end the other processes that have a part of it."""
+        self.engine.close()
+
     def measure(self, requests: Iterable[Request]) -> list[Length]:
         """The length of each request that can be answered at all."""
         return self.engine.measure(requests)
