@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Annotated
 
-from bmx.config import EngineConfig
+from bmx.config import MAX_SLOTS, EngineConfig
 from bmx.settings import NEVER, RUN, Setting
 from bmx.units import parse_count, parse_seconds
 
@@ -74,5 +74,5 @@ class ClusterConfig:
         return (
             engine
             if workers == 1
-            else replace(engine, max_num_seqs=min(engine.max_num_seqs or rows, ceil(rows / workers)))
+            else replace(engine, max_num_seqs=min(engine.max_num_seqs or MAX_SLOTS, ceil(rows / workers)))
         )

@@ -37,6 +37,7 @@ from bmx.units import (
 )
 
 FAKE = "fake"  # the name of a stand-in model that answers at once
+MAX_SLOTS = 4096  # where max_num_seqs says nothing: a step of more sequences is no faster
 CHUNK_SIZE = 512  # the default where chunk ends decide answers
 
 

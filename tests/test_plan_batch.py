@@ -12,6 +12,8 @@ import pytest
 from conftest import random_prompts, words
 
 from bmx import hardware
+from bmx.cluster_config import ClusterConfig
+from bmx.config import MAX_SLOTS, EngineConfig
 from bmx.engine import open as opening
 from bmx.hardware import Gpu, GpuProcess
 
@@ -452,3 +454,9 @@ def test_more_workers_than_gpus_are_refused(bmx, large, monkeypatch):
     ended = bmx("plan-batch", "--model", large, "--max-input", "4k", "--workers", 2)
     assert ended.code == 2
     assert "2 workers need a GPU each, and this machine has 1" in ended.err
+
+
+def test_a_worker_has_no_more_slots_than_one_engine_would():
+    of_each = ClusterConfig(workers=2).of_each_worker
+    assert [of_each(EngineConfig(), rows).max_num_seqs for rows in (3, 10**6)] == [2, MAX_SLOTS]
+    assert of_each(EngineConfig(max_num_seqs=64), 10**6).max_num_seqs == 64

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import EngineConfig
+from bmx.config import MAX_SLOTS, EngineConfig
 from bmx.errors import MemoryLimitError
 from bmx.hardware import FreeMemory
 from bmx.kernels import reference_mixers as reference
@@ -36,7 +36,6 @@ from bmx.plan.capacities import ENOUGH, MAX_GROUPS, ROW_ALIGNMENT, capacities
 from bmx.plan.device import Device
 from bmx.plan.memory import Limits, ReadingSlots, SlotGroup, StepSize, limits, memory_needed
 from bmx.plan.planner import (
-    MAX_SLOTS,
     Length,
     plan,
     plan_record,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from bmx.compress.policy import CompressionPolicy
-from bmx.config import EngineConfig
+from bmx.config import MAX_SLOTS, EngineConfig
 from bmx.kv.layout import KVLayout, SlotIndex
 from bmx.model.spec import ModelSpec
 from bmx.plan.capacities import capacities
@@ -22,7 +22,6 @@ from bmx.plan.memory import Limits, Memory, ReadingSlots, SlotGroup, StepSize, d
 from bmx.plan.shared_text import SharedText, shared_text
 from bmx.plan.slot_counts import Demand, largest_fitting, most_slots, split_slots
 
-MAX_SLOTS = 4096  # a step of more sequences is no faster
 FULL_CACHE_CHUNKS = (512, 1024, 256)  # without eviction the answer does not depend on where chunks end
 BATCHED_TOKENS = {"cpu": 1280, "cuda": 8192}  # two chunks and the decoding tokens; what fills a GPU
 MAX_PREFIX_SLOTS = 3  # most copies of text that prompts share
