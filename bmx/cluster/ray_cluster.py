@@ -36,7 +36,7 @@ REPLACED = (signal.SIGINT, signal.SIGTERM)  # signals whose handlers Ray replace
 HERE = ("localhost", "127.0.0.1", "::1")  # Ray takes this machine's other address for these
 CONNECT_SECONDS = 5.0
 LAST_PORT = 65535
-LONGEST_FOLDER = 40  # bytes of a path under which Ray's sockets still have names that are short enough
+LONGEST_FOLDER = 20  # bytes of a path under which Ray's sockets still have names that are short enough
 QUIET: Mapping[str, Any] = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
 
 
@@ -176,6 +176,6 @@ def _folder() -> Iterator[str]:
     command = [sys.executable, "-I", "-S", janitor.__file__, folder]
     cleaning = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
-        yield folder
+        yield f"{folder}/ray"  # which Ray opens to all users; they cannot reach it
     finally:
         cleaning.communicate()
