@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -57,7 +57,6 @@ class Post:
         strikes: deaths in a row without an answer between them.
         tested: those among them for which a row may be the reason.
         error: what it died of last.
-        past: counters of its runs that have ended.
     """
 
     index: int
@@ -70,7 +69,6 @@ class Post:
     strikes: int = 0
     tested: int = 0
     error: BmxError | None = None
-    past: list[Stats] = field(default_factory=list)
 
 
 class Dispatch:
@@ -131,7 +129,7 @@ class Dispatch:
             for call in self._crew.ready(calls, POLL):
                 yield from self._take(waiting[id(call)])
             yield from self._end_hung()
-            self._stats.set_workers([(post.state.stats, post.past) for post in self._posts])
+            self._stats.set_workers([(post.state.stats, post.state.past) for post in self._posts])
 
     def _read(self) -> Iterator[Result]:
         """Read rows ahead; those that could not be read are results at once."""
@@ -264,7 +262,7 @@ class Dispatch:
     @staticmethod
     def _begin_life(post: Post) -> None:
         """What a worker counts from now on is added to what it has counted."""
-        post.past.append(post.state.stats)
+        post.state.past.append(post.state.stats)
         post.state.stats = Stats()
 
     def _died(self, post: Post, why: str) -> Iterator[Result]:

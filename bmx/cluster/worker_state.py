@@ -20,7 +20,8 @@ class WorkerState:
         share: its share of that machine.
         model: what computes its answers, as ``Engine.describe`` says it.
         plan: its own plan; None before it has one.
-        stats: its counters.
+        stats: its counters since it was last started, or began a run.
+        past: the counters of its runs before.
         restarts: how often it was started again.
     """
 
@@ -30,13 +31,15 @@ class WorkerState:
     model: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
     stats: Stats = field(default_factory=Stats)
+    past: list[Stats] = field(default_factory=list)
     restarts: int = 0
+
+    @property
+    def answers(self) -> int:
+        """How many rows it has answered."""
+        return sum(stats.finish_reasons.total() for stats in (self.stats, *self.past))
 
     @property
     def host(self) -> str:
         """The name of its machine."""
         return self.machine.host
-
-    def describe(self) -> dict[str, Any]:
-        """What computes its answers, for the record."""
-        return self.model

@@ -41,5 +41,4 @@ def worker_lines(workers: Sequence[WorkerState]) -> Iterator[Line]:
         stats = worker.stats
         rates = f"prompt {stats.prefill_rate:,.0f} tok/s, generated {stats.generated_rate:,.0f} tok/s"
         again = f", started again {counted(worker.restarts, 'time')}" if worker.restarts else ""
-        answers = counted(stats.finish_reasons.total(), "answer")
-        yield Line(f"{worker_name(worker)}: {answers}, {rates}{again}")
+        yield Line(f"{worker_name(worker)}: {counted(worker.answers, 'answer')}, {rates}{again}")
