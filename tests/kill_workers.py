@@ -26,8 +26,8 @@ MEASURED = 300  # rows that the plans are made for
 
 
 def row(number: int) -> Request:
-    """A row by its number, with a prompt and a length of its own."""
-    prompt = f"row {number}: " + "word " * (number % 13)
+    """A row by its number, with a prompt and a length of its own. None is longer than the first, which are measured."""
+    prompt = f"row {number:06}: " + "word " * (number % 13)
     return Request(id=number, prompt=prompt, params=SamplingParams(max_tokens=4 + number % 23, temperature=number % 2))
 
 
