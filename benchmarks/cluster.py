@@ -41,7 +41,7 @@ def fake_rows(count: int) -> Iterator[Request]:
 
 
 def engine_seconds(rows: list[Request], threads: int) -> float:
-    """Seconds of one engine in a process of its own, which has so many threads."""
+    """Seconds that one engine takes, in a process of its own with this number of threads."""
     command = [sys.executable, __file__, "--side", ALONE, "--rows", str(len(rows))]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))

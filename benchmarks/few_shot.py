@@ -3,7 +3,7 @@
     python benchmarks/few_shot.py [--rows 160] [--slots 9]
 
 Rows of 100 tokens of their own behind 1,500 that all share, with 20 new tokens each, on the demo model and the CPU,
-with the full cache. All three sides have the same --kv-cache-memory: that of so many slots which hold a whole row.
+with the full cache. All three sides have the same --kv-cache-memory: that of ``--slots`` slots, each for a whole row.
 Prints for each side the slots, the prompt tokens that were computed, the tokens a second of the steps that only decode,
 and the seconds of the job; then the ratios. Answers in bfloat16 are the same to the last bit on all sides.
 """

@@ -59,9 +59,14 @@ class ClusterConfig:
     ] = 600.0
 
     @property
+    def count(self) -> int:
+        """How many workers there are, where no cluster says it."""
+        return self.workers or 1
+
+    @property
     def uses_ray(self) -> bool:
         """Whether rows are answered by workers, and not in this process."""
-        return self.ray_address is not None or (self.workers or 1) > 1
+        return self.ray_address is not None or self.count > 1
 
     def of_each_worker(self, engine: EngineConfig, rows: int) -> EngineConfig:
         """The settings of each worker's engine, which answers no more rows at once than its share of them.
@@ -70,9 +75,6 @@ class ClusterConfig:
             engine: the settings of the job.
             rows: of the job.
         """
-        workers = self.workers or 1
-        return (
-            engine
-            if workers == 1
-            else replace(engine, max_num_seqs=min(engine.max_num_seqs or MAX_SLOTS, ceil(rows / workers)))
-        )
+        if self.count == 1:
+            return engine
+        return replace(engine, max_num_seqs=min(engine.max_num_seqs or MAX_SLOTS, ceil(rows / self.count)))

@@ -41,7 +41,7 @@ class Crew(Protocol):
         """Call ``Worker.answers``: a stream of reports."""
 
     def ready(self, calls: Sequence[Call], seconds: float) -> list[Call]:
-        """Those of the calls of which there is something, as soon as there is one; none after so many seconds.
+        """The calls that have given something, as soon as one has; none when the seconds are over.
 
         Raises:
             BmxError: what carries the calls has ended.

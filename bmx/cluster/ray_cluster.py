@@ -67,7 +67,7 @@ def joined_ray(address: str) -> Iterator[None]:
         address: ``auto``, or HOST:PORT.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no cluster at the address.
     """
     with _environment(EVERYWHERE):
         try:

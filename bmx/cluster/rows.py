@@ -9,23 +9,23 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from bmx.engine.window import Window, chained_keys
+from bmx.engine.run import LOOKAHEAD
+from bmx.engine.window import ROWS, Window, chained_keys
 from bmx.errors import RowError
 from bmx.request import Request, Result
 
-MOST_WAITING, MOST_CHARACTERS = 2048, 32 << 20  # rows that the driver reads ahead, and of their prompts
+MOST_CHARACTERS = 32 << 20  # of the prompts that the driver reads ahead
 BEGINNINGS = tuple(256 << i for i in range(16))  # characters of a prompt that are compared with those of others
 DEATHS_TOGETHER = 2  # deaths of workers with a row on board, from which on it is answered with few others or alone
 FEWER = 8  # after such a death, a row is answered with this many times fewer others than before
 DEATHS_ALONE = 3  # deaths of workers with nothing but this row on board, after which it is an error
 MOST_SHARE = 256  # rows that are handed to a worker at once
 MOST_TOGETHER = 32  # rows that follow them because they share their text
-LOOKAHEAD = 64  # an engine reads at least so many rows ahead
-MOST_AHEAD = 2048  # and so many that wait at a worker keep any engine busy
+MOST_AHEAD = 2048  # waiting rows that keep any engine busy
 
 
 def target(slots: int) -> int:
-    """Rows that a worker with so many slots should have on board: those in its slots, and twice as many that wait."""
+    """The number of rows that a worker should have on board: one for each of its slots, and twice as many that wait."""
     return slots + max(LOOKAHEAD, min(2 * slots, MOST_AHEAD))
 
 
@@ -59,7 +59,7 @@ class RowBook:
     """The rows of a run that have no result yet, and that were read already."""
 
     def __init__(self) -> None:
-        self._window: Window[Held] = Window(MOST_WAITING, MOST_CHARACTERS)
+        self._window: Window[Held] = Window(ROWS, MOST_CHARACTERS)
         self._first: deque[Held] = deque()  # before those in the window
         self._suspects: deque[Held] = deque()  # were on board of several workers that died
         self._on_board: dict[int, dict[str | int, Held]] = {}
@@ -84,7 +84,7 @@ class RowBook:
     @property
     def full(self) -> bool:
         """Whether no more rows should be read for now."""
-        return self._window.full or self.waiting >= MOST_WAITING
+        return self._window.full or self.waiting >= ROWS
 
     def add(self, request: Request) -> None:
         """Take a row that was read."""
@@ -100,7 +100,7 @@ class RowBook:
     def drop_waiting(self) -> None:
         """Forget the rows that no worker has: the run is to stop."""
         self._first.clear()
-        self._window = Window(MOST_WAITING, MOST_CHARACTERS)
+        self._window = Window(ROWS, MOST_CHARACTERS)
         self._suspects.clear()
 
     def on_board(self, worker: int) -> int:

@@ -23,7 +23,7 @@ def crew(config: RunConfig) -> Iterator[Crew]:
     """
     cluster, on_gpus, each = config.cluster, _may_use_gpus(config.engine), config.engine.tensor_parallel_size
     if cluster.ray_address is None:
-        gpus, count = len(hardware.visible_gpus()) if on_gpus else 0, cluster.workers or 1
+        gpus, count = len(hardware.visible_gpus()) if on_gpus else 0, cluster.count
         _check_gpus(config.engine, count, gpus, "this machine")
         with local_ray(count, gpus):
             from bmx.cluster.ray_workers import RayCrew

@@ -270,5 +270,5 @@ class Warnings(logging.Handler):
 
 
 def _snapshot(stats: Stats) -> Stats:
-    """Counters that do not change, of a run that another thread goes on with."""
+    """A copy of the counters, which another thread goes on counting in."""
     return replace(stats, finish_reasons=Counter(stats.finish_reasons), shrunk_to=list(stats.shrunk_to))

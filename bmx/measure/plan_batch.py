@@ -116,7 +116,7 @@ def _target(config: RunConfig, options: PlanBatchOptions) -> Machine:
     Raises:
         UsageError: this machine has fewer GPUs.
     """
-    workers, named = config.cluster.workers or 1, bool(options.gpu or options.gpu_memory)
+    workers, named = config.cluster.count, bool(options.gpu or options.gpu_memory)
     of_each = config.engine.tensor_parallel_size
     devices, needed = workers * of_each, "a GPU" if of_each == 1 else f"{of_each} GPUs"
     target = machine(config.engine, options.gpu, options.gpu_memory)
@@ -164,7 +164,7 @@ def _check(config: RunConfig, options: PlanBatchOptions) -> None:
         raise UsageError(f"no shape is called {options.shape}", hint=f"the shapes are {', '.join(SHAPES)}")
     if options.shape and config.inputs:
         raise UsageError("a --shape has no tokenizer for the prompts of an INPUT", hint="give --max-input 4k instead")
-    if options.measure and (config.cluster.workers or 1) > 1:
+    if options.measure and config.cluster.count > 1:
         raise UsageError("--measure runs one model: it cannot be combined with --workers")
     if options.shape and config.engine.tensor_parallel_size > 1:
         raise UsageError("a --shape is planned for one device", hint="name the model: --model FOLDER")

@@ -71,7 +71,7 @@ def query_for_length(config: RunConfig, target: Machine, prompt_tokens: int, sha
         lengths=(length,) * rows,
         rows=rows,
         probe=len(engine.kv_probe or "") // TOKEN_CHARACTERS,
-        workers=config.cluster.workers or 1,
+        workers=config.cluster.count,
     )
 
 
@@ -138,5 +138,5 @@ def query_for_rows(config: RunConfig, target: Machine, reader: Reader, todo: Tod
         names=tuple(map(str, names)),
         failed=tuple(failed.values()),
         skips_too_long=config.prompt.on_too_long == "skip",
-        workers=config.cluster.workers or 1,
+        workers=config.cluster.count,
     )
